@@ -1,0 +1,39 @@
+"""Tally scores large collections with machine-learning models, and never loses or repeats an item."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tally.api import Job as Job
+    from tally.api import score as score
+    from tally.errors import ItemError as ItemError
+    from tally.errors import TallyError as TallyError
+    from tally.scorers.base import Item as Item
+    from tally.scorers.base import Scorer as Scorer
+
+_EXPORTS = {
+    "Item": "tally.scorers.base",
+    "ItemError": "tally.errors",
+    "Job": "tally.api",
+    "Scorer": "tally.scorers.base",
+    "TallyError": "tally.errors",
+    "score": "tally.api",
+}
+
+__all__ = ["Item", "ItemError", "Job", "Scorer", "TallyError", "score"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: 'import tally' and 'tally --help' stay fast.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tally-scoring")
+    if name in _EXPORTS:
+        from importlib import import_module
+
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'tally' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,131 @@
+"""``tally doctor``: names each check, and answers in seconds."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+from tally.errors import TallyError
+
+ROOM = 1 << 30
+"""Free bytes below which a disk is worth a warning."""
+
+
+class Warn(Exception):  # noqa: N818 - an outcome, not an error
+    """The check found something that works, but is worth knowing."""
+
+
+def _python() -> str:
+    import importlib.metadata
+
+    names = ("onnxruntime", "pyarrow", "duckdb", "pillow", "obstore", "sqlalchemy", "pebble")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return f"{platform.python_version()} on {platform.system()} {platform.machine()}; {versions}"
+
+
+def _home() -> str:
+    from tally.config import settings
+
+    home = settings().home
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=home):
+        pass
+    free = shutil.disk_usage(home).free
+    text = f"{home} can be written to, {free / 2**30:,.1f} GiB free"
+    if free < ROOM:
+        raise Warn(text)
+    return text
+
+
+def _database() -> str:
+    import sqlalchemy as sa
+
+    from tally.config import settings
+    from tally.jobs.launch import open_store
+
+    store = open_store()
+    jobs = len(store.newest(limit=1000))
+    return f"{sa.make_url(settings().database).render_as_string(hide_password=True)}, {jobs} jobs"
+
+
+def _models() -> str:
+    import onnxruntime
+
+    providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    return "ONNX Runtime runs on " + ", ".join(providers)
+
+
+def _workers() -> str:
+    from tally.engines.base import Limits
+    from tally.engines.local import LocalEngine
+
+    engine = LocalEngine()
+    slots = engine.default_slots()
+    memory = engine.default_memory(slots) or 0
+    engine.start(dict, (), slots=1, limits=Limits())
+    try:
+        engine.submit(_hello).result(timeout=20)
+    finally:
+        engine.stop(kill=True)
+    return f"a worker started and answered; default: {slots} workers of at most {memory / 2**30:,.1f} GiB"
+
+
+def _hello(state: object) -> int:
+    return os.getpid()
+
+
+def _pictures() -> str:
+    from PIL import Image, features
+
+    Image.init()
+    turbo = "libjpeg-turbo" if features.check("libjpeg_turbo") else "plain libjpeg, which is slow"
+    return f"{len(Image.OPEN)} formats, {turbo}"
+
+
+def _temporary() -> str:
+    folder = Path(tempfile.gettempdir())
+    free = shutil.disk_usage(folder).free
+    text = f"{folder}, {free / 2**30:,.1f} GiB free"
+    if free < ROOM:
+        raise Warn(text)
+    return text
+
+
+CHECKS: dict[str, Callable[[], str]] = {
+    "python": _python,
+    "home": _home,
+    "database": _database,
+    "temporary files": _temporary,
+    "models": _models,
+    "pictures": _pictures,
+    "workers": _workers,
+}
+
+
+def _run() -> Iterator[tuple[str, str, str]]:
+    for name, check in CHECKS.items():
+        try:
+            yield "ok", name, check()
+        except Warn as warning:
+            yield "warn", name, str(warning)
+        except TallyError as error:
+            yield "FAIL", name, str(error)
+        except Exception as error:
+            yield "FAIL", name, f"{type(error).__name__}: {error}"
+
+
+@click.command()
+def doctor() -> int:
+    """Check this installation, and say what is missing. The exit code is 1 if anything failed."""
+    failed = False
+    for outcome, name, text in _run():
+        failed |= outcome == "FAIL"
+        colour = {"ok": "green", "warn": "yellow", "FAIL": "red"}[outcome]
+        click.echo(f"{click.style(f'{outcome:<5}', fg=colour)} {name:<16} {text}")
+    return int(failed)

@@ -1,0 +1,276 @@
+"""``tally jobs``: list, follow, stop, resume and retry jobs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from tally.jobs.store import JobRecord, JobStore
+
+
+@click.group()
+def jobs() -> None:
+    """List, follow, stop, resume and retry jobs. JOB is a job's id, or the beginning of it."""
+
+
+@jobs.command("list")
+@click.option("-n", "--limit", default=20, show_default=True, help="How many, newest first.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_(limit: int, as_json: bool) -> None:
+    """The newest jobs."""
+    from tally.jobs.launch import when
+
+    records = _store().newest(limit=limit)
+    if as_json:
+        for record in records:
+            click.echo(_json(record))
+        return
+    if not records:
+        click.echo("no jobs yet; start one with: tally score SOURCE --model MODEL --out OUT", err=True)
+        return
+    rows = [
+        (r.id, r.state, _share(r), f"{r.dead:,}", r.spec["model"].rsplit("/", 1)[-1], r.spec["out"], when(r.created_at))
+        for r in records
+    ]
+    _table(("JOB", "STATE", "DONE", "DEAD", "MODEL", "OUT", "CREATED"), rows)
+
+
+@jobs.command()
+@click.argument("job")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def show(job: str, as_json: bool) -> None:
+    """Everything about a job: progress, timings per stage, cost, error, where the results are."""
+    store = _store()
+    record = store.get(job)
+    if as_json:
+        click.echo(_json(record))
+        return
+    for name, value in _facts(record):
+        click.echo(f"{name:<12} {value}")
+    if record.error:
+        click.echo(f"{'error':<12} " + record.error.replace("\n", "\n" + " " * 13))
+
+
+@jobs.command()
+@click.argument("job")
+def watch(job: str) -> int:
+    """Follow a job until it ends. Ctrl-C stops following, not the job."""
+    store = _store()
+    record = store.get(job)
+    shown = ""
+    while True:
+        line = f"{record.state}: {_share(record)}, {record.dead:,} failed"
+        if line != shown:
+            click.echo(line)
+            shown = line
+        if not record.alive:
+            break
+        time.sleep(0.5)
+        record = store.get(record.id)
+    if record.error:
+        click.echo(record.error, err=True)
+    return 0 if record.state == "finished" else 1
+
+
+@jobs.command()
+@click.argument("job")
+def pause(job: str) -> None:
+    """Stop handing out work; what runs is finished and saved. The model stays loaded."""
+    store = _store()
+    record = store.get(job)
+    _running(record)
+    store.want(record.id, "pause")
+    click.echo(f"job {record.id} is pausing; go on with: tally jobs resume {record.id}")
+
+
+@jobs.command()
+@click.argument("job")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
+def resume(job: str, quiet: bool) -> int:
+    """Go on with a job that was paused, interrupted, killed or has failed."""
+    from tally.cli.score import see_through
+
+    store = _store()
+    record = store.get(job)
+    if record.alive:
+        store.want(record.id, "run")
+        click.echo(f"job {record.id} goes on where it runs; follow it with: tally jobs watch {record.id}")
+        return 0
+    return see_through(store, record.id, quiet=quiet)
+
+
+@jobs.command()
+@click.argument("job")
+def cancel(job: str) -> None:
+    """Stop a job for good, and remove what it had not finished writing."""
+    from tally.jobs.coordinator import LEASE_SECONDS
+    from tally.jobs.launch import sink_of
+
+    store = _store()
+    record = store.get(job)
+    store.want(record.id, "cancel")
+    if record.alive:
+        click.echo(f"job {record.id} is being cancelled")
+        return
+    lease = store.acquire(record.id, seconds=LEASE_SECONDS)
+    if lease is not None:
+        sink_of(record).release()
+        store.release(lease, "cancelled")
+    click.echo(f"job {record.id} is cancelled")
+
+
+@jobs.command()
+@click.argument("job")
+@click.option("--dead", is_flag=True, required=True, help="Replay the dead items.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
+def retry(job: str, dead: bool, quiet: bool) -> int:
+    """Replay a job's dead items, after their cause was mended; what succeeds joins the results."""
+    from tally.cli.score import see_through
+
+    store = _store()
+    record = store.get(job)
+    if not record.dead:
+        click.echo(f"job {record.id} has no dead items")
+        return 0
+    return see_through(store, record.id, quiet=quiet, retry_dead=dead)
+
+
+@jobs.command()
+@click.argument("job")
+@click.option("-n", "--limit", default=100, show_default=True, help="How many at most.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def dead(job: str, limit: int, as_json: bool) -> None:
+    """The items that failed for good, each with its reason."""
+    store = _store()
+    record = store.get(job)
+    for number, each in enumerate(store.dead(record.id)):
+        if number == limit:
+            click.echo(f"... and {record.dead - limit:,} more (-n {record.dead})", err=True)
+            break
+        if as_json:
+            click.echo(json.dumps({"key": each.key, "stage": each.stage, "error": each.error}))
+        else:
+            click.echo(f"{each.key}\t{each.stage}\t" + " ".join(each.error.split()))
+
+
+@jobs.command()
+@click.argument("job")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def delete(job: str, dry_run: bool) -> None:
+    """Forget a job. Finished results stay where they are; what was not finished is removed."""
+    from tally.jobs.launch import discard
+
+    store = _store()
+    record = store.get(job)
+    unfinished = (
+        "" if record.state in ("finished", "cancelled") else f", and its unfinished output at {record.spec['out']}"
+    )
+    if dry_run:
+        click.echo(f"would remove job {record.id} from the list{unfinished}")
+        return
+    discard(store, record)
+    click.echo(f"job {record.id} is deleted{unfinished}")
+
+
+def summary(record: JobRecord) -> str:
+    """How a finished job went, in two or three lines."""
+    seconds = record.usage.get("seconds", 0.0)
+    rate = record.done / seconds if seconds else 0.0
+    scored = record.done - record.dead
+    time_taken = f"{_duration(seconds)} ({rate:,.1f} items/s)"
+    lines = [
+        f"job {record.id} finished: {scored:,} of {record.items:,} items scored in {time_taken}",
+        f"  results: {record.spec['out']}",
+    ]
+    if record.dead:
+        lines.append(f"  {record.dead:,} failed; see them with: tally jobs dead {record.id}")
+    if (cost := _cost(record)) is not None:
+        lines.append(f"  cost: {cost}")
+    return "\n".join(lines)
+
+
+def _facts(record: JobRecord) -> list[tuple[str, str]]:
+    from tally.jobs.launch import when
+
+    usage = record.usage
+    seconds = usage.get("seconds", 0.0)
+    model = record.model
+    version = f" version {model['version']}" if model.get("version") else ""
+    stages = ", ".join(f"{name} {usage.get(name, 0.0):.2f} s" for name in ("read", "decode", "score", "write"))
+    asked = "" if record.wanted == "run" or not record.alive else f" (asked to {record.wanted})"
+    facts = [
+        ("job", record.id),
+        ("state", record.state + asked),
+        ("source", ", ".join(record.spec["source"])),
+        ("model", f"{model['name']}{version} ({model['kind']}), {model['hash'][:19]}"),
+        ("out", record.spec["out"]),
+        ("items", f"{record.items:,}" + ("" if record.planned else " so far, still listing")),
+        ("done", f"{_share(record)}; {record.dead:,} failed, {record.rows:,} rows, {record.bytes:,} bytes"),
+        ("created", when(record.created_at)),
+        ("finished", when(record.finished_at)),
+        ("time", f"{_duration(seconds)}, {record.done / seconds if seconds else 0:,.1f} items/s"),
+        ("stages", f"{stages} (all workers; {usage.get('worker_seconds', 0.0):.2f} s busy)"),
+    ]  # fmt: skip
+    if (cost := _cost(record)) is not None:
+        facts.append(("cost", cost))
+    if record.owner:
+        facts.append(
+            ("driven by", f"{record.owner_host}, pid {record.owner_pid}" + ("" if record.alive else " (gone)"))
+        )
+    facts += [("note", line) for line in [*model.get("assumed", []), *record.remarks]]
+    if record.state in ("interrupted", "paused", "failed"):
+        facts.append(("next", f"tally jobs resume {record.id}"))
+    return facts
+
+
+def _cost(record: JobRecord) -> str | None:
+    price = record.spec.get("price_per_hour")
+    if price is None:
+        return None
+    cost = price * record.usage.get("seconds", 0.0) / 3600
+    each = f", {1000 * cost / record.done:.4f} per thousand items" if record.done else ""
+    return f"{cost:.4f} at {price:g} per hour{each}"
+
+
+def _share(record: JobRecord) -> str:
+    if not record.planned or not record.items:
+        return f"{record.done:,}"
+    return f"{record.done:,}/{record.items:,} ({100 * record.done // record.items}%)"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def _running(record: JobRecord) -> None:
+    from tally.errors import JobStateError
+
+    if not record.alive:
+        raise JobStateError(
+            f"job {record.id} is not running: it is {record.state}", hint=f"Go on with: tally jobs resume {record.id}"
+        )
+
+
+def _json(record: JobRecord) -> str:
+    return json.dumps(asdict(record), default=str)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _store() -> JobStore:
+    from tally.jobs.launch import open_store
+
+    return open_store()

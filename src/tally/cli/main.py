@@ -1,0 +1,95 @@
+"""The ``tally`` command. Each group is imported only when it is used: ``tally --help`` has to be instant."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+COMMANDS = {
+    "score": ("tally.cli.score:score", "Score a collection of files with a model."),
+    "run": ("tally.cli.score:run", "Run the job that a YAML file describes."),
+    "jobs": ("tally.cli.jobs:jobs", "List, follow, stop, resume and retry jobs."),
+    "query": ("tally.cli.query:query", "Ask a job's results with SQL."),
+    "models": ("tally.cli.models:models", "Keep models under names, versions and aliases."),
+    "new": ("tally.cli.new:new", "Start a scorer or a model package from a template."),
+    "doctor": ("tally.cli.doctor:doctor", "Check this installation, and say what is missing."),
+    "coordinate": ("tally.cli.score:coordinate", "Drive one job that exists already."),
+}
+HIDDEN = {"coordinate"}
+
+
+class LazyGroup(click.Group):
+    """Knows names and one-line helps of its commands without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from difflib import get_close_matches
+
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            close = get_close_matches(args[0], COMMANDS, n=1)
+            ctx.fail(f"no command {args[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items() if name not in HIDDEN])
+
+
+def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"tally {version('tally-scoring')}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="A first try: tally score photos/ --model model.onnx --out predictions/",
+)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens inside.")
+def cli(verbose: bool) -> None:
+    """Score large collections with machine-learning models, and never lose or repeat an item."""
+    if verbose:
+        import logging
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrongly used, 130 interrupted."""
+    from tally.errors import SpecError, TallyError
+
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except TallyError as error:
+        click.echo(click.style("error: ", fg="red", bold=True) + error.message, err=True)
+        if error.hint:
+            click.echo(f"  {error.hint}", err=True)
+        sys.exit(2 if isinstance(error, SpecError) else 1)
+    except BrokenPipeError:
+        # The reader of our output has gone (head, less): nothing to report, and nobody to report it to.
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

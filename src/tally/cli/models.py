@@ -1,0 +1,244 @@
+"""``tally models``: keep models under names, with versions and aliases."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tally.errors import ModelChangedError, SpecError
+
+if TYPE_CHECKING:
+    from tally.models.registry import Registry
+
+
+@click.group()
+def models() -> None:
+    """Keep models under names, with immutable versions and movable aliases.
+
+    A registered model is used as --model models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME (the newest).
+    """
+
+
+@models.command()
+@click.argument("name")
+@click.argument("model")
+@click.option("--alias", help="Let this alias point at the version, e.g. production.")
+@click.option("-t", "--task", help="classify, detect, restyle, embed or segment; found out if left out.")
+@click.option("--labels", help="Names of the classes: a text file with one per line, or JSON.")
+@click.option("--artifacts", help="Folder with what a script loads (AZUREML_MODEL_DIR).")
+@click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="An option, e.g. preprocess.channels=bgr.")
+@click.option("--metric", "metrics", multiple=True, metavar="KEY=VALUE", help="A measured number to remember.")
+@click.option("--note", "notes", multiple=True, metavar="KEY=VALUE", help="Anything else to remember.")
+@click.option("--trust", is_flag=True, help="Accept a model that carries code. Only if you know where it comes from.")
+def add(
+    name: str,
+    model: str,
+    alias: str | None,
+    task: str | None,
+    labels: str | None,
+    artifacts: str | None,
+    options: tuple[str, ...],
+    metrics: tuple[str, ...],
+    notes: tuple[str, ...],
+    trust: bool,
+) -> None:
+    """Copy MODEL into the registry as the next version of NAME.
+
+    MODEL is an .onnx file, a package folder, a script, or another registered model. How it is to be used (task,
+    labels, options) is kept with it.
+
+    \b
+    tally models add faces face_rfb320.onnx --task detect --alias production
+    tally score photos/ --model models:/faces@production --out boxes/
+    """
+    from tally.scorers.package import resolve
+
+    metadata: dict[str, Any] = _pairs("--note", notes)
+    if measured := _pairs("--metric", metrics):
+        metadata["metrics"] = measured
+    ref = resolve(model, task=task, labels=labels, artifacts=artifacts, settings=_pairs("--set", options), trust=trust)
+    added = _registry().add(name, ref, alias=alias, metadata=metadata)
+    for line in added.assumed:
+        click.secho(f"note: {line}", dim=True, err=True)
+    if added.existed:
+        click.echo(
+            f"{added} has this content already: nothing was added" + (f", {alias} points at it" if alias else "")
+        )
+    else:
+        click.echo(f"added {added} ({_size(added.bytes)}, {added.hash[:19]})" + (f" as {alias}" if alias else ""))
+    use = f"models:/{name}@{alias}" if alias else str(added)
+    click.echo(f"  Use it: tally score SOURCE --model {use} --out OUT", err=True)
+
+
+@models.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_(as_json: bool) -> None:
+    """Every version of every model."""
+    versions = _registry().list()
+    if as_json:
+        for each in versions:
+            click.echo(json.dumps(each.to_dict()))
+        return
+    if not versions:
+        click.echo("no models yet; add one with: tally models add NAME MODEL", err=True)
+        return
+    _table(
+        ("NAME", "VERSION", "ALIASES", "KIND", "SIZE", "ADDED", "HASH"),
+        [
+            (v.name, str(v.version), ", ".join(v.aliases), v.kind, _size(v.bytes), _when(v.created_at), v.hash[:19])
+            for v in versions
+        ],
+    )
+
+
+@models.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def show(name: str, as_json: bool) -> None:
+    """A model's versions with their metadata, and what its aliases pointed at."""
+    found = _registry().show(name)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+        return
+    for version in found.versions:
+        click.secho(str(version), bold=True)
+        facts = {
+            "aliases": ", ".join(version.aliases),
+            "kind": version.kind,
+            "added": _when(version.created_at),
+            "size": _size(version.bytes),
+            "hash": version.hash,
+            "folder": str(version.location),
+            **{key: _text(value) for key, value in version.metadata.items()},
+        }
+        for key, value in facts.items():
+            if value:
+                click.echo(f"  {key:<12} {value}")
+    if found.history:
+        click.echo()
+        rows = [(_when(h.at), h.alias, str(h.version), h.action) for h in found.history]
+        _table(("WHEN", "ALIAS", "VERSION", "BY"), rows)
+
+
+@models.command()
+@click.argument("name")
+@click.argument("alias")
+@click.argument("version", type=int)
+def alias(name: str, alias: str, version: int) -> None:
+    """Let ALIAS point at VERSION from now on."""
+    _registry().alias(name, alias, version)
+    click.echo(f"models:/{name}@{alias} is now version {version}")
+
+
+@models.command()
+@click.argument("name")
+@click.argument("alias")
+def rollback(name: str, alias: str) -> None:
+    """Let ALIAS point at what it pointed at before."""
+    found = _registry().rollback(name, alias)
+    click.echo(f"models:/{name}@{alias} is version {found.version} again")
+
+
+@models.command()
+@click.argument("name", required=False)
+@click.argument("version", type=int, required=False)
+def verify(name: str | None, version: int | None) -> int:
+    """Compare content with its hash: of one version, of all of NAME, or of everything.
+
+    The exit code is 1 if anything was changed.
+    """
+    registry = _registry()
+    if name is None:
+        versions: Sequence[Any] = registry.list()
+    elif version is None:
+        versions = registry.show(name).versions
+    else:
+        versions = [registry.get(f"models:/{name}/{version}")]
+    changed = False
+    for each in versions:
+        try:
+            registry.verify(each.name, each.version)
+        except ModelChangedError as error:
+            changed = True
+            click.echo(f"{click.style('CHANGED', fg='red')} {error.message}")
+        else:
+            click.echo(f"{click.style('ok', fg='green')}      {each} {each.hash}")
+    return int(changed)
+
+
+@models.command()
+@click.argument("name")
+@click.argument("version", type=int)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def remove(name: str, version: int, yes: bool) -> None:
+    """Remove VERSION of NAME for good. Its number is not used again."""
+    registry = _registry()
+    found = registry.get(f"models:/{name}/{version}")
+    if not yes and sys.stdin.isatty():
+        click.confirm(f"Remove {found} ({_size(found.bytes)}) for good?", abort=True)
+    registry.remove(name, version)
+    click.echo(f"removed {found}")
+
+
+def _registry() -> Registry:
+    from tally.models.registry import open_registry
+
+    return open_registry()
+
+
+def _pairs(flag: str, assignments: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs; values are read as YAML, so numbers, lists and booleans are what they look like."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    problems = []
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.strip():
+            problems.append(f"{flag} {assignment!r} is not of the form KEY=VALUE")
+            continue
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found[key.strip()] = value
+    if problems:
+        raise SpecError(problems)
+    return found
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {each}" for key, each in value.items())
+    return str(value)
+
+
+def _when(time: Any) -> str:
+    return str(time.astimezone().strftime("%Y-%m-%d %H:%M"))
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A table for people on a terminal; plain columns for everything else."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*head, box=None, header_style="bold")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,157 @@
+"""``tally score``, ``tally run`` and ``tally coordinate``: start a job, and see it through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from tally.errors import JobExistsError, SpecError
+
+
+def _resume_options(command: Any) -> Any:
+    for option in (
+        click.option("--resume", is_flag=True, help="Go on if the same job was begun before, without asking."),
+        click.option("--overwrite", is_flag=True, help="Do a finished job again; its earlier results are removed."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("source", nargs=-1, required=True)
+@click.option(
+    "-m",
+    "--model",
+    required=True,
+    help="An .onnx file, a package folder, a script, module:Class, models:/NAME@ALIAS, or a URL.",
+)
+@click.option("-o", "--out", required=True, help="A folder, a bucket URL, or one .csv, .parquet or .jsonl file.")
+@click.option("-t", "--task", help="classify, detect, restyle, embed or segment; found out if left out.")
+@click.option("--labels", help="Names of the classes: a text file with one per line, or JSON.")
+@click.option("--artifacts", help="Folder with what a script loads (AZUREML_MODEL_DIR).")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the model, e.g. preprocess.channels=bgr or top=5.",
+)
+@click.option("--format", help="parquet, csv or jsonl for rows; jpg, png or webp for pictures.")
+@click.option("-b", "--batch-size", type=int, help="Items that the scorer is given at once.")
+@click.option("-w", "--workers", type=int, help="Worker processes; one per core if left out.")
+@click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option("--engine", help="Who runs the workers.  [default: local]")
+@click.option("--timeout", type=float, help="Seconds that one batch may take.  [default: 120]")
+@click.option("--memory", help="Memory that one worker may hold, e.g. 2GiB.")
+@click.option("--max-dead", help="Share of failed items at which the job stops.  [default: 50%]")
+@click.option("--min-dead", type=int, help="... once so many items are finished.  [default: 1000]")
+@click.option("--price-per-hour", type=float, help="What this machine costs; the job's cost is then shown.")
+@click.option(
+    "--trust", is_flag=True, help="Open models that carry code (pickles). Only if you know where they come from."
+)
+@_resume_options
+def score(assignments: tuple[str, ...], resume: bool, overwrite: bool, quiet: bool, **fields: Any) -> int:
+    """Score every item of SOURCE with a model.
+
+    SOURCE is a folder, a file, a glob in quotes ('photos/**/*.jpg') or a bucket URL (s3://, az://, gs://);
+    there may be several.
+
+    \b
+    tally score photos/ --model squeezenet.onnx --task classify --labels labels.txt --out predictions/
+    tally score 'photos/**/*.jpg' --model ./my-model/ --out out.csv
+    tally score photos/ --model score.py --artifacts weights/ --out out/
+    """
+    from tally.jobs.spec import make
+
+    fields["trust"] = fields["trust"] or None
+    spec = make(settings=_settings(assignments), **fields)
+    return _start(spec, resume=resume, overwrite=overwrite, quiet=quiet)
+
+
+@click.command()
+@click.argument("file")
+@_resume_options
+def run(file: str, resume: bool, overwrite: bool, quiet: bool) -> int:
+    """Run the job that the YAML FILE describes: the fields are those of 'tally score', with 'source'.
+
+    Relative paths in it are relative to the file.
+    """
+    from tally.jobs.spec import read
+
+    return _start(read(file), resume=resume, overwrite=overwrite, quiet=quiet)
+
+
+@click.command(hidden=True)
+@click.argument("job")
+@click.option("--dead", is_flag=True, help="Replay the dead items.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
+def coordinate(job: str, dead: bool, quiet: bool) -> int:
+    """Drive JOB, which exists already, in this process."""
+    from tally.jobs.launch import open_store
+
+    return see_through(open_store(), job, quiet=quiet, retry_dead=dead)
+
+
+def _start(spec: Any, *, resume: bool, overwrite: bool, quiet: bool) -> int:
+    from tally.foreground import interactive
+    from tally.jobs.launch import open_store, submit
+
+    def say(line: str) -> None:
+        if not quiet:
+            click.secho(line, dim=True, err=True)
+
+    store = open_store()
+    try:
+        record = submit(store, spec, resume=resume, overwrite=overwrite, say=say)
+    except JobExistsError as error:
+        earlier = store.get(error.job_id)
+        if earlier.alive or earlier.state == "finished" or not interactive():
+            raise
+        click.echo(error.message, err=True)
+        if not click.confirm(f"Resume job {earlier.id}?", default=True, err=True):
+            raise
+        record = earlier
+    return see_through(store, record.id, quiet=quiet)
+
+
+def see_through(store: Any, job_id: str, *, quiet: bool, retry_dead: bool = False) -> int:
+    """Drive the job in the foreground, and say how it ended; the exit code."""
+    from tally import foreground
+    from tally.cli.jobs import summary
+
+    record = foreground.run(store, job_id, quiet=quiet, retry_dead=retry_dead)
+    if record.state == "finished":
+        if not quiet:
+            click.echo(summary(record), err=True)
+        return 0
+    if record.state == "interrupted":
+        click.echo(
+            f"job {record.id} is interrupted: {record.done:,} items are done and saved\n"
+            f"  Go on with: tally jobs resume {record.id}",
+            err=True,
+        )
+        return 130
+    click.echo(f"job {record.id} is {record.state}", err=True)
+    return 1
+
+
+def _settings(assignments: tuple[str, ...]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs; values are read as YAML, so numbers, lists and booleans are what they look like."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    problems = []
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.strip():
+            problems.append(f"--set {assignment!r} is not of the form KEY=VALUE")
+            continue
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found[key.strip()] = value
+    if problems:
+        raise SpecError(problems, hint="For example: --set preprocess.channels=bgr --set top=5")
+    return found

@@ -1,0 +1,49 @@
+"""Settings of this installation, read from the environment when asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tally.errors import SpecError
+
+_SCHEME = re.compile(r"(sqlite|postgresql)(\+\w+)?://")
+_PASSWORD = re.compile(r"(?<=://)([^:/@]*):.*(?=@)")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Settings:
+    """Where Tally keeps its state.
+
+    home: folder of the database, the registry's artifacts and downloads (``TALLY_HOME``).
+    database: SQLAlchemy URL of jobs and registry (``TALLY_DATABASE``).
+    """
+
+    home: Path
+    database: str
+
+    def __repr__(self) -> str:
+        database = _PASSWORD.sub(r"\1:***", self.database)
+        return f"Settings(home={str(self.home)!r}, database={database!r})"
+
+
+def settings() -> Settings:
+    """The settings that the environment gives now. Raises SpecError with every problem that there is."""
+    problems = []
+    if given := os.environ.get("TALLY_HOME"):
+        home = Path(given).expanduser().absolute()
+    else:
+        from platformdirs import user_data_path
+
+        home = user_data_path("tally")
+    if home.exists() and not home.is_dir():
+        problems.append(f"TALLY_HOME must name a folder, but {str(home)!r} is a file")
+    database = os.environ.get("TALLY_DATABASE") or f"sqlite:///{home / 'tally.db'}"
+    if not _SCHEME.match(database):
+        shown = _PASSWORD.sub(r"\1:***", database)
+        problems.append(f"TALLY_DATABASE must be a sqlite:/// or postgresql:// URL, not {shown!r}")
+    if problems:
+        raise SpecError(problems, hint="Correct the environment, or unset the variable to get the default.")
+    return Settings(home, database)

@@ -1,0 +1,66 @@
+"""The engine contract: who runs tasks.
+
+An engine keeps ``slots`` workers. Each worker is a process of its own, sets itself up once by calling
+``setup(*args)``, and then runs one task at a time: ``function(state, *arguments)``, where ``state`` is what
+``setup`` returned. Placing, watching and scaling workers is the engine's job; counting attempts,
+retrying and bisecting is its caller's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one worker may take.
+
+    memory: resident bytes; above it the worker is killed. None: no limit.
+    """
+
+    memory: int | None = None
+
+
+class Engine(ABC):
+    """Runs tasks on workers. Methods are called by one thread; futures are resolved by the engine's own.
+
+    A future of a task fails with whatever the task raised, or, when its worker was lost, with a
+    :class:`~tally.errors.WorkerError` that says why and with which items it was busy
+    (see :func:`tally.engines.progress.busy`). A lost worker is replaced and costs only its own task.
+    """
+
+    @abstractmethod
+    def start(self, setup: Callable[..., Any], args: tuple[Any, ...], *, slots: int, limits: Limits) -> None:
+        """Start the workers; returns at once."""
+
+    @abstractmethod
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Run a task on an idle worker, or the next that is idle. ``function`` is importable by name.
+
+        A failure of ``setup`` is the failure of every task given to that worker.
+        """
+
+    @abstractmethod
+    def default_slots(self) -> int:
+        """How many workers this engine starts when nobody says."""
+
+    @abstractmethod
+    def default_memory(self, slots: int) -> int | None:
+        """Resident bytes that each of ``slots`` workers may hold when nobody says."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> int:
+        """How many tasks can run at once, at present."""
+
+    @abstractmethod
+    def resize(self, slots: int) -> None:
+        """Change the number of workers; busy ones finish their task first."""
+
+    @abstractmethod
+    def stop(self, *, kill: bool = False) -> None:
+        """Stop all workers: after the tasks that run now, or, with ``kill``, at once. Idempotent."""

@@ -1,0 +1,159 @@
+"""Every error that Tally raises on purpose.
+
+::
+
+    TallyError
+    ├── SpecError (ValueError)              flags, YAML or tally.yaml are wrong; all problems together
+    ├── StorageError (OSError)              a folder, file or bucket could not be listed, read or written
+    │   ├── SourceNotFoundError (FileNotFoundError)
+    │   └── OutputExistsError (FileExistsError)
+    ├── ModelError
+    │   ├── ModelNotFoundError (LookupError)
+    │   ├── ModelLoadError                  unreadable, damaged, or asks for what is not there
+    │   ├── ModelChangedError               content does not match its hash
+    │   └── UntrustedModelError (PermissionError)
+    ├── JobError
+    │   ├── JobNotFoundError (LookupError)
+    │   ├── JobExistsError                  the same job was started before; resume it or ask for a new one
+    │   ├── JobStateError                   the job's state does not allow that
+    │   └── OwnershipLostError              another coordinator has taken the job over
+    ├── ItemError                           one item failed; it is dead, its neighbours are not
+    └── WorkerError                         a worker was lost
+        ├── WorkerCrashedError              it died: a signal, ``os._exit``, kill -9
+        ├── WorkerTimeoutError (TimeoutError)
+        └── WorkerMemoryError (MemoryError)
+
+A message says what happened and the offending value; ``hint`` says the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class TallyError(Exception):
+    """What happened, with the offending value; ``hint`` is the next step for the user."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process boundaries: keep keyword-only attributes.
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+def _rebuild(cls: type[TallyError], args: tuple[object, ...], state: dict[str, object]) -> TallyError:
+    error = cls.__new__(cls, *args)
+    Exception.__init__(error, *args)
+    error.__dict__.update(state)
+    return error
+
+
+class SpecError(TallyError, ValueError):
+    """A job, package or option is described wrongly; ``problems`` lists everything found."""
+
+    def __init__(self, problems: str | Sequence[str], *, hint: str | None = None) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        text = self.problems[0] if len(self.problems) == 1 else "\n".join(f"- {p}" for p in self.problems)
+        super().__init__(text, hint=hint)
+
+
+class StorageError(TallyError, OSError):
+    """A folder, file or bucket could not be listed, read or written."""
+
+
+class SourceNotFoundError(StorageError, FileNotFoundError):
+    """There is nothing at the place given, or nothing there that can be scored."""
+
+
+class OutputExistsError(StorageError, FileExistsError):
+    """The output place already holds something that this job did not write."""
+
+
+class ModelError(TallyError):
+    """A model cannot be used."""
+
+
+class ModelNotFoundError(ModelError, LookupError):
+    """No model by that name, version, alias or path."""
+
+
+class ModelLoadError(ModelError):
+    """The model is unreadable or damaged, or needs something that is not there."""
+
+
+class ModelChangedError(ModelError):
+    """The model's content no longer matches the hash under which it is known."""
+
+
+class UntrustedModelError(ModelError, PermissionError):
+    """Opening the model would run code that it carries, and nobody said that it is trusted."""
+
+
+class JobError(TallyError):
+    """A job cannot do what was asked."""
+
+
+class JobNotFoundError(JobError, LookupError):
+    """No job by that id."""
+
+
+class JobExistsError(JobError):
+    """The same source, model and output were given to an earlier job (``job_id``)."""
+
+    def __init__(self, message: str, *, job_id: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.job_id = job_id
+
+
+class JobStateError(JobError):
+    """The job's state does not allow that."""
+
+
+class OwnershipLostError(JobError):
+    """Another coordinator has taken the job over; nothing more may be committed by this one."""
+
+
+class ItemError(TallyError):
+    """One item failed. ``stage`` is one of read, decode, prepare, score, write."""
+
+    def __init__(self, message: str, *, stage: str = "score", hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.stage = stage
+
+
+class WorkerError(TallyError):
+    """A worker was lost while it ran a task.
+
+    ``suspects`` is the half-open range of item positions inside the chunk that the worker was
+    busy with when it was lost, or None if that is not known. ``trace`` is the stack that it left.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        suspects: tuple[int, int] | None = None,
+        trace: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.suspects = suspects
+        self.trace = trace
+
+
+class WorkerCrashedError(WorkerError):
+    """The worker died: a signal, a native crash, ``os._exit``, kill -9."""
+
+
+class WorkerTimeoutError(WorkerError, TimeoutError):
+    """One batch outlasted its time limit."""
+
+
+class WorkerMemoryError(WorkerError, MemoryError):
+    """The worker outgrew its memory limit."""

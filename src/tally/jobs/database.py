@@ -1,0 +1,105 @@
+"""Connecting to the database that holds jobs and the registry, and bringing its schema up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from tally.errors import StorageError
+
+HEAD = "0001"
+"""The newest revision in ``migrations/versions``; a test keeps it true."""
+
+
+class now(FunctionElement[float]):  # noqa: N801 - written like a function in statements
+    """Seconds since the epoch by the database's clock: the one clock that all coordinators share."""
+
+    type = sa.Double()
+    inherit_cache = True
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: Any, compiler: Any, **options: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: Any, compiler: Any, **options: Any) -> str:
+    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)"
+
+
+def connect(url: str) -> sa.Engine:
+    """An engine for ``url``, with the schema migrated to the newest revision.
+
+    Raises StorageError when the database cannot be opened.
+    """
+    parsed = sa.make_url(url)
+    shown = parsed.render_as_string(hide_password=True)
+    sqlite = parsed.get_backend_name() == "sqlite"
+    if sqlite and parsed.database:
+        try:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot make the folder of the database {shown}: {error.strerror}",
+                hint="Set TALLY_HOME to a folder that can be written to.",
+            ) from error
+    try:
+        engine = sa.create_engine(url, connect_args={"timeout": 30} if sqlite else {})
+        if sqlite:
+            _prepare_sqlite(engine)
+        _migrate(engine)
+    except (sa.exc.DBAPIError, ModuleNotFoundError) as error:
+        reason = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+        raise StorageError(
+            f"cannot open the database {shown}: {reason}",
+            hint="Set TALLY_HOME (or TALLY_DATABASE) to a place that is there and can be written to.",
+        ) from error
+    return engine
+
+
+def _prepare_sqlite(engine: sa.Engine) -> None:
+    @sa.event.listens_for(engine, "connect")
+    def configure(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # SQLAlchemy's BEGIN below is the only one
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        # In WAL mode NORMAL survives kill -9; a power cut may lose the last commits, never corrupt:
+        # their chunks are then run again.
+        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.close()
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        # A transaction that reads first and writes later would fail with "database is locked" when
+        # another writer came between: take the write lock at the start.
+        reading = connection.get_execution_options().get("reading", False)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+def _migrate(engine: sa.Engine) -> None:
+    with engine.connect().execution_options(reading=True) as connection:
+        if _revision(connection) == HEAD:
+            return
+    # Alembic takes a quarter of a second to import: only when there is something to do.
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    with engine.begin() as connection:
+        if _revision(connection) != HEAD:  # another process may have been faster
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    revision: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    return revision

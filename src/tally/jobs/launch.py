@@ -1,0 +1,234 @@
+"""From a spec to a running job: the one way that the command line, Python and later the server share."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from tally.config import settings
+from tally.engines.base import Engine, Limits
+from tally.errors import JobExistsError, JobStateError
+from tally.jobs import work
+from tally.jobs.coordinator import LEASE_SECONDS, Coordinator, Progress
+from tally.jobs.database import connect
+from tally.jobs.spec import JobSpec
+from tally.jobs.store import JobRecord, JobStore
+from tally.scorers.base import Scorer
+from tally.scorers.package import ModelRef, create, resolve
+from tally.sinks.base import Sink
+from tally.sinks.choose import choose
+from tally.sources.base import Source
+from tally.sources.files import FileSource
+
+
+def open_store() -> JobStore:
+    """The job store that the environment names."""
+    return JobStore(connect(settings().database))
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A job's model, source and sink, made from its spec. ``scorer`` is not loaded."""
+
+    model: ModelRef
+    scorer: Scorer
+    source: Source
+    sink: Sink
+    batch_size: int
+
+
+def assemble(spec: JobSpec, model: ModelRef) -> Parts:
+    """Make the parts that the spec describes; raises what makes them impossible."""
+    scorer = create(model)
+    if spec.batch_size is not None:
+        scorer.batch_size = spec.batch_size
+    return Parts(
+        model=model,
+        scorer=scorer,
+        source=FileSource.describe(spec.source, scorer.input),
+        sink=choose(spec.out, output=scorer.output, format=spec.format, columns=scorer.columns),
+        batch_size=scorer.batch_size,
+    )
+
+
+def describe_model(spec: JobSpec, model: Any = None) -> ModelRef:
+    """Find and check the model. ``model``: a live Scorer that stands for ``spec.model``."""
+    return resolve(
+        spec.model if model is None else model,
+        task=spec.task,
+        labels=spec.labels,
+        artifacts=spec.artifacts,
+        settings=spec.settings,
+        trust=spec.trust,
+    )
+
+
+def submit(
+    store: JobStore,
+    spec: JobSpec,
+    *,
+    model: Any = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> JobRecord:
+    """A job for this spec: a new one, or with ``resume`` the earlier one that was not finished.
+
+    overwrite: do it again, over the results of an earlier finished job.
+    Raises JobExistsError when the same was asked before and neither was said.
+    """
+    ref = describe_model(spec, model)
+    parts = assemble(spec, ref)
+    for line in ref.assumed:
+        say(line)
+    fingerprint = spec.fingerprint(ref.hash)
+    earlier = store.find(fingerprint)
+    if earlier is not None and _still_there(earlier, parts.sink):
+        if earlier.alive:
+            raise JobExistsError(
+                f"job {earlier.id} is doing exactly this now ({earlier.done:,} items done)",
+                job_id=earlier.id,
+                hint=f"Follow it with: tally jobs watch {earlier.id}",
+            )
+        if earlier.state != "finished":
+            if resume:
+                return earlier
+            if not overwrite:
+                raise JobExistsError(
+                    f"job {earlier.id} began exactly this and is {earlier.state}: {earlier.done:,} items are done",
+                    job_id=earlier.id,
+                    hint=f"Go on with: tally jobs resume {earlier.id}   (or --resume; --overwrite starts again)",
+                )
+            discard(store, earlier)
+        elif not overwrite:
+            raise JobExistsError(
+                f"job {earlier.id} did exactly this and finished on {when(earlier.finished_at)}: "
+                f"the results are in {spec.out}",
+                job_id=earlier.id,
+                hint="Do it again with --overwrite, or write to another place with --out.",
+            )
+    record = store.create(fingerprint=fingerprint, spec=spec.model_dump(mode="json"), model=ref.to_dict())
+    try:
+        parts.sink.claim(record.id, overwrite=overwrite)
+    except BaseException:
+        store.delete(record.id)
+        raise
+    return record
+
+
+def drive(
+    store: JobStore,
+    job_id: str,
+    *,
+    listen: Callable[[Progress], None] = lambda progress: None,
+    say: Callable[[str], None] = lambda line: None,
+    started: Callable[[Coordinator], None] = lambda coordinator: None,
+    retry_dead: bool = False,
+) -> JobRecord:
+    """Coordinate the job in this process until it is finished or stopped; returns it as it then is.
+
+    started: gets the coordinator, so that a signal handler can stop it.
+    retry_dead: replay the dead items; allowed for a finished job too.
+    """
+    record = store.get(job_id)
+    if record.state == "cancelled" or (record.state == "finished" and not retry_dead):
+        raise JobStateError(f"job {record.id} is {record.state}", hint=f"See it with: tally jobs show {record.id}")
+    spec = JobSpec(**record.spec)
+    parts = assemble(spec, ModelRef.from_dict(record.model))
+    lease = store.acquire(record.id, seconds=LEASE_SECONDS)
+    if lease is None:
+        raise JobStateError(
+            f"job {record.id} is driven by another process now ({record.owner_host}, pid {record.owner_pid})",
+            hint=f"Follow it with: tally jobs watch {record.id}",
+        )
+    engine = engine_for(spec)
+    try:
+        slots = spec.workers or engine.default_slots()
+        engine.start(
+            work.setup,
+            (work.Setup(parts.model, parts.source, parts.sink, spec.device, spec.batch_size, spec.timeout),),
+            slots=slots,
+            limits=Limits(memory=spec.memory or engine.default_memory(slots)),
+        )
+        parts.sink.claim(record.id)
+        if retry_dead:
+            dead = [each.chunk for each in store.dead(record.id)]
+            store.reopen(lease, parts.source.combine(dead))
+        coordinator = Coordinator(
+            store,
+            store.get(record.id),
+            lease,
+            spec=spec,
+            source=parts.source,
+            sink=parts.sink,
+            engine=engine,
+            batch_size=parts.batch_size,
+            manifest=_facts(spec, parts.model),
+            listen=listen,
+            say=say,
+        )
+    except BaseException as error:
+        engine.stop(kill=True)
+        store.release(lease, "failed", error=str(error))
+        raise
+    started(coordinator)
+    coordinator.run()
+    return store.get(record.id)
+
+
+def discard(store: JobStore, record: JobRecord) -> None:
+    """Forget a job that nobody drives, with everything that it has not finished writing."""
+    if record.alive:
+        raise JobStateError(f"job {record.id} is running", hint=f"Stop it first: tally jobs cancel {record.id}")
+    if record.state != "finished":
+        sink_of(record).release()
+    store.delete(record.id)
+
+
+def sink_of(record: JobRecord) -> Sink:
+    """Where the job's results are; neither model nor source is opened."""
+    spec = JobSpec(**record.spec)
+    scorer = create(ModelRef.from_dict(record.model))
+    return choose(spec.out, output=scorer.output, format=spec.format, columns=scorer.columns)
+
+
+def engine_for(spec: JobSpec) -> Engine:
+    """A new engine of the kind that the spec names."""
+    from tally.engines.local import LocalEngine
+
+    return {"local": LocalEngine}[spec.engine]()
+
+
+def when(seconds: float | None) -> str:
+    """A time as people write it, in their own zone."""
+    if seconds is None:
+        return "-"
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def version() -> str:
+    """Tally's own version."""
+    return importlib.metadata.version("tally-scoring")
+
+
+def _still_there(record: JobRecord, sink: Sink) -> bool:
+    """Whether the output still belongs to that job; a user may have removed it, and then it is forgotten."""
+    return record.alive or sink.holder() == record.id
+
+
+def _facts(spec: JobSpec, model: ModelRef) -> dict[str, Any]:
+    return {
+        "tally": version(),
+        "model": {
+            "name": model.name,
+            "version": model.version,
+            "kind": model.kind,
+            "hash": model.hash,
+            "options": model.options,
+        },
+        "source": list(spec.source),
+        "spec": spec.model_dump(mode="json", exclude={"source", "out"}),
+    }

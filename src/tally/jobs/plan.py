@@ -1,0 +1,108 @@
+"""Planning: cutting the source into chunks, in a thread of its own, while scoring already runs.
+
+Chunks are sized so that one takes about :data:`TARGET_SECONDS`: small enough that a lost worker costs
+little and progress is smooth, large enough that handing out and committing cost nothing beside scoring.
+The first few hold one batch each, to get the first rows out soon; from then on the measured rate decides.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from tally.sources.base import Chunk, ChunkLimit, Source
+
+TARGET_SECONDS = 2.0
+MAX_ITEMS = 8192
+MAX_BYTES = 256 * 2**20
+FIRST_CHUNKS_PER_SLOT = 2
+GROWTH = 4
+"""A chunk is at most so many times as large as the largest before it: one lucky measurement is not a rate."""
+
+
+class ChunkSizer:
+    """How large the next chunk is to be. Thread-safe."""
+
+    def __init__(self, batch_size: int, slots: int) -> None:
+        self._batch = batch_size
+        self._first = FIRST_CHUNKS_PER_SLOT * slots
+        self._asked = 0
+        self._largest = batch_size
+        self._rate: float | None = None
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def observe(self, items: int, seconds: float) -> None:
+        """A worker took ``seconds`` for a chunk of ``items``."""
+        rate = items / max(seconds, 1e-4)
+        with self._changed:
+            self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Let a waiting planner go."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def __call__(self) -> ChunkLimit:
+        """Waits, after the first chunks, until something has been measured."""
+        with self._changed:
+            self._asked += 1
+            if self._asked <= self._first:
+                return ChunkLimit(self._batch, MAX_BYTES)
+            self._changed.wait_for(lambda: self._stopped or self._rate is not None)
+            wanted = int((self._rate or 0) * TARGET_SECONDS)
+            items = max(min(wanted, self._largest * GROWTH, MAX_ITEMS), self._batch)
+            items -= items % self._batch
+            self._largest = max(self._largest, items)
+            return ChunkLimit(items, MAX_BYTES)
+
+
+class Planner(threading.Thread):
+    """Lists the source and hands over chunks.
+
+    deliver: called in this thread with each new chunk, at most ``ahead`` of them before :meth:`taken` says
+        that the earlier ones are stored: memory stays flat however fast the listing is.
+    ended: called once, with None or the error that stopped planning.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        after: str | None,
+        first: int,
+        sizer: ChunkSizer,
+        deliver: Callable[[Chunk], None],
+        ended: Callable[[Exception | None], None],
+        ahead: int = 64,
+    ) -> None:
+        super().__init__(name="tally-planner", daemon=True)
+        self._source, self._after, self._first, self._sizer = source, after, first, sizer
+        self._deliver, self._ended = deliver, ended
+        self._room = threading.Semaphore(ahead)
+        self._stopping = threading.Event()
+
+    def taken(self, count: int) -> None:
+        """``count`` delivered chunks are stored."""
+        if count:
+            self._room.release(count)
+
+    def stop(self) -> None:
+        """Stop soon; nothing more is delivered."""
+        self._stopping.set()
+        self._sizer.stop()
+        self._room.release()
+
+    def run(self) -> None:
+        try:
+            for chunk in self._source.plan(self._after, self._first, self._sizer):
+                self._room.acquire()
+                if self._stopping.is_set():
+                    return
+                self._deliver(chunk)
+        except Exception as error:
+            self._ended(error)
+        else:
+            self._ended(None)

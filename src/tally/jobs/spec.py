@@ -1,0 +1,151 @@
+"""What a job is: one frozen, validated object, made from flags, YAML or Python."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from tally.errors import SpecError, StorageError
+
+_SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$")
+
+
+class JobSpec(BaseModel):
+    """Model × source × sink, and how to run them.
+
+    source: folders, files, globs or bucket URLs. out: a folder, a bucket URL, or one ``.csv``, ``.parquet``
+    or ``.jsonl`` file. Relative paths are made absolute when the spec is made.
+    timeout: seconds that one batch may take. memory: bytes that one worker may hold (``2GiB`` is understood);
+    None: four fifths of this machine's memory, shared by the workers.
+    max_dead: share of dead items above which the job stops, once ``min_dead`` items are finished.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: tuple[str, ...] = Field(min_length=1)
+    model: str
+    out: str
+    task: Literal["classify", "detect", "restyle", "embed", "segment"] | None = None
+    labels: str | None = None
+    artifacts: str | None = None
+    settings: dict[str, Any] = {}
+    trust: bool = False
+    format: Literal["parquet", "csv", "jsonl", "jpg", "png", "webp"] | None = None
+    batch_size: int | None = Field(default=None, ge=1, le=65_536)
+    device: str = "auto"
+    engine: Literal["local"] = "local"
+    workers: int | None = Field(default=None, ge=1, le=4096)
+    timeout: float = Field(default=120.0, gt=0)
+    memory: int | None = Field(default=None, gt=0)
+    attempts: int = Field(default=3, ge=1, le=100)
+    max_dead: float = Field(default=0.5, ge=0, le=1)
+    min_dead: int = Field(default=1000, ge=1)
+    price_per_hour: float | None = Field(default=None, ge=0)
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, Path)) else value
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        if isinstance(value, str) and (match := _SIZE.match(value)):
+            base = 1024 if match[3] or match[2] else 1
+            return int(float(match[1]) * base ** (" kmgt".index(match[2].lower() or " ")))
+        return value
+
+    @field_validator("max_dead", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.strip().endswith("%"):
+            return float(value.strip()[:-1]) / 100
+        return value
+
+    def fingerprint(self, model_hash: str) -> str:
+        """The same for jobs that would produce the same result at the same place."""
+        relevant = self.model_dump(
+            mode="json",
+            include={"source", "out", "settings", "format", "batch_size", "task", "labels"},
+        )
+        text = json.dumps({**relevant, "model": model_hash}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make(**fields: Any) -> JobSpec:
+    """A valid spec with absolute places. Raises SpecError with every problem that there is."""
+    try:
+        spec = JobSpec(**{name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise SpecError(
+            [_problem(each) for each in error.errors()], hint="See 'tally score --help', or docs/reference/job.md."
+        ) from None
+    return spec.model_copy(
+        update={
+            "source": tuple(absolute(each) for each in spec.source),
+            "out": absolute(spec.out),
+            "labels": absolute(spec.labels) if spec.labels else None,
+            "artifacts": absolute(spec.artifacts) if spec.artifacts else None,
+        }
+    )
+
+
+def read(path: str) -> JobSpec:
+    """The spec in a YAML file; relative paths in it are relative to the file's folder."""
+    import yaml
+
+    try:
+        text = Path(path).read_text("utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot read the job file {path!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"the job file {path!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"the job file {path!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise SpecError(
+            f"the job file {path!r} must hold fields such as source, model and out, not {type(fields).__name__}"
+        )
+    folder = Path(path).resolve().parent
+    for name in ("source", "out", "labels", "artifacts", "model"):
+        value = fields.get(name)
+        if isinstance(value, str):
+            fields[name] = _beside(folder, value, name)
+        elif isinstance(value, list) and name == "source":
+            fields[name] = [_beside(folder, str(each), name) for each in value]
+    return make(**fields)
+
+
+def _beside(folder: Path, value: str, name: str) -> str:
+    if name == "model" and not (folder / value).exists():
+        return value  # a registry name, a URL, or module:Class
+    return absolute(value, folder)
+
+
+def absolute(place: str, folder: Path | None = None) -> str:
+    """A place that means the same in every process: URLs stay, paths become absolute."""
+    if "://" in place:
+        return place
+    text = str((folder or Path.cwd()) / Path(place).expanduser())
+    # Path drops a trailing slash; keep it, as "out.csv/" would say that a folder is meant.
+    return text + "/" if place.endswith("/") and not text.endswith("/") else text
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        from difflib import get_close_matches
+
+        close = get_close_matches(where, list(JobSpec.model_fields), n=1)
+        return f"{where}: there is no such field" + (f"; did you mean {close[0]}?" if close else "")
+    if error["type"] == "missing":
+        return f"{where}: is needed"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{where}: {message} (given: {error['input']!r})"

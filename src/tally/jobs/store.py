@@ -1,0 +1,509 @@
+"""The job store: every job's state, kept so that any coordinator can go on where another was killed.
+
+One coordinator owns a job at a time. It proves that with its token in every statement that changes the
+job, inside the same transaction: a coordinator that has lost its job changes nothing. Leases run by the
+database's clock. Statements are portable between SQLite and PostgreSQL.
+
+A chunk is ``pending``, ``running`` or ``done``. Attempts are counted when they are handed out. An outcome
+is committed only if its chunk is not done: of two attempts at one chunk, the first commit wins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+import sqlalchemy as sa
+
+from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError
+from tally.jobs.database import connect, now
+from tally.jobs.tables import chunks, dead_items, jobs
+from tally.sinks.base import Output
+from tally.sources.base import Chunk
+
+__all__ = ["Dead", "Done", "JobRecord", "JobStore", "Lease", "Lost", "StoredChunk", "connect"]
+
+ENDED = ("finished", "cancelled")
+"""Job states that nothing leads out of, except ``jobs retry``."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """One job as the store knows it. Times are seconds since the epoch.
+
+    state: created, running, paused, interrupted, failed, finished or cancelled. A job whose coordinator
+        was killed is still ``running`` in the table; it is reported as interrupted (``alive`` is false).
+    wanted: what the user asked for last: run, pause or cancel.
+    items: planned so far; all of them when ``planned``. done, dead: committed so far.
+    """
+
+    id: str
+    fingerprint: str
+    spec: dict[str, Any]
+    model: dict[str, Any]
+    state: str
+    wanted: str
+    error: str | None
+    remarks: list[str]
+    generation: int
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    owner: str | None
+    owner_host: str | None
+    owner_pid: int | None
+    lease_until: float | None
+    plan_cursor: str | None
+    planned: bool
+    items: int
+    done: int
+    dead: int
+    rows: int
+    bytes: int
+    usage: dict[str, Any]
+    manifest: dict[str, Any] | None
+    alive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to drive a job: sent with every change."""
+
+    job_id: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """A chunk as handed out: ``attempts`` counts this one too; ``losses`` counts lost workers."""
+
+    id: int
+    chunk: Chunk
+    attempts: int
+    losses: int
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """An item that failed for good; ``chunk`` holds it alone, so that it can be replayed."""
+
+    key: str
+    stage: str
+    error: str
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The outcome of one attempt. ``usage`` holds numbers to add to the job's."""
+
+    id: int
+    attempt: str
+    count: int
+    output: Output
+    dead: Sequence[Dead] = ()
+    usage: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A chunk that has to be run again: ``parts`` (it may be just itself) take its place, each with the
+    number of losses that counts against it."""
+
+    id: int
+    parts: Sequence[tuple[Chunk, int]]
+
+
+class JobStore:
+    """Reads and changes jobs. Safe to use from several threads; holds no state but the engine."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def get(self, job_id: str) -> JobRecord:
+        """The job by its id, or by the unambiguous beginning of it. Raises JobNotFoundError."""
+        query = self._select().where(jobs.c.id.startswith(job_id, autoescape=True)).limit(3)
+        with self._read() as connection:
+            rows = connection.execute(query).mappings().all()
+        exact = [row for row in rows if row["id"] == job_id]
+        found = exact or rows
+        if not job_id or not found:
+            raise JobNotFoundError(f"no job {job_id!r}", hint="'tally jobs list' shows the jobs there are.")
+        if len(found) > 1:
+            some = ", ".join(row["id"] for row in found)
+            raise JobNotFoundError(f"{job_id!r} is the beginning of several jobs: {some}", hint="Type more of it.")
+        return _record(found[0])
+
+    def newest(self, *, limit: int = 50) -> list[JobRecord]:
+        """The newest jobs, newest first."""
+        query = self._select().order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
+        with self._read() as connection:
+            return [_record(row) for row in connection.execute(query).mappings()]
+
+    def find(self, fingerprint: str) -> JobRecord | None:
+        """The newest job with this fingerprint that was not cancelled."""
+        query = (
+            self._select()
+            .where(jobs.c.fingerprint == fingerprint, jobs.c.state != "cancelled")
+            .order_by(jobs.c.created_at.desc())
+            .limit(1)
+        )
+        with self._read() as connection:
+            row = connection.execute(query).mappings().first()
+        return None if row is None else _record(row)
+
+    def outputs(self, job_id: str, *, generation: int | None = None) -> Iterator[Output]:
+        """Committed outputs in the source's order; of one generation, or of all."""
+        query = (
+            sa.select(chunks.c.output)
+            .where(chunks.c.job_id == job_id, chunks.c.state == "done")
+            .order_by(chunks.c.first, chunks.c.id)
+        )
+        if generation is not None:
+            query = query.where(chunks.c.generation == generation)
+        with self._read(stream=True) as connection:
+            for output in connection.execute(query).scalars():
+                if output:
+                    yield Output(**output)
+
+    def dead(self, job_id: str) -> Iterator[Dead]:
+        """Dead items in the source's order."""
+        query = sa.select(dead_items).where(dead_items.c.job_id == job_id)
+        with self._read(stream=True) as connection:
+            for row in connection.execute(query.order_by(dead_items.c.first, dead_items.c.id)).mappings():
+                yield Dead(row["key"], row["stage"], row["error"], _unpack(row["first"], 1, row["payload"]))
+
+    def counts(self, job_id: str) -> dict[str, int]:
+        """Number of chunks per state."""
+        query = sa.select(chunks.c.state, sa.func.count()).where(chunks.c.job_id == job_id)
+        with self._read() as connection:
+            rows = connection.execute(query.group_by(chunks.c.state)).tuples().all()
+        return {"pending": 0, "running": 0, "done": 0, **dict(rows)}
+
+    # -- a user's changes --------------------------------------------------------------------------
+
+    def create(
+        self, *, fingerprint: str, spec: dict[str, Any], model: dict[str, Any], job_id: str | None = None
+    ) -> JobRecord:
+        """A new job, not yet owned by anybody."""
+        job_id = job_id or new_id()
+        with self.engine.begin() as connection:
+            connection.execute(
+                sa.insert(jobs).values(
+                    id=job_id, fingerprint=fingerprint, spec=spec, model=model, state="created", wanted="run",
+                    remarks=[], generation=0, created_at=now(), planned=0, items=0, done=0, dead=0, rows=0,
+                    bytes=0, usage={},
+                )
+            )  # fmt: skip
+        return self.get(job_id)
+
+    def want(self, job_id: str, wanted: str) -> None:
+        """Ask the job's coordinator to run, pause or cancel; it looks about once a second."""
+        with self.engine.begin() as connection:
+            changed = connection.execute(
+                sa.update(jobs).where(jobs.c.id == job_id, jobs.c.state.not_in(ENDED)).values(wanted=wanted)
+            )
+        if changed.rowcount == 0:
+            record = self.get(job_id)
+            raise JobStateError(f"job {record.id} is {record.state}: there is nothing to {wanted}")
+
+    def delete(self, job_id: str) -> None:
+        """Forget the job, its chunks and its dead items."""
+        with self.engine.begin() as connection:
+            for table in (chunks, dead_items):
+                connection.execute(sa.delete(table).where(table.c.job_id == job_id))
+            connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+
+    # -- the coordinator's changes -----------------------------------------------------------------
+
+    def acquire(self, job_id: str, *, seconds: float) -> Lease | None:
+        """Take the job over, if nobody drives it: its lease has run out, or its process is gone.
+
+        What was handed out before goes back to pending. Returns None while somebody else has it.
+        """
+        record = self.get(job_id)
+        token = secrets.token_hex(16)
+        gone = record.owner is not None and not record.alive
+        free = sa.or_(jobs.c.owner.is_(None), jobs.c.lease_until < now())
+        if gone:
+            free = sa.or_(free, jobs.c.owner == record.owner)
+        with self.engine.begin() as connection:
+            taken = connection.execute(
+                sa.update(jobs)
+                .where(jobs.c.id == record.id, free)
+                .values(
+                    owner=token, owner_host=socket.gethostname(), owner_pid=os.getpid(),
+                    lease_until=now() + seconds, wanted="run", state="running", error=None,
+                    started_at=sa.func.coalesce(jobs.c.started_at, now()), finished_at=None,
+                )
+            )  # fmt: skip
+            if taken.rowcount == 0:
+                return None
+            connection.execute(
+                sa.update(chunks)
+                .where(chunks.c.job_id == record.id, chunks.c.state == "running")
+                .values(state="pending")
+            )
+        return Lease(record.id, token)
+
+    def renew(self, lease: Lease, *, seconds: float) -> str:
+        """Extend the lease; returns what the user wants: run, pause or cancel."""
+        with self.engine.begin() as connection:
+            self._own(connection, lease, lease_until=now() + seconds)
+            return str(connection.scalar(sa.select(jobs.c.wanted).where(jobs.c.id == lease.job_id)))
+
+    def commit(
+        self,
+        lease: Lease,
+        *,
+        planned: Sequence[Chunk] = (),
+        complete: bool = False,
+        done: Sequence[Done] = (),
+        lost: Sequence[Lost] = (),
+        usage: Mapping[str, float] | None = None,
+        take: int = 0,
+    ) -> tuple[list[Done], list[StoredChunk]]:
+        """One transaction of all that has come up: new chunks, outcomes, lost workers, the next hand-outs.
+
+        complete: ``planned`` holds the last chunks there are.
+        usage: numbers to add to the job's, beside those of the outcomes.
+        take: hand out up to that many pending chunks, in order.
+        Returns the outcomes that counted (their chunk was not done yet), and the chunks handed out.
+        Raises OwnershipLostError, with nothing changed, if the job has another owner.
+        """
+        with self.engine.begin() as connection:
+            row = self._own(connection, lease)
+            changes: dict[str, Any] = {}
+            if planned or complete:
+                changes |= self._add(connection, row, planned, complete)
+            for each in lost:
+                self._replace(connection, row, each)
+            counted = [each for each in done if self._finish(connection, row, each)]
+            if counted or usage:
+                changes |= _totals(row, counted, usage or {})
+            if changes:
+                connection.execute(sa.update(jobs).where(jobs.c.id == lease.job_id).values(**changes))
+            taken = self._take(connection, lease, take) if take > 0 else []
+        return counted, taken
+
+    def again(self, lease: Lease, chunk_id: int) -> str:
+        """Count one more attempt at a running chunk (a straggler); returns the attempt's id."""
+        attempt = _attempt_id(chunk_id)
+        with self.engine.begin() as connection:
+            self._own(connection, lease)
+            connection.execute(
+                sa.update(chunks)
+                .where(chunks.c.id == chunk_id, chunks.c.state == "running")
+                .values(attempts=chunks.c.attempts + 1)
+            )
+        return attempt
+
+    def reopen(self, lease: Lease, replay: Iterable[Chunk]) -> None:
+        """Start a new generation in which the dead items are replayed as ``replay``."""
+        with self.engine.begin() as connection:
+            row = self._own(connection, lease)
+            generation = row["generation"] + 1
+            connection.execute(sa.delete(dead_items).where(dead_items.c.job_id == lease.job_id))
+            _insert(connection, lease.job_id, generation, [(chunk, 0) for chunk in replay])
+            connection.execute(
+                sa.update(jobs)
+                .where(jobs.c.id == lease.job_id)
+                .values(generation=generation, dead=0, done=row["done"] - row["dead"])
+            )
+
+    def remark(self, lease: Lease, text: str) -> None:
+        """Keep a line for the user."""
+        with self.engine.begin() as connection:
+            row = self._own(connection, lease)
+            if text not in row["remarks"]:
+                self._own(connection, lease, remarks=[*row["remarks"], text])
+
+    def mark(self, lease: Lease, state: str) -> None:
+        """Show that the job is paused, or running again."""
+        with self.engine.begin() as connection:
+            self._own(connection, lease, state=state)
+
+    def release(
+        self, lease: Lease, state: str, *, error: str | None = None, manifest: dict[str, Any] | None = None
+    ) -> None:
+        """End this coordinator's work: the job is finished, paused, interrupted, failed or cancelled."""
+        values: dict[str, Any] = {
+            "state": state, "error": error, "owner": None, "owner_host": None, "owner_pid": None,
+            "lease_until": None,
+        }  # fmt: skip
+        if state in ENDED:
+            values["finished_at"] = now()
+        if manifest is not None:
+            values["manifest"] = manifest
+        with self.engine.begin() as connection:
+            self._own(connection, lease, **values)
+            connection.execute(
+                sa.update(chunks)
+                .where(chunks.c.job_id == lease.job_id, chunks.c.state == "running")
+                .values(state="pending")
+            )
+
+    # -- inside transactions -----------------------------------------------------------------------
+
+    def _own(self, connection: sa.Connection, lease: Lease, **values: Any) -> sa.RowMapping:
+        """Lock the job's row and check the token; every transaction of the coordinator begins here."""
+        changed = connection.execute(
+            sa.update(jobs)
+            .where(jobs.c.id == lease.job_id, jobs.c.owner == lease.token)
+            .values(**(values or {"owner": lease.token}))
+        )
+        if changed.rowcount == 0:
+            raise OwnershipLostError(
+                f"job {lease.job_id} has been taken over by another coordinator; this one stops",
+                hint=f"Follow it with: tally jobs watch {lease.job_id}",
+            )
+        return connection.execute(sa.select(jobs).where(jobs.c.id == lease.job_id)).mappings().one()
+
+    def _add(
+        self, connection: sa.Connection, row: sa.RowMapping, planned: Sequence[Chunk], complete: bool
+    ) -> dict[str, Any]:
+        _insert(connection, row["id"], row["generation"], [(chunk, 0) for chunk in planned])
+        changes: dict[str, Any] = {"planned": 1} if complete else {}
+        if planned:
+            changes["plan_cursor"] = planned[-1].cursor
+            changes["items"] = planned[-1].first + planned[-1].count
+        return changes
+
+    def _replace(self, connection: sa.Connection, row: sa.RowMapping, lost: Lost) -> None:
+        """Put the parts in the place of the chunk, unless it is done by now."""
+        gone = connection.execute(sa.delete(chunks).where(chunks.c.id == lost.id, chunks.c.state == "running"))
+        if gone.rowcount:
+            _insert(connection, row["id"], row["generation"], lost.parts)
+
+    def _finish(self, connection: sa.Connection, row: sa.RowMapping, done: Done) -> bool:
+        changed = connection.execute(
+            sa.update(chunks)
+            .where(chunks.c.id == done.id, chunks.c.job_id == row["id"], chunks.c.state == "running")
+            .values(state="done", attempt=done.attempt, output=asdict(done.output), payload=None)
+        )
+        if changed.rowcount == 0:
+            return False
+        if done.dead:
+            connection.execute(
+                sa.insert(dead_items),
+                [
+                    {
+                        "job_id": row["id"], "key": dead.key, "stage": dead.stage, "error": dead.error,
+                        "first": dead.chunk.first, "payload": _pack(dead.chunk),
+                    }
+                    for dead in done.dead
+                ],
+            )  # fmt: skip
+        return True
+
+    def _take(self, connection: sa.Connection, lease: Lease, limit: int) -> list[StoredChunk]:
+        query = (
+            sa.select(chunks)
+            .where(chunks.c.job_id == lease.job_id, chunks.c.state == "pending")
+            .order_by(chunks.c.first, chunks.c.id)
+            .limit(limit)
+        )
+        rows = connection.execute(query).mappings().all()
+        if rows:
+            connection.execute(
+                sa.update(chunks)
+                .where(chunks.c.id.in_([row["id"] for row in rows]))
+                .values(state="running", attempts=chunks.c.attempts + 1)
+            )
+        return [
+            StoredChunk(
+                id=row["id"],
+                chunk=_unpack(row["first"], row["count"], row["payload"]),
+                attempts=row["attempts"] + 1,
+                losses=row["losses"],
+                attempt=_attempt_id(row["first"]),
+            )
+            for row in rows
+        ]
+
+    def _select(self) -> sa.Select[Any]:
+        return sa.select(jobs, now().label("clock"))
+
+    def _read(self, *, stream: bool = False) -> sa.Connection:
+        options: dict[str, Any] = {"reading": True}
+        if stream:
+            options |= {"stream_results": True, "yield_per": 1000}
+        return self.engine.connect().execution_options(**options)
+
+
+def new_id() -> str:
+    """A new job's id: short enough to type, random enough never to meet another."""
+    alphabet = "0123456789abcdefghjkmnpqrstvwxyz"
+    return "".join(secrets.choice(alphabet) for _ in range(10))
+
+
+def _attempt_id(first: int) -> str:
+    """Names an attempt's output: begins with the place in the order, ends with what makes it its own."""
+    return f"{first:012d}-{secrets.token_hex(6)}"
+
+
+def _insert(connection: sa.Connection, job_id: str, generation: int, new: Sequence[tuple[Chunk, int]]) -> None:
+    if new:
+        connection.execute(
+            sa.insert(chunks),
+            [
+                {
+                    "job_id": job_id, "generation": generation, "first": chunk.first, "count": chunk.count,
+                    "state": "pending", "attempts": 0, "losses": losses, "payload": _pack(chunk),
+                }
+                for chunk, losses in new
+            ],
+        )  # fmt: skip
+
+
+def _pack(chunk: Chunk) -> bytes:
+    return zlib.compress(json.dumps(chunk.payload, separators=(",", ":")).encode("ascii"), 1)
+
+
+def _unpack(first: int, count: int, payload: bytes) -> Chunk:
+    return Chunk(first, count, json.loads(zlib.decompress(payload)))
+
+
+def _sum(usage: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    return {name: usage.get(name, 0) + more.get(name, 0) for name in {**usage, **more}}
+
+
+def _totals(row: sa.RowMapping, counted: Sequence[Done], more: Mapping[str, float]) -> dict[str, Any]:
+    usage = _sum(row["usage"], more)
+    for each in counted:
+        usage = _sum(usage, each.usage)
+    return {
+        "done": row["done"] + sum(each.count for each in counted),
+        "dead": row["dead"] + sum(len(each.dead) for each in counted),
+        "rows": row["rows"] + sum(each.output.rows for each in counted),
+        "bytes": row["bytes"] + sum(each.output.bytes for each in counted),
+        "usage": usage,
+    }
+
+
+def _record(row: Mapping[Any, Any]) -> JobRecord:
+    values = {name: row[name] for name in JobRecord.__slots__ if name in row}
+    values["planned"] = bool(values["planned"])
+    alive = values["owner"] is not None and _alive(row)
+    if values["state"] == "running" and not alive:
+        values["state"] = "interrupted"
+    return JobRecord(**values, alive=alive)
+
+
+def _alive(row: Mapping[Any, Any]) -> bool:
+    """Whether the job's coordinator still holds its lease and, if it ran on this host, still exists."""
+    if row["lease_until"] is None or row["lease_until"] < row["clock"]:
+        return False
+    if row["owner_host"] == socket.gethostname():
+        return row["owner_pid"] == os.getpid() or bool(psutil.pid_exists(row["owner_pid"]))
+    return True

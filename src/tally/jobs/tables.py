@@ -1,0 +1,90 @@
+"""The job store's tables. The registry's are in ``tally.models.tables``; migrations cover both.
+
+Times are seconds since the epoch by the database's own clock.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+metadata = MetaData()
+
+# SQLite makes only INTEGER PRIMARY KEY columns count up by themselves.
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("fingerprint", String(64), nullable=False, index=True),
+    Column("spec", JSON, nullable=False),
+    Column("model", JSON, nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("wanted", String(16), nullable=False),
+    Column("error", Text),
+    Column("remarks", JSON, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("started_at", Double),
+    Column("finished_at", Double),
+    # Who drives the job; the lease runs out by the database's clock.
+    Column("owner", String(32)),
+    Column("owner_host", String(255)),
+    Column("owner_pid", Integer),
+    Column("lease_until", Double),
+    # How far planning has come.
+    Column("plan_cursor", Text),
+    Column("planned", Integer, nullable=False),
+    Column("items", BigInteger, nullable=False),
+    # What has been committed.
+    Column("done", BigInteger, nullable=False),
+    Column("dead", BigInteger, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("usage", JSON, nullable=False),
+    Column("manifest", JSON),
+)
+
+chunks = Table(
+    "chunks",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("job_id", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("first", BigInteger, nullable=False),
+    Column("count", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("losses", Integer, nullable=False),
+    # What the source needs to read the items; compressed JSON; emptied when the chunk is done.
+    Column("payload", LargeBinary),
+    Column("attempt", String(64)),
+    Column("output", JSON),
+    Index("chunks_by_state", "job_id", "state", "first"),
+)
+
+dead_items = Table(
+    "dead_items",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("job_id", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("key", Text, nullable=False),
+    Column("stage", String(16), nullable=False),
+    Column("error", Text, nullable=False),
+    Column("first", BigInteger, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Index("dead_items_by_job", "job_id", "first"),
+)

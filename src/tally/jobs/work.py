@@ -1,0 +1,195 @@
+"""One chunk, in a worker: read → decode → score → encode → write.
+
+No database, no credentials for it, and no idea of the job beyond this chunk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tally.engines import progress
+from tally.errors import ItemError, TallyError
+from tally.scorers.base import Result, Scorer
+from tally.scorers.package import ModelRef, load
+from tally.sinks.base import Output, Sink
+from tally.sources.base import Chunk, Source, Timings
+
+STARTUP_SECONDS = 600.0
+"""How long loading a model may take before its worker counts as hung."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a worker needs once."""
+
+    model: ModelRef
+    source: Source
+    sink: Sink
+    device: str
+    batch_size: int | None
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeadItem:
+    """position: inside the chunk."""
+
+    position: int
+    key: str
+    stage: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one attempt at a chunk. ``seconds`` is wall time in the worker."""
+
+    output: Output
+    dead: list[DeadItem]
+    timings: Timings
+    seconds: float
+
+
+@dataclass(slots=True)
+class Worker:
+    """A worker's state: the loaded scorer beside its source and sink."""
+
+    scorer: Scorer
+    source: Source
+    sink: Sink
+    timeout: float
+    description: str = field(default="")
+
+
+def setup(given: Setup) -> Worker:
+    """Load the scorer. Raises ModelError if it cannot be used."""
+    progress.busy(0, 0, limit=STARTUP_SECONDS)
+    scorer = load(given.model, given.device)
+    if given.batch_size is not None:
+        scorer.batch_size = given.batch_size
+    return Worker(scorer, given.source, given.sink, given.timeout, scorer.describe())
+
+
+def describe(worker: Worker) -> str:
+    """What was loaded, and where it runs. The first task of every job: it shows that the model loads."""
+    return worker.description
+
+
+def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
+    """Score one chunk and write its results under the attempt's name.
+
+    Bad items end up in ``dead``; only what concerns the whole chunk (the output cannot be written, say)
+    is raised.
+    """
+    began = time.perf_counter()
+    timings = Timings()
+    dead: list[tuple[int, ItemError]] = []
+    writer = worker.sink.open(attempt)
+    # Marked at once: reading ahead begins before the first batch is there.
+    progress.busy(0, min(worker.scorer.batch_size, chunk.count), limit=worker.timeout)
+    batches = worker.source.read(chunk, worker.scorer, timings)
+    try:
+        for batch in batches:
+            progress.busy(batch.start, batch.stop, limit=worker.timeout)
+            dead += batch.dead
+            if batch.keys:
+                start = time.perf_counter()
+                results = score(worker.scorer, batch.values, len(batch.keys))
+                scored = time.perf_counter()
+                timings.score += scored - start
+                dead += _write(writer, batch.keys, batch.positions, results)
+                timings.write += time.perf_counter() - scored
+            following = min(batch.stop + worker.scorer.batch_size, chunk.count)
+            progress.busy(batch.stop, following, limit=worker.timeout)
+        # Everything is scored: if the worker is lost while closing, no item is to blame.
+        progress.busy(0, chunk.count, limit=worker.timeout)
+        start = time.perf_counter()
+        output = writer.close()
+        timings.write += time.perf_counter() - start
+    except BaseException:
+        writer.abort()
+        raise
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+    keys: Sequence[str] = worker.source.keys(chunk) if dead else ()
+    return Outcome(
+        output=output,
+        dead=[
+            DeadItem(position, keys[position], error.stage, _storable(str(error)))
+            for position, error in sorted(dead, key=lambda each: each[0])
+        ],
+        timings=timings,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def score(scorer: Scorer, values: Any, count: int) -> Sequence[Result]:
+    """The batch's results; if scoring raises, the items that raise alone have their exception as result.
+
+    values: a sequence of prepared values, or a ``pyarrow.Table``; ``count`` items of it.
+    """
+    try:
+        results = scorer.score(values)
+    except Exception as error:
+        if count == 1:
+            return [error]
+        half = count // 2
+        return [
+            *score(scorer, values[:half], half),
+            *score(scorer, values[half:], count - half),
+        ]
+    try:
+        given = len(results)
+    except TypeError:
+        raise TallyError(
+            f"{type(scorer).__name__}.score returned {type(results).__name__}, not a sequence with one result per item"
+        ) from None
+    if given != count:
+        raise TallyError(
+            f"{type(scorer).__name__}.score returned {given} results for {count} items",
+            hint="Return one result per item, in the same order; an exception object for an item that failed.",
+        )
+    return results
+
+
+def _write(
+    writer: Any, keys: Sequence[str], positions: Sequence[int], results: Sequence[Result]
+) -> list[tuple[int, ItemError]]:
+    failed = [index for index, result in enumerate(results) if isinstance(result, Exception)]
+    if not failed:
+        return [(positions[index], error) for index, error in writer.add(keys, results)]
+    dead = [(positions[index], _item_error(results[index])) for index in failed]
+    kept = [index for index in range(len(keys)) if not isinstance(results[index], Exception)]
+    if kept:
+        refused = writer.add([keys[index] for index in kept], [results[index] for index in kept])
+        dead += [(positions[kept[index]], error) for index, error in refused]
+    return dead
+
+
+def _storable(text: str) -> str:
+    """Text that every database takes: file names in it may hold bytes that are no characters."""
+    clean = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    return clean if len(clean) <= 4000 else clean[:4000] + " ..."
+
+
+def _item_error(error: Any) -> ItemError:
+    if isinstance(error, ItemError):
+        return error
+    if isinstance(error, TallyError):
+        return ItemError(error.message, hint=error.hint)
+    text = " ".join(str(error).split())
+    where = _where(error)
+    return ItemError(f"{type(error).__name__}: {text}" + (f" ({where})" if where else ""))
+
+
+def _where(error: BaseException) -> str:
+    """File and line in which the user's code raised."""
+    trace = error.__traceback__
+    if trace is None:
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}, line {trace.tb_lineno}"

@@ -1,0 +1,547 @@
+"""The model registry: names, immutable versions, aliases with history and rollback.
+
+A version's content is a model package (a folder with ``tally.yaml``), copied to ``<root>/sha256/<hash>``
+and never changed there; identical content is kept once. Every use checks it against its hash.
+Names, numbers and aliases are rows of the database. Statements are portable between SQLite and PostgreSQL,
+and any number of processes may use one registry.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from tally.errors import ModelChangedError, ModelError, ModelNotFoundError, SpecError, StorageError
+from tally.models.tables import model_alias_history, model_aliases, model_versions
+from tally.scorers.content import check_content, content_files, content_hash
+from tally.scorers.package import ModelRef, resolve
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))?")
+_RETRIES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ModelVersion:
+    """One version of one model.
+
+    location: the package's folder. bytes: size of its files. metadata: what was said when it was added.
+    existed: :meth:`Registry.add` found this very content, and added nothing.
+    assumed: lines for the user: what was guessed about the model when it was added.
+    """
+
+    name: str
+    version: int
+    hash: str
+    kind: str
+    bytes: int
+    created_at: datetime
+    location: Path
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    existed: bool = False
+    assumed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "version": self.version,
+            "uri": str(self),
+            "hash": self.hash,
+            "kind": self.kind,
+            "bytes": self.bytes,
+            "created_at": self.created_at.isoformat(timespec="seconds"),
+            "location": str(self.location),
+            "metadata": dict(self.metadata),
+            "aliases": list(self.aliases),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AliasChange:
+    """``alias`` was made to point at ``version``; action: set or rollback."""
+
+    alias: str
+    version: int
+    action: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredModel:
+    """A model with its versions and the changes of its aliases, both oldest first."""
+
+    name: str
+    versions: tuple[ModelVersion, ...]
+    history: tuple[AliasChange, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "versions": [each.to_dict() for each in self.versions],
+            "history": [
+                {
+                    "alias": each.alias,
+                    "version": each.version,
+                    "action": each.action,
+                    "at": each.at.isoformat(timespec="seconds"),
+                }
+                for each in self.history
+            ],
+        }
+
+
+def open_registry() -> Registry:
+    """The registry of this installation, as the environment's settings say."""
+    from tally.config import settings
+    from tally.jobs.store import connect
+
+    where = settings()
+    return Registry(connect(where.database), where.home / "models")
+
+
+class Registry:
+    """engine: a database that has the tables of ``tally.models.tables``. root: folder of the content."""
+
+    def __init__(self, engine: sa.Engine, root: Path) -> None:
+        self.engine = engine
+        self.root = root
+
+    def add(
+        self,
+        name: str,
+        model: ModelRef | str | Path,
+        *,
+        alias: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> ModelVersion:
+        """Copy a model into the registry as the next version of ``name``.
+
+        model: a path or a registry name, as :func:`tally.scorers.package.resolve` takes it, or its result.
+        metadata: anything JSON can hold; ``metrics`` in it is shown by ``tally models show``.
+        Content that ``name`` already has is not added again: that version is returned, with ``existed``.
+        """
+        _check_name("name", name)
+        if alias is not None:
+            _check_alias(alias)
+        ref = model if isinstance(model, ModelRef) else resolve(model)
+        digest, size = self._store(ref)
+        version, existed = self._insert(name, digest, ref.kind, size, dict(metadata or {}))
+        if not self._folder(digest).is_dir():  # the last other use of it was removed meanwhile
+            self._store(ref)
+        if alias is not None:
+            self.alias(name, alias, version)
+        added = self._version(name, version)
+        return replace(added, existed=existed, assumed=ref.assumed)
+
+    def list(self) -> builtins.list[ModelVersion]:
+        """Every version of every model, by name and number."""
+        return self._versions()
+
+    def show(self, name: str) -> RegisteredModel:
+        """A model's versions and alias history. Raises ModelNotFoundError."""
+        versions = self._versions(name)
+        if not versions:
+            raise self._unknown(name)
+        with self._reading() as connection:
+            rows = connection.execute(
+                sa.select(model_alias_history)
+                .where(model_alias_history.c.name == name)
+                .order_by(model_alias_history.c.id)
+            ).all()
+        history = tuple(AliasChange(row.alias, row.version, row.action, _time(row.at)) for row in rows)
+        return RegisteredModel(name, tuple(versions), history)
+
+    def get(self, uri: str) -> ModelVersion:
+        """The version that ``models:/name`` (the newest), ``models:/name/3`` or ``models:/name@alias`` means.
+
+        Raises SpecError, ModelNotFoundError.
+        """
+        match = _URI.fullmatch(uri)
+        if match is None:
+            raise SpecError(
+                f"{uri!r} is not the name of a registered model",
+                hint="Write models:/name, models:/name/3 or models:/name@alias.",
+            )
+        name, number, alias = match["name"], match["version"], match["alias"]
+        versions = self._versions(name)
+        if not versions:
+            raise self._unknown(name)
+        if alias is not None:
+            for each in versions:
+                if alias in each.aliases:
+                    return each
+            known = sorted(alias for each in versions for alias in each.aliases)
+            raise ModelNotFoundError(
+                f"model {name!r} has no alias {alias!r}" + _close(alias, known),
+                hint=f"It has {', '.join(known)}." if known else f"Make one: tally models alias {name} {alias} VERSION",
+            )
+        if number is None:
+            return versions[-1]
+        for each in versions:
+            if str(each.version) == number:
+                return each
+        known = [str(each.version) for each in versions]
+        raise ModelNotFoundError(
+            f"model {name!r} has no version {number}",
+            hint=f"It has {', '.join(known)}." + ("" if number.isdigit() else f" An alias is written {name}@{number}."),
+        )
+
+    def alias(self, name: str, alias: str, version: int) -> ModelVersion:
+        """Make ``alias`` point at a version from now on."""
+        _check_alias(alias)
+        found = self._version(name, version)
+        for _ in range(_RETRIES):
+            try:
+                with self.engine.begin() as connection:
+                    self._hold(connection, name, version)
+                    self._point(connection, name, alias, version)
+                    self._remember(connection, name, alias, version, "set")
+                break
+            except sa.exc.IntegrityError:  # the same alias was made by somebody else just now
+                continue
+        return replace(found, aliases=tuple(sorted({*found.aliases, alias})))
+
+    def rollback(self, name: str, alias: str) -> ModelVersion:
+        """Make ``alias`` point where it pointed before it was last set; again, to the one before that.
+
+        Raises ModelError if there is nothing to go back to.
+        """
+        self.get(f"models:/{name}@{alias}")  # says what is wrong with the names
+        with self.engine.begin() as connection:
+            # Also a lock: two rollbacks at once go back two steps, one after the other.
+            connection.execute(
+                sa.update(model_aliases)
+                .where(model_aliases.c.name == name, model_aliases.c.alias == alias)
+                .values(version=model_aliases.c.version)
+            )
+            changes = connection.execute(
+                sa.select(model_alias_history.c.version, model_alias_history.c.action)
+                .where(model_alias_history.c.name == name, model_alias_history.c.alias == alias)
+                .order_by(model_alias_history.c.id)
+            ).all()
+            there = set(
+                connection.scalars(
+                    sa.select(model_versions.c.version).where(
+                        model_versions.c.name == name, model_versions.c.removed_at.is_(None)
+                    )
+                )
+            )
+            earlier = _earlier([(row.version, row.action) for row in changes], there)
+            if earlier is None:
+                raise ModelError(
+                    f"{name}@{alias} has no earlier version to go back to",
+                    hint=f"'tally models show {name}' lists what it pointed at.",
+                )
+            self._hold(connection, name, earlier)
+            self._point(connection, name, alias, earlier)
+            self._remember(connection, name, alias, earlier, "rollback")
+        return self._version(name, earlier)
+
+    def verify(self, name: str, version: int) -> ModelVersion:
+        """Compare a version's content with its hash. Raises ModelChangedError."""
+        found = self._version(name, version)
+        check_content(
+            str(found),
+            found.location,
+            (".",),
+            found.hash,
+            what="the registry's copy was changed",
+            hint=f"Add the original again, and it is mended: tally models add {name} MODEL",
+        )
+        return found
+
+    def remove(self, name: str, version: int) -> None:
+        """Remove a version; its number is not used again.
+
+        Raises ModelError while an alias points at it.
+        """
+        found = self._version(name, version)
+        with self.engine.begin() as connection:
+            self._hold(connection, name, version)
+            aliases = connection.scalars(
+                sa.select(model_aliases.c.alias)
+                .where(model_aliases.c.name == name, model_aliases.c.version == version)
+                .order_by(model_aliases.c.alias)
+            ).all()
+            if aliases:
+                raise ModelError(
+                    f"{found} cannot be removed: {', '.join(f'{name}@{each}' for each in aliases)} points at it",
+                    hint=f"Point it elsewhere first: tally models alias {name} {aliases[0]} VERSION",
+                )
+            connection.execute(
+                sa.update(model_versions)
+                .where(model_versions.c.name == name, model_versions.c.version == version)
+                .values(removed_at=time.time())
+            )
+            kept = connection.scalar(
+                sa.select(sa.func.count())
+                .select_from(model_versions)
+                .where(model_versions.c.hash == found.hash, model_versions.c.removed_at.is_(None))
+            )
+        if not kept:
+            shutil.rmtree(found.location, ignore_errors=True)
+
+    # rows
+
+    def _reading(self) -> sa.Connection:
+        return self.engine.connect().execution_options(reading=True)
+
+    def _versions(self, name: str | None = None) -> builtins.list[ModelVersion]:
+        versions = sa.select(model_versions).where(model_versions.c.removed_at.is_(None))
+        aliases = sa.select(model_aliases).order_by(model_aliases.c.alias)
+        if name is not None:
+            versions = versions.where(model_versions.c.name == name)
+            aliases = aliases.where(model_aliases.c.name == name)
+        with self._reading() as connection:
+            rows = connection.execute(versions.order_by(model_versions.c.name, model_versions.c.version)).all()
+            pointing: dict[tuple[str, int], builtins.list[str]] = {}
+            for each in connection.execute(aliases):
+                pointing.setdefault((each.name, each.version), []).append(each.alias)
+        return [
+            ModelVersion(
+                name=row.name,
+                version=row.version,
+                hash=row.hash,
+                kind=row.kind,
+                bytes=row.bytes,
+                created_at=_time(row.created_at),
+                location=self._folder(row.hash),
+                metadata=row.facts,
+                aliases=tuple(pointing.get((row.name, row.version), ())),
+            )
+            for row in rows
+        ]
+
+    def _version(self, name: str, version: int) -> ModelVersion:
+        return self.get(f"models:/{name}/{version}")
+
+    def _unknown(self, name: str) -> ModelNotFoundError:
+        names = sorted({each.name for each in self._versions()})
+        return ModelNotFoundError(
+            f"there is no model {name!r} in the registry" + _close(name, names),
+            hint="'tally models list' shows them all."
+            if names
+            else "It is empty: 'tally models add NAME PATH' adds one.",
+        )
+
+    def _insert(self, name: str, digest: str, kind: str, size: int, facts: dict[str, Any]) -> tuple[int, bool]:
+        """The version's number, and whether it was there before."""
+        for _ in range(_RETRIES):
+            # One statement, so one state of the table: either the same content is seen, or the number that
+            # somebody else is about to take collides with ours.
+            with self._reading() as connection:
+                rows = connection.execute(
+                    sa.select(model_versions.c.version, model_versions.c.hash, model_versions.c.removed_at).where(
+                        model_versions.c.name == name
+                    )
+                ).all()
+            for row in rows:
+                if row.hash == digest and row.removed_at is None:
+                    return row.version, True
+            version = max((row.version for row in rows), default=0) + 1
+            try:
+                with self.engine.begin() as connection:
+                    connection.execute(
+                        sa.insert(model_versions).values(
+                            name=name,
+                            version=version,
+                            hash=digest,
+                            kind=kind,
+                            bytes=size,
+                            facts=facts,
+                            created_at=time.time(),
+                        )
+                    )
+            except sa.exc.IntegrityError:
+                continue
+            return version, False
+        raise ModelError(f"no version number of {name!r} was free in {_RETRIES} tries", hint="Try again.")
+
+    @staticmethod
+    def _hold(connection: sa.Connection, name: str, version: int) -> None:
+        """Lock a version's row until the transaction ends: no alias is set while it is being removed."""
+        held = connection.execute(
+            sa.update(model_versions)
+            .where(
+                model_versions.c.name == name,
+                model_versions.c.version == version,
+                model_versions.c.removed_at.is_(None),
+            )
+            .values(removed_at=None)
+        )
+        if held.rowcount != 1:
+            raise ModelNotFoundError(f"models:/{name}/{version} was removed just now")
+
+    @staticmethod
+    def _point(connection: sa.Connection, name: str, alias: str, version: int) -> None:
+        changed = connection.execute(
+            sa.update(model_aliases)
+            .where(model_aliases.c.name == name, model_aliases.c.alias == alias)
+            .values(version=version)
+        )
+        if changed.rowcount == 0:
+            connection.execute(sa.insert(model_aliases).values(name=name, alias=alias, version=version))
+
+    @staticmethod
+    def _remember(connection: sa.Connection, name: str, alias: str, version: int, action: str) -> None:
+        connection.execute(
+            sa.insert(model_alias_history).values(
+                name=name, alias=alias, version=version, action=action, at=time.time()
+            )
+        )
+
+    # content
+
+    def _folder(self, digest: str) -> Path:
+        return self.root / "sha256" / digest.removeprefix("sha256:")
+
+    def _store(self, ref: ModelRef) -> tuple[str, int]:
+        """Copy the model's package to where its hash says; the hash and its size in bytes."""
+        parent = self.root / "sha256"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=parent, prefix=".adding-") as temporary:
+                package = Path(temporary) / "package"
+                write_package(ref, package)
+                digest = content_hash(package)
+                size = sum(path.stat().st_size for _, path in content_files(package, (".",)))
+                self._keep(package, digest)
+        except OSError as error:
+            raise StorageError(
+                f"cannot copy {ref.name} to {parent}: {error.strerror or error}",
+                hint="Set TALLY_HOME to a folder with enough room that can be written to.",
+            ) from error
+        return digest, size
+
+    def _keep(self, package: Path, digest: str) -> None:
+        kept = self._folder(digest)
+        try:
+            package.rename(kept)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        try:
+            check_content(digest, kept, (".",), digest)
+        except ModelChangedError:  # damaged: what was just copied is right
+            kept.rename(package.with_name("damaged"))
+            package.rename(kept)
+
+
+def write_package(ref: ModelRef, folder: Path) -> None:
+    """Copy a model's files to a new folder, with a ``tally.yaml`` that says all that was resolved.
+
+    Files become read-only. Raises SpecError for models that are not files of their own.
+    """
+    import yaml
+
+    if ref.kind == "object" or (ref.kind == "python" and ".py:" not in ref.entry):
+        raise SpecError(
+            f"{ref.name} is {'a Python object' if ref.kind == 'object' else 'an importable class'}, "
+            "which a registry cannot keep",
+            hint="Register the .py file that defines it, or a package: 'tally new package NAME'.",
+        )
+    folder.mkdir()
+    options = _said(ref.options)
+    # What belongs to an ONNX model and lies elsewhere are labels, which the options hold too.
+    files = [each for each in ref.files if ref.kind != "onnx" or not Path(each).is_absolute()]
+    for name, path in content_files(ref.location, files):
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    described = folder / "tally.yaml"
+    fields: dict[str, Any] = yaml.safe_load(described.read_text("utf-8")) if described.exists() else {}
+    fields |= {"kind": ref.kind, "options": options}
+    if ref.kind == "onnx":
+        fields["file"] = ref.entry
+        for known in ("file", "classes", "batch"):  # inspecting the model tells them
+            options.pop(known, None)
+        if isinstance(options.get("labels"), Sequence) and not isinstance(options["labels"], str):
+            options["labels"] = _write_labels(options["labels"], folder / ref.artifacts)
+    else:
+        fields["entry"] = ref.entry
+        if ref.artifacts != ".":
+            artifacts = ref.location / ref.artifacts
+            inside = artifacts.is_relative_to(ref.location)
+            fields["artifacts"] = str(artifacts.relative_to(ref.location)) if inside else artifacts.name
+    if (size := options.pop("batch_size", None)) is not None:
+        fields["batch_size"] = size
+    described.write_text(yaml.safe_dump(fields, allow_unicode=True), "utf-8")
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            Path(parent, name).chmod(0o444)
+
+
+def _said(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without what was left open."""
+    return {
+        name: _said(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if value is not None
+    }
+
+
+def _write_labels(labels: Sequence[str], folder: Path) -> str | builtins.list[str]:
+    """Labels as the name of a new file, or themselves where a file could not hold them."""
+    from tally.scorers.vision import read_labels
+
+    path = folder / "labels.txt"
+    if path.exists():
+        return [*labels]
+    path.write_text("".join(f"{label}\n" for label in labels), "utf-8")
+    if read_labels(path) == [*labels]:
+        return path.name
+    path.unlink()
+    return [*labels]
+
+
+def _earlier(changes: Sequence[tuple[int, str]], there: Collection[int]) -> int | None:
+    """Where an alias goes back to: sets stack up, a rollback takes off what came after its version."""
+    stack: list[int] = []
+    for version, action in changes:
+        if action == "rollback":
+            while stack and stack[-1] != version:
+                stack.pop()
+        if not stack or stack[-1] != version:
+            stack.append(version)
+    return next((each for each in reversed(stack) if each in there and each != stack[-1]), None)
+
+
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _close(word: str, known: Sequence[str]) -> str:
+    close = get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_name(what: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise SpecError(
+            f"the {what} {name!r} is not allowed",
+            hint="Up to 128 small letters, digits, '.', '_' and '-', the first of them a letter or digit.",
+        )
+
+
+def _check_alias(alias: str) -> None:
+    _check_name("alias", alias)
+    if alias.isdigit():
+        raise SpecError(f"the alias {alias!r} is a number, as versions are", hint="Choose a word: staging, production.")

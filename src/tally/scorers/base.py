@@ -1,0 +1,91 @@
+"""The scorer contract: what a model is to Tally.
+
+A scorer loads its artifacts once per worker and then scores batches. It is created in the worker
+process, used by one thread at a time in :meth:`Scorer.load` and :meth:`Scorer.score`, while
+:meth:`Scorer.prepare` may run in several threads at once, ahead of scoring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+Input: TypeAlias = Literal["image", "bytes", "path", "frame", "table"]
+"""What one value handed to a scorer is.
+
+image: ``uint8[height, width, 3]`` RGB, upright (EXIF orientation applied).
+bytes: the file's content. path: a local ``pathlib.Path`` (fetched first if the source is remote).
+frame: as image, decoded from a video. table: a ``pyarrow.Table`` of all rows of the batch.
+"""
+
+Row: TypeAlias = Mapping[str, Any]
+Result: TypeAlias = "Row | Sequence[Row] | np.ndarray[Any, Any] | Exception"
+"""One item's result: a row, several rows (none is fine too), an image ``uint8[h, w, 3]`` or
+``uint8[h, w]``, or an exception, which makes that item dead and no other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One item of a source, read and decoded.
+
+    ``info`` tells what the value itself does not: for images ``width`` and ``height``, the size in
+    pixels of the original, upright image (the value may have been decoded at a reduced scale).
+    """
+
+    key: str
+    value: Any
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Scorer:
+    """Subclass it and override :meth:`score`, and :meth:`load` if there is anything to load.
+
+    Class attributes declare what a batch holds:
+
+    input: see :data:`Input`.
+    size: ``(width, height)`` in pixels that the scorer is going to resize to, or None. JPEGs are then
+        decoded at a reduced scale that is still at least twice as large.
+    batch_size: how many items :meth:`score` is given at most.
+    output: ``rows`` (mappings) or ``image`` (arrays, written as picture files).
+    columns: column name to Arrow type name (``string``, ``int64``, ``float32`` ...), in order, so that
+        every part of the result has one schema; None infers them.
+    """
+
+    input: Input = "image"
+    size: tuple[int, int] | None = None
+    batch_size: int = 16
+    output: Literal["rows", "image"] = "rows"
+    columns: Mapping[str, str] | None = None
+
+    def load(self, artifacts: Path, device: str) -> None:
+        """Load the model once per worker.
+
+        artifacts: the model package's folder (or the folder given with ``--artifacts``).
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        Raises ModelLoadError when the model cannot be used; the job then stops before any item is lost.
+        """
+
+    def prepare(self, item: Item) -> Any:
+        """Turn one item into what :meth:`score` wants. Runs ahead of scoring, in several threads.
+
+        An exception makes this item dead, and no other.
+        """
+        return item.value
+
+    def score(self, batch: Sequence[Any]) -> Sequence[Result]:
+        """Score a batch of prepared values: one result per item, in the same order.
+
+        When this raises, the batch is halved until the items that raise alone are found: those are dead.
+        """
+        raise TypeError(f"{type(self).__name__} must define score(batch)")
+
+    def describe(self) -> str:
+        """One line on what was loaded and where it runs, shown to the user when the job starts."""
+        return type(self).__name__
+
+    def close(self) -> None:
+        """Release what :meth:`load` took."""

@@ -1,0 +1,144 @@
+"""Opening ONNX models: sessions, readable refusals of what is no usable model, and execution providers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tally.errors import ModelLoadError, ModelNotFoundError
+
+
+def open_session(
+    path: Path, providers: Sequence[Any], *, threads: int = 1, optimise: bool = True, arena: bool = True
+) -> Any:
+    """An ``onnxruntime.InferenceSession`` that is quiet and leaves idle cores alone.
+
+    arena: keep the memory of a run for the next; with pictures of all sizes it would only grow.
+    Raises ModelNotFoundError, or ModelLoadError with what is wrong with the file.
+    """
+    import onnxruntime
+
+    head = _head(path)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.enable_cpu_mem_arena = settings.enable_mem_pattern = arena
+    if not optimise:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        # its own fallback prints to standard output
+        return onnxruntime.InferenceSession(str(path), settings, providers=list(providers), enable_fallback=0)
+    except Exception as error:
+        raise _refusal(path, head, str(error)) from None
+
+
+_FORMATS = (
+    (b"\x80", "a Python pickle", "Pickles run code when they are opened. Export the model to ONNX instead."),
+    (b"PK\x03\x04", "a ZIP archive (PyTorch and Keras save those)", "Export the model to ONNX first."),
+    (b"\x89HDF", "an HDF5 file (Keras)", "Convert it with tf2onnx first."),
+    (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
+    (b"<", "a web page or XML", "The download probably failed: fetch the model's file itself."),
+)
+
+
+def _head(path: Path) -> bytes:
+    """The file's first bytes; refuses what can be told from them."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(256)
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"{path}: there is no such model file") from None
+    except OSError as error:
+        raise ModelLoadError(f"{path}: the model cannot be read ({error.strerror or error})") from None
+    if not head:
+        raise ModelLoadError(f"{path}: the model file is empty (0 bytes)", hint="Fetch it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise ModelLoadError(
+            f"{path}: this is a Git LFS pointer of {path.stat().st_size} bytes, not the model",
+            hint="Run `git lfs pull` in its repository, or download the model's file itself.",
+        )
+    if head[4:8] == b"TFL3":
+        raise ModelLoadError(f"{path}: this is a TensorFlow Lite model", hint="Convert it with tf2onnx first.")
+    for magic, name, hint in _FORMATS:
+        if head.startswith(magic):
+            raise ModelLoadError(f"{path}: this is {name}, not an ONNX model", hint=hint)
+    return head
+
+
+def _refusal(path: Path, head: bytes, message: str) -> ModelLoadError:
+    """ONNX Runtime's complaint as a user needs it."""
+    import onnxruntime
+
+    size = path.stat().st_size
+    if match := re.search(r"([\w.]+):(\w+)\(-?\d+\) is not a registered function/op", message):
+        domain, operator = match.groups()
+        if domain in ("com.microsoft.extensions", "ai.onnx.contrib"):
+            return ModelLoadError(
+                f"{path}: the operator {operator} needs the package onnxruntime-extensions, which Tally does not load",
+                hint="Use the model without built-in pre- and postprocessing: Tally decodes and resizes.",
+            )
+        return ModelLoadError(
+            f"{path}: the operator {operator} of {domain} is a custom one that ONNX Runtime does not have",
+            hint="Export the model with standard ONNX operators only.",
+        )
+    if match := re.search(r"No Op registered for (\w+) with domain_version of (\d+)", message):
+        return ModelLoadError(
+            f"{path}: opset {match[2]} has no operator {match[1]}",
+            hint="Export the model with standard ONNX operators only.",
+        )
+    if "External data path" in message:
+        if "escapes" in message or "Absolute" in message:
+            return ModelLoadError(f"{path}: the model asks for weights outside its own folder; refused")
+        missing = re.search(r'does not exist: "?([^"\s]+)', message)
+        name = Path(missing[1]).name if missing else "a file beside it"
+        return ModelLoadError(
+            f"{path}: the model keeps its weights in {name}, which is missing",
+            hint="Put that file into the same folder.",
+        )
+    if re.search(r"Unsupported model IR version|Opset \d+ is under development", message):
+        return ModelLoadError(
+            f"{path}: the model is of a newer ONNX version than ONNX Runtime {onnxruntime.__version__} reads",
+            hint="Upgrade onnxruntime, or export the model with an older opset.",
+        )
+    if "Protobuf parsing failed" in message or "No graph was found" in message:
+        if head[:1] == b"\x08":  # field 1 of every ONNX file: its version
+            return ModelLoadError(f"{path}: the model is damaged or cut short ({size:,} bytes)", hint="Fetch it again.")
+        return ModelLoadError(f"{path}: this is not an ONNX model ({size:,} bytes)")
+    if "codec can't decode" in message:
+        return ModelLoadError(f"{path}: the model is damaged (its names are no text)", hint="Fetch it again.")
+    return ModelLoadError(f"{path}: ONNX Runtime cannot load the model: {plain_reason(message)}")
+
+
+def plain_reason(message: str) -> str:
+    """ONNX Runtime's message in one line, without its status codes and source locations."""
+    text = message.rpartition("failed:")[2]
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : |/\S+\.(cc|h):\d+ [^()]*\([^()]*\)( const)?", "", text)
+    return (text.strip().splitlines() or ["it gives no reason"])[0].strip()[:300]
+
+
+def choose_providers(device: str, available: Sequence[str]) -> list[Any]:
+    """Execution providers for a device: ``cpu``, ``cuda[:N]``, ``tensorrt[:N]`` or ``auto``.
+
+    TensorRT builds an engine for minutes in every worker, and is therefore chosen by name, or when it is the
+    only one for a GPU. Raises ModelLoadError when the provider is not there.
+    """
+    kind, _, number = device.partition(":")
+    index = int(number) if number.isdigit() else 0
+    gpu = [name for name in ("CUDAExecutionProvider", "TensorrtExecutionProvider") if name in available]
+    if kind == "tensorrt":
+        gpu.reverse()
+    if kind not in ("cpu", "cuda", "tensorrt", "auto") or (number and not number.isdigit()):
+        raise ModelLoadError(f"there is no device {device!r}", hint="Use cpu, cuda, cuda:N, tensorrt or auto.")
+    if kind == "cpu" or (kind == "auto" and not gpu):
+        return ["CPUExecutionProvider"]
+    if not gpu or (kind == "tensorrt" and "TensorrtExecutionProvider" not in gpu):
+        raise ModelLoadError(
+            f"device {device} was asked for, but this ONNX Runtime has only {', '.join(available)}",
+            hint="Install onnxruntime-gpu in place of onnxruntime, or use --device cpu.",
+        )
+    chosen = gpu if kind == "tensorrt" else gpu[:1]
+    return [*((name, {"device_id": index}) for name in chosen), "CPUExecutionProvider"]

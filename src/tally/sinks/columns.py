@@ -1,0 +1,435 @@
+"""Results to Arrow columns: types by name, building, and bringing different schemas together.
+
+Columns are built, never one-row tables: a batch of plain mappings costs under a microsecond a row.
+Only when a batch does not fit as a whole is it looked at value by value.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tally.errors import ItemError, SpecError
+from tally.scorers.base import Result
+from tally.storage import key_of
+
+KEY = "key"
+"""Name of the first column of every row: the item's key."""
+
+_MIXED = b"tally.mixed"
+_UNFIT = (pa.ArrowException, TypeError, ValueError, OverflowError, KeyError, AttributeError)
+
+
+# -- types by name ------------------------------------------------------------------------------------
+
+
+def type_named(name: str) -> pa.DataType:
+    """The Arrow type of a name: ``string``, ``int64``, ``float32``, ``timestamp[us]``, ``list<float32>``,
+    ``struct<a: int64, b: string>`` ... SpecError for anything else."""
+    text = name.strip()
+    inner = text[text.find("<") + 1 : -1] if text.endswith(">") else ""
+    if text.startswith("list<"):
+        return pa.list_(type_named(inner))
+    if text.startswith("struct<"):
+        fields = [part.partition(":") for part in _split(inner)]
+        return pa.struct([(field.strip(), type_named(kind)) for field, _, kind in fields])
+    try:
+        return pa.type_for_alias(text)
+    except ValueError:
+        pass
+    if text.startswith("timestamp[") and text.endswith("]"):
+        unit, _, zone = text[10:-1].partition(",")
+        if unit in ("s", "ms", "us", "ns"):
+            return pa.timestamp(unit, zone.strip().removeprefix("tz=") or None)
+    raise SpecError(
+        f"no column type is named {name!r}",
+        hint="Use an Arrow type such as string, int64, float32, bool, timestamp[us] or list<float32>.",
+    )
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas that are outside of brackets."""
+    parts, depth, start = [], 0, 0
+    for position, character in enumerate(text):
+        depth += (character in "<[") - (character in ">]")
+        if character == "," and depth == 0:
+            parts.append(text[start:position])
+            start = position + 1
+    return [*parts, text[start:]]
+
+
+def name_of(kind: pa.DataType) -> str:
+    """The name of an Arrow type, such that :func:`type_named` understands it."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return f"list<{name_of(kind.value_type)}>"
+    if pa.types.is_struct(kind):
+        return f"struct<{', '.join(f'{field.name}: {name_of(field.type)}' for field in kind)}>"
+    return {"float": "float32", "double": "float64"}.get(str(kind), str(kind))
+
+
+def schema_of(columns: Mapping[str, str] | None) -> pa.Schema | None:
+    """The fixed schema that declared columns give, the key first; None where nothing is declared."""
+    if columns is None:
+        return None
+    problems, fields = [], [pa.field(KEY, pa.string())]
+    for name, kind in columns.items():
+        if name == KEY:
+            problems.append(f"the column name {KEY!r} is reserved: Tally writes the item's key there")
+            continue
+        try:
+            fields.append(pa.field(name, type_named(kind)))
+        except SpecError as error:
+            problems.append(f"column {name!r}: {error.message}")
+    if problems:
+        raise SpecError(problems, hint="Correct the scorer's columns.")
+    return pa.schema(fields)
+
+
+# -- building -----------------------------------------------------------------------------------------
+
+
+def build(
+    keys: Sequence[str], results: Sequence[Result], schema: pa.Schema | None
+) -> tuple[pa.RecordBatch, list[tuple[int, ItemError]]]:
+    """One record batch of the results, and the index and error of each item that does not fit.
+
+    keys, results: of equal length. schema: from :func:`schema_of`; None infers the types.
+    """
+    if set(map(type, results)) == {dict}:
+        try:
+            return _uniform(keys, results, schema), []
+        except _UNFIT:
+            pass
+    return _Careful(keys, results, schema).build()
+
+
+def _uniform(keys: Sequence[str], rows: Sequence[Any], schema: pa.Schema | None) -> pa.RecordBatch:
+    """Rows that all have the same columns, whose values all fit. Raises one of _UNFIT otherwise."""
+    names = list(rows[0]) if schema is None else schema.names[1:]
+    if set(map(len, rows)) != {len(names)} or KEY in names:
+        raise ValueError("not uniform")
+    values = [list(map(itemgetter(name), rows)) for name in names]
+    if schema is None:
+        arrays = [_infer(column) for column in values]
+        schema = pa.schema([(KEY, pa.string()), *((n, a.type) for n, a in zip(names, arrays, strict=True))])
+    else:
+        arrays = [_fit(column, kind) for column, kind in zip(values, schema.types[1:], strict=True)]
+    return pa.RecordBatch.from_arrays([_keys(keys), *arrays], schema=schema)
+
+
+def _keys(keys: Sequence[str]) -> pa.Array:
+    try:
+        return pa.array(keys, pa.string())
+    except UnicodeEncodeError:
+        return pa.array([printable(key) for key in keys], pa.string())
+
+
+def printable(text: str) -> str:
+    r"""The text as valid Unicode: bytes of a file name that are not UTF-8 are written ``\xff``."""
+    try:
+        return key_of(text)
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _fit(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Values of a declared type. Arrow itself would cut 1.5 to 1 for an integer column."""
+    inner = kind
+    while pa.types.is_list(inner):
+        inner = inner.value_type
+    array = pa.array(values, kind)
+    if pa.types.is_integer(inner):
+        found = pa.array(values)
+        return array if found.type == kind else found.cast(kind)
+    return array
+
+
+def _infer(values: list[Any]) -> pa.Array:
+    array = pa.array(values)
+    kind = array.type
+    if pa.types.is_float16(kind):
+        return array.cast(pa.float32())
+    if pa.types.is_nested(kind):
+        if pa.types.is_list(kind) and pa.types.is_float16(kind.value_type):
+            return array.cast(pa.list_(pa.float32()))
+        if pa.types.is_struct(kind) and kind.num_fields == 0:
+            return pa.nulls(len(array))
+        if _has_empty_struct(kind):  # Parquet has no such thing
+            return as_text(array)
+    return array
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    if not pa.types.is_nested(kind):
+        return False
+    return kind.num_fields == 0 or any(_has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
+
+
+class _Careful:
+    """Builds a batch value by value: finds the items that do not fit, keeps all the others."""
+
+    def __init__(self, keys: Sequence[str], results: Sequence[Result], schema: pa.Schema | None) -> None:
+        self.keys, self.results, self.schema = keys, results, schema
+        self.failed: dict[int, ItemError] = {}
+
+    def build(self) -> tuple[pa.RecordBatch, list[tuple[int, ItemError]]]:
+        owned = [(index, row) for index, result in enumerate(self.results) for row in self._rows(index, result)]
+        if self.schema is None:
+            names = list(dict.fromkeys(name for index, row in owned if index not in self.failed for name in row))
+            kinds: list[pa.DataType | None] = [None] * len(names)
+        else:
+            names, kinds = self.schema.names[1:], self.schema.types[1:]
+        columns = [self._column(name, kind, owned) for name, kind in zip(names, kinds, strict=True)]
+        kept = [position for position, (index, _) in enumerate(owned) if index not in self.failed]
+        arrays, fields, mixed = [], [], []
+        for name, kind, column in zip(names, kinds, columns, strict=True):
+            array, conflict = _join([column[position] for position in kept], kind)
+            arrays.append(array)
+            fields.append(pa.field(name, array.type))
+            mixed += [name] * conflict
+        schema = self.schema or _mark(pa.schema([pa.field(KEY, pa.string()), *fields]), mixed)
+        keys = _keys([self.keys[owned[position][0]] for position in kept])
+        failed = sorted(self.failed.items(), key=itemgetter(0))
+        return pa.RecordBatch.from_arrays([keys, *arrays], schema=schema), failed
+
+    def _rows(self, index: int, result: Any) -> list[Mapping[str, Any]]:
+        several = isinstance(result, Sequence) and not isinstance(result, str | bytes)
+        rows: list[Any] = list(result) if several else [result]
+        for row in rows:
+            problem = self._problem(row)
+            if problem is not None:
+                self.failed[index] = problem
+                return []
+        return rows
+
+    def _problem(self, row: object) -> ItemError | None:
+        if isinstance(row, np.ndarray):
+            what = "x".join(map(str, row.shape)) or "0-dimensional"
+            return _error(
+                f"the scorer returned an array ({what} {row.dtype}), and this output holds rows",
+                'Return a mapping of column names to values, or declare output = "image".',
+            )
+        if not isinstance(row, Mapping):
+            return _error(
+                f"the scorer returned {_show(row)}, which is no row",
+                "Return a mapping of column names to values, or a list of them.",
+            )
+        for name in row:
+            if not isinstance(name, str):
+                return _error(f"the column name {_show(name)} is no text", "Name columns with strings.")
+            if name == KEY:
+                return _error(
+                    f"the column name {KEY!r} is reserved: Tally writes the item's key there",
+                    "Return that value under another name.",
+                )
+            if self.schema is not None and self.schema.get_field_index(name) < 0:
+                return _error(
+                    f"the scorer returned the column {printable(name)!r}, which its columns do not declare",
+                    f"Declared are {', '.join(self.schema.names[1:])}.",
+                )
+            if not _encodable(name):
+                return _error(f"the column name {printable(name)!r} is not valid Unicode", None)
+        return None
+
+    def _column(
+        self, name: str, kind: pa.DataType | None, owned: Sequence[tuple[int, Mapping[str, Any]]]
+    ) -> list[pa.Array | None]:
+        """One array of length 1 per row; None for values that do not fit."""
+        column: list[pa.Array | None] = []
+        for index, row in owned:
+            try:
+                column.append(_single(row.get(name), kind))
+            except _UNFIT:
+                self.failed.setdefault(index, _misfit(name, row.get(name), kind))
+                column.append(None)
+        return column
+
+
+def _single(value: Any, kind: pa.DataType | None) -> pa.Array:
+    try:
+        return _infer([value]) if kind is None else _fit([value], kind)
+    except _UNFIT:
+        if not isinstance(value, np.ndarray):
+            raise
+        value = value.tolist()  # Arrow takes one-dimensional arrays only
+        return _infer([value]) if kind is None else _fit([value], kind)
+
+
+def _join(arrays: list[Any], kind: pa.DataType | None) -> tuple[pa.Array, bool]:
+    """Arrays of length 1 as one array, and whether their types had nothing but text in common."""
+    conflict = False
+    if kind is None:
+        kind = pa.null()
+        for found in dict.fromkeys(array.type for array in arrays):
+            kind, clash = merged(kind, found)
+            conflict |= clash
+    if not arrays:
+        return pa.nulls(0, kind), conflict
+    return pa.concat_arrays([cast(array, kind) for array in arrays]), conflict
+
+
+def _misfit(name: str, value: object, kind: pa.DataType | None) -> ItemError:
+    wanted = "any column type" if kind is None else name_of(kind)
+    hint = "Return numbers, text, lists or mappings." if kind is None else "Correct the scorer, or its columns."
+    return _error(f"column {name!r}: the value {_show(value)} does not fit {wanted}", hint)
+
+
+def _error(message: str, hint: str | None) -> ItemError:
+    return ItemError(message, stage="write", hint=hint)
+
+
+def _show(value: object) -> str:
+    return printable(f"{reprlib.repr(value)} ({type(value).__name__})")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# -- bringing schemas together --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Unified:
+    """One schema for all parts. mixed: columns whose types had only text in common."""
+
+    schema: pa.Schema
+    mixed: list[str]
+
+
+def unify(schemas: Iterable[pa.Schema]) -> Unified:
+    """The schema that can hold all of them, columns in order of first appearance.
+
+    int and float make float, null and anything makes that, structs gain fields; what has nothing in common
+    becomes text.
+    """
+    kinds: dict[str, pa.DataType] = {KEY: pa.string()}
+    mixed: dict[str, None] = {}
+    previous: pa.Schema | None = None
+    for schema in schemas:
+        if previous is not None and schema.equals(previous, check_metadata=True):
+            continue
+        previous = schema
+        mixed.update(dict.fromkeys(json.loads((schema.metadata or {}).get(_MIXED, b"[]"))))
+        for field in schema:
+            kind, conflict = merged(kinds.get(field.name, pa.null()), field.type)
+            kinds[field.name] = kind
+            if conflict:
+                mixed[field.name] = None
+    return Unified(pa.schema(list(kinds.items())), list(mixed))
+
+
+def _mark(schema: pa.Schema, mixed: list[str]) -> pa.Schema:
+    """Note in the schema which columns were turned into text, for the manifest in the end."""
+    return schema.with_metadata({_MIXED: json.dumps(mixed).encode()}) if mixed else schema
+
+
+def concat(batches: Sequence[pa.RecordBatch], schema: pa.Schema | None) -> pa.Table:
+    """One table of batches whose schemas may differ (not empty unless a schema is given)."""
+    if schema is None:
+        found = unify(batch.schema for batch in batches)
+        schema = _mark(found.schema, found.mixed)
+    return pa.Table.from_batches([conform(batch, schema) for batch in batches], schema=schema)
+
+
+def conform(batch: Any, schema: pa.Schema) -> Any:
+    """A record batch or table with exactly these columns; those that it lacks are null."""
+    if batch.schema.equals(schema):
+        return batch
+    arrays = [
+        cast(batch.column(field.name), field.type)
+        if batch.schema.get_field_index(field.name) >= 0
+        else pa.nulls(batch.num_rows, field.type)
+        for field in schema
+    ]
+    return type(batch).from_arrays(arrays, schema=schema)
+
+
+def merged(a: pa.DataType, b: pa.DataType) -> tuple[pa.DataType, bool]:
+    """The type that holds values of both, and whether that is text for want of anything better."""
+    if a == b:
+        return a, False
+    if pa.types.is_timestamp(a) and pa.types.is_timestamp(b) and a.tz == b.tz:
+        return pa.timestamp("us", a.tz), False  # nanoseconds end in the year 2262
+    wide = {pa.types.is_uint64(a), pa.types.is_uint64(b)}
+    if wide == {True, False} and pa.types.is_integer(a) and pa.types.is_integer(b):
+        return pa.string(), True  # no integer type holds both
+    try:
+        both = pa.unify_schemas([pa.schema([("x", a)]), pa.schema([("x", b)])], promote_options="permissive")
+    except pa.ArrowException:
+        return pa.string(), True
+    return both.field("x").type, False
+
+
+def cast(array: Any, kind: pa.DataType) -> Any:
+    """The array as a type that :func:`merged` gave."""
+    if array.type == kind:
+        return array
+    if pa.types.is_string(kind):
+        return as_text(array)
+    # Large integers and nanoseconds lose their last digits rather than the whole job its end.
+    return array.cast(kind, safe=False)
+
+
+# -- values as text -----------------------------------------------------------------------------------
+
+
+def as_text(array: Any) -> pa.Array:
+    """Values as text: numbers as Arrow prints them, nested values as JSON, bytes as base64."""
+    if pa.types.is_nested(array.type) or pa.types.is_binary(array.type):
+        return pa.array([None if v is None else _text(v) for v in array.to_pylist()], pa.string())
+    return array.cast(pa.string())
+
+
+def _text(value: Any) -> str:
+    return _plain(value) if isinstance(value, bytes) else json.dumps(finite(value), ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def finite(value: Any) -> Any:
+    """The value with null for every NaN and infinity, which JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    return value
+
+
+def only_finite(array: Any) -> Any:
+    """The array, of the same type, with null for every NaN and infinity."""
+    if _all_finite(array):
+        return array
+    if pa.types.is_floating(array.type):
+        return pc.if_else(pc.is_finite(array), array, pa.scalar(None, array.type))
+    return pa.array([finite(value) for value in array.to_pylist()], array.type)
+
+
+def _all_finite(array: Any) -> bool:
+    if pa.types.is_floating(array.type):
+        return pc.all(pc.is_finite(array)).as_py() is not False
+    if pa.types.is_list(array.type):
+        return _all_finite(array.flatten())
+    if pa.types.is_struct(array.type):
+        return all(_all_finite(field) for field in array.flatten())
+    return True

@@ -1,0 +1,258 @@
+"""Pictures as files, under the names that their items have, and a list of them as rows."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tally.errors import ItemError
+from tally.scorers.base import Result
+from tally.sinks.base import Output, Writer
+from tally.sinks.rows import RowsSink
+from tally.sinks.staging import File, Place, attempt_of
+from tally.storage import TEMPORARY
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+KINDS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+"""Suffixes of pictures that can be written."""
+
+QUALITY = 92
+"""Of JPEG and WebP."""
+
+_COLUMNS = {"file": "string", "width": "int32", "height": "int32", "bytes": "int64"}
+_PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+_SEGMENT_BYTES = 200  # file systems allow 255, less where they encrypt names
+_NAME_BYTES = 900  # object stores allow 1024 for the whole
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
+# Folders that could stand where a picture or a file of Tally's is to be.
+_OWN = re.compile(r"(?i)^(_tally|_success)$|\.(jpe?g|png|webp|parquet|json)$")
+_MOVES = 8
+
+
+class FilesSink(RowsSink):
+    """Takes arrays ``uint8[height, width, 3]`` (RGB) or ``uint8[height, width]`` (label maps, masks).
+
+    pictures: ``jpg``, ``png`` or ``webp`` for all pictures; None goes by the key's suffix, and takes PNG where
+    that is no picture's. Arrays of two dimensions are always PNG: labels do not survive a lossy format.
+    The final folder holds the pictures and ``part-00000.parquet``, with ``key, file, width, height, bytes``.
+    """
+
+    def __init__(self, place: Place, pictures: str | None = None) -> None:
+        super().__init__(place, "parquet", _COLUMNS)
+        self.pictures = pictures
+
+    def open(self, attempt: str) -> Writer:
+        """See :meth:`Sink.open`."""
+        return PictureWriter(self.place, attempt, super().open(attempt), self.pictures)
+
+    def _assemble(
+        self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        return {**super()._assemble(outputs, dead, earlier), "output": "image"}
+
+    def _tables(self, staged: Sequence[str], kept: Sequence[File]) -> Iterator[pa.Table]:
+        import pyarrow as pa
+
+        renamed = self._renamed(staged, [file["path"] for file in kept])
+        for name, table in zip(staged, super()._tables(staged, kept), strict=True):
+            if any(source == name for source, _ in renamed):
+                files = [renamed.get((name, file), file) for file in table["file"].to_pylist()]
+                yield table.set_column(1, "file", pa.array(files, pa.string()))
+            else:
+                yield table
+
+    def _publish(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
+        place = self.place
+        staged = [place.staging + name for output in outputs for name in output.files]
+        earlier = self.manifest()
+        renamed = self._renamed(staged, [] if earlier is None else [file["path"] for file in earlier["files"]])
+
+        def moves() -> Iterator[tuple[str, str]]:
+            for name in staged:
+                folder = place.attempts + attempt_of(name.removeprefix(place.staging))
+                for file in place.table(name, ["file"])["file"].to_pylist():
+                    yield f"{folder}/{file}", renamed.get((name, file), file)
+
+        todo = moves()
+        with ThreadPoolExecutor(_MOVES, thread_name_prefix="tally-move") as pool:
+            while some := list(islice(todo, 1000)):
+                list(pool.map(lambda each: place.move(*each), some))
+        super()._publish(plan, outputs)
+
+    def _renamed(self, staged: Sequence[str], kept: Sequence[str]) -> dict[tuple[str, str], str]:
+        """``(staged rows, file)`` to another file name, for pictures whose name an earlier one has already.
+
+        "a.tif" becomes "a.tif.png", which may be the name of another picture. Numbers stand for names, so that
+        millions of them fit into memory.
+        """
+        from tally.sinks import merge
+
+        def files(name: str) -> list[str]:
+            return list(self.place.table(name, ["file"])["file"].to_pylist())
+
+        def hashes(name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+            return np.fromiter(map(hash, files(name)), np.int64)
+
+        found = [*merge.ahead(hashes, [*kept, *staged])]
+        values, counts = np.unique(np.concatenate([np.empty(0, np.int64), *found]), return_counts=True)
+        doubtful = set(values[counts > 1].tolist())
+        if not doubtful:
+            return {}
+        taken = {file for name in kept for file in files(name) if hash(file) in doubtful}
+        renamed = {}
+        for name in staged:
+            rows = self.place.table(name, ["key", "file"])
+            for key, file in zip(rows["key"].to_pylist(), rows["file"].to_pylist(), strict=True):
+                if file in taken:
+                    renamed[name, file] = marked(file, key)
+                elif hash(file) in doubtful:
+                    taken.add(file)
+        return renamed
+
+    def _listed(self, manifest: dict[str, Any]) -> Iterator[str]:
+        place = self.place
+        for file in manifest["files"]:
+            for name in (file["path"], place.final + file["path"]):
+                if place.store.exists(name):
+                    yield from place.table(name, ["file"])["file"].to_pylist()
+                    break
+        yield from super()._listed(manifest)
+
+
+class PictureWriter(Writer):
+    """Encodes each picture at once; only the list of them waits for the end."""
+
+    def __init__(self, place: Place, attempt: str, rows: Writer, pictures: str | None) -> None:
+        self._store, self._folder = place.store, place.attempts + attempt
+        self._rows, self._pictures = rows, pictures
+        self._names: Counter[str] = Counter()
+        self._bytes = 0
+
+    def add(self, keys: Sequence[str], results: Sequence[Result]) -> list[tuple[int, ItemError]]:
+        """See :meth:`Writer.add`."""
+        written: list[str] = []
+        rows: list[Result] = []
+        failed = []
+        for index, (key, result) in enumerate(zip(keys, results, strict=True)):
+            try:
+                array = picture(result)
+                name = file_for(key, self._pictures, labels=array.ndim == 2)
+                data = encode(array, KINDS[PurePosixPath(name).suffix.lower()])
+            except ItemError as error:
+                failed.append((index, error))
+                continue
+            if self._names[name]:
+                name = marked(name, key)
+            self._names[name] += 1
+            self._store.write(f"{self._folder}/{name}", data)
+            self._bytes += len(data)
+            written.append(key)
+            height, width = array.shape[:2]
+            rows.append({"file": name, "width": width, "height": height, "bytes": len(data)})
+        if written:
+            self._rows.add(written, rows)
+        return failed
+
+    def close(self) -> Output:
+        """See :meth:`Writer.close`."""
+        output = self._rows.close()
+        return Output(output.files, output.rows, output.bytes + self._bytes)
+
+    def abort(self) -> None:
+        """See :meth:`Writer.abort`."""
+        self._rows.abort()
+        self._store.delete_tree(self._folder)
+
+
+def picture(result: object) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The result as ``uint8[h, w, 3]`` or ``uint8[h, w]``. Raises ItemError where it is none."""
+    if not isinstance(result, np.ndarray):
+        raise ItemError(
+            f"the scorer returned {type(result).__name__}, and this output holds pictures",
+            stage="write",
+            hint='Return an array uint8[height, width, 3], or declare output = "rows".',
+        )
+    shape = "x".join(map(str, result.shape))
+    if result.dtype != np.uint8:
+        raise ItemError(
+            f"the scorer returned an array of {result.dtype} ({shape}); pictures are uint8",
+            stage="write",
+            hint="Scale to 0..255, and convert with .astype(numpy.uint8).",
+        )
+    if not (result.ndim == 2 or (result.ndim == 3 and result.shape[2] == 3)) or 0 in result.shape:
+        raise ItemError(
+            f"the scorer returned an array of shape {shape}; pictures are height x width x 3, or height x width",
+            stage="write",
+            hint="Channels come last: numpy.moveaxis(array, 0, -1) turns 3 x height x width round.",
+        )
+    return result
+
+
+def encode(array: np.ndarray[Any, np.dtype[np.uint8]], kind: str) -> bytes:
+    """The picture as a file's content. kind: ``jpg``, ``png`` or ``webp``. Raises ItemError if that cannot be."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    options = {} if kind == "png" else {"quality": QUALITY}
+    try:
+        Image.fromarray(np.ascontiguousarray(array)).save(buffer, _PILLOW[kind], **options)
+    except (OSError, ValueError) as error:
+        height, width = array.shape[:2]
+        raise ItemError(f"a picture of {width}x{height} cannot be written as {kind}: {error}", stage="write") from None
+    return buffer.getvalue()
+
+
+def file_for(key: str, pictures: str | None, *, labels: bool) -> str:
+    """The file name of an item's picture: always inside the output folder, and never too long.
+
+    A name that had to be altered carries a mark made from the key, so that two keys never share one.
+    """
+    plain = _inside(key)
+    kind = "png" if labels else pictures
+    found = KINDS.get(PurePosixPath(plain).suffix.lower())
+    whole = plain if found and kind in (None, found) else f"{plain}.{kind or 'png'}"
+    name = whole if len(whole.encode()) <= _NAME_BYTES else whole.rpartition("/")[2]
+    name = "/".join(_cut(segment) for segment in name.split("/"))
+    return name if plain == key and name == whole else marked(name, key)
+
+
+def marked(name: str, key: str) -> str:
+    """The file name with a mark that only this key has."""
+    digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=4).hexdigest()
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}-{digest}{dot}{suffix}"
+
+
+def _inside(key: str) -> str:
+    """The key as segments of a path that cannot lead out of a folder, nor to Tally's own files."""
+    segments = [_UNSAFE.sub("_", part) for part in _valid(key).split("/") if part not in ("", ".", "..")] or ["_"]
+    *folders, last = segments
+    folders = [f"{folder}_" if _OWN.search(folder) else folder for folder in folders]
+    return "/".join([*folders, f"_{last}" if last.startswith(TEMPORARY) else last])
+
+
+def _valid(key: str) -> str:
+    from tally.sinks.columns import printable
+
+    return printable(key)
+
+
+def _cut(segment: str) -> str:
+    raw = segment.encode()
+    if len(raw) <= _SEGMENT_BYTES:
+        return segment
+    stem, dot, suffix = raw.rpartition(b".")
+    if not dot or len(suffix) > 8:
+        stem, dot, suffix = raw, b"", b""
+    return (stem[: _SEGMENT_BYTES - 9] + dot + suffix).decode(errors="ignore")

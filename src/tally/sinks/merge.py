@@ -1,0 +1,228 @@
+"""Staged parts to final files: read ahead, bring to one schema, cut, write. Memory stays bounded."""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tally.sinks import columns
+from tally.sinks.columns import KEY
+from tally.sinks.staging import File, Place
+from tally.storage import failure
+
+PART_ROWS = 1_000_000
+PART_BYTES = 128 * 1024**2
+"""A part is full at this many rows, or bytes of Arrow data."""
+
+_GROUP_ROWS = 128 * 1024
+_GROUP_BYTES = 32 * 1024**2
+_AHEAD = 4
+
+Batches = Iterable[pa.RecordBatch]
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+def schema(place: Place, names: Iterable[str], first: Iterable[pa.Schema] = ()) -> columns.Unified:
+    """The schema that holds the rows of all these Parquet files, and those of the schemas before them."""
+
+    def one(name: str) -> pa.Schema:
+        with place.parquet(name) as file:
+            return file.schema_arrow
+
+    return columns.unify(chain(first, ahead(one, names)))
+
+
+def stream(tables: Iterable[pa.Table], target: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The rows of tables with differing schemas, in the target schema."""
+    for table in tables:
+        yield from columns.conform(table, target).to_batches()
+
+
+def ahead(read: Callable[[str], Any], names: Iterable[str]) -> Iterator[Any]:
+    """What ``read`` gives for each name, in order, a few of them read ahead in threads."""
+    pending: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(_AHEAD, thread_name_prefix="tally-merge") as pool:
+        try:
+            for name in names:
+                pending.append(pool.submit(read, name))
+                if len(pending) >= _AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+# -- writing ------------------------------------------------------------------------------------------
+
+
+def write(place: Place, batches: Batches, target: pa.Schema, suffix: str, first: int, *, empty: bool) -> list[File]:
+    """Write rows as the final parts ``first``, ``first + 1`` ...; as one file if the output is merged.
+
+    empty: write a part without rows when there are none, so that the columns are there.
+    """
+    parts: Iterable[Batches] = [batches] if place.merged else cut(batches)
+    files = [
+        write_file(place, place.part(number, suffix), part, target, suffix) for number, part in enumerate(parts, first)
+    ]
+    if empty and not files:
+        files.append(write_file(place, place.part(first, suffix), (), target, suffix))
+    return files
+
+
+def write_file(place: Place, name: str, batches: Batches, target: pa.Schema, suffix: str) -> File:
+    """Write rows as one final file."""
+    with place.create(name) as path:
+        rows = _write(path, batches, target, suffix)
+        size = path.stat().st_size
+    return {"path": name, "rows": rows, "bytes": size}
+
+
+def extend(place: Place, old: File, batches: Batches, target: pa.Schema, known: Sequence[str], suffix: str) -> File:
+    """Rewrite a merged CSV or JSON Lines file with more rows at its end.
+
+    known: the columns that it has; the target schema begins with them.
+    """
+    source = place.store.local_path(old["path"])
+    with place.create(old["path"]) as path:
+        if suffix == "csv" and len(target) > len(known):
+            _widen(source, path, target.names[len(known) :])
+        else:
+            shutil.copyfile(source, path)
+        added = path.with_name(f"{path.name}.added")
+        rows = _write(added, batches, target, suffix, header=False)
+        with path.open("ab") as whole, added.open("rb") as tail:
+            shutil.copyfileobj(tail, whole, 1024**2)
+        added.unlink()
+        size = path.stat().st_size
+    return {"path": old["path"], "rows": old["rows"] + rows, "bytes": size}
+
+
+def cut(batches: Batches) -> Iterator[Iterator[pa.RecordBatch]]:
+    """Cut a stream of rows into parts. Each part is to be used up before the next is asked for."""
+    rest = (batch for batch in batches if batch.num_rows)
+    over: list[pa.RecordBatch] = []
+
+    def part() -> Iterator[pa.RecordBatch]:
+        rows = size = 0
+        while rows < PART_ROWS and size < PART_BYTES:
+            batch = over.pop() if over else next(rest, None)
+            if batch is None:
+                return
+            if rows + batch.num_rows > PART_ROWS:
+                over.append(batch.slice(PART_ROWS - rows))
+                batch = batch.slice(0, PART_ROWS - rows)
+            rows += batch.num_rows
+            size += batch.nbytes
+            yield batch
+
+    while True:
+        if not over:
+            batch = next(rest, None)
+            if batch is None:
+                return
+            over.append(batch)
+        yield part()
+
+
+def _write(path: Path, batches: Batches, target: pa.Schema, suffix: str, *, header: bool = True) -> int:
+    if suffix == "parquet":
+        return _write_parquet(path, batches, target)
+    return _write_text(path, batches, target, suffix, header)
+
+
+def _write_parquet(path: Path, batches: Batches, target: pa.Schema) -> int:
+    rows = pending_rows = pending_bytes = 0
+    pending: list[pa.RecordBatch] = []
+    with parquet_writer(path, target) as writer:
+        for batch in batches:
+            pending.append(batch)
+            pending_rows += batch.num_rows
+            pending_bytes += batch.nbytes
+            if pending_rows >= _GROUP_ROWS or pending_bytes >= _GROUP_BYTES:
+                writer.write_table(pa.Table.from_batches(pending, target), row_group_size=pending_rows)
+                rows, pending, pending_rows, pending_bytes = rows + pending_rows, [], 0, 0
+        if pending_rows:
+            writer.write_table(pa.Table.from_batches(pending, target), row_group_size=pending_rows)
+    return rows + pending_rows
+
+
+def parquet_writer(where: Any, target: pa.Schema) -> pq.ParquetWriter:
+    """Zstandard; dictionaries except for the key, which never repeats."""
+    return pq.ParquetWriter(
+        where, target, compression="zstd", use_dictionary=[name for name in target.names if name != KEY]
+    )
+
+
+def _write_text(path: Path, batches: Batches, target: pa.Schema, suffix: str, header: bool) -> int:
+    # DuckDB quotes in a CSV file only what needs it, and writes nested JSON.
+    import duckdb
+
+    raised: list[BaseException] = []
+
+    def prepared() -> Iterator[pa.RecordBatch]:
+        try:
+            for batch in batches:
+                yield _textual(batch, suffix)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    plain = _textual(pa.RecordBatch.from_pylist([], schema=target), suffix).schema
+    options = "FORMAT json" if suffix == "jsonl" else f"FORMAT csv, HEADER {str(header).lower()}"
+    with duckdb.connect(":memory:", config={"threads": 1}) as connection:
+        connection.register("batches", pa.RecordBatchReader.from_batches(plain, prepared()))
+        try:
+            found = connection.execute(f"COPY (FROM batches) TO {_quoted(path)} ({options})").fetchone()
+        except duckdb.Error as error:
+            raise (raised[0] if raised else failure("write", str(path), error)) from None
+    return int(found[0]) if found else 0
+
+
+def _widen(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Copy a CSV file with empty columns added."""
+    import duckdb
+
+    extra = "".join(f', NULL AS "{name.replace(chr(34), chr(34) * 2)}"' for name in names)
+    with duckdb.connect(":memory:", config={"threads": 1}) as connection:
+        try:
+            connection.execute(
+                f"COPY (SELECT *{extra} FROM read_csv({_quoted(source)}, {CSV}, all_varchar = true)) "  # noqa: S608
+                f"TO {_quoted(target)} (FORMAT csv, HEADER true)"
+            )
+        except duckdb.Error as error:
+            raise failure("write", str(target), error) from None
+
+
+CSV = """header = true, delim = ',', quote = '"', escape = '"', nullstr = '', allow_quoted_nulls = false"""
+"""How DuckDB is to read the CSV files written here: an empty text stays different from nothing."""
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def _textual(batch: pa.RecordBatch, suffix: str) -> pa.RecordBatch:
+    """The batch with only what the text format can hold."""
+    arrays = [_textual_column(array, suffix) for array in batch.columns]
+    return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
+
+
+def _textual_column(array: Any, suffix: str) -> Any:
+    kind = array.type
+    if pa.types.is_binary(kind) or (suffix == "csv" and pa.types.is_nested(kind)):
+        return columns.as_text(array)
+    if suffix == "jsonl" and (pa.types.is_floating(kind) or pa.types.is_nested(kind)):
+        return columns.only_finite(array)
+    return array

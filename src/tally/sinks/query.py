@@ -1,0 +1,153 @@
+"""SQL over results, with DuckDB: read only, and nothing but the results can be read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import duckdb
+import pyarrow as pa
+
+from tally.errors import SpecError
+from tally.sinks.base import Output, Sink
+from tally.sinks.columns import KEY, printable, schema_of, type_named
+from tally.sinks.merge import CSV
+from tally.sinks.staging import StagedSink
+from tally.storage import is_url, open_store
+
+Dead: TypeAlias = "pa.Table | Iterable[Mapping[str, Any]]"
+
+_DEAD = {"stage": "string", "error": "string"}
+
+
+def query(sink: Sink, outputs: Iterable[Output], sql: str, dead: Dead = ()) -> pa.Table:
+    """The answer to one SELECT (or FROM, WITH, VALUES, DESCRIBE, SUMMARIZE ...) over a job's results.
+
+    The view ``results`` holds the rows, ``key`` first; ``dead`` holds ``key, stage, error``. A running job
+    shows what is committed.
+    outputs: as for :meth:`Sink.committed`. dead: a table or rows with those three columns.
+    Raises SpecError with DuckDB's message for whatever is wrong with the statement.
+    """
+    outputs, listed = list(outputs), _dead_table(dead)
+    try:
+        return _query(sink, outputs, sql, listed)
+    except (duckdb.IOException, FileNotFoundError):
+        # The job was finalized between the look and the reading: its results lie elsewhere now.
+        return _query(sink, outputs, sql, listed)
+
+
+def rows(sink: Sink, outputs: Iterable[Output]) -> pa.Table:
+    """All rows, in the source's order."""
+    return query(sink, outputs, "FROM results")
+
+
+def _query(sink: Sink, outputs: list[Output], sql: str, dead: pa.Table) -> pa.Table:
+    kind, places = sink.committed(outputs)
+    paths = [_local(place) for place in places]
+    manifest = sink.manifest() if isinstance(sink, StagedSink) else None
+    with duckdb.connect(":memory:") as connection:
+        connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")
+        connection.execute("SET enable_external_file_cache = false")  # a file may be replaced between two queries
+        connection.execute(f"SET python_scan_all_frames = false; SET allowed_paths = {_list(paths)}")
+        connection.execute("SET enable_external_access = false")
+        _views(connection, kind, paths, dict((manifest or {}).get("schema", {})), dead)
+        connection.execute("SET lock_configuration = true")
+        return _answer(connection, sql)
+
+
+def _views(
+    connection: duckdb.DuckDBPyConnection,
+    kind: str,
+    paths: list[str],
+    types: dict[str, str],
+    dead: pa.Table,
+) -> None:
+    connection.register("dead", dead)
+    if not paths:
+        connection.register("results", dead.schema.empty_table().select([KEY]))
+        return
+    connection.execute(f"CREATE VIEW results AS FROM {_reader(connection, kind, paths, types)}")
+
+
+def _dead_table(dead: Dead) -> pa.Table:
+    if isinstance(dead, pa.Table):
+        return dead
+    schema = schema_of(_DEAD)
+    assert schema is not None
+    rows = list(dead)
+    return pa.table({name: [printable(str(row[name])) for row in rows] for name in schema.names}, schema=schema)
+
+
+def _reader(connection: duckdb.DuckDBPyConnection, kind: str, paths: list[str], types: dict[str, str]) -> str:
+    if kind == "parquet":
+        return f"read_parquet({_list(paths)}, union_by_name = true)"
+    # The types are known: guessing would make a number of the label "007".
+    duck = _duck_types(connection, types) if types else {}
+    if kind == "csv":
+        duck = {n: "VARCHAR" if t.endswith(("]", ")")) or t in ("BLOB", '"NULL"') else t for n, t in duck.items()}
+        return f"read_csv({_list(paths)}, {CSV}, union_by_name = true, types = {_struct(duck)})"
+    return f"read_json({_list(paths)}, format = 'newline_delimited', columns = {_struct(duck)})"
+
+
+def _duck_types(connection: duckdb.DuckDBPyConnection, types: dict[str, str]) -> dict[str, str]:
+    fields = []
+    for name, kind in types.items():
+        try:
+            fields.append(pa.field(name, type_named(kind)))
+        except SpecError:
+            fields.append(pa.field(name, pa.string()))
+    connection.register("described", pa.schema(fields).empty_table())
+    found = connection.execute("DESCRIBE described").fetchall()
+    connection.unregister("described")
+    return {row[0]: row[1] for row in found}
+
+
+def _answer(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
+    try:
+        statements = connection.extract_statements(sql)
+    except duckdb.Error as error:
+        raise _wrong(connection, error) from None
+    if len(statements) != 1:
+        what = "no statement" if not statements else f"{len(statements)} statements"
+        raise SpecError(f"the query holds {what}", hint="Give one, such as: select * from results limit 10")
+    if statements[0].type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
+        raise SpecError(
+            f"a {statements[0].type.name.lower()} statement changes something; results can only be read",
+            hint="Use select. To write the answer to a file, use --output.",
+        )
+    try:
+        return connection.execute(statements[0]).to_arrow_table()
+    except duckdb.IOException:
+        raise
+    except duckdb.Error as error:
+        raise _wrong(connection, error) from None
+
+
+def _wrong(connection: duckdb.DuckDBPyConnection, error: Exception) -> SpecError:
+    message = re.split(r"\n\s*\n", str(error).strip())[0]
+    message = " ".join(re.sub(r"^[A-Z]\w+ Error:\s*", "", message).split())
+    listed = []
+    for view in ("results", "dead"):
+        names = [row[0] for row in connection.execute(f"DESCRIBE {view}").fetchall()]
+        listed.append(f"{view}({', '.join(names)})")
+    return SpecError(f"the query cannot be answered: {message}", hint=f"There are {' and '.join(listed)}.")
+
+
+def _local(place: str) -> str:
+    if not is_url(place):
+        return place
+    root, _, name = place.rpartition("/")
+    return str(open_store(root).local_path(name))
+
+
+def _list(paths: list[str]) -> str:
+    return "[" + ", ".join(_text(path) for path in paths) + "]"
+
+
+def _struct(types: dict[str, str]) -> str:
+    return "{" + ", ".join(f"{_text(name)}: {_text(kind)}" for name, kind in types.items()) + "}"
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"

@@ -1,0 +1,109 @@
+"""The source contract: where items come from.
+
+A source enumerates items in a stable order, cut into chunks, in the coordinator; and reads one chunk in
+a worker. The object itself is small and picklable: it travels to the workers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tally.errors import ItemError
+from tally.scorers.base import Scorer
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of items: the unit of execution, retry and commit.
+
+    first: ordinal of its first item in the source's order (0 is the job's first item).
+    count: number of items.
+    payload: JSON-able; all that the source needs to read these items again, on any machine.
+    cursor: hand it to :meth:`Source.plan` to go on after this chunk.
+    """
+
+    first: int
+    count: int
+    payload: dict[str, Any]
+    cursor: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLimit:
+    """How large the next chunk may be. ``items`` is a multiple of the scorer's batch size."""
+
+    items: int
+    bytes: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the scorer is given at once.
+
+    Batches are windows over the chunk's positions ``start <= p < stop``, never topped up from the next
+    window: the same items always meet in the same batch, whatever failed before them.
+
+    keys, values: of the items that could be read, in order; values are the outcome of ``Scorer.prepare``
+        (for ``table`` scorers, a ``pyarrow.Table`` with one row for each key).
+    positions: position inside the chunk of each of them.
+    dead: position and error of each item that could not.
+    """
+
+    start: int
+    stop: int
+    keys: list[str] = field(default_factory=list)
+    values: Any = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    dead: list[tuple[int, ItemError]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds spent per stage, summed over threads; added to by whoever does the stage's work."""
+
+    read: float = 0.0
+    decode: float = 0.0
+    score: float = 0.0
+    write: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        return {"read": self.read, "decode": self.decode, "score": self.score, "write": self.write}
+
+
+class Source(ABC):
+    """Enumerates items with stable keys, and reads them."""
+
+    @abstractmethod
+    def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
+        """Yield the chunks that follow the cursor ``after`` (None: from the start), listing lazily.
+
+        first: the ordinal of the next item. limit: asked anew before each chunk.
+        The order is the same in every call, so that planning goes on where a crash cut it.
+        Raises SourceNotFoundError when there is nothing at all to score.
+        """
+
+    @abstractmethod
+    def read(self, chunk: Chunk, scorer: Scorer, timings: Timings) -> Iterator[Batch]:
+        """Read, decode and prepare the chunk's items, in order, ahead of the consumer.
+
+        Closing the iterator stops the threads that work ahead.
+        """
+
+    @abstractmethod
+    def keys(self, chunk: Chunk) -> Sequence[str]:
+        """The keys of the chunk's items, in order."""
+
+    @abstractmethod
+    def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
+        """The part of the chunk at positions ``start <= p < stop``."""
+
+    def combine(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Fewer chunks with the same items, where that is possible: dead items are replayed with it."""
+        return list(chunks)
+
+    def remark(self) -> str | None:
+        """After planning: one line that the user should see (files passed over, say)."""
+        return None

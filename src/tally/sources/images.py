@@ -1,0 +1,263 @@
+"""Decoding one picture, whoever made it.
+
+Everything here may be called from several threads at once. Pillow is imported, and its warnings are
+silenced, on first use: in a worker, not wherever ``tally`` is imported.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tally.errors import ItemError
+
+if TYPE_CHECKING:
+    from PIL import Image as PillowImage
+
+MAX_PIXELS = 128_000_000
+"""Larger pictures are refused by their header. Decoding one of this size takes about 1 GiB."""
+
+# Pillow has these as readers, but they are stubs, or (EPS) start another program on the file's content.
+_UNUSABLE = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+_COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_SIGNATURES = {
+    b"\xff\xd8": "JPEG",
+    b"\x89PNG": "PNG",
+    b"GIF8": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"8BPS": "PSD",
+}
+_STRIP_PIXELS = 1 << 20
+
+_filter_lock = threading.Lock()
+
+
+def decode(
+    data: bytes, size: tuple[int, int] | None = None, *, max_pixels: int = MAX_PIXELS
+) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], dict[str, int]]:
+    """Decode one picture to upright RGB.
+
+    data: the file's content, in any format that Pillow reads; of several frames, the first.
+    size: (width, height) in pixels that the caller is going to resize to. A JPEG is then decoded at
+        1/2, 1/4 or 1/8, as long as what comes out is at least twice that in both directions.
+    max_pixels: what the header may announce at most; nothing is decoded above it.
+
+    Returns a writable, C-contiguous ``uint8[height, width, 3]`` in RGB order, and ``width`` and
+    ``height`` in pixels of the original, upright picture. EXIF orientation is applied, transparency is
+    dropped. Samples of 16 bits are divided by 257; other integers and floats are taken as they are
+    where they lie within 0 ... 255 (floats; or 0 ... 1), and else stretched from smallest to largest.
+
+    Raises ItemError (stage ``decode``) for everything that is not a complete, readable picture.
+    """
+    if not data:
+        raise ItemError("the file is empty (0 bytes)", stage="decode")
+    _quiet()
+    from PIL import Image, UnidentifiedImageError
+
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels // 2 + 1
+    what = "image"
+    try:
+        with Image.open(BytesIO(data), formats=_formats()) as image:
+            what = f"{image.format} image"
+            _check(image, max_pixels)
+            width, height = image.size
+            if image.format in ("JPEG", "MPO"):
+                turned = _orientation(image) >= 5
+                if turned:
+                    width, height = height, width
+                if size is not None:
+                    wanted = (2 * size[0], 2 * size[1])
+                    image.draft(None, wanted[::-1] if turned else wanted)
+                image.load()
+                pixels = _upright(image, _orientation(image))
+            else:
+                # Elsewhere the orientation may stand behind the pixels, or be applied while loading.
+                image.load()
+                _refuse_large(*image.size, max_pixels)
+                pixels = _upright(image, _orientation(image))
+                width, height = pixels.size
+            return _rgb(pixels), {"width": width, "height": height}
+    except ItemError:
+        raise
+    except UnidentifiedImageError:
+        message = _unidentified(data)
+    except Image.DecompressionBombError as error:
+        pixels_announced = re.search(r"\d+", str(error))
+        amount = f"{int(pixels_announced[0]) / 1e6:.1f} million pixels" if pixels_announced else "the picture"
+        message = f"{amount} is over the limit of {max_pixels / 1e6:g} million"
+    except MemoryError:
+        message = f"not enough memory to decode this {what}"
+    except Exception as error:
+        message = _explain(error, what, len(data))
+    raise ItemError(message, stage="decode")
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """File name suffixes of pictures, lower case, with the dot."""
+    from PIL import Image
+
+    usable = set(_formats())
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in usable)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Formats in the order in which they are tried."""
+    from PIL import Image
+
+    Image.init()
+    return (*_COMMON, *sorted(set(Image.OPEN) - _UNUSABLE - set(_COMMON)))
+
+
+_FILTER = ("ignore", None, Warning, re.compile(r"PIL\.|tally\.sources\.images"), 0)
+
+
+def _quiet() -> None:
+    """Silence Pillow's warnings for the process: ``warnings.catch_warnings`` is not safe in threads."""
+    if _FILTER in warnings.filters:
+        return
+    with _filter_lock:
+        if _FILTER not in warnings.filters:
+            warnings.filterwarnings("ignore", module=_FILTER[3].pattern)
+
+
+def _check(image: PillowImage.Image, max_pixels: int) -> None:
+    """Refuse, by header alone, what would need too much memory."""
+    _refuse_large(*image.size, max_pixels)
+    tags = getattr(image, "tag_v2", {})
+    tile = (tags.get(322, 0), tags.get(323, 0))
+    if all(isinstance(side, int) for side in tile):
+        _refuse_large(*tile, max_pixels)
+    for part in getattr(image, "tile", ()):
+        if part[0] == "fits_gzip":
+            raise ItemError("compressed FITS images are not read: their size is not known in advance", stage="decode")
+
+
+def _refuse_large(width: int, height: int, max_pixels: int) -> None:
+    pixels = width * height
+    if pixels > max_pixels:
+        raise ItemError(
+            f"{width}x{height} = {pixels / 1e6:.1f} million pixels is over the limit of {max_pixels / 1e6:g} million",
+            stage="decode",
+        )
+
+
+def _orientation(image: PillowImage.Image) -> int:
+    """EXIF orientation, 1 to 8. A broken EXIF block does not cost the picture."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(image: PillowImage.Image, orientation: int) -> PillowImage.Image:
+    if orientation == 1:
+        return image
+    from PIL.Image import Transpose
+
+    turn = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turn[orientation])
+
+
+def _rgb(image: PillowImage.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    mode = image.mode
+    if mode == "RGB":
+        return _pixels(image)
+    if mode.startswith("I;16"):
+        return _pixels(image, lambda strip: _scale(strip, 0, 65535))
+    if mode == "I":
+        low, high = _extremes(image)
+        if low >= 0 and high <= 65535:
+            low, high = 0, 65535
+        return _pixels(image, lambda strip: _scale(strip, low, high))
+    if mode == "F":
+        low, high = _extremes(image)
+        if low >= 0 and high <= 255:
+            low, high = 0, 1 if high <= 1 else 255
+        return _pixels(image, lambda strip: _scale(strip, low, high))
+    if mode == "LAB":
+        from PIL import ImageCms
+
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None
+        return _pixels(converted)
+    if mode in ("RGBa", "La"):
+        image = image.convert("RGBA" if mode == "RGBa" else "LA")
+    return _pixels(image.convert("RGB"))
+
+
+def _strips(image: PillowImage.Image) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    """Rows from the top, some at a time: going through one ``bytes`` would hold a large picture thrice."""
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // max(width, 1))
+    if rows >= height:
+        yield 0, np.asarray(image)
+        return
+    for top in range(0, height, rows):
+        yield top, np.asarray(image.crop((0, top, width, min(top + rows, height))))
+
+
+def _pixels(
+    image: PillowImage.Image, convert: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] | None = None
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    out = np.empty((image.height, image.width, 3), np.uint8)
+    for top, strip in _strips(image):
+        if convert is not None:
+            strip = convert(strip)[:, :, np.newaxis]
+        out[top : top + len(strip)] = strip
+    return out
+
+
+def _extremes(image: PillowImage.Image) -> tuple[float, float]:
+    """Smallest and largest finite sample; (0, 0) where there is none."""
+    low, high = np.inf, -np.inf
+    for _, strip in _strips(image):
+        finite = strip[np.isfinite(strip)]
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    return (low, high) if low <= high else (0.0, 0.0)
+
+
+def _scale(samples: np.ndarray[Any, Any], low: float, high: float) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Map low ... high to 0 ... 255, rounded; what is no number becomes 0."""
+    spread = (high - low) or 1.0
+    with np.errstate(all="ignore"):
+        scaled = (samples.astype(np.float64) - low) * (255.0 / spread) + 0.5
+    return np.clip(np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0), 0, 255).astype(np.uint8)
+
+
+def _unidentified(data: bytes) -> str:
+    start = data[:12]
+    for signature, kind in _SIGNATURES.items():
+        if start.startswith(signature):
+            return f"damaged {kind} image: its header cannot be read (the file has {len(data):,} bytes)"
+    return f"not an image: cannot identify the format (starts with {start!r})"
+
+
+def _explain(error: Exception, what: str, length: int) -> str:
+    text = " ".join(str(error).split())
+    lower = text.lower()
+    if "truncated" in lower or "not enough" in lower or "unexpected end" in lower or isinstance(error, EOFError):
+        return f"truncated: the {what} ends early (the file has {length:,} bytes)"
+    detail = re.sub(r"<[^>]* object at 0x[0-9a-f]+>", "it", text)[:160] or type(error).__name__
+    return f"damaged {what}: {detail}"

@@ -1,0 +1,28 @@
+"""Fixtures that every kind of test shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real models, photos and hostile files; not part of the repository."""
+    path = Path(os.environ.get("TALLY_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (path / "images").is_dir():
+        pytest.skip(f"no test data at {path}; set TALLY_TEST_DATA to the folder that holds images/ and models/")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state folder (jobs, registry) of the test's own."""
+    path = tmp_path / "tally-home"
+    monkeypatch.setenv("TALLY_HOME", str(path))
+    monkeypatch.delenv("TALLY_DATABASE", raising=False)
+    return path
