@@ -13,7 +13,7 @@ import pytest
 from tally.scorers.base import Item
 from tally.scorers.package import load, resolve
 
-DETECTOR = '''
+DETECTOR = """
 import io
 import os
 
@@ -53,9 +53,9 @@ def faces(file, threshold=0.7):
         )
         candidates = rest[overlap(boxes[best], boxes[rest]) < 0.45].tolist() if len(rest) else []
     return found
-'''.replace("RESAMPLING", "Image.Resampling.BICUBIC")
+""".replace("RESAMPLING", "Image.Resampling.BICUBIC")
 
-RAW = '''
+RAW = """
 import json
 
 from azureml.contrib.services.aml_request import AMLRequest, rawhttp
@@ -71,16 +71,16 @@ def run(request):
     except OSError as error:
         return AMLResponse(str(error), 400)
     return AMLResponse(json.dumps([{**box, "score": float(box["score"])} for box in boxes]), 200)
-'''
+"""
 
-MINI_BATCH = '''
+MINI_BATCH = """
 def run(mini_batch):
     results = []
     for path in mini_batch:
         with open(path, "rb") as file:
             results.append(faces(file))
     return results
-'''
+"""
 
 PHOTOS = [
     "images/photos/face.jpg",
@@ -92,9 +92,7 @@ PHOTOS = [
 
 
 @pytest.mark.parametrize("form", ["raw", "mini_batch"])
-def test_boxes_equal_the_reference(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
-) -> None:
+def test_boxes_equal_the_reference(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setitem(os.environ, "AZUREML_MODEL_DIR", "")
     weights = tmp_path / "weights"
@@ -107,9 +105,7 @@ def test_boxes_equal_the_reference(
     ref = resolve(script, artifacts=weights)
     assert (ref.kind, ref.options["form"], ref.assumed) == ("script", form, ())
     scorer = load(ref, "cpu")
-    items = [
-        Item(photo, (data / photo).read_bytes() if scorer.input == "bytes" else data / photo) for photo in PHOTOS
-    ]
+    items = [Item(photo, (data / photo).read_bytes() if scorer.input == "bytes" else data / photo) for photo in PHOTOS]
     results = scorer.score([scorer.prepare(item) for item in items])
 
     assert len(results) == len(PHOTOS)
@@ -124,9 +120,7 @@ def test_boxes_equal_the_reference(
             assert row["label"] == "face"
 
     if form == "raw":  # a bad photo costs itself only, and tells why
-        bad, good = scorer.score(
-            [scorer.prepare(Item("bad.jpg", b"\xff\xd8 cut short")), scorer.prepare(items[0])]
-        )
+        bad, good = scorer.score([scorer.prepare(Item("bad.jpg", b"\xff\xd8 cut short")), scorer.prepare(items[0])])
         assert "the script answered 400: cannot identify image file" in str(bad)
         assert not isinstance(good, Exception)
         assert len(good) == 4

@@ -220,6 +220,25 @@ def test_restyle(data: Path, model: str, options: dict[str, Any]) -> None:
     assert np.abs(gray - before).mean() > 10
 
 
+# ----------------------------------------------------------------------------------------- inspection
+
+
+def test_every_model_is_understood_without_a_word(data: Path) -> None:
+    found = {}
+    for path in sorted((data / "models").glob("*/*.onnx")):
+        if path.parent.name not in ("sensor_ocsvm", "tabular"):
+            options = inspect(path, {})
+            assert inspect(path, options) == options, path.name
+            found[path.name] = options["task"] if options["decoder"] == "auto" else options["decoder"]
+    assert found.pop("mobilenet_v2_fp32_features.onnx") == "embed"
+    expected = {"style": "restyle", "segment": "segment"}
+    for path in (data / "models" / "detect").glob("*.onnx"):
+        assert found.pop(path.name) in path.name or path.name == "face_rfb320.onnx"
+    for name, task in found.items():
+        folder = next((data / "models").glob(f"*/{name}")).parent.name
+        assert task == expected.get(folder, "classify"), name
+
+
 # -------------------------------------------------------------------------------------------- hostile
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import os
+import threading
 import uuid
 from io import BytesIO
 from pathlib import Path
@@ -7,10 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tally.sources.base import Source
-from tally.sources.files import FileSource
+from tally.errors import ItemError, SourceNotFoundError, SpecError
+from tally.scorers.base import Input, Item, Scorer
+from tally.sources.base import Chunk, ChunkLimit, Source, Timings
+from tally.sources.files import AHEAD, LOCAL_THREADS, FileSource
 from tally.storage import open_store
-from tally.testing.sources import SourceContract
+from tally.testing.sources import Recorder, SourceContract, chunks_of
 
 NAMES = ["a-b.png", "a.png", "a/1.png", "a/b/2.png", "a/b/3.png", "a0.png", "é.png"]
 
@@ -91,3 +96,325 @@ class TestRemotePaths(TestRemoteImages):
     @pytest.fixture
     def source(self, png: bytes) -> Source:
         return FileSource.describe([_fill(f"memory://{uuid.uuid4().hex}/in", png)], "path")
+
+
+# What only files have -------------------------------------------------------------------------------
+
+
+def planned(source: FileSource, items: int = 1000, after: str | None = None) -> list[str]:
+    return [key for chunk in chunks_of(source, items, after=after) for key in source.keys(chunk)]
+
+
+def touch(root: Path, *names: str, data: bytes = b"x") -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def read(source: FileSource, scorer: Scorer) -> tuple[dict[str, object], dict[int, ItemError]]:
+    values: dict[str, object] = {}
+    dead: dict[int, ItemError] = {}
+    for chunk in chunks_of(source, 1000):
+        for batch in source.read(chunk, scorer, Timings()):
+            values |= dict(zip(batch.keys, batch.values, strict=True))
+            dead |= dict(batch.dead)
+    return values, dead
+
+
+TREE = [".hid/x.jpg", ".x.jpg", "a/1.jpg", "a/2.JPG", "a/b/3.jpg", "a/b/c/4.png", "a1.jpg", "b.csv", "é.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("glob", "names"),
+    [
+        ("*", ["a1.jpg", "b.csv", "é.jpg"]),
+        ("*.jpg", ["a1.jpg", "é.jpg"]),
+        ("?.jpg", ["é.jpg"]),
+        ("**/*.jpg", ["a/1.jpg", "a/b/3.jpg", "a1.jpg", "é.jpg"]),
+        ("**/*", ["a/1.jpg", "a/2.JPG", "a/b/3.jpg", "a/b/c/4.png", "a1.jpg", "b.csv", "é.jpg"]),
+        ("**", ["a/1.jpg", "a/2.JPG", "a/b/3.jpg", "a/b/c/4.png", "a1.jpg", "b.csv", "é.jpg"]),
+        ("*/*.jpg", ["a/1.jpg"]),
+        ("a*", ["a1.jpg"]),
+        ("*/**/[!1-3].*", ["a/b/c/4.png"]),
+        ("*/[12].[jJ]*", ["a/1.jpg", "a/2.JPG"]),
+        (".*", [".x.jpg"]),
+        (".*/*", [".hid/x.jpg"]),
+        ("**/b/**/*.png", ["a/b/c/4.png"]),
+        ("[]!]*.jpg", None),
+        ("*.JPG", None),
+    ],
+)
+@pytest.mark.parametrize("remote", [False, True])
+def test_globs(tmp_path: Path, glob: str, names: list[str] | None, remote: bool) -> None:
+    root = f"memory://{uuid.uuid4().hex}/in" if remote else str(tmp_path / "in")
+    for name in TREE:
+        open_store(root).write(name, b"x")
+    if names is None:
+        with pytest.raises(SourceNotFoundError, match="no file matches"):
+            FileSource.describe([f"{root}/{glob}"], "image")
+    else:
+        assert planned(FileSource.describe([f"{root}/{glob}"], "image")) == names
+
+
+def test_keys_begin_where_the_glob_does(tmp_path: Path) -> None:
+    touch(tmp_path, *TREE)
+    assert planned(FileSource.describe([f"{tmp_path}/a/b/**/*"], "image")) == ["3.jpg", "c/4.png"]
+
+
+def test_a_folder_gives_its_images_and_says_what_it_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, *TREE, "notes.txt", "more/x.csv", "README")
+    source = FileSource.describe([str(tmp_path)], "image")
+    assert source.remark() is None
+    images = ["a/1.jpg", "a/2.JPG", "a/b/3.jpg", "a/b/c/4.png", "a1.jpg", "é.jpg"]
+    assert planned(source) == images
+    assert planned(source) == images
+    assert source.remark() == (
+        "4 files passed over, not images by their name: .csv 2, .txt 1, without suffix 1; "
+        f"a glob such as '{tmp_path}/**/*' takes them all"
+    )
+    assert planned(FileSource.describe([str(tmp_path)], "bytes"))[-1] == "é.jpg"
+
+
+def test_a_name_that_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
+    touch(tmp_path, "odd[1]/x.jpg", "odd1/y.jpg", "what?.jpg")
+    assert planned(FileSource.describe([f"{tmp_path}/odd[1]"], "image")) == ["x.jpg"]
+    assert planned(FileSource.describe([f"{tmp_path}/what?.jpg"], "image")) == ["what?.jpg"]
+
+
+def test_many_single_files_share_chunks(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{n % 3}/{n}.jpg" for n in range(100)))
+    uris = [str(path) for path in tmp_path.rglob("*.jpg")]
+    source = FileSource.describe([*uris, *uris[:5]], "image")
+    chunks = chunks_of(source, 64)
+    assert [chunk.count for chunk in chunks] == [64, 36]
+    assert planned(source) == sorted(str(Path(uri).relative_to(tmp_path)) for uri in uris)
+
+
+def test_places_without_a_common_folder_are_named_in_the_key(tmp_path: Path) -> None:
+    bucket = f"memory://{uuid.uuid4().hex}"
+    open_store(bucket).write("in/x.jpg", b"")
+    touch(tmp_path, "y.jpg")
+    source = FileSource.describe([f"{bucket}/in/", str(tmp_path)], "image")
+    assert planned(source) == [f"{bucket}/in/x.jpg", f"{tmp_path}/y.jpg"]
+
+
+def test_chunks_are_bounded_by_bytes(tmp_path: Path) -> None:
+    for name, size in (("1", 60), ("2", 60), ("3", 200), ("4", 10), ("5", 10)):
+        touch(tmp_path, name, data=bytes(size))
+    source = FileSource.describe([str(tmp_path)], "bytes")
+    chunks = list(source.plan(None, 0, lambda: ChunkLimit(100, 120)))
+    assert [source.keys(chunk) for chunk in chunks] == [["1", "2"], ["3"], ["4", "5"]]
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    touch(tmp_path, "photos/x.jpg", "tables/x.csv", ".hidden")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").symlink_to("nowhere")
+    for uri, message in (
+        ("Photo", r"no file or folder .*/Photo\n.*did you mean '.*/photos'\?"),
+        ("photos/deep/x.jpg", r"photos is there, but holds no 'deep'"),
+        ("nothing-alike", "is there and holds 5 names"),
+        ("empty", "holds no files to score"),
+        ("tables", r"no image by its name among the 1 file of .*tables \(\.csv 1\)\n.*tables/\*\*/\*'"),
+        ("*.tif", r"no file matches .*\*\.tif\n.*crosses folders"),
+        ("fotos/*.jpg", "did you mean '.*/photos'"),
+        ("broken", "is a link to nowhere, which is not there"),
+    ):
+        with pytest.raises(SourceNotFoundError, match=message):
+            FileSource.describe([str(tmp_path / uri)], "image")
+    for uri in ("memory://none/x.jpg", "memory://none", "memory://none/*.jpg"):
+        with pytest.raises(SourceNotFoundError):
+            FileSource.describe([uri], "image")
+
+
+def test_what_vanished_before_planning(tmp_path: Path) -> None:
+    touch(tmp_path, "x.jpg")
+    source = FileSource.describe([str(tmp_path)], "image")
+    (tmp_path / "x.jpg").unlink()
+    with pytest.raises(SourceNotFoundError):
+        chunks_of(source, 10)
+    assert chunks_of(source, 10, after='[0, "x.jpg"]') == []
+
+
+def test_what_cannot_be_a_source(tmp_path: Path) -> None:
+    touch(tmp_path, "x.jpg")
+    with pytest.raises(SpecError, match="not as table"):
+        FileSource.describe([str(tmp_path)], "table")
+    with pytest.raises(SpecError, match="no source"):
+        FileSource.describe([], "image")
+    with pytest.raises(SpecError, match="is not a glob"):
+        FileSource.describe([f"{tmp_path}/[z-a]*"], "image")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceNotFoundError, match="neither a file nor a folder"):
+        FileSource.describe([str(tmp_path / "pipe")], "bytes")
+
+
+AWKWARD = [os.fsdecode(b"caf\xe9.jpg"), "line\nbreak.jpg", "100%.jpg", "a#b?.jpg", "-rf.jpg", "n" * 251 + ".jpg"]
+
+
+@pytest.mark.parametrize("wanted", ["bytes", "path"])
+def test_any_name_survives_the_way_to_the_worker(tmp_path: Path, wanted: Input) -> None:
+    for name in AWKWARD:
+        touch(tmp_path, name, data=os.fsencode(name))
+    source = FileSource.describe([str(tmp_path)], wanted)
+    scorer = Recorder()
+    scorer.input = wanted
+    chunks = [
+        Chunk(chunk.first, chunk.count, json.loads(json.dumps(chunk.payload).encode()), chunk.cursor)
+        for chunk in chunks_of(source, 2)
+    ]
+    contents = []
+    for chunk in chunks:
+        chunk.cursor.encode()
+        for batch in source.read(chunk, scorer, Timings()):
+            contents += [each if wanted == "bytes" else each.read_bytes() for each in batch.values]
+    assert contents == [os.fsencode(name) for name in sorted(AWKWARD)]
+    assert r"caf\xe9.jpg" in planned(source)
+    for chunk in chunks:
+        rest = planned(source, after=chunk.cursor)
+        assert rest == planned(source)[chunk.first + chunk.count :]
+
+
+def test_bad_items_are_dead_with_their_stage_and_reason(tmp_path: Path, png: bytes) -> None:
+    touch(tmp_path, "0.png", "3.png", "5.png", data=png)
+    touch(tmp_path, "1.png", data=b"<html>")
+    (tmp_path / "2.png").symlink_to("nowhere")
+    touch(tmp_path, "4.png", data=b"")
+    values, dead = read(FileSource.describe([str(tmp_path)], "image"), Recorder(fail=["5.png"]))
+    assert list(values) == ["0.png", "3.png"]
+    assert {position: (error.stage, error.message) for position, error in dead.items()} == {
+        1: ("decode", "not an image: cannot identify the format (starts with b'<html>')"),
+        2: ("read", f"cannot read {tmp_path}/2.png: there is no such file or folder"),
+        4: ("decode", "the file is empty (0 bytes)"),
+        5: ("prepare", "ValueError: cannot prepare 5.png"),
+    }
+
+
+def test_info_tells_the_original_size(tmp_path: Path) -> None:
+    Image.new("RGB", (640, 480)).save(tmp_path / "x.jpg")
+    seen: list[Item] = []
+
+    class Small(Scorer):
+        size = (64, 64)
+
+        def prepare(self, item: Item) -> object:
+            seen.append(item)
+            return item.value
+
+    values, _ = read(FileSource.describe([str(tmp_path / "x.jpg")], "image"), Small())
+    assert [(item.key, item.info) for item in seen] == [("x.jpg", {"width": 640, "height": 480})]
+    assert values["x.jpg"].shape == (240, 320, 3)  # type: ignore[attr-defined]
+
+
+def test_remote_paths_are_files_until_the_next_batch(tmp_path: Path) -> None:
+    place = f"memory://{uuid.uuid4().hex}/in"
+    for name in ("a/x.bin", "b/x.bin", "c/x.bin"):
+        open_store(place).write(name, name.encode())
+    source = FileSource.describe([place], "path")
+    scorer = Recorder()
+    scorer.input, scorer.batch_size = "path", 2
+    [chunk] = chunks_of(source, 10)
+    batches = source.read(chunk, scorer, Timings())
+    first = next(batches)
+    assert [(path.name, path.read_bytes()) for path in first.values] == [("x.bin", b"a/x.bin"), ("x.bin", b"b/x.bin")]
+    second = next(batches)
+    assert not any(path.exists() for path in first.values)
+    assert second.values[0].read_bytes() == b"c/x.bin"
+    batches.close()
+    assert not second.values[0].exists()
+
+
+def test_local_paths_are_a_sequence_of_paths(tmp_path: Path) -> None:
+    touch(tmp_path, "1", "2", "3")
+    scorer = Scorer()
+    scorer.input = "path"
+    source = FileSource.describe([str(tmp_path)], "path")
+    [batch] = source.read(chunks_of(source, 10)[0], scorer, Timings())
+    values = batch.values
+    assert list(values) == [tmp_path / "1", tmp_path / "2", tmp_path / "3"]
+    assert (values[0], values[-1], len(values[1:]), values[1:][0]) == (
+        tmp_path / "1",
+        tmp_path / "3",
+        2,
+        tmp_path / "2",
+    )
+
+
+def test_reading_ahead_is_bounded_in_items(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{n:03}" for n in range(100)))
+    scorer = Recorder()
+    scorer.input, scorer.batch_size = "bytes", 4
+    source = FileSource.describe([str(tmp_path)], "bytes")
+    batches = source.read(chunks_of(source, 1000)[0], scorer, Timings())
+    taken = 0
+    for batch in batches:
+        taken += len(batch.keys)
+        assert len(scorer.prepared) <= taken + AHEAD * scorer.batch_size
+    assert taken == 100
+
+
+def test_reading_ahead_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tally.sources.files.AHEAD_BYTES", 10)  # less than one item
+    touch(tmp_path, *(f"{n:03}" for n in range(40)), data=bytes(100))
+    scorer = Recorder()
+    scorer.input, scorer.batch_size = "bytes", 4
+    source = FileSource.describe([str(tmp_path)], "bytes")
+    taken = 0
+    for batch in source.read(chunks_of(source, 1000)[0], scorer, Timings()):
+        taken += len(batch.keys)
+        assert len(scorer.prepared) == taken
+    assert taken == 40
+
+
+def test_closing_waits_for_the_items_at_work_and_begins_no_other(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{n:03}" for n in range(64)))
+    inside, release = threading.Event(), threading.Event()
+
+    class Slow(Recorder):
+        def prepare(self, item: Item) -> object:
+            value = super().prepare(item)
+            if item.key >= "004":
+                inside.set()
+                assert release.wait(30)
+            return value
+
+    scorer = Slow()
+    scorer.input, scorer.batch_size = "bytes", 4
+    source = FileSource.describe([str(tmp_path)], "bytes")
+    batches = source.read(chunks_of(source, 1000)[0], scorer, Timings())
+    next(batches)
+    assert inside.wait(30)
+    closer = threading.Thread(target=batches.close)
+    closer.start()
+    release.set()
+    closer.join(30)
+    assert not closer.is_alive()
+    assert len(scorer.prepared) <= 4 + AHEAD * 4
+    assert next(batches, None) is None
+
+
+def test_threads_are_kept_between_chunks(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{n:03}" for n in range(20)))
+    seen: set[int] = set()
+
+    class Who(Scorer):
+        input = "bytes"
+
+        def prepare(self, item: Item) -> object:
+            seen.add(threading.get_ident())
+            return item.value
+
+    source = FileSource.describe([str(tmp_path)], "bytes")
+    for chunk in chunks_of(source, 1):
+        for _ in source.read(chunk, Who(), Timings()):
+            pass
+    assert len(seen) <= LOCAL_THREADS
+    assert threading.get_ident() not in seen
+
+
+def test_combining_joins_what_was_apart(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{n:05}" for n in range(5000)))
+    source = FileSource.describe([str(tmp_path)], "path")
+    combined = source.combine(chunks_of(source, 2))
+    assert [chunk.count for chunk in combined] == [4096, 904]

@@ -67,13 +67,13 @@ def test_dead_items_are_replayed_once_mended(items: Path, tmp_path: Path) -> Non
 def test_a_job_in_which_everything_fails_stops_early(tmp_path: Path) -> None:
     folder = tmp_path / "items"
     folder.mkdir()
-    for number in range(3000):
-        (folder / f"{number:04}.bin").touch()
+    for number in range(30_000):
+        (folder / f"{number:05}.bin").touch()
     with pytest.raises(JobError, match=r"stopped early: [\d,]+ of the first [\d,]+ items failed.*model server is away"):
         tally.score(folder, SCORERS / "failing.py", tmp_path / "out", workers=2, quiet=True)
     record = tally.api.launch.open_store().newest(limit=1)[0]
     assert record.state == "failed"
-    assert 1000 <= record.done < 3000
+    assert 1000 <= record.done < 30_000
 
 
 def test_a_small_job_in_which_everything_fails_is_no_success(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_form_is_told_from_decorator_and_parameter(tmp_path: Path, run: str, for
 
 
 def test_form_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"run\(x\).*--set form="):
+    with pytest.raises(SpecError, match=r"run\(x\) takes cannot be told.*\n  Say it with --set form="):
         form_of(write(tmp_path, "def init(): ...\ndef run(x): ..."))
     with pytest.raises(SpecError, match=r"defines no init\(\)"):
         form_of(write(tmp_path, "def run(data): ..."))
@@ -99,9 +99,7 @@ def test_mini_batch_answers(tmp_path: Path, returned: str) -> None:
 
 
 def test_mini_batch_array(tmp_path: Path) -> None:
-    found = scorer(
-        tmp_path, "import numpy as np\ndef init(): ...\ndef run(files): return np.arange(4.0).reshape(2, 2)"
-    )
+    found = scorer(tmp_path, "import numpy as np\ndef init(): ...\ndef run(files): return np.arange(4.0).reshape(2, 2)")
     assert run(found, "a", "b") == [{"prediction": [0.0, 1.0]}, {"prediction": [2.0, 3.0]}]
 
 

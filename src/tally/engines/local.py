@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import shutil
 import signal
@@ -18,10 +19,11 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
@@ -31,13 +33,22 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessPool
 
 from tally.engines import progress
 from tally.engines.base import Engine, Limits
-from tally.errors import WorkerCrashedError, WorkerError, WorkerMemoryError, WorkerTimeoutError
+from tally.errors import (
+    StorageError,
+    TallyError,
+    WorkerCrashedError,
+    WorkerError,
+    WorkerMemoryError,
+    WorkerTimeoutError,
+)
 
-MEMORY_WATCH_SECONDS = 0.2
+WATCH_SECONDS = 0.2
+LAST_WORDS_SECONDS = 1.0
+"""How long the result of a worker that has ended may still be on its way."""
 MEMORY_SHARE = 0.8
 """Share of the machine's memory that all workers together may hold."""
 
@@ -47,13 +58,16 @@ _main_swap = threading.Lock()
 class _Popen(popen_spawn_posix.Popen):
     def _launch(self, process_obj: Any) -> None:
         # multiprocessing would import the caller's main script into the worker: a script without a
-        # __main__ guard would start the job again from there.
+        # __main__ guard would start the job again from there. Ctrl-C is for the coordinator to handle; the
+        # signal mask is inherited, so that a worker that is just starting is safe from it too.
         with _main_swap:
             main = sys.modules["__main__"]
             sys.modules["__main__"] = types.ModuleType("__main__")
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                super()._launch(process_obj)
+                super()._launch(process_obj)  # type: ignore[misc]
             finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
                 sys.modules["__main__"] = main
 
 
@@ -80,18 +94,21 @@ class _Context(SpawnContext):
 
 # -- in the worker ---------------------------------------------------------------------------------
 
-_setup: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+# Tasks and results travel as bytes that pebble has not to understand: what cannot be pickled, or not be read at the
+# other end, fails its task, and does not stop the threads that pebble moves messages with.
+
+_setup = b""
 _state: Any = None
 _ready = False
 
 
-def _begin(setup: Callable[..., Any], args: tuple[Any, ...], board: str, trace: str) -> None:
+def _begin(setup: bytes, board: str, trace: str) -> None:
     global _setup
     progress.attach(Path(board), Path(trace))
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    _setup = (setup, args)
+    _setup = setup
 
 
 def _leave_with(parent: Any) -> None:
@@ -100,14 +117,22 @@ def _leave_with(parent: Any) -> None:
     os._exit(1)
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _call(task: bytes) -> tuple[bool, bytes, str]:
+    """Whether it went well, the pickled result or exception, and for the latter its traceback as text."""
     global _state, _ready
-    if not _ready:
-        assert _setup is not None
-        _state = _setup[0](*_setup[1])
-        _ready = True
     try:
-        return function(_state, *arguments)
+        if not _ready:
+            setup, args = pickle.loads(_setup)  # noqa: S301 - from our own parent
+            _state = setup(*args)
+            _ready = True
+        function, arguments = pickle.loads(task)  # noqa: S301
+        return True, pickle.dumps(function(_state, *arguments)), ""
+    except BaseException as error:
+        text = traceback.format_exc()
+        try:
+            return False, pickle.dumps(error), text
+        except Exception:
+            return False, b"", text
     finally:
         progress.idle()
 
@@ -118,7 +143,7 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 class _Slot:
     """One worker process, and the task that it has."""
 
-    def __init__(self, folder: Path, number: int, setup: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def __init__(self, folder: Path, number: int, setup: bytes) -> None:
         self.board = folder / f"{number}.board"
         self.trace = folder / f"{number}.trace"
         progress.create(self.board)
@@ -126,11 +151,12 @@ class _Slot:
         self.pool = ProcessPool(
             max_workers=1,
             initializer=_begin,
-            initargs=(setup, args, str(self.board), str(self.trace)),
+            initargs=(setup, str(self.board), str(self.trace)),
             context=self.context,
         )
         self.future: Future[Any] | None = None
         self.over_memory: int | None = None
+        self.gone_since: float | None = None
 
     @property
     def gone(self) -> bool:
@@ -151,8 +177,8 @@ class _Slot:
         if process is not None and not self.gone:
             process.kill()
 
-    def discard(self) -> None:
-        """End the pool, waiting for nothing; its threads end in the background."""
+    def discard(self) -> threading.Thread:
+        """End the pool in a thread of its own: that takes up to a few tenths of a second."""
 
         def end() -> None:
             self.kill()
@@ -160,7 +186,9 @@ class _Slot:
                 self.pool.stop()  # type: ignore[no-untyped-call]
                 self.pool.join()
 
-        threading.Thread(target=end, daemon=True, name="tally-slot-end").start()
+        thread = threading.Thread(target=end, daemon=True, name="tally-slot-end")
+        thread.start()
+        return thread
 
 
 class LocalEngine(Engine):
@@ -172,18 +200,27 @@ class LocalEngine(Engine):
         self._wanted = 0
 
     def start(self, setup: Callable[..., Any], args: tuple[Any, ...], *, slots: int, limits: Limits) -> None:
-        self._setup, self._args, self._limits = setup, args, limits
+        self._setup, self._limits = pickle.dumps((setup, args)), limits
         self._wanted = slots
-        self._folder = Path(tempfile.mkdtemp(prefix="tally-workers-"))
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="tally-workers-"))
+        except OSError as error:
+            raise StorageError(f"cannot make a temporary folder for the workers: {error}") from error
         self._made = 0
         self._slots: list[_Slot] = []
-        self._waiting: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._ending: list[threading.Thread] = []
+        self._waiting: deque[tuple[Future[Any], bytes]] = deque()
         self._thread = threading.Thread(target=self._run, name="tally-engine", daemon=True)
         self._thread.start()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        self._events.put(("submit", future, function, arguments))
+        try:
+            task = pickle.dumps((function, arguments))
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            self._events.put(("submit", future, task))
         return future
 
     def default_slots(self) -> int:
@@ -220,84 +257,89 @@ class LocalEngine(Engine):
     # The supervisor's thread: the only one that touches slots.
 
     def _run(self) -> None:
+        try:
+            self._supervise()
+        except Exception as error:  # no process or file can be had: nothing can be run any more
+            self._abandon(TallyError(f"no workers can be started: {error}"))
+        self._end()
+
+    def _supervise(self) -> None:
         stopping = False
         watched = 0.0
         self._fit()
         while not (stopping and not any(slot.future for slot in self._slots)):
-            if self._limits.memory is not None and time.monotonic() - watched >= MEMORY_WATCH_SECONDS:
-                self._watch_memory(self._limits.memory)
+            if time.monotonic() - watched >= WATCH_SECONDS:
+                self._watch()
                 watched = time.monotonic()
             try:
-                event = self._events.get(timeout=MEMORY_WATCH_SECONDS)
+                event = self._events.get(timeout=WATCH_SECONDS)
             except queue.Empty:
-                continue
+                event = ()
             match event:
-                case ("submit", future, function, arguments):
-                    self._waiting.append((future, function, arguments))
+                case ("submit", future, task):
+                    self._waiting.append((future, task))
                 case ("done", slot, outcome):
                     self._settle(slot, outcome)
                 case ("stop", kill):
                     stopping = True
-                    for future, _, _ in self._waiting:
-                        future.cancel()
-                    self._waiting.clear()
+                    self._drop_waiting()
                     if kill:
-                        break
+                        return
             if not stopping:
                 self._fit()
                 self._assign()
-        self._end()
 
     def _fit(self) -> None:
         """Make the number of slots what it should be; busy ones that are too many end later."""
+        for slot in [slot for slot in self._slots if slot.future is None and slot.gone]:
+            self._remove(slot)  # died while idle: no task's fault
+        for slot in [slot for slot in self._slots if slot.future is None][: max(0, len(self._slots) - self._wanted)]:
+            self._remove(slot)
         while len(self._slots) < self._wanted:
-            self._slots.append(self._new())
-        for slot in [slot for slot in self._slots if slot.future is None][: len(self._slots) - self._wanted]:
-            self._slots.remove(slot)
-            slot.discard()
+            self._made += 1
+            slot = _Slot(self._folder, self._made, self._setup)
+            self._slots.append(slot)
+            _ = slot.pool.active  # starts the pool: the worker imports and loads while work is being planned
 
-    def _new(self) -> _Slot:
-        self._made += 1
-        slot = _Slot(self._folder, self._made, self._setup, self._args)
-        _ = slot.pool.active  # starts the pool: the worker imports and loads while work is being planned
-        return slot
+    def _remove(self, slot: _Slot) -> None:
+        self._slots.remove(slot)
+        self._ending = [thread for thread in self._ending if thread.is_alive()]
+        self._ending.append(slot.discard())
 
     def _assign(self) -> None:
-        for index, slot in enumerate(self._slots):
-            if slot.future is not None or not self._waiting:
+        for slot in self._slots:
+            if slot.future is not None:
                 continue
-            if slot.gone:  # died while idle: no task's fault
-                slot.discard()
-                slot = self._slots[index] = self._new()
-            future, function, arguments = self._waiting.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            slot.future = future
-            outcome: Future[Any]
-            try:
-                outcome = slot.pool.schedule(_call, args=(function, arguments))
-            except (RuntimeError, BrokenProcessPool) as error:
-                outcome = Future()
-                outcome.set_exception(error if isinstance(error, BrokenProcessPool) else BrokenProcessPool(str(error)))
-            outcome.add_done_callback(partial(self._report, slot))
+            while self._waiting:
+                future, task = self._waiting.popleft()
+                if future.set_running_or_notify_cancel():
+                    self._give(slot, future, task)
+                    break
+
+    def _give(self, slot: _Slot, future: Future[Any], task: bytes) -> None:
+        slot.future = future
+        outcome: Future[Any]
+        try:
+            outcome = slot.pool.schedule(_call, args=(task,))
+        except RuntimeError as error:  # its worker has just died
+            outcome = Future()
+            outcome.set_exception(BrokenProcessPool(str(error)))
+        outcome.add_done_callback(partial(self._report, slot))
 
     def _report(self, slot: _Slot, outcome: Future[Any]) -> None:
         self._events.put(("done", slot, outcome))
 
     def _settle(self, slot: _Slot, outcome: Future[Any]) -> None:
         future, slot.future = slot.future, None
-        error = CancelledError() if outcome.cancelled() else outcome.exception()
         if future is None:
             return
-        if isinstance(error, (ProcessExpired, BrokenProcessPool)):
-            lost = self._explain(slot)
-            self._slots[self._slots.index(slot)] = self._new()
-            slot.discard()
-            future.set_exception(lost)
-        elif error is not None:
-            future.set_exception(error)
+        error = outcome.exception()
+        if error is not None:
+            future.set_exception(self._explain(slot))
         else:
-            future.set_result(outcome.result())
+            _resolve(future, *outcome.result())
+        if error is not None or slot.over_memory is not None:
+            self._remove(slot)
 
     def _explain(self, slot: _Slot) -> WorkerError:
         suspects = progress.read(slot.board)
@@ -321,20 +363,60 @@ class LocalEngine(Engine):
                 return WorkerCrashedError(f"the worker was killed by {name}", suspects=suspects, trace=trace)
         return WorkerCrashedError(f"the worker ended with exit code {code}", suspects=suspects, trace=trace)
 
-    def _watch_memory(self, allowed: int) -> None:
+    def _watch(self) -> None:
+        """Find workers that are too large, and those whose end pebble did not notice (exit code 0, say)."""
+        allowed = self._limits.memory
+        for slot in [slot for slot in self._slots if slot.future is not None]:
+            if slot.gone:
+                slot.gone_since = slot.gone_since or time.monotonic()
+                if time.monotonic() - slot.gone_since > LAST_WORDS_SECONDS:
+                    lost: Future[Any] = Future()
+                    lost.set_exception(BrokenProcessPool())
+                    self._settle(slot, lost)
+            elif allowed is not None and slot.over_memory is None and (resident := slot.resident()) > allowed:
+                slot.over_memory = resident
+                slot.kill()
+
+    def _drop_waiting(self) -> None:
+        for future, _ in self._waiting:
+            future.cancel()
+        self._waiting.clear()
+
+    def _abandon(self, error: Exception) -> None:
+        """Fail everything that has been or is going to be submitted, until the engine is stopped."""
+        futures = [slot.future for slot in self._slots if slot.future is not None]
+        futures += [future for future, _ in self._waiting if future.set_running_or_notify_cancel()]
+        self._waiting.clear()
         for slot in self._slots:
-            if slot.future is not None and slot.over_memory is None:
-                resident = slot.resident()
-                if resident > allowed:
-                    slot.over_memory = resident
-                    slot.kill()
+            slot.future = None
+        while True:
+            for future in futures:
+                future.set_exception(error)
+            match self._events.get():
+                case ("submit", future, _):
+                    futures = [future] if future.set_running_or_notify_cancel() else []
+                case ("stop", _):
+                    return
+                case _:
+                    futures = []
 
     def _end(self) -> None:
-        for slot in self._slots:
-            slot.kill()
-            with suppress(Exception):
-                slot.pool.stop()
-                slot.pool.join()
+        for slot in list(self._slots):
             if slot.future is not None:
                 slot.future.set_exception(WorkerCrashedError("the engine was stopped"))
-        self._slots.clear()
+            self._remove(slot)
+        for thread in self._ending:
+            thread.join()
+
+
+def _resolve(future: Future[Any], ok: bool, data: bytes, text: str) -> None:
+    try:
+        value = pickle.loads(data)  # noqa: S301 - from our own worker
+    except Exception as error:
+        value = TallyError(f"what a worker gave back cannot be read here: {text.strip() or error}")
+        ok = False
+    if ok:
+        future.set_result(value)
+    elif isinstance(value, BaseException):
+        value.add_note(f"in a worker process:\n{text}")
+        future.set_exception(value)

@@ -35,12 +35,15 @@ def busy(start: int, stop: int, *, limit: float | None = None) -> None:
     """The worker is about to work on the positions ``start <= p < stop`` of its chunk.
 
     limit: seconds that this may take; then the process leaves its stack and exits, even when native code
-    holds the interpreter (faulthandler's thread needs no lock). The clock starts anew at each call, to
-    within a tenth of the limit.
+    holds the interpreter (faulthandler's thread needs no lock). None: as long as it likes. The clock starts
+    anew at each call, to within a tenth of the limit.
     """
     global _armed
     _NOTE.pack_into(_board, 0, start, stop)
-    if limit is None or _trace is None:
+    if _trace is None:
+        return
+    if limit is None:
+        _disarm()
         return
     now = time.monotonic()
     if _armed is None or _armed[1] != limit or now - _armed[0] > min(1.0, limit / 10):
@@ -50,8 +53,12 @@ def busy(start: int, stop: int, *, limit: float | None = None) -> None:
 
 def idle() -> None:
     """The worker has nothing to do: there is no time limit."""
-    global _armed
     _NOTE.pack_into(_board, 0, -1, -1)
+    _disarm()
+
+
+def _disarm() -> None:
+    global _armed
     if _armed is not None:
         faulthandler.cancel_dump_traceback_later()
         _armed = None

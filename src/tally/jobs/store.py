@@ -187,8 +187,8 @@ class JobStore:
         """Number of chunks per state."""
         query = sa.select(chunks.c.state, sa.func.count()).where(chunks.c.job_id == job_id)
         with self._read() as connection:
-            rows = connection.execute(query.group_by(chunks.c.state)).tuples().all()
-        return {"pending": 0, "running": 0, "done": 0, **dict(rows)}
+            rows = connection.execute(query.group_by(chunks.c.state)).all()
+        return {"pending": 0, "running": 0, "done": 0, **{state: count for state, count in rows}}
 
     # -- a user's changes --------------------------------------------------------------------------
 

@@ -114,6 +114,8 @@ def _dims(shape: Sequence[Any] | None) -> tuple[int | None, ...]:
 
 
 def _show(dims: Sequence[int | None]) -> str:
+    if not dims:
+        return "unknown shape"
     return "[" + ", ".join("any" if n is None else str(n) for n in dims) + "]"
 
 
@@ -312,7 +314,7 @@ class _Resolver:
         given = self.given.model_dump(exclude_none=True)
         pixel_format = self.facts.metadata.get("Image.BitmapPixelFormat", "")
         values: dict[str, Any] = {"interpolation": "bilinear", "channels": "rgb", "resize": "squash"}
-        values |= self._range(task, layout)
+        values |= self._range(task, layout, gray=count == 1 or self.given.channels == "gray")
         if task in ("classify", "embed") and size and max(size) >= 96:
             # photographs; smaller inputs (CIFAR, MNIST) are thumbnails, filled by their subject
             values |= {"resize": "crop", "shorter": round(max(size) * 256 / 224)}
@@ -342,14 +344,14 @@ class _Resolver:
             values.setdefault("shorter", round(max(size) * 256 / 224) if size else None)
             if task in ("restyle", "segment"):
                 self.problems.append(f"preprocess.resize: crop would lose the borders in {task}; use letterbox")
-        values |= {"dtype": self.facts.dtype}
+        values = {"scale": 1.0} | values | {"dtype": self.facts.dtype}
         try:
             return Preprocess.model_validate(values)
         except ValidationError as error:
             self.problems += _readable(error, "preprocess")
             return self.given
 
-    def _range(self, task: Task, layout: str) -> dict[str, Any]:
+    def _range(self, task: Task, layout: str, *, gray: bool) -> dict[str, Any]:
         """Pixel values that a model of this kind usually takes."""
         zero_to_one, minus_one_to_one = {"scale": 1 / 255}, {"scale": 1 / 127.5, "mean": 1.0}
         nominal = self.facts.metadata.get("Image.NominalPixelRange", "")
@@ -359,6 +361,8 @@ class _Resolver:
             return zero_to_one if nominal == "Normalized_0_1" else minus_one_to_one
         if layout == "nhwc":
             return minus_one_to_one if task == "segment" else {}
+        if gray:
+            return zero_to_one
         return zero_to_one | {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
     def _tell(

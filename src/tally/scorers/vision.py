@@ -194,10 +194,15 @@ class Preprocessor:
             factor = self.shorter / min(width, height)
             wide, high = round(width * factor), round(height * factor)
             left, top = (wide - target_width) // 2, (high - target_height) // 2
-            # Resizing only what is cut out (Pillow's box) saves half the time, but rounds differently
-            # from what models are trained and checked with: probabilities move by 0.01.
-            image = image.resize((wide, high), self.filter)
-            image = image.crop((left, top, left + target_width, top + target_height))
+            cut = (left, top, left + target_width, top + target_height)
+            if max(wide, high) <= 8 * self.shorter:
+                # Resizing only what is cut out (below) would save half the time, but rounds differently from
+                # what models are trained and checked with: probabilities move by 0.01.
+                image = image.resize((wide, high), self.filter).crop(cut)
+            else:  # a ribbon: as a whole it might not fit into memory
+                x, y = image.width / wide, image.height / high
+                box = (cut[0] * x, cut[1] * y, cut[2] * x, cut[3] * y)
+                image = image.resize(self.size, self.filter, box=box)
             return image, (wide / width, high / height), (-left, -top), whole
         if self.resize == "letterbox" and self.size:
             factor = min(target_width / width, target_height / height)
@@ -296,7 +301,10 @@ def label_map(output: Array, spatial: tuple[int, int], *, channels_last: bool) -
         elif output.shape[1:] == spatial:
             channels_last = False
         return np.asarray(output.argmax(axis=-1 if channels_last else 0))
-    flat = output.reshape([n for n in output.shape if n != 1] if output.ndim == 3 else output.shape)
+    flat = output
+    if output.ndim == 3:
+        last = output.shape[-1] == 1 and (channels_last or output.shape[0] != 1)
+        flat = output.squeeze(-1 if last else 0)
     if np.issubdtype(flat.dtype, np.integer):
         return flat.astype(np.int64)
     # one channel: foreground, as a probability or as a logit
@@ -334,13 +342,12 @@ def restore_image(picture: Array, prepared: Prepared, tensor_size: Size) -> Arra
     if max(extra) < 32 and min(extra) >= 0:
         # rounded up to a multiple of the model's stride: the surplus is at the right and at the bottom
         picture = picture[: tensor_size[1], : tensor_size[0]]
-    left, top, right, bottom = _region(prepared, tensor_size, (picture.shape[1], picture.shape[0]))
-    if (right - left, bottom - top) == (prepared.width, prepared.height):
-        return np.ascontiguousarray(picture[round(top) : round(bottom), round(left) : round(right)])
-    image = Image.fromarray(picture).resize(
-        (prepared.width, prepared.height), Image.Resampling.BICUBIC, box=(left, top, right, bottom)
-    )
-    return np.asarray(image)
+    left, top, right, bottom = map(round, _region(prepared, tensor_size, (picture.shape[1], picture.shape[0])))
+    # cut first: a filter that is given a box still looks at the border's colour around it
+    picture = np.ascontiguousarray(picture[top : max(bottom, top + 1), left : max(right, left + 1)])
+    if picture.shape[:2] == (prepared.height, prepared.width):
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((prepared.width, prepared.height), Image.Resampling.BICUBIC))
 
 
 def _region(prepared: Prepared, tensor_size: Size, output_size: Size) -> tuple[float, float, float, float]:

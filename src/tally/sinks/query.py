@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -46,10 +47,11 @@ def _query(sink: Sink, outputs: list[Output], sql: str, dead: pa.Table) -> pa.Ta
     kind, places = sink.committed(outputs)
     paths = [_local(place) for place in places]
     manifest = sink.manifest() if isinstance(sink, StagedSink) else None
-    with duckdb.connect(":memory:") as connection:
+    with tempfile.TemporaryDirectory(prefix="tally-query-") as spill, duckdb.connect(":memory:") as connection:
+        connection.execute(f"SET temp_directory = {_text(spill)}")
         connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")
         connection.execute("SET enable_external_file_cache = false")  # a file may be replaced between two queries
-        connection.execute(f"SET python_scan_all_frames = false; SET allowed_paths = {_list(paths)}")
+        connection.execute(f"SET python_enable_replacements = false; SET allowed_paths = {_list(paths)}")
         connection.execute("SET enable_external_access = false")
         _views(connection, kind, paths, dict((manifest or {}).get("schema", {})), dead)
         connection.execute("SET lock_configuration = true")
@@ -113,11 +115,11 @@ def _answer(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
         raise SpecError(f"the query holds {what}", hint="Give one, such as: select * from results limit 10")
     if statements[0].type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
         raise SpecError(
-            f"a {statements[0].type.name.lower()} statement changes something; results can only be read",
-            hint="Use select. To write the answer to a file, use --output.",
+            f"results can only be read, and the query is a statement of the kind {statements[0].type.name}",
+            hint="Use select.",
         )
     try:
-        return connection.execute(statements[0]).to_arrow_table()
+        return connection.sql(sql).to_arrow_table()
     except duckdb.IOException:
         raise
     except duckdb.Error as error:
@@ -125,8 +127,8 @@ def _answer(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
 
 
 def _wrong(connection: duckdb.DuckDBPyConnection, error: Exception) -> SpecError:
-    message = re.split(r"\n\s*\n", str(error).strip())[0]
-    message = " ".join(re.sub(r"^[A-Z]\w+ Error:\s*", "", message).split())
+    # The first line says it; the others guess at names, of which the hint has the right ones.
+    message = re.sub(r"^[A-Z][\w ]* Error:\s*", "", str(error).strip()).partition("\n")[0].strip()
     listed = []
     for view in ("results", "dead"):
         names = [row[0] for row in connection.execute(f"DESCRIBE {view}").fetchall()]

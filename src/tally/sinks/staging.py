@@ -92,8 +92,8 @@ class Place:
         return content
 
     def write_json(self, name: str, content: dict[str, Any], *, exclusive: bool = False) -> None:
-        """Write a JSON file: keys in order, indented; what JSON does not know as text."""
-        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+        """Write a JSON file: keys sorted (inner ones keep their order, columns have one), indented."""
+        text = json.dumps(dict(sorted(content.items())), indent=2, ensure_ascii=False, default=str)
         self.store.write(name, f"{text}\n".encode(errors="backslashreplace"), exclusive=exclusive)
 
     @contextmanager
@@ -293,6 +293,9 @@ class StagedSink(Sink):
         manifest = self.manifest()
         final = [] if manifest is None else [file["path"] for file in manifest["files"]]
         running = claim is not None and (manifest is None or manifest["generation"] == claim.get("published"))
+        if running and final and place.merged and place.store.exists(place.plan):
+            # The plan's file has replaced the one that the manifest tells of once it is gone from here.
+            running = place.store.exists(place.final + place.merged)
         if not running or (final and self.format != "parquet"):
             return self.format, [place.address(name) for name in final]
         there = {entry.name for entry in place.store.list(place.attempts, sizes=False)}

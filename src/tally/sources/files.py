@@ -364,15 +364,19 @@ def _read_ahead(reader: _Reader, size: int, threads: int, timings: Timings) -> I
         held = sum(run.result()[3] if run.done() else (stop - start) * mean for start, stop, run in runs)
         return held + length * mean <= AHEAD_BYTES
 
-    def collect(window: int) -> Batch:
+    def fill(stop: int) -> None:
+        """Start what the batch that ends at ``stop`` needs, and what may be read ahead of it."""
         nonlocal upcoming
+        horizon = stop + AHEAD * max(size, threads)
+        while upcoming is not None and (upcoming[0] < stop or (upcoming[0] < horizon and room())):
+            runs.append((*upcoming, pool.submit(reader.run, *upcoming)))
+            upcoming = next(bounds, None)
+
+    def collect(window: int) -> Batch:
         batch = Batch(window, min(window + size, count))
-        horizon = batch.stop + AHEAD * max(size, threads)
         at = window
         while at < batch.stop:
-            while upcoming is not None and (upcoming[0] < batch.stop or (upcoming[0] < horizon and room())):
-                runs.append((*upcoming, pool.submit(reader.run, *upcoming)))
-                upcoming = next(bounds, None)
+            fill(batch.stop)
             start, at, run = runs[0]
             values, reading, decoding, held = run.result()
             runs.popleft()
@@ -387,6 +391,7 @@ def _read_ahead(reader: _Reader, size: int, threads: int, timings: Timings) -> I
                     batch.keys.append(reader.keys[position])
                     batch.values.append(value)
                     batch.positions.append(position)
+        fill(batch.stop)  # the consumer is about to be busy
         return batch
 
     try:
@@ -620,7 +625,10 @@ def _nothing(place: Place, passed: Counter[str]) -> SourceNotFoundError:
 
 def _tally_suffixes(passed: Counter[str]) -> str:
     most = passed.most_common(_SHOWN_SUFFIXES)
-    shown = [f"{key_of(suffix)[:20] or 'without suffix'} {count:,}" for suffix, count in sorted(most)]
+    shown = [
+        f"{key_of(suffix)[:20] or 'without suffix'} {count:,}"
+        for suffix, count in sorted(most, key=lambda each: (not each[0], each[0]))
+    ]
     rest = sum(passed.values()) - sum(count for _, count in most)
     return ", ".join([*shown, f"others {rest:,}"] if rest else shown)
 

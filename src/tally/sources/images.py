@@ -71,14 +71,15 @@ def decode(
             _check(image, max_pixels)
             width, height = image.size
             if image.format in ("JPEG", "MPO"):
-                turned = _orientation(image) >= 5
+                orientation = _orientation(image)
+                turned = orientation >= 5
                 if turned:
                     width, height = height, width
                 if size is not None:
                     wanted = (2 * size[0], 2 * size[1])
                     image.draft(None, wanted[::-1] if turned else wanted)
                 image.load()
-                pixels = _upright(image, _orientation(image))
+                pixels = _upright(image, orientation)
             else:
                 # Elsewhere the orientation may stand behind the pixels, or be applied while loading.
                 image.load()

@@ -14,5 +14,5 @@ class Steady(tally.Scorer):
     columns = {"bytes": "int64", "sha256": "string"}  # noqa: RUF012
 
     def score(self, batch):
-        time.sleep(0.004 * len(batch))
+        time.sleep(0.02 * len(batch))
         return [{"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for data in batch]

@@ -1,0 +1,311 @@
+"""What every sink must do. Inherit the class, override its fixtures, and name it ``Test...``."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tally.errors import OutputExistsError, StorageError
+from tally.scorers.base import Result
+from tally.sinks.base import Output, Sink
+from tally.sinks.query import rows
+from tally.sinks.staging import StagedSink
+from tally.storage import LocalStore
+
+FACTS = {"job": "job-1", "generation": 0, "finished_at": "2024-05-06T07:08:09+00:00"}
+"""A manifest as the coordinator gives it, with a fixed time so that two runs can be compared."""
+
+DEAD = [{"key": "broken", "stage": "read", "error": "cut off"}]
+
+
+class Crash(BaseException):
+    """Stands for the process's end."""
+
+
+class CrashingStore(LocalStore):
+    """Counts the calls that change something, and crashes before or after one of them.
+
+    at: number of the call, counted from 0; None never crashes. late: do it first, and crash then.
+    raised: what the crash is; an OSError stands for a full disk.
+    """
+
+    def __init__(self, root: str, at: int | None, *, late: bool = False, raised: BaseException | None = None) -> None:
+        super().__init__(root)
+        self.calls = 0
+        self._at, self._late, self._raised = at, late, raised or Crash()
+        self._lock = threading.Lock()
+
+    def _count(self, action: Callable[[], None]) -> None:
+        with self._lock:
+            crashes = self.calls == self._at
+            self.calls += 1
+        if not crashes:
+            return action()
+        if self._late:
+            with suppress(StorageError):  # it counts as not known any more
+                action()
+        raise self._raised
+
+    def write(self, name: str, data: bytes | bytearray | memoryview, *, exclusive: bool = False) -> None:
+        self._count(lambda: LocalStore.write(self, name, data, exclusive=exclusive))
+
+    def move(self, source: str, target: str) -> None:
+        self._count(lambda: LocalStore.move(self, source, target))
+
+    def delete(self, names: Iterable[str]) -> None:
+        self._count(lambda: LocalStore.delete(self, names))
+
+    def delete_tree(self, prefix: str = "") -> None:
+        self._count(lambda: LocalStore.delete_tree(self, prefix))
+
+
+def files_under(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class SinkContract:
+    """Override ``make`` (a sink at an output place below a folder; equal folders give equal places) and
+    ``result`` (what a scorer returns for the item of that number); ``refused`` and ``keys`` if need be.
+    """
+
+    @pytest.fixture
+    def make(self) -> Callable[[Path], Sink]:
+        raise NotImplementedError("override the fixture make")
+
+    @pytest.fixture
+    def result(self) -> Callable[[int], Result]:
+        raise NotImplementedError("override the fixture result")
+
+    @pytest.fixture
+    def refused(self) -> Any:
+        """A result that cannot be written."""
+        return object()
+
+    @pytest.fixture
+    def keys(self) -> Callable[[Sink, Sequence[Output]], list[str]]:
+        """Reads back the keys of what was written, in order."""
+        return lambda sink, outputs: rows(sink, outputs)["key"].to_pylist()
+
+    @pytest.fixture
+    def sink(self, make: Callable[[Path], Sink], tmp_path: Path) -> Sink:
+        return make(tmp_path / "place")
+
+    @pytest.fixture
+    def attempt(self, result: Callable[[int], Result]) -> Callable[..., Output]:
+        """Writes the results of items ``start <= n < stop``, in batches of two, as one attempt."""
+
+        def write(sink: Sink, name: str, start: int, stop: int) -> Output:
+            writer = sink.open(name)
+            for first in range(start, stop, 2):
+                numbers = range(first, min(first + 2, stop))
+                assert writer.add([key(n) for n in numbers], [result(n) for n in numbers]) == []
+            return writer.close()
+
+        return write
+
+    # -- claiming -----------------------------------------------------------------------------------
+
+    def test_travels_to_workers(self, sink: Sink, attempt: Any, keys: Any) -> None:
+        sink.claim("job-1")
+        output = attempt(pickle.loads(pickle.dumps(sink)), "a", 0, 3)  # noqa: S301
+        assert keys(sink, [output]) == [key(0), key(1), key(2)]
+
+    def test_a_place_is_held_by_one_job(self, sink: Sink) -> None:
+        assert sink.holder() is None
+        sink.claim("job-1")
+        sink.claim("job-1")
+        assert sink.holder() == "job-1"
+        for overwrite in (False, True):
+            with pytest.raises(OutputExistsError, match="job-1"):
+                sink.claim("job-2", overwrite=overwrite)
+
+    def test_of_two_claims_at_once_one_wins(self, make: Any, tmp_path: Path) -> None:
+        barrier, outcomes = threading.Barrier(4), []
+
+        def claim(job: str) -> None:
+            sink = make(tmp_path / "place")
+            barrier.wait()
+            try:
+                sink.claim(job)
+            except OutputExistsError:
+                outcomes.append("")
+            else:
+                outcomes.append(job)
+
+        threads = [threading.Thread(target=claim, args=(f"job-{n}",)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        winners = [job for job in outcomes if job]
+        assert len(outcomes) == 4
+        assert winners == [make(tmp_path / "place").holder()]
+
+    def test_a_released_place_is_free_and_empty(self, make: Any, tmp_path: Path, attempt: Any) -> None:
+        sink = make(tmp_path / "place")
+        sink.claim("job-1")
+        attempt(sink, "a", 0, 2)
+        sink.release()
+        sink.release()
+        assert files_under(tmp_path) == {}
+        assert sink.holder() is None
+        sink.claim("job-2")
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    def test_only_committed_attempts_are_read(self, sink: Sink, attempt: Any, keys: Any) -> None:
+        sink.claim("job-1")
+        assert keys(sink, []) == []
+        second, first = attempt(sink, "b", 3, 5), attempt(sink, "a", 0, 3)
+        attempt(sink, "lost", 0, 3)
+        assert first.rows == 3
+        assert first.bytes > 0
+        assert keys(sink, [first, second]) == [key(n) for n in range(5)]
+
+    def test_a_bad_result_costs_its_item(self, sink: Sink, result: Any, refused: Any, keys: Any) -> None:
+        sink.claim("job-1")
+        writer = sink.open("a")
+        ((index, error),) = writer.add([key(0), key(1), key(2)], [result(0), refused, result(2)])
+        assert (index, error.stage) == (1, "write")
+        assert keys(sink, [writer.close()]) == [key(0), key(2)]
+
+    def test_an_aborted_attempt_leaves_nothing(self, make: Any, tmp_path: Path, result: Any) -> None:
+        sink = make(tmp_path / "place")
+        sink.claim("job-1")
+        before = files_under(tmp_path)
+        writer = sink.open("a")
+        writer.add([key(0)], [result(0)])
+        writer.abort()
+        assert files_under(tmp_path) == before
+
+    # -- finalizing ---------------------------------------------------------------------------------
+
+    def test_finalize_keeps_the_order_and_tidies_up(self, make: Any, tmp_path: Path, attempt: Any, keys: Any) -> None:
+        sink = make(tmp_path / "place")
+        sink.claim("job-1")
+        outputs = [attempt(sink, "b", 3, 5), attempt(sink, "a", 0, 3)]
+        attempt(sink, "lost", 0, 3)
+        manifest = sink.finalize(iter(outputs), iter(DEAD), FACTS)
+        expected = [key(3), key(4), key(0), key(1), key(2)]
+        assert keys(sink, outputs) == expected
+        assert manifest["job"] == sink.holder() == "job-1"
+        assert sum(file["rows"] for file in manifest["files"]) == manifest["counts"]["rows"] == 5
+        assert manifest["counts"]["dead"] == 1
+        assert not [name for name in files_under(tmp_path) if "tally/" in name]
+        attempt(sink, "late", 0, 3)
+        assert keys(sink, outputs) == expected
+
+    def test_finalizing_again_changes_nothing(self, make: Any, tmp_path: Path, attempt: Any) -> None:
+        sink = make(tmp_path / "place")
+        sink.claim("job-1")
+        outputs = [attempt(sink, "a", 0, 3)]
+        manifest = sink.finalize(outputs, DEAD, FACTS)
+        before = files_under(tmp_path)
+        sink.claim("job-1")
+        assert sink.finalize(outputs, DEAD, {**FACTS, "finished_at": "2025-01-01T00:00:00+00:00"}) == manifest
+        assert files_under(tmp_path) == before
+
+    def test_nothing_at_all(self, sink: Sink, keys: Any) -> None:
+        sink.claim("job-1")
+        manifest = sink.finalize([], [], FACTS)
+        assert manifest["counts"]["rows"] == 0
+        assert keys(sink, []) == []
+
+    def test_a_finished_place_is_replaced_only_on_request(
+        self, make: Any, tmp_path: Path, attempt: Any, keys: Any
+    ) -> None:
+        sink = make(tmp_path / "place")
+        sink.claim("job-1")
+        sink.finalize([attempt(sink, "a", 0, 4)], DEAD, FACTS)
+        with pytest.raises(OutputExistsError, match="job-1.*2024-05-06") as caught:
+            sink.claim("job-2")
+        assert "--overwrite" in (caught.value.hint or "")
+        sink.claim("job-2", overwrite=True)
+        assert sink.holder() == "job-2"
+        assert [name for name in files_under(tmp_path) if "tally/" not in name] == []
+        sink.finalize([attempt(sink, "b", 4, 6)], [], {**FACTS, "job": "job-2"})
+        assert keys(sink, []) == [key(4), key(5)]
+
+    def test_a_retry_adds(self, sink: Sink, attempt: Any, keys: Any) -> None:
+        sink.claim("job-1")
+        first = attempt(sink, "a", 0, 3)
+        sink.finalize([first], DEAD, FACTS)
+        sink.claim("job-1")
+        assert keys(sink, [first]) == [key(0), key(1), key(2)]
+        sink.finalize([attempt(sink, "b", 3, 5)], DEAD, {**FACTS, "generation": 1})
+        sink.claim("job-1")
+        manifest = sink.finalize([attempt(sink, "c", 5, 6)], [], {**FACTS, "generation": 2})
+        assert keys(sink, []) == [key(n) for n in range(6)]
+        assert manifest["counts"]["rows"] == 6
+        assert manifest["counts"]["dead"] == 0
+
+    @pytest.mark.parametrize("late", [False, True])
+    @pytest.mark.parametrize("generation", [0, 1])
+    def test_a_crash_at_any_point_costs_nothing(
+        self, make: Callable[[Path], Any], tmp_path: Path, attempt: Any, keys: Any, late: bool, generation: int
+    ) -> None:
+        base = make(tmp_path / "base")
+        if not isinstance(base, StagedSink) or not isinstance(base.place.store, LocalStore):
+            pytest.skip("crashes are simulated in a local store")
+        base.claim("job-1")
+        if generation:
+            base.finalize([attempt(base, "a", 0, 2)], DEAD, FACTS)
+            base.claim("job-1")
+        outputs = [attempt(base, "b", 2, 5), attempt(base, "c", 5, 7)]
+
+        def prepare(name: str) -> StagedSink:
+            shutil.copytree(tmp_path / "base", tmp_path / name)
+            return make(tmp_path / name)
+
+        facts = {**FACTS, "generation": generation}
+        sink = prepare("whole")
+        counter = CrashingStore(sink.place.store.url, None)
+        sink.place.store = counter
+        manifest = sink.finalize(outputs, [], facts)
+        expected, steps = files_under(tmp_path / "whole"), counter.calls
+        assert steps > 5
+        for step in range(steps):
+            sink = prepare(f"step-{step}")
+            whole = sink.place.store
+            sink.place.store = CrashingStore(whole.url, step, late=late)
+            with pytest.raises(Crash):
+                sink.finalize(outputs, [], facts)
+            sink.place.store = whole
+            shown = keys(sink, outputs)
+            sink.claim("job-1")
+            assert sink.finalize(outputs, [], facts) == manifest
+            assert files_under(tmp_path / f"step-{step}") == expected
+            if manifest["format"] == "parquet" or not generation:
+                assert shown == keys(sink, [])
+
+    def test_a_full_disk_is_said_and_can_be_mended(self, make: Any, tmp_path: Path, attempt: Any, keys: Any) -> None:
+        sink = make(tmp_path / "place")
+        if not isinstance(sink, StagedSink) or not isinstance(sink.place.store, LocalStore):
+            pytest.skip("a full disk is simulated in a local store")
+        sink.claim("job-1")
+        whole = sink.place.store
+        full = StorageError(f"cannot write {whole.url}: the disk is full")
+        sink.place.store = CrashingStore(whole.url, 0, raised=full)
+        with pytest.raises(StorageError, match="disk is full"):
+            attempt(sink, "a", 0, 3)
+        sink.place.store = whole
+        output = attempt(sink, "b", 0, 3)
+        sink.place.store = CrashingStore(whole.url, 0, raised=full)
+        with pytest.raises(StorageError, match="disk is full"):
+            sink.finalize([output], [], FACTS)
+        sink.place.store = whole
+        sink.finalize([output], [], FACTS)
+        assert keys(sink, []) == [key(0), key(1), key(2)]
+
+
+def key(number: int) -> str:
+    """The key of the item of that number."""
+    return f"folder/item-{number}.png"

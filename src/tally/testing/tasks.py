@@ -1,0 +1,183 @@
+"""What the engine suite runs on workers: the best and the worst behaviour that a scorer may show."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import types
+import zlib
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from tally.engines import progress
+
+
+@dataclass
+class State:
+    """What :func:`setup` makes; ``tasks`` counts those that this worker has begun."""
+
+    args: tuple[Any, ...]
+    pid: int
+    tasks: int = 0
+
+
+class TwoPartError(Exception):
+    """Pickles, but cannot be made again from its pickle."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} in {where}")
+
+
+# Setting up -----------------------------------------------------------------------------------------
+
+
+def setup(*args: Any) -> State:
+    return State(args, os.getpid())
+
+
+def setup_that_fails(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def setup_that_dies(code: int) -> NoReturn:
+    os._exit(code)
+
+
+class Unreadable:
+    """Pickles, but cannot be read in another process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return unread, (os.getpid(),)
+
+
+def unread(pid: int) -> Unreadable:
+    if pid != os.getpid():
+        raise LookupError("this cannot be read elsewhere")
+    return Unreadable()
+
+
+# Well behaved ---------------------------------------------------------------------------------------
+
+
+def describe(state: State) -> State:
+    state.tasks += 1
+    return state
+
+
+def echo(state: State, value: Any) -> Any:
+    return value
+
+
+def make(state: State, size: int) -> bytes:
+    return b"\x5a" * size
+
+
+def checksum(state: State, data: bytes) -> tuple[int, int]:
+    return len(data), zlib.crc32(data)
+
+
+def interrupts_blocked(state: State) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def wait_at(state: State, address: tuple[str, int]) -> int:
+    """Tell the gate at ``address`` this worker's process id, and wait until it lets go."""
+    with socket.create_connection(address) as gate:
+        gate.sendall(b"%d\n" % os.getpid())
+        gate.recv(1)
+    return os.getpid()
+
+
+# Failing --------------------------------------------------------------------------------------------
+
+
+def fail(state: State, error: BaseException) -> NoReturn:
+    raise error
+
+
+def fail_in_two_parts(state: State, what: str, where: str) -> NoReturn:
+    raise TwoPartError(what, where)
+
+
+def fail_with_a_stranger(state: State, message: str) -> NoReturn:
+    """Raise an exception whose class only this process knows, as a user's script may."""
+    module = types.ModuleType("known_to_this_worker_only")
+    stranger = type("StrangerError", (Exception,), {"__module__": module.__name__})
+    module.StrangerError = stranger  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    raise stranger(message)
+
+
+def unpicklable(state: State, kind: str) -> Any:
+    class Local:
+        pass
+
+    match kind:
+        case "lambda":
+            return lambda: None
+        case "local":
+            return Local()
+        case "lock":
+            return threading.Lock()
+        case "generator":
+            return (each for each in ())
+        case "deep":
+            deep: list[Any] = []
+            for _ in range(100_000):
+                deep = [deep]
+            return deep
+        case _:
+            return Unreadable()
+
+
+# Lost -----------------------------------------------------------------------------------------------
+
+
+def die(state: State, how: str, start: int = 0, stop: int = 0) -> NoReturn:
+    """End this worker while it is busy with ``start <= p < stop``: by an exit code or a signal's name."""
+    progress.busy(start, stop)
+    if how.isdigit():
+        os._exit(int(how))
+    if how == "SIGSEGV":
+        ctypes.string_at(0)  # a real one: in native code, at a bad address
+    os.kill(os.getpid(), signal.Signals[how])
+    raise AssertionError("still alive")
+
+
+def hang(state: State, how: str, limit: float, start: int = 0, stop: int = 0) -> NoReturn:
+    """Never end, with a time limit: waiting, running Python, or in native code that holds the interpreter."""
+    progress.busy(start, stop, limit=limit)
+    match how:
+        case "wait":
+            threading.Event().wait()
+        case "python":
+            while True:
+                pass
+        case "native":
+            ctypes.PyDLL(None).sleep(3600)
+        case "regex":
+            re.match(r"(a+)+$", "a" * 64 + "b")
+    raise AssertionError("it ended")
+
+
+def hurry(state: State, limits: list[float | None]) -> str:
+    """Work on one batch after the other, each with its time limit; the last takes twice the first's."""
+    for position, limit in enumerate(limits):
+        progress.busy(position, position + 1, limit=limit)
+    threading.Event().wait(2 * (limits[0] or 0.0))
+    return "in time"
+
+
+def grow(state: State, size: int, start: int = 0, stop: int = 0) -> NoReturn:
+    """Hold ``size`` bytes, and never let go."""
+    progress.busy(start, stop)
+    held = bytearray(size)
+    for page in range(0, size, 4096):
+        held[page] = 1
+    threading.Event().wait()
+    raise AssertionError("still alive")

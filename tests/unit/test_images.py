@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import struct
+import threading
+import warnings
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from tally.errors import ItemError
+from tally.sources.images import decode, suffixes
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def gradient(width: int = 320, height: int = 200) -> Image.Image:
+    """Red grows to the right, green downwards: every corner differs from the others."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 60)], axis=2)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    assert a.shape == b.shape
+    return float(np.abs(a.astype(int) - b.astype(int)).mean())
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "tiff", "ppm", "tga"])
+def test_what_comes_out_is_rgb_contiguous_and_writable(kind: str) -> None:
+    pixels, info = decode(encoded(gradient(), kind))
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+    assert pixels.flags.writeable
+    assert np.array_equal(pixels, np.asarray(gradient()))
+    assert info == {"width": 320, "height": 200}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [None, (40, 20)])
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_every_orientation_comes_out_upright(orientation: int, size: tuple[int, int] | None, kind: str) -> None:
+    upright = gradient(320, 160)
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels, info = decode(encoded(stored, kind, exif=exif), size)
+    assert info == {"width": 320, "height": 160}
+    assert pixels.shape[1] == 2 * pixels.shape[0]
+    assert difference(np.asarray(Image.fromarray(pixels).resize((320, 160))), np.asarray(upright)) < 4
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255, 65535])
+def test_orientations_that_there_are_not_change_nothing(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert decode(encoded(gradient(), "jpeg", exif=exif))[0].shape == (200, 320, 3)
+
+
+def test_broken_exif_does_not_cost_the_picture() -> None:
+    pixels, _ = decode(encoded(gradient(), "jpeg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage"))
+    assert pixels.shape == (200, 320, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        (None, (800, 1600, 3)),
+        ((1600, 800), (800, 1600, 3)),
+        ((500, 300), (800, 1600, 3)),
+        ((400, 200), (400, 800, 3)),
+        ((100, 200), (400, 800, 3)),
+        ((200, 100), (200, 400, 3)),
+        ((10, 10), (100, 200, 3)),
+    ],
+)
+def test_a_reduced_jpeg_is_still_twice_as_large_as_wanted(size: tuple[int, int] | None, shape: tuple[int, ...]) -> None:
+    pixels, info = decode(encoded(gradient(1600, 800), "jpeg"), size)
+    assert pixels.shape == shape
+    assert info == {"width": 1600, "height": 800}
+
+
+def test_the_first_frame_counts() -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
+    for kind in ("gif", "png", "webp", "tiff"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        pixels, _ = decode(data)
+        assert difference(pixels, np.full((8, 8, 3), (255, 0, 0))) < 3, kind
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    kind = {"CMYK": "tiff", "YCbCr": "tiff"}.get(mode, "png")
+    image = gradient(32, 32).convert(mode)
+    pixels, _ = decode(encoded(image, kind))
+    assert difference(pixels, np.asarray(image.convert("RGB"))) < 1
+
+
+def test_transparency_is_dropped_and_not_blended() -> None:
+    image = gradient(32, 32).convert("RGBA")
+    image.putalpha(0)
+    assert np.array_equal(decode(encoded(image, "png"))[0], np.asarray(gradient(32, 32)))
+
+
+def test_palettes_with_transparent_entries() -> None:
+    image = gradient(32, 32).quantize(8)
+    data = encoded(image, "png", transparency=bytes([0, 128, 255]))
+    assert np.array_equal(decode(data)[0], np.asarray(image.convert("RGB")))
+
+
+def grey(values: list[float], kind: str) -> list[int]:
+    """One row of samples, as what they come out."""
+    pixels, _ = decode(encoded(Image.fromarray(np.array([values], dtype=kind)), "tiff"))
+    assert np.array_equal(pixels[:, :, 0], pixels[:, :, 1])
+    return pixels[0, :, 0].tolist()
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    values = [0, 128, 129, 257, 32768, 65535]
+    assert grey(values, "<u2") == [0, 0, 1, 1, 128, 255]
+    assert grey(values, "<i4") == [0, 0, 1, 1, 128, 255]
+    pgm = b"P5 6 1 65535\n" + np.array(values, ">u2").tobytes()
+    assert decode(pgm)[0][0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
+    png = encoded(Image.fromarray(np.array([values], "<u2")), "png")
+    assert decode(png)[0][0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
+
+
+def test_big_endian_sixteen_bits() -> None:
+    image = Image.frombytes("I;16B", (3, 1), np.array([0, 257, 65535], ">u2").tobytes())
+    data = encoded(image, "tiff")
+    assert data.startswith(b"MM")
+    assert decode(data)[0][0, :, 0].tolist() == [0, 1, 255]
+
+
+def test_other_ranges() -> None:
+    assert grey([0.0, 0.5, 1.0], "<f4") == [0, 128, 255]
+    assert grey([0.0, 100.0, 255.0], "<f4") == [0, 100, 255]
+    assert grey([-10.0, 0.0, 10.0], "<f4") == [0, 128, 255]
+    assert grey([float("nan"), 0.0, 2000.0], "<f4") == [0, 0, 255]
+    assert grey([5.0, float("inf"), float("-inf")], "<f4") == [5, 255, 0]
+    assert grey([0, 1 << 20, 1 << 21], "<i4") == [0, 128, 255]
+
+
+def test_lab_goes_through_its_profile() -> None:
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    lab = ImageCms.applyTransform(gradient(64, 64), to_lab)
+    assert lab is not None
+    assert difference(decode(encoded(lab, "tiff"))[0], np.asarray(gradient(64, 64))) < 3
+
+
+def test_large_pictures_are_copied_in_strips() -> None:
+    image = gradient(3001, 1201)
+    assert np.array_equal(decode(encoded(image, "bmp"))[0], np.asarray(image))
+
+
+def png_header(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def test_large_pictures_are_refused_by_their_header() -> None:
+    data = encoded(gradient(200, 100), "png")
+    assert decode(data, max_pixels=20_000)[0].shape == (100, 200, 3)
+    with pytest.raises(ItemError, match=r"^200x100 = 0.0 million pixels is over the limit of 0.019999 million$"):
+        decode(data, max_pixels=19_999)
+    bomb = png_header(13_000, 13_000) + b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    with pytest.raises(ItemError, match=r"^13000x13000 = 169.0 million pixels is over the limit of 128 million$"):
+        decode(bomb)
+    bomb = png_header(60_000, 60_000) + b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    with pytest.raises(ItemError, match=r"^3600.0 million pixels is over the limit of 128 million$"):
+        decode(bomb)
+
+
+def test_compressed_fits_is_refused() -> None:
+    cards = ["XTENSION= 'BINTABLE'", "BITPIX  = 8", "NAXIS   = 2", "NAXIS1  = 8", "NAXIS2  = 8"]
+    cards += ["ZIMAGE  = T", "ZCMPTYPE= 'GZIP_1  '", "ZBITPIX = 8", "ZNAXIS  = 2", "ZNAXIS1 = 8", "ZNAXIS2 = 8"]
+    first = "".join(card.ljust(80) for card in ["SIMPLE  = T", "BITPIX  = 8", "NAXIS   = 0", "END"]).ljust(2880)
+    second = "".join(card.ljust(80) for card in [*cards, "END"]).ljust(2880)
+    with pytest.raises(ItemError, match="FITS"):
+        decode((first + second).encode() + bytes(2880))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"^the file is empty \(0 bytes\)$"),
+        (b"<!DOCTYPE html>", r"^not an image: cannot identify the format \(starts with b'<!DOCTYPE ht'\)$"),
+        (b"\xff\xd8\xff nonsense", r"^damaged JPEG image: its header cannot be read \(the file has 12 bytes\)$"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "^not an image"),
+    ],
+)
+def test_what_is_no_picture(data: bytes, message: str) -> None:
+    with pytest.raises(ItemError, match=message) as caught:
+        decode(data)
+    assert caught.value.stage == "decode"
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "gif", "bmp", "tiff", "webp"])
+def test_cut_files_are_never_half_a_picture(kind: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    data = encoded(noise, kind)
+    for part in (0.5, 0.9):
+        with pytest.raises(ItemError) as caught:
+            decode(data[: int(len(data) * part)])
+        assert "Traceback" not in caught.value.message
+        assert "\n" not in caught.value.message
+
+
+def test_warnings_are_silenced_without_touching_those_of_others() -> None:
+    image = gradient(32, 32).quantize(8)
+    data = encoded(image, "png", transparency=bytes([0, 128, 255]))
+    failures: list[BaseException] = []
+
+    def many() -> None:
+        try:
+            for _ in range(50):
+                decode(data)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=many) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    with pytest.warns(UserWarning, match="still seen"):
+        warnings.warn("still seen", UserWarning, stacklevel=1)
+
+
+def test_suffixes_are_those_that_can_be_read() -> None:
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".avif", ".bmp", ".gif"} <= suffixes()
+    assert not {".eps", ".ps", ".pdf", ".mpg", ".h5", ".csv"} & suffixes()
+
+
+def test_the_orientation_set_comes_out_upright_and_alike(data: Path) -> None:
+    files = sorted((data / "images" / "exif_orientation").glob("*.jpg"))
+    assert len(files) == 9
+    small = []
+    for file in files:
+        for size in (None, (200, 200)):
+            pixels, info = decode(file.read_bytes(), size)
+            assert info == {"width": 1200, "height": 1800}
+            small.append(np.asarray(Image.fromarray(pixels).resize((120, 180))))
+    assert all(difference(small[0], each) < 1 for each in small)
+
+
+def test_every_odd_format_is_read(data: Path) -> None:
+    files = [file for file in sorted((data / "images" / "odd").iterdir()) if file.suffix != ".md"]
+    assert len(files) == 35
+    hopper = np.asarray(Image.open(data / "images/odd/hopper.png"))
+    for file in files:
+        pixels, info = decode(file.read_bytes())
+        assert pixels.shape == (info["height"], info["width"], 3), file.name
+        if file.stem in ("hopper", "hopper_lzw", "hopper_bigtiff", "hopper.Lab") and pixels.shape == hopper.shape:
+            grey = file.suffix in (".fits", ".pfm")
+            reference = np.asarray(Image.fromarray(hopper).convert("L").convert("RGB")) if grey else hopper
+            assert difference(pixels, reference) < 20, file.name

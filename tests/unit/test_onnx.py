@@ -1,0 +1,535 @@
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError
+from tally.scorers.base import Item
+from tally.scorers.onnx import OnnxOptions, OnnxVisionScorer, create, inspect
+from tally.scorers.onnx_session import choose_providers, open_session, plain_reason
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Writes a model of the given nodes, from ``x`` to ``y``."""
+
+    def write(
+        nodes: list[onnx.NodeProto],
+        given: list[Any],
+        *outputs: list[Any],
+        dtype: int = TensorProto.FLOAT,
+        weights: list[onnx.TensorProto] | None = None,
+        metadata: dict[str, str] | None = None,
+        names: tuple[str, ...] = ("y", "z"),
+        opset: int = 17,
+    ) -> Path:
+        graph = helper.make_graph(
+            nodes,
+            "graph",
+            [helper.make_tensor_value_info("x", dtype, given)],
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in zip(names, outputs, strict=False)],
+            weights or [],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        helper.set_model_props(model, metadata or {})
+        path = tmp_path / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        return path
+
+    return write
+
+
+def node(kind: str, inputs: str, outputs: str = "y", **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(kind, inputs.split(), outputs.split(), **attributes)
+
+
+def means(make: Make, batch: Any = "batch", **options: Any) -> Path:
+    """Classes are the means of red, green and blue."""
+    nodes = [node("ReduceMean", "x", axes=[2, 3], keepdims=0)]
+    return make(nodes, [batch, 3, 8, 8], [batch, 3], **options)
+
+
+def scorer_of(path: Path, **options: Any) -> OnnxVisionScorer:
+    scorer = OnnxVisionScorer(inspect(path, options))
+    scorer.load(path.parent, "cpu")
+    return scorer
+
+
+def plain(red: int, green: int, blue: int, width: int = 8, height: int = 8) -> Item:
+    value = np.empty((height, width, 3), np.uint8)
+    value[:] = red, green, blue
+    return Item(f"{red}-{green}-{blue}", value, {"width": width, "height": height})
+
+
+def run(scorer: OnnxVisionScorer, *items: Item) -> list[Any]:
+    return list(scorer.score([scorer.prepare(item) for item in items]))
+
+
+def shaped(make: Make, given: list[Any], output: list[Any]) -> Path:
+    """A model that has nothing but its shapes: Abs hides the real one from shape inference."""
+    target = numpy_helper.from_array(np.ones(len(output), np.int64), "t")
+    return make([node("Abs", "t", "s"), node("Reshape", "x s")], given, output, weights=[target])
+
+
+RAW = {"scale": 1}
+
+
+# ---------------------------------------------------------------------------------------- inspection
+
+
+def test_inspection_fills_everything_in(make: Make) -> None:
+    options = inspect(means(make), {"task": "classify", "labels": ["red", "green", "blue"]})
+    assert json.loads(json.dumps(options)) == options
+    assert options["file"] == "model.onnx"
+    assert (options["classes"], options["batch"], options["batch_size"]) == (3, None, 32)
+    assert options["preprocess"]["size"] == [8, 8]
+    assert options["preprocess"]["layout"] == "nchw"
+    assert options["preprocess"]["dtype"] == "float32"
+    [assumed] = options["assumed"]
+    assert assumed == (
+        "preprocessing was not declared: assumed RGB, 0..1 with ImageNet mean and deviation, squash to 8x8 "
+        "(set preprocess.* with --set or in tally.yaml)"
+    )
+
+
+@pytest.mark.parametrize("metadata", [{}, {"Image.NominalPixelRange": "NominalRange_0_255"}])
+def test_inspection_of_complete_options_changes_nothing(make: Make, metadata: dict[str, str]) -> None:
+    path = means(make, metadata=metadata)
+    options = inspect(path, {})
+    assert inspect(path, options) == options
+
+
+def test_what_is_declared_is_not_assumed(make: Make) -> None:
+    preprocess = {"resize": "squash", "channels": "bgr", "scale": 1, "interpolation": "bicubic"}
+    options = inspect(means(make), {"task": "classify", "labels": list("abc"), "preprocess": preprocess})
+    assert options["assumed"] == []
+    assert options["preprocess"] | preprocess == options["preprocess"]
+    # one part of the range declared: the others are neutral, not guessed
+    assert options["preprocess"]["mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "output", "task"),
+    [
+        (["b", 3, 8, 8], ["b", 10], "classify"),
+        (["b", 3, 8, 8], ["b", 10, 1, 1], "classify"),
+        (["b", 3, 8, 8], ["b", 3, 8, 8], "restyle"),
+        (["b", 3, "h", "w"], ["b", 3, "h2", "w2"], "restyle"),
+        (["b", 8, 8, 3], ["b", 8, 8, 21], "segment"),
+        (["b", 3, 8, 8], ["b", 8, 8], "segment"),
+        ([1, 3, 64, 64], [1, 84, 7], "detect"),
+    ],
+)
+def test_the_task_is_told_by_the_output(make: Make, given: list[Any], output: list[Any], task: str) -> None:
+    options = inspect(shaped(make, given, output), {})
+    assert options["task"] == task
+    assert options["assumed"][0].startswith(f"task was not given: {task}")
+
+
+def test_features_are_embeddings(make: Make) -> None:
+    path = make([node("Flatten", "x", "features")], [1, 3, 8, 8], [1, 192], names=("features",))
+    assert inspect(path, {})["task"] == "embed"
+    [row] = run(scorer_of(path, preprocess=RAW), plain(1, 2, 3))
+    assert row == {"embedding": [1.0] * 64 + [2.0] * 64 + [3.0] * 64}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "channels", "scale", "mean"),
+    [
+        ({"Image.BitmapPixelFormat": "Bgr8"}, "bgr", 1 / 255, [0.485, 0.456, 0.406]),
+        ({"Image.NominalPixelRange": "NominalRange_0_255"}, "rgb", 1.0, None),
+        ({"Image.NominalPixelRange": "Normalized_0_1"}, "rgb", 1 / 255, None),
+        ({"Image.NominalPixelRange": "Normalized_1_1"}, "rgb", 1 / 127.5, [1.0]),
+    ],
+)
+def test_metadata_is_used(make: Make, metadata: Any, channels: str, scale: Any, mean: Any) -> None:
+    found = inspect(means(make, metadata=metadata), {})["preprocess"]
+    assert (found["channels"], found["scale"], found["mean"]) == (channels, scale, mean)
+
+
+def test_gray_uint8_and_dynamic_size(make: Make) -> None:
+    cast = [node("Cast", "x", "f", to=TensorProto.FLOAT), node("GlobalAveragePool", "f")]
+    path = make(cast, ["b", 1, "h", "w"], ["b", 1, 1, 1], dtype=TensorProto.UINT8)
+    found = inspect(path, {"task": "classify"})["preprocess"]
+    assert (found["channels"], found["dtype"], found["size"]) == ("gray", "uint8", [224, 224])
+
+
+def test_gray_floats(make: Make) -> None:
+    path = make([node("GlobalAveragePool", "x")], ["b", 1, 8, 8], ["b", 1, 1, 1])
+    found = inspect(path, {"task": "classify"})["preprocess"]
+    assert (found["channels"], found["mean"]) == ("gray", None)
+    [row] = run(scorer_of(path, task="classify", softmax="never"), plain(255, 255, 255))
+    assert row["score"] == pytest.approx(1.0)
+
+
+# ------------------------------------------------------------------------------------------ problems
+
+
+def problems(path: Path, **options: Any) -> str:
+    with pytest.raises(SpecError) as caught:
+        inspect(path, options)
+    return "\n".join(caught.value.problems)
+
+
+def test_all_wrong_options_are_reported_together(make: Make) -> None:
+    text = problems(
+        means(make),
+        task="clasify",
+        top=0,
+        sofmax="never",
+        preprocess={"size": "wide", "stdd": 1, "mean": [1, 2], "fill": None},
+        labels=[1, 2],
+    )
+    assert text.splitlines() == [
+        "task: input should be 'classify', 'detect', 'restyle', 'embed' or 'segment', not 'clasify'",
+        "labels: give the name of a file in the artifacts folder, or a list of names, not [1, 2]",
+        "preprocess.size: width and height must be whole numbers from 1 to 16384, not 'wide'",
+        "preprocess.mean: give one finite number, or three, not [1, 2]",
+        "preprocess.stdd: no such option; did you mean std?",
+        "top: input should be greater than or equal to 1, not 0",
+        "sofmax: no such option; did you mean softmax?",
+    ]  # fmt: skip
+
+
+def test_all_that_does_not_fit_the_model_is_reported_together(make: Make) -> None:
+    text = problems(
+        means(make),
+        task="classify",
+        top=4,
+        labels=["red", "green"],
+        preprocess={"size": 224, "dtype": "uint8", "channels": "gray", "layout": "nchw"},
+    )
+    assert text.splitlines() == [
+        "preprocess.size: the model takes 8x8 pixels, not 224x224",
+        "labels: 2 names, but the model has 3 classes",
+        "top: 4, but the model has only 3 classes",
+        "preprocess.dtype: the model takes float32, not uint8",
+        "preprocess.channels: gray, but the model takes 3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"task": "detect"}, r"decoder: outputs of \[any, 3\] fit none of yolox, fastestdet, ssd"),
+        ({"task": "detect", "decoder": "yolox"}, r"outputs of \[any, 3\] are not those of yolox"),
+        ({"task": "restyle"}, r"are not those of restyle"),
+        ({"task": "segment"}, r"are not those of segment"),
+        ({"labels": "absent.txt"}, r"absent\.txt cannot be read"),
+        ({"labels": "../labels.txt"}, "inside the artifacts folder"),
+        ({"preprocess": {"std": 0}}, r"preprocess\.std: must not be 0"),
+        ({"preprocess": {"layout": "nhwc"}}, r"no picture of 1 or 3 channels in nhwc"),
+    ],
+)
+def test_what_does_not_fit(make: Make, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        inspect(means(make), options)
+
+
+def test_crop_and_whole_pictures_do_not_go_together(make: Make) -> None:
+    path = make([node("Relu", "x")], ["b", 3, 8, 8], ["b", 3, 8, 8])
+    assert "crop would lose the borders" in problems(path, preprocess={"resize": "crop"})
+
+
+def test_a_detector_of_any_size_needs_one(make: Make) -> None:
+    path = shaped(make, [1, 3, "h", "w"], [1, "n", 85])
+    assert "preprocess.size: the model takes several sizes" in problems(path, task="detect")
+    assert inspect(path, {"task": "detect", "preprocess": {"size": 640}})["decoder"] == "yolox"
+
+
+def test_incomplete_options_are_refused() -> None:
+    with pytest.raises(SpecError, match="not complete"):
+        OnnxVisionScorer({"file": "model.onnx"})
+    with pytest.raises(SpecError, match="file: is required"):
+        OnnxOptions.parse({})
+
+
+# ------------------------------------------------------------------------------------- hostile models
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", r"empty \(0 bytes\)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer of 46 bytes"),
+        (b"\x80\x04\x95", "Python pickle"),
+        (b"PK\x03\x04", "ZIP archive"),
+        (b"\x89HDF\r\n", "HDF5"),
+        (b"\x1f\x8b", "gzip"),
+        (b"<!DOCTYPE html>", "web page"),
+        (b"\x1c\0\0\0TFL3", "TensorFlow Lite"),
+        (b"weights", "not an ONNX model"),
+        (b"\x08\x07hello", "damaged or cut short"),
+    ],
+)
+def test_what_is_no_model(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelLoadError, match=words) as caught:
+        inspect(path, {})
+    assert str(path) in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="there is no such model file"):
+        inspect(tmp_path / "absent.onnx", {})
+    with pytest.raises(ModelLoadError, match="Is a directory"):
+        inspect(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [("weights.bin", "keeps its weights in weights.bin, which is missing"), ("../../secret", "outside its own folder")],
+)
+def test_external_weights(make: Make, location: str, words: str) -> None:
+    weight = numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), "w")
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    entry = weight.external_data.add()
+    entry.key, entry.value = "location", location
+    path = make([node("Conv", "x w")], ["b", 3, 8, 8], ["b", 3, 8, 8], weights=[weight])
+    with pytest.raises(ModelLoadError, match=words):
+        inspect(path, {})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "opset", "words"),
+    [
+        ([node("Nope", "x")], 17, "opset 17 has no operator Nope"),
+        ([node("Relu", "x")], 99, "newer ONNX version"),
+        ([node("Add", "x absent")], 17, "cannot load the model: .*absent"),
+    ],
+)
+def test_models_that_cannot_run(make: Make, nodes: list[Any], opset: int, words: str) -> None:
+    with pytest.raises(ModelLoadError, match=words):
+        inspect(make(nodes, ["b", 3, 8, 8], ["b", 3, 8, 8], opset=opset), {})
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "words"),
+    [
+        (["b", 4], TensorProto.FLOAT, r"takes x: float \[any, 4\]"),
+        (["b", 3, 8, 8], TensorProto.DOUBLE, r"takes x: double \[any, 3, 8, 8\]"),
+    ],
+)
+def test_inputs_that_are_no_picture(make: Make, shape: list[Any], dtype: int, words: str) -> None:
+    path = make([node("Cast", "x", to=TensorProto.FLOAT)], shape, shape, dtype=dtype)
+    with pytest.raises(ModelLoadError, match=words):
+        inspect(path, {})
+
+
+def test_several_inputs(tmp_path: Path) -> None:
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 8, 8]) for name in ("a", "b", "y")]
+    graph = helper.make_graph([node("Add", "a b")], "graph", info[:2], info[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (tmp_path / "two.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelLoadError, match=r"2 inputs \(a, b\)"):
+        inspect(tmp_path / "two.onnx", {})
+
+
+def test_errors_survive_a_process_boundary(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError) as caught:
+        inspect(tmp_path / "absent.onnx", {})
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_reasons_are_plain() -> None:
+    message = "[ONNXRuntimeError] : 1 : FAIL : Load model from /a/b failed:/src/core/graph.cc:15 void Graph::Do() no."
+    assert plain_reason(message) == "no."
+    assert plain_reason("") == "it gives no reason"
+
+
+# ------------------------------------------------------------------------------------------- scoring
+
+
+def test_classify(make: Make) -> None:
+    scorer = scorer_of(means(make), labels=["red", "green", "blue"], softmax="never", preprocess=RAW)
+    rows = run(scorer, plain(9, 5, 1), plain(1, 2, 30))
+    assert rows == [
+        {"label": "red", "index": 0, "score": 9.0},
+        {"label": "blue", "index": 2, "score": 30.0},
+    ]
+    assert list(rows[0]) == list(scorer.columns or {})
+    assert scorer.describe() == "model.onnx on CPU (1 thread), classify, 8x8, batch 32"
+    scorer.close()
+
+
+def test_top_classes_have_ranks(make: Make) -> None:
+    scorer = scorer_of(means(make), top=2, preprocess=RAW)
+    assert scorer.columns == {"label": "string", "index": "int64", "score": "float32", "rank": "int64"}
+    [rows] = run(scorer, plain(9, 5, 8))
+    assert [(row["label"], row["rank"]) for row in rows] == [("0", 1), ("2", 2)]
+
+
+@pytest.mark.parametrize("batch", ["batch", 1, 3, 4])
+def test_any_number_of_pictures_for_any_batch(make: Make, batch: Any) -> None:
+    scorer = scorer_of(means(make, batch), preprocess=RAW)
+    assert scorer.batch_size == (32 if batch == "batch" else batch)
+    items = [plain(i, 0, 0) for i in range(1, 8)]
+    scores = scorer_of(means(make, batch), softmax="never", preprocess=RAW)
+    assert [row["score"] for row in run(scores, *items)] == [float(i) for i in range(1, 8)]
+    assert run(scorer) == []
+
+
+def test_labels_from_a_file(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
+    path = means(make)
+    options = inspect(path, {"labels": "names.txt", "preprocess": RAW})
+    scorer = create(path, options)
+    scorer.load(tmp_path, "cpu")
+    assert run(scorer, plain(0, 9, 0))[0]["label"] == "green"
+
+
+def test_not_a_number_is_that_items_alone(make: Make) -> None:
+    nodes = [node("ReduceMean", "x", "m", axes=[2, 3], keepdims=0), node("Log", "m")]
+    scorer = scorer_of(make(nodes, ["b", 3, 8, 8], ["b", 3]), preprocess=RAW)
+    good, bad, last = run(scorer, plain(9, 9, 1), plain(0, 1, 2), plain(1, 1, 9))
+    assert isinstance(bad, ItemError)
+    assert bad.message == "0-1-2: the model's output holds NaN or infinity"
+    assert (good["label"], last["label"]) == ("0", "2")
+
+
+def test_a_failing_run_is_narrowed_down(make: Make) -> None:
+    # indexes a table of four rows with the red value
+    table = numpy_helper.from_array(np.eye(4, dtype=np.float32), "table")
+    corner = [numpy_helper.from_array(np.array(v), n) for n, v in (("zero", 0), ("axis", [1, 2]))]
+    nodes = [
+        node("Gather", "x zero", "red", axis=1),
+        node("ReduceMean", "red", "mean", axes=[1, 2], keepdims=0),
+        node("Cast", "mean", "index", to=TensorProto.INT64),
+        node("Gather", "table index", axis=0),
+    ]
+    scorer = scorer_of(make(nodes, ["b", 3, 8, 8], ["b", 4], weights=[table, *corner[:1]]), preprocess=RAW)
+    first, bad, last = run(scorer, plain(1, 0, 0), plain(200, 0, 0), plain(3, 0, 0))
+    assert (first["index"], last["index"]) == (1, 3)
+    assert isinstance(bad, ItemError)
+    assert bad.message.startswith("200-0-0: the model failed: ")
+    assert "\n" not in bad.message
+
+
+def test_an_output_that_is_not_per_picture_is_an_error(make: Make) -> None:
+    nodes = [node("ReduceMean", "x", axes=[0, 2, 3], keepdims=0)]
+    scorer = scorer_of(make(nodes, ["b", 3, 8, 8], ["b"]), task="classify", preprocess=RAW)
+    [result] = run(scorer, plain(1, 2, 3))
+    assert isinstance(result, ItemError)
+    assert "an output of shape [3] for 1 pictures" in result.message
+
+
+def test_restyle_of_mixed_sizes_keeps_each_size_and_colour(make: Make) -> None:
+    path = make([node("Identity", "x")], ["b", 3, "h", "w"], ["b", 3, "h", "w"])
+    scorer = scorer_of(path, preprocess={"channels": "bgr"}, batch_size=8)
+    assert (scorer.size, scorer.output, scorer.columns) == (None, "image", None)
+    items = [plain(1, 2, 3, 20, 10), plain(4, 5, 6, 7, 9), plain(7, 8, 9, 20, 10)]
+    for item, result in zip(items, run(scorer, *items), strict=True):
+        np.testing.assert_array_equal(result, item.value)
+
+
+def test_restyle_of_fixed_size_restores_the_original(make: Make) -> None:
+    path = make([node("Identity", "x")], ["b", 3, 16, 16], ["b", 3, 16, 16])
+    [result] = run(scorer_of(path), plain(10, 20, 30, 40, 25))
+    assert result.shape == (25, 40, 3)
+    assert np.abs(result.astype(int) - [10, 20, 30]).max() <= 1
+
+
+def test_segment_as_rows_and_as_a_map(make: Make) -> None:
+    path = make([node("Identity", "x")], ["b", 8, 8, 3], ["b", 8, 8, 3])
+    value = np.zeros((10, 20, 3), np.uint8)
+    value[:, :10, 1] = 200
+    value[:, 10:, 2] = 200
+    item = Item("a", value, {"width": 20, "height": 10})
+    [rows] = run(scorer_of(path, task="segment", labels=["a", "b", "c"]), item)
+    assert [(r["label"], r["index"]) for r in rows] == [("b", 1), ("c", 2)]
+    [classes] = run(scorer_of(path, task="segment", output="image"), item)
+    assert classes.dtype == np.uint8
+    assert classes[0].tolist() == [1] * 10 + [2] * 10
+
+
+def test_detect(make: Make) -> None:
+    boxes = np.array([[[0.25, 0.5, 0.75, 1.0], [0, 0, 0.1, 0.1]]], np.float32)
+    scores = np.array([[[0.1, 0.9], [0.8, 0.2]]], np.float32)
+    nodes = [
+        node("Constant", "", "y", value=numpy_helper.from_array(scores)),
+        node("Constant", "", "z", value=numpy_helper.from_array(boxes)),
+    ]
+    for constant in nodes:
+        del constant.input[:]
+    path = make(nodes, [1, 3, 8, 8], [1, 2, 2], [1, 2, 4])
+    for labels in (["face"], ["background", "face"]):
+        scorer = scorer_of(path, labels=labels)
+        [rows] = run(scorer, plain(1, 2, 3, 100, 50))
+        assert rows == [{"xmin": 25, "ymin": 25, "xmax": 75, "ymax": 50, "label": "face", "score": pytest.approx(0.9)}]
+    assert "detect (ssd), 8x8" in scorer.describe()
+
+
+# ----------------------------------------------------------------------------------------- providers
+
+CPU, CUDA, RT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "chosen"),
+    [
+        ("cpu", [RT, CUDA, CPU], [CPU]),
+        ("auto", [CPU], [CPU]),
+        ("auto", [RT, CUDA, CPU], [(CUDA, {"device_id": 0}), CPU]),
+        ("cuda:1", [RT, CUDA, CPU], [(CUDA, {"device_id": 1}), CPU]),
+        ("cuda", [RT, CPU], [(RT, {"device_id": 0}), CPU]),
+        ("tensorrt", [CUDA, RT, CPU], [(RT, {"device_id": 0}), (CUDA, {"device_id": 0}), CPU]),
+    ],
+)
+def test_providers(device: str, available: list[str], chosen: list[Any]) -> None:
+    assert choose_providers(device, available) == chosen
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("cuda", "has only CPUExecutionProvider"),
+        ("tensorrt", "has only"),
+        ("gpu", "no device 'gpu'"),
+        ("cuda:x", "no device"),
+    ],
+)
+def test_providers_that_are_not_there(device: str, words: str) -> None:
+    with pytest.raises(ModelLoadError, match=words) as caught:
+        choose_providers(device, [CPU])
+    assert caught.value.hint
+
+
+def test_a_gpu_that_does_not_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    path = means(make)
+    scorer = OnnxVisionScorer(inspect(path, {}))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    sessions: list[Any] = []
+
+    def without_gpu(path: Path, providers: list[Any], **settings: Any) -> Any:
+        sessions.append(providers)
+        return open_session(path, [CPU], **settings)
+
+    monkeypatch.setattr("tally.scorers.onnx.open_session", without_gpu)
+    with pytest.raises(ModelLoadError, match="cuda was asked for, but ONNX Runtime could not start it"):
+        scorer.load(path.parent, "cuda")
+    scorer.load(path.parent, "auto")
+    assert "on CPU" in scorer.describe()
+    assert sessions == [[(CUDA, {"device_id": 0}), CPU]] * 2
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
+    code = "import sys, tally.scorers.onnx; sys.exit('onnxruntime' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
