@@ -43,14 +43,18 @@ class TallyError(Exception):
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors cross process boundaries: keep keyword-only attributes.
-        return (_rebuild, (type(self), self.args, self.__dict__))
+        # Errors cross process boundaries: keep keyword-only attributes, and what OSError holds in slots.
+        state = dict(self.__dict__)
+        if isinstance(self, OSError):
+            state["errno"] = self.errno
+        return (_rebuild, (type(self), self.args, state))
 
 
 def _rebuild(cls: type[TallyError], args: tuple[object, ...], state: dict[str, object]) -> TallyError:
     error = cls.__new__(cls, *args)
     Exception.__init__(error, *args)
-    error.__dict__.update(state)
+    for name, value in state.items():
+        setattr(error, name, value)
     return error
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from tally.errors import ModelLoadError
 from tally.scorers.base import Item
 from tally.scorers.onnx import OnnxVisionScorer, inspect
+from tally.scorers.vision import read_labels
 
 BGR_MEANS = {"channels": "bgr", "mean": [104, 117, 123]}
 
@@ -49,8 +50,8 @@ def reference(data: Path) -> list[list[str]]:
         return list(csv.reader(file))[1:]
 
 
-def names(data: Path, file: str) -> str:
-    return str((data / "models" / "labels" / file).resolve())
+def names(data: Path, file: str) -> list[str]:
+    return read_labels(data / "models" / "labels" / file)
 
 
 # ------------------------------------------------------------------------------------------- classify

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from tally.testing.sinks import SinkContract
 class _Rows(SinkContract):
     name = "out"
     format: str | None = None
-    columns: dict[str, str] | None = None
+    columns: ClassVar[dict[str, str] | None] = None
 
     @pytest.fixture
     def make(self) -> Callable[[Path], Sink]:
@@ -33,7 +33,7 @@ class TestParquet(_Rows):
 
 
 class TestDeclaredColumns(_Rows):
-    columns = {"label": "string", "score": "float32", "box": "list<int32>"}
+    columns: ClassVar = {"label": "string", "score": "float32", "box": "list<int32>"}
 
 
 class TestCsv(_Rows):
@@ -57,23 +57,11 @@ class TestMergedJsonLines(_Rows):
 
 
 class TestSeveralRows(_Rows):
-    """Items with two rows each."""
+    rows_per_item = 2
 
     @pytest.fixture
     def result(self) -> Callable[[int], Any]:
         return lambda n: [{"label": "a", "score": n / 2}, {"label": "b"}]
-
-    @pytest.fixture
-    def keys(self) -> Callable[..., list[str]]:
-        from tally.sinks.query import rows
-
-        return lambda sink, outputs: rows(sink, outputs)["key"].to_pylist()[::2]
-
-    def test_only_committed_attempts_are_read(self) -> None:
-        """Counts rows as items."""
-
-    test_finalize_keeps_the_order_and_tidies_up = test_only_committed_attempts_are_read
-    test_a_retry_adds = test_only_committed_attempts_are_read
 
 
 class TestPictures(SinkContract):

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError
 from tally.scorers.base import Item
-from tally.scorers.onnx import OnnxOptions, OnnxVisionScorer, create, inspect
+from tally.scorers.onnx import OnnxOptions, OnnxVisionScorer, inspect
 from tally.scorers.onnx_session import choose_providers, open_session, plain_reason
 
 Make = Callable[..., Path]
@@ -229,6 +229,7 @@ def test_all_that_does_not_fit_the_model_is_reported_together(make: Make) -> Non
         ({"task": "segment"}, r"are not those of segment"),
         ({"labels": "absent.txt"}, r"absent\.txt cannot be read"),
         ({"labels": "../labels.txt"}, "inside the artifacts folder"),
+        ({"labels": "/etc/hostname"}, "inside the artifacts folder"),
         ({"preprocess": {"std": 0}}, r"preprocess\.std: must not be 0"),
         ({"preprocess": {"layout": "nhwc"}}, r"no picture of 1 or 3 channels in nhwc"),
     ],
@@ -388,7 +389,7 @@ def test_labels_from_a_file(make: Make, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
     path = means(make)
     options = inspect(path, {"labels": "names.txt", "preprocess": RAW})
-    scorer = create(path, options)
+    scorer = OnnxVisionScorer(options)
     scorer.load(tmp_path, "cpu")
     assert run(scorer, plain(0, 9, 0))[0]["label"] == "green"
 

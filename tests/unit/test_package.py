@@ -196,8 +196,8 @@ def test_package_problems_are_reported_together(tmp_path: Path) -> None:
         resolve(folder)
     text = str(caught.value)
     assert len(caught.value.problems) == 4
-    assert "nane: there is no such field; did you mean name?" in text
-    assert "file: there is no 'm.onnx' in the package; did you mean n.onnx?" in text
+    assert "nane: there is no such field; did you mean 'name'?" in text
+    assert "file: there is no 'm.onnx' in the package; did you mean 'n.onnx'?" in text
     assert "batch_size: " in text
     assert "kind: " in text
 
@@ -209,6 +209,9 @@ def test_package_problems_are_reported_together(tmp_path: Path) -> None:
         ("file: ../outside.onnx", "lies outside the package"),
         ("file: m.onnx\nkind: script", "kind: is script, but what it names is of kind onnx"),
         ("[]", "must hold fields"),
+        ("file: m.tflite", r"does not end in \.onnx"),
+        ("entry: score", r"'score' does not end in \.py"),
+        ("entry: nothing.py:Class", r"there is no 'nothing\.py' in the package"),
     ],
 )
 def test_package_problems(tmp_path: Path, text: str, message: str) -> None:
@@ -217,6 +220,31 @@ def test_package_problems(tmp_path: Path, text: str, message: str) -> None:
     model(folder / "m.onnx")
     with pytest.raises(SpecError, match=message):
         resolve(folder)
+
+
+def test_package_of_code(tmp_path: Path) -> None:
+    folder = package(tmp_path / "p", "entry: bright.py:Bright\nartifacts: weights\noptions: {threshold: 1}\n")
+    (folder / "weights").mkdir()
+    (folder / "bright.py").write_text(SCORER.replace("import helper_of_mine", "class Other(Scorer): ..."))
+    ref = resolve(folder)
+    assert (ref.kind, ref.entry, ref.artifacts, ref.files) == ("python", "bright.py:Bright", "weights", (".",))
+    assert load(ref, "cpu").artifacts == folder / "weights"  # type: ignore[attr-defined]
+    package(folder, "entry: package_code_for_test:Bright\nartifacts: weights\noptions: {threshold: 1}\n")
+    (folder / "bright.py").rename(folder / "package_code_for_test.py")
+    ref = resolve(folder)
+    assert (ref.kind, ref.name, ref.location, ref.artifacts) == ("python", "p", folder, "weights")
+    assert load(ref, "cpu").score(["a"]) == [{"threshold": 1, "label": "x"}]
+
+
+def test_links_to_files_are_followed(tmp_path: Path) -> None:
+    folder = package(tmp_path / "p", "file: m.onnx")
+    (folder / "m.onnx").symlink_to(model(tmp_path / "blob"))
+    (folder / "loop").symlink_to(folder)
+    ref = resolve(folder)
+    load(ref, "cpu")
+    (tmp_path / "blob").write_bytes(b"another")
+    with pytest.raises(ModelChangedError):
+        load(ref, "cpu")
 
 
 def test_package_that_needs_trust(tmp_path: Path) -> None:
@@ -257,12 +285,20 @@ def test_file_with_a_scorer(tmp_path: Path) -> None:
         load(ref, "cpu")
 
 
+def test_load_that_fails_says_where(tmp_path: Path) -> None:
+    (tmp_path / "it.py").write_text(
+        "from tally import Scorer\nclass It(Scorer):\n    def load(self, artifacts, device):\n        1 / 0\n"
+    )
+    with pytest.raises(ModelLoadError, match=r"it: load\(\) failed: ZeroDivisionError: .* \(it\.py, line 4\)"):
+        load(resolve("it.py"), "cpu")
+
+
 def test_options_of_a_scorer_are_checked(tmp_path: Path) -> None:
     (tmp_path / "bright.py").write_text(SCORER.replace("import helper_of_mine", ""))
     with pytest.raises(SpecError) as caught:
         resolve("bright.py", settings={"treshold": 1, "batch_size": 0})
     text = str(caught.value)
-    assert "Bright has no option 'treshold'; did you mean threshold?" in text
+    assert "Bright has no option 'treshold'; did you mean 'threshold'?" in text
     assert "Bright needs the option 'threshold'" in text
     assert "batch_size must be a whole number from 1" in text
     with pytest.raises(SpecError, match=r"--task and --labels cannot be used with the Python file bright\.py"):
@@ -277,7 +313,7 @@ def test_options_of_a_scorer_are_checked(tmp_path: Path) -> None:
         (
             "from tally import Scorer\nclass A(Scorer): ...\nclass B(Scorer): ...",
             ModelLoadError,
-            "defines A, B: which one",
+            r"defines A, B: which one is meant\?\n  Name it: it\.py:A",
         ),
         ("x = = 1", ModelLoadError, "not valid Python, line 1"),
         ("1 / 0", ModelLoadError, r"ZeroDivisionError: division by zero \(it\.py, line 1\)"),
@@ -306,7 +342,7 @@ def test_script_and_its_hash(tmp_path: Path) -> None:
     (tmp_path / "preparation.py").write_text("changed = True")
     with pytest.raises(ModelChangedError):
         load(ref, "cpu")
-    with pytest.raises(SpecError, match=r"fom: there is no such field; did you mean form\?"):
+    with pytest.raises(SpecError, match=r"fom: there is no such field; did you mean 'form'\?"):
         resolve(script, settings={"fom": "raw"})
     with pytest.raises(SpecError, match="there is no folder"):
         resolve(script, artifacts=tmp_path / "missing")
@@ -321,8 +357,9 @@ def test_importable_class(tmp_path: Path) -> None:
     assert (ref.kind, ref.name, ref.location) == ("python", "Bright", tmp_path)
     assert ref.files == ("my_scorers_for_test/simple.py",)
     assert load(ref, "cpu").score(["a"]) == [{"threshold": 1, "label": "x"}]
-    with pytest.raises(ModelLoadError, match=r"did you mean Bright\?"):
+    with pytest.raises(ModelLoadError, match=r"did you mean 'Bright'\?"):
         resolve("my_scorers_for_test.simple:Brigth")
+    assert resolve("my_scorers_for_test/simple.py:Bright", settings={"threshold": 1}).entry == "simple.py:Bright"
     with pytest.raises(ModelNotFoundError, match="no module 'my_scorers_for_test"):
         resolve("my_scorers_for_test.complex:Bright")
 
@@ -424,6 +461,9 @@ def test_names_that_are_not_there(tmp_path: Path) -> None:
     model(tmp_path / "squeezenet.onnx")
     with pytest.raises(ModelNotFoundError, match=r"no model at 'squezenet\.onnx'\n  Did you mean squeezenet\.onnx\?"):
         resolve("squezenet.onnx")
+    (tmp_path / "scorer.py").touch()
+    with pytest.raises(ModelNotFoundError, match=r"no model at 'scoer\.py'\n  Did you mean scorer\.py\?"):
+        resolve("scoer.py:Bright")
     with pytest.raises(ModelNotFoundError, match="A registered model is written models:/faces"):
         resolve("faces")
 
@@ -528,6 +568,7 @@ def test_new_package_from_a_model(tally_new: Callable[..., str], tmp_path: Path)
     ref, direct = resolve("mine"), resolve("colours.onnx")
     assert ref.assumed == ()
     assert ref.options == {**direct.options, "labels": "labels.txt"}
+    assert "iou_threshold" not in text  # means nothing for classify
     load(ref, "cpu")
     (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
     tally_new("package", "named", "--from", "colours.onnx", "--labels", "names.txt")

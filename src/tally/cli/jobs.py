@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
+
+from tally.cli.console import table
 
 if TYPE_CHECKING:
     from tally.jobs.store import JobRecord, JobStore
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 @click.group()
 def jobs() -> None:
-    """List, follow, stop, resume and retry jobs. JOB is a job's id, or the beginning of it."""
+    """List, follow, stop, resume and retry jobs.
+
+    JOB is a job's id, the beginning of it, or the place that it writes to.
+    """
 
 
 @jobs.command("list")
@@ -24,9 +28,9 @@ def jobs() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(limit: int, as_json: bool) -> None:
     """The newest jobs."""
-    from tally.jobs.launch import when
+    from tally.jobs.launch import open_store, when
 
-    records = _store().newest(limit=limit)
+    records = open_store().newest(limit=limit)
     if as_json:
         for record in records:
             click.echo(_json(record))
@@ -38,7 +42,7 @@ def list_(limit: int, as_json: bool) -> None:
         (r.id, r.state, _share(r), f"{r.dead:,}", r.spec["model"].rsplit("/", 1)[-1], r.spec["out"], when(r.created_at))
         for r in records
     ]
-    _table(("JOB", "STATE", "DONE", "DEAD", "MODEL", "OUT", "CREATED"), rows)
+    table(("JOB", "STATE", "DONE", "DEAD", "MODEL", "OUT", "CREATED"), rows)
 
 
 @jobs.command()
@@ -46,8 +50,7 @@ def list_(limit: int, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(job: str, as_json: bool) -> None:
     """Everything about a job: progress, timings per stage, cost, error, where the results are."""
-    store = _store()
-    record = store.get(job)
+    store, record = _open(job)
     if as_json:
         click.echo(_json(record))
         return
@@ -61,8 +64,7 @@ def show(job: str, as_json: bool) -> None:
 @click.argument("job")
 def watch(job: str) -> int:
     """Follow a job until it ends. Ctrl-C stops following, not the job."""
-    store = _store()
-    record = store.get(job)
+    store, record = _open(job)
     shown = ""
     while True:
         line = f"{record.state}: {_share(record)}, {record.dead:,} failed"
@@ -82,8 +84,7 @@ def watch(job: str) -> int:
 @click.argument("job")
 def pause(job: str) -> None:
     """Stop handing out work; what runs is finished and saved. The model stays loaded."""
-    store = _store()
-    record = store.get(job)
+    store, record = _open(job)
     _running(record)
     store.want(record.id, "pause")
     click.echo(f"job {record.id} is pausing; go on with: tally jobs resume {record.id}")
@@ -96,8 +97,7 @@ def resume(job: str, quiet: bool) -> int:
     """Go on with a job that was paused, interrupted, killed or has failed."""
     from tally.cli.score import see_through
 
-    store = _store()
-    record = store.get(job)
+    store, record = _open(job)
     if record.alive:
         store.want(record.id, "run")
         click.echo(f"job {record.id} goes on where it runs; follow it with: tally jobs watch {record.id}")
@@ -112,8 +112,7 @@ def cancel(job: str) -> None:
     from tally.jobs.coordinator import LEASE_SECONDS
     from tally.jobs.launch import sink_of
 
-    store = _store()
-    record = store.get(job)
+    store, record = _open(job)
     store.want(record.id, "cancel")
     if record.alive:
         click.echo(f"job {record.id} is being cancelled")
@@ -133,8 +132,7 @@ def retry(job: str, dead: bool, quiet: bool) -> int:
     """Replay a job's dead items, after their cause was mended; what succeeds joins the results."""
     from tally.cli.score import see_through
 
-    store = _store()
-    record = store.get(job)
+    store, record = _open(job)
     if not record.dead:
         click.echo(f"job {record.id} has no dead items")
         return 0
@@ -147,8 +145,7 @@ def retry(job: str, dead: bool, quiet: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def dead(job: str, limit: int, as_json: bool) -> None:
     """The items that failed for good, each with its reason."""
-    store = _store()
-    record = store.get(job)
+    store, record = _open(job)
     for number, each in enumerate(store.dead(record.id)):
         if number == limit:
             click.echo(f"... and {record.dead - limit:,} more (-n {record.dead})", err=True)
@@ -166,8 +163,7 @@ def delete(job: str, dry_run: bool) -> None:
     """Forget a job. Finished results stay where they are; what was not finished is removed."""
     from tally.jobs.launch import discard
 
-    store = _store()
-    record = store.get(job)
+    store, record = _open(job)
     unfinished = (
         "" if record.state in ("finished", "cancelled") else f", and its unfinished output at {record.spec['out']}"
     )
@@ -264,13 +260,8 @@ def _json(record: JobRecord) -> str:
     return json.dumps(asdict(record), default=str)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    for row in [head, *rows]:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def _open(job: str) -> tuple[JobStore, JobRecord]:
+    from tally.jobs.launch import find, open_store
 
-
-def _store() -> JobStore:
-    from tally.jobs.launch import open_store
-
-    return open_store()
+    store = open_store()
+    return store, find(store, job)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.errors import ModelChangedError, SpecError
+from tally.cli.console import pairs, table
+from tally.errors import ModelChangedError
 
 if TYPE_CHECKING:
     from tally.models.registry import Registry
@@ -57,10 +58,10 @@ def add(
     """
     from tally.scorers.package import resolve
 
-    metadata: dict[str, Any] = _pairs("--note", notes)
-    if measured := _pairs("--metric", metrics):
+    metadata: dict[str, Any] = pairs("--note", notes)
+    if measured := pairs("--metric", metrics):
         metadata["metrics"] = measured
-    ref = resolve(model, task=task, labels=labels, artifacts=artifacts, settings=_pairs("--set", options), trust=trust)
+    ref = resolve(model, task=task, labels=labels, artifacts=artifacts, settings=pairs("--set", options), trust=trust)
     added = _registry().add(name, ref, alias=alias, metadata=metadata)
     for line in added.assumed:
         click.secho(f"note: {line}", dim=True, err=True)
@@ -86,7 +87,7 @@ def list_(as_json: bool) -> None:
     if not versions:
         click.echo("no models yet; add one with: tally models add NAME MODEL", err=True)
         return
-    _table(
+    table(
         ("NAME", "VERSION", "ALIASES", "KIND", "SIZE", "ADDED", "HASH"),
         [
             (v.name, str(v.version), ", ".join(v.aliases), v.kind, _size(v.bytes), _when(v.created_at), v.hash[:19])
@@ -121,7 +122,7 @@ def show(name: str, as_json: bool) -> None:
     if found.history:
         click.echo()
         rows = [(_when(h.at), h.alias, str(h.version), h.action) for h in found.history]
-        _table(("WHEN", "ALIAS", "VERSION", "BY"), rows)
+        table(("WHEN", "ALIAS", "VERSION", "BY"), rows)
 
 
 @models.command()
@@ -190,26 +191,6 @@ def _registry() -> Registry:
     return open_registry()
 
 
-def _pairs(flag: str, assignments: Sequence[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs; values are read as YAML, so numbers, lists and booleans are what they look like."""
-    import yaml
-
-    found: dict[str, Any] = {}
-    problems = []
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals or not key.strip():
-            problems.append(f"{flag} {assignment!r} is not of the form KEY=VALUE")
-            continue
-        try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            found[key.strip()] = value
-    if problems:
-        raise SpecError(problems)
-    return found
-
-
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {each}" for key, each in value.items())
@@ -226,19 +207,3 @@ def _size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A table for people on a terminal; plain columns for everything else."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*head, box=None, header_style="bold")
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    for row in [head, *rows]:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -125,6 +125,16 @@ COMMENTS = {
     "iou_threshold": "boxes of one class that overlap more are one",
 }
 
+ONLY_FOR = {
+    "top": "classify",
+    "softmax": "classify",
+    "decoder": "detect",
+    "score_threshold": "detect",
+    "iou_threshold": "detect",
+    "output": "segment",
+}
+"""Options that mean something for one task only."""
+
 
 @click.group()
 def new() -> None:
@@ -185,7 +195,7 @@ def _from_onnx(folder: Path, model: str, task: str | None, labels: str | None) -
         names = (ref.location / names).read_text("utf-8").splitlines()
     elif names is None and classes and options["task"] in ("classify", "detect", "segment"):
         names = [f"class {number}" for number in range(classes)]  # placeholders, to be replaced
-    for found in ("file", "batch", "threads"):
+    for found in ("file", "batch", "threads", *(name for name, task in ONLY_FOR.items() if task != options["task"])):
         options.pop(found, None)
     options["labels"] = "labels.txt" if names else None
     described = ONNX_PACKAGE.format(name=folder.name, folder=folder, file=Path(ref.entry).name, batch_size=batch_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -28,8 +27,9 @@ def query(job: str, sql: str, as_csv: bool, as_json: bool) -> None:
     tally query JOB "select label, count(*) from results group by 1 order by 2 desc"
     """
     from tally.api import Job
+    from tally.jobs.launch import find, open_store
 
-    table = Job(_by_place(job)).query(sql)
+    table = Job(find(open_store(), job).id).query(sql)
     if as_json:
         import json
 
@@ -57,17 +57,3 @@ def _texts(table: pa.Table) -> pa.Schema:
     import pyarrow as pa
 
     return pa.schema([pa.field(f.name, pa.string()) if pa.types.is_nested(f.type) else f for f in table.schema])
-
-
-def _by_place(job: str) -> str:
-    """The id of the newest job that writes to the place ``job``, if it is one; else ``job`` itself."""
-    if "/" not in job and not Path(job).exists():
-        return job
-    from tally.jobs.launch import open_store
-    from tally.jobs.spec import absolute
-
-    place = absolute(job).rstrip("/")
-    for record in open_store().newest(limit=10_000):
-        if record.spec["out"].rstrip("/") == place and record.state != "cancelled":
-            return record.id
-    return job

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from tally.errors import JobExistsError, SpecError
+from tally.cli.console import pairs
+from tally.errors import JobExistsError
 
 
 def _resume_options(command: Any) -> Any:
@@ -66,7 +67,7 @@ def score(assignments: tuple[str, ...], resume: bool, overwrite: bool, quiet: bo
     from tally.jobs.spec import make
 
     fields["trust"] = fields["trust"] or None
-    spec = make(settings=_settings(assignments), **fields)
+    spec = make(settings=pairs("--set", assignments), **fields)
     return _start(spec, resume=resume, overwrite=overwrite, quiet=quiet)
 
 
@@ -135,23 +136,3 @@ def see_through(store: Any, job_id: str, *, quiet: bool, retry_dead: bool = Fals
         return 130
     click.echo(f"job {record.id} is {record.state}", err=True)
     return 1
-
-
-def _settings(assignments: tuple[str, ...]) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs; values are read as YAML, so numbers, lists and booleans are what they look like."""
-    import yaml
-
-    found: dict[str, Any] = {}
-    problems = []
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals or not key.strip():
-            problems.append(f"--set {assignment!r} is not of the form KEY=VALUE")
-            continue
-        try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            found[key.strip()] = value
-    if problems:
-        raise SpecError(problems, hint="For example: --set preprocess.channels=bgr --set top=5")
-    return found

@@ -78,18 +78,18 @@ class _Process(SpawnProcess):
 
 
 class _Context(SpawnContext):
-    """A spawn context that remembers the first process it made: the slot's worker. (When that is lost,
-    pebble may start another before the slot is replaced; it is never given anything.)"""
+    """A spawn context for one process, the slot's worker. When that is lost, pebble would start another,
+    which would overwrite what the lost one left behind: it is refused, and pebble calls the pool broken."""
 
     def __init__(self) -> None:
         super().__init__()
         self.worker: _Process | None = None
 
     def Process(self, *args: Any, **kwargs: Any) -> _Process:  # type: ignore[override]  # noqa: N802
-        process = _Process(*args, **kwargs)
-        if self.worker is None:
-            self.worker = process
-        return process
+        if self.worker is not None:
+            raise ChildProcessError("a slot has one worker")
+        self.worker = _Process(*args, **kwargs)
+        return self.worker
 
 
 # -- in the worker ---------------------------------------------------------------------------------
@@ -107,13 +107,14 @@ def _begin(setup: bytes, board: str, trace: str) -> None:
     progress.attach(Path(board), Path(trace))
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+        threading.Thread(target=_leave_with, args=(parent, Path(board).parent), daemon=True).start()
     _setup = setup
 
 
-def _leave_with(parent: Any) -> None:
-    """An orphan must not go on writing: end as soon as the parent does."""
+def _leave_with(parent: Any, folder: Path) -> None:
+    """An orphan must not go on writing: end as soon as the parent does, and tidy up after it."""
     connection.wait([parent.sentinel])
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
@@ -161,7 +162,10 @@ class _Slot:
     @property
     def gone(self) -> bool:
         process = self.context.worker
-        return process is None or process.exitcode is not None
+        if process is None or process.pid is None or process.exitcode is not None:
+            return True
+        # While another thread reaps it, the exit code is not known yet.
+        return bool(connection.wait([process.sentinel], 0))
 
     def resident(self) -> int:
         """Bytes of memory that the worker holds; 0 if it is gone."""
@@ -260,7 +264,7 @@ class LocalEngine(Engine):
         try:
             self._supervise()
         except Exception as error:  # no process or file can be had: nothing can be run any more
-            self._abandon(TallyError(f"no workers can be started: {error}"))
+            self._abandon(TallyError(f"no workers can be started: {error.__cause__ or error}"))
         self._end()
 
     def _supervise(self) -> None:
@@ -364,7 +368,7 @@ class LocalEngine(Engine):
         return WorkerCrashedError(f"the worker ended with exit code {code}", suspects=suspects, trace=trace)
 
     def _watch(self) -> None:
-        """Find workers that are too large, and those whose end pebble did not notice (exit code 0, say)."""
+        """Find workers that are too large, and tasks that pebble forgot in a worker that has ended."""
         allowed = self._limits.memory
         for slot in [slot for slot in self._slots if slot.future is not None]:
             if slot.gone:
@@ -380,6 +384,7 @@ class LocalEngine(Engine):
     def _drop_waiting(self) -> None:
         for future, _ in self._waiting:
             future.cancel()
+            future.set_running_or_notify_cancel()  # wakes who waits for several
         self._waiting.clear()
 
     def _abandon(self, error: Exception) -> None:

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -27,6 +28,7 @@ from tally.errors import (
     ModelError,
     OwnershipLostError,
     StorageError,
+    TallyError,
     WorkerError,
     WorkerMemoryError,
     WorkerTimeoutError,
@@ -113,6 +115,8 @@ class Coordinator:
         self._planner: Planner | None = None
         self._durations: deque[float] = deque(maxlen=64)
         self._starved = False
+        self._loading_losses = 0
+        self._doubled = False
         self._state = "running"
         self._stop: str | None = None
         self._error: Exception | None = None
@@ -131,20 +135,28 @@ class Coordinator:
         keeper = _Keeper(self._store, self._lease, self._events)
         keeper.start()
         try:
-            first = self._engine.submit(work.describe)
-            first.add_done_callback(lambda future: self._events.put(("ready", future)))
+            self._load()
             if not self._planned:
                 self._plan()
             self._loop()
             return self._end()
         except OwnershipLostError:
-            self._engine.stop(kill=True)
+            raise
+        except Exception as error:
+            if error is not self._error:
+                with suppress(TallyError):  # the error at hand is the one to tell
+                    self._store.release(self._lease, "failed", error=str(error))
             raise
         finally:
             keeper.stop()
             if self._planner is not None:
                 self._planner.stop()
             self._engine.stop(kill=True)
+
+    def _load(self) -> None:
+        """Have a worker load the model, before anything is handed out."""
+        future = self._engine.submit(work.describe)
+        future.add_done_callback(lambda done: self._events.put(("ready", done)))
 
     def _plan(self) -> None:
         def ended(error: Exception | None) -> None:
@@ -251,8 +263,12 @@ class Coordinator:
             return True
         if self._stop is None:
             if isinstance(error, WorkerError):
+                self._loading_losses += 1
+                if self._loading_losses < self._spec.attempts:
+                    self._load()
+                    return False
                 error = ModelError(
-                    f"loading the model killed its worker: {error.message}",
+                    f"loading the model killed {self._loading_losses} workers, the last: {error.message}",
                     hint=f"It left this stack:\n{error.trace}" if error.trace else "Check the memory that it needs.",
                 )
             self._fail(error)
@@ -361,6 +377,7 @@ class Coordinator:
         now = time.monotonic()
         slow = [each for each in self._running.values() if len(each.futures) == 1 and now - each.since > patience]
         for each in sorted(slow, key=lambda running: running.since)[:idle]:
+            self._doubled = True
             self._submit(each.stored, self._store.again(self._lease, each.stored.id))
 
     # -- stopping ----------------------------------------------------------------------------------
@@ -370,6 +387,7 @@ class Coordinator:
             self._halt("cancelled", grace=0.0)
         elif (wanted == "pause") != (self._state == "paused") and self._stop is None:
             self._state = "paused" if wanted == "pause" else "running"
+            self._accounted = time.monotonic()  # waiting costs nothing
             self._store.mark(self._lease, self._state)
             self._say("paused; go on with: tally jobs resume " + self._lease.job_id if wanted == "pause" else "resumed")
 
@@ -404,12 +422,12 @@ class Coordinator:
 
     def _end(self) -> str:
         store, lease = self._store, self._lease
+        # What may still run has had its grace, or is the slower attempt at something that is done.
+        self._engine.stop(kill=self._deadline is not None or self._doubled)
         if self._stop == "cancelled":
-            self._engine.stop(kill=True)
             self._sink.release()
             store.release(lease, "cancelled")
             return "cancelled"
-        self._engine.stop(kill=self._deadline is not None and time.monotonic() > self._deadline)
         if self._stop is None and 0 < self._done == self._dead:
             self._fail(
                 JobError(
@@ -435,6 +453,7 @@ class Coordinator:
         return self._stop or "interrupted"
 
     def _finalize(self) -> dict[str, Any]:
+        self._store.commit(self._lease, usage={"seconds": time.monotonic() - self._accounted})
         record = self._store.get(self._lease.job_id)
         dead = ({"key": each.key, "stage": each.stage, "error": each.error} for each in self._store.dead(record.id))
         return self._sink.finalize(

@@ -14,6 +14,11 @@ from tally.errors import StorageError
 HEAD = "0001"
 """The newest revision in ``migrations/versions``; a test keeps it true."""
 
+_HINT = "Set TALLY_HOME (or TALLY_DATABASE) to a place that is there and can be written to."
+
+_MIGRATION_LOCK = 0x7A11_7
+"""PostgreSQL's advisory locks have numbers; any that nobody else uses will do."""
+
 
 class now(FunctionElement[float]):  # noqa: N801 - written like a function in statements
     """Seconds since the epoch by the database's clock: the one clock that all coordinators share."""
@@ -37,7 +42,10 @@ def connect(url: str) -> sa.Engine:
 
     Raises StorageError when the database cannot be opened.
     """
-    parsed = sa.make_url(url)
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise StorageError("the database's URL cannot be understood", hint=_HINT) from None
     shown = parsed.render_as_string(hide_password=True)
     sqlite = parsed.get_backend_name() == "sqlite"
     if sqlite and parsed.database:
@@ -50,16 +58,40 @@ def connect(url: str) -> sa.Engine:
             ) from error
     try:
         engine = sa.create_engine(url, connect_args={"timeout": 30} if sqlite else {})
+    except (sa.exc.ArgumentError, ModuleNotFoundError) as error:
+        raise StorageError(f"cannot open the database {shown}: {error}", hint=_HINT) from error
+    try:
         if sqlite:
             _prepare_sqlite(engine)
         _migrate(engine)
-    except (sa.exc.DBAPIError, ModuleNotFoundError) as error:
-        reason = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+    except sa.exc.DBAPIError as error:
+        engine.dispose()
+        raise StorageError(f"cannot open the database {shown}: {error.orig}", hint=_HINT) from error
+    except _UnknownRevisionError as error:
+        engine.dispose()
         raise StorageError(
-            f"cannot open the database {shown}: {reason}",
-            hint="Set TALLY_HOME (or TALLY_DATABASE) to a place that is there and can be written to.",
-        ) from error
+            f"the database {shown} has the schema {error}, which this version of Tally does not know",
+            hint="It was made by a newer version: upgrade Tally, or set TALLY_HOME to another folder.",
+        ) from None
+    _tell_plainly(engine, shown)
     return engine
+
+
+class _UnknownRevisionError(Exception):
+    pass
+
+
+def _tell_plainly(engine: sa.Engine, shown: str) -> None:
+    """A database that fails (full disk, lost connection, locked) is the user's to mend, not a bug to trace."""
+
+    @sa.event.listens_for(engine, "handle_error")
+    def explain(context: sa.engine.ExceptionContext) -> None:
+        if isinstance(context.sqlalchemy_exception, sa.exc.OperationalError):
+            reason = " ".join(str(context.original_exception).split())
+            context.chained_exception = StorageError(
+                f"the database {shown} failed: {reason}",
+                hint="Nothing that was committed is lost. Mend it, then: tally jobs resume JOB",
+            )
 
 
 def _prepare_sqlite(engine: sa.Engine) -> None:
@@ -89,13 +121,20 @@ def _migrate(engine: sa.Engine) -> None:
     # Alembic takes a quarter of a second to import: only when there is something to do.
     from alembic import command
     from alembic.config import Config
+    from alembic.util import CommandError
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     with engine.begin() as connection:
-        if _revision(connection) != HEAD:  # another process may have been faster
+        if engine.dialect.name == "postgresql":  # SQLite's BEGIN IMMEDIATE lets one in at a time already
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+        revision = _revision(connection)
+        if revision != HEAD:  # another process may have been faster
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            try:
+                command.upgrade(config, "head")
+            except CommandError:
+                raise _UnknownRevisionError(repr(revision)) from None
 
 
 def _revision(connection: sa.Connection) -> str | None:

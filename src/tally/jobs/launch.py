@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from tally.config import settings
@@ -14,7 +15,7 @@ from tally.errors import JobExistsError, JobStateError
 from tally.jobs import work
 from tally.jobs.coordinator import LEASE_SECONDS, Coordinator, Progress
 from tally.jobs.database import connect
-from tally.jobs.spec import JobSpec
+from tally.jobs.spec import JobSpec, absolute
 from tally.jobs.store import JobRecord, JobStore
 from tally.scorers.base import Scorer
 from tally.scorers.package import ModelRef, create, resolve
@@ -48,7 +49,7 @@ def assemble(spec: JobSpec, model: ModelRef) -> Parts:
     return Parts(
         model=model,
         scorer=scorer,
-        source=FileSource.describe(spec.source, scorer.input),
+        source=FileSource.describe(spec.source, scorer.input, without=spec.out),
         sink=choose(spec.out, output=scorer.output, format=spec.format, columns=scorer.columns),
         batch_size=scorer.batch_size,
     )
@@ -156,7 +157,9 @@ def drive(
         parts.sink.claim(record.id)
         if retry_dead:
             dead = [each.chunk for each in store.dead(record.id)]
-            store.reopen(lease, parts.source.combine(dead))
+            manifest = parts.sink.manifest() or {}
+            published = (manifest.get("job"), manifest.get("generation")) == (record.id, record.generation)
+            store.reopen(lease, parts.source.combine(dead), published=published)
         coordinator = Coordinator(
             store,
             store.get(record.id),
@@ -172,7 +175,8 @@ def drive(
         )
     except BaseException as error:
         engine.stop(kill=True)
-        store.release(lease, "failed", error=str(error))
+        stopped = isinstance(error, KeyboardInterrupt)
+        store.release(lease, "interrupted" if stopped else "failed", error=None if stopped else str(error))
         raise
     started(coordinator)
     coordinator.run()
@@ -186,6 +190,16 @@ def discard(store: JobStore, record: JobRecord) -> None:
     if record.state != "finished":
         sink_of(record).release()
     store.delete(record.id)
+
+
+def find(store: JobStore, job: str) -> JobRecord:
+    """A job by its id, the beginning of it, or the place that it writes to (the newest one that does)."""
+    if "/" in job or Path(job).exists():
+        place = absolute(job).rstrip("/")
+        for record in store.newest(limit=10_000):
+            if record.spec["out"].rstrip("/") == place and record.state != "cancelled":
+                return record
+    return store.get(job)
 
 
 def sink_of(record: JobRecord) -> Sink:
@@ -227,7 +241,8 @@ def _facts(spec: JobSpec, model: ModelRef) -> dict[str, Any]:
             "version": model.version,
             "kind": model.kind,
             "hash": model.hash,
-            "options": model.options,
+            # A thousand class names say nothing that the hash does not.
+            "options": {name: value for name, value in model.options.items() if name != "labels"},
         },
         "source": list(spec.source),
         "spec": spec.model_dump(mode="json", exclude={"source", "out"}),

@@ -16,6 +16,7 @@ TARGET_SECONDS = 2.0
 MAX_ITEMS = 8192
 MAX_BYTES = 256 * 2**20
 FIRST_CHUNKS_PER_SLOT = 2
+PATIENCE_SECONDS = 30.0
 GROWTH = 4
 """A chunk is at most so many times as large as the largest before it: one lucky measurement is not a rate."""
 
@@ -46,12 +47,14 @@ class ChunkSizer:
             self._changed.notify_all()
 
     def __call__(self) -> ChunkLimit:
-        """Waits, after the first chunks, until something has been measured."""
+        """Waits, after the first chunks, until something has been measured; but where every worker is lost
+        nothing ever is, and chunks go on at their first size, one in a while.
+        """
         with self._changed:
             self._asked += 1
             if self._asked <= self._first:
                 return ChunkLimit(self._batch, MAX_BYTES)
-            self._changed.wait_for(lambda: self._stopped or self._rate is not None)
+            self._changed.wait_for(lambda: self._stopped or self._rate is not None, PATIENCE_SECONDS)
             wanted = int((self._rate or 0) * TARGET_SECONDS)
             items = max(min(wanted, self._largest * GROWTH, MAX_ITEMS), self._batch)
             items -= items % self._batch

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tally.errors import SpecError, StorageError
+from tally.suggest import did_you_mean
 
 _SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$")
 
@@ -25,11 +27,11 @@ class JobSpec(BaseModel):
     max_dead: share of dead items above which the job stops, once ``min_dead`` items are finished.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    source: tuple[str, ...] = Field(min_length=1)
-    model: str
-    out: str
+    source: tuple[Annotated[str, Field(min_length=1)], ...]
+    model: str = Field(min_length=1)
+    out: str = Field(min_length=1)
     task: Literal["classify", "detect", "restyle", "embed", "segment"] | None = None
     labels: str | None = None
     artifacts: str | None = None
@@ -40,7 +42,7 @@ class JobSpec(BaseModel):
     device: str = "auto"
     engine: Literal["local"] = "local"
     workers: int | None = Field(default=None, ge=1, le=4096)
-    timeout: float = Field(default=120.0, gt=0)
+    timeout: float = Field(default=120.0, gt=0, le=1e6)
     memory: int | None = Field(default=None, gt=0)
     attempts: int = Field(default=3, ge=1, le=100)
     max_dead: float = Field(default=0.5, ge=0, le=1)
@@ -51,6 +53,13 @@ class JobSpec(BaseModel):
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, Path)) else value
+
+    @field_validator("source")
+    @classmethod
+    def _not_none(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("names nothing to score")
+        return value
 
     @field_validator("memory", mode="before")
     @classmethod
@@ -64,7 +73,10 @@ class JobSpec(BaseModel):
     @classmethod
     def _share(cls, value: Any) -> Any:
         if isinstance(value, str) and value.strip().endswith("%"):
-            return float(value.strip()[:-1]) / 100
+            try:
+                return float(value.strip()[:-1]) / 100
+            except ValueError:
+                raise ValueError("should be a share such as 0.05 or 5%") from None
         return value
 
     def fingerprint(self, model_hash: str) -> str:
@@ -120,12 +132,12 @@ def read(path: str) -> JobSpec:
             fields[name] = _beside(folder, value, name)
         elif isinstance(value, list) and name == "source":
             fields[name] = [_beside(folder, str(each), name) for each in value]
-    return make(**fields)
+    return make(**{str(name): value for name, value in fields.items()})
 
 
 def _beside(folder: Path, value: str, name: str) -> str:
-    if name == "model" and not (folder / value).exists():
-        return value  # a registry name, a URL, or module:Class
+    if not value or (name == "model" and not os.path.exists(folder / value)):  # noqa: PTH110 - it never raises
+        return value  # missing, or a registry name, a URL, or module:Class
     return absolute(value, folder)
 
 
@@ -133,7 +145,11 @@ def absolute(place: str, folder: Path | None = None) -> str:
     """A place that means the same in every process: URLs stay, paths become absolute."""
     if "://" in place:
         return place
-    text = str((folder or Path.cwd()) / Path(place).expanduser())
+    try:
+        path = Path(place).expanduser()
+    except RuntimeError:  # "~name" where nobody has that name: a file may
+        path = Path(place)
+    text = str((folder or Path.cwd()) / path)
     # Path drops a trailing slash; keep it, as "out.csv/" would say that a folder is meant.
     return text + "/" if place.endswith("/") and not text.endswith("/") else text
 
@@ -141,11 +157,13 @@ def absolute(place: str, folder: Path | None = None) -> str:
 def _problem(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        from difflib import get_close_matches
-
-        close = get_close_matches(where, list(JobSpec.model_fields), n=1)
-        return f"{where}: there is no such field" + (f"; did you mean {close[0]}?" if close else "")
+        return f"{where}: there is no such field" + did_you_mean(where, JobSpec.model_fields)
     if error["type"] == "missing":
         return f"{where}: is needed"
-    message = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "string_too_short":
+        return f"{where}: is empty"
+    if error["type"] == "string_unicode":
+        return f"{where}: is not UTF-8 text (given: {error['input']!r})"
+    message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+    message = message[0].lower() + message[1:]
     return f"{where}: {message} (given: {error['input']!r})"

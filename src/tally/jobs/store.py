@@ -133,8 +133,10 @@ class JobStore:
     def get(self, job_id: str) -> JobRecord:
         """The job by its id, or by the unambiguous beginning of it. Raises JobNotFoundError."""
         query = self._select().where(jobs.c.id.startswith(job_id, autoescape=True)).limit(3)
-        with self._read() as connection:
-            rows = connection.execute(query).mappings().all()
+        rows: Sequence[sa.RowMapping] = []
+        if job_id.isascii() and job_id.isprintable():  # what no id holds, a database may refuse to compare
+            with self._read() as connection:
+                rows = connection.execute(query).mappings().all()
         exact = [row for row in rows if row["id"] == job_id]
         found = exact or rows
         if not job_id or not found:
@@ -155,7 +157,7 @@ class JobStore:
         query = (
             self._select()
             .where(jobs.c.fingerprint == fingerprint, jobs.c.state != "cancelled")
-            .order_by(jobs.c.created_at.desc())
+            .order_by(jobs.c.created_at.desc(), jobs.c.id.desc())
             .limit(1)
         )
         with self._read() as connection:
@@ -188,7 +190,8 @@ class JobStore:
         query = sa.select(chunks.c.state, sa.func.count()).where(chunks.c.job_id == job_id)
         with self._read() as connection:
             rows = connection.execute(query.group_by(chunks.c.state)).all()
-        return {"pending": 0, "running": 0, "done": 0, **{state: count for state, count in rows}}
+        found = {str(row[0]): int(row[1]) for row in rows}
+        return {"pending": 0, "running": 0, "done": 0, **found}
 
     # -- a user's changes --------------------------------------------------------------------------
 
@@ -303,16 +306,19 @@ class JobStore:
             self._own(connection, lease)
             connection.execute(
                 sa.update(chunks)
-                .where(chunks.c.id == chunk_id, chunks.c.state == "running")
+                .where(chunks.c.id == chunk_id, chunks.c.job_id == lease.job_id, chunks.c.state == "running")
                 .values(attempts=chunks.c.attempts + 1)
             )
         return attempt
 
-    def reopen(self, lease: Lease, replay: Iterable[Chunk]) -> None:
-        """Start a new generation in which the dead items are replayed as ``replay``."""
+    def reopen(self, lease: Lease, replay: Iterable[Chunk], *, published: bool) -> None:
+        """Replay the dead items as ``replay``.
+
+        published: the output of this generation is finished already; the replay is the next one.
+        """
         with self.engine.begin() as connection:
             row = self._own(connection, lease)
-            generation = row["generation"] + 1
+            generation = row["generation"] + int(published)
             connection.execute(sa.delete(dead_items).where(dead_items.c.job_id == lease.job_id))
             _insert(connection, lease.job_id, generation, [(chunk, 0) for chunk in replay])
             connection.execute(
@@ -338,8 +344,8 @@ class JobStore:
     ) -> None:
         """End this coordinator's work: the job is finished, paused, interrupted, failed or cancelled."""
         values: dict[str, Any] = {
-            "state": state, "error": error, "owner": None, "owner_host": None, "owner_pid": None,
-            "lease_until": None,
+            "state": state, "error": error if error is None else storable(error),
+            "owner": None, "owner_host": None, "owner_pid": None, "lease_until": None,
         }  # fmt: skip
         if state in ENDED:
             values["finished_at"] = now()
@@ -381,9 +387,12 @@ class JobStore:
 
     def _replace(self, connection: sa.Connection, row: sa.RowMapping, lost: Lost) -> None:
         """Put the parts in the place of the chunk, unless it is done by now."""
-        gone = connection.execute(sa.delete(chunks).where(chunks.c.id == lost.id, chunks.c.state == "running"))
-        if gone.rowcount:
+        it = (chunks.c.id == lost.id, chunks.c.job_id == row["id"], chunks.c.state == "running")
+        if connection.scalar(sa.select(chunks.c.id).where(*it)) is not None:
+            # Inserted before the deletion: SQLite would give one of them the id that has become free, and a
+            # late outcome of the lost chunk would pass for that part's.
             _insert(connection, row["id"], row["generation"], lost.parts)
+            connection.execute(sa.delete(chunks).where(*it))
 
     def _finish(self, connection: sa.Connection, row: sa.RowMapping, done: Done) -> bool:
         changed = connection.execute(
@@ -398,7 +407,8 @@ class JobStore:
                 sa.insert(dead_items),
                 [
                     {
-                        "job_id": row["id"], "key": dead.key, "stage": dead.stage, "error": dead.error,
+                        "job_id": row["id"], "key": storable(dead.key), "stage": dead.stage,
+                        "error": storable(dead.error),
                         "first": dead.chunk.first, "payload": _pack(dead.chunk),
                     }
                     for dead in done.dead
@@ -439,6 +449,11 @@ class JobStore:
         if stream:
             options |= {"stream_results": True, "yield_per": 1000}
         return self.engine.connect().execution_options(**options)
+
+
+def storable(text: str) -> str:
+    """Text that every database takes: what is no character (bytes of a file's name, say) is written as an escape."""
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def new_id() -> str:

@@ -6,8 +6,9 @@ No database, no credentials for it, and no idea of the job beyond this chunk.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 from typing import Any
 
 from tally.engines import progress
@@ -70,6 +71,8 @@ def setup(given: Setup) -> Worker:
     scorer = load(given.model, given.device)
     if given.batch_size is not None:
         scorer.batch_size = given.batch_size
+    # Runs when the process is asked to end, not when it is killed.
+    Finalize(None, scorer.close, exitpriority=1)
     return Worker(scorer, given.source, given.sink, given.timeout, scorer.describe())
 
 
@@ -88,12 +91,18 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
     timings = Timings()
     dead: list[tuple[int, ItemError]] = []
     writer = worker.sink.open(attempt)
-    # Marked at once: reading ahead begins before the first batch is there.
-    progress.busy(0, min(worker.scorer.batch_size, chunk.count), limit=worker.timeout)
+    size = worker.scorer.batch_size
+    # In whole batches, so that what is cut out of the chunk after a crash keeps its batches.
+    ahead = -(-worker.source.ahead(size) // size) * size
+
+    def busy(start: int, stop: int) -> None:
+        progress.busy(start, min(stop + ahead, chunk.count), limit=worker.timeout)
+
+    busy(0, size)  # at once: reading ahead begins before the first batch is there
     batches = worker.source.read(chunk, worker.scorer, timings)
     try:
         for batch in batches:
-            progress.busy(batch.start, batch.stop, limit=worker.timeout)
+            busy(batch.start, batch.stop)
             dead += batch.dead
             if batch.keys:
                 start = time.perf_counter()
@@ -102,8 +111,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
                 timings.score += scored - start
                 dead += _write(writer, batch.keys, batch.positions, results)
                 timings.write += time.perf_counter() - scored
-            following = min(batch.stop + worker.scorer.batch_size, chunk.count)
-            progress.busy(batch.stop, following, limit=worker.timeout)
+            busy(batch.stop, batch.stop + size)
         # Everything is scored: if the worker is lost while closing, no item is to blame.
         progress.busy(0, chunk.count, limit=worker.timeout)
         start = time.perf_counter()
@@ -141,12 +149,12 @@ def score(scorer: Scorer, values: Any, count: int) -> Sequence[Result]:
             *score(scorer, values[:half], half),
             *score(scorer, values[half:], count - half),
         ]
-    try:
-        given = len(results)
-    except TypeError:
+    # A mapping has a length too: somebody returned one row instead of a list of them.
+    if not hasattr(results, "__len__") or isinstance(results, (Mapping, str, bytes)):
         raise TallyError(
             f"{type(scorer).__name__}.score returned {type(results).__name__}, not a sequence with one result per item"
-        ) from None
+        )
+    given = len(results)
     if given != count:
         raise TallyError(
             f"{type(scorer).__name__}.score returned {given} results for {count} items",

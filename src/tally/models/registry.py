@@ -18,7 +18,6 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from tally.errors import ModelChangedError, ModelError, ModelNotFoundError, Spec
 from tally.models.tables import model_alias_history, model_aliases, model_versions
 from tally.scorers.content import check_content, content_files, content_hash
 from tally.scorers.package import ModelRef, resolve
+from tally.suggest import did_you_mean
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))?")
@@ -189,7 +189,7 @@ class Registry:
                     return each
             known = sorted(alias for each in versions for alias in each.aliases)
             raise ModelNotFoundError(
-                f"model {name!r} has no alias {alias!r}" + _close(alias, known),
+                f"model {name!r} has no alias {alias!r}" + did_you_mean(alias, known),
                 hint=f"It has {', '.join(known)}." if known else f"Make one: tally models alias {name} {alias} VERSION",
             )
         if number is None:
@@ -335,7 +335,7 @@ class Registry:
     def _unknown(self, name: str) -> ModelNotFoundError:
         names = sorted({each.name for each in self._versions()})
         return ModelNotFoundError(
-            f"there is no model {name!r} in the registry" + _close(name, names),
+            f"there is no model {name!r} in the registry" + did_you_mean(name, names),
             hint="'tally models list' shows them all."
             if names
             else "It is empty: 'tally models add NAME PATH' adds one.",
@@ -526,11 +526,6 @@ def _earlier(changes: Sequence[tuple[int, str]], there: Collection[int]) -> int 
 
 def _time(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
-
-
-def _close(word: str, known: Sequence[str]) -> str:
-    close = get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _check_name(what: str, name: str) -> None:

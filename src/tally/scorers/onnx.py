@@ -20,7 +20,7 @@ from tally.scorers.onnx_options import OnnxOptions, Task, inspect
 from tally.scorers.onnx_session import choose_providers, open_session, plain_reason
 from tally.scorers.vision import Array, Prepared
 
-__all__ = ["OnnxOptions", "OnnxVisionScorer", "create", "inspect"]
+__all__ = ["OnnxOptions", "OnnxVisionScorer", "inspect"]
 
 _SHORT_NAMES = {
     "CPUExecutionProvider": "CPU",
@@ -173,15 +173,10 @@ class OnnxVisionScorer(Scorer):
         task = f"detect ({options.decoder})" if self.task == "detect" else self.task
         size = options.preprocess.size
         shown = f"{size[0]}x{size[1]}" if size else "any size"
-        return f"{Path(options.file).name} on {where}, {task}, {shown}, batch {self.batch_size}"
+        return f"{options.file} on {where}, {task}, {shown}, batch {self.batch_size}"
 
     def close(self) -> None:
         self.__dict__.pop("_session", None)
-
-
-def create(path: Path, options: Mapping[str, Any]) -> OnnxVisionScorer:
-    """The scorer for the model at ``path``, not loaded; options as :func:`inspect` returns them."""
-    return OnnxVisionScorer({**options, "file": str(path)})
 
 
 def _columns(options: OnnxOptions) -> dict[str, str]:

@@ -35,8 +35,8 @@ def _as_labels(value: Any) -> Any:
 class OnnxOptions(BaseModel):
     """Options of an ONNX vision scorer, as written under ``options:`` in ``tally.yaml``.
 
-    file: the model's file name inside the artifacts folder, or an absolute path.
-    labels: a file likewise (see :func:`tally.scorers.vision.read_labels`), or the names themselves.
+    file: the model's file name inside the artifacts folder.
+    labels: a file there (see :func:`tally.scorers.vision.read_labels`), or the names themselves.
     top: how many classes to report (classify). softmax: see :func:`tally.scorers.vision.probabilities`.
     output: ``rows`` (pixels of each class) or ``image`` (the label map), for segment.
     threads: of ONNX Runtime, in each worker. batch_size: pictures scored at once.
@@ -65,8 +65,8 @@ class OnnxOptions(BaseModel):
     @field_validator("file", "labels")
     @classmethod
     def _inside(cls, value: Any) -> Any:
-        if isinstance(value, str) and (".." in Path(value).parts or not value):
-            raise ValueError("must be a file inside the artifacts folder, or an absolute path")
+        if isinstance(value, str) and (not value or Path(value).is_absolute() or ".." in Path(value).parts):
+            raise ValueError("must be a file inside the artifacts folder")
         return value
 
     @classmethod

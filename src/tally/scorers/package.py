@@ -17,11 +17,11 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from tally.config import settings as environment
 from tally.errors import (
@@ -34,9 +34,7 @@ from tally.errors import (
 )
 from tally.scorers.base import Scorer
 from tally.scorers.content import check_content, content_hash
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
+from tally.suggest import closest, did_you_mean
 
 Kind: TypeAlias = Literal["onnx", "script", "python", "object"]
 
@@ -44,8 +42,10 @@ SUPPORTED = ".onnx files, .py files (init() and run(), or a Scorer), and folders
 PICKLES = frozenset({".pkl", ".pickle", ".joblib", ".pt", ".pth", ".th"})
 """Suffixes of files whose opening can run code that they carry."""
 
+BATCH_LIMIT = 65_536
+"""Items in one batch, at most."""
+
 _IMPORTABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-_BATCH_LIMIT = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,13 @@ def resolve(
     path = _absolute(model)
     if path.exists():
         return _from_path(path, given)
-    if _IMPORTABLE.fullmatch(text):
+    file, separator, name = text.rpartition(".py:")
+    if separator:
+        path = _absolute(f"{file}.py")
+        if path.is_file():
+            return _code(path.parent, f"{path.name}:{name}", given)
+        text = f"{file}.py"
+    elif _IMPORTABLE.fullmatch(text):
         return _from_import(text, given)
     raise _not_found(text, path)
 
@@ -173,8 +179,8 @@ def _not_found(text: str, path: Path) -> ModelNotFoundError:
         names = [each.name for each in path.parent.iterdir()]
     except OSError:
         names = []
-    if close := get_close_matches(path.name, names, n=1):
-        hint = f"Did you mean {os.path.join(os.path.dirname(text), close[0])}?"  # noqa: PTH118, PTH120
+    if (close := closest(path.name, names)) is not None:
+        hint = f"Did you mean {os.path.join(os.path.dirname(text), close)}?"  # noqa: PTH118, PTH120
     elif re.fullmatch(r"[a-z0-9][a-z0-9._-]*(@[\w.-]+)?", text) and "." not in text:
         hint = f"A registered model is written models:/{text}; 'tally models list' shows them."
     return ModelNotFoundError(f"there is no model at {text!r}", hint=hint)
@@ -226,25 +232,15 @@ def _check_readable(path: Path, trust: bool) -> None:
 
 def _sidecar(path: Path) -> dict[str, Any]:
     """The options declared beside a model, in ``model.onnx.yaml``."""
+    from tally.scorers.package_file import read_yaml
+
     declared = path.with_name(path.name + ".yaml")
-    return _read_yaml(declared) if declared.is_file() else {}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise SpecError(f"{path} must hold fields (name: value), not {type(values).__name__}")
-    return values
+    return read_yaml(declared) if declared.is_file() else {}
 
 
 def _from_package(folder: Path, given: _Given) -> ModelRef:
+    from tally.scorers.package_file import read_package
+
     described = folder / "tally.yaml"
     if not described.is_file():
         models = sorted(each.name for each in folder.iterdir() if each.suffix.lower() in (".onnx", ".py"))[:3]
@@ -255,84 +251,26 @@ def _from_package(folder: Path, given: _Given) -> ModelRef:
             else "A model package is a folder with a tally.yaml: 'tally new package NAME' writes one.",
         )
     package = read_package(described)
-    if package["requires_trust"] and not given.trust:
+    if package.requires_trust and not given.trust:
         raise UntrustedModelError(
             f"{folder}: the package says that it needs trust: it runs code that its artifacts carry",
             hint="If you know who made it, give --trust.",
         )
-    options = package["options"]
-    if package["batch_size"] is not None:
-        options["batch_size"] = package["batch_size"]
-    if package["file"] is not None:
-        _check_readable(folder / package["file"], given.trust)
-        ref = _onnx(folder, package["file"], (".",), options, given)
-    elif _IMPORTABLE.fullmatch(package["entry"]) and ".py:" not in package["entry"]:
-        ref = _imported(folder, package["entry"], (".",), options, given)
+    options = package.options
+    if package.batch_size is not None:
+        options = {**options, "batch_size": package.batch_size}
+    if package.file is not None:
+        _check_readable(folder / package.file, given.trust)
+        ref = _onnx(folder, package.file, (".",), options, given)
     else:
-        ref = _code(folder, package["entry"], given, (".",), options, package["artifacts"])
-    if package["kind"] not in (None, ref.kind):
-        raise SpecError(f"{described}: kind: is {package['kind']}, but what it names is of kind {ref.kind}")
-    return replace(ref, name=package["name"] or folder.name)
-
-
-def read_package(path: Path) -> dict[str, Any]:
-    """The fields of a ``tally.yaml``, checked, with None where nothing is said.
-
-    Raises SpecError with every problem that there is.
-    """
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-    class Package(BaseModel):
-        model_config = ConfigDict(extra="forbid")
-
-        name: str | None = Field(default=None, min_length=1)
-        description: str | None = None
-        kind: Literal["onnx", "script", "python"] | None = None
-        file: str | None = None
-        entry: str | None = None
-        artifacts: str | None = None
-        batch_size: int | None = Field(default=None, ge=1, le=_BATCH_LIMIT)
-        options: dict[str, Any] = {}
-        requires_trust: bool = False
-
-    raw = _read_yaml(path)
-    problems: list[str] = []
-    try:
-        Package.model_validate(raw)
-    except ValidationError as error:
-        problems += _problems(error, list(Package.model_fields))
-    if (raw.get("file") is None) == (raw.get("entry") is None):
-        problems.append("name the model with either file (an .onnx file) or entry (a .py file, or module:Class)")
-    for name in ("file", "entry", "artifacts"):
-        value = raw.get(name)
-        if not isinstance(value, str) or (name == "entry" and ".py" not in value):
-            continue
-        place = path.parent / (value.partition(".py:")[0] + ".py" if ".py:" in value else value)
-        if not place.resolve().is_relative_to(path.parent.resolve()):
-            problems.append(f"{name}: {value!r} lies outside the package")
-        elif not (place.is_dir() if name == "artifacts" else place.is_file()):
-            there = sorted(each.name for each in path.parent.iterdir())
-            problems.append(f"{name}: there is no {value!r} in the package" + did_you_mean(value, there))
-    if problems:
-        raise SpecError([f"{path}: {problem}" for problem in problems])
-    return Package.model_validate(raw).model_dump()
-
-
-def _problems(error: ValidationError, known: Sequence[str]) -> list[str]:
-    found = []
-    for each in error.errors():
-        where = ".".join(str(part) for part in each["loc"])
-        if each["type"] == "extra_forbidden":
-            found.append(f"{where}: there is no such field" + did_you_mean(where, known))
+        entry = package.entry or ""
+        if ".py" in entry:
+            ref = _code(folder, entry, given, (".",), options, package.artifacts)
         else:
-            found.append(f"{where}: {each['msg'][0].lower()}{each['msg'][1:]} (given: {each['input']!r})")
-    return found
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """``; did you mean x?``, or nothing when nothing known is close."""
-    close = get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+            ref = _imported(folder, entry, (".",), options, given, package.artifacts)
+    if package.kind not in (None, ref.kind):
+        raise SpecError(f"{described}: kind: is {package.kind}, but what it names is of kind {ref.kind}")
+    return replace(ref, name=package.name or folder.name)
 
 
 def _merged(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -431,7 +369,7 @@ def _code(
         covered = _cover(covered, folder, folder / place)
     kind: Kind
     if not wanted and outline(path).is_script:
-        kind, entry, resolved = "script", file, _script_options(path, options)
+        kind, entry, resolved = "script", file, _script(path, options)
         if place is None and not files:
             warning = f"AZUREML_MODEL_DIR: no --artifacts given, assumed {folder}; "
             assumed = (warning + "weights that the script reads there are not part of the model's hash",)
@@ -469,23 +407,11 @@ def _local_modules(path: Path) -> list[Path]:
     return [path, *sorted(found - {path})]
 
 
-def _script_options(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
+def _script(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    from tally.scorers.package_file import script_options
     from tally.scorers.script import form_of
 
-    class Options(BaseModel):
-        model_config = ConfigDict(extra="forbid")
-
-        form: Literal["auto", "mini_batch", "raw", "bytes", "json"] = "auto"
-        batch_size: int | None = Field(default=None, ge=1, le=_BATCH_LIMIT)
-        arguments: list[str] = []
-        columns: dict[str, str] | None = None
-
-    try:
-        resolved = Options.model_validate(options).model_dump(exclude_none=True)
-    except ValidationError as error:
-        raise SpecError([f"{path.name}: {each}" for each in _problems(error, list(Options.model_fields))]) from None
+    resolved = script_options(path, options).model_dump(exclude_none=True)
     if resolved["form"] == "auto":
         resolved["form"] = form_of(path)
     return resolved
@@ -510,7 +436,7 @@ def _scorer_class(path: Path, wanted: str) -> type[Scorer]:
             f"{path} defines {', '.join(found)}: which one is meant?"
             if found
             else f"{path} defines neither init() and run(), nor a subclass of tally.Scorer",
-            hint="Name one in a tally.yaml: entry: file.py:Class" if found else "'tally new scorer NAME' writes one.",
+            hint=f"Name it: {path.name}:{next(iter(found))}" if found else "'tally new scorer NAME' writes one.",
         )
     return next(iter(found.values()))
 
@@ -531,8 +457,8 @@ def _check_options(scorer: type[Scorer], options: Mapping[str, Any], where: str)
         if parameters[name].default is inspect.Parameter.empty and name not in options
     ]
     size = options.get("batch_size", 1)
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _BATCH_LIMIT:
-        problems.append(f"{where}: batch_size must be a whole number from 1 to {_BATCH_LIMIT}, not {size!r}")
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= BATCH_LIMIT:
+        problems.append(f"{where}: batch_size must be a whole number from 1 to {BATCH_LIMIT}, not {size!r}")
     if problems:
         raise SpecError(problems, hint="An option of a scorer is a keyword argument of its constructor.")
     return dict(options)
@@ -545,7 +471,12 @@ def _from_import(text: str, given: _Given) -> ModelRef:
 
 
 def _imported(
-    folder: Path | None, text: str, files: tuple[str, ...], declared: Mapping[str, Any], given: _Given
+    folder: Path | None,
+    text: str,
+    files: tuple[str, ...],
+    declared: Mapping[str, Any],
+    given: _Given,
+    artifacts: str | None = None,
 ) -> ModelRef:
     """A class ``module:Class``; its module's file counts for the hash, or the whole package it is part of."""
     given.only_for(["task", "labels"], f"the class {text}", "They describe ONNX models; code knows its own.")
@@ -565,7 +496,7 @@ def _imported(
         location=location,
         entry=text,
         files=covered,
-        artifacts=given.artifacts or ".",
+        artifacts=given.artifacts or artifacts or ".",
         hash=content_hash(location, covered),
         options=options,
         trusted=given.trust,
@@ -746,5 +677,8 @@ def load(ref: ModelRef, device: str) -> Scorer:
     except TallyError:
         raise
     except Exception as error:
-        raise ModelLoadError(f"{ref}: load() failed: {type(error).__name__}: {error}") from error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ModelLoadError(
+            f"{ref}: load() failed: {type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
+        ) from error
     return scorer

@@ -156,7 +156,7 @@ class explained:  # noqa: N801 - used like a function
         hint = None
         if isinstance(error, ModuleNotFoundError) and error.name:
             hint = f"Install {error.name.split('.')[0]!r} into the environment that runs Tally ({sys.prefix})."
-        elif isinstance(error, FileNotFoundError):
+        elif isinstance(error, FileNotFoundError) and self.doing == "init()":
             hint = f"AZUREML_MODEL_DIR was {os.environ.get('AZUREML_MODEL_DIR')!r}; --artifacts sets it."
         raise ModelLoadError(
             f"{self.path}: {self.doing} failed: {type(error).__name__}: {error} ({where})", hint=hint

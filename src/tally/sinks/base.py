@@ -72,6 +72,10 @@ class Sink(ABC):
         """Id of the job whose claim or finished manifest is at the output place; None if there is none."""
 
     @abstractmethod
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest at the output place as it was published last; None while there is none."""
+
+    @abstractmethod
     def open(self, attempt: str) -> Writer:
         """Start writing the results of one attempt (in a worker)."""
 

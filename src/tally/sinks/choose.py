@@ -10,7 +10,7 @@ from tally.errors import SpecError
 from tally.sinks.files import KINDS, FilesSink
 from tally.sinks.rows import RowsSink
 from tally.sinks.staging import Place, StagedSink
-from tally.storage import is_url, local_of
+from tally.storage import is_url, key_of, local_of
 
 ROWS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 """Suffixes of a merged file of rows, and the format that each means."""
@@ -40,6 +40,8 @@ def choose(
     Raises SpecError where these do not fit together.
     """
     path = local_of(out) if out.startswith("file://") else out
+    if key_of(path) != path:
+        raise SpecError(f"the output {key_of(path)!r} is not valid UTF-8", hint="Choose a name that is.")
     suffix = "" if path.endswith("/") else PurePosixPath(path).suffix.lower()
     local = None if is_url(path) else Path(path)
     wanted = {"jpeg": "jpg", "ndjson": "jsonl"}.get(format or "", format)

@@ -162,9 +162,10 @@ def _infer(values: list[Any]) -> pa.Array:
     if pa.types.is_nested(kind):
         if pa.types.is_list(kind) and pa.types.is_float16(kind.value_type):
             return array.cast(pa.list_(pa.float32()))
-        if pa.types.is_struct(kind) and kind.num_fields == 0:
-            return pa.nulls(len(array))
-        if _has_empty_struct(kind):  # Parquet has no such thing
+        if pa.types.is_struct(kind) and not all(values):
+            # An empty mapping is as good as none: Parquet has no struct without fields.
+            array = pa.array([value or None for value in values])
+        if _has_empty_struct(array.type):
             return as_text(array)
     return array
 

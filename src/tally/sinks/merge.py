@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -195,10 +197,11 @@ def _widen(source: Path, target: Path, names: Sequence[str]) -> None:
     import duckdb
 
     extra = "".join(f', NULL AS "{name.replace(chr(34), chr(34) * 2)}"' for name in names)
-    with duckdb.connect(":memory:", config={"threads": 1}) as connection:
+    with duckdb.connect(":memory:", config={"threads": 1}) as connection, tempfile.TemporaryDirectory() as folder:
+        given = _quoted(plain_path(source, folder))
         try:
             connection.execute(
-                f"COPY (SELECT *{extra} FROM read_csv({_quoted(source)}, {CSV}, all_varchar = true)) "  # noqa: S608
+                f"COPY (SELECT *{extra} FROM read_csv({given}, {CSV}, all_varchar = true)) "  # noqa: S608
                 f"TO {_quoted(target)} (FORMAT csv, HEADER true)"
             )
         except duckdb.Error as error:
@@ -207,6 +210,15 @@ def _widen(source: Path, target: Path, names: Sequence[str]) -> None:
 
 CSV = """header = true, delim = ',', quote = '"', escape = '"', nullstr = '', allow_quoted_nulls = false"""
 """How DuckDB is to read the CSV files written here: an empty text stays different from nothing."""
+
+
+def plain_path(path: Path, folder: str, number: int = 0) -> Path:
+    """The path, or where DuckDB would take it for a pattern, that of a link made in the folder."""
+    if not re.search(r"[*?\[\]{}]", str(path)):
+        return path
+    link = Path(folder, f"{number:06d}{path.suffix}")
+    link.symlink_to(path)
+    return link
 
 
 def _quoted(path: Path) -> str:

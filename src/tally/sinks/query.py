@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import duckdb
 import pyarrow as pa
 
-from tally.errors import SpecError
+from tally.errors import SpecError, StorageError
 from tally.sinks.base import Output, Sink
 from tally.sinks.columns import KEY, printable, schema_of, type_named
-from tally.sinks.merge import CSV
+from tally.sinks.merge import CSV, plain_path
 from tally.sinks.staging import StagedSink
-from tally.storage import is_url, open_store
+from tally.storage import failure, is_url, open_store
 
 Dead: TypeAlias = "pa.Table | Iterable[Mapping[str, Any]]"
 
@@ -28,12 +29,13 @@ def query(sink: Sink, outputs: Iterable[Output], sql: str, dead: Dead = ()) -> p
     The view ``results`` holds the rows, ``key`` first; ``dead`` holds ``key, stage, error``. A running job
     shows what is committed.
     outputs: as for :meth:`Sink.committed`. dead: a table or rows with those three columns.
-    Raises SpecError with DuckDB's message for whatever is wrong with the statement.
+    Raises SpecError with DuckDB's message for whatever is wrong with the statement, StorageError where a file
+    cannot be read.
     """
     outputs, listed = list(outputs), _dead_table(dead)
     try:
         return _query(sink, outputs, sql, listed)
-    except (duckdb.IOException, FileNotFoundError):
+    except StorageError:
         # The job was finalized between the look and the reading: its results lie elsewhere now.
         return _query(sink, outputs, sql, listed)
 
@@ -45,15 +47,18 @@ def rows(sink: Sink, outputs: Iterable[Output]) -> pa.Table:
 
 def _query(sink: Sink, outputs: list[Output], sql: str, dead: pa.Table) -> pa.Table:
     kind, places = sink.committed(outputs)
-    paths = [_local(place) for place in places]
     manifest = sink.manifest() if isinstance(sink, StagedSink) else None
     with tempfile.TemporaryDirectory(prefix="tally-query-") as spill, duckdb.connect(":memory:") as connection:
+        paths = [str(plain_path(_local(place), spill, number)) for number, place in enumerate(places)]
         connection.execute(f"SET temp_directory = {_text(spill)}")
         connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")
         connection.execute("SET enable_external_file_cache = false")  # a file may be replaced between two queries
         connection.execute(f"SET python_enable_replacements = false; SET allowed_paths = {_list(paths)}")
         connection.execute("SET enable_external_access = false")
-        _views(connection, kind, paths, dict((manifest or {}).get("schema", {})), dead)
+        try:
+            _views(connection, kind, paths, dict((manifest or {}).get("schema", {})), dead)
+        except duckdb.Error as error:
+            raise failure("read", "the results", error) from None
         connection.execute("SET lock_configuration = true")
         return _answer(connection, sql)
 
@@ -120,8 +125,8 @@ def _answer(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
         )
     try:
         return connection.sql(sql).to_arrow_table()
-    except duckdb.IOException:
-        raise
+    except duckdb.IOException as error:
+        raise failure("read", "the results", error) from None
     except duckdb.Error as error:
         raise _wrong(connection, error) from None
 
@@ -136,11 +141,11 @@ def _wrong(connection: duckdb.DuckDBPyConnection, error: Exception) -> SpecError
     return SpecError(f"the query cannot be answered: {message}", hint=f"There are {' and '.join(listed)}.")
 
 
-def _local(place: str) -> str:
+def _local(place: str) -> Path:
     if not is_url(place):
-        return place
+        return Path(place)
     root, _, name = place.rpartition("/")
-    return str(open_store(root).local_path(name))
+    return open_store(root).local_path(name)
 
 
 def _list(paths: list[str]) -> str:

@@ -92,6 +92,10 @@ class Source(ABC):
         Closing the iterator stops the threads that work ahead.
         """
 
+    def ahead(self, batch_size: int) -> int:
+        """How many items beyond the batch in hand :meth:`read` may be working on at most."""
+        return 0
+
     @abstractmethod
     def keys(self, chunk: Chunk) -> Sequence[str]:
         """The keys of the chunk's items, in order."""

@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, overload
 
 from tally.errors import ItemError, SourceNotFoundError, SpecError, TallyError
@@ -83,11 +83,21 @@ class FileSource(Source):
     uris: tuple[str, ...]
     input: Input
     places: tuple[Place, ...] = field(repr=False)
+    without: str | None = None
     _passed: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
 
     @classmethod
-    def describe(cls, uris: Sequence[str], input: Input) -> FileSource:  # noqa: A002  # the scorer's word
+    def describe(
+        cls,
+        uris: Sequence[str],
+        input: Input,  # noqa: A002  # the scorer's word
+        *,
+        without: str | None = None,
+    ) -> FileSource:
         """The source of all files at ``uris``: folders, files and globs, paths or URLs.
+
+        without: a folder or file, absolute or a URL, that is never taken, though it may lie within the places:
+        the job's own output.
 
         ``*`` and ``?`` stay within a folder, ``**`` crosses folders, and none of them matches a hidden
         name. For images, a folder gives the files with a picture's suffix; files and globs give all.
@@ -170,13 +180,20 @@ class FileSource(Source):
                 yield Entry(name, _size(store, name) if known else 0)
             return
         takes = self._taker(place)
+        enter = _not_hidden if place.pattern is None else _enters(place.pattern)
+        own = _own(place, self.without)
+        if own is not None:
+            enter = _both(enter, own)
+        listed = store.list(after=after, enter=enter, sizes=sizes)
+        if own is not None:
+            listed = (entry for entry in listed if own(entry.name))
         if place.pattern is not None:
-            for entry in store.list(after=after, enter=_enters(place.pattern), sizes=sizes):
+            for entry in listed:
                 if takes(entry.name):
                     yield entry
             return
         suffixes = images.suffixes() if self.input == "image" else None
-        for entry in store.list(after=after, enter=_not_hidden, sizes=sizes):
+        for entry in listed:
             name = entry.name
             start = name.rfind("/") + 1
             if name[start] == ".":
@@ -203,6 +220,10 @@ class FileSource(Source):
             not any(part.startswith(".") for part in name.split("/"))
             and (suffixes is None or os.path.splitext(name)[1].lower() in suffixes)  # noqa: PTH122
         )
+
+    def ahead(self, batch_size: int) -> int:
+        local = all(not is_url(place.root) for place in self.places)
+        return AHEAD * max(batch_size, LOCAL_THREADS if local else REMOTE_THREADS)
 
     def keys(self, chunk: Chunk) -> list[str]:
         return _keys(self.places[chunk.payload["place"]].prefix, _unpack(chunk.payload["names"]))
@@ -510,6 +531,30 @@ def _size(store: Store, name: str) -> int:
         return store.size(name)
     except OSError:
         return 0  # reading it will say what is wrong
+
+
+def _own(place: Place, without: str | None) -> Callable[[str], bool] | None:
+    """Tells names that are not the output's; None where the output cannot be among the place's names.
+
+    A merged output ``out.csv`` has its manifest, its dead items and its staging folder beside it, all of
+    whose names begin with ``out.``.
+    """
+    if without is None or not without.startswith(place.within):
+        return None
+    name = without[len(place.within) :].rstrip("/")
+    if without.endswith("/") or not _suffix(name):
+        return lambda other: other != name and not other.startswith(name + "/")
+    stem = name[: -len(_suffix(name))]
+    beside = (f"{name}.", f"{stem}.dead.")
+    return lambda other: other != name and not other.startswith(beside)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix
+
+
+def _both(first: Callable[[str], bool], second: Callable[[str], bool]) -> Callable[[str], bool]:
+    return lambda name: first(name) and second(name)
 
 
 def _not_hidden(folder: str) -> bool:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -128,12 +129,322 @@ class EngineContract:
         futures = [engine.submit(tasks.echo, {"number": number, "text": "ä" * number}) for number in range(100)]
         assert [future.result(DEADLINE)["number"] for future in futures] == list(range(100))
 
-    def test_one_worker_runs_tasks_in_order_on_one_state(self, start: Callable[..., Engine]) -> None:
+    def test_a_worker_is_set_up_once_and_runs_tasks_in_order(self, start: Callable[..., Engine]) -> None:
         engine = start(args=("a", {"b": [1.5, None]}))
         states = [each.result(DEADLINE) for each in [engine.submit(tasks.describe) for _ in range(20)]]
         assert [state.tasks for state in states] == list(range(1, 21))
-        assert {state.args for state in states if state.args[0] == "a"} if False else states[0].args == (
-            "a",
-            {"b": [1.5, None]},
-        )
+        assert states[0].args == ("a", {"b": [1.5, None]})
         assert len({state.pid for state in states}) == 1
+
+    def test_slots_work_at_the_same_time(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start(2)
+        futures = [engine.submit(tasks.wait_at, gate.address) for _ in range(3)]
+        first, second = gate.arrival(), gate.arrival()
+        assert first != second
+        assert not any(future.done() for future in futures)
+        gate.release(second)
+        assert gate.arrival() == second
+        gate.release(first)
+        gate.release(second)
+        assert sorted(future.result(DEADLINE) for future in futures) == sorted([first, second, second])
+
+    def test_arguments_and_results_may_be_large(self, start: Callable[..., Engine]) -> None:
+        engine = start()
+        data = bytes(range(256)) * 2**15
+        assert engine.submit(tasks.checksum, data).result(DEADLINE) == (len(data), zlib.crc32(data))
+        assert engine.submit(tasks.make, 8 * 2**20).result(DEADLINE) == b"\x5a" * (8 * 2**20)
+
+    def test_a_waiting_task_can_be_cancelled(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        running = engine.submit(tasks.wait_at, gate.address)
+        pid = gate.arrival()
+        cancelled = [engine.submit(tasks.echo, number) for number in range(3)]
+        behind = engine.submit(tasks.echo, "behind them")
+        assert all(future.cancel() for future in cancelled)
+        assert not running.cancel()
+        gate.release(pid)
+        assert running.result(DEADLINE) == pid
+        assert behind.result(DEADLINE) == "behind them"
+        assert all(future.cancelled() for future in cancelled)
+
+    def test_there_are_defaults(self, engine: Engine) -> None:
+        assert engine.default_slots() >= 1
+        one, four = engine.default_memory(1), engine.default_memory(4)
+        assert (one is None) == (four is None)
+        assert one is None or four is None or one > four > 0
+
+    # Exceptions -----------------------------------------------------------------------------------
+
+    def test_exceptions_come_back_as_raised(self, start: Callable[..., Engine]) -> None:
+        engine = start()
+        raised = [
+            ValueError("no", 3),
+            KeyError("a key"),
+            OSError(28, "No space left on device", "out.csv"),
+            MemoryError(),
+            SystemExit(3),
+            ItemError("cannot be decoded", stage="decode", hint="look at it"),
+            ModelLoadError("it is damaged", hint="download it again"),
+            WorkerCrashedError("of somebody else", suspects=(1, 2), trace="a stack"),
+        ]
+        for error in raised:
+            back = engine.submit(tasks.fail, error).exception(DEADLINE)
+            assert type(back) is type(error)
+            assert back.args == error.args
+            assert str(back) == str(error)
+            told = {name: value for name, value in vars(back).items() if name != "__notes__"}
+            assert told == vars(error)
+        assert engine.submit(tasks.describe).result(DEADLINE).tasks == 1
+
+    def test_an_exception_tells_where_it_was_raised(self, start: Callable[..., Engine]) -> None:
+        error = start().submit(tasks.fail, ValueError("no")).exception(DEADLINE)
+        assert error is not None
+        assert "tasks.py" in "".join(error.__notes__)
+
+    @pytest.mark.parametrize("kind", ["lambda", "local", "lock", "iterator", "deep", "unreadable"])
+    def test_a_result_that_cannot_travel_fails_its_task_only(self, start: Callable[..., Engine], kind: str) -> None:
+        engine = start()
+        before = engine.submit(tasks.describe).result(DEADLINE)
+        error = engine.submit(tasks.unpicklable, kind).exception(DEADLINE)
+        assert isinstance(error, Exception)
+        assert not isinstance(error, WorkerError)
+        assert engine.submit(tasks.describe).result(DEADLINE).pid == before.pid
+
+    def test_an_exception_that_cannot_travel_is_told_in_words(self, start: Callable[..., Engine]) -> None:
+        engine = start()
+        failing: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
+            (tasks.fail_in_two_parts, ("a hole", "the bucket")),
+            (tasks.fail_with_a_stranger, ("a hole in the bucket",)),
+        ]
+        for function, arguments in failing:
+            error = engine.submit(function, *arguments).exception(DEADLINE)
+            assert isinstance(error, TallyError)
+            assert not isinstance(error, WorkerError)
+            assert "a hole in the bucket" in str(error)
+        assert engine.submit(tasks.describe).result(DEADLINE).tasks == 1
+
+    def test_an_argument_that_cannot_travel_fails_its_task_only(self, start: Callable[..., Engine]) -> None:
+        engine = start()
+        with pytest.raises((TypeError, AttributeError, ValueError)):
+            engine.submit(tasks.echo, threading.Lock()).result(DEADLINE)
+        with pytest.raises(LookupError, match="cannot be read elsewhere"):
+            engine.submit(tasks.echo, tasks.Unreadable()).result(DEADLINE)
+        assert engine.submit(tasks.echo, "fine").result(DEADLINE) == "fine"
+
+    # Setting up -----------------------------------------------------------------------------------
+
+    def test_a_failure_of_setup_is_that_of_its_tasks(self, start: Callable[..., Engine]) -> None:
+        engine = start(2, setup=tasks.setup_that_fails, args=("the model is damaged",))
+        for future in [engine.submit(tasks.echo, number) for number in range(4)]:
+            with pytest.raises(ValueError, match="the model is damaged"):
+                future.result(DEADLINE)
+
+    def test_setup_whose_arguments_cannot_be_read_fails_its_tasks(self, start: Callable[..., Engine]) -> None:
+        engine = start(args=(tasks.Unreadable(),))
+        with pytest.raises(LookupError, match="cannot be read elsewhere"):
+            engine.submit(tasks.echo, 1).result(DEADLINE)
+
+    @pytest.mark.parametrize("code", [0, 7])
+    def test_setup_that_ends_the_worker(self, start: Callable[..., Engine], code: int) -> None:
+        engine = start(setup=tasks.setup_that_dies, args=(code,))
+        for future in [engine.submit(tasks.echo, number) for number in range(2)]:
+            with pytest.raises(WorkerCrashedError, match=rf"exit code {code}\b"):
+                future.result(DEADLINE)
+
+    # Lost workers ---------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("how", ["SIGSEGV", "SIGKILL", "SIGABRT", "0", "1", "42"])
+    def test_a_crash_costs_its_own_task(self, start: Callable[..., Engine], how: str) -> None:
+        engine = start()
+        before = engine.submit(tasks.describe).result(DEADLINE)
+        error = engine.submit(tasks.die, how, 3, 7).exception(DEADLINE)
+        assert type(error) is WorkerCrashedError
+        assert error.message.endswith(f"exit code {how}" if how.isdigit() else how)
+        assert error.suspects == (3, 7)
+        if how in ("SIGSEGV", "SIGABRT"):
+            assert error.trace is not None
+            assert "in die" in error.trace
+        after = engine.submit(tasks.describe).result(DEADLINE)
+        assert after.tasks == 1
+        assert after.pid != before.pid
+
+    def test_without_a_word_there_are_no_suspects(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        engine.submit(tasks.hurry, [None, DEADLINE]).result(DEADLINE)
+        future = engine.submit(tasks.wait_at, gate.address)
+        psutil.Process(gate.arrival()).kill()
+        error = future.exception(DEADLINE)
+        assert isinstance(error, WorkerCrashedError)
+        assert error.suspects is None
+
+    @pytest.mark.parametrize("how", ["wait", "python", "native", "regex"])
+    def test_a_hang_ends_at_its_time_limit(self, start: Callable[..., Engine], how: str) -> None:
+        engine = start()
+        error = engine.submit(tasks.hang, how, SHORT, 2, 3).exception(DEADLINE)
+        assert type(error) is WorkerTimeoutError
+        assert isinstance(error, TimeoutError)
+        assert error.suspects == (2, 3)
+        assert error.trace is not None
+        assert "in hang" in error.trace
+        assert engine.submit(tasks.echo, "on").result(DEADLINE) == "on"
+
+    def test_the_next_batch_has_its_own_time_limit(self, start: Callable[..., Engine]) -> None:
+        engine = start()
+        assert engine.submit(tasks.hurry, [SHORT, DEADLINE]).result(DEADLINE) == "in time"
+        assert engine.submit(tasks.hurry, [SHORT, None]).result(DEADLINE) == "in time"
+        with pytest.raises(WorkerTimeoutError) as lost:
+            engine.submit(tasks.hurry, [DEADLINE, DEADLINE, SHORT]).result(DEADLINE)
+        assert lost.value.suspects == (2, 3)
+
+    def test_memory_over_the_limit_ends_the_worker(self, start: Callable[..., Engine]) -> None:
+        engine = start(memory=300 * 2**20)
+        error = engine.submit(tasks.grow, 400 * 2**20, 5, 6).exception(DEADLINE)
+        assert type(error) is WorkerMemoryError
+        assert isinstance(error, MemoryError)
+        assert error.suspects == (5, 6)
+        assert "300 MiB" in error.message
+        assert engine.submit(tasks.make, 2**20).result(DEADLINE) == b"\x5a" * 2**20
+
+    def test_a_lost_worker_leaves_the_others_alone(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start(2)
+        held = engine.submit(tasks.wait_at, gate.address)
+        pid = gate.arrival()
+        for how in ("SIGKILL", "0"):
+            with pytest.raises(WorkerCrashedError):
+                engine.submit(tasks.die, how).result(DEADLINE)
+        assert engine.submit(tasks.echo, "on").result(DEADLINE) == "on"
+        assert not held.done()
+        gate.release(pid)
+        assert held.result(DEADLINE) == pid
+
+    def test_a_worker_lost_while_idle_costs_nothing(self, start: Callable[..., Engine]) -> None:
+        engine = start()
+        pid = engine.submit(tasks.describe).result(DEADLINE).pid
+        psutil.Process(pid).kill()
+        until(lambda: not psutil.pid_exists(pid), "the worker's end")
+        assert engine.submit(tasks.echo, "on").result(DEADLINE) == "on"
+
+    def test_many_lost_workers_among_many_tasks(self, start: Callable[..., Engine]) -> None:
+        engine = start(2)
+        futures: list[Future[Any]] = []
+        for number in range(40):
+            if number % 8 == 3:
+                futures.append(engine.submit(tasks.die, ("SIGKILL", "SIGSEGV", "3")[number % 3], number, number + 1))
+            else:
+                futures.append(engine.submit(tasks.checksum, b"%d" % number * 100_000))
+        for number, future in enumerate(futures):
+            if number % 8 == 3:
+                error = future.exception(DEADLINE)
+                assert isinstance(error, WorkerCrashedError)
+                assert error.suspects == (number, number + 1)
+            else:
+                data = b"%d" % number * 100_000
+                assert future.result(DEADLINE) == (len(data), zlib.crc32(data))
+
+    # Resizing and stopping ------------------------------------------------------------------------
+
+    def test_more_slots_take_waiting_tasks(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        futures = [engine.submit(tasks.wait_at, gate.address) for _ in range(3)]
+        pids = {gate.arrival()}
+        engine.resize(3)
+        assert engine.slots == 3
+        pids |= {gate.arrival(), gate.arrival()}
+        assert len(pids) == 3
+        for pid in pids:
+            gate.release(pid)
+        assert {future.result(DEADLINE) for future in futures} == pids
+
+    def test_fewer_slots_finish_what_they_have(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start(3)
+        futures = [engine.submit(tasks.wait_at, gate.address) for _ in range(3)]
+        pids = {gate.arrival() for _ in range(3)}
+        engine.resize(1)
+        assert engine.slots == 1
+        for pid in pids:
+            gate.release(pid)
+        assert {future.result(DEADLINE) for future in futures} == pids
+        until(lambda: sum(ended(pid) for pid in pids) == 2, "the end of two workers")
+        states = [each.result(DEADLINE) for each in [engine.submit(tasks.describe) for _ in range(5)]]
+        assert len({state.pid for state in states}) == 1
+
+    def test_stop_finishes_what_runs_and_cancels_what_waits(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        running = engine.submit(tasks.wait_at, gate.address)
+        pid = gate.arrival()
+        waiting = [engine.submit(tasks.echo, number) for number in range(3)]
+        # Only once stop() has cancelled what waits, what runs is let go.
+        waiting[-1].add_done_callback(lambda future: gate.release(pid))
+        engine.stop()
+        assert running.result(0) == pid
+        for future in waiting:
+            with pytest.raises(CancelledError):
+                future.result(0)
+        assert ended(pid)
+
+    def test_stop_can_kill(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        running = engine.submit(tasks.wait_at, gate.address)
+        waiting = engine.submit(tasks.echo, 1)
+        pid = gate.arrival()
+        engine.stop(kill=True)
+        assert isinstance(running.exception(0), WorkerError)
+        assert waiting.cancelled()
+        assert ended(pid)
+
+    def test_stop_may_be_repeated(self, engine: Engine, start: Callable[..., Engine]) -> None:
+        engine.stop()
+        start(2)
+        engine.submit(tasks.echo, 1).result(DEADLINE)
+        for kill in (False, False, True):
+            engine.stop(kill=kill)
+
+    def test_stop_before_the_workers_are_there(self, start: Callable[..., Engine]) -> None:
+        engine = start(2)
+        futures = [engine.submit(tasks.echo, number) for number in range(8)]
+        engine.stop(kill=True)
+        done, undone = wait(futures, 0)
+        assert not undone
+        assert len(done) == len(futures)
+
+    # The process that has the engine --------------------------------------------------------------
+
+    def test_a_script_needs_no_main_guard(self, tmp_path: Path) -> None:
+        script = tmp_path / "script.py"
+        script.write_text(
+            "from tally.engines.base import Limits\n"
+            "from tally.testing import tasks\n"
+            "print('once')\n"
+            f"{self.making}\n"
+            "engine.start(tasks.setup, ('x',), slots=2, limits=Limits())\n"
+            "print([engine.submit(tasks.echo, n).result() for n in range(3)])\n"
+            "engine.stop()\n"
+            "print('end')\n"
+        )
+        run = subprocess.run(
+            [sys.executable, str(script)], capture_output=True, text=True, timeout=DEADLINE, check=False
+        )
+        assert (run.stdout, run.stderr) == ("once\n[0, 1, 2]\nend\n", "")
+        assert run.returncode == 0
+
+    @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+    def test_workers_end_with_their_parent(self, tmp_path: Path, gate: Gate, name: str) -> None:
+        script = tmp_path / "script.py"
+        script.write_text(
+            "from tally.engines.base import Limits\n"
+            "from tally.testing import tasks\n"
+            f"{self.making}\n"
+            "engine.start(tasks.setup, (), slots=2, limits=Limits())\n"
+            f"held = [engine.submit(tasks.wait_at, {gate.address!r}) for _ in range(2)]\n"
+            "held[0].result()\n"
+        )
+        parent = subprocess.Popen([sys.executable, str(script)])
+        try:
+            pids = [gate.arrival(), gate.arrival()]
+            parent.send_signal(signal.Signals[name])
+            assert parent.wait(DEADLINE) == -signal.Signals[name]
+            for pid in pids:
+                until(lambda pid=pid: ended(pid), "the end of an orphan")  # type: ignore[misc]
+        finally:
+            parent.kill()
+            parent.wait()

@@ -74,7 +74,11 @@ def files_under(folder: Path) -> dict[str, bytes]:
 class SinkContract:
     """Override ``make`` (a sink at an output place below a folder; equal folders give equal places) and
     ``result`` (what a scorer returns for the item of that number); ``refused`` and ``keys`` if need be.
+
+    rows_per_item: how many rows the result of one item makes.
     """
+
+    rows_per_item = 1
 
     @pytest.fixture
     def make(self) -> Callable[[Path], Sink]:
@@ -92,7 +96,7 @@ class SinkContract:
     @pytest.fixture
     def keys(self) -> Callable[[Sink, Sequence[Output]], list[str]]:
         """Reads back the keys of what was written, in order."""
-        return lambda sink, outputs: rows(sink, outputs)["key"].to_pylist()
+        return lambda sink, outputs: rows(sink, outputs)["key"].to_pylist()[:: self.rows_per_item]
 
     @pytest.fixture
     def sink(self, make: Callable[[Path], Sink], tmp_path: Path) -> Sink:
@@ -166,7 +170,7 @@ class SinkContract:
         assert keys(sink, []) == []
         second, first = attempt(sink, "b", 3, 5), attempt(sink, "a", 0, 3)
         attempt(sink, "lost", 0, 3)
-        assert first.rows == 3
+        assert first.rows == 3 * self.rows_per_item
         assert first.bytes > 0
         assert keys(sink, [first, second]) == [key(n) for n in range(5)]
 
@@ -197,7 +201,7 @@ class SinkContract:
         expected = [key(3), key(4), key(0), key(1), key(2)]
         assert keys(sink, outputs) == expected
         assert manifest["job"] == sink.holder() == "job-1"
-        assert sum(file["rows"] for file in manifest["files"]) == manifest["counts"]["rows"] == 5
+        assert sum(file["rows"] for file in manifest["files"]) == manifest["counts"]["rows"] == 5 * self.rows_per_item
         assert manifest["counts"]["dead"] == 1
         assert not [name for name in files_under(tmp_path) if "tally/" in name]
         attempt(sink, "late", 0, 3)
@@ -225,7 +229,7 @@ class SinkContract:
         sink = make(tmp_path / "place")
         sink.claim("job-1")
         sink.finalize([attempt(sink, "a", 0, 4)], DEAD, FACTS)
-        with pytest.raises(OutputExistsError, match="job-1.*2024-05-06") as caught:
+        with pytest.raises(OutputExistsError, match=r"job-1.*2024-05-06") as caught:
             sink.claim("job-2")
         assert "--overwrite" in (caught.value.hint or "")
         sink.claim("job-2", overwrite=True)
@@ -244,7 +248,7 @@ class SinkContract:
         sink.claim("job-1")
         manifest = sink.finalize([attempt(sink, "c", 5, 6)], [], {**FACTS, "generation": 2})
         assert keys(sink, []) == [key(n) for n in range(6)]
-        assert manifest["counts"]["rows"] == 6
+        assert manifest["counts"]["rows"] == 6 * self.rows_per_item
         assert manifest["counts"]["dead"] == 0
 
     @pytest.mark.parametrize("late", [False, True])
@@ -263,7 +267,9 @@ class SinkContract:
 
         def prepare(name: str) -> StagedSink:
             shutil.copytree(tmp_path / "base", tmp_path / name)
-            return make(tmp_path / name)
+            copy = make(tmp_path / name)
+            assert isinstance(copy, StagedSink)
+            return copy
 
         facts = {**FACTS, "generation": generation}
         sink = prepare("whole")

@@ -124,8 +124,8 @@ def unpicklable(state: State, kind: str) -> Any:
             return Local()
         case "lock":
             return threading.Lock()
-        case "generator":
-            return (each for each in ())
+        case "iterator":
+            return iter(lambda: 0, 1)
         case "deep":
             deep: list[Any] = []
             for _ in range(100_000):
