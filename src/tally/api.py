@@ -11,6 +11,7 @@ from tally.jobs import launch
 from tally.jobs.spec import make
 from tally.jobs.store import JobRecord
 from tally.scorers.base import Scorer
+from tally.sinks.base import Sink
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -92,8 +93,7 @@ class Job:
         """All rows as an Arrow table (``.to_pandas()`` for pandas); of a running job, those committed."""
         from tally.sinks.query import rows
 
-        record = self.record
-        return rows(launch.sink_of(record), self._store.outputs(self.id))
+        return rows(self._sink(), self._store.outputs(self.id))
 
     def dead(self) -> pa.Table:
         """The dead items: ``key``, ``stage``, ``error``."""
@@ -107,7 +107,16 @@ class Job:
         """SQL (DuckDB's) over the views ``results`` and ``dead``."""
         from tally.sinks.query import query
 
-        return query(launch.sink_of(self.record), self._store.outputs(self.id), sql, self.dead())
+        return query(self._sink(), self._store.outputs(self.id), sql, self.dead())
+
+    def _sink(self) -> Sink:
+        sink = launch.sink_of(self.record)
+        holder = sink.holder()
+        if holder != self.id:
+            place = self.record.spec["out"]
+            now = "are gone" if holder is None else f"were replaced by those of job {holder}"
+            raise JobStateError(f"the results of job {self.id} at {place} {now}")
+        return sink
 
     def resume(self, *, quiet: bool = False) -> Job:
         """Go on with a job that was interrupted, paused or failed."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +16,7 @@ from tally.engines.base import Engine, Limits
 from tally.engines.local import LocalEngine, _Slot
 from tally.errors import StorageError, TallyError, WorkerCrashedError
 from tally.testing import tasks
-from tally.testing.engines import DEADLINE, EngineContract, Gate, ended
+from tally.testing.engines import DEADLINE, EngineContract, Gate, ended, until
 
 
 class TestLocalEngine(EngineContract):
@@ -42,6 +45,36 @@ class TestLocalEngine(EngineContract):
             assert list(tmp_path.iterdir()) == []
             assert all(ended(pid) for pid in pids)
             assert _children() == others
+
+    def test_a_worker_that_is_not_killed_ends_in_order(
+        self, tmp_path: Path, start: Callable[..., Engine], engine: Engine
+    ) -> None:
+        farewell = tmp_path / "farewell"
+        for kill in (True, False):
+            start(setup=tasks.setup_with_farewell, args=(str(farewell),))
+            engine.submit(tasks.echo, 1).result(DEADLINE)
+            engine.stop(kill=kill)
+            assert farewell.exists() == (not kill)
+
+    def test_a_killed_parent_leaves_no_files(self, tmp_path: Path, gate: Gate) -> None:
+        script, temporary = tmp_path / "script.py", tmp_path / "temporary"
+        temporary.mkdir()
+        script.write_text(
+            "from tally.engines.base import Limits\n"
+            "from tally.testing import tasks\n"
+            f"{self.making}\n"
+            "engine.start(tasks.setup, (), slots=1, limits=Limits())\n"
+            f"engine.submit(tasks.wait_at, {gate.address!r}).result()\n"
+        )
+        parent = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "TMPDIR": str(temporary)})
+        try:
+            pid = gate.arrival()
+            assert [each.name.startswith("tally-workers-") for each in temporary.iterdir()] == [True]
+        finally:
+            parent.kill()
+            parent.wait()
+        until(lambda: ended(pid), "the end of an orphan")
+        assert list(temporary.iterdir()) == []
 
     def test_a_worker_that_just_starts_is_safe_from_interrupts(self, start: Callable[..., Engine]) -> None:
         assert start().submit(tasks.interrupts_blocked).result(DEADLINE) is True

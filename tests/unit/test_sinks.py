@@ -349,12 +349,12 @@ def test_the_manifest(tmp_path: Path) -> None:
     assert list(manifest["schema"].items()) == [("key", "string"), ("z", "string"), ("a", "float32")]
     assert manifest["model"] == {"hash": "abc"}
     assert manifest["counts"] == {"rows": 1, "dead": 1, "files": 1, "bytes": manifest["files"][0]["bytes"]}
-    assert manifest["dead_file"]["path"] == "dead.parquet"
-    assert pq.read_table(tmp_path / "out" / "dead.parquet").to_pylist() == DEAD
+    assert manifest["dead_file"]["path"] == "_dead.parquet"
+    assert pq.read_table(tmp_path / "out" / "_dead.parquet").to_pylist() == DEAD
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "_SUCCESS",
+        "_dead.parquet",
         "_manifest.json",
-        "dead.parquet",
         "part-00000.parquet",
     ]
 
@@ -365,7 +365,7 @@ def test_a_list_of_dead_items_may_be_long(tmp_path: Path) -> None:
     dead = ({"key": f"\udcff{n}", "stage": "read", "error": "x", "first": n} for n in range(25_000))
     manifest = sink.finalize([], dead, FACTS)
     assert manifest["dead_file"]["rows"] == 25_000
-    assert pq.read_table(tmp_path / "out" / "dead.parquet")["key"][7].as_py() == "\\xff7"
+    assert pq.read_table(tmp_path / "out" / "_dead.parquet")["key"][7].as_py() == "\\xff7"
 
 
 def test_staged_results_that_are_gone(tmp_path: Path) -> None:

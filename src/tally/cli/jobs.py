@@ -50,7 +50,7 @@ def list_(limit: int, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(job: str, as_json: bool) -> None:
     """Everything about a job: progress, timings per stage, cost, error, where the results are."""
-    store, record = _open(job)
+    _, record = _open(job)
     if as_json:
         click.echo(_json(record))
         return
@@ -110,7 +110,7 @@ def resume(job: str, quiet: bool) -> int:
 def cancel(job: str) -> None:
     """Stop a job for good, and remove what it had not finished writing."""
     from tally.jobs.coordinator import LEASE_SECONDS
-    from tally.jobs.launch import sink_of
+    from tally.jobs.launch import release
 
     store, record = _open(job)
     store.want(record.id, "cancel")
@@ -119,7 +119,7 @@ def cancel(job: str) -> None:
         return
     lease = store.acquire(record.id, seconds=LEASE_SECONDS)
     if lease is not None:
-        sink_of(record).release()
+        release(record)
         store.release(lease, "cancelled")
     click.echo(f"job {record.id} is cancelled")
 
@@ -192,7 +192,7 @@ def summary(record: JobRecord) -> str:
 
 
 def _facts(record: JobRecord) -> list[tuple[str, str]]:
-    from tally.jobs.launch import when
+    from tally.jobs.launch import log_of, when
 
     usage = record.usage
     seconds = usage.get("seconds", 0.0)
@@ -219,6 +219,9 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
         facts.append(
             ("driven by", f"{record.owner_host}, pid {record.owner_pid}" + ("" if record.alive else " (gone)"))
         )
+    log = log_of(record.id)
+    if log.exists() and log.stat().st_size:
+        facts.append(("log", str(log)))
     facts += [("note", line) for line in [*model.get("assumed", []), *record.remarks]]
     if record.state in ("interrupted", "paused", "failed"):
         facts.append(("next", f"tally jobs resume {record.id}"))

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -34,8 +35,19 @@ class Engine(ABC):
     """
 
     @abstractmethod
-    def start(self, setup: Callable[..., Any], args: tuple[Any, ...], *, slots: int, limits: Limits) -> None:
-        """Start the workers; returns at once."""
+    def start(
+        self,
+        setup: Callable[..., Any],
+        args: tuple[Any, ...],
+        *,
+        slots: int,
+        limits: Limits,
+        log: Path | None = None,
+    ) -> None:
+        """Start the workers; returns at once.
+
+        log: a file that what workers print is appended to; None leaves it where the engine's own goes.
+        """
 
     @abstractmethod
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:

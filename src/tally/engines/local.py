@@ -102,8 +102,14 @@ _state: Any = None
 _ready = False
 
 
-def _begin(setup: bytes, board: str, trace: str) -> None:
+def _begin(setup: bytes, board: str, trace: str, log: str | None) -> None:
     global _setup
+    if log is not None:
+        # Below Python, so that native libraries write there too, and not over the progress bar.
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
     progress.attach(Path(board), Path(trace))
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -144,7 +150,7 @@ def _call(task: bytes) -> tuple[bool, bytes, str]:
 class _Slot:
     """One worker process, and the task that it has."""
 
-    def __init__(self, folder: Path, number: int, setup: bytes) -> None:
+    def __init__(self, folder: Path, number: int, setup: bytes, log: Path | None) -> None:
         self.board = folder / f"{number}.board"
         self.trace = folder / f"{number}.trace"
         progress.create(self.board)
@@ -152,7 +158,7 @@ class _Slot:
         self.pool = ProcessPool(
             max_workers=1,
             initializer=_begin,
-            initargs=(setup, str(self.board), str(self.trace)),
+            initargs=(setup, str(self.board), str(self.trace), None if log is None else str(log)),
             context=self.context,
         )
         self.future: Future[Any] | None = None
@@ -181,11 +187,15 @@ class _Slot:
         if process is not None and not self.gone:
             process.kill()
 
-    def discard(self) -> threading.Thread:
-        """End the pool in a thread of its own: that takes up to a few tenths of a second."""
+    def discard(self, *, kill: bool) -> threading.Thread:
+        """End the pool in a thread of its own: that takes up to a few tenths of a second.
+
+        kill: at once; otherwise the worker may clean up first.
+        """
 
         def end() -> None:
-            self.kill()
+            if kill:
+                self.kill()
             with suppress(Exception):  # a pool that broke may fail to stop; its process is dead already
                 self.pool.stop()  # type: ignore[no-untyped-call]
                 self.pool.join()
@@ -203,8 +213,16 @@ class LocalEngine(Engine):
         self._thread: threading.Thread | None = None
         self._wanted = 0
 
-    def start(self, setup: Callable[..., Any], args: tuple[Any, ...], *, slots: int, limits: Limits) -> None:
-        self._setup, self._limits = pickle.dumps((setup, args)), limits
+    def start(
+        self,
+        setup: Callable[..., Any],
+        args: tuple[Any, ...],
+        *,
+        slots: int,
+        limits: Limits,
+        log: Path | None = None,
+    ) -> None:
+        self._setup, self._limits, self._log = pickle.dumps((setup, args)), limits, log
         self._wanted = slots
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="tally-workers-"))
@@ -261,13 +279,15 @@ class LocalEngine(Engine):
     # The supervisor's thread: the only one that touches slots.
 
     def _run(self) -> None:
+        kill = True
         try:
-            self._supervise()
+            kill = self._supervise()
         except Exception as error:  # no process or file can be had: nothing can be run any more
             self._abandon(TallyError(f"no workers can be started: {error.__cause__ or error}"))
-        self._end()
+        self._end(kill)
 
-    def _supervise(self) -> None:
+    def _supervise(self) -> bool:
+        """Runs until the engine is stopped; returns whether workers are to be killed."""
         stopping = False
         watched = 0.0
         self._fit()
@@ -288,27 +308,28 @@ class LocalEngine(Engine):
                     stopping = True
                     self._drop_waiting()
                     if kill:
-                        return
+                        return True
             if not stopping:
                 self._fit()
                 self._assign()
+        return False
 
     def _fit(self) -> None:
         """Make the number of slots what it should be; busy ones that are too many end later."""
         for slot in [slot for slot in self._slots if slot.future is None and slot.gone]:
-            self._remove(slot)  # died while idle: no task's fault
+            self._remove(slot, kill=True)  # died while idle: no task's fault
         for slot in [slot for slot in self._slots if slot.future is None][: max(0, len(self._slots) - self._wanted)]:
-            self._remove(slot)
+            self._remove(slot, kill=False)
         while len(self._slots) < self._wanted:
             self._made += 1
-            slot = _Slot(self._folder, self._made, self._setup)
+            slot = _Slot(self._folder, self._made, self._setup, self._log)
             self._slots.append(slot)
             _ = slot.pool.active  # starts the pool: the worker imports and loads while work is being planned
 
-    def _remove(self, slot: _Slot) -> None:
+    def _remove(self, slot: _Slot, *, kill: bool = True) -> None:
         self._slots.remove(slot)
         self._ending = [thread for thread in self._ending if thread.is_alive()]
-        self._ending.append(slot.discard())
+        self._ending.append(slot.discard(kill=kill))
 
     def _assign(self) -> None:
         for slot in self._slots:
@@ -343,11 +364,11 @@ class LocalEngine(Engine):
         else:
             _resolve(future, *outcome.result())
         if error is not None or slot.over_memory is not None:
-            self._remove(slot)
+            self._remove(slot, kill=True)
 
     def _explain(self, slot: _Slot) -> WorkerError:
-        suspects = progress.read(slot.board)
         trace, timed_out = progress.stack(slot.trace)
+        suspects = progress.read(slot.board, timed_out=timed_out)
         if slot.over_memory is not None:
             allowed = self._limits.memory or 0
             return WorkerMemoryError(
@@ -405,11 +426,11 @@ class LocalEngine(Engine):
                 case _:
                     futures = []
 
-    def _end(self) -> None:
+    def _end(self, kill: bool) -> None:
         for slot in list(self._slots):
             if slot.future is not None:
                 slot.future.set_exception(WorkerCrashedError("the engine was stopped"))
-            self._remove(slot)
+            self._remove(slot, kill=kill)
         for thread in self._ending:
             thread.join()
 

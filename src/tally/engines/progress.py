@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-_NOTE = struct.Struct("<qq")
+_NOTE = struct.Struct("<qqq")
 
 _board: mmap.mmap | bytearray = bytearray(_NOTE.size)
 _trace: IO[bytes] | None = None
@@ -31,15 +31,17 @@ def attach(board: Path, trace: Path) -> None:
     idle()
 
 
-def busy(start: int, stop: int, *, limit: float | None = None) -> None:
+def busy(start: int, stop: int, *, ahead: int = 0, limit: float | None = None) -> None:
     """The worker is about to work on the positions ``start <= p < stop`` of its chunk.
 
+    ahead: so many positions more are being read ahead of these. One of them may crash the worker, but not
+    make it wait: they are suspects when it dies, and are not when its time runs out.
     limit: seconds that this may take; then the process leaves its stack and exits, even when native code
     holds the interpreter (faulthandler's thread needs no lock). None: as long as it likes. The clock starts
     anew at each call, to within a tenth of the limit.
     """
     global _armed
-    _NOTE.pack_into(_board, 0, start, stop)
+    _NOTE.pack_into(_board, 0, start, stop, stop + ahead)
     if _trace is None:
         return
     if limit is None:
@@ -53,7 +55,7 @@ def busy(start: int, stop: int, *, limit: float | None = None) -> None:
 
 def idle() -> None:
     """The worker has nothing to do: there is no time limit."""
-    _NOTE.pack_into(_board, 0, -1, -1)
+    _NOTE.pack_into(_board, 0, -1, -1, -1)
     _disarm()
 
 
@@ -66,13 +68,13 @@ def _disarm() -> None:
 
 def create(board: Path) -> None:
     """In the engine: an empty file for a worker to be started."""
-    board.write_bytes(_NOTE.pack(-1, -1))
+    board.write_bytes(_NOTE.pack(-1, -1, -1))
 
 
-def read(board: Path) -> tuple[int, int] | None:
-    """In the engine: what the worker said last, or None if it was idle or starting."""
-    start, stop = _NOTE.unpack(board.read_bytes()[: _NOTE.size])
-    return None if start < 0 else (start, stop)
+def read(board: Path, *, timed_out: bool) -> tuple[int, int] | None:
+    """In the engine: the suspects by what the worker said last, or None if it was idle or starting."""
+    start, stop, reach = _NOTE.unpack(board.read_bytes()[: _NOTE.size])
+    return None if start < 0 else (start, stop if timed_out else reach)
 
 
 def stack(trace: Path) -> tuple[str | None, bool]:

@@ -153,6 +153,7 @@ def drive(
             (work.Setup(parts.model, parts.source, parts.sink, spec.device, spec.batch_size, spec.timeout),),
             slots=slots,
             limits=Limits(memory=spec.memory or engine.default_memory(slots)),
+            log=log_of(record.id),
         )
         parts.sink.claim(record.id)
         if retry_dead:
@@ -187,9 +188,16 @@ def discard(store: JobStore, record: JobRecord) -> None:
     """Forget a job that nobody drives, with everything that it has not finished writing."""
     if record.alive:
         raise JobStateError(f"job {record.id} is running", hint=f"Stop it first: tally jobs cancel {record.id}")
-    if record.state != "finished":
-        sink_of(record).release()
+    release(record)
     store.delete(record.id)
+    log_of(record.id).unlink(missing_ok=True)
+
+
+def release(record: JobRecord) -> None:
+    """Remove what the job has not finished writing, unless its place is another job's by now."""
+    sink = sink_of(record)
+    if record.state != "finished" and sink.holder() == record.id:
+        sink.release()
 
 
 def find(store: JobStore, job: str) -> JobRecord:
@@ -207,6 +215,13 @@ def sink_of(record: JobRecord) -> Sink:
     spec = JobSpec(**record.spec)
     scorer = create(ModelRef.from_dict(record.model))
     return choose(spec.out, output=scorer.output, format=spec.format, columns=scorer.columns)
+
+
+def log_of(job_id: str) -> Path:
+    """What the job's workers printed: scripts, native libraries, warnings."""
+    folder = settings().home / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{job_id}.log"
 
 
 def engine_for(spec: JobSpec) -> Engine:

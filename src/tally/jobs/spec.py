@@ -64,7 +64,10 @@ class JobSpec(BaseModel):
     @field_validator("memory", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
-        if isinstance(value, str) and (match := _SIZE.match(value)):
+        if isinstance(value, str):
+            match = _SIZE.match(value)
+            if match is None:
+                raise ValueError("should be a size such as 512MiB or 2GiB")
             base = 1024 if match[3] or match[2] else 1
             return int(float(match[1]) * base ** (" kmgt".index(match[2].lower() or " ")))
         return value

@@ -173,16 +173,16 @@ class JobStore:
         )
         if generation is not None:
             query = query.where(chunks.c.generation == generation)
-        with self._read(stream=True) as connection:
-            for output in connection.execute(query).scalars():
+        with self._read(stream=True) as connection, connection.execute(query).scalars() as found:
+            for output in found:
                 if output:
                     yield Output(**output)
 
     def dead(self, job_id: str) -> Iterator[Dead]:
         """Dead items in the source's order."""
-        query = sa.select(dead_items).where(dead_items.c.job_id == job_id)
-        with self._read(stream=True) as connection:
-            for row in connection.execute(query.order_by(dead_items.c.first, dead_items.c.id)).mappings():
+        query = sa.select(dead_items).where(dead_items.c.job_id == job_id).order_by(dead_items.c.first, dead_items.c.id)
+        with self._read(stream=True) as connection, connection.execute(query) as found:
+            for row in found.mappings():
                 yield Dead(row["key"], row["stage"], row["error"], _unpack(row["first"], 1, row["payload"]))
 
     def counts(self, job_id: str) -> dict[str, int]:

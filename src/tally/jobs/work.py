@@ -96,7 +96,8 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
     ahead = -(-worker.source.ahead(size) // size) * size
 
     def busy(start: int, stop: int) -> None:
-        progress.busy(start, min(stop + ahead, chunk.count), limit=worker.timeout)
+        stop = min(stop, chunk.count)
+        progress.busy(start, stop, ahead=min(ahead, chunk.count - stop), limit=worker.timeout)
 
     busy(0, size)  # at once: reading ahead begins before the first batch is there
     batches = worker.source.read(chunk, worker.scorer, timings)

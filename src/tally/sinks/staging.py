@@ -71,8 +71,8 @@ class Place:
         return self.merged or f"part-{number:05d}.{suffix}"
 
     def dead(self, suffix: str) -> str:
-        """The name of the list of dead items."""
-        return f"{self.merged.rpartition('.')[0]}.dead.{suffix}" if self.merged else f"dead.{suffix}"
+        """The name of the list of dead items. Readers of a whole folder pass over names that begin with ``_``."""
+        return f"{self.merged.rpartition('.')[0]}.dead.{suffix}" if self.merged else f"_dead.{suffix}"
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file, or None if it is not there."""

@@ -12,6 +12,8 @@ import threading
 import types
 import zlib
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tally.engines import progress
@@ -38,6 +40,12 @@ class TwoPartError(Exception):
 
 def setup(*args: Any) -> State:
     return State(args, os.getpid())
+
+
+def setup_with_farewell(path: str) -> State:
+    """Leave a file at ``path`` when the worker ends in order."""
+    Finalize(None, Path(path).touch, exitpriority=1)
+    return setup()
 
 
 def setup_that_fails(message: str) -> NoReturn:

@@ -1,0 +1,181 @@
+"""Photos through a classifier: Tally beside a bare loop, Ray Data, and Celery with Redis.
+
+    python benchmarks/photos.py [--data DIR] [--rounds 5] [--copies 10]
+
+Without the data, pictures of shapes and the toy model of ``examples/shapes`` take the photos' place.
+Ray and Celery are no dependencies of Tally; what cannot be imported is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _machine import DATA, REPOSITORY, TALLY, cores, environment, introduce, scratch, shapes_pictures, show, take_turns
+
+from tally.scorers.package import create, resolve
+
+HERE = Path(__file__).resolve().parent
+CAVEATS = (
+    "every contender reads, decodes (tally.sources.images.decode), preprocesses and batches alike, and runs ONNX "
+    "Runtime with one thread in one process per core; the files are in the page cache",
+    "only Tally writes its results durably while it runs, and could be killed and resumed at any moment",
+    "'whole process' is from the start of the command to the results on disk: interpreter, imports, starting "
+    "processes and loading the model included, taking Ray or the Celery worker down again left out; for Tally, its end",
+    "'steady state' is from the first line of progress (a tenth of the photos) to the last: no startup in it",
+    "Celery: prefork, one task per batch, results through Redis; it is given longer to start than is counted in "
+    "'steady state'. Ray Data: one actor per core, one block per batch",
+)
+PROGRESS = re.compile(r"([\d,]+)/([\d,]+) items(?: at ([\d.]+))?")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with images/imagenet and models/classify")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=10, help="how often each of the 100 photos is taken")
+    parser.add_argument("--only", help="contenders to run, e.g. tally,bare")
+    given = parser.parse_args()
+    with scratch() as folder:
+        model, photos = material(given.data, folder, given.copies)
+        ref = resolve(model, task="classify")
+        scorer: Any = create(ref)
+        described = {
+            "file": str(ref.location / ref.artifacts / scorer.options.file),
+            "preprocess": scorer.options.preprocess.model_dump(mode="json"),
+            "size": scorer.size,
+            "batch_size": scorer.batch_size,
+        }
+        (folder / "model.json").write_text(json.dumps(described))
+        os.environ["BENCH_CORES"] = str(cores())
+        count = len(list(photos.iterdir()))
+        introduce(f"photos: {count:,} pictures through {Path(described['file']).name}, batch {scorer.batch_size}", CAVEATS)
+        labels: dict[str, dict[str, int]] = {}
+
+        def other(name: str) -> Callable[[], dict[str, float]]:
+            command = [sys.executable, HERE / "_contenders.py", name, folder / "model.json", photos]
+
+            def run() -> dict[str, float]:
+                out = folder / f"{name}.parquet"
+                figures = follow([*map(str, command), str(out)], dict(os.environ), count)
+                labels[name] = read(out)
+                return figures
+
+            return run
+
+        def tally() -> dict[str, float]:
+            out, home = folder / "out", folder / "home"
+            command = [*TALLY, "score", str(photos), "--model", str(model), "--task", "classify", "--out", str(out)]
+            figures = follow(command, environment(home), count)
+            usage = json.loads((out / "_manifest.json").read_text())["usage"]
+            labels["tally"] = read(out)
+            shutil.rmtree(out)
+            shutil.rmtree(home)
+            return figures | {"session": count / usage["seconds"]}
+
+        contenders: dict[str, Callable[[], dict[str, float]]] = {"tally": tally, "bare": other("bare")}
+        if available("ray", "pip install 'ray[data]'"):
+            contenders["ray"] = other("ray")
+        if available("celery", "pip install 'celery[redis]'") and redis_there():
+            contenders["celery"] = other("celery")
+        if given.only:
+            contenders = {name: run for name, run in contenders.items() if name in given.only.split(",")}
+        figures = take_turns(contenders, given.rounds)
+        show("whole process", figures["whole"], first="tally", unit="pictures/s", digits=1)
+        show("steady state", figures["steady"], first="tally", unit="pictures/s", digits=1)
+        mine = {name: runs for name, runs in figures["cpu"].items() if name in ("tally", "bare")}
+        show("processor time of all processes, startup included", mine, first="tally", unit="s")
+        show("the job's own session, startup of workers included", figures["session"], first="tally", unit="pictures/s", digits=1)
+        compare(labels, count)
+
+
+def material(data: Path, folder: Path, copies: int) -> tuple[Path, Path]:
+    """The model and a folder of pictures."""
+    originals = sorted((data / "images" / "imagenet").glob("*.JPEG"))
+    model = data / "models" / "classify" / "mobilenet_v2_fp32.onnx"
+    photos = folder / "photos"
+    if not originals or not model.is_file():
+        print(f"no photos at {data} (--data, or TALLY_TEST_DATA): using generated pictures and the toy model\n")
+        return REPOSITORY / "examples" / "shapes" / "model", shapes_pictures(photos, 100 * copies)
+    photos.mkdir()
+    for copy in range(copies):
+        for original in originals:
+            shutil.copyfile(original, photos / f"{copy:02d}-{original.name}")
+    return model, photos
+
+
+def follow(command: list[str], env: dict[str, str], count: int) -> dict[str, float]:
+    """Run the command, noting when its lines of progress come: pictures per second."""
+    began = time.time()
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seen: list[tuple[float, int]] = []
+    said: list[str] = []
+    saved = None
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            now = time.time()
+            said.append(line)
+            if match := PROGRESS.match(line):
+                seen.append((float(match[3] or now), int(match[1].replace(",", ""))))
+            if line == "saved\n":
+                saved = now
+    elapsed = (saved or time.time()) - began
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode or len(seen) < 2 or seen[-1][1] != count:
+        sys.exit(f"{' '.join(command)} failed (exit code {process.returncode}):\n{''.join(said)}")
+    (first, before), (last, done) = seen[0], seen[-1]
+    return {
+        "whole": count / elapsed,
+        "steady": (done - before) / (last - first),
+        "cpu": used.ru_utime + used.ru_stime - spent.ru_utime - spent.ru_stime,
+    }
+
+
+def read(out: Path) -> dict[str, int]:
+    """Key to the index of its best class."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(out, columns=["key", "index"])
+    return dict(zip(table["key"].to_pylist(), table["index"].to_pylist(), strict=True))
+
+
+def compare(labels: dict[str, dict[str, int]], count: int) -> None:
+    expected = labels["tally"]
+    for name, found in labels.items():
+        if name != "tally":
+            same = sum(found.get(key) == index for key, index in expected.items())
+            print(f"top-1 of tally and {name}: equal for {same:,} of {count:,} pictures")
+    print(flush=True)
+
+
+def available(module: str, how: str) -> bool:
+    if importlib.util.find_spec(module) is not None:
+        return True
+    print(f"{module} is left out: not installed in {sys.prefix}. To have it: {how}", flush=True)
+    return False
+
+
+def redis_there() -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", 6379), timeout=2).close()
+    except OSError:
+        print("celery is left out: no Redis server at 127.0.0.1:6379 (its database 9 would be used, and flushed)")
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

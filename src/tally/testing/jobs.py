@@ -1,0 +1,617 @@
+"""What the job store must do on every database. Inherit the class, override its fixture ``store``, and name
+it ``Test...``. Leases run out because their row is changed, not because anybody waits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError
+from tally.jobs.database import now
+from tally.jobs.store import Dead, Done, JobRecord, JobStore, Lease, Lost, StoredChunk, connect
+from tally.jobs.tables import chunks, dead_items, jobs
+from tally.sinks.base import Output
+from tally.sources.base import Chunk
+
+LONG = 3600.0
+DEADLINE = 60.0
+STRANGE = "caf\udce9/\0/☃.jpg"
+"""A file name that is no UTF-8, and worse."""
+
+
+def chunk(first: int, count: int, *, name: str = "photo") -> Chunk:
+    """A chunk whose items are named by their positions."""
+    names = [f"{name}-{position}" for position in range(first, first + count)]
+    return Chunk(first, count, {"names": names}, cursor=f"after {first + count}")
+
+
+def part(whole: Chunk, start: int, stop: int) -> Chunk:
+    """The items at ``start <= p < stop`` of a chunk."""
+    return Chunk(whole.first + start, stop - start, {"names": whole.payload["names"][start:stop]}, whole.cursor)
+
+
+def done(stored: StoredChunk, *dead: int, attempt: str | None = None, **usage: float) -> Done:
+    """The outcome of a chunk, one row for each item but those at the positions ``dead``."""
+    attempt = attempt or stored.attempt
+    output = Output([f"{attempt}.parquet"], rows=stored.chunk.count - len(dead), bytes=100 * stored.chunk.count)
+    lost = [Dead(f"key-{stored.chunk.first + p}", "score", "no good", part(stored.chunk, p, p + 1)) for p in dead]
+    return Done(stored.id, attempt, stored.chunk.count, output, lost, usage)
+
+
+def expire(store: JobStore, job_id: str) -> None:
+    """The lease has run out, by the database's clock."""
+    with store.engine.begin() as connection:
+        connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(lease_until=now() - 1))
+
+
+def everything(store: JobStore) -> list[list[tuple[Any, ...]]]:
+    """All rows there are."""
+    with store.engine.connect().execution_options(reading=True) as connection:
+        return [
+            [tuple(row) for row in connection.execute(sa.select(table).order_by(table.c.id))]
+            for table in (jobs, chunks, dead_items)
+        ]
+
+
+def again(store: JobStore) -> JobStore:
+    """A second store on the same database, as another process has it."""
+    return JobStore(connect(store.engine.url.render_as_string(hide_password=False)))
+
+
+def contend(url: str, job_id: str, threads: int) -> list[list[int]]:
+    """Own the job again and again, each time for one commit, until it is finished; in several threads.
+
+    Returns for each thread the ids of the chunks that its commits counted.
+    """
+    store = JobStore(connect(url))
+
+    def one(number: int) -> list[int]:
+        counted: list[int] = []
+        while store.get(job_id).state != "finished":
+            lease = store.acquire(job_id, seconds=LONG)
+            if lease is None:
+                continue
+            _, taken = store.commit(lease, take=2)
+            assert store.get(job_id).owner == lease.token
+            given, _ = store.commit(lease, done=[done(each) for each in taken])
+            counted += [each.id for each in given]
+            store.release(lease, "interrupted" if taken else "finished")
+        return counted
+
+    with ThreadPoolExecutor(threads) as pool:
+        counted = list(pool.map(one, range(threads)))
+    store.engine.dispose()
+    return counted
+
+
+class JobStoreContract:
+    """Override ``store``: an empty one for each test."""
+
+    @pytest.fixture
+    def store(self) -> JobStore:
+        raise NotImplementedError("override the fixture store")
+
+    @pytest.fixture
+    def other(self, store: JobStore) -> Iterator[JobStore]:
+        """A second store on the same database."""
+        other = again(store)
+        yield other
+        other.engine.dispose()
+
+    @pytest.fixture
+    def create(self, store: JobStore) -> Callable[..., JobRecord]:
+        def create(fingerprint: str = "f", job_id: str | None = None) -> JobRecord:
+            return store.create(fingerprint=fingerprint, spec={"out": STRANGE}, model={"hash": "h"}, job_id=job_id)
+
+        return create
+
+    @pytest.fixture
+    def lease(self, store: JobStore, create: Callable[..., JobRecord]) -> Lease:
+        """The right to drive a job with nothing in it yet."""
+        return _acquired(store, create().id)
+
+    # Finding jobs ---------------------------------------------------------------------------------
+
+    def test_a_new_job(self, store: JobStore, create: Callable[..., JobRecord]) -> None:
+        record = create("f1")
+        assert store.get(record.id) == record
+        assert (record.state, record.wanted, record.alive, record.planned) == ("created", "run", False, False)
+        assert (record.items, record.done, record.dead, record.rows, record.generation) == (0, 0, 0, 0, 0)
+        assert record.spec == {"out": STRANGE}
+        assert (record.started_at, record.finished_at, record.owner) == (None, None, None)
+        assert store.counts(record.id) == {"pending": 0, "running": 0, "done": 0}
+        assert list(store.outputs(record.id)) == []
+        assert list(store.dead(record.id)) == []
+
+    def test_ids_may_be_shortened(self, store: JobStore, create: Callable[..., JobRecord]) -> None:
+        for job_id in ("abc1", "abc2", "b", "b7"):
+            create(job_id=job_id)
+        assert store.get("abc2").id == "abc2"
+        assert store.get("b").id == "b"
+        assert store.get("b7").id == "b7"
+        with pytest.raises(JobNotFoundError, match=r"several jobs: .*abc1.*abc2|several jobs: .*abc2.*abc1"):
+            store.get("ab")
+        for wrong in ("", "x", "abc12", "%", "_bc1", "ab%", "b\0", "\udcff", "é"):
+            with pytest.raises(JobNotFoundError):
+                store.get(wrong)
+
+    def test_the_newest_come_first(self, store: JobStore, create: Callable[..., JobRecord]) -> None:
+        ids = [create().id for _ in range(5)]
+        with store.engine.begin() as connection:
+            for age, job_id in enumerate(ids):
+                connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(created_at=1000.0 - age))
+        assert [record.id for record in store.newest()] == ids
+        assert [record.id for record in store.newest(limit=2)] == ids[:2]
+
+    def test_find_gives_the_newest_that_was_not_cancelled(
+        self, store: JobStore, create: Callable[..., JobRecord]
+    ) -> None:
+        assert store.find("f") is None
+        old, young, cancelled = create("f").id, create("f").id, create("f").id
+        create("g")
+        with store.engine.begin() as connection:
+            for created_at, job_id in ((1.0, old), (2.0, young), (3.0, cancelled)):
+                connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(created_at=created_at))
+        store.release(_acquired(store, cancelled), "cancelled")
+        found = store.find("f")
+        assert found is not None
+        assert found.id == young
+
+    # Owning a job ---------------------------------------------------------------------------------
+
+    def test_one_coordinator_at_a_time(
+        self, store: JobStore, other: JobStore, create: Callable[..., JobRecord]
+    ) -> None:
+        job_id = create().id
+        lease = _acquired(store, job_id)
+        assert other.acquire(job_id, seconds=LONG) is None
+        assert store.acquire(job_id, seconds=LONG) is None
+        record = other.get(job_id)
+        assert (record.state, record.alive, record.owner_pid) == ("running", True, os.getpid())
+        assert record.started_at is not None
+        store.release(lease, "interrupted")
+        assert not other.get(job_id).alive
+        assert other.acquire(job_id, seconds=LONG) is not None
+
+    def test_the_lease_runs_out(self, store: JobStore, other: JobStore, lease: Lease) -> None:
+        with store.engine.begin() as connection:  # of a process on another machine
+            connection.execute(sa.update(jobs).values(owner_host="elsewhere", owner_pid=1))
+        assert other.acquire(lease.job_id, seconds=LONG) is None
+        expire(store, lease.job_id)
+        record = other.get(lease.job_id)
+        assert (record.state, record.alive) == ("interrupted", False)
+        assert store.renew(lease, seconds=LONG) == "run"  # nobody was faster
+        assert other.acquire(lease.job_id, seconds=LONG) is None
+        expire(store, lease.job_id)
+        assert other.acquire(lease.job_id, seconds=LONG) is not None
+
+    def test_the_process_is_gone(self, store: JobStore, other: JobStore, lease: Lease) -> None:
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait(DEADLINE)
+        with store.engine.begin() as connection:
+            connection.execute(sa.update(jobs).values(owner_pid=gone.pid))
+        assert other.get(lease.job_id).state == "interrupted"
+        assert other.acquire(lease.job_id, seconds=LONG) is not None
+
+    def test_taking_over_takes_what_was_handed_out(self, store: JobStore, other: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 2), chunk(2, 2), chunk(4, 2)], complete=True)
+        _, (first, second) = store.commit(lease, take=2)
+        store.commit(lease, done=[done(first)])
+        expire(store, lease.job_id)
+        taken_over = _acquired(other, lease.job_id)
+        assert other.counts(lease.job_id) == {"pending": 2, "running": 0, "done": 1}
+        record = other.get(lease.job_id)
+        assert (record.planned, record.items, record.done, record.plan_cursor) == (True, 6, 2, "after 6")
+        _, taken = other.commit(taken_over, take=9)
+        assert [(each.chunk.first, each.attempts) for each in taken] == [(2, 2), (4, 1)]
+        assert taken[0].id == second.id
+        assert taken[0].attempt != second.attempt
+
+    def test_who_lost_the_job_changes_nothing(self, store: JobStore, other: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 2), chunk(2, 2)])
+        _, (first, second) = store.commit(lease, take=2)
+        expire(store, lease.job_id)
+        _acquired(other, lease.job_id)
+        before = everything(store)
+        attempts: list[Callable[[], object]] = [
+            lambda: store.renew(lease, seconds=LONG),
+            lambda: store.commit(lease),
+            lambda: store.commit(lease, planned=[chunk(4, 2)], complete=True),
+            lambda: store.commit(lease, done=[done(first, 1)]),
+            lambda: store.commit(lease, lost=[Lost(second.id, [(second.chunk, 1)])]),
+            lambda: store.commit(lease, usage={"seconds": 1.0}),
+            lambda: store.commit(lease, take=2),
+            lambda: store.again(lease, first.id),
+            lambda: store.reopen(lease, [chunk(0, 1)], published=True),
+            lambda: store.remark(lease, "hello"),
+            lambda: store.mark(lease, "paused"),
+            lambda: store.release(lease, "finished", manifest={"files": []}),
+        ]
+        for attempt in attempts:
+            with pytest.raises(OwnershipLostError, match=lease.job_id):
+                attempt()
+            assert everything(store) == before
+
+    def test_a_lease_reaches_no_other_job(
+        self, store: JobStore, lease: Lease, create: Callable[..., JobRecord]
+    ) -> None:
+        theirs = _acquired(store, create("g").id)
+        store.commit(theirs, planned=[chunk(0, 4)])
+        _, (stored,) = store.commit(theirs, take=1)
+        before = everything(store)
+        assert store.commit(lease, done=[done(stored)], lost=[Lost(stored.id, [(stored.chunk, 1)])]) == ([], [])
+        store.again(lease, stored.id)
+        assert everything(store)[1:] == before[1:]
+
+    # Chunks ---------------------------------------------------------------------------------------
+
+    def test_chunks_are_handed_out_in_order_and_counted(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 3), chunk(3, 3)])
+        store.commit(lease, planned=[chunk(6, 1)])
+        record = store.get(lease.job_id)
+        assert (record.items, record.planned, record.plan_cursor) == (7, False, "after 7")
+        _, one = store.commit(lease, take=1)
+        _, rest = store.commit(lease, take=5, complete=True)
+        assert [each.chunk.first for each in one + rest] == [0, 3, 6]
+        assert [each.chunk.count for each in one + rest] == [3, 3, 1]
+        assert one[0].chunk.payload == chunk(0, 3).payload
+        assert [each.attempts for each in one + rest] == [1, 1, 1]
+        assert len({each.attempt for each in one + rest}) == 3
+        assert [each.attempt for each in one + rest] == sorted(each.attempt for each in one + rest)
+        assert store.commit(lease, take=5) == ([], [])
+        assert store.counts(lease.job_id) == {"pending": 0, "running": 3, "done": 0}
+        assert store.get(lease.job_id).planned
+
+    def test_payloads_come_back_as_they_were(self, store: JobStore, lease: Lease) -> None:
+        payload = {"names": [STRANGE, "\ud83d", "ß" * 300], "offset": 2**60, "part": 0.1, "nothing": None}
+        store.commit(lease, planned=[Chunk(0, 3, payload, json.dumps({"after": STRANGE}))])
+        _, (stored,) = store.commit(lease, take=1)
+        assert stored.chunk.payload == payload
+        cursor = store.get(lease.job_id).plan_cursor
+        assert cursor is not None
+        assert json.loads(cursor) == {"after": STRANGE}
+
+    def test_totals_add_up(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 3), chunk(3, 3)], complete=True)
+        _, (first, second) = store.commit(lease, take=2)
+        counted, _ = store.commit(lease, done=[done(first, 1, read=0.5, chunks=1)], usage={"seconds": 2.0})
+        assert [each.id for each in counted] == [first.id]
+        store.commit(lease, done=[done(second, 0, 2, read=0.25, write=1.0, chunks=1)])
+        record = store.get(lease.job_id)
+        assert (record.done, record.dead, record.rows, record.bytes) == (6, 3, 3, 600)
+        assert record.usage == {"read": 0.75, "chunks": 2, "seconds": 2.0, "write": 1.0}
+
+    def test_of_two_attempts_the_first_commit_wins(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 3), chunk(3, 3)])
+        _, (first, second) = store.commit(lease, take=2)
+        straggler = store.again(lease, first.id)
+        assert straggler != first.attempt
+        counted, _ = store.commit(lease, done=[done(first, 0, attempt=straggler)])
+        assert [each.attempt for each in counted] == [straggler]
+        before = everything(store)
+        assert store.commit(lease, done=[done(first)]) == ([], [])
+        assert everything(store) == before
+        counted, _ = store.commit(lease, done=[done(second, attempt="a"), done(second, attempt="b")])
+        assert [each.attempt for each in counted] == ["a"]
+        assert [each.files for each in store.outputs(lease.job_id)] == [[f"{straggler}.parquet"], ["a.parquet"]]
+        assert store.get(lease.job_id).done == 6
+
+    def test_more_attempts_are_counted(self, store: JobStore, other: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 3)])
+        _, (stored,) = store.commit(lease, take=1)
+        store.again(lease, stored.id)
+        store.release(lease, "interrupted")
+        _, (stored,) = other.commit(_acquired(other, lease.job_id), take=1)
+        assert stored.attempts == 3
+
+    def test_parts_take_the_place_of_a_lost_chunk(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 2), chunk(2, 6), chunk(8, 2)], complete=True)
+        _, (_, lost, _) = store.commit(lease, take=3)
+        parts = [(part(lost.chunk, 0, 2), 0), (part(lost.chunk, 2, 3), 2), (part(lost.chunk, 3, 6), 0)]
+        _, taken = store.commit(lease, lost=[Lost(lost.id, parts)], take=9)
+        assert [(each.chunk.first, each.chunk.count, each.losses) for each in taken] == [
+            (2, 2, 0),
+            (4, 1, 2),
+            (5, 3, 0),
+        ]
+        assert [each.chunk.payload for each in taken] == [chunk.payload for chunk, _ in parts]
+        assert all(each.attempts == 1 for each in taken)
+        assert store.counts(lease.job_id)["running"] == 5
+
+    def test_a_late_outcome_of_a_lost_chunk_is_no_outcome_of_its_parts(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 8)], complete=True)
+        _, (lost,) = store.commit(lease, take=1)
+        halves = [(part(lost.chunk, 0, 4), 1), (part(lost.chunk, 4, 8), 1)]
+        store.commit(lease, lost=[Lost(lost.id, halves)], take=2)
+        before = everything(store)
+        assert store.commit(lease, done=[done(lost)]) == ([], [])
+        assert store.commit(lease, lost=[Lost(lost.id, [(lost.chunk, 1)])]) == ([], [])
+        assert everything(store) == before
+
+    def test_a_chunk_that_is_done_cannot_be_lost(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 8)])
+        _, (stored,) = store.commit(lease, take=1)
+        store.commit(lease, done=[done(stored)])
+        before = everything(store)
+        store.commit(lease, lost=[Lost(stored.id, [(stored.chunk, 1)])])
+        assert everything(store) == before
+
+    def test_a_commit_happens_as_a_whole_or_not_at_all(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 2), chunk(2, 2), chunk(4, 2)])
+        _, (first, second) = store.commit(lease, take=2)
+        before = everything(store)
+        unstorable = Dead("key", "score", "no good", Chunk(0, 1, {"names": object()}))
+        with pytest.raises(TypeError):
+            store.commit(
+                lease,
+                planned=[chunk(6, 2)],
+                complete=True,
+                lost=[Lost(second.id, [(second.chunk, 1)])],
+                done=[Done(first.id, first.attempt, 2, Output(), [unstorable])],
+                take=1,
+            )
+        assert everything(store) == before
+        counted, taken = store.commit(lease, done=[done(first)], take=1)
+        assert (len(counted), len(taken)) == (1, 1)
+
+    # Outputs and dead items -----------------------------------------------------------------------
+
+    def test_outputs_are_in_the_sources_order(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(first, 1) for first in range(20)])
+        _, taken = store.commit(lease, take=20)
+        random.Random(3).shuffle(taken)  # noqa: S311
+        for stored in taken:
+            store.commit(lease, done=[done(stored)])
+        attempts = sorted(stored.attempt for stored in taken)
+        assert [each.files for each in store.outputs(lease.job_id)] == [[f"{attempt}.parquet"] for attempt in attempts]
+
+    def test_dead_items_keep_what_it_takes_to_replay_them(self, store: JobStore, lease: Lease) -> None:
+        names = ["good.jpg", STRANGE, "bad.jpg"]
+        store.commit(lease, planned=[Chunk(5, 3, {"names": names})])
+        _, (stored,) = store.commit(lease, take=1)
+        alone = Chunk(6, 1, {"names": [STRANGE]})
+        error = "it's broken: \udcff\0 ☃\n  look at it"
+        items = [
+            Dead("bad.jpg", "decode", "short", Chunk(7, 1, {"names": ["bad.jpg"]})),
+            Dead(STRANGE, "read", error, alone),
+        ]
+        store.commit(lease, done=[Done(stored.id, stored.attempt, 3, Output(rows=1), items)])
+        strange, bad = store.dead(lease.job_id)
+        assert (bad.key, bad.stage, bad.error) == ("bad.jpg", "decode", "short")
+        assert strange.chunk == alone
+        assert strange.stage == "read"
+        assert (strange.key, strange.error) == (r"caf\udce9/\0/☃.jpg", "it's broken: \\udcff\\0 ☃\n  look at it")
+
+    def test_dead_items_are_replayed_in_a_new_generation(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 4), chunk(4, 4)], complete=True)
+        _, (first, second) = store.commit(lease, take=2)
+        store.commit(lease, done=[done(first, 1), done(second, 0, 3)])
+        store.release(lease, "finished", manifest={"files": ["a"]})
+        lease = _acquired(store, lease.job_id)
+        store.reopen(lease, (each.chunk for each in store.dead(lease.job_id)), published=True)
+        record = store.get(lease.job_id)
+        assert (record.generation, record.items, record.done, record.dead, record.rows) == (1, 8, 5, 0, 5)
+        assert list(store.dead(lease.job_id)) == []
+        _, taken = store.commit(lease, take=9)
+        assert [each.chunk.payload["names"] for each in taken] == [["photo-1"], ["photo-4"], ["photo-7"]]
+        store.commit(lease, done=[done(taken[0]), done(taken[1], 0), done(taken[2])])
+        record = store.get(lease.job_id)
+        assert (record.done, record.dead, record.rows) == (8, 1, 7)
+        assert [each.key for each in store.dead(lease.job_id)] == ["key-4"]
+        names = [[f"{each.attempt}.parquet"] for each in (first, second)]
+        again = [[f"{each.attempt}.parquet"] for each in taken]
+        assert [each.files for each in store.outputs(lease.job_id, generation=0)] == names
+        assert [each.files for each in store.outputs(lease.job_id, generation=1)] == again
+        assert sorted(each.files for each in store.outputs(lease.job_id)) == sorted(names + again)
+
+    def test_reading_goes_on_while_others_write(self, store: JobStore, other: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(first, 1) for first in range(1300)])
+        _, taken = store.commit(lease, take=1200)
+        store.commit(lease, done=[done(each, 0) for each in taken])
+        outputs, dead = store.outputs(lease.job_id), store.dead(lease.job_id)
+        assert next(outputs).files == [f"{taken[0].attempt}.parquet"]
+        assert next(dead).key == "key-0"
+        _, more = store.commit(lease, take=1)
+        store.commit(lease, done=[done(more[0])])
+        assert other.get(lease.job_id).done == 1201
+        assert [each.files for each in outputs][:1199] == [[f"{each.attempt}.parquet"] for each in taken[1:]]
+        assert len(list(dead)) == 1199
+        # One that is not read to its end gives its connection back too.
+        unfinished = [store.outputs(lease.job_id) for _ in range(8)]
+        for each in unfinished:
+            next(each)
+            each.close()  # type: ignore[attr-defined]
+        store.renew(lease, seconds=LONG)
+
+    # What users want ------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("wanted", ["pause", "cancel", "run"])
+    def test_the_coordinator_hears_what_is_wanted(
+        self, store: JobStore, other: JobStore, lease: Lease, wanted: str
+    ) -> None:
+        assert store.renew(lease, seconds=LONG) == "run"
+        other.want(lease.job_id, wanted)
+        assert store.renew(lease, seconds=LONG) == wanted
+        store.release(lease, "interrupted")
+        lease = _acquired(store, lease.job_id)
+        assert store.renew(lease, seconds=LONG) == "run"
+
+    def test_what_has_ended_wants_nothing(
+        self, store: JobStore, lease: Lease, create: Callable[..., JobRecord]
+    ) -> None:
+        store.release(lease, "finished")
+        with pytest.raises(JobStateError, match="is finished"):
+            store.want(lease.job_id, "pause")
+        with pytest.raises(JobNotFoundError):
+            store.want("nosuchjob", "pause")
+
+    def test_pausing_shows(self, store: JobStore, lease: Lease) -> None:
+        store.mark(lease, "paused")
+        assert store.get(lease.job_id).state == "paused"
+        store.mark(lease, "running")
+        assert store.get(lease.job_id).state == "running"
+
+    def test_remarks_are_kept_once(self, store: JobStore, lease: Lease) -> None:
+        for text in ("one", STRANGE, "one"):
+            store.remark(lease, text)
+        assert store.get(lease.job_id).remarks == ["one", STRANGE]
+
+    @pytest.mark.parametrize("state", ["finished", "failed", "cancelled", "interrupted", "paused"])
+    def test_release(self, store: JobStore, lease: Lease, state: str) -> None:
+        store.commit(lease, planned=[chunk(0, 2)])
+        store.commit(lease, take=1)
+        store.release(lease, state, error=f"cannot write {STRANGE}" if state == "failed" else None, manifest={"a": 1})
+        record = store.get(lease.job_id)
+        assert (record.state, record.alive, record.owner, record.lease_until) == (state, False, None, None)
+        assert record.manifest == {"a": 1}
+        assert record.error == (r"cannot write caf\udce9/\0/☃.jpg" if state == "failed" else None)
+        assert (record.finished_at is not None) == (state in ("finished", "cancelled"))
+        assert store.counts(lease.job_id) == {"pending": 1, "running": 0, "done": 0}
+        with pytest.raises(OwnershipLostError):
+            store.renew(lease, seconds=LONG)
+        _acquired(store, lease.job_id)
+        record = store.get(lease.job_id)
+        assert (record.state, record.error, record.finished_at) == ("running", None, None)
+
+    def test_delete_forgets_one_job(self, store: JobStore, lease: Lease, create: Callable[..., JobRecord]) -> None:
+        kept = _acquired(store, create("g").id)
+        for each in (lease, kept):
+            store.commit(each, planned=[chunk(0, 2), chunk(2, 2)])
+            _, (stored, _) = store.commit(each, take=2)
+            store.commit(each, done=[done(stored, 0)])
+        store.delete(lease.job_id)
+        with pytest.raises(JobNotFoundError):
+            store.get(lease.job_id)
+        with pytest.raises(OwnershipLostError):
+            store.commit(lease, take=1)
+        assert [len(rows) for rows in everything(store)] == [1, 2, 1]
+        assert store.counts(kept.job_id) == {"pending": 0, "running": 1, "done": 1}
+        store.delete(lease.job_id)
+
+    # Several at once ------------------------------------------------------------------------------
+
+    def test_of_many_that_acquire_at_once_one_gets_it(
+        self, store: JobStore, other: JobStore, create: Callable[..., JobRecord]
+    ) -> None:
+        for _ in range(5):
+            job_id = create().id
+            start = threading.Barrier(4, timeout=DEADLINE)
+
+            def acquire(each: JobStore, job_id: str = job_id, start: threading.Barrier = start) -> Lease | None:
+                start.wait()
+                return each.acquire(job_id, seconds=LONG)
+
+            with ThreadPoolExecutor(4) as pool:
+                leases = [each for each in pool.map(acquire, [store, other, store, other]) if each is not None]
+            assert len(leases) == 1
+            assert store.get(job_id).owner == leases[0].token
+
+    def test_many_coordinators_lose_and_repeat_nothing(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(3 * number, 3) for number in range(60)], complete=True)
+        store.release(lease, "interrupted")
+        url = store.engine.url.render_as_string(hide_password=False)
+        line = "import json, sys; from tally.testing.jobs import contend; print(json.dumps(contend(*sys.argv[1:3], 2)))"
+        processes = [
+            subprocess.Popen([sys.executable, "-c", line, url, lease.job_id], stdout=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        try:
+            counted = [json.loads(each.communicate(timeout=DEADLINE)[0]) for each in processes]
+        finally:
+            for each in processes:
+                each.kill()
+                each.wait()
+        ids = [chunk_id for threads in counted for chunk_ids in threads for chunk_id in chunk_ids]
+        assert len(ids) == len(set(ids)) == 60
+        record = store.get(lease.job_id)
+        assert (record.state, record.done, record.rows, record.dead) == ("finished", 180, 180, 0)
+        assert store.counts(lease.job_id) == {"pending": 0, "running": 0, "done": 60}
+
+    @pytest.mark.parametrize("seed", [1, 2, 3])
+    def test_the_books_balance_whatever_happens(
+        self, store: JobStore, other: JobStore, lease: Lease, seed: int
+    ) -> None:
+        chance = random.Random(seed)  # noqa: S311
+        stores = [store, other]
+        running: list[StoredChunk] = []
+        late: list[Done] = []
+        deposed: list[tuple[JobStore, Lease]] = []
+        replayed: Counter[int] = Counter()
+        planned = 0
+        for _ in range(150):
+            store, job_id = stores[0], lease.job_id
+            match chance.randrange(8):
+                case 0 if planned < 200:
+                    new: list[Chunk] = []
+                    for _ in range(chance.randint(1, 4)):
+                        new.append(chunk(planned, chance.randint(1, 8)))
+                        planned += new[-1].count
+                    store.commit(lease, planned=new)
+                case 1 | 2:
+                    running += store.commit(lease, take=chance.randint(1, 4))[1]
+                case 3 | 4 if running:
+                    stored = running.pop(chance.randrange(len(running)))
+                    dead = [p for p in range(stored.chunk.count) if chance.random() < 0.2]
+                    assert len(store.commit(lease, done=[done(stored, *dead)])[0]) == 1
+                    late.append(done(stored))
+                case 5 if running:
+                    stored = running.pop(chance.randrange(len(running)))
+                    cut = chance.randint(0, stored.chunk.count - 1)
+                    bounds = [(0, cut), (cut, stored.chunk.count)]
+                    parts = [(part(stored.chunk, a, b), stored.losses + 1) for a, b in bounds if a < b]
+                    store.commit(lease, lost=[Lost(stored.id, parts)])
+                    late.append(done(stored))
+                case 6 if late:
+                    assert store.commit(lease, done=[chance.choice(late)]) == ([], [])
+                    if deposed:
+                        past, old = chance.choice(deposed)
+                        with pytest.raises(OwnershipLostError):
+                            past.commit(old, planned=[chunk(planned, 1)], done=[done(each) for each in running], take=1)
+                case 7:
+                    deposed.append((store, lease))
+                    stores.reverse()
+                    if chance.random() < 0.5:
+                        expire(store, job_id)
+                    else:
+                        store.release(lease, "interrupted")
+                    lease = _acquired(stores[0], job_id)
+                    running.clear()
+                    if chance.random() < 0.5:
+                        replay = [each.chunk for each in stores[0].dead(job_id)]
+                        counts = store.counts(job_id)
+                        stores[0].reopen(lease, replay, published=counts["pending"] + counts["running"] == 0)
+                        replayed.update(each.first for each in replay)
+            _audit(stores[1], job_id, len(running), Counter(range(planned)) + replayed)
+
+
+def _acquired(store: JobStore, job_id: str) -> Lease:
+    lease = store.acquire(job_id, seconds=LONG)
+    assert lease is not None
+    return lease
+
+
+def _audit(store: JobStore, job_id: str, running: int, handed: Counter[int]) -> None:
+    """What has been added up agrees with what is there; ``handed`` counts the chunks that each item was put into."""
+    record = store.get(job_id)
+    with store.engine.connect().execution_options(reading=True) as connection:
+        rows = connection.execute(sa.select(chunks).where(chunks.c.job_id == job_id)).mappings().all()
+    held = Counter(position for row in rows for position in range(row["first"], row["first"] + row["count"]))
+    assert held == handed
+    assert record.items == len(handed)
+    assert record.done + sum(row["count"] for row in rows if row["state"] != "done") == record.items
+    assert store.counts(job_id)["running"] == running
+    assert record.dead == len(list(store.dead(job_id)))
+    assert record.rows == sum(output.rows for output in store.outputs(job_id)) == record.done - record.dead
+    assert sum(row["payload"] is None for row in rows) == store.counts(job_id)["done"]
