@@ -67,6 +67,9 @@ _HINTS = {
 }
 _HINTS |= {"s3a": _HINTS["s3"], "abfs": _HINTS["az"], "abfss": _HINTS["az"]}
 
+# Who names an endpoint without encryption (a server on the same machine, say) means it.
+_ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+
 # A request is given up, and repeated, after these; a lost server is reported within three minutes.
 _CONNECT_TIMEOUT = timedelta(seconds=10)
 _REQUEST_TIMEOUT = timedelta(minutes=2)
@@ -517,7 +520,11 @@ class ObjectStore(Store):
             return from_url(
                 place,
                 retry_config={"max_retries": _RETRIES, "retry_timeout": _RETRY_TIMEOUT},
-                client_options={"connect_timeout": _CONNECT_TIMEOUT, "timeout": _REQUEST_TIMEOUT},
+                client_options={
+                    "connect_timeout": _CONNECT_TIMEOUT,
+                    "timeout": _REQUEST_TIMEOUT,
+                    "allow_http": any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS),
+                },
             )
         except Exception as error:
             raise failure("open", place, error, hint=_HINTS.get(self._scheme)) from None

@@ -250,7 +250,8 @@ class Coordinator:
             self._dead += len(each.dead)
         if counted:
             self._rates.append((now, self._done))
-        self._starved = take > 0 and len(taken) < take
+        if take:
+            self._starved = len(taken) < take
         for stored in taken:
             self._hand_out(stored)
         self._check_dead()

@@ -46,11 +46,13 @@ def assemble(spec: JobSpec, model: ModelRef) -> Parts:
     scorer = create(model)
     if spec.batch_size is not None:
         scorer.batch_size = spec.batch_size
+    source = FileSource.describe(spec.source, scorer.input, without=spec.out)
+    columns = None if scorer.columns is None else {**source.columns, **scorer.columns}
     return Parts(
         model=model,
         scorer=scorer,
-        source=FileSource.describe(spec.source, scorer.input, without=spec.out),
-        sink=choose(spec.out, output=scorer.output, format=spec.format, columns=scorer.columns),
+        source=source,
+        sink=choose(spec.out, output=scorer.output, format=spec.format, columns=columns),
         batch_size=scorer.batch_size,
     )
 
@@ -211,10 +213,9 @@ def find(store: JobStore, job: str) -> JobRecord:
 
 
 def sink_of(record: JobRecord) -> Sink:
-    """Where the job's results are; neither model nor source is opened."""
+    """Where the job's results are, for reading or removing them; neither model nor source is opened."""
     spec = JobSpec(**record.spec)
-    scorer = create(ModelRef.from_dict(record.model))
-    return choose(spec.out, output=scorer.output, format=spec.format, columns=scorer.columns)
+    return choose(spec.out, output=create(ModelRef.from_dict(record.model)).output, format=spec.format)
 
 
 def log_of(job_id: str) -> Path:

@@ -15,8 +15,8 @@ from tally.engines import progress
 from tally.errors import ItemError, TallyError
 from tally.scorers.base import Result, Scorer
 from tally.scorers.package import ModelRef, load
-from tally.sinks.base import Output, Sink
-from tally.sources.base import Chunk, Source, Timings
+from tally.sinks.base import Output, Sink, Writer
+from tally.sources.base import Batch, Chunk, Source, Timings
 
 STARTUP_SECONDS = 600.0
 """How long loading a model may take before its worker counts as hung."""
@@ -110,7 +110,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
                 results = score(worker.scorer, batch.values, len(batch.keys))
                 scored = time.perf_counter()
                 timings.score += scored - start
-                dead += _write(writer, batch.keys, batch.positions, results)
+                dead += _write(writer, batch, results)
                 timings.write += time.perf_counter() - scored
             busy(batch.stop, batch.stop + size)
         # Everything is scored: if the worker is lost while closing, no item is to blame.
@@ -164,17 +164,23 @@ def score(scorer: Scorer, values: Any, count: int) -> Sequence[Result]:
     return results
 
 
-def _write(
-    writer: Any, keys: Sequence[str], positions: Sequence[int], results: Sequence[Result]
-) -> list[tuple[int, ItemError]]:
-    failed = [index for index, result in enumerate(results) if isinstance(result, Exception)]
-    if not failed:
-        return [(positions[index], error) for index, error in writer.add(keys, results)]
-    dead = [(positions[index], _item_error(results[index])) for index in failed]
-    kept = [index for index in range(len(keys)) if not isinstance(results[index], Exception)]
+def _write(writer: Writer, batch: Batch, results: Sequence[Result]) -> list[tuple[int, ItemError]]:
+    """Hand the batch's results to the writer; position and error of each item that has none."""
+    kept = [index for index, result in enumerate(results) if not isinstance(result, Exception)]
+    if len(kept) == len(results):
+        return [(batch.positions[index], error) for index, error in writer.add(batch.keys, results, batch.info)]
+    dead = [
+        (batch.positions[index], _item_error(result))
+        for index, result in enumerate(results)
+        if isinstance(result, Exception)
+    ]
     if kept:
-        refused = writer.add([keys[index] for index in kept], [results[index] for index in kept])
-        dead += [(positions[kept[index]], error) for index, error in refused]
+        refused = writer.add(
+            [batch.keys[index] for index in kept],
+            [results[index] for index in kept],
+            None if batch.info is None else [batch.info[index] for index in kept],
+        )
+        dead += [(batch.positions[kept[index]], error) for index, error in refused]
     return dead
 
 

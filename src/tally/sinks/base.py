@@ -16,7 +16,7 @@ A merged output (``out.csv``) has ``out.csv.tally/`` for the first, and ``out.cs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,9 +40,12 @@ class Writer(ABC):
     """Writes one attempt's results. Used by one thread."""
 
     @abstractmethod
-    def add(self, keys: Sequence[str], results: Sequence[Result]) -> list[tuple[int, ItemError]]:
+    def add(
+        self, keys: Sequence[str], results: Sequence[Result], info: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[tuple[int, ItemError]]:
         """Take the results of one batch (no exceptions among them).
 
+        info: ``Batch.info`` of the same items: columns that stand between the key and the scorer's.
         Returns index and error of each that could not be written: those items are dead.
         """
 

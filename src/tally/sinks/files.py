@@ -6,7 +6,7 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import PurePosixPath
@@ -139,8 +139,10 @@ class PictureWriter(Writer):
         self._names: Counter[str] = Counter()
         self._bytes = 0
 
-    def add(self, keys: Sequence[str], results: Sequence[Result]) -> list[tuple[int, ItemError]]:
-        """See :meth:`Writer.add`."""
+    def add(
+        self, keys: Sequence[str], results: Sequence[Result], info: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[tuple[int, ItemError]]:
+        """See :meth:`Writer.add`. The list of pictures has no room for ``info``."""
         written: list[str] = []
         rows: list[Result] = []
         failed = []

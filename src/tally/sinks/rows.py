@@ -107,8 +107,12 @@ class RowsWriter(Writer):
         self._files: list[str] = []
         self._rows = self._bytes = 0
 
-    def add(self, keys: Sequence[str], results: Sequence[Result]) -> list[tuple[int, ItemError]]:
+    def add(
+        self, keys: Sequence[str], results: Sequence[Result], info: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[tuple[int, ItemError]]:
         """See :meth:`Writer.add`."""
+        if info is not None:
+            results = [_with(each, result) for each, result in zip(info, results, strict=True)]
         batch, failed = self._build(keys, results, self._schema)
         if batch.num_rows:
             self._batches.append(batch)
@@ -144,6 +148,12 @@ class RowsWriter(Writer):
         self._rows += table.num_rows
         self._bytes += len(data)
         self._batches, self._held = [], 0
+
+
+def _with(info: Mapping[str, Any], result: Result) -> Result:
+    if isinstance(result, Mapping):
+        return {**info, **result}
+    return [{**info, **row} for row in result] if isinstance(result, Sequence) else result
 
 
 def _schema_in(manifest: dict[str, Any]) -> pa.Schema:

@@ -7,9 +7,9 @@ a worker. The object itself is small and picklable: it travels to the workers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from tally.errors import ItemError
 from tally.scorers.base import Scorer
@@ -49,6 +49,8 @@ class Batch:
     keys, values: of the items that could be read, in order; values are the outcome of ``Scorer.prepare``
         (for ``table`` scorers, a ``pyarrow.Table`` with one row for each key).
     positions: position inside the chunk of each of them.
+    info: for each of them, columns that the source adds to its rows (a frame's number and time, the key
+        columns of a table); None if there are none.
     dead: position and error of each item that could not.
     """
 
@@ -57,6 +59,7 @@ class Batch:
     keys: list[str] = field(default_factory=list)
     values: Any = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    info: list[Mapping[str, Any]] | None = None
     dead: list[tuple[int, ItemError]] = field(default_factory=list)
 
 
@@ -74,7 +77,12 @@ class Timings:
 
 
 class Source(ABC):
-    """Enumerates items with stable keys, and reads them."""
+    """Enumerates items with stable keys, and reads them.
+
+    columns: what ``Batch.info`` holds: column name to Arrow type name, in order.
+    """
+
+    columns: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:

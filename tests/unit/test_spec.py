@@ -1,0 +1,204 @@
+"""Specs: everything that is wrong is told at once, and places mean the same in every process."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tally.errors import SpecError, StorageError
+from tally.jobs import spec
+from tally.jobs.spec import JobSpec, make
+
+
+def given(**fields: Any) -> JobSpec:
+    return make(**{"source": "photos", "model": "m.onnx", "out": "out", **fields})
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that relative paths are relative to."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# Problems --------------------------------------------------------------------------------------------
+
+
+def test_all_problems_are_told_together() -> None:
+    with pytest.raises(SpecError) as refused:
+        make(source=["photos", ""], model="m", task="clasify", workers=0, timeout="soon", max_dead="most%", wokers=2)
+    assert {problem.split(":")[0] for problem in refused.value.problems} == {
+        "source.1", "out", "task", "workers", "timeout", "max_dead", "wokers",
+    }  # fmt: skip
+    assert all(f"- {problem}" in str(refused.value) for problem in refused.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"out": None}, "out: is needed"),
+        ({"source": []}, "source: names nothing to score (given: [])"),
+        ({"out": ""}, "out: is empty"),
+        ({"source": ["a", "caf\udce9"]}, r"source.1: is not UTF-8 text (given: 'caf\udce9')"),
+        ({"batchsize": 4}, "batchsize: there is no such field; did you mean 'batch_size'?"),
+        ({"xyzzy": 4}, "xyzzy: there is no such field"),
+        ({"memory": "12 parsecs"}, "memory: should be a size such as 512MiB or 2GiB (given: '12 parsecs')"),
+        ({"max_dead": "half%"}, "max_dead: should be a share such as 0.05 or 5% (given: 'half%')"),
+        ({"max_dead": "101%"}, "max_dead: input should be less than or equal to 1 (given: 1.01)"),
+        ({"timeout": float("inf")}, "timeout: input should be a finite number (given: inf)"),
+        ({"timeout": 0}, "timeout: input should be greater than 0 (given: 0)"),
+        ({"memory": 0}, "memory: input should be greater than 0 (given: 0)"),
+        ({"settings": ["a"]}, "settings: input should be a valid dictionary (given: ['a'])"),
+    ],
+)
+def test_a_problem_names_field_and_value(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        given(**fields)
+    assert refused.value.problems == [problem]
+
+
+# Values ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2GiB", 2 * 2**30),
+        ("512 MiB", 512 * 2**20),
+        ("1.5g", 3 * 2**29),
+        ("64k", 64 * 2**10),
+        ("1TB", 2**40),
+        ("1000", 1000),
+        ("1000B", 1000),
+        (" 3 kb ", 3 * 2**10),
+        (123, 123),
+    ],
+)
+def test_sizes(text: Any, size: int) -> None:
+    assert given(memory=text).memory == size
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("5%", 0.05), (" 12.5 % ", 0.125), ("100%", 1.0), ("0.25", 0.25), (0, 0.0)]
+)
+def test_shares(text: Any, share: float) -> None:
+    assert given(max_dead=text).max_dead == share
+
+
+def test_nothing_given_means_the_default() -> None:
+    assert given(timeout=None, task=None, settings=None) == given()
+
+
+def test_a_spec_does_not_change() -> None:
+    with pytest.raises(ValidationError):
+        given().out = "elsewhere"  # type: ignore[misc]
+
+
+def test_a_spec_survives_the_store() -> None:
+    one = given(source=["a", "s3://b/c"], settings={"top": 3}, memory="1GiB", max_dead="5%", format="csv")
+    assert JobSpec(**one.model_dump(mode="json")) == one
+
+
+# Places ----------------------------------------------------------------------------------------------
+
+
+def test_relative_paths_become_absolute(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    made = given(
+        source=["photos/", "./a/*.jpg", "/b", "s3://bucket/c", "~/d"], out="out.csv/", labels="l.txt", artifacts="w"
+    )
+    assert made.source == (f"{here}/photos/", f"{here}/a/*.jpg", "/b", "s3://bucket/c", "/home/me/d")
+    assert (made.out, made.labels, made.artifacts) == (f"{here}/out.csv/", f"{here}/l.txt", f"{here}/w")
+
+
+def test_one_source_needs_no_list(here: Path) -> None:
+    assert given(source="photos").source == (f"{here}/photos",)
+
+
+def test_a_name_that_only_looks_like_a_home(here: Path) -> None:
+    assert given(source="~no-such-user/photos").source == (f"{here}/~no-such-user/photos",)
+
+
+def test_a_file_is_relative_to_itself(tmp_path: Path, here: Path) -> None:
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    (folder / "m.onnx").write_bytes(b"")
+    (folder / "job.yaml").write_text(
+        "source: [photos, /b, s3://bucket/c]\nmodel: m.onnx\nout: out.csv\nlabels: labels.txt\n"
+        "max_dead: 5%\nmemory: 1GiB\n"
+    )
+    made = spec.read("../jobs/job.yaml")
+    assert made.source == (f"{folder}/photos", "/b", "s3://bucket/c")
+    assert (made.model, made.out, made.labels) == (f"{folder}/m.onnx", f"{folder}/out.csv", f"{folder}/labels.txt")
+    assert (made.max_dead, made.memory) == (0.05, 2**30)
+
+
+@pytest.mark.parametrize("model", ["models:/name@best", "https://host/m.onnx", "module:Class", "n" * 300])
+def test_models_that_are_not_beside_the_file(here: Path, model: str) -> None:
+    (here / "job.yaml").write_text(f"source: photos\nmodel: '{model}'\nout: out\n")
+    assert spec.read("job.yaml").model == model
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"source: [a\n", "is not valid YAML"),
+        (b"- a\n- b\n", "must hold fields such as source, model and out, not list"),
+        (b"", "must hold fields such as source, model and out, not NoneType"),
+        (b"source: caf\xe9\n", "is not UTF-8 text (invalid continuation byte at byte 11)"),
+        (b"source: !!python/object:os.system ls\n", "is not valid YAML"),
+        (b"source: a\nmodel: m\nout: ''\n", "out: is empty"),
+        (b"source: a\nmodel: m\nout: o\n3: x\n", "3: there is no such field"),
+        (b"source: a\nmodel: m\nout: o\nmodle: x\n", "modle: there is no such field; did you mean 'model'?"),
+    ],
+)
+def test_files_that_are_no_spec(here: Path, text: bytes, problem: str) -> None:
+    (here / "job.yaml").write_bytes(text)
+    with pytest.raises(SpecError) as refused:
+        spec.read("job.yaml")
+    assert problem in str(refused.value)
+
+
+@pytest.mark.parametrize("path", ["nothing.yaml", "."])
+def test_files_that_cannot_be_read(path: str) -> None:
+    with pytest.raises(StorageError, match="cannot read the job file"):
+        spec.read(path)
+
+
+# Fingerprints ----------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_that_of_the_result() -> None:
+    base = given(settings={"a": 1, "b": [2]})
+    fingerprint = base.fingerprint("hash")
+    assert len(fingerprint) == hashlib.sha256().digest_size * 2
+    same = [
+        given(settings={"b": [2], "a": 1}),
+        given(
+            settings={"a": 1, "b": [2]}, workers=7, timeout=5, memory="1GiB", attempts=9, price_per_hour=3, device="cpu"
+        ),
+        given(settings={"a": 1, "b": [2]}, source=("photos",)),
+        JobSpec(**base.model_dump(mode="json")),
+    ]
+    assert {each.fingerprint("hash") for each in same} == {fingerprint}
+    different = [
+        given(settings={"a": 1, "b": [3]}),
+        given(settings={"a": 1, "b": [2]}, out="other"),
+        given(settings={"a": 1, "b": [2]}, source=["photos", "more"]),
+        given(settings={"a": 1, "b": [2]}, batch_size=3),
+        given(settings={"a": 1, "b": [2]}, format="csv"),
+        given(settings={"a": 1, "b": [2]}, task="classify"),
+        given(settings={"a": 1, "b": [2]}, labels="l.txt"),
+    ]
+    assert len({fingerprint, base.fingerprint("other"), *(each.fingerprint("hash") for each in different)}) == 9
+
+
+def test_the_fingerprint_is_the_same_in_every_version() -> None:
+    one = JobSpec(source=("/photos",), model="m", out="/out", settings={"top": 5})
+    assert one.fingerprint("sha256:0") == "ab396227b5abcbd34d73321b654daf62f1d0ab4dff6151e77acec0f3dbbdd9cc"

@@ -1,0 +1,307 @@
+"""One chunk in a worker: whatever a scorer or an item does, the outcome says it, and says it in storable words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tally.engines import progress
+from tally.errors import ItemError, StorageError, TallyError
+from tally.jobs import work
+from tally.jobs.work import Worker, run_chunk, score
+from tally.scorers.base import Result, Scorer
+from tally.sinks.base import Output, Sink, Writer
+from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
+
+
+class Given(Scorer):
+    """Scores with a function, and keeps the batches that it was given."""
+
+    def __init__(self, function: Callable[[Any], Any], batch_size: int = 4) -> None:
+        self.function, self.batch_size = function, batch_size
+        self.batches: list[Any] = []
+
+    def score(self, batch: Any) -> Sequence[Result]:
+        self.batches.append(batch)
+        result: Sequence[Result] = self.function(batch)
+        return result
+
+
+def rows(batch: Sequence[Any]) -> list[Result]:
+    return [{"value": value} for value in batch]
+
+
+def refusing(*bad: Any) -> Callable[[Any], list[Result]]:
+    """Raises as soon as one of the bad values is in the batch."""
+
+    def function(batch: Any) -> list[Result]:
+        for value in batch:
+            if value in bad:
+                raise ValueError(f"cannot score {value}")
+        return rows(batch)
+
+    return function
+
+
+class Numbers(Source):
+    """Items are the numbers of the payload; some of them cannot be read."""
+
+    def __init__(self, unreadable: Sequence[int] = (), *, numbered: bool = False, reads_ahead: int = 0) -> None:
+        self.unreadable, self.numbered, self.reads_ahead = unreadable, numbered, reads_ahead
+        self.closed = 0
+
+    def ahead(self, batch_size: int) -> int:
+        return self.reads_ahead
+
+    def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
+        raise NotImplementedError
+
+    def read(self, chunk: Chunk, scorer: Scorer, timings: Timings) -> Iterator[Batch]:
+        try:
+            for start in range(0, chunk.count, scorer.batch_size):
+                batch = Batch(start, min(start + scorer.batch_size, chunk.count))
+                for position in range(batch.start, batch.stop):
+                    if position in self.unreadable:
+                        batch.dead.append((position, ItemError(f"no item {position}", stage="read")))
+                    else:
+                        batch.keys.append(f"item-{position}")
+                        batch.values.append(position)
+                        batch.positions.append(position)
+                if self.numbered:
+                    batch.info = [{"number": position} for position in batch.positions]
+                yield batch
+        finally:
+            self.closed += 1
+
+    def keys(self, chunk: Chunk) -> list[str]:
+        return [f"item-{position}" for position in range(chunk.count)]
+
+    def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
+        raise NotImplementedError
+
+
+@dataclass
+class Memory(Writer):
+    """Keeps what is written; refuses some keys; may fail."""
+
+    refused: Sequence[str] = ()
+    full_after: int | None = None
+    written: list[tuple[str, Any]] = field(default_factory=list)
+    state: str = "open"
+
+    def add(
+        self, keys: Sequence[str], results: Sequence[Result], info: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[tuple[int, ItemError]]:
+        assert len(keys) == len(results) > 0
+        assert info is None or [f"item-{each['number']}" for each in info] == list(keys)
+        assert not any(isinstance(result, Exception) for result in results)
+        if self.full_after is not None and len(self.written) >= self.full_after:
+            raise StorageError("no space left")
+        bad = [(index, ItemError("not a row", stage="write")) for index, key in enumerate(keys) if key in self.refused]
+        out = {index for index, _ in bad}
+        self.written += [pair for index, pair in enumerate(zip(keys, results, strict=True)) if index not in out]
+        return bad
+
+    def close(self) -> Output:
+        self.state = "closed"
+        return Output(["part"], rows=len(self.written), bytes=1)
+
+    def abort(self) -> None:
+        self.state = "aborted"
+
+
+def run(scorer: Scorer, count: int, source: Numbers | None = None, writer: Memory | None = None) -> work.Outcome:
+    class OneSink(Sink):
+        claim = holder = finalize = release = committed = manifest = None  # type: ignore[assignment]
+
+        def open(self, attempt: str) -> Writer:
+            assert attempt == "attempt-1"
+            return writer or Memory()
+
+    OneSink.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+    worker = Worker(scorer, source or Numbers(), OneSink(), timeout=60.0)  # type: ignore[abstract]
+    return run_chunk(worker, Chunk(0, count, {}), "attempt-1")
+
+
+# score() ---------------------------------------------------------------------------------------------
+
+
+def test_a_good_batch_is_scored_once() -> None:
+    scorer = Given(rows)
+    assert score(scorer, [1, 2, 3], 3) == [{"value": 1}, {"value": 2}, {"value": 3}]
+    assert scorer.batches == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("bad", [(0,), (1,), (6,), (0, 5, 6), tuple(range(16))])
+def test_halving_finds_the_items_that_raise_alone(count: int, bad: tuple[int, ...]) -> None:
+    results = score(Given(refusing(*bad)), list(range(count)), count)
+    assert len(results) == count
+    for value, result in enumerate(results):
+        if value in bad:
+            assert isinstance(result, ValueError)
+            assert str(result) == f"cannot score {value}"
+        else:
+            assert result == {"value": value}
+
+
+def test_halving_takes_few_calls() -> None:
+    scorer = Given(refusing(11))
+    score(scorer, list(range(16)), 16)
+    assert [len(batch) for batch in scorer.batches] == [16, 8, 8, 4, 2, 2, 1, 1, 4]
+
+
+def test_arrays_and_tables_are_halved_too() -> None:
+    array = np.arange(8)
+    assert [isinstance(each, ValueError) for each in score(Given(refusing(3)), array, 8)] == [n == 3 for n in range(8)]
+
+    def function(table: pa.Table) -> list[Result]:
+        return refusing(3)(table.column("n").to_pylist())
+
+    table = pa.table({"n": array})
+    assert [isinstance(each, ValueError) for each in score(Given(function), table, 8)] == [n == 3 for n in range(8)]
+
+
+def test_running_out_of_memory_is_halved_too() -> None:
+    def function(batch: list[int]) -> list[Result]:
+        if len(batch) > 2:
+            raise MemoryError
+        return rows(batch)
+
+    assert score(Given(function), [1, 2, 3, 4], 4) == rows([1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("returned", "what"),
+    [
+        ([], "0 results for 2 items"),
+        ([{}], "1 results for 2 items"),
+        ([{}] * 3, "3 results for 2 items"),
+        (None, "NoneType, not a sequence"),
+        (7, "int, not a sequence"),
+        ({"label": "cat", "score": 1.0}, "dict, not a sequence"),
+        ("ab", "str, not a sequence"),
+        (b"ab", "bytes, not a sequence"),
+        (iter([{}, {}]), "list_iterator, not a sequence"),
+    ],
+)
+def test_what_is_not_one_result_per_item_stops_the_chunk(returned: Any, what: str) -> None:
+    scorer = Given(lambda batch: returned)
+    with pytest.raises(TallyError, match=f"Given.score returned {what}"):
+        score(scorer, [1, 2], 2)
+    assert len(scorer.batches) == 1
+
+
+# run_chunk() -----------------------------------------------------------------------------------------
+
+
+def test_every_item_is_written_once() -> None:
+    scorer, source, writer = Given(rows), Numbers(), Memory()
+    outcome = run(scorer, 10, source, writer)
+    assert writer.written == [(f"item-{n}", {"value": n}) for n in range(10)]
+    assert scorer.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert outcome.output == Output(["part"], rows=10, bytes=1)
+    assert outcome.dead == []
+    assert (writer.state, source.closed) == ("closed", 1)
+    assert outcome.seconds >= outcome.timings.score >= 0
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_dead_items_of_every_stage_in_order(numbered: bool) -> None:
+    def function(batch: list[int]) -> list[Result]:
+        return [KeyError(value) if value == 6 else {"value": value} for value in refusing(2)(batch) and batch]
+
+    writer = Memory(refused=["item-0", "item-7"])
+    outcome = run(Given(function), 9, Numbers([1, 8], numbered=numbered), writer)
+    assert [(each.position, each.key, each.stage) for each in outcome.dead] == [
+        (0, "item-0", "write"),
+        (1, "item-1", "read"),
+        (2, "item-2", "score"),
+        (6, "item-6", "score"),
+        (7, "item-7", "write"),
+        (8, "item-8", "read"),
+    ]
+    assert [key for key, _ in writer.written] == ["item-3", "item-4", "item-5"]
+    assert outcome.output.rows == 3
+
+
+def test_an_error_tells_type_text_and_place() -> None:
+    (dead,) = run(Given(refusing(0)), 1).dead
+    assert dead.error.startswith("ValueError: cannot score 0 (test_work.py, line ")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ItemError("too dark", stage="prepare", hint="use a lamp"), "too dark\n  use a lamp"),
+        (TallyError("no such label", hint="see labels.txt"), "no such label\n  see labels.txt"),
+        (ValueError("a\n   b\tc"), "ValueError: a b c"),
+        (RuntimeError(), "RuntimeError:"),
+        (OSError(2, "No such file", "caf\udce9.jpg"), "OSError: [Errno 2] No such file: 'caf\\udce9.jpg'"),
+        (ValueError("nul\0 and \udcff and ☃"), "ValueError: nul\\0 and \\udcff and ☃"),
+    ],
+)
+def test_exceptions_as_results(error: Exception, text: str) -> None:
+    writer = Memory()
+    outcome = run(Given(lambda batch: [error if value == 1 else {"value": value} for value in batch]), 3, None, writer)
+    (dead,) = outcome.dead
+    assert dead.position == 1
+    assert dead.stage == ("prepare" if isinstance(error, ItemError) else "score")
+    assert dead.error.strip() == text.replace("OSError", type(error).__name__)
+    assert [key for key, _ in writer.written] == ["item-0", "item-2"]
+
+
+def test_texts_can_be_stored_and_have_a_length() -> None:
+    (dead,) = run(Given(lambda batch: [ItemError("\udcff\0" * 3000)]), 1).dead
+    assert len(dead.error) < 4100
+    assert dead.error.endswith(" ...")
+    assert dead.error.startswith(r"\udcff\0\udcff\0")
+    dead.error.encode("utf-8")
+
+
+def test_nothing_is_asked_of_scorer_and_writer_when_nothing_can_be_read() -> None:
+    scorer, writer = Given(rows), Memory()
+    outcome = run(scorer, 3, Numbers([0, 1, 2]), writer)
+    assert scorer.batches == []
+    assert writer.written == []
+    assert len(outcome.dead) == 3
+    assert outcome.output.rows == 0
+
+
+@pytest.mark.parametrize("what", ["output", "results"])
+def test_what_concerns_the_whole_chunk_is_raised_and_leaves_nothing(what: str) -> None:
+    source = Numbers()
+    if what == "output":
+        writer = Memory(full_after=4)
+        with pytest.raises(StorageError, match="no space left"):
+            run(Given(rows), 12, source, writer)
+    else:
+        writer = Memory()
+        with pytest.raises(TallyError, match="returned 0 results for 4 items"):
+            run(Given(lambda batch: []), 12, source, writer)
+    assert (writer.state, source.closed) == ("aborted", 1)
+
+
+def test_what_is_worked_on_is_told_before_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int, int]] = []
+
+    def busy(start: int, stop: int, *, ahead: int = 0, limit: float | None = None) -> None:
+        assert limit == 60.0
+        told.append((start, stop, stop + ahead))
+
+    monkeypatch.setattr(progress, "busy", busy)
+
+    def function(batch: list[int]) -> list[Result]:
+        start, stop, _ = told[-1]
+        assert start <= batch[0] <= batch[-1] < stop
+        return rows(batch)
+
+    run(Given(function), 10, Numbers(reads_ahead=3))
+    assert told[0] == (0, 4, 8)  # by whole batches
+    assert told[-1] == (0, 10, 10)
+    assert all(0 <= start <= stop <= reach <= 10 for start, stop, reach in told)
