@@ -108,7 +108,12 @@ def bare(described: dict[str, Any], batches: list[list[str]], progress: Progress
 class _RayModel(Model):
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         names, indices, scores = zip(*super().__call__([str(path) for path in batch["path"]]), strict=True)
-        return {"name": np.array(names), "index": np.array(indices), "score": np.array(scores), "at": np.full(len(names), time.time())}
+        return {
+            "name": np.array(names),
+            "index": np.array(indices),
+            "score": np.array(scores),
+            "at": np.full(len(names), time.time()),
+        }
 
 
 def ray(described: dict[str, Any], batches: list[list[str]], progress: Progress) -> Rows:

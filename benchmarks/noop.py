@@ -1,6 +1,6 @@
 """A million empty files through a scorer that does nothing: Tally's own cost per item, and its memory.
 
-    python benchmarks/noop.py [--items 10000,100000,1000000] [--rounds 3]
+python benchmarks/noop.py [--items 10000,100000,1000000] [--rounds 3]
 """
 
 from __future__ import annotations

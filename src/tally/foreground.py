@@ -66,16 +66,18 @@ def _display(console: Console) -> Iterator[tuple[Any, Any]]:
 
 
 class _Lines:
-    """Progress for logs: a line at each tenth, and at the end; none for jobs that are over at once."""
+    """Progress for logs: a line at each tenth that is reached."""
 
     def __init__(self, say: Any) -> None:
         self._say = say
-        self._tenth = 0
+        self._tenth: int | None = None
 
     def __call__(self, progress: Progress) -> None:
         if not progress.planned or not progress.items:
             return
         tenth = 10 * progress.done // progress.items
+        if self._tenth is None:
+            self._tenth = 0 if progress.rate else tenth  # a job that goes on did not reach that now
         if tenth > self._tenth:
             self._tenth = tenth
             self._say(

@@ -22,6 +22,7 @@ import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -39,6 +40,11 @@ KINDS = ("s3", "s3a", "gs", "az", "abfs", "abfss", "memory")
 TEMPORARY = ".tally-tmp-"
 """Files that are being written begin with it; no listing shows them."""
 
+_NEXT = {
+    errno.ENOSPC: "Make room there, or choose another place.",
+    errno.EDQUOT: "Make room there, or choose another place.",
+    errno.EROFS: "Choose a place that can be written to.",
+}
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -253,7 +259,7 @@ def failure(doing: str, place: str, error: BaseException, *, hint: str | None = 
         kind = SourceNotFoundError
     elif isinstance(error, FileExistsError):
         kind = OutputExistsError
-    raised = kind(f"cannot {doing} {_shown(place)}: {mask(reason)}", hint=hint)
+    raised = kind(f"cannot {doing} {_shown(place)}: {mask(reason)}", hint=hint or _NEXT.get(number or 0))
     raised.errno = number
     return raised
 
@@ -380,8 +386,9 @@ class LocalStore(Store):
         folder = os.path.dirname(path)
         # A short name of its own: the target's may already be as long as the file system allows.
         temporary = f"{folder}/{TEMPORARY}{secrets.token_hex(8)}"
+        made: list[str] = []
         try:
-            _make_folder(folder)
+            _make_folder(folder, made)
             try:
                 with open(temporary, "xb") as file:
                     file.write(data)
@@ -396,6 +403,9 @@ class LocalStore(Store):
                 raise
             _sync_folder(folder)
         except OSError as error:
+            for each in reversed(made):
+                with suppress(OSError):  # somebody else uses it by now
+                    Path(each).rmdir()
             raise failure("write", path, error) from None
 
     def move(self, source: str, target: str) -> None:
@@ -449,8 +459,8 @@ def _claim(temporary: str, path: str) -> None:
         os.unlink(temporary)
 
 
-def _make_folder(path: str) -> None:
-    """Make a folder and its parents, durably."""
+def _make_folder(path: str, made: list[str] | None = None) -> None:
+    """Make a folder and its parents, durably. made: gets those that were not there."""
     missing = []
     while path and not os.path.isdir(path):
         missing.append(path)
@@ -458,6 +468,8 @@ def _make_folder(path: str) -> None:
     for folder in reversed(missing):
         try:
             os.mkdir(folder)
+            if made is not None:
+                made.append(folder)
         except FileExistsError:
             if not os.path.isdir(folder):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from None

@@ -20,6 +20,7 @@ from tests.services import postgres_database
 from tally.errors import StorageError
 from tally.jobs import database, tables
 from tally.jobs.database import HEAD, connect, now
+from tally.jobs.store import JobStore
 from tally.models import tables as model_tables
 
 READING = {"reading": True}
@@ -108,6 +109,14 @@ def test_sqlite_is_ready_for_several_processes(tmp_path: Path, opened: Callable[
         assert connection.scalar(sa.text("PRAGMA journal_mode")) == "wal"
         assert connection.scalar(sa.text("PRAGMA foreign_keys")) == 1
         assert connection.scalar(sa.text("PRAGMA busy_timeout")) == 30_000
+
+
+def test_a_database_that_fails_later_is_told_plainly(tmp_path: Path, opened: Callable[[str], sa.Engine]) -> None:
+    engine = opened(f"sqlite:///{tmp_path / 'tally.db'}")
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP TABLE chunks"))
+    with pytest.raises(StorageError, match=r"tally\.db failed: no such table: chunks"):
+        JobStore(engine).counts("x")
 
 
 # What cannot be opened -------------------------------------------------------------------------------

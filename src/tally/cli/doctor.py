@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from tally.errors import TallyError
+from tally.errors import StorageError, TallyError
 
 ROOM = 1 << 30
 """Free bytes below which a disk is worth a warning."""
@@ -33,9 +33,15 @@ def _home() -> str:
     from tally.config import settings
 
     home = settings().home
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=home):
-        pass
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"{home} cannot be written to: {error.strerror}",
+            hint="Set TALLY_HOME to a folder that can be written to.",
+        ) from None
     free = shutil.disk_usage(home).free
     text = f"{home} can be written to, {free / 2**30:,.1f} GiB free"
     if free < ROOM:
@@ -115,7 +121,7 @@ def _run() -> Iterator[tuple[str, str, str]]:
         except Warn as warning:
             yield "warn", name, str(warning)
         except TallyError as error:
-            yield "FAIL", name, str(error)
+            yield "FAIL", name, str(error).replace("\n", "\n" + " " * 21)
         except Exception as error:
             yield "FAIL", name, f"{type(error).__name__}: {error}"
 

@@ -24,7 +24,7 @@ def jobs() -> None:
 
 
 @jobs.command("list")
-@click.option("-n", "--limit", default=20, show_default=True, help="How many, newest first.")
+@click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True, help="How many, newest first.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(limit: int, as_json: bool) -> None:
     """The newest jobs."""
@@ -45,7 +45,7 @@ def list_(limit: int, as_json: bool) -> None:
     table(("JOB", "STATE", "DONE", "DEAD", "MODEL", "OUT", "CREATED"), rows)
 
 
-@jobs.command()
+@jobs.command(short_help="Progress, timings, cost, error of a job.")
 @click.argument("job")
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(job: str, as_json: bool) -> None:
@@ -80,7 +80,7 @@ def watch(job: str) -> int:
     return 0 if record.state == "finished" else 1
 
 
-@jobs.command()
+@jobs.command(short_help="Stop handing out work, for a while.")
 @click.argument("job")
 def pause(job: str) -> None:
     """Stop handing out work; what runs is finished and saved. The model stays loaded."""
@@ -90,7 +90,7 @@ def pause(job: str) -> None:
     click.echo(f"job {record.id} is pausing; go on with: tally jobs resume {record.id}")
 
 
-@jobs.command()
+@jobs.command(short_help="Go on with a job that was stopped.")
 @click.argument("job")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def resume(job: str, quiet: bool) -> int:
@@ -105,7 +105,7 @@ def resume(job: str, quiet: bool) -> int:
     return see_through(store, record.id, quiet=quiet)
 
 
-@jobs.command()
+@jobs.command(short_help="Stop a job for good.")
 @click.argument("job")
 def cancel(job: str) -> None:
     """Stop a job for good, and remove what it had not finished writing."""
@@ -124,7 +124,7 @@ def cancel(job: str) -> None:
     click.echo(f"job {record.id} is cancelled")
 
 
-@jobs.command()
+@jobs.command(short_help="Replay a job's dead items.")
 @click.argument("job")
 @click.option("--dead", is_flag=True, required=True, help="Replay the dead items.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
@@ -139,9 +139,9 @@ def retry(job: str, dead: bool, quiet: bool) -> int:
     return see_through(store, record.id, quiet=quiet, retry_dead=dead)
 
 
-@jobs.command()
+@jobs.command(short_help="The items that failed, and why.")
 @click.argument("job")
-@click.option("-n", "--limit", default=100, show_default=True, help="How many at most.")
+@click.option("-n", "--limit", type=click.IntRange(1), default=100, show_default=True, help="How many at most.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def dead(job: str, limit: int, as_json: bool) -> None:
     """The items that failed for good, each with its reason."""
@@ -252,10 +252,12 @@ def _duration(seconds: float) -> str:
 
 def _running(record: JobRecord) -> None:
     from tally.errors import JobStateError
+    from tally.jobs.store import ENDED
 
     if not record.alive:
+        go_on = f"Go on with: tally jobs resume {record.id}"
         raise JobStateError(
-            f"job {record.id} is not running: it is {record.state}", hint=f"Go on with: tally jobs resume {record.id}"
+            f"job {record.id} is not running: it is {record.state}", hint=None if record.state in ENDED else go_on
         )
 
 

@@ -96,7 +96,7 @@ def list_(as_json: bool) -> None:
     )
 
 
-@models.command()
+@models.command(short_help="A model's versions and aliases.")
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(name: str, as_json: bool) -> None:
@@ -144,7 +144,7 @@ def rollback(name: str, alias: str) -> None:
     click.echo(f"models:/{name}@{alias} is version {found.version} again")
 
 
-@models.command()
+@models.command(short_help="Compare content with its hash.")
 @click.argument("name", required=False)
 @click.argument("version", type=int, required=False)
 def verify(name: str | None, version: int | None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from tally.cli.console import pairs
-from tally.errors import JobExistsError
+from tally.errors import JobExistsError, TallyError
 
 
 def _resume_options(command: Any) -> Any:
@@ -113,7 +113,7 @@ def _start(spec: Any, *, resume: bool, overwrite: bool, quiet: bool) -> int:
         click.echo(error.message, err=True)
         if not click.confirm(f"Resume job {earlier.id}?", default=True, err=True):
             raise
-        record = earlier
+        record = submit(store, spec, resume=True)
     return see_through(store, record.id, quiet=quiet)
 
 
@@ -122,7 +122,16 @@ def see_through(store: Any, job_id: str, *, quiet: bool, retry_dead: bool = Fals
     from tally import foreground
     from tally.cli.jobs import summary
 
-    record = foreground.run(store, job_id, quiet=quiet, retry_dead=retry_dead)
+    try:
+        record = foreground.run(store, job_id, quiet=quiet, retry_dead=retry_dead)
+    except TallyError as error:
+        record = store.get(job_id)
+        if record.state == "failed" and record.id not in (error.hint or ""):
+            what_next = f"What is done is saved. After mending the cause, go on with: tally jobs resume {record.id}"
+            error.hint = f"{error.hint}\n  {what_next}" if error.hint else what_next
+        raise
+    except KeyboardInterrupt:  # before there was anything to stop
+        record = store.get(job_id)
     if record.state == "finished":
         if not quiet:
             click.echo(summary(record), err=True)

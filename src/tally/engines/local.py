@@ -47,6 +47,8 @@ from tally.errors import (
 )
 
 WATCH_SECONDS = 0.2
+ENDING_SECONDS = 3.0
+"""How long a worker that is asked to end may take to clean up."""
 LAST_WORDS_SECONDS = 1.0
 """How long the result of a worker that has ended may still be on its way."""
 MEMORY_SHARE = 0.8
@@ -187,6 +189,14 @@ class _Slot:
         if process is not None and not self.gone:
             process.kill()
 
+    def _ask_to_end(self) -> None:
+        # Not by way of pebble: it closes the worker's pipes first, whereupon the worker begins to clean up, and
+        # is then cut short by the signal.
+        process = self.context.worker
+        if process is not None and not self.gone:
+            process.terminate()
+            process.join(ENDING_SECONDS)
+
     def discard(self, *, kill: bool) -> threading.Thread:
         """End the pool in a thread of its own: that takes up to a few tenths of a second.
 
@@ -194,8 +204,9 @@ class _Slot:
         """
 
         def end() -> None:
-            if kill:
-                self.kill()
+            if not kill:
+                self._ask_to_end()
+            self.kill()
             with suppress(Exception):  # a pool that broke may fail to stop; its process is dead already
                 self.pool.stop()  # type: ignore[no-untyped-call]
                 self.pool.join()

@@ -49,6 +49,8 @@ GRACE_SECONDS = 20.0
 """How long running chunks may take to finish once the job is told to stop."""
 STRAGGLER_SECONDS = 10.0
 STRAGGLER_FACTOR = 3.0
+LAST_SHARES = 4
+"""Near the end, a chunk holds at most such a part of what each slot has left to do: all of them end together."""
 UNSETTLED_ATTEMPTS = 10
 """Handed out so often without any outcome, a chunk is halved: it may be what kills its coordinator."""
 
@@ -278,13 +280,21 @@ class Coordinator:
     # -- handing out, and what comes back ----------------------------------------------------------
 
     def _hand_out(self, stored: StoredChunk) -> None:
-        if stored.attempts > UNSETTLED_ATTEMPTS and stored.chunk.count > 1:
+        unsettled = stored.attempts > UNSETTLED_ATTEMPTS and stored.chunk.count > 1
+        if unsettled or self._is_too_large_a_share(stored):
             parts = [(half, stored.losses) for half in self._halves(stored.chunk)]
             self._store.commit(self._lease, lost=[Lost(stored.id, parts)])
             self._starved = False
+            self._events.put(("halved",))  # the halves are waiting: look again at once
             return
         self._running[stored.id] = _Running(stored, time.monotonic())
         self._submit(stored, stored.attempt)
+
+    def _is_too_large_a_share(self, stored: StoredChunk) -> bool:
+        """Whether, near the end, this chunk would keep one slot busy while the others have run out of work."""
+        count, left = stored.chunk.count, self._items - self._done
+        fresh = stored.attempts == 1 and stored.losses == 0
+        return self._planned and fresh and count > self._batch_size and count * LAST_SHARES * self._engine.slots > left
 
     def _submit(self, stored: StoredChunk, attempt: str) -> None:
         future = self._engine.submit(work.run_chunk, stored.chunk, attempt)
@@ -311,6 +321,8 @@ class Coordinator:
             del self._running[stored.id]
             if isinstance(error, CancelledError) or self._stop is not None:
                 return  # stays "running" in the store; goes back to pending when the job is released
+            # The planner waits for a first measurement: this is one, if a poor one.
+            self._sizer.observe(stored.chunk.count, time.monotonic() - running.since)
             self._retry(stored, attempt, error, done, lost)
 
     def _done_from(self, stored: StoredChunk, attempt: str, outcome: work.Outcome) -> Done:
@@ -426,6 +438,7 @@ class Coordinator:
         # What may still run has had its grace, or is the slower attempt at something that is done.
         self._engine.stop(kill=self._deadline is not None or self._doubled)
         if self._stop == "cancelled":
+            self._account()
             self._sink.release()
             store.release(lease, "cancelled")
             return "cancelled"
@@ -447,14 +460,23 @@ class Coordinator:
                 self._state = "finished"
                 self._listen(self.progress())
                 return "finished"
+        with suppress(StorageError):  # on a full disk: the error at hand is the one to tell
+            self._account()
         if self._error is not None:
             store.release(lease, "failed", error=str(self._error))
             raise self._error
         store.release(lease, self._stop or "interrupted")
         return self._stop or "interrupted"
 
+    def _account(self) -> None:
+        """Book the time since the last commit; waiting while paused costs nothing."""
+        if self._state == "running":
+            now = time.monotonic()
+            self._store.commit(self._lease, usage={"seconds": now - self._accounted})
+            self._accounted = now
+
     def _finalize(self) -> dict[str, Any]:
-        self._store.commit(self._lease, usage={"seconds": time.monotonic() - self._accounted})
+        self._account()
         record = self._store.get(self._lease.job_id)
         dead = ({"key": each.key, "stage": each.stage, "error": each.error} for each in self._store.dead(record.id))
         return self._sink.finalize(

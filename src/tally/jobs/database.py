@@ -84,14 +84,15 @@ class _UnknownRevisionError(Exception):
 def _tell_plainly(engine: sa.Engine, shown: str) -> None:
     """A database that fails (full disk, lost connection, locked) is the user's to mend, not a bug to trace."""
 
-    @sa.event.listens_for(engine, "handle_error")
-    def explain(context: sa.engine.ExceptionContext) -> None:
-        if isinstance(context.sqlalchemy_exception, sa.exc.OperationalError):
-            reason = " ".join(str(context.original_exception).split())
-            context.chained_exception = StorageError(
-                f"the database {shown} failed: {reason}",
-                hint="Nothing that was committed is lost. Mend it, then: tally jobs resume JOB",
-            )
+    @sa.event.listens_for(engine, "handle_error", retval=True)
+    def explain(context: sa.engine.ExceptionContext) -> BaseException | None:
+        if not isinstance(context.sqlalchemy_exception, sa.exc.OperationalError):
+            return None
+        reason = " ".join(str(context.original_exception).split())
+        return StorageError(
+            f"the database {shown} failed: {reason}",
+            hint="Nothing that was committed is lost. Mend it, then: tally jobs resume JOB",
+        )
 
 
 def _prepare_sqlite(engine: sa.Engine) -> None:

@@ -24,6 +24,8 @@ from tally.sinks.choose import choose
 from tally.sources.base import Source
 from tally.sources.files import FileSource
 
+_HALTED = {"interrupted": "was interrupted", "paused": "was paused", "failed": "failed"}
+
 
 def open_store() -> JobStore:
     """The job store that the environment names."""
@@ -80,8 +82,10 @@ def submit(
 ) -> JobRecord:
     """A job for this spec: a new one, or with ``resume`` the earlier one that was not finished.
 
+    resume: what does not change the result (workers, device, limits ...) is from now on as this spec says.
     overwrite: do it again, over the results of an earlier finished job.
-    Raises JobExistsError when the same was asked before and neither was said.
+    Raises JobExistsError when the same was asked before and neither was said. An earlier job that has not
+    scored anything stands in nobody's way: it is forgotten.
     """
     ref = describe_model(spec, model)
     parts = assemble(spec, ref)
@@ -98,10 +102,12 @@ def submit(
             )
         if earlier.state != "finished":
             if resume:
-                return earlier
-            if not overwrite:
+                return store.respec(earlier.id, spec.model_dump(mode="json"))
+            scored = earlier.done - earlier.dead
+            if scored and not overwrite:
                 raise JobExistsError(
-                    f"job {earlier.id} began exactly this and is {earlier.state}: {earlier.done:,} items are done",
+                    f"job {earlier.id} began exactly this and {_HALTED.get(earlier.state, 'was not finished')}: "
+                    f"{scored:,} of its items are scored",
                     job_id=earlier.id,
                     hint=f"Go on with: tally jobs resume {earlier.id}   (or --resume; --overwrite starts again)",
                 )

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tally.errors import SpecError, StorageError
 from tally.suggest import did_you_mean
 
+_DEVICE = re.compile(r"auto|cpu|(cuda|tensorrt)(:\d+)?")
 _SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$")
 
 
@@ -72,6 +73,13 @@ class JobSpec(BaseModel):
             return int(float(match[1]) * base ** (" kmgt".index(match[2].lower() or " ")))
         return value
 
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not _DEVICE.fullmatch(value):
+            raise ValueError("should be auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N")
+        return value
+
     @field_validator("max_dead", mode="before")
     @classmethod
     def _share(cls, value: Any) -> Any:
@@ -88,6 +96,8 @@ class JobSpec(BaseModel):
             mode="json",
             include={"source", "out", "settings", "format", "batch_size", "task", "labels"},
         )
+        relevant["source"] = [each.rstrip("/") for each in relevant["source"]]  # shells append slashes
+        relevant["out"] = relevant["out"].rstrip("/")
         text = json.dumps({**relevant, "model": model_hash}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

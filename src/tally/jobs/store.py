@@ -210,6 +210,12 @@ class JobStore:
             )  # fmt: skip
         return self.get(job_id)
 
+    def respec(self, job_id: str, spec: dict[str, Any]) -> JobRecord:
+        """Let the job's next coordinator follow another spec of the same fingerprint: other workers or limits."""
+        with self.engine.begin() as connection:
+            connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(spec=spec))
+        return self.get(job_id)
+
     def want(self, job_id: str, wanted: str) -> None:
         """Ask the job's coordinator to run, pause or cancel; it looks about once a second."""
         with self.engine.begin() as connection:
@@ -245,7 +251,7 @@ class JobStore:
                 sa.update(jobs)
                 .where(jobs.c.id == record.id, free)
                 .values(
-                    owner=token, owner_host=socket.gethostname(), owner_pid=os.getpid(),
+                    owner=token, owner_host=_host(), owner_pid=os.getpid(),
                     lease_until=now() + seconds, wanted="run", state="running", error=None,
                     started_at=sa.func.coalesce(jobs.c.started_at, now()), finished_at=None,
                 )
@@ -515,10 +521,18 @@ def _record(row: Mapping[Any, Any]) -> JobRecord:
     return JobRecord(**values, alive=alive)
 
 
+def _host() -> str:
+    """Where process ids mean the same: the host, and on Linux its process namespace (a container has its own)."""
+    try:
+        return f"{socket.gethostname()} ({os.stat('/proc/self/ns/pid').st_ino})"  # noqa: PTH116
+    except OSError:
+        return socket.gethostname()
+
+
 def _alive(row: Mapping[Any, Any]) -> bool:
     """Whether the job's coordinator still holds its lease and, if it ran on this host, still exists."""
     if row["lease_until"] is None or row["lease_until"] < row["clock"]:
         return False
-    if row["owner_host"] == socket.gethostname():
+    if row["owner_host"] == _host():
         return row["owner_pid"] == os.getpid() or bool(psutil.pid_exists(row["owner_pid"]))
     return True

@@ -112,7 +112,7 @@ class FileSource(Source):
         if not uris:
             raise SpecError("no source is given", hint="name a folder, a file or a glob")
         uris = (uris,) if isinstance(uris, str) else tuple(map(os.fspath, uris))
-        source = cls(uris, input, _with_prefixes(_merge_files([_locate(uri) for uri in uris])))
+        source = cls(uris, input, _with_prefixes(_merge_files([_locate(uri) for uri in uris])), without)
         for place in source.places:
             passed: Counter[str] = Counter()
             if not place.names and next(source._entries(place, None, passed), None) is None:
@@ -646,9 +646,8 @@ def _missing(path: str) -> SourceNotFoundError:
         return SourceNotFoundError(message, hint=f"did you mean {shown}?")
     if (f"{parent}/{name}") != path:
         return SourceNotFoundError(message, hint=f"{key_of(parent) or '/'} is there, but holds no {key_of(name)!r}")
-    return SourceNotFoundError(
-        message, hint=f"its folder {key_of(parent) or '/'} is there and holds {len(there)} names"
-    )
+    names = "1 name" if len(there) == 1 else f"{len(there):,} names"
+    return SourceNotFoundError(message, hint=f"its folder {key_of(parent) or '/'} is there and holds {names}")
 
 
 def _nothing(place: Place, passed: Counter[str]) -> SourceNotFoundError:

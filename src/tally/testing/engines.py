@@ -109,8 +109,9 @@ class EngineContract:
             setup: Callable[..., Any] = tasks.setup,
             args: tuple[Any, ...] = (),
             memory: int | None = None,
+            log: Path | None = None,
         ) -> Engine:
-            engine.start(setup, args, slots=slots, limits=Limits(memory=memory))
+            engine.start(setup, args, slots=slots, limits=Limits(memory=memory), log=log)
             return engine
 
         yield start
@@ -166,6 +167,21 @@ class EngineContract:
         assert running.result(DEADLINE) == pid
         assert behind.result(DEADLINE) == "behind them"
         assert all(future.cancelled() for future in cancelled)
+
+    def test_what_workers_print_can_go_to_a_file(
+        self, start: Callable[..., Engine], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        log = tmp_path / "workers.log"
+        log.write_text("before\n")
+        engine = start(2, log=log)
+        words = ["one", "two", "three"]
+        for future in [engine.submit(tasks.say, word) for word in words]:
+            future.result(DEADLINE)
+        engine.stop()
+        lines = log.read_text().splitlines()
+        assert lines[0] == "before"
+        assert sorted(lines[1:]) == sorted(f"{word} {how}" for word in words for how in ("printed", "written"))
+        assert capfd.readouterr() == ("", "")
 
     def test_there_are_defaults(self, engine: Engine) -> None:
         assert engine.default_slots() >= 1
@@ -316,6 +332,15 @@ class EngineContract:
         assert not held.done()
         gate.release(pid)
         assert held.result(DEADLINE) == pid
+
+    def test_what_is_read_ahead_is_suspect_of_a_crash_only(self, start: Callable[..., Engine]) -> None:
+        engine = start()
+        crashed = engine.submit(tasks.die, "SIGKILL", 3, 7, 5).exception(DEADLINE)
+        hung = engine.submit(tasks.hang, "wait", SHORT, 3, 7, 5).exception(DEADLINE)
+        assert isinstance(crashed, WorkerCrashedError)
+        assert crashed.suspects == (3, 12)
+        assert isinstance(hung, WorkerTimeoutError)
+        assert hung.suspects == (3, 7)
 
     def test_a_worker_lost_while_idle_costs_nothing(self, start: Callable[..., Engine]) -> None:
         engine = start()

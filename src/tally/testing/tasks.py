@@ -89,6 +89,12 @@ def checksum(state: State, data: bytes) -> tuple[int, int]:
     return len(data), zlib.crc32(data)
 
 
+def say(state: State, word: str) -> None:
+    """From Python, and from below it."""
+    print(f"{word} printed", flush=True)
+    os.write(2, f"{word} written\n".encode())
+
+
 def interrupts_blocked(state: State) -> bool:
     return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
@@ -146,9 +152,9 @@ def unpicklable(state: State, kind: str) -> Any:
 # Lost -----------------------------------------------------------------------------------------------
 
 
-def die(state: State, how: str, start: int = 0, stop: int = 0) -> NoReturn:
+def die(state: State, how: str, start: int = 0, stop: int = 0, ahead: int = 0) -> NoReturn:
     """End this worker while it is busy with ``start <= p < stop``: by an exit code or a signal's name."""
-    progress.busy(start, stop)
+    progress.busy(start, stop, ahead=ahead)
     if how.isdigit():
         os._exit(int(how))
     if how == "SIGSEGV":
@@ -157,9 +163,9 @@ def die(state: State, how: str, start: int = 0, stop: int = 0) -> NoReturn:
     raise AssertionError("still alive")
 
 
-def hang(state: State, how: str, limit: float, start: int = 0, stop: int = 0) -> NoReturn:
+def hang(state: State, how: str, limit: float, start: int = 0, stop: int = 0, ahead: int = 0) -> NoReturn:
     """Never end, with a time limit: waiting, running Python, or in native code that holds the interpreter."""
-    progress.busy(start, stop, limit=limit)
+    progress.busy(start, stop, ahead=ahead, limit=limit)
     match how:
         case "wait":
             threading.Event().wait()
