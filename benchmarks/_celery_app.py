@@ -6,9 +6,10 @@ import json
 import os
 from typing import Any
 
-from _contenders import REDIS, Model
 from celery import Celery
 from celery.signals import worker_process_init
+
+from _contenders import REDIS, Model
 
 app = Celery("bench", broker=REDIS, backend=REDIS)
 app.conf.update(broker_connection_retry_on_startup=True, worker_hijack_root_logger=False)

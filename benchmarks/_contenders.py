@@ -146,8 +146,9 @@ def ray(described: dict[str, Any], batches: list[list[str]], progress: Progress)
 
 def celery(described: dict[str, Any], batches: list[list[str]], progress: Progress) -> Rows:
     """One prefork worker with a process per core, one task for each batch, results through Redis."""
-    from _celery_app import app, score
     from celery import group
+
+    from _celery_app import app, score
 
     command = [sys.executable, "-m", "celery", "-A", "_celery_app", "worker", "--pool", "prefork", "-O", "fair"]
     command += ["--concurrency", str(cores()), "--prefetch-multiplier", "1", "--loglevel", "ERROR"]

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from _machine import DATA, REPOSITORY, TALLY, cores, environment, introduce, scratch, shapes_pictures, show, take_turns
-
 from tally.scorers.package import create, resolve
 
 HERE = Path(__file__).resolve().parent

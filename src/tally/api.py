@@ -65,11 +65,11 @@ def _name(scorer: Any) -> str:
 
 
 class Job:
-    """A job in the job store, by its id (or the beginning of it)."""
+    """A job in the job store, by its id, the beginning of it, or the place that it writes to."""
 
-    def __init__(self, job_id: str) -> None:
+    def __init__(self, job: str) -> None:
         self._store = launch.open_store()
-        self.id = self._store.get(job_id).id
+        self.id = launch.find(self._store, job).id
 
     @property
     def record(self) -> JobRecord:
@@ -115,7 +115,10 @@ class Job:
         if holder != self.id:
             place = self.record.spec["out"]
             now = "are gone" if holder is None else f"were replaced by those of job {holder}"
-            raise JobStateError(f"the results of job {self.id} at {place} {now}")
+            raise JobStateError(
+                f"the results of job {self.id} at {place} {now}",
+                hint=f"Score again to have them back, or forget the job: tally jobs delete {self.id}",
+            )
         return sink
 
     def resume(self, *, quiet: bool = False) -> Job:

@@ -94,18 +94,24 @@ def _signals(say: Any) -> Iterator[Any]:
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal count
         count += 1
-        if not holder:
-            raise KeyboardInterrupt
         if count == 1:
             say("stopping: running chunks are finished and saved (again to kill them)")
-        holder[0].stop(now=count > 1)
+        if holder:
+            holder[0].stop(now=count > 1)
+        elif count > 1:
+            raise KeyboardInterrupt
+
+    def hold(coordinator: Coordinator) -> None:
+        holder.append(coordinator)
+        if count:
+            coordinator.stop()
 
     if threading.current_thread() is not threading.main_thread():
         yield holder.append
         return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield holder.append
+        yield hold
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

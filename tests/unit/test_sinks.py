@@ -336,6 +336,23 @@ def test_json_lines_are_valid_json(tmp_path: Path) -> None:
     ]
 
 
+def test_columns_of_the_source_stand_before_the_scorers(tmp_path: Path) -> None:
+    sink = choose(str(tmp_path / "out"), output="rows")
+    sink.claim("job-1")
+    writer = sink.open("a")
+    info = [{"frame": 0, "time": 0.0}, {"frame": 1, "time": 0.04}, {"frame": 2, "time": 0.08}]
+    results: list[Any] = [{"label": "cat"}, [{"label": "dog"}, {"label": "cow"}], []]
+    assert writer.add(["clip#0", "clip#1", "clip#2"], results, info) == []
+    sink.finalize([writer.close()], [], FACTS)
+    table = pq.read_table(tmp_path / "out" / "part-00000.parquet")
+    assert table.column_names == ["key", "frame", "time", "label"]
+    assert table.to_pylist() == [
+        {"key": "clip#0", "frame": 0, "time": 0.0, "label": "cat"},
+        {"key": "clip#1", "frame": 1, "time": 0.04, "label": "dog"},
+        {"key": "clip#1", "frame": 1, "time": 0.04, "label": "cow"},
+    ]
+
+
 def test_the_manifest(tmp_path: Path) -> None:
     sink = choose(str(tmp_path / "out"), output="rows", columns={"z": "string", "a": "float32"})
     sink.claim("job-1")

@@ -131,10 +131,12 @@ def cancel(job: str) -> None:
 def retry(job: str, dead: bool, quiet: bool) -> int:
     """Replay a job's dead items, after their cause was mended; what succeeds joins the results."""
     from tally.cli.score import see_through
+    from tally.jobs.store import ENDED
 
     store, record = _open(job)
     if not record.dead:
-        click.echo(f"job {record.id} has no dead items")
+        more = "" if record.state in ENDED else f"; it is {record.state}, go on with: tally jobs resume {record.id}"
+        click.echo(f"job {record.id} has no dead items{more}")
         return 0
     return see_through(store, record.id, quiet=quiet, retry_dead=dead)
 
@@ -153,7 +155,8 @@ def dead(job: str, limit: int, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps({"key": each.key, "stage": each.stage, "error": each.error}))
         else:
-            click.echo(f"{each.key}\t{each.stage}\t" + " ".join(each.error.split()))
+            # The first line says it; a stack may follow, which --json shows.
+            click.echo(f"{each.key}\t{each.stage}\t{each.error.splitlines()[0] if each.error else ''}")
 
 
 @jobs.command()
@@ -224,7 +227,8 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
         facts.append(("log", str(log)))
     facts += [("note", line) for line in [*model.get("assumed", []), *record.remarks]]
     if record.state in ("interrupted", "paused", "failed"):
-        facts.append(("next", f"tally jobs resume {record.id}"))
+        hopeless = record.planned and 0 < record.items == record.dead
+        facts.append(("next", f"tally jobs retry {record.id} --dead" if hopeless else f"tally jobs resume {record.id}"))
     return facts
 
 

@@ -183,6 +183,7 @@ def package(name: str, model: str | None, task: str | None, labels: str | None) 
 def _from_onnx(folder: Path, model: str, task: str | None, labels: str | None) -> None:
     from tally.scorers.content import content_files
     from tally.scorers.package import resolve
+    from tally.scorers.vision import read_labels
 
     ref = resolve(model, task=task, labels=labels)
     if ref.kind != "onnx" or not model.lower().endswith(".onnx"):
@@ -191,8 +192,10 @@ def _from_onnx(folder: Path, model: str, task: str | None, labels: str | None) -
     batch_size = options.pop("batch_size")
     classes = options.pop("classes", None)
     names = options.get("labels")
+    given = {"labels.txt"}
     if isinstance(names, str):
-        names = (ref.location / names).read_text("utf-8").splitlines()
+        given.add(names)
+        names = read_labels(ref.location / names)
     elif names is None and classes and options["task"] in ("classify", "detect", "segment"):
         names = [f"class {number}" for number in range(classes)]  # placeholders, to be replaced
     for found in ("file", "batch", "threads", *(name for name, task in ONLY_FOR.items() if task != options["task"])):
@@ -203,7 +206,7 @@ def _from_onnx(folder: Path, model: str, task: str | None, labels: str | None) -
     if names:
         _write(folder / "labels.txt", "".join(f"{each}\n" for each in names))
     for name, path in content_files(ref.location, [each for each in ref.files if not Path(each).is_absolute()]):
-        if path.name != "labels.txt":
+        if name not in given:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
     for line in ref.assumed:

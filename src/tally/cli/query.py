@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -27,19 +28,15 @@ def query(job: str, sql: str, as_csv: bool, as_json: bool) -> None:
     tally query JOB "select label, count(*) from results group by 1 order by 2 desc"
     """
     from tally.api import Job
-    from tally.jobs.launch import find, open_store
 
-    table = Job(find(open_store(), job).id).query(sql)
+    table = Job(job).query(sql)
     if as_json:
-        import json
-
         for row in table.to_pylist():
             click.echo(json.dumps(row, default=str))
     elif as_csv or not sys.stdout.isatty():
         import pyarrow.csv
 
-        flat = table.cast(_texts(table))
-        pyarrow.csv.write_csv(flat, sys.stdout.buffer)
+        pyarrow.csv.write_csv(_flat(table), sys.stdout.buffer)
     else:
         from rich.console import Console
         from rich.table import Table
@@ -52,8 +49,12 @@ def query(job: str, sql: str, as_csv: bool, as_json: bool) -> None:
             click.echo(f"... {table.num_rows - 1000:,} more rows (--csv or --json shows all)", err=True)
 
 
-def _texts(table: pa.Table) -> pa.Schema:
-    """The schema with nested columns as text, which CSV can hold."""
+def _flat(table: pa.Table) -> pa.Table:
+    """The table with nested columns as JSON text, which CSV can hold."""
     import pyarrow as pa
 
-    return pa.schema([pa.field(f.name, pa.string()) if pa.types.is_nested(f.type) else f for f in table.schema])
+    for index, each in enumerate(table.schema):
+        if pa.types.is_nested(each.type):
+            texts = [None if value is None else json.dumps(value, default=str) for value in table[index].to_pylist()]
+            table = table.set_column(index, each.name, pa.array(texts, pa.string()))
+    return table

@@ -42,7 +42,7 @@ def _resume_options(command: Any) -> Any:
 @click.option("--format", help="parquet, csv or jsonl for rows; jpg, png or webp for pictures.")
 @click.option("-b", "--batch-size", type=int, help="Items that the scorer is given at once.")
 @click.option("-w", "--workers", type=int, help="Worker processes; one per core if left out.")
-@click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option("--device", help="auto, cpu, cuda[:N] or tensorrt[:N].  [default: auto]")
 @click.option("--engine", help="Who runs the workers.  [default: local]")
 @click.option("--timeout", type=float, help="Seconds that one batch may take.  [default: 120]")
 @click.option("--memory", help="Memory that one worker may hold, e.g. 2GiB.")
@@ -130,18 +130,22 @@ def see_through(store: Any, job_id: str, *, quiet: bool, retry_dead: bool = Fals
             what_next = f"What is done is saved. After mending the cause, go on with: tally jobs resume {record.id}"
             error.hint = f"{error.hint}\n  {what_next}" if error.hint else what_next
         raise
-    except KeyboardInterrupt:  # before there was anything to stop
-        record = store.get(job_id)
+    except KeyboardInterrupt:  # pressed twice, before there was anything to stop
+        return _interrupted(store.get(job_id))
     if record.state == "finished":
         if not quiet:
             click.echo(summary(record), err=True)
         return 0
     if record.state == "interrupted":
-        click.echo(
-            f"job {record.id} is interrupted: {record.done:,} items are done and saved\n"
-            f"  Go on with: tally jobs resume {record.id}",
-            err=True,
-        )
-        return 130
+        return _interrupted(record)
     click.echo(f"job {record.id} is {record.state}", err=True)
     return 1
+
+
+def _interrupted(record: Any) -> int:
+    click.echo(
+        f"job {record.id} is interrupted: {record.done:,} items are done and saved\n"
+        f"  Go on with: tally jobs resume {record.id}",
+        err=True,
+    )
+    return 130

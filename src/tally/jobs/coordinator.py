@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
@@ -159,6 +160,8 @@ class Coordinator:
         """Have a worker load the model, before anything is handed out."""
         future = self._engine.submit(work.describe)
         future.add_done_callback(lambda done: self._events.put(("ready", done)))
+        for _ in range(1, self._engine.slots):
+            self._engine.submit(work.describe)  # the other workers load meanwhile, not when their first chunk waits
 
     def _plan(self) -> None:
         def ended(error: Exception | None) -> None:
@@ -490,8 +493,8 @@ class Coordinator:
                 "scored": record.done - record.dead,
                 "dead": record.dead,
                 "rows": record.rows,
-                "created_at": record.created_at,
-                "started_at": record.started_at,
+                "created_at": _iso(record.created_at),
+                "started_at": _iso(record.started_at),
                 "usage": record.usage,
             },
         )
@@ -538,6 +541,10 @@ class _Keeper(threading.Thread):
             if now != wanted:
                 wanted = now
                 self._events.put(("wanted", wanted))
+
+
+def _iso(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _reason(error: WorkerError, spec: JobSpec) -> str:

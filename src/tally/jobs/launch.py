@@ -18,7 +18,7 @@ from tally.jobs.database import connect
 from tally.jobs.spec import JobSpec, absolute
 from tally.jobs.store import JobRecord, JobStore
 from tally.scorers.base import Scorer
-from tally.scorers.package import ModelRef, create, resolve
+from tally.scorers.package import ModelRef, create, resolve, verify
 from tally.sinks.base import Sink
 from tally.sinks.choose import choose
 from tally.sources.base import Source
@@ -147,6 +147,7 @@ def drive(
         raise JobStateError(f"job {record.id} is {record.state}", hint=f"See it with: tally jobs show {record.id}")
     spec = JobSpec(**record.spec)
     parts = assemble(spec, ModelRef.from_dict(record.model))
+    verify(parts.model)  # before anything is touched
     lease = store.acquire(record.id, seconds=LEASE_SECONDS)
     if lease is None:
         raise JobStateError(

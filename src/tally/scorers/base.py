@@ -65,7 +65,7 @@ class Scorer:
         """Load the model once per worker.
 
         artifacts: the model package's folder (or the folder given with ``--artifacts``).
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto`` (the best there is), ``cpu``, ``cuda``, ``cuda:N``, ``tensorrt`` or ``tensorrt:N``.
         Raises ModelLoadError when the model cannot be used; the job then stops before any item is lost.
         """
 

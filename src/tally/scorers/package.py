@@ -665,12 +665,17 @@ def _unpickled(ref: ModelRef, options: Mapping[str, Any]) -> Scorer:
         ) from error
 
 
+def verify(ref: ModelRef) -> None:
+    """Raises ModelChangedError unless the content is still what it was when the model was resolved."""
+    check_content(str(ref), ref.location, ref.files, ref.hash)
+
+
 def load(ref: ModelRef, device: str) -> Scorer:
     """The scorer, loaded on ``device``, after checking that the content is still what it was.
 
     Raises ModelChangedError, ModelLoadError.
     """
-    check_content(str(ref), ref.location, ref.files, ref.hash)
+    verify(ref)
     scorer = create(ref)
     try:
         scorer.load(ref.location / ref.artifacts, device)

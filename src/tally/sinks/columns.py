@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from tally.errors import ItemError, SpecError
 from tally.scorers.base import Result
@@ -422,12 +421,16 @@ def only_finite(array: Any) -> Any:
     if _all_finite(array):
         return array
     if pa.types.is_floating(array.type):
+        import pyarrow.compute as pc  # slow to import, and workers can do without it
+
         return pc.if_else(pc.is_finite(array), array, pa.scalar(None, array.type))
     return pa.array([finite(value) for value in array.to_pylist()], array.type)
 
 
 def _all_finite(array: Any) -> bool:
     if pa.types.is_floating(array.type):
+        import pyarrow.compute as pc
+
         return pc.all(pc.is_finite(array)).as_py() is not False
     if pa.types.is_list(array.type):
         return _all_finite(array.flatten())
