@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -38,18 +39,23 @@ def cores() -> int:
     return LocalEngine().default_slots()
 
 
-def introduce(title: str, caveats: Sequence[str]) -> None:
-    """Print what is measured, where, and what to keep in mind."""
+def introduce(title: str, caveats: str) -> None:
+    """Print what is measured, where, and what to keep in mind: paragraphs with an empty line between them."""
     memory = psutil.virtual_memory().total / 2**30
     busy = ", ".join(f"{load:.2f}" for load in os.getloadavg())
     print(title)
     print(f"  date      {datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
     print(f"  machine   {cores()} cores, {memory:.1f} GiB, {_processor()}, {platform.system()} {platform.release()}")
     print(f"  load      {busy} when it began (1, 5, 15 minutes)")
-    print(f"  software  Python {platform.python_version()}, {', '.join(_versions())}")
-    for caveat in caveats:
-        print(f"  caveat    {caveat}")
+    _print("software", f"Python {platform.python_version()}, {', '.join(_versions())}")
+    for caveat in caveats.strip().split("\n\n"):
+        _print("caveat", caveat)
     print(flush=True)
+
+
+def _print(name: str, text: str) -> None:
+    indent = " " * 12
+    print(textwrap.fill(" ".join(text.split()), 118, initial_indent=f"  {name:10}", subsequent_indent=indent))
 
 
 def _processor() -> str:
@@ -70,14 +76,24 @@ def _versions() -> Iterator[str]:
 
 
 def take_turns(contenders: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> dict[str, Runs]:
-    """Run each contender once per round, in turns; measure to contender to figures."""
+    """Run each contender once per round, in turns, each on a quiet machine; measure to contender to figures."""
     figures: dict[str, Runs] = {}
     for number in range(1, rounds + 1):
         for name, run in contenders.items():
+            settle()
             for measure, figure in run().items():
                 figures.setdefault(measure, {}).setdefault(name, []).append(figure)
-        print(f"  round {number} of {rounds} is done", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"  round {number} of {rounds} is done", file=sys.stderr, flush=True)
     return figures
+
+
+def settle() -> None:
+    """Wait until the machine has nothing else to do, or for half a minute: also for what the last one left behind."""
+    for _ in range(30):
+        if psutil.cpu_percent(interval=1.0) < 15:
+            return
+    print("  the machine did not come to rest: this run is disturbed", flush=True)
 
 
 def show(measure: str, runs: Runs, *, first: str, unit: str, digits: int = 2) -> None:
@@ -86,11 +102,13 @@ def show(measure: str, runs: Runs, *, first: str, unit: str, digits: int = 2) ->
     print(f"{measure} ({unit})")
     for name, figures in runs.items():
         each = "  ".join(f"{figure:,.{digits}f}" for figure in figures)
-        print(f"  {name:{width}}  median {statistics.median(figures):,.{digits}f}   runs {each}")
+        print(f"  {name:{width}}  median {statistics.median(figures):,.{digits}f}   runs  {each}")
     median = statistics.median(runs[first])
     for name, figures in runs.items():
         if name != first:
-            print(f"  ratio of medians, {first} / {name}: {median / statistics.median(figures):.3f}")
+            rounds = "  ".join(f"{a / b:.3f}" for a, b in zip(runs[first], figures, strict=True))
+            ratio = median / statistics.median(figures)
+            print(f"  ratio of medians, {first} / {name}: {ratio:.3f}   round by round  {rounds}")
     print(flush=True)
 
 
@@ -109,5 +127,6 @@ def environment(home: Path) -> dict[str, str]:
 def shapes_pictures(folder: Path, count: int) -> Path:
     """Generate pictures for the toy classifier of ``examples/shapes``."""
     script = REPOSITORY / "examples" / "shapes" / "make_pictures.py"
-    subprocess.run([sys.executable, script, folder, "--count", str(count), "--seed", "7"], check=True)
+    command = [sys.executable, script, folder, "--count", str(count), "--seed", "7"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from tally import Scorer
 
@@ -11,7 +11,7 @@ from tally import Scorer
 class Noop(Scorer):
     input = "path"
     batch_size = 1024
-    columns = {"length": "int64"}
+    columns: ClassVar = {"length": "int64"}
 
     def score(self, batch: Sequence[Any]) -> list[dict[str, int]]:
         return [{"length": 0}] * len(batch)

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from _machine import DATA, REPOSITORY, TALLY, environment, introduce, scratch, shapes_pictures, show, take_turns
 
-CAVEATS = (
-    "from the start of the command to the first attempt's file under out/_tally/attempts, which appears under its "
-    "name once it is flushed to the disk; it holds one batch of rows, and is committed some milliseconds later",
-    "the job's database exists already; the files are in the page cache; the folder is looked at every millisecond",
-)
+CAVEATS = """
+From the start of the command to the first attempt's file under out/_tally/attempts, which appears under its name once
+it is flushed to the disk. It holds one batch of rows, and is committed some milliseconds later.
+
+The database of jobs exists before; the files are in the page cache; the folder is looked at every millisecond.
+"""
 
 
 def main() -> None:

@@ -23,14 +23,17 @@ from _machine import TALLY, environment, introduce, scratch, show, take_turns
 SCORER = Path(__file__).resolve().parent / "_noop_scorer.py"
 FOLDER = 1000
 """Files in one folder."""
-CAVEATS = (
-    "items are empty files in folders of 1,000; the scorer is not given their content (input = 'path') and returns "
-    "one small row for each; results are durable Parquet",
-    "'end to end' is the whole command, from its start to its end; 'session' leaves out the interpreter, imports and "
-    "the assembling of the results",
-    "peak memory is that of the coordinator's process alone (VmHWM), without its workers",
-    "the database of jobs is polled during the run, to see when the first items were committed and planning ended",
-)
+CAVEATS = """
+The items are empty files in folders of 1,000. The scorer is not given their content (input = "path") and returns one
+small row for each. The results are durable Parquet.
+
+"End to end" is the whole command, from its start to its end. "Session" leaves out the interpreter, imports and the
+assembling of the results.
+
+Peak memory is that of the coordinator's process alone (VmHWM), without its workers.
+
+The database of jobs is looked at during the run, to see when the first items were committed and planning ended.
+"""
 
 
 def main() -> None:
@@ -42,7 +45,7 @@ def main() -> None:
     introduce(f"noop: {', '.join(f'{size:,}' for size in sizes)} items", CAVEATS)
     with scratch() as folder:
         environment_ = environment(folder / "home")
-        subprocess.run([*TALLY, "jobs", "list"], env=environment_, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*TALLY, "jobs", "list"], env=environment_, check=True, capture_output=True)
 
         def contender(size: int) -> Callable[[], dict[str, float]]:
             files = make(folder / f"files-{size}", size)
@@ -56,12 +59,10 @@ def main() -> None:
         show("first items committed after", figures["first"], first=largest, unit="s from the start of the command")
         show("planning ended after", figures["planned"], first=largest, unit="s from the start of the command")
         show("share of the items committed when planning ended", figures["overlap"], first=largest, unit="%", digits=1)
-        print("clearing up", file=sys.stderr)
 
 
 def make(folder: Path, count: int) -> Path:
     """Make that many empty files, in nested folders."""
-    print(f"  making {count:,} files", file=sys.stderr, flush=True)
     for start in range(0, count, FOLDER):
         inner = folder / f"{start // FOLDER:04d}"
         inner.mkdir(parents=True)

@@ -27,19 +27,24 @@ from _machine import DATA, REPOSITORY, TALLY, cores, environment, introduce, scr
 from tally.scorers.package import create, resolve
 
 HERE = Path(__file__).resolve().parent
-CAVEATS = (
-    "every contender reads, decodes (tally.sources.images.decode), preprocesses and batches alike, and runs ONNX "
-    "Runtime with one thread in one process per core; the files are in the page cache",
-    "only Tally writes its results durably while it runs, and could be killed and resumed at any moment",
-    "'whole process' is from the start of the command to the results on disk: interpreter, imports, starting "
-    "processes and loading the model included; taking everything down again left out",
-    "Tally's database of jobs exists before the first run",
-    "'steady state' is from the first line of progress (a tenth of the photos) to the last: no startup in it",
-    "Celery: prefork, one task per batch, results through Redis; it is given longer to start than is counted in "
-    "'steady state'. Ray Data: one actor per core, one block per batch",
-)
-PROGRESS = re.compile(r"([\d,]+)/([\d,]+) items(?: at ([\d.]+))?")
+CAVEATS = """
+Every contender reads, decodes (tally.sources.images.decode), preprocesses and batches alike, and runs ONNX Runtime
+with one thread in one process per core. The files are in the page cache.
 
+Only Tally writes its results durably while it runs, and could be killed and resumed at any moment. The others hold
+them in memory until the end.
+
+"Whole process" is from the start of the command until the results are on the disk: the interpreter, imports, starting
+processes and loading the model are in it, taking everything down again is not. Tally's database exists before.
+
+"Steady state" is from the first line of progress (after a tenth of the pictures) to the last: no startup is in it.
+
+The bare loop forks its processes after the imports, and so pays for these once; Tally's workers are processes of
+their own, and each pays.
+
+Ray Data: one actor per core, one block per batch. Celery: a prefork worker, one task per batch, results through Redis.
+"""
+PROGRESS = re.compile(r"([\d,]+)/([\d,]+) items(?: at ([\d.]+))?")
 FINISHED = re.compile(r"job \w+ finished: ")
 
 
@@ -48,7 +53,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder with images/imagenet and models/classify")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--copies", type=int, default=10, help="how often each of the 100 photos is taken")
-    parser.add_argument("--only", help="contenders to run, e.g. tally,bare")
+    parser.add_argument("--only", help="contenders to run beside tally, e.g. bare,ray")
     given = parser.parse_args()
     with scratch() as folder:
         model, photos = material(given.data, folder, given.copies)
@@ -97,7 +102,8 @@ def main() -> None:
         if available("celery", "pip install 'celery[redis]'") and redis_there():
             contenders["celery"] = other("celery")
         if given.only:
-            contenders = {name: run for name, run in contenders.items() if name in given.only.split(",")}
+            wanted = ["tally", *given.only.split(",")]
+            contenders = {name: run for name, run in contenders.items() if name in wanted}
         figures = take_turns(contenders, given.rounds)
         show("whole process", figures["whole"], first="tally", unit="pictures/s", digits=1)
         show("steady state", figures["steady"], first="tally", unit="pictures/s", digits=1)

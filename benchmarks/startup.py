@@ -14,11 +14,12 @@ from pathlib import Path
 
 from _machine import introduce, show, take_turns
 
-CAVEATS = (
-    "every run is a new process, but files are in the page cache and byte code is compiled: the very first run after "
-    "an installation or a restart is slower",
-    "wall time of the whole process, measured from outside",
-)
+CAVEATS = """
+Every run is a new process, but files are in the page cache and byte code is compiled: the very first run after an
+installation or a restart is slower.
+
+Wall time of the whole process, measured from outside.
+"""
 
 
 def main() -> None:

@@ -130,6 +130,11 @@ class ItemError(TallyError):
         super().__init__(message, hint=hint)
         self.stage = stage
 
+    def bare(self) -> ItemError:
+        """Itself without the traceback, whose frames would keep the item's data alive as long as the error."""
+        self.__cause__ = self.__context__ = None
+        return self.with_traceback(None)
+
 
 class WorkerError(TallyError):
     """A worker was lost while it ran a task.

@@ -20,6 +20,8 @@ import pytest
 import tally
 from tally.errors import JobExistsError, ModelChangedError
 from tally.jobs.launch import open_store
+from tally.sources.base import ChunkLimit, Timings
+from tally.sources.files import FileSource
 
 Cli = Callable[..., Any]
 
@@ -624,3 +626,15 @@ def test_the_same_from_python(tmp_path: Path, model: Path) -> None:
     assert again.results().num_rows == 2
     again.delete()
     assert keys(out) == names(2)
+
+
+def test_what_is_dead_holds_nothing_in_memory(tmp_path: Path) -> None:
+    """The frames of an error's traceback would keep the picture that was being decoded."""
+    photos = put(tmp_path / "photos", b"\xff\xd8\xff\xe0 no more", b"", names="{}.jpg")
+    (photos / "2.jpg").symlink_to("nowhere")
+    source = FileSource.describe([str(photos)], "image")
+    [chunk] = source.plan(None, 0, lambda: ChunkLimit(10, 2**20))
+    [batch] = source.read(chunk, tally.Scorer(), Timings())
+    assert [position for position, _ in batch.dead] == [0, 1, 2]
+    for _, error in batch.dead:
+        assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)

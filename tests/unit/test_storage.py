@@ -169,7 +169,9 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_full_disk_is_said_in_plain_words() -> None:
     with pytest.raises(OSError, match="No space") as caught, open("/dev/full", "wb", buffering=0) as file:
         file.write(b"x")
-    assert str(failure("write", "/x", caught.value)) == "cannot write /x: the disk is full"
+    error = failure("write", "/x", caught.value)
+    assert error.message == "cannot write /x: the disk is full"
+    assert error.hint == "Make room there, or choose another place."
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])

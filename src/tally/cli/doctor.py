@@ -63,8 +63,9 @@ def _database() -> str:
 def _models() -> str:
     import onnxruntime
 
+    # The provider called Azure calls a web service, which Tally never does.
     providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
-    return "ONNX Runtime runs on " + ", ".join(providers)
+    return "ONNX Runtime runs on " + ", ".join(name for name in providers if name != "Azure")
 
 
 def _workers() -> str:

@@ -79,7 +79,7 @@ class Planner(threading.Thread):
         sizer: ChunkSizer,
         deliver: Callable[[Chunk], None],
         ended: Callable[[Exception | None], None],
-        ahead: int = 64,
+        ahead: int = 16,
     ) -> None:
         super().__init__(name="tally-planner", daemon=True)
         self._source, self._after, self._first, self._sizer = source, after, first, sizer

@@ -89,7 +89,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
     """
     began = time.perf_counter()
     timings = Timings()
-    dead: list[tuple[int, ItemError]] = []
+    dead: list[tuple[int, str, str]] = []  # not the errors themselves: they may hold on to large values
     writer = worker.sink.open(attempt)
     size = worker.scorer.batch_size
     # In whole batches, so that what is cut out of the chunk after a crash keeps its batches.
@@ -99,18 +99,21 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
         stop = min(stop, chunk.count)
         progress.busy(start, stop, ahead=min(ahead, chunk.count - stop), limit=worker.timeout)
 
+    def note(found: Sequence[tuple[int, ItemError]]) -> None:
+        dead.extend((position, error.stage, _storable(str(error))) for position, error in found)
+
     busy(0, size)  # at once: reading ahead begins before the first batch is there
     batches = worker.source.read(chunk, worker.scorer, timings)
     try:
         for batch in batches:
             busy(batch.start, batch.stop)
-            dead += batch.dead
+            note(batch.dead)
             if batch.keys:
                 start = time.perf_counter()
                 results = score(worker.scorer, batch.values, len(batch.keys))
                 scored = time.perf_counter()
                 timings.score += scored - start
-                dead += _write(writer, batch, results)
+                note(_write(writer, batch, results))
                 timings.write += time.perf_counter() - scored
             busy(batch.stop, batch.stop + size)
         # Everything is scored: if the worker is lost while closing, no item is to blame.
@@ -126,10 +129,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
     keys: Sequence[str] = worker.source.keys(chunk) if dead else ()
     return Outcome(
         output=output,
-        dead=[
-            DeadItem(position, keys[position], error.stage, _storable(str(error)))
-            for position, error in sorted(dead, key=lambda each: each[0])
-        ],
+        dead=[DeadItem(position, keys[position], stage, error) for position, stage, error in sorted(dead)],
         timings=timings,
         seconds=time.perf_counter() - began,
     )

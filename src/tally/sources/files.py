@@ -312,7 +312,7 @@ class _Reader:
                 read = time.perf_counter()
                 value = self._prepare(self.keys[position], value)
             except ItemError as error:
-                value = error
+                value = error.bare()
                 if error.stage == "read":
                     read = time.perf_counter()
             values.append(value)
