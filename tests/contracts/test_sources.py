@@ -13,7 +13,8 @@ from PIL import Image
 from tally.errors import ItemError, SourceNotFoundError, SpecError
 from tally.scorers.base import Input, Item, Scorer
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
-from tally.sources.files import AHEAD, LOCAL_THREADS, FileSource
+from tally.sources.files import FileSource
+from tally.sources.reading import AHEAD, LOCAL_THREADS
 from tally.storage import open_store
 from tally.testing.sources import Recorder, SourceContract, chunks_of
 
@@ -355,7 +356,7 @@ def test_reading_ahead_is_bounded_in_items(tmp_path: Path) -> None:
 
 
 def test_reading_ahead_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tally.sources.files.AHEAD_BYTES", 10)  # less than one item
+    monkeypatch.setattr("tally.sources.reading.AHEAD_BYTES", 10)  # less than one item
     touch(tmp_path, *(f"{n:03}" for n in range(40)), data=bytes(100))
     scorer = Recorder()
     scorer.input, scorer.batch_size = "bytes", 4

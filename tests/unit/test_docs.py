@@ -32,8 +32,9 @@ from tally.scorers.onnx_options import OnnxOptions
 from tally.scorers.package_file import Package, ScriptOptions
 from tally.scorers.vision import Preprocess
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCS = REPOSITORY / "docs"
+PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
 EXPORTS = ["Item", "ItemError", "Job", "Scorer", "TallyError", "score"]
 
 _BLOCK = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -50,7 +51,7 @@ class Block:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.page.relative_to(DOCS)}:{self.line}"
+        return f"{self.page.relative_to(REPOSITORY)}:{self.line}"
 
 
 def blocks(page: Path) -> Iterator[Block]:
@@ -187,7 +188,7 @@ def test_commands_exist_with_their_options(block: Block) -> None:
             command.make_context("tally", words)  # raises for options that are not there
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in _LINK.findall(_BLOCK.sub("", page.read_text("utf-8"))):
         if "://" in target:

@@ -1,0 +1,283 @@
+"""Places to take files from: folders, single files and globs, on this machine or in a bucket."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tally.errors import SourceNotFoundError, SpecError
+from tally.storage import (
+    failure,
+    is_url,
+    key_of,
+    local_of,
+    open_store,
+)
+
+_SHOWN_SUFFIXES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One root to list, and which of its files are taken.
+
+    root: an absolute path or URL. prefix: what keys begin with. names: exactly these, sorted; or
+    pattern: a glob relative to the root; or neither: everything that is not hidden.
+    """
+
+    root: str
+    prefix: str = ""
+    names: tuple[str, ...] = ()
+    pattern: str | None = None
+
+    @property
+    def within(self) -> str:
+        """What the whole path of a file of this place begins with."""
+        return self.root.rstrip("/") + "/"
+
+
+def not_the_output(place: Place, without: str | None) -> Callable[[str], bool] | None:
+    """Tells names that are not the output's; None where the output cannot be among the place's names.
+
+    A merged output ``out.csv`` has its manifest, its dead items and its staging folder beside it, all of
+    whose names begin with ``out.``.
+    """
+    if without is None or not without.startswith(place.within):
+        return None
+    name = without[len(place.within) :].rstrip("/")
+    if without.endswith("/") or not _suffix(name):
+        return lambda other: other != name and not other.startswith(name + "/")
+    stem = name[: -len(_suffix(name))]
+    beside = (f"{name}.", f"{stem}.dead.")
+    return lambda other: other != name and not other.startswith(beside)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix
+
+
+def both(first: Callable[[str], bool], second: Callable[[str], bool]) -> Callable[[str], bool]:
+    return lambda name: first(name) and second(name)
+
+
+def not_hidden(folder: str) -> bool:
+    return folder[folder.rfind("/") + 1] != "."
+
+
+_MAGIC = re.compile(r"[*?\[]")
+
+
+def locate(uri: str) -> Place:
+    """What a path or URL names. A name that exists is itself, even where it looks like a glob."""
+    if is_url(uri) and not uri.lower().startswith("file://"):
+        return _locate_remote(uri)
+    given = local_of(uri) if is_url(uri) else os.path.expanduser(uri)  # noqa: PTH111
+    if not given or "\0" in given:
+        raise SpecError(f"{uri!r} names no file or folder")
+    path = os.path.abspath(given)  # noqa: PTH100  # symbolic links stay as the user knows them
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        if Path(path).is_symlink():
+            raise SourceNotFoundError(
+                f"{key_of(path)} is a link to {key_of(os.fspath(Path(path).readlink()))}, which is not there"
+            ) from None
+        if not _MAGIC.search(given):
+            raise _missing(path) from None
+        root, pattern = _split(path)
+        if not Path(root).is_dir():
+            raise _missing(root) from None
+        return Place(root, pattern=pattern)
+    except OSError as error:
+        raise failure("read", path, error) from None
+    if stat.S_ISDIR(mode):
+        return Place(path)
+    if not stat.S_ISREG(mode):
+        raise SourceNotFoundError(
+            f"{key_of(path)} is neither a file nor a folder", hint="pipes and devices cannot be read twice"
+        )
+    folder, _, name = path.rpartition("/")
+    return Place(folder or "/", names=(name,))
+
+
+def _locate_remote(uri: str) -> Place:
+    # Checks the kind of URL, and that it carries no secrets.
+    open_store(uri)
+    scheme, _, rest = uri.partition("://")
+    bucket, _, name = rest.partition("/")
+    bucket = f"{scheme.lower()}://{bucket}"
+    whole = name.strip("/")
+    if not whole:
+        return Place(bucket)
+    store = open_store(bucket)
+    magic = _MAGIC.search(whole)
+    if not magic and (name.endswith("/") or next(store.list(whole), None) is not None):
+        return Place(f"{bucket}/{whole}")
+    if store.exists(whole):
+        folder, _, last = whole.rpartition("/")
+        return Place(f"{bucket}/{folder}".rstrip("/"), names=(last,))
+    if not magic:
+        raise SourceNotFoundError(f"there is no object and no folder {uri}", hint="names of objects are case-sensitive")
+    root, pattern = _split(whole)
+    return Place(f"{bucket}/{root}".rstrip("/"), pattern=pattern)
+
+
+def _split(path: str) -> tuple[str, str]:
+    """A glob as the folders before its first wildcard, and the rest."""
+    parts = path.split("/")
+    cut = next(index for index, part in enumerate(parts) if _MAGIC.search(part))
+    root = "/".join(parts[:cut])
+    return root or ("/" if path.startswith("/") else ""), "/".join(parts[cut:])
+
+
+def _missing(path: str) -> SourceNotFoundError:
+    """Says how far the path exists, and what there is of a similar name."""
+    parent, _, name = path.rpartition("/")
+    while not Path(parent or "/").is_dir() and parent:
+        parent, _, name = parent.rpartition("/")
+    try:
+        there = os.listdir(parent or "/")
+    except OSError:
+        there = []
+    by_lower: dict[str, str] = {each.lower(): each for each in there}
+    close = [by_lower[each] for each in difflib.get_close_matches(name.lower(), by_lower, n=3)]
+    message = f"there is no file or folder {key_of(path)}"
+    if close:
+        shown = ", ".join(repr(f"{parent}/{each}") for each in map(key_of, close))
+        return SourceNotFoundError(message, hint=f"did you mean {shown}?")
+    if (f"{parent}/{name}") != path:
+        return SourceNotFoundError(message, hint=f"{key_of(parent) or '/'} is there, but holds no {key_of(name)!r}")
+    names = "1 name" if len(there) == 1 else f"{len(there):,} names"
+    return SourceNotFoundError(message, hint=f"its folder {key_of(parent) or '/'} is there and holds {names}")
+
+
+def nothing(place: Place, passed: Counter[str]) -> SourceNotFoundError:
+    root = key_of(place.root)
+    if place.pattern is not None:
+        hint = "'*' stays within one folder; '**' crosses folders, as in 'photos/**/*.jpg'"
+        return SourceNotFoundError(
+            f"no file matches {root.rstrip('/')}/{key_of(place.pattern)}", hint=None if "**" in place.pattern else hint
+        )
+    if passed:
+        total = sum(passed.values())
+        files = "1 file" if total == 1 else f"{total:,} files"
+        return SourceNotFoundError(
+            f"no image by its name among the {files} of {root} ({count_suffixes(passed)})",
+            hint=f"a glob such as '{root.rstrip('/')}/**/*' takes them all",
+        )
+    return SourceNotFoundError(f"{root} holds no files to score", hint="hidden files are not taken")
+
+
+def count_suffixes(passed: Counter[str]) -> str:
+    most = passed.most_common(_SHOWN_SUFFIXES)
+    shown = [
+        f"{key_of(suffix)[:20] or 'without suffix'} {count:,}"
+        for suffix, count in sorted(most, key=lambda each: (not each[0], each[0]))
+    ]
+    rest = sum(passed.values()) - sum(count for _, count in most)
+    return ", ".join([*shown, f"others {rest:,}"] if rest else shown)
+
+
+def merge_files(places: list[Place]) -> list[Place]:
+    """Neighbouring single files become one place: a shell expands ``*.jpg`` to thousands of them."""
+    merged: list[Place] = []
+    group: list[Place] = []
+    for place in [*places, None]:
+        if group and (place is None or not place.names or _anchor(place.root) != _anchor(group[0].root)):
+            root = _common([each.root for each in group])
+            cut = len(root.rstrip("/")) + 1
+            names = {(each.within + name)[cut:] for each in group for name in each.names}
+            merged.append(Place(root, names=tuple(sorted(names))))
+            group = []
+        if place is not None and place.names:
+            group.append(place)
+        elif place is not None and place not in merged:
+            merged.append(place)
+    return merged
+
+
+def with_prefixes(places: list[Place]) -> tuple[Place, ...]:
+    """Keys of several places are relative to their common folder; with none in common, the place is in the key."""
+    if len(places) == 1:
+        return tuple(places)
+    common = ""
+    if len({_anchor(place.root) for place in places}) == 1:
+        common = _common([place.root for place in places]).rstrip("/") + "/"
+    return tuple(Place(place.root, key_of(place.within[len(common) :]), place.names, place.pattern) for place in places)
+
+
+def _anchor(root: str) -> str:
+    """What two places must share to have a common folder."""
+    return "/".join(root.split("/")[:3]) if is_url(root) else "/"
+
+
+def _common(roots: list[str]) -> str:
+    """The deepest folder that holds all of the roots, of one anchor."""
+    parts = [root.rstrip("/").split("/") for root in roots]
+    shortest, longest = min(parts), max(parts)
+    same = 0
+    while same < min(len(shortest), len(longest)) and shortest[same] == longest[same]:
+        same += 1
+    return "/".join(shortest[:same]) or "/"
+
+
+# Globs -----------------------------------------------------------------------------------------------
+
+
+def compile_glob(pattern: str) -> re.Pattern[str]:
+    """A glob, relative to its root, as a regular expression over whole names.
+
+    ``**`` is any number of folders (as the last part: everything below), ``*`` and ``?`` stay within one
+    part, ``[ab-c]`` and ``[!a]`` are sets. No wildcard matches a part's leading dot.
+    """
+    parts = pattern.split("/")
+    out = ""
+    for index, part in enumerate(parts):
+        final = index == len(parts) - 1
+        if part == "**":
+            out += r"(?:[^/.][^/]*/)*" + (r"[^/.][^/]*" if final else "")
+        else:
+            out += ("" if part.startswith(".") else r"(?!\.)") + _compile_part(part) + ("" if final else "/")
+    try:
+        return re.compile(out, re.DOTALL)
+    except re.error as error:
+        raise SpecError(f"{key_of(pattern)!r} is not a glob: {error.msg}", hint="sets are written [a-z]") from None
+
+
+def _compile_part(part: str) -> str:
+    out = ""
+    at = 0
+    while at < len(part):
+        char = part[at]
+        at += 1
+        if char == "*":
+            out += "[^/]*" if not out.endswith("[^/]*") else ""
+        elif char == "?":
+            out += "[^/]"
+        elif char == "[" and (end := part.find("]", at + 1 + (part[at : at + 1] == "!"))) > 0:
+            inside = part[at:end]
+            negated = inside.startswith("!")
+            inside = re.sub(r"([\\\[\]^&~|])", r"\\\1", inside[1:] if negated else inside)
+            out += f"(?!/)[{'^' if negated else ''}{inside}]"
+            at = end + 1
+        else:
+            out += re.escape(char)
+    return out
+
+
+def enters(pattern: str) -> Callable[[str], bool]:
+    """Whether a folder can hold what the glob matches: by its depth, and by being hidden."""
+    parts = pattern.split("/")
+    depth = None if "**" in parts else len(parts)
+    hidden = any(part.startswith(".") for part in parts)
+
+    def enter(folder: str) -> bool:
+        return (hidden or not_hidden(folder)) and (depth is None or folder.count("/") + 1 < depth)
+
+    return enter

@@ -1,0 +1,245 @@
+"""Reading files ahead of scoring, in a few threads that a worker keeps for its life."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, overload
+
+from tally.errors import ItemError, TallyError
+from tally.scorers.base import Input, Item, Scorer
+from tally.sources import images
+from tally.sources.base import Batch, Timings
+from tally.storage import ObjectStore, Store, file_name
+
+LOCAL_THREADS = 2
+REMOTE_THREADS = 16
+
+AHEAD = 2
+"""Batches that are read ahead of the one being scored (or, of small batches, as many items per thread)."""
+
+AHEAD_BYTES = 256 * 2**20
+"""Prepared values that may wait; the batch being asked for is read in any case."""
+
+_RUN_ITEMS = 32
+"""Items that a thread takes at once, at most: handing over one by one costs more than reading small files."""
+
+
+class Reader:
+    """Reads, decodes and prepares the items of one chunk; called from several threads."""
+
+    def __init__(
+        self,
+        store: Store,
+        names: Sequence[str],
+        keys: Sequence[str],
+        input: Input,  # noqa: A002
+        scorer: Scorer,
+    ) -> None:
+        self.keys = keys
+        self.closed = False
+        self._store, self._names, self._input, self._scorer = store, names, input, scorer
+        self._folder: str | None = None
+
+    def open(self) -> None:
+        """Make ready what :meth:`close` removes: remote files that are wanted as paths are downloaded."""
+        if self._input == "path" and isinstance(self._store, ObjectStore):
+            self._folder = tempfile.mkdtemp(prefix="tally-")
+
+    def run(self, start: int, stop: int) -> tuple[list[Any], float, float, int]:
+        """Values (or the ItemError) of a run of positions, seconds of reading and of decoding, bytes held."""
+        values: list[Any] = []
+        reading = decoding = 0.0
+        held = 0
+        for position in range(start, stop):
+            if self.closed:
+                break
+            began = time.perf_counter()
+            read = began
+            try:
+                value: Any = self._fetch(position)
+                read = time.perf_counter()
+                value = self._prepare(self.keys[position], value)
+            except ItemError as error:
+                value = error.bare()
+                if error.stage == "read":
+                    read = time.perf_counter()
+            values.append(value)
+            held += _weight(value)
+            reading += read - began
+            decoding += time.perf_counter() - read
+        return values, reading, decoding, held
+
+    def _fetch(self, position: int) -> Any:
+        name = self._names[position]
+        try:
+            if self._input != "path":
+                return self._store.read(name)
+            if self._folder is None:
+                return self._store.local_path(name)
+            assert isinstance(self._store, ObjectStore)
+            target = Path(self._folder, str(position), file_name(name))
+            target.parent.mkdir()
+            self._store.download(name, target)
+            return target
+        except TallyError as error:
+            raise ItemError(error.message, stage="read", hint=error.hint) from None
+        except Exception as error:
+            raise ItemError(_told(error), stage="read") from None
+
+    def _prepare(self, key: str, value: Any) -> Any:
+        info: dict[str, Any] = {}
+        if self._input == "image":
+            value, info = images.decode(value, self._scorer.size)
+        try:
+            return self._scorer.prepare(Item(key, value, info))
+        except TallyError as error:
+            raise ItemError(error.message, stage="prepare", hint=error.hint) from None
+        except Exception as error:
+            raise ItemError(_told(error), stage="prepare") from None
+
+    def forget(self, start: int, stop: int) -> None:
+        """The consumer is done with these positions: downloaded files are removed."""
+        if self._folder is not None:
+            for position in range(start, stop):
+                shutil.rmtree(Path(self._folder, str(position)), ignore_errors=True)
+
+    def close(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+_Run = tuple[int, int, "Future[tuple[list[Any], float, float, int]]"]
+
+
+def read_ahead(reader: Reader, size: int, threads: int, timings: Timings) -> Iterator[Batch]:
+    """Batches in order, while threads work on the items that follow."""
+    pool = _pool(threads)
+    count = len(reader.keys)
+    length = min(-(-size // threads), _RUN_ITEMS)
+    bounds = (
+        (start, min(start + length, window + size, count))
+        for window in range(0, count, size)
+        for start in range(window, min(window + size, count), length)
+    )
+    upcoming = next(bounds, None)
+    runs: deque[_Run] = deque()
+    measured = [0, 0]  # items, bytes
+
+    def room() -> bool:
+        """Whether one more run may be started ahead."""
+        if not measured[0]:
+            return False
+        mean = measured[1] / measured[0]
+        held = sum(run.result()[3] if run.done() else (stop - start) * mean for start, stop, run in runs)
+        return held + length * mean <= AHEAD_BYTES
+
+    def fill(stop: int) -> None:
+        """Start what the batch that ends at ``stop`` needs, and what may be read ahead of it."""
+        nonlocal upcoming
+        horizon = stop + AHEAD * max(size, threads)
+        while upcoming is not None and (upcoming[0] < stop or (upcoming[0] < horizon and room())):
+            runs.append((*upcoming, pool.submit(reader.run, *upcoming)))
+            upcoming = next(bounds, None)
+
+    def collect(window: int) -> Batch:
+        batch = Batch(window, min(window + size, count))
+        at = window
+        while at < batch.stop:
+            fill(batch.stop)
+            start, at, run = runs[0]
+            values, reading, decoding, held = run.result()
+            runs.popleft()
+            measured[0] += at - start
+            measured[1] += held
+            timings.read += reading
+            timings.decode += decoding
+            for position, value in enumerate(values, start):
+                if isinstance(value, ItemError):
+                    batch.dead.append((position, value))
+                else:
+                    batch.keys.append(reader.keys[position])
+                    batch.values.append(value)
+                    batch.positions.append(position)
+        fill(batch.stop)  # the consumer is about to be busy
+        return batch
+
+    try:
+        reader.open()
+        for window in range(0, count, size):
+            yield collect(window)
+            reader.forget(window, min(window + size, count))
+    finally:
+        # What has not begun never does; what runs ends with the item it is at.
+        reader.closed = True
+        for _, _, run in runs:
+            run.cancel()
+        wait([run for _, _, run in runs])
+        reader.close()
+
+
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_pools_lock = threading.Lock()
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """This process's threads for reading; kept, so that small chunks do not pay for starting them."""
+    key = (os.getpid(), threads)
+    with _pools_lock:
+        if key not in _pools:
+            _pools[key] = ThreadPoolExecutor(threads, thread_name_prefix="tally-read")
+        return _pools[key]
+
+
+class _Paths(Sequence[Path]):
+    """Paths made when asked for: a Path costs more than all else that is done for such an item."""
+
+    __slots__ = ("_names", "_within")
+
+    def __init__(self, within: str, names: Sequence[str]) -> None:
+        self._within, self._names = within, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Path]: ...
+    def __getitem__(self, index: int | slice) -> Path | Sequence[Path]:
+        if isinstance(index, slice):
+            return _Paths(self._within, self._names[index])
+        return Path(self._within + self._names[index])
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+def read_paths(within: str, names: Sequence[str], keys: list[str], size: int) -> Iterator[Batch]:
+    for start in range(0, len(names), size):
+        stop = min(start + size, len(names))
+        yield Batch(start, stop, keys[start:stop], _Paths(within, names[start:stop]), list(range(start, stop)))
+
+
+def _weight(value: Any) -> int:
+    """Bytes that a prepared value takes, roughly."""
+    if isinstance(value, bytes | bytearray):
+        return len(value)
+    if isinstance(value, list | tuple):
+        return sum(map(_weight, value))
+    if isinstance(value, dict):
+        return sum(map(_weight, value.values()))
+    size = getattr(value, "nbytes", 0)
+    return size if isinstance(size, int) else 0
+
+
+def _told(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
