@@ -25,11 +25,9 @@ from tally.sources.places import (
     count_suffixes,
     enters,
     locate,
-    merge_files,
     not_hidden,
     not_the_output,
     nothing,
-    with_prefixes,
 )
 from tally.sources.reading import AHEAD, LOCAL_THREADS, REMOTE_THREADS, Reader, read_ahead, read_paths
 from tally.storage import Entry, LocalStore, Store, is_url, key_of, open_store
@@ -74,7 +72,7 @@ class FileSource(Source):
         if not uris:
             raise SpecError("no source is given", hint="name a folder, a file or a glob")
         uris = (uris,) if isinstance(uris, str) else tuple(map(os.fspath, uris))
-        source = cls(uris, input, with_prefixes(merge_files([locate(uri) for uri in uris])), without)
+        source = cls(uris, input, locate(uris), without)
         for place in source.places:
             passed: Counter[str] = Counter()
             if not place.names and next(source._entries(place, None, passed), None) is None:

@@ -73,7 +73,12 @@ def not_hidden(folder: str) -> bool:
 _MAGIC = re.compile(r"[*?\[]")
 
 
-def locate(uri: str) -> Place:
+def locate(uris: Sequence[str]) -> tuple[Place, ...]:
+    """The places that the uris name, with single files of one folder brought together."""
+    return _with_prefixes(_merge_files([_locate(uri) for uri in uris]))
+
+
+def _locate(uri: str) -> Place:
     """What a path or URL names. A name that exists is itself, even where it looks like a glob."""
     if is_url(uri) and not uri.lower().startswith("file://"):
         return _locate_remote(uri)
@@ -184,7 +189,7 @@ def count_suffixes(passed: Counter[str]) -> str:
     return ", ".join([*shown, f"others {rest:,}"] if rest else shown)
 
 
-def merge_files(places: list[Place]) -> list[Place]:
+def _merge_files(places: list[Place]) -> list[Place]:
     """Neighbouring single files become one place: a shell expands ``*.jpg`` to thousands of them."""
     merged: list[Place] = []
     group: list[Place] = []
@@ -202,7 +207,7 @@ def merge_files(places: list[Place]) -> list[Place]:
     return merged
 
 
-def with_prefixes(places: list[Place]) -> tuple[Place, ...]:
+def _with_prefixes(places: list[Place]) -> tuple[Place, ...]:
     """Keys of several places are relative to their common folder; with none in common, the place is in the key."""
     if len(places) == 1:
         return tuple(places)
