@@ -9,6 +9,7 @@ needs no ``if __name__ == "__main__":``. They stop by themselves when the proces
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -112,6 +113,10 @@ def _begin(setup: bytes, board: str, trace: str, log: str | None) -> None:
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(file)
+        # What was printed last matters most when the worker dies.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(line_buffering=True)
     progress.attach(Path(board), Path(trace))
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -90,8 +90,8 @@ def checksum(state: State, data: bytes) -> tuple[int, int]:
 
 
 def say(state: State, word: str) -> None:
-    """From Python, and from below it."""
-    print(f"{word} printed", flush=True)
+    """From Python, which may hold it back, and from below it."""
+    print(f"{word} printed")
     os.write(2, f"{word} written\n".encode())
 
 
