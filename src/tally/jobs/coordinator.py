@@ -160,8 +160,6 @@ class Coordinator:
         """Have a worker load the model, before anything is handed out."""
         future = self._engine.submit(work.describe)
         future.add_done_callback(lambda done: self._events.put(("ready", done)))
-        for _ in range(1, self._engine.slots):
-            self._engine.submit(work.describe)  # the other workers load meanwhile, not when their first chunk waits
 
     def _plan(self) -> None:
         def ended(error: Exception | None) -> None:
