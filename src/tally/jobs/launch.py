@@ -119,7 +119,9 @@ def submit(
                 job_id=earlier.id,
                 hint="Do it again with --overwrite, or write to another place with --out.",
             )
-    record = store.create(fingerprint=fingerprint, spec=spec.model_dump(mode="json"), model=ref.to_dict())
+    record = store.create(
+        fingerprint=fingerprint, spec=spec.model_dump(mode="json"), model=ref.to_dict(), hold=LEASE_SECONDS
+    )
     try:
         parts.sink.claim(record.id, overwrite=overwrite)
     except BaseException:

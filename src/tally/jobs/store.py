@@ -196,16 +196,28 @@ class JobStore:
     # -- a user's changes --------------------------------------------------------------------------
 
     def create(
-        self, *, fingerprint: str, spec: dict[str, Any], model: dict[str, Any], job_id: str | None = None
+        self,
+        *,
+        fingerprint: str,
+        spec: dict[str, Any],
+        model: dict[str, Any],
+        job_id: str | None = None,
+        hold: float | None = None,
     ) -> JobRecord:
-        """A new job, not yet owned by anybody."""
+        """A new job, not yet owned by anybody.
+
+        hold: for so many seconds only this process may acquire it, and others see that it is being started.
+        """
         job_id = job_id or new_id()
+        holding: dict[str, Any] = {}
+        if hold is not None:
+            holding = {"owner": secrets.token_hex(16), **_here(hold)}
         with self.engine.begin() as connection:
             connection.execute(
                 sa.insert(jobs).values(
                     id=job_id, fingerprint=fingerprint, spec=spec, model=model, state="created", wanted="run",
                     remarks=[], generation=0, created_at=now(), planned=0, items=0, done=0, dead=0, rows=0,
-                    bytes=0, usage={},
+                    bytes=0, usage={}, **holding,
                 )
             )  # fmt: skip
         return self.get(job_id)
@@ -243,16 +255,16 @@ class JobStore:
         record = self.get(job_id)
         token = secrets.token_hex(16)
         gone = record.owner is not None and not record.alive
+        held = record.state == "created" and (record.owner_host, record.owner_pid) == (_host(), os.getpid())
         free = sa.or_(jobs.c.owner.is_(None), jobs.c.lease_until < now())
-        if gone:
+        if gone or held:
             free = sa.or_(free, jobs.c.owner == record.owner)
         with self.engine.begin() as connection:
             taken = connection.execute(
                 sa.update(jobs)
                 .where(jobs.c.id == record.id, free)
                 .values(
-                    owner=token, owner_host=_host(), owner_pid=os.getpid(),
-                    lease_until=now() + seconds, wanted="run", state="running", error=None,
+                    owner=token, **_here(seconds), wanted="run", state="running", error=None,
                     started_at=sa.func.coalesce(jobs.c.started_at, now()), finished_at=None,
                 )
             )  # fmt: skip
@@ -519,6 +531,11 @@ def _record(row: Mapping[Any, Any]) -> JobRecord:
     if values["state"] == "running" and not alive:
         values["state"] = "interrupted"
     return JobRecord(**values, alive=alive)
+
+
+def _here(seconds: float) -> dict[str, Any]:
+    """The columns that say that this process has a job for so long."""
+    return {"owner_host": _host(), "owner_pid": os.getpid(), "lease_until": now() + seconds}
 
 
 def _host() -> str:

@@ -205,6 +205,17 @@ class JobStoreContract:
         assert other.get(lease.job_id).state == "interrupted"
         assert other.acquire(lease.job_id, seconds=LONG) is not None
 
+    def test_a_job_that_is_being_started_is_its_starters(self, store: JobStore) -> None:
+        record = store.create(fingerprint="f", spec={}, model={}, hold=60)
+        assert (store.get(record.id).state, store.get(record.id).alive) == ("created", True)
+        with store.engine.begin() as connection:  # as another process sees it
+            connection.execute(sa.update(jobs).where(jobs.c.id == record.id).values(owner_pid=os.getppid()))
+        assert store.acquire(record.id, seconds=60) is None
+        with store.engine.begin() as connection:
+            connection.execute(sa.update(jobs).where(jobs.c.id == record.id).values(owner_pid=os.getpid()))
+        assert store.acquire(record.id, seconds=60) is not None
+        assert store.acquire(record.id, seconds=60) is None
+
     def test_taking_over_takes_what_was_handed_out(self, store: JobStore, other: JobStore, lease: Lease) -> None:
         store.commit(lease, planned=[chunk(0, 2), chunk(2, 2), chunk(4, 2)], complete=True)
         _, (first, second) = store.commit(lease, take=2)
