@@ -183,3 +183,12 @@ def test_urls_that_mean_nothing(url: str) -> None:
         connect(url)
     assert "open-sesame" not in str(refused.value)
     assert refused.value.hint is not None
+
+
+def test_many_may_open_a_new_database_at_once(tmp_path: Path) -> None:
+    program = "import sys; from tally.jobs.database import connect; connect(sys.argv[1])"
+    for number in range(3):
+        url = f"sqlite:///{tmp_path}/{number}.db"
+        command = [sys.executable, "-c", program, url]
+        processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(4)]
+        assert [(each.communicate(timeout=60)[1], each.returncode) for each in processes] == [(b"", 0)] * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ _HINT = "Set TALLY_HOME (or TALLY_DATABASE) to a place that is there and can be 
 
 _MIGRATION_LOCK = 0x7A11_7
 """PostgreSQL's advisory locks have numbers; any that nobody else uses will do."""
+
+
+BUSY_SECONDS = 30.0
+"""How long SQLite waits for another process that writes."""
 
 
 class now(FunctionElement[float]):  # noqa: N801 - written like a function in statements
@@ -57,7 +63,7 @@ def connect(url: str) -> sa.Engine:
                 hint="Set TALLY_HOME to a folder that can be written to.",
             ) from error
     try:
-        engine = sa.create_engine(url, connect_args={"timeout": 30} if sqlite else {})
+        engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS} if sqlite else {})
     except (sa.exc.ArgumentError, ModuleNotFoundError) as error:
         raise StorageError(f"cannot open the database {shown}: {error}", hint=_HINT) from error
     try:
@@ -100,7 +106,7 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
     def configure(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # SQLAlchemy's BEGIN below is the only one
         cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
+        _write_ahead(cursor)
         # In WAL mode NORMAL survives kill -9; a power cut may lose the last commits, never corrupt:
         # their chunks are then run again.
         cursor.execute("PRAGMA synchronous=NORMAL")
@@ -113,6 +119,19 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
         # another writer came between: take the write lock at the start.
         reading = connection.get_execution_options().get("reading", False)
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+def _write_ahead(cursor: Any) -> None:
+    """Switch to write-ahead logging: once for each file, and SQLite does not wait when another does it just now."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while cursor.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _migrate(engine: sa.Engine) -> None:
