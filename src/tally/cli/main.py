@@ -49,9 +49,9 @@ class LazyGroup(click.Group):
 
 def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from importlib.metadata import version
+        import tally
 
-        click.echo(f"tally {version('tally-scoring')}")
+        click.echo(f"tally {tally.__version__}")
         ctx.exit()
 
 

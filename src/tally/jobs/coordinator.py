@@ -58,7 +58,7 @@ UNSETTLED_ATTEMPTS = 10
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a job stands. rate: items per second, lately. seconds: of this session."""
+    """Where a job stands. rate: items per second, lately."""
 
     state: str
     items: int
@@ -66,15 +66,6 @@ class Progress:
     done: int
     dead: int
     rate: float
-    seconds: float
-    slots: int
-
-    @property
-    def left(self) -> float | None:
-        """Seconds left, or None while that cannot be told."""
-        if not self.planned or self.rate <= 0:
-            return None
-        return (self.items - self.done) / self.rate
 
 
 @dataclass(slots=True)
@@ -107,7 +98,6 @@ class Coordinator:
         self._store, self._lease, self._spec = store, lease, spec
         self._source, self._sink, self._engine = source, sink, engine
         self._manifest, self._listen, self._say = manifest, listen, say
-        self._generation = record.generation
         self._items, self._planned = record.items, record.planned
         self._done, self._dead = record.done, record.dead
         self._rates: deque[tuple[float, int]] = deque([(time.monotonic(), record.done)], maxlen=64)
@@ -124,7 +114,7 @@ class Coordinator:
         self._stop: str | None = None
         self._error: Exception | None = None
         self._deadline: float | None = None
-        self._began = self._accounted = time.monotonic()
+        self._accounted = time.monotonic()
         self._cursor = record.plan_cursor
 
     def stop(self, *, now: bool = False) -> None:
@@ -508,8 +498,6 @@ class Coordinator:
             done=self._done,
             dead=self._dead,
             rate=rate,
-            seconds=now - self._began,
-            slots=self._engine.slots,
         )
 
 

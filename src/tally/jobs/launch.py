@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import tally
 from tally.config import settings
 from tally.engines.base import Engine, Limits
 from tally.errors import JobExistsError, JobStateError
@@ -17,7 +17,6 @@ from tally.jobs.coordinator import LEASE_SECONDS, Coordinator, Progress
 from tally.jobs.database import connect
 from tally.jobs.spec import JobSpec, absolute
 from tally.jobs.store import JobRecord, JobStore
-from tally.scorers.base import Scorer
 from tally.scorers.package import ModelRef, create, resolve, verify
 from tally.sinks.base import Sink
 from tally.sinks.choose import choose
@@ -34,10 +33,9 @@ def open_store() -> JobStore:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A job's model, source and sink, made from its spec. ``scorer`` is not loaded."""
+    """A job's model, source and sink, made from its spec."""
 
     model: ModelRef
-    scorer: Scorer
     source: Source
     sink: Sink
     batch_size: int
@@ -52,7 +50,6 @@ def assemble(spec: JobSpec, model: ModelRef) -> Parts:
     columns = None if scorer.columns is None else {**source.columns, **scorer.columns}
     return Parts(
         model=model,
-        scorer=scorer,
         source=source,
         sink=choose(spec.out, output=scorer.output, format=spec.format, columns=columns),
         batch_size=scorer.batch_size,
@@ -248,11 +245,6 @@ def when(seconds: float | None) -> str:
     return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def version() -> str:
-    """Tally's own version."""
-    return importlib.metadata.version("tally-scoring")
-
-
 def _still_there(record: JobRecord, sink: Sink) -> bool:
     """Whether the output still belongs to that job; a user may have removed it, and then it is forgotten."""
     return record.alive or sink.holder() == record.id
@@ -260,7 +252,7 @@ def _still_there(record: JobRecord, sink: Sink) -> bool:
 
 def _facts(spec: JobSpec, model: ModelRef) -> dict[str, Any]:
     return {
-        "tally": version(),
+        "tally": tally.__version__,
         "model": {
             "name": model.name,
             "version": model.version,

@@ -27,6 +27,7 @@ from tally.jobs.database import connect, now
 from tally.jobs.tables import chunks, dead_items, jobs
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
+from tally.text import storable
 
 __all__ = ["Dead", "Done", "JobRecord", "JobStore", "Lease", "Lost", "StoredChunk", "connect"]
 
@@ -467,11 +468,6 @@ class JobStore:
         if stream:
             options |= {"stream_results": True, "yield_per": 1000}
         return self.engine.connect().execution_options(**options)
-
-
-def storable(text: str) -> str:
-    """Text that every database takes: what is no character (bytes of a file's name, say) is written as an escape."""
-    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def new_id() -> str:

@@ -17,6 +17,7 @@ from tally.scorers.base import Result, Scorer
 from tally.scorers.package import ModelRef, load
 from tally.sinks.base import Output, Sink, Writer
 from tally.sources.base import Batch, Chunk, Source, Timings
+from tally.text import storable
 
 STARTUP_SECONDS = 600.0
 """How long loading a model may take before its worker counts as hung."""
@@ -100,7 +101,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
         progress.busy(start, stop, ahead=min(ahead, chunk.count - stop), limit=worker.timeout)
 
     def note(found: Sequence[tuple[int, ItemError]]) -> None:
-        dead.extend((position, error.stage, _storable(str(error))) for position, error in found)
+        dead.extend((position, error.stage, _bounded(str(error))) for position, error in found)
 
     busy(0, size)  # at once: reading ahead begins before the first batch is there
     batches = worker.source.read(chunk, worker.scorer, timings)
@@ -184,9 +185,9 @@ def _write(writer: Writer, batch: Batch, results: Sequence[Result]) -> list[tupl
     return dead
 
 
-def _storable(text: str) -> str:
-    """Text that every database takes: file names in it may hold bytes that are no characters."""
-    clean = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+def _bounded(text: str) -> str:
+    """The text, storable and not too long."""
+    clean = storable(text)
     return clean if len(clean) <= 4000 else clean[:4000] + " ..."
 
 
