@@ -4,17 +4,20 @@ import json
 import os
 import threading
 import uuid
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from tests.videos import write_clip
 
 from tally.errors import ItemError, SourceNotFoundError, SpecError
 from tally.scorers.base import Input, Item, Scorer
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
 from tally.sources.files import FileSource
 from tally.sources.reading import AHEAD, LOCAL_THREADS
+from tally.sources.video import VideoSource
 from tally.storage import open_store
 from tally.testing.sources import Recorder, SourceContract, chunks_of
 
@@ -67,6 +70,46 @@ class TestSeveralPlaces(SourceContract):
         a, b = (_fill(str(tmp_path / name), png) for name in "ab")
         uris = [f"{b}/a/b", a, f"{a}/a", f"{b}/a/**", f"{b}/é.png", f"{b}/a0.png", f"{b}/a/1.png"]
         return FileSource.describe(uris, "image")
+
+
+class TestVideos(SourceContract):
+    """Two clips: with B-frames, and of one frame."""
+
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return [*(f"a/long.mp4/{number:06}" for number in range(30)), "b.mkv/000000"]
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> str:
+        return str(tmp_path / "in")
+
+    @pytest.fixture
+    def source(self, place: str, tmp_path: Path) -> Source:
+        store = open_store(place)
+        store.write("a/long.mp4", write_clip(tmp_path / "long.mp4", 30, gop=12).read_bytes())
+        store.write("b.mkv", write_clip(tmp_path / "b.mkv", 1).read_bytes())
+        return VideoSource.describe([place])
+
+    @pytest.fixture
+    def input(self) -> str:
+        return "frame"
+
+
+class TestRemoteVideos(TestVideos):
+    @pytest.fixture
+    def place(self) -> str:
+        return f"memory://{uuid.uuid4().hex}/in"
+
+
+class TestEveryThirdFrame(TestVideos):
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return [*(f"a/long.mp4/{number:06}" for number in range(0, 30, 3)), "b.mkv/000000"]
+
+    @pytest.fixture
+    def source(self, place: str, tmp_path: Path) -> Source:
+        source = super().source.__wrapped__(self, place, tmp_path)  # type: ignore[attr-defined]
+        return replace(source, every=3)
 
 
 class TestBytes(TestLocalImages):

@@ -162,7 +162,8 @@ def _missing(path: str) -> SourceNotFoundError:
     return SourceNotFoundError(message, hint=f"its folder {key_of(parent) or '/'} is there and holds {names}")
 
 
-def nothing(place: Place, passed: Counter[str]) -> SourceNotFoundError:
+def nothing(place: Place, passed: Counter[str], kind: str | None = None) -> SourceNotFoundError:
+    """What to say of a place that gives no file. passed: those that are not of the kind, by suffix."""
     root = key_of(place.root)
     if place.pattern is not None:
         hint = "'*' stays within one folder; '**' crosses folders, as in 'photos/**/*.jpg'"
@@ -173,7 +174,7 @@ def nothing(place: Place, passed: Counter[str]) -> SourceNotFoundError:
         total = sum(passed.values())
         files = "1 file" if total == 1 else f"{total:,} files"
         return SourceNotFoundError(
-            f"no image by its name among the {files} of {root} ({count_suffixes(passed)})",
+            f"no {kind} by its name among the {files} of {root} ({count_suffixes(passed)})",
             hint=f"a glob such as '{root.rstrip('/')}/**/*' takes them all",
         )
     return SourceNotFoundError(f"{root} holds no files to score", hint="hidden files are not taken")

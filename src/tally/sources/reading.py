@@ -92,7 +92,7 @@ class Reader:
         except TallyError as error:
             raise ItemError(error.message, stage="read", hint=error.hint) from None
         except Exception as error:
-            raise ItemError(_told(error), stage="read") from None
+            raise ItemError(told(error), stage="read") from None
 
     def _prepare(self, key: str, value: Any) -> Any:
         info: dict[str, Any] = {}
@@ -103,7 +103,7 @@ class Reader:
         except TallyError as error:
             raise ItemError(error.message, stage="prepare", hint=error.hint) from None
         except Exception as error:
-            raise ItemError(_told(error), stage="prepare") from None
+            raise ItemError(told(error), stage="prepare") from None
 
     def forget(self, start: int, stop: int) -> None:
         """The consumer is done with these positions: downloaded files are removed."""
@@ -240,6 +240,6 @@ def _weight(value: Any) -> int:
     return size if isinstance(size, int) else 0
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,188 @@
+"""The files of one or more places, in a stable order, each once."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tally.errors import SpecError
+from tally.sources import images
+from tally.sources.places import (
+    Place,
+    both,
+    compile_glob,
+    count_suffixes,
+    enters,
+    locate,
+    not_hidden,
+    not_the_output,
+    nothing,
+)
+from tally.storage import Entry, LocalStore, Store, is_url, key_of, open_store
+
+Kind = Literal["image", "video"]
+
+VIDEOS = frozenset(
+    {".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".flv", ".f4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg"}
+    | {".m2v", ".vob", ".3gp", ".3g2", ".wmv", ".asf", ".ogv", ".mxf", ".mjpeg", ".y4m", ".h264", ".hevc", ".ivf"}
+)
+"""File name suffixes of videos, lower case, with the dot."""
+
+_COUNTED_SUFFIXES = 1000
+
+
+def is_video(name: str) -> bool:
+    """Whether a file is a video by its name."""
+    return _suffix(name) in VIDEOS
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is a picture by its name."""
+    return _suffix(name) in images.suffixes()
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What there is at ``uris``; small, immutable but for its count of what it passed over, picklable.
+
+    kind: what folders give, judged by the file's suffix; None: every file. Single files and globs give all.
+    without: a folder or file, absolute or a URL, that is never taken though it may lie within the places.
+    sizes: whether entries carry their size.
+    """
+
+    uris: tuple[str, ...]
+    places: tuple[Place, ...] = field(repr=False)
+    kind: Kind | None = None
+    without: str | None = None
+    sizes: bool = True
+    passed: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls, uris: Sequence[str], kind: Kind | None = None, *, without: str | None = None, sizes: bool = True
+    ) -> Listing:
+        """The listing of the files at ``uris``: folders, files and globs, paths or URLs.
+
+        Raises SourceNotFoundError when one of the places is not there or gives nothing, StorageError when it
+        cannot be read.
+        """
+        if not uris:
+            raise SpecError("no source is given", hint="name a folder, a file or a glob")
+        uris = (uris,) if isinstance(uris, str) else tuple(map(os.fspath, uris))
+        listing = cls(uris, locate(uris), kind, without, sizes)
+        for place in listing.places:
+            passed: Counter[str] = Counter()
+            if not place.names and next(listing._entries(place, None, passed), None) is None:
+                raise nothing(place, passed, kind)
+        return listing
+
+    @property
+    def local(self) -> bool:
+        """Whether all of it is on this machine."""
+        return all(not is_url(place.root) for place in self.places)
+
+    def entries(self, index: int, after: str | None = None) -> Iterator[Entry]:
+        """The files of one place beyond the name ``after``, without those that an earlier place holds too."""
+        place = self.places[index]
+        entries = self._entries(place, after, self.passed)
+        earlier = [
+            (other.within, self._taker(other))
+            for other in self.places[:index]
+            if other.within.startswith(place.within) or place.within.startswith(other.within)
+        ]
+        if not earlier:
+            return entries
+        return (
+            entry
+            for entry in entries
+            if not any(
+                (whole := place.within + entry.name).startswith(within) and takes(whole[len(within) :])
+                for within, takes in earlier
+            )
+        )
+
+    def remark(self) -> str | None:
+        """One line on the files that were passed over."""
+        total = sum(self.passed.values())
+        if not total:
+            return None
+        folder = next(place.root for place in self.places if not place.names and place.pattern is None)
+        for uri in self.uris:
+            if not is_url(uri) and os.path.abspath(uri) == folder:  # noqa: PTH100
+                folder = uri
+        files = "1 file" if total == 1 else f"{total:,} files"
+        return (
+            f"{files} passed over, not {self.kind}s by their name: {count_suffixes(self.passed)}; "
+            f"a glob such as '{key_of(folder).rstrip('/')}/**/*' takes them all"
+        )
+
+    def _entries(self, place: Place, after: str | None, passed: Counter[str]) -> Iterator[Entry]:
+        """The place's files beyond ``after``, in order; counts by suffix those that are not of the kind."""
+        store = open_store(place.root)
+        if place.names:
+            start = 0 if after is None else bisect_right(place.names, after)
+            known = self.sizes and isinstance(store, LocalStore)
+            for name in place.names[start:]:
+                yield Entry(name, _size(store, name) if known else 0)
+            return
+        takes = self._taker(place)
+        enter = not_hidden if place.pattern is None else enters(place.pattern)
+        own = not_the_output(place, self.without)
+        if own is not None:
+            enter = both(enter, own)
+        listed = store.list(after=after, enter=enter, sizes=self.sizes)
+        if own is not None:
+            listed = (entry for entry in listed if own(entry.name))
+        if place.pattern is not None:
+            for entry in listed:
+                if takes(entry.name):
+                    yield entry
+            return
+        suffixes = self._suffixes()
+        for entry in listed:
+            name = entry.name
+            start = name.rfind("/") + 1
+            if name[start] == ".":
+                continue
+            if suffixes is not None:
+                dot = name.rfind(".")
+                suffix = name[dot:].lower() if dot > start else ""
+                if suffix not in suffixes:
+                    if len(passed) >= _COUNTED_SUFFIXES and suffix not in passed:
+                        suffix = "others"
+                    passed[suffix] += 1
+                    continue
+            yield entry
+
+    def _taker(self, place: Place) -> Callable[[str], bool]:
+        """Tells of a name below the place's root whether the place gives it."""
+        if place.names:
+            return frozenset(place.names).__contains__
+        if place.pattern is not None:
+            match = compile_glob(place.pattern).fullmatch
+            return lambda name: match(name) is not None
+        suffixes = self._suffixes()
+        return lambda name: (
+            not any(part.startswith(".") for part in name.split("/"))
+            and (suffixes is None or _suffix(name) in suffixes)
+        )
+
+    def _suffixes(self) -> frozenset[str] | None:
+        if self.kind is None:
+            return None
+        return images.suffixes() if self.kind == "image" else VIDEOS
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
+def _size(store: Store, name: str) -> int:
+    try:
+        return store.size(name)
+    except OSError:
+        return 0  # reading it will say what is wrong

@@ -1,0 +1,342 @@
+"""Items that are frames of videos.
+
+A chunk is a range of frames, cut at a keyframe where one is near. It carries all that a worker needs to decode
+exactly these frames: their numbers, their times, where their packets are, and the keyframes to begin at.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from tally.errors import ItemError, TallyError
+from tally.scorers.base import Item, Scorer
+from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
+from tally.sources.listing import Listing
+from tally.sources.places import nothing
+from tally.sources.reading import AHEAD, told
+from tally.storage import Entry, key_of
+from tally.video.decode import decode
+from tally.video.facts import Video, pack, plain, stored, unpack
+from tally.video.probe import Key, Prober, Timeline
+
+_SNAP = 0.25
+"""The share of a chunk that may be left out to end it before a keyframe."""
+_COMBINE = 512
+_NEAR = 64
+"""Frames this near to each other are replayed together: decoding what lies between costs little."""
+
+
+@dataclass(frozen=True)
+class VideoSource(Source):
+    """Frames of videos as images. Make it with :meth:`describe`; small, immutable, picklable.
+
+    every: take frames 0, every, 2 * every ... of each video.
+    size: (width, height) in pixels, upright, that frames are scaled to; None: as they are.
+    """
+
+    columns: ClassVar = {"video": "string", "frame": "int64", "time": "float64"}
+
+    listing: Listing
+    every: int = 1
+    size: tuple[int, int] | None = None
+
+    @classmethod
+    def describe(
+        cls,
+        uris: Sequence[str],
+        *,
+        every: int = 1,
+        size: tuple[int, int] | None = None,
+        without: str | None = None,
+    ) -> VideoSource:
+        """The source of all videos at ``uris``: folders, files and globs, paths or URLs.
+
+        A frame's key is the video's, a slash, and the frame's number from 0 in six digits or more; a video's
+        key is as a file's. ``without`` as for files: the job's own output.
+        Raises SourceNotFoundError when one of the places is not there or gives no video, StorageError when it
+        cannot be read.
+        """
+        return cls(Listing.of(uris, "video", without=without, sizes=False), every, size)
+
+    # -- planning ----------------------------------------------------------------------------------
+
+    def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
+        self.listing.passed.clear()
+        began, last, frame = (0, None, None) if after is None else json.loads(after)
+        name = None if last is None else plain(last)
+        found = after is not None
+        prober = Prober()
+        try:
+            for index in range(began, len(self.listing.places)):
+                entries = self.listing.entries(index, name if index == began else None)
+                if index == began and frame is not None:
+                    for chunk in self._video(prober, index, Entry(name or "", -1), frame, first, limit):
+                        yield chunk
+                        first += chunk.count
+                for entry in entries:
+                    for chunk in self._video(prober, index, entry, 0, first, limit):
+                        yield chunk
+                        first += chunk.count
+                    found = True
+        finally:
+            prober.close()
+        if not found:
+            raise nothing(self.listing.places[0], self.listing.passed, self.listing.kind)
+
+    def _video(
+        self, prober: Prober, index: int, entry: Entry, start: int, first: int, limit: Callable[[], ChunkLimit]
+    ) -> Iterator[Chunk]:
+        """The chunks of one video from the frame ``start`` on."""
+        place, name = self.listing.places[index], entry.name
+        key = place.prefix + key_of(name)
+        size = limit()
+        try:
+            timeline = prober(key, place.root, name)
+        except TallyError as error:
+            yield Chunk(
+                first,
+                1,
+                {"key": key, "failed": error.message, "hint": error.hint},
+                json.dumps([index, stored(name), None]),
+            )
+            return
+        timeline = replace(timeline, video=self._scaled(timeline.video))
+        numbers = range(start, len(timeline.ticks), self.every)
+        while numbers:
+            count = self._cut(numbers, size.items, timeline.keys)
+            taken, numbers = numbers[:count], numbers[count:]
+            more = numbers[0] if numbers else len(timeline.ticks) if _ends_early(timeline) else None
+            yield Chunk(first, count, self._payload(timeline, taken), json.dumps([index, stored(name), more]))
+            first += count
+            if numbers:
+                size = limit()
+        start = max(start, len(timeline.ticks))
+        cursor = json.dumps([index, stored(name), None])
+        if timeline.lost:
+            total = len(timeline.ticks) + timeline.lost
+            missing = range(-(-start // self.every) * self.every, total, self.every)
+            if missing:
+                text = f"it is missing: the file ends before it, after {len(timeline.ticks):,} of {total:,} frames"
+                yield Chunk(first, len(missing), {"key": key, "failed": text, "numbers": pack(missing)}, cursor)
+        elif timeline.cut is not None:
+            text = f"from frame {start:,} on the video is missing: {timeline.cut}"
+            yield Chunk(first, 1, {"key": key, "failed": text, "from": start}, cursor)
+
+    def _cut(self, numbers: range, most: int, keys: Sequence[Key]) -> int:
+        """How many of the frames the next chunk takes: up to a keyframe, where one is near its end."""
+        if len(numbers) <= most:
+            return len(numbers)
+        at = bisect_right(keys, numbers[most], key=lambda key: key.number) - 1
+        if at >= 0 and keys[at].number > numbers[0]:
+            short = bisect_right(numbers, keys[at].number - 1)
+            if short >= most * (1 - _SNAP):
+                return short
+        return most
+
+    def _payload(self, timeline: Timeline, numbers: range) -> dict[str, Any]:
+        keys = timeline.keys
+        # The one before the nearest, too: see decode().
+        begin = max(0, bisect_right(keys, numbers[0], key=lambda key: key.number) - 2)
+        end = bisect_right(keys, numbers[-1], key=lambda key: key.number)
+        video = timeline.video
+        return {
+            "key": video.key,
+            "video": video.to_json(),
+            "step": self.every,
+            "numbers": pack(numbers),
+            "ticks": pack([timeline.ticks[number] for number in numbers]),
+            "packets": pack([timeline.packets[number] for number in numbers]),
+            "keys": [list(key) for key in keys[begin:end]],
+        }
+
+    def _scaled(self, video: Video) -> Video:
+        video = replace(video, rate=video.rate / self.every)
+        if self.size is None or self.size == (video.width, video.height):
+            return video
+        width, height = self.size
+        stretch = Fraction(video.width, width) / Fraction(video.height, height)
+        aspect = video.aspect / stretch if video.turns % 2 else video.aspect * stretch
+        return replace(video, width=width, height=height, aspect=aspect)
+
+    def remark(self) -> str | None:
+        return self.listing.remark()
+
+    # -- chunks ------------------------------------------------------------------------------------
+
+    def keys(self, chunk: Chunk) -> list[str]:
+        payload = chunk.payload
+        key = payload["key"]
+        if "from" in payload:
+            return [f"{key}/{payload['from']:06d}-end"]
+        return [f"{key}/{number:06d}" for number in unpack(payload["numbers"])] if "numbers" in payload else [key]
+
+    def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
+        payload = dict(chunk.payload)
+        for name in ("numbers", "ticks", "packets"):
+            if name in payload:
+                payload[name] = pack(unpack(payload[name])[start:stop])
+        if "keys" in payload:
+            numbers = unpack(payload["numbers"])
+            known = [key[0] for key in payload["keys"]]
+            begin = max(0, bisect_right(known, numbers[0]) - 2)
+            payload["keys"] = payload["keys"][begin : bisect_right(known, numbers[-1])]
+        return Chunk(chunk.first + start, stop - start, payload, chunk.cursor)
+
+    def combine(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        combined: list[Chunk] = []
+        for chunk in chunks:
+            before = combined[-1] if combined else None
+            if before is not None and _are_near(before, chunk):
+                payload = dict(before.payload)
+                for name in ("numbers", "ticks", "packets"):
+                    payload[name] = pack(unpack(payload[name]) + unpack(chunk.payload[name]))
+                payload["keys"] = payload["keys"] + [key for key in chunk.payload["keys"] if key not in payload["keys"]]
+                combined[-1] = Chunk(before.first, before.count + chunk.count, payload, chunk.cursor)
+            else:
+                combined.append(chunk)
+        return combined
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def ahead(self, batch_size: int) -> int:
+        return AHEAD * batch_size
+
+    def read(self, chunk: Chunk, scorer: Scorer, timings: Timings) -> Iterator[Batch]:
+        keys = self.keys(chunk)
+        size = scorer.batch_size
+        if "failed" in chunk.payload:
+            error = ItemError(chunk.payload["failed"], stage="read", hint=chunk.payload.get("hint"))
+            for start in range(0, chunk.count, size):
+                stop = min(start + size, chunk.count)
+                yield Batch(start, stop, dead=[(position, error) for position in range(start, stop)])
+            return
+        video, numbers = Video.from_json(chunk.payload["video"]), unpack(chunk.payload["numbers"])
+        seconds = [float(tick * video.time_base) for tick in unpack(chunk.payload["ticks"])]
+        ahead = _Ahead(chunk, scorer, keys, numbers, seconds, self.ahead(size))
+        try:
+            for start in range(0, chunk.count, size):
+                batch = Batch(start, min(start + size, chunk.count), info=[])
+                assert batch.info is not None
+                for position in range(start, batch.stop):
+                    value = ahead.next()
+                    if isinstance(value, ItemError):
+                        batch.dead.append((position, value))
+                        continue
+                    batch.keys.append(keys[position])
+                    batch.values.append(value)
+                    batch.positions.append(position)
+                    batch.info.append({"video": video.key, "frame": numbers[position], "time": seconds[position]})
+                timings.read += ahead.reading
+                timings.decode += ahead.decoding
+                ahead.reading = ahead.decoding = 0.0
+                yield batch
+        finally:
+            ahead.stop()
+
+
+class _Ahead(threading.Thread):
+    """Decodes and prepares a chunk's frames while the consumer is busy, a bounded number of them ahead."""
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        scorer: Scorer,
+        keys: Sequence[str],
+        numbers: Sequence[int],
+        seconds: Sequence[float],
+        ahead: int,
+    ) -> None:
+        super().__init__(name="tally-decode", daemon=True)
+        self.reading = self.decoding = 0.0
+        self._chunk, self._scorer = chunk, scorer
+        self._keys, self._numbers, self._seconds = keys, numbers, seconds
+        self._values: queue.Queue[Any] = queue.Queue(max(1, ahead))
+        self._stopping = threading.Event()
+        self.start()
+
+    def next(self) -> Any:
+        """The next frame's prepared value, or its ItemError."""
+        value = self._values.get()
+        if isinstance(value, _Failure):
+            raise value.error
+        return value
+
+    def stop(self) -> None:
+        """Stop working; returns when nothing runs any more."""
+        self._stopping.set()
+        while self.is_alive():
+            with suppress(queue.Empty):
+                self._values.get_nowait()
+            self.join(0.005)
+
+    def run(self) -> None:
+        try:
+            for value in self._frames():
+                self._values.put(value)
+                if self._stopping.is_set():
+                    return
+        except BaseException as error:
+            self._values.put(_Failure(error))
+
+    def _frames(self) -> Iterator[Any]:
+        packets = unpack(self._chunk.payload["packets"])
+        keys = [Key(*key) for key in self._chunk.payload["keys"]]
+        video = Video.from_json(self._chunk.payload["video"])
+        begin = bisect_right([key.number for key in keys], self._numbers[0])
+        began = time.perf_counter()
+        done = 0
+        try:
+            for picture in decode(video, packets, keys[:begin]):
+                value: Any = picture
+                if not isinstance(picture, ItemError):
+                    value = self._prepare(done, picture)
+                done += 1
+                self.decoding += time.perf_counter() - began
+                yield value
+                began = time.perf_counter()
+        except TallyError as error:  # it cannot be opened any more
+            failure = ItemError(error.message, stage="read", hint=error.hint)
+            yield from [failure] * (len(packets) - done)
+
+    def _prepare(self, position: int, picture: Any) -> Any:
+        height, width = picture.shape[:2]
+        info = {
+            "width": width,
+            "height": height,
+            "frame": self._numbers[position],
+            "time": self._seconds[position],
+        }
+        try:
+            return self._scorer.prepare(Item(self._keys[position], picture, info))
+        except TallyError as error:
+            return ItemError(error.message, stage="prepare", hint=error.hint).bare()
+        except Exception as error:
+            return ItemError(told(error), stage="prepare").bare()
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What ended the thread."""
+
+    error: BaseException
+
+
+def _ends_early(timeline: Timeline) -> bool:
+    return bool(timeline.lost) or timeline.cut is not None
+
+
+def _are_near(before: Chunk, chunk: Chunk) -> bool:
+    first, second = before.payload, chunk.payload
+    if first["key"] != second["key"] or "keys" not in first or "keys" not in second:
+        return False
+    gap = unpack(second["numbers"])[0] - unpack(first["numbers"])[-1]
+    return 0 < gap <= _NEAR * first["step"] and before.count + chunk.count <= _COMBINE

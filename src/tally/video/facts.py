@@ -1,0 +1,146 @@
+"""What is known of a video before it is decoded: found out once, carried in every chunk, JSON-able."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+from tally.storage import key_of
+
+
+@dataclass(frozen=True, slots=True)
+class Colour:
+    """How stored numbers mean colours, as FFmpeg counts them (``AVColorRange``, ``AVColorSpace``,
+    ``AVColorPrimaries``, ``AVColorTransferCharacteristic``)."""
+
+    range: int = 0
+    matrix: int = 2
+    primaries: int = 2
+    transfer: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """One video of a source.
+
+    key: path relative to the source's folder; its frames' keys begin with it.
+    root, name: ``open_store(root)`` has it under ``name``. size: in bytes, when it was looked at.
+    stream: index of the video stream in the container. codec: FFmpeg's name of its codec.
+    time_base: seconds per tick. Times are ticks counted from ``start``, the container's clock at its beginning:
+        0 unless the format lets its clock start anywhere (MPEG-TS).
+    rate: nominal frames per second, of the frames that are scored.
+    width, height: of the frames that are scored, in pixels, upright.
+    matrix: the display matrix (``AV_PKT_DATA_DISPLAYMATRIX``, nine numbers), empty if there is none.
+    aspect: the sample aspect ratio of stored pixels, that is before the frame is turned upright.
+    end: when the last scored frame's time on the screen ends, in ticks.
+    """
+
+    key: str
+    root: str
+    name: str
+    size: int
+    stream: int
+    codec: str
+    time_base: Fraction
+    start: int
+    rate: Fraction
+    width: int
+    height: int
+    matrix: tuple[int, ...]
+    aspect: Fraction
+    colour: Colour
+    end: int
+
+    @property
+    def turns(self) -> int:
+        """Quarter turns, counter-clockwise, that bring a stored picture upright; mirrored ones are only turned."""
+        if not self.matrix:
+            return 0
+        a, b = self.matrix[0], self.matrix[1]
+        if abs(a) >= abs(b):
+            return 0 if a >= 0 else 2
+        return 3 if b > 0 else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON; :meth:`from_json` is its inverse."""
+        colour = self.colour
+        return {
+            "key": self.key,
+            "root": self.root,
+            "name": stored(self.name),
+            "size": self.size,
+            "stream": self.stream,
+            "codec": self.codec,
+            "time_base": _pair(self.time_base),
+            "start": self.start,
+            "rate": _pair(self.rate),
+            "width": self.width,
+            "height": self.height,
+            "matrix": list(self.matrix),
+            "aspect": _pair(self.aspect),
+            "colour": [colour.range, colour.matrix, colour.primaries, colour.transfer],
+            "end": self.end,
+        }
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> Video:
+        """The video that :meth:`to_json` described."""
+        return cls(
+            **{
+                **facts,
+                "name": plain(facts["name"]),
+                "time_base": Fraction(*facts["time_base"]),
+                "rate": Fraction(*facts["rate"]),
+                "matrix": tuple(facts["matrix"]),
+                "aspect": Fraction(*facts["aspect"]),
+                "colour": Colour(*facts["colour"]),
+            }
+        )
+
+
+def _pair(value: Fraction) -> list[int]:
+    return [value.numerator, value.denominator]
+
+
+def stored(name: str) -> str | dict[str, str]:
+    """A file's name as JSON that every database takes: one that is not valid UTF-8 as its bytes, in hexadecimal."""
+    return name if key_of(name) is name else {"bytes": os.fsencode(name).hex()}
+
+
+def plain(name: str | dict[str, str]) -> str:
+    """The inverse of :func:`stored`."""
+    return name if isinstance(name, str) else os.fsdecode(bytes.fromhex(name["bytes"]))
+
+
+def pack(numbers: Sequence[int]) -> list[int | list[int]]:
+    """Integers that mostly grow by equal steps, in short: the first, then each step, ``[step, times]`` if repeated."""
+    packed: list[int | list[int]] = [numbers[0]] if numbers else []
+    step, times = 0, 0
+    for before, number in pairwise(numbers):
+        if times and number - before == step:
+            times += 1
+            continue
+        if times:
+            packed.append([step, times] if times > 1 else step)
+        step, times = number - before, 1
+    if times:
+        packed.append([step, times] if times > 1 else step)
+    return packed
+
+
+def unpack(packed: Sequence[int | list[int]]) -> list[int]:
+    """The inverse of :func:`pack`."""
+    numbers: list[int] = []
+    for each in packed:
+        if not numbers:
+            assert isinstance(each, int)
+            numbers.append(each)
+            continue
+        step, times = each if isinstance(each, list) else (each, 1)
+        for _ in range(times):
+            numbers.append(numbers[-1] + step)
+    return numbers

@@ -1,0 +1,361 @@
+"""Frames of videos: every one that the container promises, in order, with its time; and what is said of the rest."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from tests.videos import HEIGHT, WIDTH, number_in, write_clip
+
+from tally.errors import ItemError, SourceNotFoundError
+from tally.sources.base import Chunk, ChunkLimit, Timings
+from tally.sources.video import VideoSource
+from tally.testing.sources import Recorder, chunks_of
+from tally.video import probe as probing
+from tally.video.facts import Colour, Video, pack, unpack
+from tally.video.probe import Prober
+
+
+def frames(source: VideoSource, items: int = 7) -> dict[str, Any]:
+    """What every frame gives: its picture and info, or its ItemError."""
+    found: dict[str, Any] = {}
+    for chunk in chunks_of(source, items):
+        keys = source.keys(chunk)
+        for batch in source.read(chunk, Recorder(), Timings()):
+            found.update((keys[position], error) for position, error in batch.dead)
+            found.update(zip(batch.keys, zip(batch.values, batch.info or [], strict=True), strict=True))
+    return dict(sorted(found.items()))
+
+
+def errors(found: dict[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in found.items() if isinstance(value, ItemError)}
+
+
+def numbers(found: dict[str, Any]) -> list[int]:
+    return [number_in(value[0]) for value in found.values() if not isinstance(value, ItemError)]
+
+
+# -- every frame, in order -----------------------------------------------------------------------------
+
+VFR = [0, 7, 9, 30, 31, 33, 70, 71, 90, 91, 92, 110, 140, 141, 142, 143, 170, 171, 172, 199]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.mp4", {}),
+        ("a.mp4", {"bframes": 0, "gop": 1}),
+        ("a.mp4", {"bframes": 3, "gop": 1000}),
+        ("a.mp4", {"codec": "libx265", "options": {"x265-params": "log-level=none"}}),
+        ("a.mkv", {}),
+        ("a.webm", {"codec": "libvpx-vp9"}),
+        ("a.webm", {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "10", "b": "200k"}}),
+        ("a.ts", {}),
+        ("a.avi", {"codec": "mpeg4", "bframes": 2}),
+        ("a.avi", {"codec": "mjpeg", "bframes": 0, "options": {"strict": "unofficial"}}),
+        ("a.mov", {"time_base": Fraction(1, 600), "ticks": VFR}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "plain",
+)
+def test_every_frame_comes_once_in_order(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    count = 20 if "ticks" in options else 40
+    path = write_clip(tmp_path / name, count, **{"codec": "libx264", **options})
+    found = frames(VideoSource.describe([str(path)]))
+    assert list(found) == [f"{name}/{number:06}" for number in range(count)]
+    assert errors(found) == {}
+    assert numbers(found) == list(range(count))
+    infos = [info for _, info in found.values()]
+    assert [info["frame"] for info in infos] == list(range(count))
+    assert {info["video"] for info in infos} == {name}
+    expected = [tick / 600 for tick in VFR] if "ticks" in options else [number / 25 for number in range(count)]
+    times = np.array([info["time"] for info in infos])
+    assert np.abs(times - times[0] - np.array(expected)).max() <= 0.001  # Matroska counts milliseconds
+
+
+def test_times_of_a_transport_stream_count_from_its_beginning(tmp_path: Path) -> None:
+    found = frames(VideoSource.describe([str(write_clip(tmp_path / "a.ts", 5))]))
+    assert [info["time"] for _, info in found.values()] == pytest.approx([0, 0.04, 0.08, 0.12, 0.16])
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9"])
+def test_any_range_decodes_to_the_same_pictures_as_the_whole(tmp_path: Path, codec: str) -> None:
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else None
+    source = VideoSource.describe([str(write_clip(tmp_path / "a.mkv", 50, codec=codec, options=options))])
+    whole = {key: value[0] for key, value in frames(source, 1000).items()}
+    for items in (1, 5, 13):
+        assert all(np.array_equal(value[0], whole[key]) for key, value in frames(source, items).items())
+
+
+def test_every_nth_frame(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 20)
+    found = frames(VideoSource.describe([str(path)], every=6), 2)
+    assert list(found) == [f"a.mp4/{number:06}" for number in (0, 6, 12, 18)]
+    assert numbers(found) == [0, 6, 12, 18]
+    assert [info["time"] for _, info in found.values()] == [0.0, 0.24, 0.48, 0.72]
+
+
+@pytest.mark.parametrize("degrees", [0, 90, -90, 180])
+def test_pictures_are_upright(tmp_path: Path, degrees: int) -> None:
+    source = VideoSource.describe([str(write_clip(tmp_path / "a.mp4", 3, degrees=degrees))])
+    [chunk] = chunks_of(source, 10)
+    video = Video.from_json(chunk.payload["video"])
+    upright = (WIDTH, HEIGHT) if degrees in (0, 180) else (HEIGHT, WIDTH)
+    assert (video.width, video.height) == upright
+    [batch] = [batch for batch in source.read(chunk, Recorder(), Timings()) if batch.keys][:1]
+    picture = batch.values[0]
+    assert picture.shape == (upright[1], upright[0], 3)
+    assert number_in(np.rot90(picture, -degrees // 90)) == 0
+
+
+def test_frames_are_scaled_and_keep_their_shape_on_the_screen(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 3, degrees=-90, aspect=Fraction(4, 3))
+    source = VideoSource.describe([str(path)], size=(128, 64))  # it was 64x96
+    [chunk] = chunks_of(source, 10)
+    video = Video.from_json(chunk.payload["video"])
+    # Stored pixels were 96x64 with 4:3; stored as 64x128 now, each is 1.5 as wide and half as high.
+    assert (video.width, video.height, video.aspect) == (128, 64, Fraction(4, 3) * Fraction(96, 64) * Fraction(128, 64))
+    [batch, *_] = source.read(chunk, Recorder(), Timings())
+    assert batch.values[0].shape == (64, 128, 3)
+
+
+def test_colours_come_out_as_they_went_in(tmp_path: Path) -> None:
+    colours = [(200, 30, 40), (20, 200, 60), (30, 60, 220)]
+    for matrix in ("bt709", "smpte170m"):
+        path = tmp_path / f"{matrix}.mp4"
+        with av.open(str(path), "w") as container:
+            stream: Any = container.add_stream("libx264", rate=25, options={"crf": "1"})
+            stream.width = stream.height = 64
+            stream.pix_fmt = "yuv444p"
+            number = {"bt709": 1, "smpte170m": 6}[matrix]
+            stream.codec_context.colorspace, stream.codec_context.color_range = number, 1
+            for colour in colours:
+                frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), colour, np.uint8), format="rgb24")
+                converted = frame.reformat(format="yuv444p", dst_colorspace=number, dst_color_range=1)
+                container.mux(stream.encode(converted))
+            container.mux(stream.encode(None))
+        found = frames(VideoSource.describe([str(path)]))
+        seen = [value[0].mean(axis=(0, 1)) for value in found.values()]
+        assert np.abs(np.array(seen) - np.array(colours)).max() < 3
+
+
+# -- what is damaged -----------------------------------------------------------------------------------
+
+
+def cut(path: Path, share: float) -> Path:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def test_a_matroska_file_that_is_cut_off_says_so(tmp_path: Path) -> None:
+    path = cut(write_clip(tmp_path / "a.mkv", 200, gop=25), 0.5)
+    found = frames(VideoSource.describe([str(path)]), 50)
+    *good, last = found
+    assert numbers(found) == list(range(len(good)))
+    assert 50 < len(good) < 150
+    assert last == f"a.mkv/{len(good):06}-end"
+    assert "its header says that it lasts 8.000 s, and it ends at" in str(found[last])
+
+
+def test_an_mp4_that_is_cut_off_tells_every_missing_frame(tmp_path: Path) -> None:
+    path = cut(write_clip(tmp_path / "a.mp4", 100, bframes=0, options={"movflags": "faststart"}), 1)
+    with av.open(str(path)) as source, av.open(str(tmp_path / "b.mp4"), "w", options={"movflags": "faststart"}) as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                copy.mux(packet)
+    path = cut(tmp_path / "b.mp4", 0.6)
+    found = frames(VideoSource.describe([str(path)]), 30)
+    assert list(found) == [f"b.mp4/{number:06}" for number in range(100)]
+    told = errors(found)
+    good = 100 - len(told)
+    assert 20 < good < 90
+    assert numbers(found) == list(range(good))
+    assert list(told)[-1] == "b.mp4/000099"
+    assert "the file ends before it" in told["b.mp4/000099"]
+
+
+def test_a_damaged_packet_costs_its_frames_and_no_others(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mkv", 30, gop=1, bframes=0)
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux() if packet.size]
+        packet = bytes(packets[10])
+    content = bytearray(path.read_bytes())
+    position = content.find(packet)
+    content[position : position + len(packet)] = bytes(len(packet))
+    path.write_bytes(content)
+    found = frames(VideoSource.describe([str(path)]))
+    assert list(found) == [f"a.mkv/{number:06}" for number in range(30)]
+    assert list(errors(found)) == ["a.mkv/000010"]
+    assert numbers(found) == [*range(10), *range(11, 30)]
+
+
+@pytest.mark.parametrize("first", [13, 3])
+def test_frames_before_the_first_keyframe_are_told(tmp_path: Path, first: int) -> None:
+    write_clip(tmp_path / "whole.ts", 40, gop=20, bframes=0)
+    with av.open(str(tmp_path / "whole.ts")) as source, av.open(str(tmp_path / "a.ts"), "w") as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(source.streams.video[0])):
+            if packet.size and number >= first:
+                packet.stream = stream
+                copy.mux(packet)
+    found = frames(VideoSource.describe([str(tmp_path / "a.ts")]))
+    lost = 20 - first
+    assert list(found) == [f"a.ts/{number:06}" for number in range(40 - first)]
+    assert list(errors(found)) == [f"a.ts/{number:06}" for number in range(lost)]
+    assert numbers(found) == list(range(20, 40))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.mp4", b"", "the file is empty"),
+        ("a.mp4", b"no video at all, just words" * 50, "cannot be opened as a video"),
+        ("a.mkv", b"\x1aE\xdf\xa3" + bytes(100), "cannot be opened as a video"),
+    ],
+)
+def test_what_is_no_video_costs_itself(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    write_clip(tmp_path / "z.mp4", 3)
+    found = frames(VideoSource.describe([str(tmp_path)]))
+    assert list(found) == [name, "z.mp4/000000", "z.mp4/000001", "z.mp4/000002"]
+    assert said in str(found[name])
+    assert numbers(found) == [0, 1, 2]
+
+
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream: Any = container.add_stream("aac", rate=48000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
+        frame.sample_rate = 48000
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    found = frames(VideoSource.describe([str(tmp_path / "a.mp4")]))
+    assert errors(found) == {"a.mp4": "it has no video stream, only audio aac"}
+
+
+def test_a_video_that_is_gone_costs_its_frames(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 5)
+    source = VideoSource.describe([str(path)])
+    [chunk] = chunks_of(source, 10)
+    path.unlink()
+    [*batches] = source.read(chunk, Recorder(), Timings())
+    dead = [(position, error.stage) for batch in batches for position, error in batch.dead]
+    assert dead == [(position, "read") for position in range(5)]
+
+
+def test_folders_without_videos_are_told(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(SourceNotFoundError, match=r"no video by its name among the 1 file .*\.txt 1"):
+        VideoSource.describe([str(tmp_path)])
+
+
+# -- chunks --------------------------------------------------------------------------------------------
+
+
+def test_chunks_end_at_a_keyframe_where_one_is_near(tmp_path: Path) -> None:
+    source = VideoSource.describe([str(write_clip(tmp_path / "a.mp4", 60, gop=20))])
+    assert [chunk.count for chunk in chunks_of(source, 22)] == [20, 20, 20]
+    assert [chunk.count for chunk in chunks_of(source, 15)] == [15, 15, 15, 15]
+    assert [chunk.count for chunk in chunks_of(source, 1000)] == [60]
+
+
+def test_planning_goes_on_inside_a_video_and_before_its_missing_end(tmp_path: Path) -> None:
+    path = cut(write_clip(tmp_path / "a.mkv", 200, gop=25), 0.5)
+    source = VideoSource.describe([str(path)])
+    chunks = chunks_of(source, 40)
+    for at, chunk in enumerate(chunks):
+        assert chunks_of(source, 40, after=chunk.cursor, first=chunk.first + chunk.count) == chunks[at + 1 :]
+
+
+def test_dead_frames_that_are_near_are_replayed_together(tmp_path: Path) -> None:
+    source = VideoSource.describe([str(write_clip(tmp_path / "a.mp4", 200, gop=20))])
+    chunks = chunks_of(source, 50)
+    whole = source.combine(chunks)
+    singles = [source.slice(whole[0], number, number + 1) for number in (3, 4, 10, 190)]
+    near, far = source.combine(singles)
+    assert source.keys(near) == [f"a.mp4/{number:06}" for number in (3, 4, 10)]
+    for chunk, expected in ((near, [3, 4, 10]), (far, [190])):
+        batches = [*source.read(chunk, Recorder(), Timings())]
+        assert [number_in(value) for batch in batches for value in batch.values] == expected
+
+
+def test_numbers_are_packed() -> None:
+    for given in ([], [5], [0, 1, 2, 3], [10, 20, 30, 35, 36, 37, 1], [3, 3, 3], [-5, 0, 5]):
+        assert unpack(pack(given)) == given
+    assert pack(range(0, 3000, 3)) == [0, [3, 999]]
+
+
+def test_what_is_known_of_a_video_survives_json() -> None:
+    video = Video(
+        "a/é.mp4",
+        "/in",
+        os.fsdecode(b"\xe9.mp4"),
+        7,
+        1,
+        "h264",
+        Fraction(1, 90000),
+        9,
+        Fraction(30000, 1001),
+        4,
+        3,
+        (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30),
+        Fraction(4, 3),
+        Colour(1, 9, 9, 16),
+        100,
+    )
+    assert Video.from_json(video.to_json()) == video
+    assert video.turns == 3
+
+
+# -- looking at videos in a process of its own ---------------------------------------------------------
+
+
+@pytest.fixture
+def prober() -> Iterator[Prober]:
+    prober = Prober()
+    yield prober
+    prober.close()
+
+
+@pytest.fixture
+def look(prober: Prober, tmp_path: Path) -> Callable[[], Any]:
+    write_clip(tmp_path / "a.mp4", 3)
+    return lambda: prober("a.mp4", str(tmp_path), "a.mp4")
+
+
+def test_a_crash_while_looking_costs_that_video_alone(prober: Prober, look: Callable[[], Any]) -> None:
+    assert len(look().ticks) == 3
+    assert prober._process is not None
+    os.kill(prober._process.pid, signal.SIGKILL)
+    prober._process.wait()
+    with pytest.raises(ItemError, match=r"crashed FFmpeg \(exit code -9\)"):
+        look()
+    assert len(look().ticks) == 3
+
+
+def test_looking_for_ever_costs_that_video_alone(
+    prober: Prober, look: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(look().ticks) == 3
+    assert prober._process is not None
+    os.kill(prober._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(probing, "PATIENCE_SECONDS", 0.2)
+    with pytest.raises(ItemError, match="took longer than"):
+        look()
+    monkeypatch.undo()
+    assert len(look().ticks) == 3
+
+
+def test_a_chunk_of_a_failed_video_can_be_cut(tmp_path: Path) -> None:
+    source = VideoSource.describe([str(write_clip(tmp_path / "a.mp4", 3))])
+    failed = Chunk(0, 4, {"key": "a.mp4", "failed": "gone", "numbers": pack(range(3, 7))})
+    assert source.keys(source.slice(failed, 1, 3)) == ["a.mp4/000004", "a.mp4/000005"]
+    assert source.combine([failed, failed]) == [failed, failed]
+    assert next(source.plan(None, 0, lambda: ChunkLimit(8, 1))).count == 3

@@ -1,0 +1,95 @@
+"""Clips for tests: small, drawn, and with the frame's number in every picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+BITS = 12
+WIDTH, HEIGHT = 96, 64
+_CELL = WIDTH // BITS
+
+
+def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A gradient that moves with the number, below the number itself: twelve cells, black or white."""
+    y, x = np.mgrid[:height, :width]
+    array = np.stack([(x * 2 + number * 3) % 256, (y * 3) % 256, np.full_like(x, number * 5 % 256)], axis=-1)
+    cell = width // BITS
+    for bit in range(BITS):
+        array[: height // 4, bit * cell : (bit + 1) * cell] = 255 * (number >> bit & 1)
+    return array.astype(np.uint8)
+
+
+def number_in(array: np.ndarray[Any, Any]) -> int:
+    """The number that :func:`picture` drew, read back from a decoded picture ``[height, width, 3]``."""
+    height, width = array.shape[:2]
+    cell = width / BITS
+    middle = array[height // 8, [int((bit + 0.5) * cell) for bit in range(BITS)]].mean(axis=-1)
+    return sum(int(value > 128) << bit for bit, value in enumerate(middle))
+
+
+def write_clip(
+    path: Path,
+    count: int = 40,
+    *,
+    codec: str = "libx264",
+    rate: int = 25,
+    gop: int = 12,
+    bframes: int = 2,
+    ticks: Sequence[int] | None = None,
+    time_base: Fraction | None = None,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    degrees: int = 0,
+    aspect: Fraction | None = None,
+    sound: float = 0.0,
+    audio: str = "aac",
+    options: dict[str, str] | None = None,
+) -> Path:
+    """Write a clip. ticks: the frames' times in ``time_base``; None: one every 1/rate.
+
+    sound: seconds of a rising tone, none if 0. degrees: of the display matrix, counter-clockwise.
+    """
+    base = time_base or Fraction(1, rate)
+    with av.open(str(path), "w") as container:
+        video: Any = container.add_stream(codec, rate=rate)
+        video.width, video.height = size
+        video.pix_fmt = "yuv420p"
+        video.time_base = video.codec_context.time_base = base
+        video.gop_size = gop
+        video.max_b_frames = bframes
+        video.options = {"sc_threshold": "0", **(options or {})}
+        if aspect is not None:
+            video.codec_context.sample_aspect_ratio = aspect
+        if degrees:
+            video.set_display_rotation(degrees)
+        tone: Any = container.add_stream(audio, rate=48000, layout="stereo") if sound else None
+        for number in range(count):
+            frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")
+            frame.pts = ticks[number] if ticks is not None else number
+            frame.time_base = base
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        if tone is not None:
+            _write_tone(container, tone, sound)
+    return path
+
+
+def _write_tone(container: Any, stream: Any, seconds: float) -> None:
+    length = 1024
+    for start in range(0, int(seconds * 48000), length):
+        time = (np.arange(start, start + length) / 48000).astype(np.float32)
+        wave = 0.3 * np.sin(2 * np.pi * (220 + 110 * time) * time)
+        frame = av.AudioFrame.from_ndarray(np.stack([wave, -wave]).astype(np.float32), format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = 48000, start, Fraction(1, 48000)
+        for each in [frame] if stream.format.name == "fltp" else _resampled(stream, frame):
+            container.mux(stream.encode(each))
+    container.mux(stream.encode(None))
+
+
+def _resampled(stream: Any, frame: av.AudioFrame) -> list[av.AudioFrame]:
+    return av.AudioResampler(format=stream.format.name, layout="stereo", rate=48000).resample(frame)
