@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +96,60 @@ def _write_tone(container: Any, stream: Any, seconds: float) -> None:
 
 def _resampled(stream: Any, frame: av.AudioFrame) -> list[av.AudioFrame]:
     return av.AudioResampler(format=stream.format.name, layout="stereo", rate=48000).resample(frame)
+
+
+# -- looking at videos ---------------------------------------------------------------------------------
+
+
+def frames_of(path: Path) -> Iterator[av.VideoFrame]:
+    """The frames that the main video stream decodes to, as FFmpeg gives them."""
+    with av.open(str(path), metadata_errors="ignore") as container:
+        stream = container.streams.best("video")
+        assert stream is not None
+        stream.codec_context.thread_count = 1
+        yield from container.decode(stream)
+
+
+def time_of(frame: av.VideoFrame) -> Fraction:
+    """Seconds."""
+    assert frame.pts is not None
+    return frame.pts * Fraction(frame.time_base)
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """A packet: its bytes, when it is to be heard, and for how long, in seconds. tick: what times are counted in."""
+
+    data: bytes
+    time: Fraction
+    duration: Fraction
+    tick: Fraction
+
+
+def sound_of(path: Path) -> list[list[Packet]]:
+    """The packets of each audio stream."""
+    with av.open(str(path), metadata_errors="ignore") as container:
+        found: dict[int, list[Packet]] = {stream.index: [] for stream in container.streams.audio}
+        for packet in container.demux(container.streams.audio) if found else ():
+            if packet.size:
+                tick = Fraction(packet.time_base)
+                assert packet.pts is not None
+                found[packet.stream_index].append(Packet(bytes(packet), packet.pts * tick, packet.duration * tick, tick))
+    return list(found.values())
+
+
+def assert_same_video(path: Path, expected: Path) -> None:
+    """Both decode to the same pictures, bit for bit, at the same times, and have the same sound."""
+    with closing(frames_of(path)) as found, closing(frames_of(expected)) as wanted:
+        for number, (one, other) in enumerate(zip_longest(found, wanted)):
+            assert one is not None, f"{path.name} ends before frame {number}"
+            assert other is not None, f"{path.name} goes on after frame {number}"
+            assert time_of(one) == time_of(other), f"{path.name}, frame {number}"
+            assert np.array_equal(one.to_ndarray(), other.to_ndarray()), f"{path.name}, frame {number}"
+    assert sound_of(path) == sound_of(expected)
+
+
+def psnr(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    """Peak signal-to-noise ratio of two pictures of bytes, in dB; 99 where they are equal."""
+    error = np.square(one.astype(np.int16) - other.astype(np.int16), dtype=np.int32).mean()
+    return float(10 * np.log10(255**2 / error)) if error else 99.0

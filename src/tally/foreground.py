@@ -27,17 +27,17 @@ def run(store: JobStore, job_id: str, *, quiet: bool = False, retry_dead: bool =
     second kills the workers. Either way the job can be resumed.
     """
     console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-    with _display(console) as (show, say), _signals(say) as hold:
+    with _display(console, store.get(job_id).unit) as (show, say), _signals(say) as hold:
         return drive(store, job_id, listen=show, say=say, started=hold, retry_dead=retry_dead)
 
 
 @contextmanager
-def _display(console: Console) -> Iterator[tuple[Any, Any]]:
+def _display(console: Console, unit: str) -> Iterator[tuple[Any, Any]]:
     def say(line: str) -> None:
         console.print(f"[dim]{escape(line)}[/dim]")
 
     if console.quiet or not (console.is_terminal or console.is_jupyter):
-        yield _Lines(say), say
+        yield _Lines(say, unit), say
         return
     bar = Bar(
         SpinnerColumn(),
@@ -57,7 +57,7 @@ def _display(console: Console) -> Iterator[tuple[Any, Any]]:
             description=progress.state if progress.done else "loading the model",
             total=progress.items if progress.planned else None,
             completed=progress.done,
-            rate=f"{progress.rate:,.1f} items/s" if progress.rate else "",
+            rate=f"{progress.rate:,.1f} {unit}/s" if progress.rate else "",
             dead=f"[red]{progress.dead:,} failed[/red]" if progress.dead else "",
         )
 
@@ -68,8 +68,8 @@ def _display(console: Console) -> Iterator[tuple[Any, Any]]:
 class _Lines:
     """Progress for logs: a line at each tenth that is reached."""
 
-    def __init__(self, say: Any) -> None:
-        self._say = say
+    def __init__(self, say: Any, unit: str) -> None:
+        self._say, self._unit = say, unit
         self._tenth: int | None = None
 
     def __call__(self, progress: Progress) -> None:
@@ -81,7 +81,8 @@ class _Lines:
         if tenth > self._tenth:
             self._tenth = tenth
             self._say(
-                f"{progress.done:,}/{progress.items:,} items, {progress.rate:,.1f} items/s, {progress.dead:,} failed"
+                f"{progress.done:,}/{progress.items:,} {self._unit}, {progress.rate:,.1f} {self._unit}/s, "
+                f"{progress.dead:,} failed"
             )
 
 

@@ -26,7 +26,7 @@ from contextlib import suppress
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
@@ -147,6 +147,10 @@ class Store(ABC):
         exclusive: raise OutputExistsError where the object exists already. Of several writers at the
         same moment, one succeeds.
         """
+
+    @abstractmethod
+    def upload(self, name: str, path: Path) -> None:
+        """Write a local file's content under a name, as :meth:`write` does, a part at a time."""
 
     @abstractmethod
     def move(self, source: str, target: str) -> None:
@@ -382,6 +386,18 @@ class LocalStore(Store):
         return status.st_size
 
     def write(self, name: str, data: bytes | bytearray | memoryview, *, exclusive: bool = False) -> None:
+        self._write(name, lambda file: file.write(data), exclusive)
+
+    def upload(self, name: str, path: Path) -> None:
+        try:
+            with path.open("rb") as source:
+                self._write(name, lambda file: shutil.copyfileobj(source, file))
+        except StorageError:
+            raise
+        except OSError as error:
+            raise failure("read", str(path), error) from None
+
+    def _write(self, name: str, fill: Callable[[BinaryIO], object], exclusive: bool = False) -> None:
         path = self._path(name)
         folder = os.path.dirname(path)
         # A short name of its own: the target's may already be as long as the file system allows.
@@ -391,7 +407,7 @@ class LocalStore(Store):
             _make_folder(folder, made)
             try:
                 with open(temporary, "xb") as file:
-                    file.write(data)
+                    fill(file)
                     file.flush()
                     os.fsync(file.fileno())
                 if exclusive:
@@ -644,6 +660,14 @@ class ObjectStore(Store):
                 obstore.put(self._client, self._key(name), bytes(data), mode="create", use_multipart=False)
             else:
                 obstore.put(self._client, self._key(name), bytes(data))
+        except Exception as error:
+            raise self._failure("write", name, error) from None
+
+    def upload(self, name: str, path: Path) -> None:
+        import obstore
+
+        try:
+            obstore.put(self._client, self._key(name), path)
         except Exception as error:
             raise self._failure("write", name, error) from None
 

@@ -13,6 +13,7 @@ from tally.sinks.base import Output
 from tally.sinks.choose import choose
 from tally.sinks.query import query, rows
 from tally.sinks.staging import StagedSink
+from tally.sources.base import Chunk
 
 RESULTS = [
     {"label": "007", "score": 0.5, "box": [1, 2], "more": {"a": 1}, "day": "2024-05-06"},
@@ -26,7 +27,7 @@ def written(sink: StagedSink, *attempts: list[dict[str, Any]]) -> list[Output]:
     sink.claim("job")
     outputs = []
     for number, results in enumerate(attempts):
-        writer = sink.open(f"attempt-{number}")
+        writer = sink.open(f"attempt-{number}", Chunk(0, len(results), {}))
         assert writer.add([f"{number}{i}" for i in range(len(results))], results) == []
         outputs.append(writer.close())
     return outputs

@@ -25,11 +25,14 @@ from tally.sinks.files import FilesSink, file_for
 from tally.sinks.query import rows
 from tally.sinks.rows import RowsSink
 from tally.sinks.staging import StagedSink
+from tally.sinks.video import VideoSink
+from tally.sources.base import Chunk
 from tally.testing.sinks import DEAD, FACTS, Crash, CrashingStore, files_under
+from tally.video.encode import Encoding
 
 
 def attempt(sink: Sink, name: str, results: dict[str, Any]) -> Output:
-    writer = sink.open(name)
+    writer = sink.open(name, Chunk(0, len(results), {}))
     assert writer.add(list(results), list(results.values())) == []
     return writer.close()
 
@@ -73,6 +76,25 @@ def test_choose_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("out", "options", "place", "kind", "codec"),
+    [
+        ("out", {}, "out", "mp4", "libx264"),
+        ("out/", {"format": "webm"}, "out", "webm", "libvpx-vp9"),
+        ("out", {"format": "mov", "codec": "prores"}, "out", "mov", "prores"),
+        ("a/out.MP4", {}, "a/out.MP4", "mp4", "libx264"),
+        ("out.m4v", {}, "out.m4v", "mp4", "libx264"),
+        ("out.mkv", {"format": "mkv", "crf": 30.0}, "out.mkv", "mkv", "libx264"),
+    ],
+)
+def test_choose_video(tmp_path: Path, out: str, options: dict[str, Any], place: str, kind: str, codec: str) -> None:
+    sink = choose(f"{tmp_path}/{out}", output="video", **options)
+    assert isinstance(sink, VideoSink)
+    assert str(sink.place) == f"{tmp_path}/{place}"
+    assert (sink.format, sink.encoding) == (kind, Encoding(codec, options.get("crf")))
+    assert bool(sink.place.merged) == ("." in out)
+
+
+@pytest.mark.parametrize(
     ("out", "options", "message"),
     [
         ("there.txt", {}, "is a file"),
@@ -84,6 +106,14 @@ def test_choose_pictures(tmp_path: Path) -> None:
         ("out.csv", {"output": "image"}, "is one file"),
         ("out.png", {"output": "image"}, "is one file"),
         ("out", {"output": "image", "format": "csv"}, "pictures cannot be written as 'csv'"),
+        ("out.mp4", {"output": "image"}, "is one file"),
+        ("out.mp4", {}, "looks like one file, and is none of .csv, .parquet, .jsonl"),
+        ("out.avi", {"output": "video"}, "looks like one file, and is none of .mp4, .mov, .mkv, .webm"),
+        ("out.csv", {"output": "video"}, "looks like one file"),
+        ("there.txt", {"output": "video"}, "is a file"),
+        ("out.mp4", {"output": "video", "format": "mkv"}, "cannot be written as 'mkv'"),
+        ("out", {"output": "video", "format": "jpg"}, "video cannot be written as 'jpg'"),
+        ("folder.mp4", {"output": "video"}, "is a folder"),
         ("out\udcff", {}, r"\\xff' is not valid UTF-8"),
         ("out", {"columns": {"key": "string", "n": "inty", "l": "list<int8>"}}, "'key' is reserved"),
         ("out", {"columns": {"n": "inty"}}, "no column type is named 'inty'"),
@@ -93,6 +123,7 @@ def test_choose_refuses(tmp_path: Path, out: str, options: dict[str, Any], messa
     (tmp_path / "there.txt").touch()
     (tmp_path / "plain").touch()
     (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(SpecError) as caught:
         choose(f"{tmp_path}/{out}", **{"output": "rows", **options})
     assert message.replace("\\\\", "\\") in caught.value.message
@@ -235,7 +266,7 @@ def test_much_is_written_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(rows_module, "_SPILL_BYTES", 100)
     sink = choose(str(tmp_path / "out"), output="rows")
     sink.claim("job-1")
-    writer = sink.open("a")
+    writer = sink.open("a", Chunk(0, 2, {}))
     for n in range(5):
         writer.add([f"{n}"], [{"text": "x" * 200}])
     output = writer.close()
@@ -244,7 +275,7 @@ def test_much_is_written_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     sink.finalize([output], [], FACTS)
     assert rows(sink, [])["key"].to_pylist() == list("01234")
 
-    writer = sink.open("b")
+    writer = sink.open("b", Chunk(0, 2, {}))
     writer.add(["5"], [{"text": "x" * 200}])
     writer.abort()
     assert "_tally" not in str(list(files_under(tmp_path)))
@@ -339,7 +370,7 @@ def test_json_lines_are_valid_json(tmp_path: Path) -> None:
 def test_columns_of_the_source_stand_before_the_scorers(tmp_path: Path) -> None:
     sink = choose(str(tmp_path / "out"), output="rows")
     sink.claim("job-1")
-    writer = sink.open("a")
+    writer = sink.open("a", Chunk(0, 2, {}))
     info = [{"frame": 0, "time": 0.0}, {"frame": 1, "time": 0.04}, {"frame": 2, "time": 0.08}]
     results: list[Any] = [{"label": "cat"}, [{"label": "dog"}, {"label": "cow"}], []]
     assert writer.add(["clip#0", "clip#1", "clip#2"], results, info) == []
@@ -667,7 +698,7 @@ def test_pictures_come_back_as_they_were(tmp_path: Path) -> None:
 def test_what_is_no_picture(tmp_path: Path, bad: Any, message: str) -> None:
     sink = choose(str(tmp_path / "out"), output="image", format="jpg")
     sink.claim("job-1")
-    writer = sink.open("a")
+    writer = sink.open("a", Chunk(0, 2, {}))
     ((index, error),) = writer.add(["a", "b"], [picture(), bad])
     assert index == 1
     assert isinstance(error, ItemError)
@@ -712,7 +743,7 @@ def test_replacing_pictures_removes_only_them(tmp_path: Path) -> None:
 def test_an_aborted_picture_attempt(tmp_path: Path) -> None:
     sink = choose(str(tmp_path / "out"), output="image")
     sink.claim("job-1")
-    writer = sink.open("a")
+    writer = sink.open("a", Chunk(0, 2, {}))
     writer.add(["x"], [picture()])
     writer.abort()
     assert list(files_under(tmp_path / "out")) == ["_tally/job.json"]

@@ -202,3 +202,26 @@ def test_the_fingerprint_is_that_of_the_result() -> None:
 def test_the_fingerprint_is_the_same_in_every_version() -> None:
     one = JobSpec(source=("/photos",), model="m", out="/out", settings={"top": 5})
     assert one.fingerprint("sha256:0") == "ab396227b5abcbd34d73321b654daf62f1d0ab4dff6151e77acec0f3dbbdd9cc"
+
+
+def test_a_size_is_read_as_people_write_it() -> None:
+    assert given(size="640x360").size == (640, 360)
+    assert given(size=[640, 360]).size == (640, 360)
+    for wrong in ("640", "640x", "x", "640x360x3", "-1x5", "ax b", "0x10"):
+        with pytest.raises(SpecError, match="size"):
+            given(size=wrong)
+
+
+def test_what_changes_a_video_changes_the_fingerprint() -> None:
+    options = [
+        {},
+        {"size": "64x64"},
+        {"every": 2},
+        {"codec": "libx265"},
+        {"crf": 18},
+        {"audio": False},
+        {"overlay": True},
+        {"frames": "jpg"},
+    ]
+    assert len({given(**each).fingerprint("sha256:0") for each in options}) == len(options)
+    assert given(strict=True).fingerprint("x") == given().fingerprint("x")

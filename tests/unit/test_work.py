@@ -119,7 +119,7 @@ def run(scorer: Scorer, count: int, source: Numbers | None = None, writer: Memor
     class OneSink(Sink):
         claim = holder = finalize = release = committed = manifest = None  # type: ignore[assignment]
 
-        def open(self, attempt: str) -> Writer:
+        def open(self, attempt: str, chunk: Chunk) -> Writer:
             assert attempt == "attempt-1"
             return writer or Memory()
 

@@ -24,7 +24,7 @@ class Warn(Exception):  # noqa: N818 - an outcome, not an error
 def _python() -> str:
     import importlib.metadata
 
-    names = ("onnxruntime", "pyarrow", "duckdb", "pillow", "obstore", "sqlalchemy", "pebble")
+    names = ("onnxruntime", "pyarrow", "duckdb", "pillow", "av", "obstore", "sqlalchemy", "pebble")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     return f"{platform.python_version()} on {platform.system()} {platform.machine()}; {versions}"
 
@@ -95,6 +95,21 @@ def _pictures() -> str:
     return f"{len(Image.OPEN)} formats, {turbo}"
 
 
+def _videos() -> str:
+    import importlib.metadata
+
+    from tally.video.encode import DEFAULTS, HARDWARE, encoders
+
+    found = encoders("mp4")
+    hardware = [codec for codec in found if codec.endswith(HARDWARE)]
+    text = f"FFmpeg through PyAV {importlib.metadata.version('av')}; {len(found)} encoders, hardware: "
+    text += ", ".join(hardware) or "none"
+    missing = [codec for codec in dict.fromkeys(DEFAULTS.values()) if codec not in {**found, **encoders("webm")}]
+    if missing:
+        raise Warn(f"{text}; {', '.join(missing)} is missing: name another with --codec")
+    return text
+
+
 def _temporary() -> str:
     folder = Path(tempfile.gettempdir())
     free = shutil.disk_usage(folder).free
@@ -111,6 +126,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "temporary files": _temporary,
     "models": _models,
     "pictures": _pictures,
+    "videos": _videos,
     "workers": _workers,
 }
 

@@ -182,11 +182,12 @@ def summary(record: JobRecord) -> str:
     seconds = record.usage.get("seconds", 0.0)
     rate = record.done / seconds if seconds else 0.0
     scored = record.done - record.dead
-    time_taken = f"{_duration(seconds)} ({rate:,.1f} items/s)"
+    time_taken = f"{_duration(seconds)} ({rate:,.1f} {record.unit}/s)"
     lines = [
-        f"job {record.id} finished: {scored:,} of {record.items:,} items scored in {time_taken}",
+        f"job {record.id} finished: {scored:,} of {record.items:,} {record.unit} scored in {time_taken}",
         f"  results: {record.spec['out']}",
     ]
+    lines += [f"  note: {note}" for note in (record.manifest or {}).get("notes", [])]
     if record.dead:
         lines.append(f"  {record.dead:,} failed; see them with: tally jobs dead {record.id}")
     if (cost := _cost(record)) is not None:
@@ -213,7 +214,7 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
         ("done", f"{_share(record)}; {record.dead:,} failed, {record.rows:,} rows, {record.bytes:,} bytes"),
         ("created", when(record.created_at)),
         ("finished", when(record.finished_at)),
-        ("time", f"{_duration(seconds)}, {record.done / seconds if seconds else 0:,.1f} items/s"),
+        ("time", f"{_duration(seconds)}, {record.done / seconds if seconds else 0:,.1f} {record.unit}/s"),
         ("stages", f"{stages} (all workers; {usage.get('worker_seconds', 0.0):.2f} s busy)"),
     ]  # fmt: skip
     if (cost := _cost(record)) is not None:
@@ -225,7 +226,8 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
     log = log_of(record.id)
     if log.exists() and log.stat().st_size:
         facts.append(("log", str(log)))
-    facts += [("note", line) for line in [*model.get("assumed", []), *record.remarks]]
+    notes = (record.manifest or {}).get("notes", [])
+    facts += [("note", line) for line in [*model.get("assumed", []), *record.remarks, *notes]]
     if record.state in ("interrupted", "paused", "failed"):
         hopeless = record.planned and 0 < record.items == record.dead
         facts.append(("next", f"tally jobs retry {record.id} --dead" if hopeless else f"tally jobs resume {record.id}"))

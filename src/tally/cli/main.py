@@ -11,6 +11,7 @@ COMMANDS = {
     "score": ("tally.cli.score:score", "Score a collection of files with a model."),
     "run": ("tally.cli.score:run", "Run the job that a YAML file describes."),
     "jobs": ("tally.cli.jobs:jobs", "List, follow, stop, resume and retry jobs."),
+    "train": ("tally.cli.train:train", "Train a model from your own data."),
     "query": ("tally.cli.query:query", "Ask a job's results with SQL."),
     "models": ("tally.cli.models:models", "Keep models under names, versions and aliases."),
     "new": ("tally.cli.new:new", "Start a scorer or a model package from a template."),

@@ -20,6 +20,16 @@ def _resume_options(command: Any) -> Any:
     return command
 
 
+def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value == "list" and not ctx.resilient_parsing:
+        from tally.cli.console import table
+        from tally.video.encode import encoders
+
+        table(("CODEC", "WHAT"), sorted({**encoders("mp4"), **encoders("mkv")}.items()))
+        ctx.exit()
+    return value
+
+
 @click.command()
 @click.argument("source", nargs=-1, required=True)
 @click.option(
@@ -28,7 +38,12 @@ def _resume_options(command: Any) -> Any:
     required=True,
     help="An .onnx file, a package folder, a script, module:Class, models:/NAME@ALIAS, or a URL.",
 )
-@click.option("-o", "--out", required=True, help="A folder, a bucket URL, or one .csv, .parquet or .jsonl file.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    help="A folder, a bucket URL, or one file: .csv, .parquet or .jsonl for rows; .mp4, .mov, .mkv or .webm for video.",
+)
 @click.option("-t", "--task", help="classify, detect, restyle, embed or segment; found out if left out.")
 @click.option("--labels", help="Names of the classes: a text file with one per line, or JSON.")
 @click.option("--artifacts", help="Folder with what a script loads (AZUREML_MODEL_DIR).")
@@ -39,7 +54,21 @@ def _resume_options(command: Any) -> Any:
     metavar="KEY=VALUE",
     help="An option of the model, e.g. preprocess.channels=bgr or top=5.",
 )
-@click.option("--format", help="parquet, csv or jsonl for rows; jpg, png or webp for pictures.")
+@click.option(
+    "--format", help="parquet, csv or jsonl for rows; jpg, png or webp for pictures; mp4, mov, mkv or webm for videos."
+)
+@click.option("--overlay", is_flag=True, help="Draw boxes and labels onto the pictures, and write those.")
+@click.option("--every", type=int, help="Of videos: every N-th frame only.")
+@click.option("--size", metavar="WxH", help="Of videos: scale frames to so many pixels first, e.g. 640x360.")
+@click.option("--frames", help="Of videos: write frames as jpg, png or webp files, and not a video.")
+@click.option(
+    "--codec",
+    is_eager=True,
+    callback=_list_codecs,
+    help="Video encoder; 'list' shows those that work here.  [default: libx264]",
+)
+@click.option("--crf", type=float, help="Quality of the video: lower is better and larger.")
+@click.option("--keep-audio/--no-audio", "audio", default=None, help="Whether video keeps its sound.  [default: keep]")
 @click.option("-b", "--batch-size", type=int, help="Items that the scorer is given at once.")
 @click.option("-w", "--workers", type=int, help="Worker processes; one per core if left out.")
 @click.option("--device", help="auto, cpu, cuda[:N] or tensorrt[:N].  [default: auto]")
@@ -48,6 +77,7 @@ def _resume_options(command: Any) -> Any:
 @click.option("--memory", help="Memory that one worker may hold, e.g. 2GiB.")
 @click.option("--max-dead", help="Share of failed items at which the job stops.  [default: 50%]")
 @click.option("--min-dead", type=int, help="... once so many items are finished.  [default: 1000]")
+@click.option("--strict", is_flag=True, help="Stop at the first item that fails.")
 @click.option("--price-per-hour", type=float, help="What this machine costs; the job's cost is then shown.")
 @click.option(
     "--trust", is_flag=True, help="Open models that carry code (pickles). Only if you know where they come from."
@@ -57,16 +87,19 @@ def score(assignments: tuple[str, ...], resume: bool, overwrite: bool, quiet: bo
     """Score every item of SOURCE with a model.
 
     SOURCE is a folder, a file, a glob in quotes ('photos/**/*.jpg') or a bucket URL (s3://, az://, gs://);
-    there may be several.
+    there may be several. Of videos, every frame is an item.
 
     \b
     tally score photos/ --model squeezenet.onnx --task classify --labels labels.txt --out predictions/
     tally score 'photos/**/*.jpg' --model ./my-model/ --out out.csv
     tally score photos/ --model score.py --artifacts weights/ --out out/
+    tally score clip.mp4 --model style.onnx --out styled.mp4
+    tally score clip.mp4 --model yolox.onnx --task detect --overlay --out seen.mp4
     """
     from tally.jobs.spec import make
 
-    fields["trust"] = fields["trust"] or None
+    for flag in ("trust", "overlay", "strict"):
+        fields[flag] = fields[flag] or None
     spec = make(settings=pairs("--set", assignments), **fields)
     return _start(spec, resume=resume, overwrite=overwrite, quiet=quiet)
 
@@ -144,7 +177,7 @@ def see_through(store: Any, job_id: str, *, quiet: bool, retry_dead: bool = Fals
 
 def _interrupted(record: Any) -> int:
     click.echo(
-        f"job {record.id} is interrupted: {record.done:,} items are done and saved\n"
+        f"job {record.id} is interrupted: {record.done:,} {record.unit} are done and saved\n"
         f"  Go on with: tally jobs resume {record.id}",
         err=True,
     )

@@ -414,6 +414,15 @@ class Coordinator:
 
     def _check_dead(self) -> None:
         spec = self._spec
+        if self._stop is None and spec.strict and self._dead:
+            self._fail(
+                JobError(
+                    f"stopped, as --strict asks: {self._dead:,} of the first {self._done:,} items failed; "
+                    f"the first was {_first_dead(self._store, self._lease.job_id)}",
+                    hint=f"See them with 'tally jobs dead {self._lease.job_id}'; after mending the cause, "
+                    f"'tally jobs retry {self._lease.job_id} --dead'. Without --strict, the rest is scored.",
+                )
+            )
         if self._stop is None and self._done >= spec.min_dead and self._dead > spec.max_dead * self._done:
             self._fail(
                 JobError(
@@ -433,6 +442,7 @@ class Coordinator:
             self._sink.release()
             store.release(lease, "cancelled")
             return "cancelled"
+        self._check_dead()
         if self._stop is None and 0 < self._done == self._dead:
             self._fail(
                 JobError(

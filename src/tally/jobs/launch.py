@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,17 +12,22 @@ from typing import Any
 import tally
 from tally.config import settings
 from tally.engines.base import Engine, Limits
-from tally.errors import JobExistsError, JobStateError
+from tally.errors import JobExistsError, JobStateError, SourceNotFoundError, SpecError
 from tally.jobs import work
 from tally.jobs.coordinator import LEASE_SECONDS, Coordinator, Progress
 from tally.jobs.database import connect
 from tally.jobs.spec import JobSpec, absolute
 from tally.jobs.store import JobRecord, JobStore
+from tally.scorers.base import Input, Scorer
 from tally.scorers.package import ModelRef, create, resolve, verify
 from tally.sinks.base import Sink
 from tally.sinks.choose import choose
+from tally.sinks.staging import StagedSink
+from tally.sinks.video import VideoSink
 from tally.sources.base import Source
 from tally.sources.files import FileSource
+from tally.sources.listing import is_image, is_video
+from tally.sources.video import VideoSource
 
 _HALTED = {"interrupted": "was interrupted", "paused": "was paused", "failed": "failed"}
 
@@ -43,17 +49,75 @@ class Parts:
 
 def assemble(spec: JobSpec, model: ModelRef) -> Parts:
     """Make the parts that the spec describes; raises what makes them impossible."""
-    scorer = create(model)
+    scorer = _scorer(spec, model)
     if spec.batch_size is not None:
         scorer.batch_size = spec.batch_size
-    source = FileSource.describe(spec.source, scorer.input, without=spec.out)
-    columns = None if scorer.columns is None else {**source.columns, **scorer.columns}
-    return Parts(
-        model=model,
-        source=source,
-        sink=choose(spec.out, output=scorer.output, format=spec.format, columns=columns),
-        batch_size=scorer.batch_size,
-    )
+    source = _source(spec, scorer.input)
+    columns: Mapping[str, str] | None = source.columns
+    if scorer.output == "rows":
+        columns = None if scorer.columns is None else {**source.columns, **scorer.columns}
+    sink = _sink(spec, scorer, columns, video=isinstance(source, VideoSource))
+    if isinstance(sink, VideoSink) and isinstance(source, VideoSource):
+        sink.check()
+        if sink.place.merged and source.listing.several():
+            raise SpecError(
+                f"the source holds several videos, and {spec.out} is one file", hint="Give a folder: --out videos/"
+            )
+    return Parts(model=model, source=source, sink=sink, batch_size=scorer.batch_size)
+
+
+def _scorer(spec: JobSpec, model: ModelRef) -> Scorer:
+    """The scorer, not loaded."""
+    scorer = create(model)
+    if spec.overlay:
+        from tally.scorers.overlay import Overlay
+
+        return Overlay(scorer)
+    return scorer
+
+
+def _source(spec: JobSpec, input: Input) -> Source:  # noqa: A002  # the scorer's word
+    """Files, or the frames of videos: as the spec says; or else as the scorer wants, the names of files tell, or,
+    in folders, what is there."""
+    if input not in ("image", "frame"):
+        _refuse_video_options(spec, f"the model is given {input}, neither pictures nor frames")
+        return FileSource.describe(spec.source, input, without=spec.out)
+    videos = [uri for uri in spec.source if is_video(uri)]
+    pictures = [uri for uri in spec.source if is_image(uri)]
+    if videos and pictures and spec.media is None:
+        raise SpecError(
+            f"{videos[0]} is a video and {pictures[0]} a picture: one job takes one or the other",
+            hint="Start a job for each.",
+        )
+    video = VideoSource.describe
+    if spec.media == "video" or input == "frame" or videos:
+        return video(spec.source, every=spec.every, size=spec.size, without=spec.out)
+    try:
+        source = FileSource.describe(spec.source, input, without=spec.out)
+    except SourceNotFoundError:
+        if spec.media is None:
+            with suppress(SourceNotFoundError):
+                return video(spec.source, every=spec.every, size=spec.size, without=spec.out)
+        raise
+    _refuse_video_options(spec, "the source gives pictures")
+    return source
+
+
+def _refuse_video_options(spec: JobSpec, why: str) -> None:
+    for name in ("every", "size", "frames", "codec", "crf", "audio"):
+        if getattr(spec, name) != JobSpec.model_fields[name].default:
+            raise SpecError(f"{name}: is for videos only, and {why}")
+
+
+def _sink(spec: JobSpec, scorer: Scorer, columns: Mapping[str, str] | None, *, video: bool) -> StagedSink:
+    """Rows, pictures, or videos, whose frames are pictures that were not asked for one by one."""
+    if not (video and scorer.output == "image"):
+        if spec.frames is not None:
+            raise SpecError("frames: the model gives rows; pictures are drawn with --overlay")
+        return choose(spec.out, output=scorer.output, format=spec.format, columns=columns)
+    if spec.frames is not None:
+        return choose(spec.out, output="image", format=spec.frames, columns=columns)
+    return choose(spec.out, output="video", format=spec.format, codec=spec.codec, crf=spec.crf, audio=spec.audio)
 
 
 def describe_model(spec: JobSpec, model: Any = None) -> ModelRef:
@@ -86,6 +150,8 @@ def submit(
     """
     ref = describe_model(spec, model)
     parts = assemble(spec, ref)
+    # What a folder is taken for stays, whatever is put into it later.
+    spec = spec.model_copy(update={"media": "video" if isinstance(parts.source, VideoSource) else spec.media})
     for line in ref.assumed:
         say(line)
     fingerprint = spec.fingerprint(ref.hash)
@@ -158,7 +224,11 @@ def drive(
         slots = spec.workers or engine.default_slots()
         engine.start(
             work.setup,
-            (work.Setup(parts.model, parts.source, parts.sink, spec.device, spec.batch_size, spec.timeout),),
+            (
+                work.Setup(
+                    parts.model, parts.source, parts.sink, spec.device, spec.batch_size, spec.timeout, spec.overlay
+                ),
+            ),
             slots=slots,
             limits=Limits(memory=spec.memory or engine.default_memory(slots)),
             log=log_of(record.id),
@@ -221,7 +291,7 @@ def find(store: JobStore, job: str) -> JobRecord:
 def sink_of(record: JobRecord) -> Sink:
     """Where the job's results are, for reading or removing them; neither model nor source is opened."""
     spec = JobSpec(**record.spec)
-    return choose(spec.out, output=create(ModelRef.from_dict(record.model)).output, format=spec.format)
+    return _sink(spec, _scorer(spec, ModelRef.from_dict(record.model)), None, video=spec.media == "video")
 
 
 def log_of(job_id: str) -> Path:

@@ -17,12 +17,17 @@ from tally.suggest import did_you_mean
 _DEVICE = re.compile(r"auto|cpu|(cuda|tensorrt)(:\d+)?")
 _SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$")
 
+Side = Annotated[int, Field(ge=1, le=16_384)]
+
 
 class JobSpec(BaseModel):
     """Model × source × sink, and how to run them.
 
-    source: folders, files, globs or bucket URLs. out: a folder, a bucket URL, or one ``.csv``, ``.parquet``
-    or ``.jsonl`` file. Relative paths are made absolute when the spec is made.
+    source: folders, files, globs or bucket URLs. out: a folder, a bucket URL, or one file: ``.csv``, ``.parquet``
+    or ``.jsonl`` for rows, ``.mp4``, ``.mov``, ``.mkv`` or ``.webm`` for a video. Relative paths are made absolute
+    when the spec is made.
+    media: what the source holds; found out if left out.
+    every, size, frames, codec, crf, audio: of videos. size: (width, height) in pixels (``640x360`` is understood).
     timeout: seconds that one batch may take. memory: bytes that one worker may hold (``2GiB`` is understood);
     None: four fifths of this machine's memory, shared by the workers.
     max_dead: share of dead items above which the job stops, once ``min_dead`` items are finished.
@@ -38,7 +43,15 @@ class JobSpec(BaseModel):
     artifacts: str | None = None
     settings: dict[str, Any] = {}
     trust: bool = False
-    format: Literal["parquet", "csv", "jsonl", "jpg", "png", "webp"] | None = None
+    format: Literal["parquet", "csv", "jsonl", "jpg", "png", "webp", "mp4", "mov", "mkv", "webm"] | None = None
+    media: Literal["image", "video"] | None = None
+    every: int = Field(default=1, ge=1)
+    size: tuple[Side, Side] | None = None
+    frames: Literal["jpg", "png", "webp"] | None = None
+    codec: str | None = Field(default=None, min_length=1)
+    crf: float | None = Field(default=None, ge=0)
+    audio: bool = True
+    overlay: bool = False
     batch_size: int | None = Field(default=None, ge=1, le=65_536)
     device: str = "auto"
     engine: Literal["local"] = "local"
@@ -48,6 +61,7 @@ class JobSpec(BaseModel):
     attempts: int = Field(default=3, ge=1, le=100)
     max_dead: float = Field(default=0.5, ge=0, le=1)
     min_dead: int = Field(default=1000, ge=1)
+    strict: bool = False
     price_per_hour: float | None = Field(default=None, ge=0)
 
     @field_validator("source", mode="before")
@@ -73,6 +87,16 @@ class JobSpec(BaseModel):
             return int(float(match[1]) * base ** (" kmgt".index(match[2].lower() or " ")))
         return value
 
+    @field_validator("size", mode="before")
+    @classmethod
+    def _width_and_height(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            sides = value.lower().split("x")
+            if len(sides) != 2 or not all(side.strip().isdigit() for side in sides):
+                raise ValueError("should be a width and a height such as 640x360")
+            return tuple(int(side) for side in sides)
+        return value
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
@@ -95,6 +119,12 @@ class JobSpec(BaseModel):
         relevant = self.model_dump(
             mode="json",
             include={"source", "out", "settings", "format", "batch_size", "task", "labels"},
+        )
+        # Later fields count only where they say something: earlier jobs are still known by their fingerprint.
+        relevant |= self.model_dump(
+            mode="json",
+            include={"media", "every", "size", "frames", "codec", "crf", "audio", "overlay"},
+            exclude_defaults=True,
         )
         relevant["source"] = [each.rstrip("/") for each in relevant["source"]]  # shells append slashes
         relevant["out"] = relevant["out"].rstrip("/")

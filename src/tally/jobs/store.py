@@ -72,6 +72,11 @@ class JobRecord:
     manifest: dict[str, Any] | None
     alive: bool = False
 
+    @property
+    def unit(self) -> str:
+        """What its items are."""
+        return "frames" if self.spec.get("media") == "video" else "items"
+
 
 @dataclass(frozen=True, slots=True)
 class Lease:

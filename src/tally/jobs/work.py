@@ -25,7 +25,7 @@ STARTUP_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a worker needs once."""
+    """What a worker needs once. overlay: results are drawn onto the pictures that they are of."""
 
     model: ModelRef
     source: Source
@@ -33,6 +33,7 @@ class Setup:
     device: str
     batch_size: int | None
     timeout: float
+    overlay: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,10 @@ def setup(given: Setup) -> Worker:
     """Load the scorer. Raises ModelError if it cannot be used."""
     progress.busy(0, 0, limit=STARTUP_SECONDS)
     scorer = load(given.model, given.device)
+    if given.overlay:
+        from tally.scorers.overlay import Overlay
+
+        scorer = Overlay(scorer)
     if given.batch_size is not None:
         scorer.batch_size = given.batch_size
     # Runs when the process is asked to end, not when it is killed.
@@ -91,7 +96,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
     began = time.perf_counter()
     timings = Timings()
     dead: list[tuple[int, str, str]] = []  # not the errors themselves: they may hold on to large values
-    writer = worker.sink.open(attempt)
+    writer = worker.sink.open(attempt, chunk)
     size = worker.scorer.batch_size
     # In whole batches, so that what is cut out of the chunk after a crash keeps its batches.
     ahead = -(-worker.source.ahead(size) // size) * size

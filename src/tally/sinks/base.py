@@ -22,6 +22,7 @@ from typing import Any
 
 from tally.errors import ItemError
 from tally.scorers.base import Result
+from tally.sources.base import Chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,13 @@ class Output:
     """What one attempt wrote: JSON-able, kept in the job store when the attempt is committed.
 
     files: paths relative to the staging folder. rows, bytes: totals.
+    facts: what the sink itself wants to know about these files when it assembles them.
     """
 
     files: list[str] = field(default_factory=list)
     rows: int = 0
     bytes: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Writer(ABC):
@@ -79,8 +82,8 @@ class Sink(ABC):
         """The manifest at the output place as it was published last; None while there is none."""
 
     @abstractmethod
-    def open(self, attempt: str) -> Writer:
-        """Start writing the results of one attempt (in a worker)."""
+    def open(self, attempt: str, chunk: Chunk) -> Writer:
+        """Start writing the results of one attempt at a chunk (in a worker)."""
 
     @abstractmethod
     def finalize(

@@ -19,6 +19,7 @@ from tally.scorers.base import Result
 from tally.sinks.base import Output, Writer
 from tally.sinks.rows import RowsSink
 from tally.sinks.staging import File, Place, attempt_of
+from tally.sources.base import Chunk
 from tally.storage import TEMPORARY
 
 if TYPE_CHECKING:
@@ -35,8 +36,7 @@ _PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SEGMENT_BYTES = 200  # file systems allow 255, less where they encrypt names
 _NAME_BYTES = 900  # object stores allow 1024 for the whole
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
-# Folders that could stand where a picture or a file of Tally's is to be.
-_OWN = re.compile(r"(?i)^(_tally|_success)$|\.(jpe?g|png|webp|parquet|json)$")
+_OWN = re.compile(r"(?i)^(_tally|_success)$|\.(parquet|json)$")
 _MOVES = 8
 
 
@@ -45,16 +45,18 @@ class FilesSink(RowsSink):
 
     pictures: ``jpg``, ``png`` or ``webp`` for all pictures; None goes by the key's suffix, and takes PNG where
     that is no picture's. Arrays of two dimensions are always PNG: labels do not survive a lossy format.
-    The final folder holds the pictures and ``part-00000.parquet``, with ``key, file, width, height, bytes``.
+    columns: those of the source, as in ``Source.columns``.
+    The final folder holds the pictures and ``part-00000.parquet``, with ``key``, the source's columns, and
+    ``file, width, height, bytes``.
     """
 
-    def __init__(self, place: Place, pictures: str | None = None) -> None:
-        super().__init__(place, "parquet", _COLUMNS)
+    def __init__(self, place: Place, pictures: str | None = None, columns: Mapping[str, str] | None = None) -> None:
+        super().__init__(place, "parquet", {**(columns or {}), **_COLUMNS})
         self.pictures = pictures
 
-    def open(self, attempt: str) -> Writer:
+    def open(self, attempt: str, chunk: Chunk) -> Writer:
         """See :meth:`Sink.open`."""
-        return PictureWriter(self.place, attempt, super().open(attempt), self.pictures)
+        return PictureWriter(self.place, attempt, super().open(attempt, chunk), self.pictures)
 
     def _assemble(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
@@ -68,7 +70,7 @@ class FilesSink(RowsSink):
         for name, table in zip(staged, super()._tables(staged, kept), strict=True):
             if any(source == name for source, _ in renamed):
                 files = [renamed.get((name, file), file) for file in table["file"].to_pylist()]
-                yield table.set_column(1, "file", pa.array(files, pa.string()))
+                yield table.set_column(table.column_names.index("file"), "file", pa.array(files, pa.string()))
             else:
                 yield table
 
@@ -142,7 +144,7 @@ class PictureWriter(Writer):
     def add(
         self, keys: Sequence[str], results: Sequence[Result], info: Sequence[Mapping[str, Any]] | None = None
     ) -> list[tuple[int, ItemError]]:
-        """See :meth:`Writer.add`. The list of pictures has no room for ``info``."""
+        """See :meth:`Writer.add`."""
         written: list[str] = []
         rows: list[Result] = []
         failed = []
@@ -161,7 +163,8 @@ class PictureWriter(Writer):
             self._bytes += len(data)
             written.append(key)
             height, width = array.shape[:2]
-            rows.append({"file": name, "width": width, "height": height, "bytes": len(data)})
+            given = {} if info is None else info[index]
+            rows.append({**given, "file": name, "width": width, "height": height, "bytes": len(data)})
         if written:
             self._rows.add(written, rows)
         return failed
@@ -216,13 +219,19 @@ def encode(array: np.ndarray[Any, np.dtype[np.uint8]], kind: str) -> bytes:
 
 
 def file_for(key: str, pictures: str | None, *, labels: bool) -> str:
-    """The file name of an item's picture: always inside the output folder, and never too long.
+    """The file name of an item's picture; see :func:`named`."""
+    return named(key, "png" if labels else pictures, KINDS)
 
+
+def named(key: str, kind: str | None, kinds: Mapping[str, str]) -> str:
+    """The file name of an item's result: always inside the output folder, and never too long.
+
+    kinds: suffixes, and the kind of file that each means. kind: that of the file; None goes by the key's suffix,
+    and takes PNG where that is none of them.
     A name that had to be altered carries a mark made from the key, so that two keys never share one.
     """
-    plain = _inside(key)
-    kind = "png" if labels else pictures
-    found = KINDS.get(PurePosixPath(plain).suffix.lower())
+    plain = _inside(key, kinds)
+    found = kinds.get(PurePosixPath(plain).suffix.lower())
     whole = plain if found and kind in (None, found) else f"{plain}.{kind or 'png'}"
     name = whole if len(whole.encode()) <= _NAME_BYTES else whole.rpartition("/")[2]
     name = "/".join(_cut(segment) for segment in name.split("/"))
@@ -236,11 +245,12 @@ def marked(name: str, key: str) -> str:
     return f"{stem}-{digest}{dot}{suffix}"
 
 
-def _inside(key: str) -> str:
-    """The key as segments of a path that cannot lead out of a folder, nor to Tally's own files."""
+def _inside(key: str, kinds: Mapping[str, str]) -> str:
+    """The key as segments of a path that cannot lead out of a folder, nor to where a file of the output is to be."""
     segments = [_UNSAFE.sub("_", part) for part in _valid(key).split("/") if part not in ("", ".", "..")] or ["_"]
     *folders, last = segments
-    folders = [f"{folder}_" if _OWN.search(folder) else folder for folder in folders]
+    taken = [bool(_OWN.search(folder)) or PurePosixPath(folder).suffix.lower() in kinds for folder in folders]
+    folders = [f"{folder}_" if own else folder for folder, own in zip(folders, taken, strict=True)]
     return "/".join([*folders, f"_{last}" if last.startswith(TEMPORARY) else last])
 
 

@@ -10,6 +10,7 @@ from tally.errors import ItemError, SpecError
 from tally.scorers.base import Result
 from tally.sinks.base import Output, Writer
 from tally.sinks.staging import File, Place, StagedSink, staged_name
+from tally.sources.base import Chunk
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,7 +39,7 @@ class RowsSink(StagedSink):
         if columns is not None:
             self._schema()
 
-    def open(self, attempt: str) -> Writer:
+    def open(self, attempt: str, chunk: Chunk) -> Writer:
         """See :meth:`Sink.open`."""
         return RowsWriter(self.place, attempt, self._schema())
 
@@ -70,7 +71,7 @@ class RowsSink(StagedSink):
         else:
             new = merge.write(place, batches, unified.schema, self.format, len(kept), empty=not kept)
             files = [*kept, *new]
-        dead_file = _write_dead(place, dead, self.format)
+        dead_file = write_dead(place, dead, self.format)
         notes = [f"column {name!r} held values of different types and was written as text" for name in unified.mixed]
         return {
             "output": "rows",
@@ -170,7 +171,8 @@ def _schema_in(manifest: dict[str, Any]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _write_dead(place: Place, dead: Iterable[dict[str, Any]], suffix: str) -> File | None:
+def write_dead(place: Place, dead: Iterable[dict[str, Any]], suffix: str) -> File | None:
+    """Write the list of dead items, if there are any."""
     import pyarrow as pa
 
     from tally.sinks.columns import printable, schema_of

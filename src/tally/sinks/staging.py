@@ -115,7 +115,7 @@ class Place:
                 yield path
             except OSError as error:
                 raise error if isinstance(error, StorageError) else failure("write", str(path), error) from None
-            self.store.write(self.final + name, path.read_bytes())
+            self.store.upload(self.final + name, path)
 
     def publish(self, name: str) -> None:
         """Move a final file to its place, if that has not been done before."""
@@ -169,9 +169,9 @@ class Place:
                 Path(self.address(self.staging)).rmdir()
 
 
-def staged_name(attempt: str, number: int = 0) -> str:
-    """The name, inside the staging folder, of an attempt's file of rows."""
-    return f"attempts/{attempt}+{number}.parquet" if number else f"attempts/{attempt}.parquet"
+def staged_name(attempt: str, number: int = 0, suffix: str = "parquet") -> str:
+    """The name, inside the staging folder, of an attempt's file of results."""
+    return f"attempts/{attempt}+{number}.{suffix}" if number else f"attempts/{attempt}.{suffix}"
 
 
 def attempt_of(name: str) -> str:

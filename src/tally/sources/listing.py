@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Literal
 
 from tally.errors import SpecError
@@ -104,6 +105,11 @@ class Listing:
                 for within, takes in earlier
             )
         )
+
+    def several(self) -> bool:
+        """Whether there is more than one file."""
+        found = chain.from_iterable(self.entries(index) for index in range(len(self.places)))
+        return len(list(islice(found, 2))) > 1
 
     def remark(self) -> str | None:
         """One line on the files that were passed over."""

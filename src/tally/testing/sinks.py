@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import pytest
 
 from tally.errors import OutputExistsError, StorageError
 from tally.scorers.base import Result
-from tally.sinks.base import Output, Sink
+from tally.sinks.base import Output, Sink, Writer
 from tally.sinks.query import rows
 from tally.sinks.staging import StagedSink
+from tally.sources.base import Chunk
 from tally.storage import LocalStore
 
 FACTS = {"job": "job-1", "generation": 0, "finished_at": "2024-05-06T07:08:09+00:00"}
@@ -73,12 +74,15 @@ def files_under(folder: Path) -> dict[str, bytes]:
 
 class SinkContract:
     """Override ``make`` (a sink at an output place below a folder; equal folders give equal places) and
-    ``result`` (what a scorer returns for the item of that number); ``refused`` and ``keys`` if need be.
+    ``result`` (what a scorer returns for the item of that number); ``refused``, ``chunk``, ``info`` and ``keys``
+    if need be.
 
     rows_per_item: how many rows the result of one item makes.
+    sorts: whether results stand in the order of their items, in whatever order they were given.
     """
 
     rows_per_item = 1
+    sorts = False
 
     @pytest.fixture
     def make(self) -> Callable[[Path], Sink]:
@@ -94,6 +98,16 @@ class SinkContract:
         return object()
 
     @pytest.fixture
+    def chunk(self) -> Callable[[int, int], Chunk]:
+        """The chunk of the items ``start <= n < stop``."""
+        return lambda start, stop: Chunk(start, stop - start, {})
+
+    @pytest.fixture
+    def info(self) -> Callable[[int], dict[str, Any] | None]:
+        """What ``Batch.info`` holds for the item of that number; None where it is None."""
+        return lambda number: None
+
+    @pytest.fixture
     def keys(self) -> Callable[[Sink, Sequence[Output]], list[str]]:
         """Reads back the keys of what was written, in order."""
         return lambda sink, outputs: rows(sink, outputs)["key"].to_pylist()[:: self.rows_per_item]
@@ -103,14 +117,24 @@ class SinkContract:
         return make(tmp_path / "place")
 
     @pytest.fixture
-    def attempt(self, result: Callable[[int], Result]) -> Callable[..., Output]:
+    def add(self, result: Callable[[int], Result], info: Callable[[int], Any]) -> Callable[..., Any]:
+        """Hands a writer the results of the items of these numbers, or others in their place."""
+
+        def write(writer: Writer, numbers: Sequence[int], instead: Mapping[int, Any] | None = None) -> Any:
+            results = [(instead or {}).get(n, result(n)) for n in numbers]
+            infos = [info(n) for n in numbers]
+            return writer.add([key(n) for n in numbers], results, None if None in infos else infos)
+
+        return write
+
+    @pytest.fixture
+    def attempt(self, add: Callable[..., Any], chunk: Callable[[int, int], Chunk]) -> Callable[..., Output]:
         """Writes the results of items ``start <= n < stop``, in batches of two, as one attempt."""
 
         def write(sink: Sink, name: str, start: int, stop: int) -> Output:
-            writer = sink.open(name)
+            writer = sink.open(name, chunk(start, stop))
             for first in range(start, stop, 2):
-                numbers = range(first, min(first + 2, stop))
-                assert writer.add([key(n) for n in numbers], [result(n) for n in numbers]) == []
+                assert add(writer, range(first, min(first + 2, stop))) == []
             return writer.close()
 
         return write
@@ -174,19 +198,21 @@ class SinkContract:
         assert first.bytes > 0
         assert keys(sink, [first, second]) == [key(n) for n in range(5)]
 
-    def test_a_bad_result_costs_its_item(self, sink: Sink, result: Any, refused: Any, keys: Any) -> None:
+    def test_a_bad_result_costs_its_item(self, sink: Sink, chunk: Any, add: Any, refused: Any, keys: Any) -> None:
         sink.claim("job-1")
-        writer = sink.open("a")
-        ((index, error),) = writer.add([key(0), key(1), key(2)], [result(0), refused, result(2)])
+        writer = sink.open("a", chunk(0, 3))
+        ((index, error),) = add(writer, range(3), {1: refused})
         assert (index, error.stage) == (1, "write")
         assert keys(sink, [writer.close()]) == [key(0), key(2)]
 
-    def test_an_aborted_attempt_leaves_nothing(self, make: Any, tmp_path: Path, result: Any) -> None:
+    def test_an_aborted_attempt_leaves_nothing(
+        self, make: Any, tmp_path: Path, chunk: Any, add: Any, refused: Any
+    ) -> None:
         sink = make(tmp_path / "place")
         sink.claim("job-1")
         before = files_under(tmp_path)
-        writer = sink.open("a")
-        writer.add([key(0)], [result(0)])
+        writer = sink.open("a", chunk(0, 3))
+        add(writer, range(3), {1: refused})
         writer.abort()
         assert files_under(tmp_path) == before
 
@@ -198,7 +224,7 @@ class SinkContract:
         outputs = [attempt(sink, "b", 3, 5), attempt(sink, "a", 0, 3)]
         attempt(sink, "lost", 0, 3)
         manifest = sink.finalize(iter(outputs), iter(DEAD), FACTS)
-        expected = [key(3), key(4), key(0), key(1), key(2)]
+        expected = [key(n) for n in ((0, 1, 2, 3, 4) if self.sorts else (3, 4, 0, 1, 2))]
         assert keys(sink, outputs) == expected
         assert manifest["job"] == sink.holder() == "job-1"
         assert sum(file["rows"] for file in manifest["files"]) == manifest["counts"]["rows"] == 5 * self.rows_per_item

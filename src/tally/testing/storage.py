@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
@@ -52,6 +54,16 @@ class StoreContract:
             store.write("folder/name.bin", data)
             assert store.read("folder/name.bin") == bytes(data)
             assert store.size("folder/name.bin") == len(data)
+
+    def test_a_file_is_uploaded(self, store: Store, tmp_path: Path) -> None:
+        path = tmp_path / "content"
+        for content in (b"", b"x" * 3_000_000):
+            path.write_bytes(content)
+            store.upload("a/b", path)
+            assert store.read("a/b") == path.read_bytes() == content
+        with pytest.raises(StorageError):
+            store.upload("a/b", tmp_path / "missing")
+        assert store.size("a/b") == 3_000_000
 
     def test_ranges_end_with_the_object(self, store: Store) -> None:
         store.write("x", b"0123456789")

@@ -1,0 +1,223 @@
+"""Pictures as videos, with the sound of those that the frames came from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tally.errors import ItemError, SpecError
+from tally.scorers.base import Result
+from tally.sinks.base import Output, Writer
+from tally.sinks.files import marked, named, picture
+from tally.sinks.rows import write_dead
+from tally.sinks.staging import File, Place, StagedSink, staged_name
+from tally.sources.base import Chunk
+from tally.storage import LocalStore, ObjectStore
+from tally.video.encode import Encoder, Encoding, check
+from tally.video.facts import Video, unpack
+
+if TYPE_CHECKING:
+    from tally.video.join import Segment
+
+KINDS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "mkv", ".webm": "webm"}
+"""Suffixes of videos that can be written, and the kind that each means."""
+
+
+class VideoSink(StagedSink):
+    """Takes arrays ``uint8[height, width, 3]`` (RGB) or ``uint8[height, width]``, one for each frame of a video.
+
+    format: ``mp4``, ``mov``, ``mkv`` or ``webm``. audio: whether the source's sound goes with the pictures.
+    Segments are runs of frames without a hole, so that frames which are scored later fit between them.
+    """
+
+    def __init__(self, place: Place, format: str, encoding: Encoding, *, audio: bool = True) -> None:  # noqa: A002
+        super().__init__(place, format)
+        self.encoding, self.audio = encoding, audio
+
+    def check(self) -> None:
+        """Raises SpecError where this machine cannot encode like that."""
+        check(self.encoding, self.format)
+
+    def open(self, attempt: str, chunk: Chunk) -> Writer:
+        """See :meth:`Sink.open`."""
+        return VideoWriter(self.place, attempt, chunk, self.encoding)
+
+    def committed(self, outputs: Iterable[Output]) -> tuple[str, list[str]]:
+        """There are no rows to read. Raises SpecError."""
+        raise SpecError(
+            f"{self.place} holds video, and no rows that could be read",
+            hint="Its manifest lists the files; 'tally jobs dead' lists frames that failed.",
+        )
+
+    def _assemble(
+        self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        files: dict[str, File] = {file["key"]: file for file in (earlier or {}).get("files", [])}
+        notes = list((earlier or {}).get("notes", []))
+        found = _by_video(outputs)
+        if self.place.merged and len(keys := [*files, *(key for key in found if key not in files)]) > 1:
+            raise SpecError(
+                f"the source holds {len(keys):,} videos ({keys[0]!r}, {keys[1]!r} ...), and {self.place} is one file",
+                hint="Give a folder: --out videos/",
+            )
+        for key, parts in found.items():
+            name = files[key]["path"] if key in files else self._name(key, {file["path"] for file in files.values()})
+            files[key], said = self._joined(name, parts, files.get(key))
+            notes += [*parts.notes, *said]
+        dead_file = write_dead(self.place, dead, "parquet")
+        return {
+            "output": "video",
+            "format": self.format,
+            "files": list(files.values()),
+            "dead_file": dead_file,
+            "counts": {
+                "files": len(files),
+                "rows": sum(file["rows"] for file in files.values()),
+                "bytes": sum(file["bytes"] for file in files.values()),
+                "dead": dead_file["rows"] if dead_file else 0,
+            },
+            "notes": list(dict.fromkeys(notes)),
+        }
+
+    def _name(self, key: str, taken: set[str]) -> str:
+        name = self.place.merged or named(key, self.format, KINDS)
+        return marked(name, key) if name in taken else name
+
+    def _joined(self, name: str, parts: _Parts, before: File | None) -> tuple[File, list[str]]:
+        from tally.video.join import join
+
+        with self._at_hand(parts, before) as segments, self.place.create(name) as path:
+            said = join(path, self.format, parts.video, segments, audio=self.audio)
+            size = path.stat().st_size
+        rows = parts.frames + (before["rows"] if before else 0)
+        return {"path": name, "key": parts.video.key, "rows": rows, "bytes": size}, said
+
+    @contextmanager
+    def _at_hand(self, parts: _Parts, before: File | None) -> Iterator[list[Segment]]:
+        """The segments, and what was finished before, as files of this machine."""
+        from tally.video.join import Segment
+
+        place, store = self.place, self.place.store
+        wanted: list[tuple[str, int | None]] = [(place.staging + name, start) for name, start in parts.segments]
+        if before is not None:
+            wanted.insert(0, (before["path"], None))
+        if isinstance(store, LocalStore):
+            yield [Segment(store.local_path(name), start) for name, start in wanted]
+            return
+        assert isinstance(store, ObjectStore)
+        with tempfile.TemporaryDirectory(prefix="tally-") as folder:
+            segments = []
+            for number, (name, start) in enumerate(wanted):
+                path = Path(folder, f"{number}.{name.rpartition('.')[2]}")
+                store.download(name, path)
+                segments.append(Segment(path, start))
+            yield segments
+
+    def _dead_names(self) -> list[str]:
+        return [self.place.dead("parquet")]
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What is new of one video. segments: staged name, and tick of the first frame, of each."""
+
+    video: Video
+    segments: list[tuple[str, int]] = field(default_factory=list)
+    frames: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def _by_video(outputs: Iterable[Output]) -> dict[str, _Parts]:
+    found: dict[str, _Parts] = {}
+    for output in outputs:
+        if output.files:
+            video = Video.from_json(output.facts["video"])
+            parts = found.setdefault(video.key, _Parts(video))
+            parts.segments += zip(output.files, output.facts["starts"], strict=True)
+            parts.frames += output.rows
+            parts.notes += output.facts["notes"]
+    return found
+
+
+class VideoWriter(Writer):
+    """Encodes each picture at once; a segment is kept in memory until a hole or the chunk's end."""
+
+    def __init__(self, place: Place, attempt: str, chunk: Chunk, encoding: Encoding) -> None:
+        self._place, self._attempt, self._encoding = place, attempt, encoding
+        self._payload = chunk.payload
+        self._video: Video | None = None
+        self._ticks: dict[int, int] = {}
+        self._size: tuple[int, int] | None = None
+        self._encoder: Encoder | None = None
+        self._last = 0
+        self._files: list[str] = []
+        self._starts: list[int] = []
+        self._notes: list[str] = []
+        self._rows = self._bytes = 0
+
+    def add(
+        self, keys: Sequence[str], results: Sequence[Result], info: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[tuple[int, ItemError]]:
+        """See :meth:`Writer.add`. ``info`` holds the number of each frame."""
+        assert info is not None
+        failed = []
+        for index, (result, each) in enumerate(zip(results, info, strict=True)):
+            try:
+                self._add(picture(result), each["frame"])
+            except ItemError as error:
+                failed.append((index, error))
+        return failed
+
+    def _add(self, array: np.ndarray[Any, np.dtype[np.uint8]], number: int) -> None:
+        if self._video is None:
+            self._video = Video.from_json(self._payload["video"])
+            numbers, ticks = unpack(self._payload["numbers"]), unpack(self._payload["ticks"])
+            self._ticks = dict(zip(numbers, ticks, strict=True))
+        size = (array.shape[1], array.shape[0])
+        if self._size is not None and self._size != size:
+            raise ItemError(
+                "the scorer returned a picture of {}x{} after one of {}x{}; a video has one size".format(
+                    *size, *self._size
+                ),
+                stage="write",
+                hint="Return pictures of one size, or write frames as pictures: --frames png",
+            )
+        if self._encoder is not None and number != self._last + self._payload["step"]:
+            self._flush()
+        if self._encoder is None:
+            self._encoder = Encoder(self._encoding, self._video, size)
+            self._starts.append(self._ticks[number])
+            if self._encoder.note is not None and self._encoder.note not in self._notes:
+                self._notes.append(self._encoder.note)
+        self._size, self._last = size, number
+        self._encoder.add(array, self._ticks[number])
+        self._rows += 1
+
+    def _flush(self) -> None:
+        if self._encoder is None:
+            return
+        data = self._encoder.close()
+        self._encoder = None
+        name = staged_name(self._attempt, len(self._files), "mp4")
+        self._files.append(name)
+        self._place.store.write(self._place.staging + name, data)
+        self._bytes += len(data)
+
+    def close(self) -> Output:
+        """See :meth:`Writer.close`."""
+        self._flush()
+        if self._video is None or not self._files:
+            return Output()
+        facts = {"video": self._video.to_json(), "starts": self._starts, "notes": self._notes}
+        return Output(self._files, self._rows, self._bytes, facts)
+
+    def abort(self) -> None:
+        """See :meth:`Writer.abort`."""
+        self._encoder = None
+        self._place.store.delete([self._place.staging + name for name in self._files])

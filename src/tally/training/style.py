@@ -1,0 +1,295 @@
+"""Train a network that restyles pictures after one picture, and package it.
+
+Everything that can be told to be wrong is told before training begins. The package appears when training has
+ended, all at once; until then there are only TensorBoard's event files beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from tally.errors import (
+    ItemError,
+    ModelError,
+    OutputExistsError,
+    SourceNotFoundError,
+    SpecError,
+    StorageError,
+)
+from tally.sources.images import decode, suffixes
+from tally.training.drawn import Pixels, draw
+
+BATCH = 3
+"""Pictures in one step."""
+SIDE = 144
+"""Pixels per side of the pictures that are trained with; the content's, not the style's."""
+LEARNING_RATE = 3e-3
+WEIGHTS = {"style": 4.0, "content": 0.5, "smoothness": 0.1}
+STRIP_EVERY = 100
+"""Steps between pictures of before and after in the event files."""
+TOLERANCE = 0.5
+"""How far, of 255, the written file may be from PyTorch: half a shade."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """``done`` of ``of`` steps, and the losses of the last one."""
+
+    done: int
+    of: int
+    losses: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What is to be trained. Raises SpecError with every problem, SourceNotFoundError, OutputExistsError.
+
+    style: a picture. out: folder of the package, not there yet. content: folder of photos; None: drawn pictures.
+    size: the style picture's shorter side in pixels while training. strength: of the style against the content.
+    vgg: weights of torchvision's vgg16 or vgg19; None: random filters.
+    """
+
+    style: Path
+    out: Path
+    content: Path | None = None
+    steps: int = 1500
+    size: int = 320
+    strength: float = 1.0
+    vgg: Path | None = None
+    seed: int = 1
+
+    file = "style.onnx"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.steps < 1:
+            problems.append(f"--steps: at least 1, not {self.steps}")
+        if not SIDE <= self.size <= 4096:
+            problems.append(f"--size: {SIDE} to 4096 pixels, not {self.size}")
+        if not 0 < self.strength < float("inf"):
+            problems.append(f"--strength: more than 0, not {self.strength:g}")
+        if self.seed < 0:
+            problems.append(f"--seed: 0 or more, not {self.seed}")
+        if problems:
+            raise SpecError(problems)
+        for flag, path in (("--style", self.style), ("--vgg", self.vgg)):
+            if path is not None and not path.is_file():
+                raise SourceNotFoundError(f"{flag}: there is no file {str(path)!r}")
+        if self.content is not None and not self.content.is_dir():
+            raise SourceNotFoundError(f"--content: there is no folder {str(self.content)!r}")
+        if self.out.exists():
+            raise OutputExistsError(f"{self.out} is there already", hint="Choose another folder, or remove it first.")
+
+    @property
+    def events(self) -> Path:
+        """Folder of TensorBoard's event files, beside the package: what is inside belongs to the model."""
+        return self.out.with_name(self.out.name + "-events")
+
+    def run(self, listen: Callable[[Step], None] = lambda step: None) -> dict[str, Any]:
+        """Train, write the package, and return what is worth remembering of it (metrics, and what it was made of).
+
+        Raises ModelError, ModelLoadError, SpecError, StorageError.
+        """
+        torch, writer_of = _libraries()
+        from tally.training.style_losses import RandomFilters, Vgg
+        from tally.training.style_network import initial, restyle
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        style = self._style()
+        batches = self._batches()
+        tensor = _tensor(style[None]).to(device)
+        judge = Vgg(tensor, self.vgg) if self.vgg else RandomFilters(tensor, self.seed)
+        parameters = {name: value.to(device) for name, value in initial(tensor, self.seed).items()}
+        trained = [value.requires_grad_() for value in parameters.values() if value.is_floating_point()]
+        optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=LEARNING_RATE, total_steps=self.steps + 1, pct_start=0.1
+        )
+        weights = WEIGHTS | {"style": WEIGHTS["style"] * self.strength}
+        values: dict[str, float] = {}
+        with writer_of(str(self.events)) as events:
+            events.add_image("style", style, 0, dataformats="HWC")
+            for step in range(1, self.steps + 1):
+                pictures = _tensor(next(batches)).to(device)
+                restyled = restyle(parameters, pictures)
+                losses = judge.losses(restyled, pictures)
+                total = sum(weights[name] * loss for name, loss in losses.items())
+                optimizer.zero_grad()
+                total.backward()
+                optimizer.step()
+                schedule.step()
+                values = {name: loss.item() for name, loss in losses.items()}
+                if not np.isfinite(total.item()):
+                    raise ModelError(f"the loss is {total.item()} at step {step}", hint="Try a smaller --strength.")
+                for name, value in (values | {"total": total.item()}).items():
+                    events.add_scalar(f"loss/{name}", value, step)
+                events.add_scalar("learning rate", schedule.get_last_lr()[0], step)
+                if step % STRIP_EVERY == 0 or step == self.steps:
+                    strip = torch.cat([*torch.cat([pictures, restyled.detach()], dim=2)], dim=2)
+                    events.add_image("before and after", strip.round().byte(), step)
+                listen(Step(step, self.steps, values))
+        self._write({name: value.detach().cpu() for name, value in parameters.items()})
+        return {
+            "metrics": {name: round(value, 4) for name, value in values.items()},
+            "trained": {
+                "style": self.style.name,
+                "style_sha256": hashlib.sha256(self.style.read_bytes()).hexdigest(),
+                "content": self.content.name if self.content else "drawn pictures",
+                "losses": judge.name,
+                "steps": self.steps,
+                "size": self.size,
+                "strength": self.strength,
+                "seed": self.seed,
+                "torch": torch.__version__,
+            },
+        }
+
+    def _style(self) -> Pixels:
+        """The style picture ``uint8[height, width, 3]``, its shorter side ``size``."""
+        try:
+            pixels, _ = decode(self.style.read_bytes())
+        except ItemError as error:
+            raise SpecError(f"--style: {self.style}: {error.message}") from None
+        return _resized(pixels, self.size)
+
+    def _batches(self) -> Iterator[Pixels]:
+        """Pictures ``uint8[BATCH, SIDE, SIDE, 3]`` without end; another seed, others."""
+        paths: list[Path] = []
+        if self.content:
+            paths = sorted(path for path in self.content.rglob("*") if path.suffix.lower() in suffixes())
+            if not paths:
+                raise SourceNotFoundError(f"--content: there are no pictures in {str(self.content)!r}")
+        return self._endless(paths)
+
+    def _endless(self, paths: list[Path]) -> Iterator[Pixels]:
+        number = 0
+        while True:
+            batch: list[Pixels] = []
+            while len(batch) < BATCH:
+                rng = np.random.default_rng([self.seed, number])
+                number += 1
+                if not paths:
+                    batch.append(draw(rng, SIDE))
+                    continue
+                path = paths[rng.integers(len(paths))]
+                try:
+                    batch.append(_cutout(path, rng))
+                except ItemError as error:
+                    paths.remove(path)
+                    if not paths:
+                        raise SpecError(f"--content: no picture can be read; {path}: {error.message}") from None
+            yield np.stack(batch)
+
+    def _write(self, parameters: Mapping[str, Any]) -> None:
+        """The package, whole or not at all. Raises ModelError if the file does not do what PyTorch does."""
+        from tally.training.style_network import to_onnx
+
+        model = to_onnx({name: value.numpy() for name, value in parameters.items()}).SerializeToString()
+        _compare(model, parameters, self._batches())
+        described = {
+            "name": self.out.name,
+            "description": f"Restyles pictures after {self.style.name}.",
+            "kind": "onnx",
+            "file": self.file,
+            "options": {
+                "task": "restyle",
+                "preprocess": {
+                    "resize": "squash",
+                    "interpolation": "bilinear",
+                    "layout": "nchw",
+                    "channels": "rgb",
+                    "dtype": "float32",
+                    "scale": 1.0,
+                },
+            },
+        }
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
+            try:
+                (partial / self.file).write_bytes(model)
+                (partial / "tally.yaml").write_text(yaml.safe_dump(described, sort_keys=False), "utf-8")
+                partial.chmod(0o755)
+                partial.rename(self.out)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.out}: {error.strerror}") from error
+
+
+def registry_name(text: str) -> str:
+    """``text`` as a name that the registry allows. Raises SpecError if nothing is left of it."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:128]
+    if not name:
+        raise SpecError(f"{text!r} cannot be a model's name", hint="Give one with --name: small letters, digits, '-'.")
+    return name
+
+
+def _libraries() -> tuple[Any, Any]:
+    """torch, and TensorBoard's writer. Raises ModelError with what to install."""
+    try:
+        import onnx  # noqa: F401 - needed only after an hour of training
+        import torch
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ModelError(
+            f"training needs {error.name or 'tensorboard'}, which is not installed",
+            hint="pip install 'tally-scoring[train]'",
+        ) from None
+    return torch, SummaryWriter
+
+
+def _tensor(pictures: Pixels) -> Any:
+    """``uint8[batch, height, width, 3]`` to a tensor ``float32[batch, 3, height, width]``, 0..255."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float()
+
+
+def _resized(pixels: Pixels, shorter: int) -> Pixels:
+    """The picture with its shorter side of ``shorter`` pixels."""
+    height, width = pixels.shape[:2]
+    factor = shorter / min(height, width)
+    size = (max(shorter, round(width * factor)), max(shorter, round(height * factor)))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+
+
+def _cutout(path: Path, rng: np.random.Generator) -> Pixels:
+    """A random part of a photo, at a random scale, ``uint8[SIDE, SIDE, 3]``. Raises ItemError."""
+    shorter = round(SIDE * rng.uniform(1, 2.5))
+    try:
+        pixels, _ = decode(path.read_bytes(), (shorter, shorter))
+    except OSError as error:
+        raise ItemError(error.strerror or str(error), stage="read") from None
+    pixels = _resized(pixels, shorter)
+    top, left = (int(rng.integers(side - SIDE + 1)) for side in pixels.shape[:2])
+    cut = pixels[top : top + SIDE, left : left + SIDE]
+    return cut[:, ::-1] if rng.random() < 0.5 else cut
+
+
+def _compare(model: bytes, parameters: Mapping[str, Any], batches: Iterator[Pixels]) -> None:
+    """Run the file in ONNX Runtime, at a size that nothing divides. Raises ModelError if it differs from PyTorch."""
+    import onnxruntime
+    import torch
+
+    from tally.training.style_network import restyle
+
+    pictures = _tensor(next(batches)[:, :101, :-3])
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"image": pictures.numpy()})
+    with torch.no_grad():
+        expected = restyle(parameters, pictures).numpy()
+    difference = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("inf")
+    if not difference <= TOLERANCE:
+        raise ModelError(f"the ONNX file's pictures differ from PyTorch's by up to {difference:g} of 255")

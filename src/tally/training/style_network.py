@@ -1,0 +1,204 @@
+"""The network that restyles a picture in one pass, for PyTorch and as an ONNX graph.
+
+After Johnson, Alahi, Fei-Fei 2016 (https://arxiv.org/abs/1603.08155), made small enough for video on a CPU: two
+convolutions halve the picture, residual blocks work on the quarter, two more double it again. It is fully
+convolutional and takes any size. Both forms walk the same :data:`LAYERS`, so they cannot drift apart.
+
+One addition: a *canvas*. A piece of the style picture, repeated over the whole, enters the network with the
+picture. Strokes follow it, which a small network cannot invent, also where the picture is flat. In a video they
+stand still instead of flickering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Parameters = Mapping[str, Any]
+"""Tensors of PyTorch, or arrays, by name: ``<layer>.weight`` and ``.bias``; ``.gain`` where it is normalised.
+
+``canvas``: ``uint8[1, 3, CANVAS, CANVAS]``, RGB; it is not trained.
+"""
+
+CANVAS = 144
+"""Pixels per side of the canvas. It is repeated mirrored, so that strokes go on across the seams."""
+
+_PERIOD = 2 * CANVAS - 2
+"""Pixels: mirroring does not repeat the outermost rows."""
+
+EPSILON = 1e-5
+"""Added to the variance, in units of the activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A convolution, and what stands around it, in the order of the fields from ``keeps`` on.
+
+    keeps: its input is kept until the ``adds`` that closes it; pairs are nested like brackets. doubles:
+    neighbouring pixels are repeated first, which leaves no checkerboard as a transposed convolution does.
+    norm: instance normalisation takes the bias's place.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    kernel: int = 3
+    keeps: bool = False
+    doubles: bool = False
+    stride: int = 1
+    norm: bool = True
+    relu: bool = True
+    adds: bool = False
+
+
+def _residual(name: str) -> list[Layer]:
+    return [Layer(f"{name}.first", 32, 32, keeps=True), Layer(f"{name}.second", 32, 32, relu=False, adds=True)]
+
+
+LAYERS = [
+    Layer("enter", 6, 16, kernel=5),
+    Layer("half", 16, 24, keeps=True, stride=2),
+    Layer("quarter", 24, 32, keeps=True, stride=2),
+    *(layer for number in range(4) for layer in _residual(f"block{number}")),
+    Layer("double", 32, 24, doubles=True, adds=True),
+    Layer("full", 24, 16, doubles=True, adds=True),
+    Layer("leave", 16, 3, kernel=5, norm=False, relu=False),
+]
+
+
+def initial(style: Any, seed: int) -> dict[str, Any]:
+    """Parameters to begin with: the same seed, the same values.
+
+    style: ``float32[1, 3, height, width]`` RGB in 0..255, at least CANVAS pixels per side; its middle is the canvas.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    top, left = ((side - CANVAS) // 2 for side in style.shape[2:])
+    canvas = style[:, :, top : top + CANVAS, left : left + CANVAS]
+    parameters = {"canvas": canvas.round().to(torch.uint8)}
+    for layer in LAYERS:
+        shape = (layer.outputs, layer.inputs, layer.kernel, layer.kernel)
+        spread = (2 / (layer.inputs * layer.kernel**2)) ** 0.5
+        parameters[f"{layer.name}.weight"] = torch.randn(shape, generator=generator) * spread
+        parameters[f"{layer.name}.bias"] = torch.zeros(layer.outputs)
+        if layer.norm:
+            parameters[f"{layer.name}.gain"] = torch.ones(layer.outputs)
+    return parameters
+
+
+def restyle(parameters: Parameters, pictures: Any) -> Any:
+    """``float32[batch, 3, height, width]`` RGB in 0..255 → the same shape and range, restyled."""
+    import torch
+    from torch.nn import functional
+
+    count, _, height, width = pictures.shape
+    canvas = functional.pad(parameters["canvas"].float(), [0, CANVAS - 2] * 2, mode="reflect")
+    canvas = canvas.repeat(count, 1, height // _PERIOD + 1, width // _PERIOD + 1)[:, :, :height, :width]
+    x = torch.cat([pictures, canvas], dim=1) / 127.5 - 1
+    kept = []
+    for layer in LAYERS:
+        weight, bias = parameters[f"{layer.name}.weight"], parameters[f"{layer.name}.bias"]
+        if layer.keeps:
+            kept.append(x)
+        if layer.doubles:
+            x = functional.interpolate(x, scale_factor=2, mode="nearest")
+        # Repeating the edge, unlike zeros, leaves no frame around the picture, and unlike mirroring fits any size.
+        x = functional.pad(x, [layer.kernel // 2] * 4, mode="replicate")
+        x = functional.conv2d(x, weight, None if layer.norm else bias, layer.stride)
+        if layer.norm:
+            x = functional.instance_norm(x, weight=parameters[f"{layer.name}.gain"], bias=bias, eps=EPSILON)
+        if layer.relu:
+            x = functional.relu(x)
+        if layer.adds:
+            before = kept.pop()
+            x = x[:, :, : before.shape[2], : before.shape[3]] + before  # halving rounds up
+    return 255 * torch.sigmoid(x)
+
+
+def to_onnx(parameters: Mapping[str, np.ndarray[Any, Any]]) -> Any:
+    """:func:`restyle` as an ``onnx.ModelProto``: input ``image``, output ``restyled``, every axis but RGB free."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes: list[Any] = []
+    constants: dict[str, np.ndarray[Any, Any]] = {}
+
+    def constant(name: str, numbers: Any, dtype: Any = np.float32) -> str:
+        constants[name] = np.asarray(numbers, dtype)
+        return name
+
+    def node(operator: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(operator, inputs, [name], **attributes))
+        return name
+
+    def integers(name: str, *numbers: int) -> str:
+        return constant(name, numbers, np.int64)
+
+    def cut(value: str, like: str, name: str) -> str:
+        """The part at the top left that has the height and width of ``like``."""
+        size = node("Shape", [like], f"{name}.size", start=2, end=4)
+        return node("Slice", [value, integers("corner", 0, 0), size, integers("sides", 2, 3)], name)
+
+    # Each picture of the batch gets the canvas, as often as it fits, and once more.
+    node("Shape", ["image"], "size", start=2, end=4)
+    whole = node("Div", ["size", integers("period", _PERIOD, _PERIOD)], "whole")
+    across = node("Add", [whole, integers("more", 1, 1)], "across")
+    count = node("Shape", ["image"], "count", start=0, end=1)
+    repeats = node("Concat", [count, integers("channels", 1), across], "repeats", axis=0)
+    canvas = node("Cast", [constant("canvas", parameters["canvas"], np.uint8)], "canvas.float", to=TensorProto.FLOAT)
+    mirror = integers("mirror", 0, 0, 0, 0, 0, 0, CANVAS - 2, CANVAS - 2)
+    canvas = node("Pad", [canvas, mirror], "canvas.mirrored", mode="reflect")
+    canvas = cut(node("Tile", [canvas, repeats], "canvas.tiled"), "image", "canvas.cut")
+    value = node("Concat", ["image", canvas], "both", axis=1)
+    value = node("Mul", [value, constant("to_two", 1 / 127.5)], "scaled")
+    value = node("Sub", [value, constant("one", 1)], "centred")
+    kept = []
+    for layer in LAYERS:
+        name, margin = layer.name, layer.kernel // 2
+        weight = constant(f"{name}.weight", parameters[f"{name}.weight"])
+        bias = constant(f"{name}.bias", parameters[f"{name}.bias"])
+        if layer.keeps:
+            kept.append(value)
+        if layer.doubles:
+            value = node(
+                "Resize",
+                [value, "", constant("twice", [1, 1, 2, 2])],
+                f"{name}.doubled",
+                mode="nearest",
+                coordinate_transformation_mode="asymmetric",
+                nearest_mode="floor",
+            )
+        margins = integers(f"margin{margin}", *[0, 0, margin, margin] * 2)
+        value = node("Pad", [value, margins], f"{name}.padded", mode="edge")
+        inputs = [value, weight] if layer.norm else [value, weight, bias]
+        value = node("Conv", inputs, f"{name}.conv", kernel_shape=[layer.kernel] * 2, strides=[layer.stride] * 2)
+        if layer.norm:
+            gain = constant(f"{name}.gain", parameters[f"{name}.gain"])
+            value = node("InstanceNormalization", [value, gain, bias], f"{name}.norm", epsilon=EPSILON)
+        if layer.relu:
+            value = node("Relu", [value], f"{name}.relu")
+        if layer.adds:
+            before = kept.pop()
+            if layer.doubles:  # halving rounds up
+                value = cut(value, before, f"{name}.cut")
+            value = node("Add", [value, before], f"{name}.sum")
+    node("Mul", [node("Sigmoid", [value], "share"), constant("white", 255)], "restyled")
+    shape: list[str | int | None] = ["batch", 3, "height", "width"]
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "style",
+            [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
+            [helper.make_tensor_value_info("restyled", TensorProto.FLOAT, shape)],
+            [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+        producer_name="tally",
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
