@@ -16,13 +16,11 @@ DEMO := build/demo
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(INSTALLED)  ## score 200 pictures of shapes, and count them by label
-	@rm -rf $(DEMO)
-	$(BIN)/python examples/shapes/make_pictures.py $(DEMO)/pictures --count 200 --seed 7
-	TALLY_HOME=$(DEMO)/home $(BIN)/tally score $(DEMO)/pictures --model examples/shapes/model --out $(DEMO)/predictions
-	TALLY_HOME=$(DEMO)/home $(BIN)/tally query $(DEMO)/predictions "select label, count(*) as pictures, \
-		count(*) filter (starts_with(key, label || '-')) as right_ones from results group by 1 order by 1"
-	@echo; echo "The pictures are in $(DEMO)/pictures, the predictions (Parquet) in $(DEMO)/predictions."
+demo: $(INSTALLED)  ## restyle a short clip with sound
+	@rm -rf $(DEMO); mkdir -p $(DEMO)
+	$(BIN)/python examples/style/make_clip.py $(DEMO)/clip.mp4
+	TALLY_HOME=$(DEMO)/home $(BIN)/tally score $(DEMO)/clip.mp4 --model examples/style/model --out $(DEMO)/styled.mp4
+	@echo; echo "Before: $(DEMO)/clip.mp4   After: $(DEMO)/styled.mp4   (Pictures, next: docs/quickstart.md)"
 
 test: .venv/test.stamp  ## run the tests (ARGS="-k pattern" runs some)
 	$(BIN)/python -m pytest -n 2 $(ARGS)

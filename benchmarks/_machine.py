@@ -6,18 +6,23 @@ ratio of medians; absolute figures belong to one machine on one day. Nothing her
 
 from __future__ import annotations
 
+import heapq
 import os
 import platform
+import re
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -28,7 +33,7 @@ DATA = Path(os.environ.get("TALLY_TEST_DATA", REPOSITORY.parent / "shared" / "da
 TALLY = [sys.executable, "-m", "tally"]
 """The command, run by the Python that runs the benchmark."""
 
-_PACKAGES = ("numpy", "onnxruntime", "pillow", "pyarrow", "sqlalchemy", "pebble", "ray", "celery", "redis")
+_PACKAGES = ("numpy", "onnxruntime", "pillow", "av", "pyarrow", "sqlalchemy", "pebble", "ray", "celery", "redis")
 
 Runs = dict[str, list[float]]
 """Contender to one figure per run."""
@@ -130,3 +135,108 @@ def shapes_pictures(folder: Path, count: int) -> Path:
     command = [sys.executable, script, folder, "--count", str(count), "--seed", "7"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
+
+
+_PROGRESS = re.compile(r"([\d,]+)/([\d,]+) \w+(?: at ([\d.]+))?")
+_FINISHED = re.compile(r"job \w+ finished: ")
+
+
+def follow(command: list[str], env: dict[str, str], count: int) -> dict[str, float]:
+    """Run a command that scores ``count`` items, noting when its lines of progress come.
+
+    whole, steady: items per second. cpu: seconds. written: bytes, as Linux counts them. All processes are counted.
+    """
+    began = time.time()
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seen: list[tuple[float, int]] = []
+    said: list[str] = []
+    saved = None
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            now = time.time()
+            said.append(line)
+            if match := _PROGRESS.match(line):
+                seen.append((float(match[3] or now), int(match[1].replace(",", ""))))
+            if line == "saved\n" or _FINISHED.match(line):
+                saved = now
+    elapsed = (saved or time.time()) - began
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode or len(seen) < 2 or seen[-1][1] != count:
+        sys.exit(f"{' '.join(command)} failed (exit code {process.returncode}):\n{''.join(said)}")
+    (first, before), (last, done) = seen[0], seen[-1]
+    return {
+        "whole": count / elapsed,
+        "steady": (done - before) / (last - first),
+        "cpu": used.ru_utime + used.ru_stime - spent.ru_utime - spent.ru_stime,
+        "written": 512.0 * (used.ru_oublock - spent.ru_oublock),
+    }
+
+
+# -- clips ---------------------------------------------------------------------------------------------
+
+
+def drawn_clip(path: Path, size: str, seconds: float = 10) -> Path:
+    """Draw a clip with sound, ``size`` as in 320x180, 25 frames per second: that of ``examples/style``."""
+    script = REPOSITORY / "examples" / "style" / "make_clip.py"
+    command = [sys.executable, script, path, "--seconds", str(seconds), "--size", size]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+def repeat_clip(source: Path, target: Path, frames: int) -> int:
+    """Write a clip that shows ``source`` again and again, with its sound, for ``frames`` frames; returns how many.
+
+    Packets are copied, so this is quick. It is cut where no frame needs a later one: that may be a few frames earlier.
+    """
+    import av
+
+    with av.open(str(source)) as given, av.open(str(target), "w", options={"movflags": "faststart"}) as out:
+        stream = given.streams.video[0]
+        pictures = [packet for packet in given.demux(stream) if packet.size]
+        times = sorted(packet.pts for packet in pictures)
+        period = times[-1] - times[0] + (times[-1] - times[0]) // (len(times) - 1)
+        whole, rest = divmod(frames, len(pictures))
+        while rest and max(packet.pts for packet in pictures[:rest]) != times[rest - 1]:
+            rest -= 1
+        count = whole * len(pictures) + rest
+        tracks = [_repeat(pictures, period, count, out.add_stream_from_template(stream))]
+        if given.streams.audio:
+            seconds = count * period / len(pictures) * stream.time_base
+            stream = given.streams.audio[0]
+            given.seek(0)
+            sound = [packet for packet in given.demux(stream) if packet.size]
+            lasts = sum(packet.duration for packet in sound)
+            end = int(seconds / stream.time_base / lasts * len(sound))
+            tracks.append(_repeat(sound, lasts, end, out.add_stream_from_template(stream)))
+        for _, packet in heapq.merge(*tracks, key=lambda each: each[0]):
+            out.mux(packet)
+    return count
+
+
+def _repeat(packets: list[Any], period: int, count: int, stream: Any) -> Iterator[tuple[float, Any]]:
+    """``count`` packets for the stream, with the second of each: those that there are, each time a period later."""
+    times = [(packet.pts, packet.dts, packet.duration, packet.time_base) for packet in packets]
+    for number in range(count):
+        repetition, index = divmod(number, len(packets))
+        packet, (pts, dts, duration, base) = packets[index], times[index]
+        packet.stream, packet.time_base, packet.duration = stream, base, duration
+        packet.pts, packet.dts = pts + repetition * period, dts + repetition * period
+        yield float(packet.dts * base), packet
+
+
+def colour_model(path: Path) -> Path:
+    """Write a model that costs next to nothing: any picture, float32 0..255, in sepia by a 1x1 convolution."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    sepia = [[0.29, 0.57, 0.14], [0.26, 0.51, 0.13], [0.20, 0.40, 0.10]]
+    weights = numpy_helper.from_array(np.array(sepia, np.float32)[:, :, None, None], "weights")
+    given, found = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, "height", "width"]) for name in ("in", "out")
+    )
+    node = helper.make_node("Conv", ["in", "weights"], ["out"])
+    graph = helper.make_graph([node], "colours", [given], [found], [weights])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), str(path))
+    return path

@@ -134,7 +134,9 @@ def sound_of(path: Path) -> list[list[Packet]]:
             if packet.size:
                 tick = Fraction(packet.time_base)
                 assert packet.pts is not None
-                found[packet.stream_index].append(Packet(bytes(packet), packet.pts * tick, packet.duration * tick, tick))
+                found[packet.stream_index].append(
+                    Packet(bytes(packet), packet.pts * tick, packet.duration * tick, tick)
+                )
     return list(found.values())
 
 

@@ -1,4 +1,4 @@
-"""What ``make demo`` does, command by command, as a user would type it."""
+"""What ``make demo`` and the quickstart do, command by command, as a user would type it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -99,3 +101,25 @@ def test_a_second_time_into_the_same_folder_is_not_silently_done_again(demo: Dem
 
     execute(demo.folder, *SCORE, "--overwrite").check_returncode()
     assert (demo.folder / "predictions" / "_SUCCESS").exists()
+
+
+def test_the_clip_is_restyled_and_keeps_times_and_sound(tmp_path: Path) -> None:
+    run(tmp_path, sys.executable, REPOSITORY / "examples" / "style" / "make_clip.py", "clip.mp4", "--seconds", "1")
+    model = REPOSITORY / "examples" / "style" / "model"
+    ran = execute(tmp_path, *MODULE, "score", "clip.mp4", "--model", str(model), "--out", "styled.mp4")
+    assert ran.returncode == 0, ran.stderr
+    assert "25 of 25 frames scored" in ran.stderr
+    before, after = content(tmp_path / "clip.mp4"), content(tmp_path / "styled.mp4")
+    assert after[0] == before[0]  # times
+    assert after[1] == before[1] != []  # sound
+    changed = [np.abs(a.astype(int) - b).mean() for a, b in zip(after[2], before[2], strict=True)]
+    assert min(changed) > 10
+
+
+def content(path: Path) -> tuple[list[float], list[bytes], list[np.ndarray]]:
+    """Times of frames, packets of sound, and pictures."""
+    with av.open(str(path)) as container:
+        sound = [bytes(packet) for packet in container.demux(audio=0) if packet.size]
+        container.seek(0)
+        frames = list(container.decode(video=0))
+    return [float(frame.time) for frame in frames], sound, [frame.to_ndarray(format="rgb24") for frame in frames]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tally.jobs.coordinator import Coordinator
+from tally.jobs.plan import ChunkSizer
 from tally.jobs.store import StoredChunk
 from tally.sources.base import Chunk
 
@@ -19,8 +20,18 @@ class Names:
         return Chunk(chunk.first + start, stop - start, {})
 
 
-def coordinator(**state: Any) -> Any:
-    given = {"_items": 1000, "_done": 0, "_planned": True, "_batch_size": 8, "_source": Names(), **state}
+def coordinator(*, rate: float = 10, **state: Any) -> Any:
+    sizer = ChunkSizer(8, 2)
+    sizer.observe(round(rate * 10), 10.0)
+    given = {
+        "_sizer": sizer,
+        "_items": 1000,
+        "_done": 0,
+        "_planned": True,
+        "_batch_size": 8,
+        "_source": Names(),
+        **state,
+    }
     return SimpleNamespace(_engine=SimpleNamespace(slots=2), _spec=SimpleNamespace(attempts=3), **given)
 
 
@@ -36,6 +47,7 @@ def test_near_the_end_large_chunks_are_shared_out() -> None:
     assert not too_large(8, _done=990), "a batch is not cut"
     assert not too_large(96, _done=900, attempts=2), "it has been begun as it is"
     assert not too_large(96, _done=900, losses=1)
+    assert not too_large(96, _done=900, rate=500), "it is done in no time"
 
 
 @pytest.mark.parametrize(("count", "cut"), [(64, 32), (20, 8), (9, 8), (8, 4), (5, 2), (2, 1)])

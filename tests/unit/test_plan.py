@@ -11,10 +11,11 @@ import pytest
 
 from tally.errors import StorageError
 from tally.jobs import plan
-from tally.jobs.plan import GROWTH, MAX_BYTES, MAX_ITEMS, TARGET_SECONDS, ChunkSizer, Planner
-from tally.sources.base import Chunk, ChunkLimit
+from tally.jobs.plan import GROWTH, MAX_BYTES, MAX_ITEMS, OPEN_CHUNKS_PER_SLOT, ChunkSizer, Planner
+from tally.sources.base import Chunk, ChunkLimit, Source
 
 DEADLINE = 60.0
+TARGET_SECONDS = Source.chunk_seconds
 
 
 def measured(batch_size: int, rate: float) -> ChunkSizer:
@@ -67,6 +68,39 @@ def test_the_rate_forgets() -> None:
         sizer()
         sizer.observe(10, 1.0)
     assert sizer().items == pytest.approx(10 * TARGET_SECONDS, abs=1)
+
+
+def test_long_chunks_count_for_more_than_short_ones() -> None:
+    sizer = ChunkSizer(1, 1)
+    sizer.observe(1, 1.0)  # everything was cold
+    sizer.observe(1000, 10.0)
+    for _ in range(20):
+        sizer()
+    assert sizer().items == pytest.approx(2 * 1000.7 / 10.7, abs=1)
+    assert sizer.seconds(100) == pytest.approx(1.07, abs=0.01)
+    assert ChunkSizer(1, 1).seconds(1) == float("inf")
+
+
+def test_few_chunks_are_cut_while_the_rate_cannot_be_trusted() -> None:
+    sizer = ChunkSizer(1, 2)
+    sizes: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def ask() -> None:
+        for _ in range(100):
+            sizes.put(sizer().items)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    first = plan.FIRST_CHUNKS_PER_SLOT * 2
+    assert [sizes.get(timeout=DEADLINE) for _ in range(first)] == [1] * first
+    sizer.observe(1, 0.1)  # 10 per second, for a tenth of a second: that is no rate
+    ahead = OPEN_CHUNKS_PER_SLOT * 2 - first + 1
+    assert [sizes.get(timeout=DEADLINE) for _ in range(ahead)] == [4, 16, 20][:ahead]
+    assert sizes.empty()
+    sizer.observe(400, 4.0)  # this is one
+    rest = [sizes.get(timeout=DEADLINE) for _ in range(100 - first - ahead)]
+    assert rest[-1] == pytest.approx(200, abs=10)
+    thread.join(DEADLINE)
 
 
 def test_it_waits_for_a_measurement() -> None:

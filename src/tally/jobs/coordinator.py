@@ -52,6 +52,8 @@ STRAGGLER_SECONDS = 10.0
 STRAGGLER_FACTOR = 3.0
 LAST_SHARES = 4
 """Near the end, a chunk holds at most such a part of what each slot has left to do: all of them end together."""
+SHORT_SECONDS = 0.5
+"""A chunk that takes no longer is not cut to share it out."""
 UNSETTLED_ATTEMPTS = 10
 """Handed out so often without any outcome, a chunk is halved: it may be what kills its coordinator."""
 
@@ -103,7 +105,7 @@ class Coordinator:
         self._rates: deque[tuple[float, int]] = deque([(time.monotonic(), record.done)], maxlen=64)
         self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._running: dict[int, _Running] = {}
-        self._sizer = ChunkSizer(batch_size, engine.slots)
+        self._sizer = ChunkSizer(batch_size, engine.slots, source.chunk_seconds)
         self._batch_size = batch_size
         self._planner: Planner | None = None
         self._durations: deque[float] = deque(maxlen=64)
@@ -285,7 +287,8 @@ class Coordinator:
         """Whether, near the end, this chunk would keep one slot busy while the others have run out of work."""
         count, left = stored.chunk.count, self._items - self._done
         fresh = stored.attempts == 1 and stored.losses == 0
-        return self._planned and fresh and count > self._batch_size and count * LAST_SHARES * self._engine.slots > left
+        large = count > self._batch_size and self._sizer.seconds(count) > SHORT_SECONDS
+        return self._planned and fresh and large and count * LAST_SHARES * self._engine.slots > left
 
     def _submit(self, stored: StoredChunk, attempt: str) -> None:
         future = self._engine.submit(work.run_chunk, stored.chunk, attempt)

@@ -77,10 +77,12 @@ def _scorer(spec: JobSpec, model: ModelRef) -> Scorer:
 
 
 def _source(spec: JobSpec, input: Input) -> Source:  # noqa: A002  # the scorer's word
-    """Files, or the frames of videos: as the spec says; or else as the scorer wants, the names of files tell, or,
+    """Files, or the frames of videos: as the spec says or the scorer wants; or else as the names of files tell, or,
     in folders, what is there."""
+    asked = next((name for name in (*_DECODING, *_ENCODING, "frames") if _is_given(spec, name)), None)
     if input not in ("image", "frame"):
-        _refuse_video_options(spec, f"the model is given {input}, neither pictures nor frames")
+        if asked is not None:
+            raise SpecError(f"{asked}: is for videos only, and the model is given {input}, not pictures or frames")
         return FileSource.describe(spec.source, input, without=spec.out)
     videos = [uri for uri in spec.source if is_video(uri)]
     pictures = [uri for uri in spec.source if is_image(uri)]
@@ -89,35 +91,46 @@ def _source(spec: JobSpec, input: Input) -> Source:  # noqa: A002  # the scorer'
             f"{videos[0]} is a video and {pictures[0]} a picture: one job takes one or the other",
             hint="Start a job for each.",
         )
-    video = VideoSource.describe
-    if spec.media == "video" or input == "frame" or videos:
-        return video(spec.source, every=spec.every, size=spec.size, without=spec.out)
+    if asked is not None and (pictures or spec.media == "image"):
+        raise SpecError(f"{asked}: is for videos only, and the source gives pictures")
+
+    def frames() -> VideoSource:
+        return VideoSource.describe(spec.source, every=spec.every, size=spec.size, without=spec.out)
+
+    if spec.media == "video" or input == "frame" or videos or asked is not None:
+        return frames()
+    if spec.media is None and not pictures and is_video(spec.out):
+        return frames()
     try:
-        source = FileSource.describe(spec.source, input, without=spec.out)
+        return FileSource.describe(spec.source, input, without=spec.out)
     except SourceNotFoundError:
         if spec.media is None:
             with suppress(SourceNotFoundError):
-                return video(spec.source, every=spec.every, size=spec.size, without=spec.out)
+                return frames()
         raise
-    _refuse_video_options(spec, "the source gives pictures")
-    return source
-
-
-def _refuse_video_options(spec: JobSpec, why: str) -> None:
-    for name in ("every", "size", "frames", "codec", "crf", "audio"):
-        if getattr(spec, name) != JobSpec.model_fields[name].default:
-            raise SpecError(f"{name}: is for videos only, and {why}")
 
 
 def _sink(spec: JobSpec, scorer: Scorer, columns: Mapping[str, str] | None, *, video: bool) -> StagedSink:
     """Rows, pictures, or videos, whose frames are pictures that were not asked for one by one."""
-    if not (video and scorer.output == "image"):
-        if spec.frames is not None:
-            raise SpecError("frames: the model gives rows; pictures are drawn with --overlay")
-        return choose(spec.out, output=scorer.output, format=spec.format, columns=columns)
-    if spec.frames is not None:
-        return choose(spec.out, output="image", format=spec.frames, columns=columns)
-    return choose(spec.out, output="video", format=spec.format, codec=spec.codec, crf=spec.crf, audio=spec.audio)
+    written = video and scorer.output == "image" and spec.frames is None
+    if not written and (asked := next((name for name in _ENCODING if _is_given(spec, name)), None)):
+        raise SpecError(f"{asked}: is for videos that are written, and this job writes none")
+    if scorer.output == "rows" and (spec.frames is not None or is_video(spec.out)):
+        what = f"{spec.out} is a video" if spec.frames is None else "--frames asks for pictures"
+        raise SpecError(
+            f"the model gives rows, and {what}",
+            hint="--overlay draws boxes and labels onto the frames; for rows give a folder, .csv, .parquet or .jsonl.",
+        )
+    if written:
+        return choose(spec.out, output="video", format=spec.format, codec=spec.codec, crf=spec.crf, audio=spec.audio)
+    return choose(spec.out, output=scorer.output, format=spec.frames or spec.format, columns=columns)
+
+
+_DECODING, _ENCODING = ("every", "size"), ("codec", "crf", "audio")
+
+
+def _is_given(spec: JobSpec, name: str) -> bool:
+    return bool(getattr(spec, name) != JobSpec.model_fields[name].default)
 
 
 def describe_model(spec: JobSpec, model: Any = None) -> ModelRef:

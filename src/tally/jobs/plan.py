@@ -1,8 +1,9 @@
 """Planning: cutting the source into chunks, in a thread of its own, while scoring already runs.
 
-Chunks are sized so that one takes about :data:`TARGET_SECONDS`: small enough that a lost worker costs
+Chunks are sized so that one takes about as long as the source asks for: small enough that a lost worker costs
 little and progress is smooth, large enough that handing out and committing cost nothing beside scoring.
-The first few hold one batch each, to get the first rows out soon; from then on the measured rate decides.
+The first few hold one batch each, to get the first rows out soon; from then on the measured rate decides. It is
+too low at first, while everything is still warming up: until it can be trusted, few chunks are cut ahead.
 """
 
 from __future__ import annotations
@@ -12,32 +13,37 @@ from collections.abc import Callable
 
 from tally.sources.base import Chunk, ChunkLimit, Source
 
-TARGET_SECONDS = 2.0
 MAX_ITEMS = 8192
 MAX_BYTES = 256 * 2**20
 FIRST_CHUNKS_PER_SLOT = 2
+OPEN_CHUNKS_PER_SLOT = 3
+"""Chunks that are planned and not done, while the rate cannot be trusted: as many as keep every slot busy."""
 PATIENCE_SECONDS = 30.0
 GROWTH = 4
 """A chunk is at most so many times as large as the largest before it: one lucky measurement is not a rate."""
+_MEMORY = 0.7
 
 
 class ChunkSizer:
-    """How large the next chunk is to be. Thread-safe."""
+    """How large the next chunk is to be. Thread-safe. target: seconds that one should take."""
 
-    def __init__(self, batch_size: int, slots: int) -> None:
-        self._batch = batch_size
-        self._first = FIRST_CHUNKS_PER_SLOT * slots
-        self._asked = 0
+    def __init__(self, batch_size: int, slots: int, target: float = Source.chunk_seconds) -> None:
+        self._batch, self._slots, self._target = batch_size, slots, target
+        self._asked = self._observed = 0
         self._largest = batch_size
-        self._rate: float | None = None
+        self._items = self._seconds = 0.0  # lately: what is older counts less
+        self._longest = self._total = 0.0
         self._changed = threading.Condition()
         self._stopped = False
 
     def observe(self, items: int, seconds: float) -> None:
         """A worker took ``seconds`` for a chunk of ``items``."""
-        rate = items / max(seconds, 1e-4)
         with self._changed:
-            self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
+            self._observed += 1
+            self._items = _MEMORY * self._items + items
+            self._seconds = _MEMORY * self._seconds + max(seconds, 1e-4)
+            self._longest = max(self._longest, seconds)
+            self._total += seconds
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -46,20 +52,31 @@ class ChunkSizer:
             self._stopped = True
             self._changed.notify_all()
 
+    def seconds(self, items: int) -> float:
+        """How long a chunk of so many items should take, as far as that is known; for ever if it is not."""
+        with self._changed:
+            return items * self._seconds / self._items if self._items else float("inf")
+
     def __call__(self) -> ChunkLimit:
         """Waits, after the first chunks, until something has been measured; but where every worker is lost
         nothing ever is, and chunks go on at their first size, one in a while.
         """
         with self._changed:
             self._asked += 1
-            if self._asked <= self._first:
+            if self._asked <= FIRST_CHUNKS_PER_SLOT * self._slots:
                 return ChunkLimit(self._batch, MAX_BYTES)
-            self._changed.wait_for(lambda: self._stopped or self._rate is not None, PATIENCE_SECONDS)
-            wanted = int((self._rate or 0) * TARGET_SECONDS)
+            self._changed.wait_for(self._may_go_on, PATIENCE_SECONDS)
+            wanted = int(self._items / self._seconds * self._target) if self._seconds else 0
             items = max(min(wanted, self._largest * GROWTH, MAX_ITEMS), self._batch)
             items -= items % self._batch
             self._largest = max(self._largest, items)
             return ChunkLimit(items, MAX_BYTES)
+
+    def _may_go_on(self) -> bool:
+        if self._stopped:
+            return True
+        trusted = self._longest >= self._target / 2 or self._total >= 2 * self._target * self._slots
+        return bool(self._observed) and (trusted or self._asked - self._observed <= OPEN_CHUNKS_PER_SLOT * self._slots)
 
 
 class Planner(threading.Thread):

@@ -97,6 +97,13 @@ class JobSpec(BaseModel):
             return tuple(int(side) for side in sides)
         return value
 
+    @field_validator("size")
+    @classmethod
+    def _not_too_large(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and value[0] * value[1] > 2**27:
+            raise ValueError("is more than 128 million pixels")
+        return value
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:

@@ -80,9 +80,11 @@ class Source(ABC):
     """Enumerates items with stable keys, and reads them.
 
     columns: what ``Batch.info`` holds: column name to Arrow type name, in order.
+    chunk_seconds: how long a worker should take for one chunk.
     """
 
     columns: ClassVar[Mapping[str, str]] = {}
+    chunk_seconds: ClassVar[float] = 2.0
 
     @abstractmethod
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:

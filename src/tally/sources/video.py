@@ -28,7 +28,7 @@ from tally.video.decode import decode
 from tally.video.facts import Video, pack, plain, stored, unpack
 from tally.video.probe import Key, Prober, Timeline
 
-_SNAP = 0.25
+_SNAP = 0.6
 """The share of a chunk that may be left out to end it before a keyframe."""
 _COMBINE = 512
 _NEAR = 64
@@ -44,6 +44,7 @@ class VideoSource(Source):
     """
 
     columns: ClassVar = {"video": "string", "frame": "int64", "time": "float64"}
+    chunk_seconds: ClassVar = 4.0  # decoding begins at a keyframe, which may be far before the chunk
 
     listing: Listing
     every: int = 1

@@ -1,0 +1,184 @@
+"""Damaged videos, and what is none: said clearly, frame by frame, and never taken for a shorter video."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import pytest
+from tests.videos import frames_of
+
+import tally
+from tally.jobs.launch import open_store
+
+Cli = Callable[..., Any]
+SCORERS = Path(__file__).with_name("scorers")
+SECONDS = 60.0
+MEMORY = 1 << 30
+
+NO_HEADER = "it cannot be opened as a video: Invalid data found when processing input (EBML header parsing failed)"
+UNREADABLE = "it cannot be opened as a video: Invalid data found when processing input (error reading header)"
+
+# One dead item each, for the file.
+NO_VIDEO = {
+    "afl_ffmpeg-h264-bad-ptr-800m.mp4": UNREADABLE,
+    "derived_bottle_truncated_40pct.mp4": "(moov atom not found)",
+    "exo_full_blocks.mkv": "it has no video stream, only subtitle srt",
+    "exo_sample_ac4.mp4": "it has no video stream, only audio",
+    "exo_sample_fragmented_clearkey.mp4": UNREADABLE,
+    "exo_sample_with_sdt.ts": "it holds no video packets",
+    "libwebm_chapters_truncated_chapter_string_2.mkv": "it holds no video packets",
+    "libwebm_fixed_lacing_bad_lace_size.mkv": "it holds no video packets",
+    "libwebm_projection_float_overflow.webm": "it cannot be opened as a video: Input/output error",
+    **{f"libwebmfuzz_{number:02}.webm": NO_HEADER for number in range(0, 16, 2)},
+    "moviepy_result.webm": "the file is empty",
+    "mp4parse_bipbop_cbcs_video_init.mp4": "it holds no video packets",
+}
+# How many frames there should be, those that are dead, and how many of them for which reason.
+FRAMES: dict[str, tuple[int, list[int], dict[str, int]]] = {
+    "afl_ffmpeg-h264-bad-read.mp4": (
+        9,
+        [*range(9)],
+        {"Error splitting the input": 5, "no frame!": 3, "the file ends before it, after 8 of 9 frames": 1},
+    ),
+    "decord_corrupted.mp4": (50, [30, 32], {"Error splitting the input": 1, "the decoder had to guess": 1}),
+    "exo_invalid-bitstream.webm": (51, [*range(51)], {"Failed to read frame header": 51}),
+    "libwebm_accurate_cluster_duration.webm": (4, [*range(4)], {"Invalid start code": 4}),
+    "libwebm_invalid_vp9_bitstream-bug_1416.webm": (
+        2,
+        [0, 1],
+        {"Failed to read frame header": 1, "Invalid frame size in a superframe: 12336": 1},
+    ),
+    "mediabunny_annex-b.mp4": (
+        745,
+        [*range(5, 745)],
+        {"the decoder had to guess": 1, "it is missing: the file ends before it, after 6 of 745 frames": 739},
+    ),
+    "mp4parse_no_timescale.mp4": (
+        182,
+        [
+            *(0, 5, 13, 18, 27, 30, 31, 32, 45, 46, 47, 49, 50, 60, 67, 70, 75, *range(80, 92)),
+            *(109, 117, 119, 120, 137, 143, 150, 151, 154, 169, 180, 181),
+        ],
+        {"it cannot be decoded": 14, "the decoder had to guess": 27},
+    ),
+    "mp4parse_short-cenc.mp4": (10, [*range(10)], {"no frame!": 10}),
+    "mp4parse_zero_empty_stsc.mp4": (
+        1040,
+        [*range(1040)],
+        {"Error splitting the input": 2, "it is missing: the file ends before it, after 2 of 1,040 frames": 1038},
+    ),
+}
+# How many frames there are before the container ends, which does not tell how many are missing.
+CUT = {
+    "derived_bbb_truncated_25pct.webm": (199, "its header says that it lasts 30.003 s, and it ends at 8.294 s"),
+    "libwebm_block_ends_beyond_cluster.mkv": (1, "its header says that it lasts 10.312 s, and it ends at 1.201 s"),
+}
+EVERY = sorted([*NO_VIDEO, *FRAMES, *CUT])
+
+
+def scored(name: str) -> list[int]:
+    """The frames that are to have a result."""
+    if name in FRAMES:
+        total, dead, _ = FRAMES[name]
+        return sorted({*range(total)} - {*dead})
+    return list(range(CUT[name][0])) if name in CUT else []
+
+
+def check_dead(name: str, dead: dict[str, str]) -> None:
+    """dead: the keys of the file's dead items, and why."""
+    if name in NO_VIDEO:
+        assert list(dead) == [name]
+        assert NO_VIDEO[name] in dead[name]
+    elif name in CUT:
+        count, reason = CUT[name]
+        assert list(dead) == [f"{name}/{count:06}-end"]
+        assert f"from frame {count} on the video is missing: {reason}" in dead[f"{name}/{count:06}-end"]
+    else:
+        _, numbers, reasons = FRAMES[name]
+        assert list(dead) == [f"{name}/{number:06}" for number in numbers]
+        found = Counter(reason for error in dead.values() for reason in reasons if reason in error)
+        assert found == reasons
+    for error in dead.values():
+        assert all(line.isprintable() for line in error.splitlines())  # a second one says what to do
+        assert 10 < len(error) < 250
+        assert "Traceback" not in error
+
+
+def score(source: Path, out: Path, *more: object) -> tuple[int, str, int]:
+    """Score in a process of its own: its exit code, what it said, and the most bytes that it or a worker held."""
+    scorer = SCORERS / ("brightness.py" if out.suffix == ".parquet" else "identity.py")
+    command = [sys.executable, "-m", "tally", "score", source, "--model", scorer, "--out", out, "--max-dead", "100%"]
+    log = out.with_name("log")
+    with log.open("wb") as file:
+        process = subprocess.Popen([*map(str, [*command, *more])], stdout=file, stderr=subprocess.STDOUT)
+        timer = Timer(SECONDS, process.kill)
+        timer.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        timer.cancel()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode >= 0, f"it took longer than {SECONDS:.0f} s: {log.read_text()}"
+    return process.returncode, log.read_text(), usage.ru_maxrss * 1024
+
+
+def dead_of(cli: Cli, out: Path) -> dict[str, str]:
+    lines = cli("jobs", "dead", out, "--json", "-n", 5000).out.splitlines()
+    return {each["key"]: each["error"] for each in map(json.loads, lines)}
+
+
+def test_every_file_is_tried(data: Path) -> None:
+    assert sorted(path.name for path in (data / "hostile" / "video").iterdir()) == EVERY
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_alone(cli: Cli, data: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out.parquet"
+    code, said, held = score(data / "hostile" / "video" / name, out, "--workers", 1)
+    assert held < MEMORY
+    dead, good = dead_of(cli, out), scored(name)
+    check_dead(name, dead)
+    if not good:
+        assert code == 1
+        assert f"error: all {len(dead):,} items failed; the first was {next(iter(dead))}: " in said
+        assert "Traceback" not in said
+        assert not out.exists()
+        return
+    assert code == 0
+    assert f"{len(good):,} of {len(good) + len(dead):,} frames scored" in said
+    assert f"{len(dead):,} failed" in said
+    rows = tally.Job(str(out)).results().to_pylist()
+    assert [row["frame"] for row in rows] == good
+    assert [row["key"] for row in rows] == [f"{name}/{number:06}" for number in good]
+
+
+def test_all_together(cli: Cli, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, said, held = score(data / "hostile" / "video", out, "--workers", 2)
+    assert code == 0, said
+    assert held < MEMORY
+    dead = dead_of(cli, out)
+    for name in EVERY:
+        check_dead(name, {key: error for key, error in dead.items() if key.split("/")[0] == name})
+    expected = {name if name.endswith(".mp4") else f"{name}.mp4": len(scored(name)) for name in EVERY if scored(name)}
+    assert {path.name: sum(1 for _ in frames_of(path)) for path in out.glob("*.mp4")} == expected
+    manifest = json.loads((out / "_manifest.json").read_text())
+    assert (manifest["scored"], manifest["dead"]) == (sum(expected.values()), len(dead))
+    print(f"{held >> 20} MiB held at most")
+
+
+@pytest.mark.parametrize("name", ["mediabunny_annex-b.mp4", "decord_corrupted.mp4", "derived_bbb_truncated_25pct.webm"])
+def test_strict_refuses(data: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out.mp4"
+    code, said, _ = score(data / "hostile" / "video" / name, out, "--strict", "--size", "320x180")
+    assert code == 1
+    assert "error: stopped, as --strict asks: " in said
+    assert f"the first was {name}/" in said
+    assert not out.exists()
+    assert open_store().newest(limit=1)[0].state == "failed"

@@ -1,0 +1,378 @@
+"""Videos on the command line: what comes out, and what is said where it cannot be done."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from tests.videos import HEIGHT, WIDTH, assert_same_video, frames_of, number_in, sound_of, time_of, write_clip
+
+from tally.jobs.launch import open_store
+
+Cli = Callable[..., Any]
+
+IDENTITY = """
+import tally
+
+
+class Identity(tally.Scorer):
+    output = "image"
+
+    def score(self, batch):
+        return batch
+"""
+SIZES = """
+import tally
+
+
+class Sizes(tally.Scorer):
+    columns = {"width": "int64", "height": "int64"}
+
+    def score(self, batch):
+        return [{"width": each.shape[1], "height": each.shape[0]} for each in batch]
+"""
+DETECTOR = """
+import tally
+
+
+class Detector(tally.Scorer):
+    input = "frame"
+
+    def score(self, batch):
+        return [[{"xmin": 30, "ymin": 30, "xmax": 60, "ymax": 50, "label": "", "score": None}] for _ in batch]
+"""
+FLAKY = """
+from pathlib import Path
+
+import tally
+
+
+class Flaky(tally.Scorer):
+    output = "image"
+    mended = Path(__file__).with_name("mended")
+
+    def prepare(self, item):
+        if item.info["frame"] % 7 in (3, 4) and not self.mended.exists():
+            raise ValueError("not today")
+        return item.value
+
+    def score(self, batch):
+        return batch
+"""
+SLOW = """
+import time
+from pathlib import Path
+
+import tally
+
+
+class Slow(tally.Scorer):
+    output = "image"
+    batch_size = 4
+    fast = Path(__file__).with_name("fast")
+
+    def score(self, batch):
+        if not self.fast.exists():
+            time.sleep(0.1 * len(batch))
+        return batch
+"""
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """Two seconds, 50 frames, with sound."""
+    return write_clip(tmp_path / "clip.mp4", 50, sound=2.0)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[[str], Path]:
+    def write(code: str) -> Path:
+        path = tmp_path / "scorer.py"
+        path.write_text(code)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def score(cli: Cli, tmp_path: Path) -> Callable[..., Any]:
+    """``tally score`` with one worker; returns what the command answered."""
+    return lambda *arguments: cli("score", *arguments, "--workers", 1)
+
+
+def numbers(path: Path) -> list[int]:
+    return [number_in(frame.to_ndarray(format="rgb24")) for frame in frames_of(path)]
+
+
+def times(path: Path) -> list[Fraction]:
+    return [time_of(frame) for frame in frames_of(path)]
+
+
+def heard(path: Path) -> list[tuple[bytes, Fraction]]:
+    """Content and time of the packets of the one audio stream."""
+    [packets] = sound_of(path)
+    return [(packet.data, packet.time) for packet in packets]
+
+
+# -- rows ----------------------------------------------------------------------------------------------
+
+
+def test_a_row_for_every_frame(score: Cli, model: Any, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_clip(tmp_path / "in" / "a.mp4", 20)
+    write_clip(tmp_path / "in" / "b.mkv", 10, size=(64, 48))
+    ran = score(tmp_path / "in", "--model", model(SIZES), "--out", tmp_path / "rows.csv")
+    assert ran.code == 0, ran.err
+    assert "30 of 30 frames scored" in ran.err
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["key", "video", "frame", "time", "width", "height"]
+    expected = [("a.mp4", number, WIDTH, HEIGHT) for number in range(20)]
+    expected += [("b.mkv", number, 64, 48) for number in range(10)]
+    assert [(row["video"], int(row["frame"]), int(row["width"]), int(row["height"])) for row in rows] == expected
+    assert [row["key"] for row in rows] == [f"{video}/{number:06}" for video, number, *_ in expected]
+    assert [float(row["time"]) for row in rows] == pytest.approx([number / 25 for _, number, *_ in expected], abs=1e-3)
+
+
+def test_some_frames_of_a_size(score: Cli, model: Any, clip: Path, tmp_path: Path) -> None:
+    ran = score(clip, "--model", model(SIZES), "--out", tmp_path / "out", "--every", 20, "--size", "48x40")
+    assert ran.code == 0, ran.err
+    rows = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        (f"clip.mp4/{number:06}", "clip.mp4", number, number / 25, 48, 40) for number in (0, 20, 40)
+    ]
+
+
+# -- videos --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "sound"),
+    [("out.mp4", "h264", "aac"), ("out.mov", "h264", "aac"), ("out.mkv", "h264", "aac"), ("out.webm", "vp9", "opus")],
+)
+def test_kinds_of_videos(score: Cli, model: Any, clip: Path, tmp_path: Path, name: str, codec: str, sound: str) -> None:
+    ran = score(clip, "--model", model(IDENTITY), "--out", tmp_path / name)
+    assert ran.code == 0, ran.err
+    assert numbers(tmp_path / name) == list(range(50))
+    assert [round(each, 3) for each in map(float, times(tmp_path / name))] == [number / 25 for number in range(50)]
+    with av.open(str(tmp_path / name)) as container:
+        assert [stream.codec_context.codec.canonical_name for stream in container.streams] == [codec, sound]
+    if sound == "aac":
+        assert [data for data, _ in heard(tmp_path / name)] == [data for data, _ in heard(clip)]
+    else:
+        assert "clip.mp4: audio stream 1 (aac) was converted to opus: .webm files cannot hold it" in ran.err
+
+
+def test_every_nth_frame_without_sound(score: Cli, model: Any, clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.mp4"
+    command = (clip, "--model", model(IDENTITY), "--out", out, "--every", 10, "--size", "192x128", "--no-audio")
+    ran = score(*command, "--codec", "libx265", "--crf", 20)
+    assert ran.code == 0, ran.err
+    assert numbers(out) == [0, 10, 20, 30, 40]
+    assert times(out) == [Fraction(number, 25) for number in (0, 10, 20, 30, 40)]
+    with av.open(str(out)) as container:
+        [stream] = container.streams
+        assert (stream.codec_context.name, stream.width, stream.height) == ("hevc", 192, 128)
+        assert stream.duration * stream.time_base == 2
+
+
+def test_a_folder_of_videos(score: Cli, model: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    write_clip(folder / "a.mp4", 10, sound=0.4)
+    write_clip(folder / "deep" / "a.mkv", 20)
+    ran = score(folder, "--model", model(IDENTITY), "--out", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert numbers(tmp_path / "out" / "a.mp4") == list(range(10))
+    assert numbers(tmp_path / "out" / "deep" / "a.mkv.mp4") == list(range(20))
+
+
+def test_frames_as_pictures(score: Cli, model: Any, clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "frames"
+    ran = score(clip, "--model", model(IDENTITY), "--out", out, "--frames", "jpg", "--every", 25)
+    assert ran.code == 0, ran.err
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.jpg"))
+    assert files == ["clip.mp4/000000.jpg", "clip.mp4/000025.jpg"]
+    for path, number in zip(files, (0, 25), strict=True):
+        with Image.open(out / path) as image:
+            assert (image.format, image.size) == ("JPEG", (WIDTH, HEIGHT))
+            assert number_in(np.asarray(image)) == number
+    rows = pq.read_table(out / "part-00000.parquet").to_pylist()
+    assert [row["file"] for row in rows] == files
+    assert [(row["video"], row["frame"], row["time"]) for row in rows] == [("clip.mp4", 0, 0.0), ("clip.mp4", 25, 1.0)]
+
+
+def test_boxes_are_drawn(score: Cli, model: Any, clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "seen.mp4"
+    ran = score(clip, "--model", model(DETECTOR), "--out", out, "--overlay", "--crf", 0)
+    assert ran.code == 0, ran.err
+    assert numbers(out) == list(range(50))
+    for before, after in zip(frames_of(clip), frames_of(out), strict=True):
+        change = np.abs(luma(before) - luma(after))
+        assert change[30:50, 30:60].max() > 30  # the box's frame
+        assert change[33:47, 33:57].max() < 12
+        change[27:53, 27:63] = 0
+        assert change.max() < 12  # no more than converting to RGB and back takes
+    assert heard(out) == heard(clip)
+
+
+def luma(frame: av.VideoFrame) -> np.ndarray[Any, Any]:
+    return frame.to_ndarray(format="gray").astype(int)
+
+
+# -- what is refused -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (32, 24)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["clip.mp4", "--codec", "libx246"], ["no encoder 'libx246'", "did you mean 'libx26", "There are ", "libx264"]),
+        (["clip.mp4", "--crf", "99"], ["the quality 99 is not on the scale of 'libx264'", "from 0 (best) to 51"]),
+        (["clip.mp4", "--size", "big"], ["size: ", "a width and a height such as 640x360", "'big'"]),
+        (["clip.mp4", "--every", "0"], ["every: ", "(given: 0)"]),
+        (["clip.mp4", "--frames", "bmp"], ["frames: ", "'bmp'"]),
+        (["clip.mp4", "photo.png"], ["clip.mp4 is a video and", "photo.png a picture", "a job for each"]),
+        (["photo.png", "--every", "2"], ["every: is for videos only"]),
+        (["photo.png", "--size", "8x8"], ["size: is for videos only"]),
+        (["photo.png", "--frames", "jpg"], ["frames: is for videos only"]),
+        (["photo.png", "--codec", "libx264"], ["codec: is for videos only"]),
+        (["photo.png", "--crf", "20"], ["crf: is for videos only"]),
+        (["photo.png", "--no-audio"], ["audio: is for videos only"]),
+        (["clip.mp4", "--frames", "jpg", "--crf", "20"], ["crf: is for videos that are written"]),
+        (["clip.mp4", "--size", "16384x16384"], ["size: is more than 128 million pixels"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value[0], str) and value[0][-4:] in (".mp4", ".png") else "",
+)
+def test_what_cannot_be_done(
+    score: Cli, model: Any, clip: Path, photo: Path, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    places = [tmp_path / each if (tmp_path / each).exists() else each for each in arguments]
+    ran = score(*places, "--model", model(IDENTITY), "--out", tmp_path / "out")
+    assert (ran.code, ran.out) == (2, "")
+    for each in words:
+        assert each in ran.err
+    assert not (tmp_path / "out").exists()
+    assert open_store().newest() == []
+
+
+@pytest.mark.parametrize("given", ["names", "folder", "glob"])
+def test_several_videos_do_not_fit_into_one_file(score: Cli, model: Any, tmp_path: Path, given: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    clips = [write_clip(folder / name, 5) for name in ("a.mp4", "b.mp4")]
+    source = {"names": clips, "folder": [folder], "glob": [folder / "*.mp4"]}[given]
+    ran = score(*source, "--model", model(IDENTITY), "--out", tmp_path / "out" / "all.mp4")
+    assert (ran.code, ran.out) == (2, "")
+    assert "the source holds several videos, and" in ran.err
+    assert "Give a folder" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_codecs_are_listed(cli: Cli) -> None:
+    ran = cli("score", "--codec", "list")
+    assert ran.code == 0
+    names = [line.split()[0] for line in ran.out.splitlines()]
+    assert names[0] == "CODEC"
+    assert {"libx264", "libx265", "libvpx-vp9"} <= set(names)
+
+
+# -- again, and going on -------------------------------------------------------------------------------
+
+
+def test_dead_frames_are_replayed_into_the_video(cli: Cli, score: Cli, model: Any, clip: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole.mp4", tmp_path / "out.mp4"
+    assert score(clip, "--model", model(IDENTITY), "--out", whole, "--crf", 0).code == 0
+    ran = score(clip, "--model", model(FLAKY), "--out", out, "--crf", 0)
+    assert ran.code == 0, ran.err
+    failing = [number for number in range(50) if number % 7 in (3, 4)]
+    assert f"{50 - len(failing)} of 50 frames scored" in ran.err
+    lines = cli("jobs", "dead", out).out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [f"clip.mp4/{number:06}" for number in failing]
+    assert all("not today" in line for line in lines)
+    assert numbers(out) == sorted({*range(50)} - {*failing})
+    assert times(out) == [time for number, time in enumerate(times(clip)) if number not in failing]
+
+    (tmp_path / "mended").touch()
+    ran = cli("jobs", "retry", out, "--dead")
+    assert ran.code == 0, ran.err
+    assert numbers(out) == list(range(50))
+    assert_same_video(out, whole)
+    record = open_store().newest(limit=1)[0]
+    assert (record.state, record.done, record.dead) == ("finished", 50, 0)
+
+
+def test_interrupted_resumed_and_asked_for_again(cli: Cli, model: Any, clip: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole.mp4", tmp_path / "out.mp4"
+    command = ("score", clip, "--model", model(SLOW), "--crf", 0, "--workers", 2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tally", *map(str, command), "--out", str(out)], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "0/50 frames" not in line and "/50 frames" in line:
+            break  # some are done
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    record = open_store().newest(limit=1)[0]
+    assert process.returncode == 130
+    assert f"tally jobs resume {record.id}" in said
+    assert (record.state, 0 < record.done < 50, out.exists()) == ("interrupted", True, False)
+
+    (tmp_path / "fast").touch()
+    ran = cli(*command, "--out", out)
+    assert ran.code == 1
+    assert f"job {record.id} began exactly this and was interrupted" in ran.err
+    ran = cli("jobs", "resume", record.id)
+    assert ran.code == 0, ran.err
+    assert numbers(out) == list(range(50))
+    assert cli(*command, "--out", whole).code == 0
+    assert_same_video(out, whole)
+
+    ran = cli(*command, "--out", out)
+    assert ran.code == 1
+    assert f"job {record.id} did exactly this and finished on" in ran.err
+
+
+def test_what_a_mixed_folder_is_taken_for(score: Cli, model: Any, clip: Path, photo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for each in (clip, photo):
+        (folder / each.name).write_bytes(each.read_bytes())
+    ran = score(folder, "--model", model(IDENTITY), "--out", tmp_path / "pictures")
+    assert ran.code == 0, ran.err
+    assert "1 file passed over, not images by their name: .mp4 1" in ran.err
+    for out, more in (("one.mp4", []), ("few", ["--every", "5"])):
+        ran = score(folder, "--model", model(IDENTITY), "--out", tmp_path / out, *more)
+        assert ran.code == 0, ran.err
+        assert "frames scored" in ran.err
+
+
+def test_rows_are_no_video(score: Cli, model: Any, clip: Path, tmp_path: Path) -> None:
+    for more, said in (
+        (["--out", "rows.mp4"], "rows.mp4 is a video"),
+        (["--out", "rows", "--frames", "png"], "--frames"),
+    ):
+        ran = score(clip, "--model", model(DETECTOR), *more)
+        assert ran.code == 2
+        assert said in ran.err
+        assert "--overlay draws" in ran.err
+    ran = score(clip, "--model", model(DETECTOR), "--out", "rows.csv", "--no-audio")
+    assert "audio: is for videos that are written" in ran.err
