@@ -18,7 +18,7 @@ help:  ## show this list
 
 demo: $(INSTALLED)  ## restyle a short clip with sound
 	@rm -rf $(DEMO); mkdir -p $(DEMO)
-	$(BIN)/python examples/style/make_clip.py $(DEMO)/clip.mp4
+	$(BIN)/python examples/style/make_clip.py $(DEMO)/clip.mp4 --size 480x270
 	TALLY_HOME=$(DEMO)/home $(BIN)/tally score $(DEMO)/clip.mp4 --model examples/style/model --out $(DEMO)/styled.mp4
 	@echo; echo "Before: $(DEMO)/clip.mp4   After: $(DEMO)/styled.mp4   (Pictures, next: docs/quickstart.md)"
 

@@ -22,7 +22,8 @@ from tally.scorers.base import Item
 from tally.scorers.package import load, resolve
 from tally.training import style
 from tally.training.drawn import draw
-from tally.training.style import SIDE, Step, Training, registry_name
+from tally.training.style import Step, Training, registry_name
+from tally.training.style_network import SMALLEST_STYLE
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "style"
 NO_TORCH = "PyTorch is not installed: pip install 'tally-scoring[train]'"
@@ -52,7 +53,7 @@ def example(name: str) -> ModuleType:
 
 
 def trained(picture: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    return Training(style=picture, out=out, **({"steps": 3, "size": SIDE} | changes)).run()
+    return Training(style=picture, out=out, **({"steps": 3, "size": SMALLEST_STYLE} | changes)).run()
 
 
 # -- what is refused before training begins ------------------------------------------------------------
@@ -150,10 +151,10 @@ def test_training_lowers_the_loss_and_tells_tensorboard(torch: Any, picture: Pat
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     steps: list[Step] = []
-    training = Training(style=picture, out=tmp_path / "out", steps=12, size=SIDE)
+    training = Training(style=picture, out=tmp_path / "out", steps=12, size=SMALLEST_STYLE)
     training.run(steps.append)
     assert [step.done for step in steps] == list(range(1, 13))
-    written = EventAccumulator(str(training.events)).Reload()
+    written = EventAccumulator(str(next(training.events.iterdir()))).Reload()
     assert set(written.Tags()["scalars"]) >= {"loss/style", "loss/content", "loss/total", "learning rate"}
     assert set(written.Tags()["images"]) == {"style", "before and after"}
     totals = [event.value for event in written.Scalars("loss/total")]
@@ -189,7 +190,7 @@ def test_an_interrupted_training_leaves_no_package(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(style, "_compare", interrupted)  # as late as can be
-    ran = cli("train", "style", "--style", picture, "--out", tmp_path / "out", "--steps", 2, "--size", SIDE)
+    ran = cli("train", "style", "--style", picture, "--out", tmp_path / "out", "--steps", 2, "--size", SMALLEST_STYLE)
     assert ran.code == 130
     assert "stopped after 2 of 2 steps: no model was written" in ran.err
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out-events"]
@@ -199,7 +200,7 @@ def test_the_command_registers_what_it_trained(
     torch: Any, cli: Callable[..., Any], picture: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "My Style"
-    ran = cli("train", "style", "--style", picture, "--out", out, "--steps", 2, "--size", SIDE)
+    ran = cli("train", "style", "--style", picture, "--out", out, "--steps", 2, "--size", SMALLEST_STYLE)
     assert (ran.code, "registered as models:/my-style/1" in ran.out) == (0, True)
     assert "tally score SOURCE --model models:/my-style/1 --out OUT" in ran.err
     assert "2/2 steps" in ran.err
@@ -212,15 +213,16 @@ def test_the_command_registers_what_it_trained(
 # -- the network ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 36, 64), (2, 33, 47), (1, 9, 10)])
+@pytest.mark.parametrize("shape", [(1, 36, 64), (2, 33, 47), (1, 9, 10), (1, 20, 601)])
 def test_onnx_equals_pytorch(torch: Any, shape: tuple[int, int, int]) -> None:
     from tally.training.style_network import initial, restyle, to_onnx
 
     count, height, width = shape
-    parameters = initial(3)
+    generator = torch.Generator().manual_seed(1)
+    parameters = initial(torch.rand((1, 3, 290, 300), generator=generator) * 255, 3)
     model = to_onnx({name: value.numpy() for name, value in parameters.items()})
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    pictures = torch.rand((count, 3, height, width), generator=torch.Generator().manual_seed(1)) * 255
+    pictures = torch.rand((count, 3, height, width), generator=generator) * 255
     (found,) = session.run(None, {"image": pictures.numpy()})
     assert found.shape == (count, 3, height, width)
     assert np.abs(found - restyle(parameters, pictures).numpy()).max() < 0.05

@@ -24,7 +24,7 @@ def train() -> None:
 @click.option(
     "--content", type=click.Path(path_type=Path), help="Folder of photos to practise on.  [default: drawn pictures]"
 )
-@click.option("--steps", default=1500, show_default=True, help="More steps, a closer likeness.")
+@click.option("--steps", default=1000, show_default=True, help="More steps, a closer likeness.")
 @click.option(
     "--size", default=384, show_default=True, help="The style picture's shorter side in pixels: more, larger strokes."
 )
@@ -46,9 +46,9 @@ def style(
     """Train a network that restyles pictures and videos after one picture.
 
     It is small enough for video on a CPU, takes any size, and becomes a model package that is registered.
-    Needs PyTorch: pip install 'tally-scoring[train]'
 
     \b
+    pip install 'tally-scoring[train]'
     tally train style --style waves.jpg --out models/waves
     tally score clip.mp4 --model models:/waves --out styled.mp4
     """
@@ -59,8 +59,7 @@ def style(
     training = Training(
         style=style, out=out, content=content, steps=steps, size=size, strength=strength, vgg=vgg, seed=seed
     )
-    click.echo(f"TensorBoard: tensorboard --logdir {training.events}", err=True)
-    show = _Progress()
+    show = _Progress(training.events)
     try:
         trained = training.run(show)
     except KeyboardInterrupt:
@@ -77,13 +76,16 @@ def style(
 class _Progress:
     """One line that is rewritten on a terminal; elsewhere a line at each tenth."""
 
-    def __init__(self) -> None:
+    def __init__(self, events: Path) -> None:
         self.done = 0
+        self._events = events
         self._begun = time.monotonic()
         self._shown = 0.0
         self._terminal = sys.stderr.isatty()
 
     def __call__(self, step: Step) -> None:
+        if not self.done:
+            click.echo(f"watch it: tensorboard --logdir {self._events}", err=True)
         self.done = step.done
         now = time.monotonic()
         if self._terminal:

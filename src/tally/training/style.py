@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +30,14 @@ from tally.errors import (
 )
 from tally.sources.images import decode, suffixes
 from tally.training.drawn import Pixels, draw
+from tally.training.style_network import SMALLEST_STYLE, initial, restyle, to_onnx
 
 BATCH = 3
 """Pictures in one step."""
 SIDE = 144
 """Pixels per side of the pictures that are trained with; the content's, not the style's."""
 LEARNING_RATE = 3e-3
-WEIGHTS = {"style": 4.0, "content": 0.5, "smoothness": 0.1}
+WEIGHTS = {"style": 4.0, "content": 1.5, "smoothness": 0.1}
 STRIP_EVERY = 100
 """Steps between pictures of before and after in the event files."""
 TOLERANCE = 0.5
@@ -63,8 +65,8 @@ class Training:
     style: Path
     out: Path
     content: Path | None = None
-    steps: int = 1500
-    size: int = 320
+    steps: int = 1000
+    size: int = 384
     strength: float = 1.0
     vgg: Path | None = None
     seed: int = 1
@@ -75,8 +77,8 @@ class Training:
         problems = []
         if self.steps < 1:
             problems.append(f"--steps: at least 1, not {self.steps}")
-        if not SIDE <= self.size <= 4096:
-            problems.append(f"--size: {SIDE} to 4096 pixels, not {self.size}")
+        if not SMALLEST_STYLE <= self.size <= 4096:
+            problems.append(f"--size: {SMALLEST_STYLE} to 4096 pixels, not {self.size}")
         if not 0 < self.strength < float("inf"):
             problems.append(f"--strength: more than 0, not {self.strength:g}")
         if self.seed < 0:
@@ -93,7 +95,7 @@ class Training:
 
     @property
     def events(self) -> Path:
-        """Folder of TensorBoard's event files, beside the package: what is inside belongs to the model."""
+        """TensorBoard's event files, a folder for each run; beside the package, in which all belongs to the model."""
         return self.out.with_name(self.out.name + "-events")
 
     def run(self, listen: Callable[[Step], None] = lambda step: None) -> dict[str, Any]:
@@ -103,7 +105,6 @@ class Training:
         """
         torch, writer_of = _libraries()
         from tally.training.style_losses import RandomFilters, Vgg
-        from tally.training.style_network import initial, restyle
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         style = self._style()
@@ -118,11 +119,11 @@ class Training:
         )
         weights = WEIGHTS | {"style": WEIGHTS["style"] * self.strength}
         values: dict[str, float] = {}
-        with writer_of(str(self.events)) as events:
+        with writer_of(str(self._new_events())) as events:
             events.add_image("style", style, 0, dataformats="HWC")
             for step in range(1, self.steps + 1):
                 pictures = _tensor(next(batches)).to(device)
-                restyled = restyle(parameters, pictures)
+                restyled = restyle(parameters | {"canvas": _moved(parameters["canvas"], step)}, pictures)
                 losses = judge.losses(restyled, pictures)
                 total = sum(weights[name] * loss for name, loss in losses.items())
                 optimizer.zero_grad()
@@ -154,6 +155,15 @@ class Training:
                 "torch": torch.__version__,
             },
         }
+
+    def _new_events(self) -> Path:
+        """A folder for this run's event files: an earlier, interrupted run keeps its own. Raises StorageError."""
+        folder = self.events / time.strftime("%Y-%m-%d-%H%M%S")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot write {folder}: {error.strerror}") from error
+        return folder
 
     def _style(self) -> Pixels:
         """The style picture ``uint8[height, width, 3]``, its shorter side ``size``."""
@@ -193,8 +203,6 @@ class Training:
 
     def _write(self, parameters: Mapping[str, Any]) -> None:
         """The package, whole or not at all. Raises ModelError if the file does not do what PyTorch does."""
-        from tally.training.style_network import to_onnx
-
         model = to_onnx({name: value.numpy() for name, value in parameters.items()}).SerializeToString()
         _compare(model, parameters, self._batches())
         described = {
@@ -257,6 +265,11 @@ def _tensor(pictures: Pixels) -> Any:
     return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float()
 
 
+def _moved(canvas: Any, step: int) -> Any:
+    """The canvas rolled round, so that every part of it is practised with: steps see less than the whole."""
+    return canvas.roll((step * 89, step * 55), (2, 3))
+
+
 def _resized(pixels: Pixels, shorter: int) -> Pixels:
     """The picture with its shorter side of ``shorter`` pixels."""
     height, width = pixels.shape[:2]
@@ -282,8 +295,6 @@ def _compare(model: bytes, parameters: Mapping[str, Any], batches: Iterator[Pixe
     """Run the file in ONNX Runtime, at a size that nothing divides. Raises ModelError if it differs from PyTorch."""
     import onnxruntime
     import torch
-
-    from tally.training.style_network import restyle
 
     pictures = _tensor(next(batches)[:, :101, :-3])
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])

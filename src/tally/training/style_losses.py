@@ -94,7 +94,7 @@ class RandomFilters(Judge):
         self._mean, self._spread = luminance.mean(), luminance.std()
         self.learn(style)
 
-    blur = 8
+    blur = 6
     """Pixels: what is smaller belongs to the style."""
 
     def _draw(self, generator: Any) -> Tensor:

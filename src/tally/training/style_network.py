@@ -4,9 +4,9 @@ After Johnson, Alahi, Fei-Fei 2016 (https://arxiv.org/abs/1603.08155), made smal
 convolutions halve the picture, residual blocks work on the quarter, two more double it again. It is fully
 convolutional and takes any size. Both forms walk the same :data:`LAYERS`, so they cannot drift apart.
 
-One addition: a *canvas*. A piece of the style picture, repeated over the whole, enters the network with the
-picture. Strokes follow it, which a small network cannot invent, also where the picture is flat. In a video they
-stand still instead of flickering.
+One addition: a *canvas*. The strokes of a piece of the style picture, repeated over the whole, enter the network
+with the picture. A small network cannot invent strokes, least of all where a picture is flat, but it learns to paint
+with given ones. In a video they stand still instead of flickering.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ import numpy as np
 Parameters = Mapping[str, Any]
 """Tensors of PyTorch, or arrays, by name: ``<layer>.weight`` and ``.bias``; ``.gain`` where it is normalised.
 
-``canvas``: ``uint8[1, 3, CANVAS, CANVAS]``, RGB; it is not trained.
+``canvas``: ``uint8[1, 1, CANVAS, CANVAS]``, brightness around 127.5; it is not trained.
 """
 
-CANVAS = 144
-"""Pixels per side of the canvas. It is repeated mirrored, so that strokes go on across the seams."""
+CANVAS = 256
+"""Pixels per side of the canvas, after which it repeats."""
 
-_PERIOD = 2 * CANVAS - 2
-"""Pixels: mirroring does not repeat the outermost rows."""
+_SEAM = 32
+"""Pixels over which one edge of the canvas fades into the opposite one."""
+
+SMALLEST_STYLE = CANVAS + _SEAM
+"""Pixels per side."""
+
+_STROKES = 25
+"""Pixels. Brightness that reaches further is taken out of the canvas: the picture is to say what is dark."""
 
 EPSILON = 1e-5
 """Added to the variance, in units of the activations."""
@@ -59,7 +65,7 @@ def _residual(name: str) -> list[Layer]:
 
 
 LAYERS = [
-    Layer("enter", 6, 16, kernel=5),
+    Layer("enter", 4, 16, kernel=5),
     Layer("half", 16, 24, keeps=True, stride=2),
     Layer("quarter", 24, 32, keeps=True, stride=2),
     *(layer for number in range(4) for layer in _residual(f"block{number}")),
@@ -72,14 +78,12 @@ LAYERS = [
 def initial(style: Any, seed: int) -> dict[str, Any]:
     """Parameters to begin with: the same seed, the same values.
 
-    style: ``float32[1, 3, height, width]`` RGB in 0..255, at least CANVAS pixels per side; its middle is the canvas.
+    style: ``float32[1, 3, height, width]`` RGB in 0..255, at least SMALLEST_STYLE pixels per side.
     """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    top, left = ((side - CANVAS) // 2 for side in style.shape[2:])
-    canvas = style[:, :, top : top + CANVAS, left : left + CANVAS]
-    parameters = {"canvas": canvas.round().to(torch.uint8)}
+    parameters = {"canvas": _canvas(style)}
     for layer in LAYERS:
         shape = (layer.outputs, layer.inputs, layer.kernel, layer.kernel)
         spread = (2 / (layer.inputs * layer.kernel**2)) ** 0.5
@@ -90,14 +94,32 @@ def initial(style: Any, seed: int) -> dict[str, Any]:
     return parameters
 
 
+def _canvas(style: Any) -> Any:
+    """The strokes in the middle of the style picture."""
+    import torch
+    from torch.nn import functional
+
+    top, left = ((side - SMALLEST_STYLE) // 2 for side in style.shape[2:])
+    cut = style[:, :, top : top + SMALLEST_STYLE, left : left + SMALLEST_STYLE].mean(1, keepdim=True)
+    strokes = cut - functional.avg_pool2d(cut, _STROKES, stride=1, padding=_STROKES // 2, count_include_pad=False)
+    share = torch.linspace(0, 1, _SEAM, device=style.device)
+    for axis in (2, 3):
+        start, rest, surplus = strokes.split([_SEAM, CANVAS - _SEAM, _SEAM], dim=axis)
+        weight = share[:, None] if axis == 2 else share
+        # Two different strokes in one place, each at half its strength, would be a faint one: keep the energy.
+        start = start * weight.sqrt() + surplus * (1 - weight).sqrt()
+        strokes = torch.cat([start, rest], dim=axis)
+    return (strokes + 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
 def restyle(parameters: Parameters, pictures: Any) -> Any:
     """``float32[batch, 3, height, width]`` RGB in 0..255 → the same shape and range, restyled."""
     import torch
     from torch.nn import functional
 
     count, _, height, width = pictures.shape
-    canvas = functional.pad(parameters["canvas"].float(), [0, CANVAS - 2] * 2, mode="reflect")
-    canvas = canvas.repeat(count, 1, height // _PERIOD + 1, width // _PERIOD + 1)[:, :, :height, :width]
+    canvas = parameters["canvas"].float().repeat(count, 1, height // CANVAS + 1, width // CANVAS + 1)
+    canvas = canvas[:, :, :height, :width]
     x = torch.cat([pictures, canvas], dim=1) / 127.5 - 1
     kept = []
     for layer in LAYERS:
@@ -145,13 +167,11 @@ def to_onnx(parameters: Mapping[str, np.ndarray[Any, Any]]) -> Any:
 
     # Each picture of the batch gets the canvas, as often as it fits, and once more.
     node("Shape", ["image"], "size", start=2, end=4)
-    whole = node("Div", ["size", integers("period", _PERIOD, _PERIOD)], "whole")
+    whole = node("Div", ["size", integers("period", CANVAS, CANVAS)], "whole")
     across = node("Add", [whole, integers("more", 1, 1)], "across")
     count = node("Shape", ["image"], "count", start=0, end=1)
     repeats = node("Concat", [count, integers("channels", 1), across], "repeats", axis=0)
     canvas = node("Cast", [constant("canvas", parameters["canvas"], np.uint8)], "canvas.float", to=TensorProto.FLOAT)
-    mirror = integers("mirror", 0, 0, 0, 0, 0, 0, CANVAS - 2, CANVAS - 2)
-    canvas = node("Pad", [canvas, mirror], "canvas.mirrored", mode="reflect")
     canvas = cut(node("Tile", [canvas, repeats], "canvas.tiled"), "image", "canvas.cut")
     value = node("Concat", ["image", canvas], "both", axis=1)
     value = node("Mul", [value, constant("to_two", 1 / 127.5)], "scaled")
