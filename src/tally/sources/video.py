@@ -22,7 +22,7 @@ from tally.scorers.base import Item, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing
 from tally.sources.places import nothing
-from tally.sources.reading import AHEAD, told
+from tally.sources.reading import AHEAD, AHEAD_BYTES, told
 from tally.storage import Entry, key_of
 from tally.video.decode import decode
 from tally.video.facts import Video, pack, plain, stored, unpack
@@ -30,6 +30,8 @@ from tally.video.probe import Key, Prober, Timeline
 
 _SNAP = 0.6
 """The share of a chunk that may be left out to end it before a keyframe."""
+_MISSING = 4096
+"""Missing frames in one chunk at most."""
 _COMBINE = 512
 _NEAR = 64
 """Frames this near to each other are replayed together: decoding what lies between costs little."""
@@ -99,38 +101,36 @@ class VideoSource(Source):
         """The chunks of one video from the frame ``start`` on."""
         place, name = self.listing.places[index], entry.name
         key = place.prefix + key_of(name)
-        size = limit()
+
+        def cursor(frame: int | None) -> str:
+            return json.dumps([index, stored(name), frame])
+
         try:
             timeline = prober(key, place.root, name)
         except TallyError as error:
-            yield Chunk(
-                first,
-                1,
-                {"key": key, "failed": error.message, "hint": error.hint},
-                json.dumps([index, stored(name), None]),
-            )
+            yield Chunk(first, 1, {"key": key, "failed": error.message, "hint": error.hint}, cursor(None))
             return
         timeline = replace(timeline, video=self._scaled(timeline.video))
         numbers = range(start, len(timeline.ticks), self.every)
         while numbers:
-            count = self._cut(numbers, size.items, timeline.keys)
+            count = self._cut(numbers, limit().items, timeline.keys)
             taken, numbers = numbers[:count], numbers[count:]
             more = numbers[0] if numbers else len(timeline.ticks) if _ends_early(timeline) else None
-            yield Chunk(first, count, self._payload(timeline, taken), json.dumps([index, stored(name), more]))
+            yield Chunk(first, count, self._payload(timeline, taken), cursor(more))
             first += count
-            if numbers:
-                size = limit()
         start = max(start, len(timeline.ticks))
-        cursor = json.dumps([index, stored(name), None])
         if timeline.lost:
             total = len(timeline.ticks) + timeline.lost
+            text = f"it is missing: the file ends before it, after {len(timeline.ticks):,} of {total:,} frames"
             missing = range(-(-start // self.every) * self.every, total, self.every)
-            if missing:
-                text = f"it is missing: the file ends before it, after {len(timeline.ticks):,} of {total:,} frames"
-                yield Chunk(first, len(missing), {"key": key, "failed": text, "numbers": pack(missing)}, cursor)
+            while missing:
+                taken, missing = missing[:_MISSING], missing[_MISSING:]
+                payload = {"key": key, "failed": text, "numbers": pack(taken)}
+                yield Chunk(first, len(taken), payload, cursor(missing[0] if missing else None))
+                first += len(taken)
         elif timeline.cut is not None:
             text = f"from frame {start:,} on the video is missing: {timeline.cut}"
-            yield Chunk(first, 1, {"key": key, "failed": text, "from": start}, cursor)
+            yield Chunk(first, 1, {"key": key, "failed": text, "from": start}, cursor(None))
 
     def _cut(self, numbers: range, most: int, keys: Sequence[Key]) -> int:
         """How many of the frames the next chunk takes: up to a keyframe, where one is near its end."""
@@ -222,7 +222,9 @@ class VideoSource(Source):
             return
         video, numbers = Video.from_json(chunk.payload["video"]), unpack(chunk.payload["numbers"])
         seconds = [float(tick * video.time_base) for tick in unpack(chunk.payload["ticks"])]
-        ahead = _Ahead(chunk, scorer, keys, numbers, seconds, self.ahead(size))
+        room = AHEAD_BYTES // (3 * video.width * video.height)
+        ahead = _Ahead(chunk, scorer, keys, numbers, seconds, max(1, min(self.ahead(size), room)))
+        decoding = 0.0
         try:
             for start in range(0, chunk.count, size):
                 batch = Batch(start, min(start + size, chunk.count), info=[])
@@ -236,9 +238,8 @@ class VideoSource(Source):
                     batch.values.append(value)
                     batch.positions.append(position)
                     batch.info.append({"video": video.key, "frame": numbers[position], "time": seconds[position]})
-                timings.read += ahead.reading
-                timings.decode += ahead.decoding
-                ahead.reading = ahead.decoding = 0.0
+                timings.decode += ahead.decoding - decoding
+                decoding = ahead.decoding
                 yield batch
         finally:
             ahead.stop()
@@ -257,7 +258,7 @@ class _Ahead(threading.Thread):
         ahead: int,
     ) -> None:
         super().__init__(name="tally-decode", daemon=True)
-        self.reading = self.decoding = 0.0
+        self.decoding = 0.0  # seconds, of reading too
         self._chunk, self._scorer = chunk, scorer
         self._keys, self._numbers, self._seconds = keys, numbers, seconds
         self._values: queue.Queue[Any] = queue.Queue(max(1, ahead))
