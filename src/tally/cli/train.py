@@ -18,7 +18,7 @@ def train() -> None:
     """Train a model from your own data."""
 
 
-@train.command()
+@train.command(short_help="A style, from one picture.")
 @click.option("--style", required=True, type=click.Path(path_type=Path), help="The picture whose style is learnt.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the model package.")
 @click.option(
