@@ -12,18 +12,27 @@ import argparse
 import importlib.util
 import json
 import os
-import re
-import resource
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _machine import DATA, REPOSITORY, TALLY, cores, environment, introduce, scratch, shapes_pictures, show, take_turns
+from _machine import (
+    DATA,
+    REPOSITORY,
+    TALLY,
+    cores,
+    environment,
+    follow,
+    introduce,
+    scratch,
+    shapes_pictures,
+    show,
+    take_turns,
+)
 from tally.scorers.package import create, resolve
 
 HERE = Path(__file__).resolve().parent
@@ -44,8 +53,6 @@ their own, and each pays.
 
 Ray Data: one actor per core, one block per batch. Celery: a prefork worker, one task per batch, results through Redis.
 """
-PROGRESS = re.compile(r"([\d,]+)/([\d,]+) items(?: at ([\d.]+))?")
-FINISHED = re.compile(r"job \w+ finished: ")
 
 
 def main() -> None:
@@ -132,34 +139,6 @@ def material(data: Path, folder: Path, copies: int) -> tuple[Path, Path]:
         for original in originals:
             shutil.copyfile(original, photos / f"{copy:02d}-{original.name}")
     return model, photos
-
-
-def follow(command: list[str], env: dict[str, str], count: int) -> dict[str, float]:
-    """Run the command, noting when its lines of progress come: pictures per second."""
-    began = time.time()
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seen: list[tuple[float, int]] = []
-    said: list[str] = []
-    saved = None
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            now = time.time()
-            said.append(line)
-            if match := PROGRESS.match(line):
-                seen.append((float(match[3] or now), int(match[1].replace(",", ""))))
-            if line == "saved\n" or FINISHED.match(line):
-                saved = now
-    elapsed = (saved or time.time()) - began
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if process.returncode or len(seen) < 2 or seen[-1][1] != count:
-        sys.exit(f"{' '.join(command)} failed (exit code {process.returncode}):\n{''.join(said)}")
-    (first, before), (last, done) = seen[0], seen[-1]
-    return {
-        "whole": count / elapsed,
-        "steady": (done - before) / (last - first),
-        "cpu": used.ru_utime + used.ru_stime - spent.ru_utime - spent.ru_stime,
-    }
 
 
 def read(out: Path) -> dict[str, int]:

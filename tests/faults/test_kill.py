@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +12,12 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from tests.faults.storms import SCORERS, start, storm, tally, workers_of
 
 from tally.jobs.launch import open_store
 
 ITEMS = 1000
 KILLS = 50
-SCORERS = Path(__file__).with_name("scorers")
 
 
 @pytest.fixture
@@ -32,36 +30,12 @@ def items(tmp_path: Path) -> Path:
     return folder
 
 
-def tally(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "tally", *map(str, arguments)]
-
-
 def score(items: Path, out: Path, *more: object) -> list[str]:
     return tally("score", items, "--model", SCORERS / "steady.py", "--out", out, "--workers", 2, *more)
 
 
 def rows(out: Path) -> list[dict[str, object]]:
     return sorted(pq.read_table(sorted(out.glob("part-*.parquet"))).to_pylist(), key=lambda row: str(row["key"]))
-
-
-def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-
-
-def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    try:
-        children = psutil.Process(process.pid).children(recursive=True)
-        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-    except psutil.Error:
-        return []
-
-
-def kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -71,45 +45,13 @@ def test_fifty_kills_change_nothing(items: Path, tmp_path: Path, seed: int) -> N
     expected = rows(calm)
     assert len(expected) == ITEMS
 
-    log = tmp_path / "log"
-    dice = random.Random(seed)
     out = tmp_path / "stormy"
-    process = start(score(items, out), log)
-    kills = {"worker": 0, "coordinator": 0, "everything": 0}
-    deadline = time.monotonic() + 600
-    while sum(kills.values()) < KILLS and time.monotonic() < deadline:
-        try:
-            process.wait(timeout=dice.uniform(0.05, 1.0))
-        except subprocess.TimeoutExpired:
-            pass
-        if process.poll() is not None:
-            if (out / "_SUCCESS").exists():
-                break
-            process = start(score(items, out, "--resume"), log)
-            continue
-        workers = workers_of(process)
-        victim = dice.choices(["worker", "coordinator", "everything"], weights=[4, 1, 1])[0]
-        if victim == "worker" and workers:
-            kill(dice.choice(workers).pid)
-        elif victim == "coordinator":
-            kill(process.pid)
-        else:
-            for each in [*workers, process]:
-                kill(each.pid)
-        kills[victim] += 1
-    process.wait(timeout=300)
-    for _ in range(3):
-        if (out / "_SUCCESS").exists():
-            break
-        subprocess.run(score(items, out, "--resume", "-q"), check=True, timeout=300)
-    print(f"kills: {kills}")
+    storm(score(items, out), out / "_SUCCESS", kills=KILLS, seed=seed, log=tmp_path / "log")
 
-    assert (out / "_SUCCESS").exists(), log.read_text()
     assert rows(out) == expected
     assert not (out / "_tally").exists()
     record = open_store().newest(limit=1)[0]
     assert (record.state, record.items, record.done, record.dead) == ("finished", ITEMS, ITEMS, 0)
-    assert sum(kills.values()) == KILLS, "the job was over before it was disturbed enough"
 
 
 def test_sigterm_drains_and_resume_finishes(items: Path, tmp_path: Path) -> None:
