@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -351,6 +354,20 @@ def test_looking_for_ever_costs_that_video_alone(
         look()
     monkeypatch.undo()
     assert len(look().ticks) == 3
+
+
+def test_the_process_ends_with_the_one_that_asks(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 3)
+    with subprocess.Popen(
+        [sys.executable, "-m", probing.__name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(["a.mp4", str(tmp_path), "a.mp4", str(path)]) + "\n")
+        process.stdin.flush()
+        assert "ticks" in json.loads(process.stdout.readline())
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
 
 
 def test_a_chunk_of_a_failed_video_can_be_cut(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import queue
 import subprocess
 import sys
 import threading
@@ -339,8 +341,12 @@ class Prober:
         except OSError as error:
             raise failure("read", str(path), error) from None
         if self._process is None:
+            # With this very Tally, and nothing of the current folder: a json.py may lie there.
+            inherited = dict(os.environ)
+            places = [str(Path(__file__).parents[2]), inherited.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __spec__.name],
+                [sys.executable, "-P", "-m", __spec__.name],
+                env={**inherited, "PYTHONPATH": os.pathsep.join(filter(None, places))},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -392,9 +398,17 @@ class Prober:
 
 def _serve() -> None:
     """Answer one line of JSON for each line of JSON."""
-    for line in sys.stdin:
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            asked.put(line)
+        os._exit(0)  # nobody is there any more, however long FFmpeg may still be busy
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
         try:
-            key, root, name, path = json.loads(line)
+            key, root, name, path = json.loads(asked.get())
             answer = probe(key, root, name, Path(path)).to_json()
         except TallyError as error:
             answer = {"error": error.message, "hint": error.hint}
