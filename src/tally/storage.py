@@ -19,6 +19,7 @@ import secrets
 import shutil
 import stat
 import threading
+import time
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -84,6 +85,8 @@ _RETRY_TIMEOUT = timedelta(minutes=3)
 
 _LIST_PAGE = 1000
 _DELETE_PAGE = 1000
+_DELETIONS = 20
+_DELETION_PAUSE = 0.1
 
 
 class Entry(NamedTuple):
@@ -447,12 +450,18 @@ class LocalStore(Store):
 
     def delete_tree(self, prefix: str = "") -> None:
         path = self._path(prefix.strip("/")) if prefix.strip("/") else self._root
-        try:
-            shutil.rmtree(path)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise failure("delete", path, error) from None
+        for left in reversed(range(_DELETIONS)):
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                if not os.path.lexists(path):
+                    return
+                # A worker whose coordinator was killed may write, or tidy up, until it notices.
+                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or not left:
+                    raise failure("delete", path, error) from None
+                time.sleep(_DELETION_PAUSE)
+            else:
+                return
 
     def local_path(self, name: str) -> Path:
         self.size(name)

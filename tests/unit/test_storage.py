@@ -6,9 +6,11 @@ import pickle
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tally import storage
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
 from tally.storage import (
     TEMPORARY,
@@ -292,3 +294,23 @@ def test_file_names_fit_every_file_system() -> None:
     assert len(long.encode()) <= 255
     assert long.endswith(".jpeg")
     assert len(file_name("." + "x" * 400)) <= 255
+
+
+def test_a_tree_is_deleted_though_somebody_still_writes_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    store.write("a/1", b"x")
+    monkeypatch.setattr(storage, "_DELETION_PAUSE", 0.0)
+    rmdir, late = os.rmdir, iter([b"y", b"z"])
+
+    def busy(path: Any, **more: Any) -> None:
+        if (data := next(late, None)) is not None:
+            store.write("a/2", data)  # between the last file and the folder
+        rmdir(path, **more)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    store.delete_tree("a")
+    assert not (tmp_path / "a").exists()
+    store.delete_tree("a")
+    assert next(late, None) is None
