@@ -225,6 +225,16 @@ def key_of(name: str) -> str:
     return name
 
 
+def name_to_json(name: str) -> str | dict[str, str]:
+    """The name as JSON that every database takes: one that is not valid UTF-8 as its bytes, in hexadecimal."""
+    return name if key_of(name) is name else {"bytes": os.fsencode(name).hex()}
+
+
+def name_from_json(name: str | dict[str, str]) -> str:
+    """The inverse of :func:`name_to_json`."""
+    return name if isinstance(name, str) else os.fsdecode(bytes.fromhex(name["bytes"]))
+
+
 def mask(url: str) -> str:
     """The URL with passwords, and the values of a query, replaced by ``***``; fit for messages."""
     url = re.sub(r"(?<=://)[^/@]*:[^/@]*(?=@)", "***", url)

@@ -422,8 +422,7 @@ class Coordinator:
                 JobError(
                     f"stopped, as --strict asks: {self._dead:,} of the first {self._done:,} items failed; "
                     f"the first was {_first_dead(self._store, self._lease.job_id)}",
-                    hint=f"See them with 'tally jobs dead {self._lease.job_id}'; after mending the cause, "
-                    f"'tally jobs retry {self._lease.job_id} --dead'. Without --strict, the rest is scored.",
+                    hint=f"{_mend(self._lease.job_id)} Without --strict, the rest is scored.",
                 )
             )
         if self._stop is None and self._done >= spec.min_dead and self._dead > spec.max_dead * self._done:
@@ -431,8 +430,7 @@ class Coordinator:
                 JobError(
                     f"stopped early: {self._dead:,} of the first {self._done:,} items failed, over the limit of "
                     f"{spec.max_dead:.0%}; the first was {_first_dead(self._store, self._lease.job_id)}",
-                    hint=f"See them with 'tally jobs dead {self._lease.job_id}'; after mending the cause, "
-                    f"'tally jobs retry {self._lease.job_id} --dead'. To go on regardless, raise --max-dead.",
+                    hint=f"{_mend(self._lease.job_id)} To go on regardless, raise --max-dead.",
                 )
             )
 
@@ -450,8 +448,7 @@ class Coordinator:
             self._fail(
                 JobError(
                     f"all {self._done:,} items failed; the first was {_first_dead(store, lease.job_id)}",
-                    hint=f"See them with 'tally jobs dead {lease.job_id}'; after mending the cause, "
-                    f"'tally jobs retry {lease.job_id} --dead'.",
+                    hint=_mend(lease.job_id),
                 )
             )
         if self._stop is None:
@@ -551,6 +548,10 @@ def _reason(error: WorkerError, spec: JobSpec) -> str:
     if isinstance(error, WorkerTimeoutError):
         what += f" of {spec.timeout:g} s"
     return f"{what} while scoring this item alone" + (f"\n{error.trace}" if error.trace else "")
+
+
+def _mend(job_id: str) -> str:
+    return f"See them with 'tally jobs dead {job_id}'; after mending the cause, 'tally jobs retry {job_id} --dead'."
 
 
 def _first_dead(store: JobStore, job_id: str) -> str:

@@ -7,7 +7,6 @@ added since.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Kind, Listing
 from tally.sources.places import Place, nothing
 from tally.sources.reading import AHEAD, LOCAL_THREADS, REMOTE_THREADS, Reader, read_ahead, read_paths
-from tally.storage import LocalStore, key_of, open_store
+from tally.storage import LocalStore, key_of, name_from_json, name_to_json, open_store
 
 _COMBINE = 4096
 
@@ -145,13 +144,13 @@ def _pack(names: list[str]) -> list[Any]:
     """Names as JSON that every database takes: one that is not valid UTF-8 becomes its bytes in hexadecimal."""
     if _valid(names):
         return names
-    return [name if key_of(name) is name else {"bytes": os.fsencode(name).hex()} for name in names]
+    return [name_to_json(name) for name in names]
 
 
 def _unpack(packed: list[Any]) -> list[str]:
     if all(type(name) is str for name in packed):
         return packed
-    return [name if isinstance(name, str) else os.fsdecode(bytes.fromhex(name["bytes"])) for name in packed]
+    return [name_from_json(name) for name in packed]
 
 
 def _keys(prefix: str, names: list[str]) -> list[str]:

@@ -92,18 +92,13 @@ class Reader:
         except TallyError as error:
             raise ItemError(error.message, stage="read", hint=error.hint) from None
         except Exception as error:
-            raise ItemError(told(error), stage="read") from None
+            raise ItemError(_told(error), stage="read") from None
 
     def _prepare(self, key: str, value: Any) -> Any:
         info: dict[str, Any] = {}
         if self._input == "image":
             value, info = images.decode(value, self._scorer.size)
-        try:
-            return self._scorer.prepare(Item(key, value, info))
-        except TallyError as error:
-            raise ItemError(error.message, stage="prepare", hint=error.hint) from None
-        except Exception as error:
-            raise ItemError(told(error), stage="prepare") from None
+        return prepare(self._scorer, Item(key, value, info))
 
     def forget(self, start: int, stop: int) -> None:
         """The consumer is done with these positions: downloaded files are removed."""
@@ -240,6 +235,16 @@ def _weight(value: Any) -> int:
     return size if isinstance(size, int) else 0
 
 
-def told(error: Exception) -> str:
+def prepare(scorer: Scorer, item: Item) -> Any:
+    """What the scorer makes of the item. Raises ItemError, whatever the scorer raised."""
+    try:
+        return scorer.prepare(item)
+    except TallyError as error:
+        raise ItemError(error.message, stage="prepare", hint=error.hint) from None
+    except Exception as error:
+        raise ItemError(_told(error), stage="prepare") from None
+
+
+def _told(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

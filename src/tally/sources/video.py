@@ -22,10 +22,10 @@ from tally.scorers.base import Item, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing
 from tally.sources.places import nothing
-from tally.sources.reading import AHEAD, AHEAD_BYTES, told
-from tally.storage import Entry, key_of
+from tally.sources.reading import AHEAD, AHEAD_BYTES, prepare
+from tally.storage import key_of, name_from_json, name_to_json
 from tally.video.decode import decode
-from tally.video.facts import Video, pack, plain, stored, unpack
+from tally.video.facts import Video, pack, unpack
 from tally.video.probe import Key, Prober, Timeline
 
 _SNAP = 0.6
@@ -75,18 +75,18 @@ class VideoSource(Source):
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
         self.listing.passed.clear()
         began, last, frame = (0, None, None) if after is None else json.loads(after)
-        name = None if last is None else plain(last)
+        name = None if last is None else name_from_json(last)
         found = after is not None
         prober = Prober()
         try:
             for index in range(began, len(self.listing.places)):
                 entries = self.listing.entries(index, name if index == began else None)
-                if index == began and frame is not None:
-                    for chunk in self._video(prober, index, Entry(name or "", -1), frame, first, limit):
+                if index == began and name is not None and frame is not None:
+                    for chunk in self._video(prober, index, name, frame, first, limit):
                         yield chunk
                         first += chunk.count
                 for entry in entries:
-                    for chunk in self._video(prober, index, entry, 0, first, limit):
+                    for chunk in self._video(prober, index, entry.name, 0, first, limit):
                         yield chunk
                         first += chunk.count
                     found = True
@@ -96,14 +96,14 @@ class VideoSource(Source):
             raise nothing(self.listing.places[0], self.listing.passed, self.listing.kind)
 
     def _video(
-        self, prober: Prober, index: int, entry: Entry, start: int, first: int, limit: Callable[[], ChunkLimit]
+        self, prober: Prober, index: int, name: str, start: int, first: int, limit: Callable[[], ChunkLimit]
     ) -> Iterator[Chunk]:
         """The chunks of one video from the frame ``start`` on."""
-        place, name = self.listing.places[index], entry.name
+        place = self.listing.places[index]
         key = place.prefix + key_of(name)
 
         def cursor(frame: int | None) -> str:
-            return json.dumps([index, stored(name), frame])
+            return json.dumps([index, name_to_json(name), frame])
 
         try:
             timeline = prober(key, place.root, name)
@@ -261,7 +261,7 @@ class _Ahead(threading.Thread):
         self.decoding = 0.0  # seconds, of reading too
         self._chunk, self._scorer = chunk, scorer
         self._keys, self._numbers, self._seconds = keys, numbers, seconds
-        self._values: queue.Queue[Any] = queue.Queue(max(1, ahead))
+        self._values: queue.Queue[Any] = queue.Queue(ahead)
         self._stopping = threading.Event()
         self.start()
 
@@ -318,11 +318,9 @@ class _Ahead(threading.Thread):
             "time": self._seconds[position],
         }
         try:
-            return self._scorer.prepare(Item(self._keys[position], picture, info))
-        except TallyError as error:
-            return ItemError(error.message, stage="prepare", hint=error.hint).bare()
-        except Exception as error:
-            return ItemError(told(error), stage="prepare").bare()
+            return prepare(self._scorer, Item(self._keys[position], picture, info))
+        except ItemError as error:
+            return error.bare()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -34,16 +34,19 @@ def decode(video: Video, packets: Sequence[int], keys: Sequence[Key]) -> Iterato
     Pictures are ``uint8[height, width, 3]`` RGB, upright, of the video's size.
     Raises what :func:`open_container` raises.
     """
-    for key in [*keys[:0:-1], None]:
-        found = _decode(video, packets, key or (keys[0] if keys else BEGINNING))
+    *others, last = [*reversed(keys)] or [BEGINNING]
+    for key in others:
+        found = _decode(video, packets, key)
         first = next(found)
-        if key is None or not isinstance(first, ItemError):
+        if not isinstance(first, ItemError):
             yield first
             yield from found
             return
+        found.close()
+    yield from _decode(video, packets, last)
 
 
-def _decode(video: Video, packets: Sequence[int], key: Key) -> Iterator[Picture | ItemError]:
+def _decode(video: Video, packets: Sequence[int], key: Key) -> Generator[Picture | ItemError]:
     wanted = {position: index for index, position in enumerate(packets)}
     failed: dict[int, str] = {}
     due = 0

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -147,6 +148,7 @@ def _supported(container: str) -> set[str]:
     return _known[container]
 
 
+@cache
 def _trial(codec: str) -> str | None:
     """Why the encoder does not work here, or None."""
     import av

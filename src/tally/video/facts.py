@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from tally.storage import key_of
+from tally.storage import name_from_json, name_to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class Video:
         return {
             "key": self.key,
             "root": self.root,
-            "name": stored(self.name),
+            "name": name_to_json(self.name),
             "size": self.size,
             "stream": self.stream,
             "codec": self.codec,
@@ -92,7 +91,7 @@ class Video:
         return cls(
             **{
                 **facts,
-                "name": plain(facts["name"]),
+                "name": name_from_json(facts["name"]),
                 "time_base": Fraction(*facts["time_base"]),
                 "rate": Fraction(*facts["rate"]),
                 "matrix": tuple(facts["matrix"]),
@@ -104,16 +103,6 @@ class Video:
 
 def _pair(value: Fraction) -> list[int]:
     return [value.numerator, value.denominator]
-
-
-def stored(name: str) -> str | dict[str, str]:
-    """A file's name as JSON that every database takes: one that is not valid UTF-8 as its bytes, in hexadecimal."""
-    return name if key_of(name) is name else {"bytes": os.fsencode(name).hex()}
-
-
-def plain(name: str | dict[str, str]) -> str:
-    """The inverse of :func:`stored`."""
-    return name if isinstance(name, str) else os.fsdecode(bytes.fromhex(name["bytes"]))
 
 
 def pack(numbers: Sequence[int]) -> list[int | list[int]]:

@@ -231,12 +231,14 @@ def _order_by_decoding(path: Path, packets: list[_Packet]) -> dict[int, int]:
                 shown += [frame.pts for frame in packet.decode() if frame.pts is not None]
             except av.FFmpegError:
                 continue
-    order = list(dict.fromkeys(shown))
+    ranks = {position: rank for rank, position in enumerate(dict.fromkeys(shown))}
+    latest = -1
+    places = []
     for each in packets:
-        if each.position not in shown:
-            before = [index for index, position in enumerate(order) if position < each.position]
-            order.insert(before[-1] + 1 if before else 0, each.position)
-    return {position: rank for rank, position in enumerate(order)}
+        rank = ranks.get(each.position)
+        latest = max(latest, latest if rank is None else rank)
+        places.append(((latest, 1) if rank is None else (rank, 0), each.position))
+    return {position: rank for rank, (_, position) in enumerate(sorted(places))}
 
 
 # -- putting it together -------------------------------------------------------------------------------
