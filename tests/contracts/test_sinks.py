@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from tests.videos import write_clip
 
+from tally.sinks import merge
 from tally.sinks.base import Output, Sink
 from tally.sinks.choose import choose
 from tally.sinks.video import VideoSink
 from tally.sources.base import Chunk
-from tally.testing.sinks import SinkContract, key
+from tally.testing.sinks import FACTS, SinkContract, key
 from tally.video.facts import Colour, Video, pack
 
 
@@ -41,6 +42,60 @@ class TestParquet(_Rows):
 
 class TestDeclaredColumns(_Rows):
     columns: ClassVar = {"label": "string", "score": "float32", "box": "list<int32>"}
+
+
+class TestLargeParts(TestDeclaredColumns):
+    """Staged files that are parts as they are, beside others that are put together."""
+
+    @pytest.fixture(autouse=True)
+    def large(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(merge, "PART_ROWS", 24)  # an eighth is large enough
+
+    def test_what_is_large_is_not_written_again(self, sink: Sink, attempt: Any, keys: Any) -> None:
+        sink.claim("job-1")
+        outputs = [attempt(sink, name, *range_) for name, range_ in self.attempts.items()]
+        staged = {(sink.place.address(sink.place.staging + o.files[0])): o for o in outputs}  # type: ignore[attr-defined]
+        inodes = [Path(path).stat().st_ino for path in staged]
+        manifest = sink.finalize(outputs, [], FACTS)
+        assert [file["rows"] for file in manifest["files"]] == [2, 3, 2, 4]
+        parts = [Path(sink.place.address(file["path"])).stat().st_ino for file in manifest["files"]]  # type: ignore[attr-defined]
+        assert (parts[1], parts[3]) == (inodes[2], inodes[4])
+        assert keys(sink, []) == [key(n) for n in range(11)]
+        assert "moves" not in manifest
+
+    attempts: ClassVar = {"a": (0, 1), "b": (1, 2), "c": (2, 5), "d": (5, 7), "e": (7, 11)}
+
+
+class TestMergedInOrder(_Rows):
+    """A merged file in the order of the source, whatever the order of the chunks."""
+
+    name = "out.csv"
+    sorts = True
+    columns: ClassVar = {"at": "int64", "score": "float64"}
+
+    @pytest.fixture
+    def make(self) -> Callable[[Path], Sink]:
+        return lambda folder: choose(str(folder / self.name), output="rows", columns=self.columns, order="at")
+
+    @pytest.fixture
+    def info(self) -> Callable[[int], dict[str, Any] | None]:
+        return lambda n: {"at": n}
+
+    @pytest.fixture
+    def result(self) -> Callable[[int], Any]:
+        return lambda n: {"score": n / 2}
+
+    def test_the_order_is_not_written(self, sink: Sink, attempt: Any) -> None:
+        sink.claim("job-1")
+        manifest = sink.finalize([attempt(sink, "a", 0, 3)], [], FACTS)
+        assert manifest["schema"] == {"key": "string", "score": "float64"}
+
+
+class TestFolderInOrder(TestMergedInOrder):
+    """In folders, rows stay in the order of the chunks."""
+
+    name = "out"
+    sorts = False
 
 
 class TestCsv(_Rows):

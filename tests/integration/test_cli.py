@@ -133,7 +133,7 @@ def test_version(cli: Cli) -> None:
         (["scor"], "no command 'scor'; did you mean 'score'?"),
         (["nonsense"], "no command 'nonsense'"),
         (["jobs", "shwo"], "Did you mean 'show'?"),
-        (["score", "x", "--modle", "y"], "'--model'?"),
+        (["score", "x", "--modle", "y"], "'--model'"),
         (["score", "x", "--model", "y"], "Missing option '-o' / '--out'"),
         (["score", "x", "--model", "y", "--out", "z", "--workers", "two"], "'two' is not a valid integer"),
         (["jobs", "retry", "x"], "Missing option '--dead'"),

@@ -22,6 +22,7 @@ from tally.jobs import database, tables
 from tally.jobs.database import HEAD, connect, now
 from tally.jobs.store import JobStore
 from tally.models import tables as model_tables
+from tally.triggers import tables as trigger_tables
 
 READING = {"reading": True}
 
@@ -53,7 +54,7 @@ def test_the_migrated_schema_is_that_of_the_tables(url: str, opened: Callable[[s
     with opened(url).connect().execution_options(**READING) as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         metadata = sa.MetaData()
-        for each in (tables.metadata, model_tables.metadata):
+        for each in (tables.metadata, model_tables.metadata, trigger_tables.metadata):
             for table in each.sorted_tables:
                 table.to_metadata(metadata)
         assert compare_metadata(context, metadata) == []

@@ -11,7 +11,7 @@ import pytest
 
 from tally.errors import StorageError
 from tally.jobs import plan
-from tally.jobs.plan import GROWTH, MAX_BYTES, MAX_ITEMS, OPEN_CHUNKS_PER_SLOT, ChunkSizer, Planner
+from tally.jobs.plan import GROWTH, MAX_BYTES, OPEN_CHUNKS_PER_SLOT, ChunkSizer, Planner
 from tally.sources.base import Chunk, ChunkLimit, Source
 
 DEADLINE = 60.0
@@ -51,7 +51,7 @@ def test_chunks_grow_to_the_target() -> None:
 def test_chunks_have_bounds() -> None:
     slow, fast = measured(16, 1), measured(16, 10_000_000)
     assert [slow().items for _ in range(5)] == [16] * 5
-    assert [fast().items for _ in range(9)][-1] == MAX_ITEMS
+    assert [fast().items for _ in range(9)][-1] == Source.chunk_items
     huge = measured(60_000, 10_000_000)
     assert huge().items == 60_000
 
@@ -140,6 +140,10 @@ class Numbers:
     def __init__(self, count: int, error: Exception | None = None) -> None:
         self.count, self.error, self.given = count, error, 0
         self.asked: tuple[str | None, int] | None = None
+        self.prepared = 0
+
+    def prepare(self) -> None:
+        self.prepared += 1
 
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
         self.asked = (after, first)
@@ -160,7 +164,8 @@ class Run:
         self.ends: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         sizer = ChunkSizer(2, 1)
         sizer.observe(1, 1.0)
-        options = {"after": None, "first": 0, **options}
+        self.ready = threading.Event()
+        options = {"after": None, "first": 0, "planned": False, "prepared": self.ready.set, **options}
         self.planner = Planner(source, sizer=sizer, deliver=self.chunks.put, ended=self.ends.put, **options)
         self.planner.start()
 
@@ -177,6 +182,26 @@ def test_all_chunks_are_delivered_in_order() -> None:
     assert [chunk.first for chunk in run.take(5)] == [10, 12, 14, 16, 18]
     assert run.chunks.empty()
     assert run.ends.empty()
+
+
+def test_a_source_that_is_planned_is_only_made_ready() -> None:
+    source = Numbers(5)
+    run = Run(source, planned=True)
+    assert run.ready.wait(DEADLINE)
+    run.planner.join(DEADLINE)
+    assert (source.prepared, source.asked) == (1, None)
+    assert run.chunks.empty()
+    assert run.ends.empty()
+
+
+def test_a_source_that_cannot_be_made_ready_is_not_planned() -> None:
+    source = Numbers(5)
+    error = StorageError("no room")
+    source.prepare = lambda: (_ for _ in ()).throw(error)  # type: ignore[method-assign]
+    run = Run(source)
+    assert run.ends.get(timeout=DEADLINE) is error
+    assert not run.ready.is_set()
+    assert source.asked is None
 
 
 def test_an_error_ends_planning_after_what_was_found() -> None:
@@ -210,7 +235,16 @@ def test_it_can_be_stopped_while_it_waits_for_a_rate() -> None:
     delivered: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
     ends: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
     source: Any = Numbers(100)
-    planner = Planner(source, after=None, first=0, sizer=sizer, deliver=delivered.put, ended=ends.put)
+    planner = Planner(
+        source,
+        after=None,
+        first=0,
+        planned=False,
+        sizer=sizer,
+        prepared=lambda: None,
+        deliver=delivered.put,
+        ended=ends.put,
+    )
     planner.start()
     for _ in range(plan.FIRST_CHUNKS_PER_SLOT):
         delivered.get(timeout=DEADLINE)

@@ -13,8 +13,8 @@ import pytest
 from tally.engines import progress
 from tally.errors import ItemError, StorageError, TallyError
 from tally.jobs import work
-from tally.jobs.work import Worker, run_chunk, score
-from tally.scorers.base import Result, Scorer
+from tally.jobs.work import Worker, run_chunk
+from tally.scorers.base import Result, Results, Scorer, TableResult
 from tally.sinks.base import Output, Sink, Writer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 
@@ -26,9 +26,9 @@ class Given(Scorer):
         self.function, self.batch_size = function, batch_size
         self.batches: list[Any] = []
 
-    def score(self, batch: Any) -> Sequence[Result]:
+    def score(self, batch: Any) -> Results:
         self.batches.append(batch)
-        result: Sequence[Result] = self.function(batch)
+        result: Results = self.function(batch)
         return result
 
 
@@ -85,6 +85,17 @@ class Numbers(Source):
         raise NotImplementedError
 
 
+class Rows(Numbers):
+    """The same as rows of tables."""
+
+    def read(self, chunk: Chunk, scorer: Scorer, timings: Timings) -> Iterator[Batch]:
+        for start in range(0, chunk.count, scorer.batch_size):
+            stop = min(start + scorer.batch_size, chunk.count)
+            numbers = pa.array(range(start, stop))
+            keys = pa.array([f"item-{n}" for n in range(start, stop)])
+            yield Batch(start, stop, keys, pa.table({"n": numbers}), np.arange(start, stop))
+
+
 @dataclass
 class Memory(Writer):
     """Keeps what is written; refuses some keys; may fail."""
@@ -126,6 +137,11 @@ def run(scorer: Scorer, count: int, source: Numbers | None = None, writer: Memor
     OneSink.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
     worker = Worker(scorer, source or Numbers(), OneSink(), timeout=60.0)  # type: ignore[abstract]
     return run_chunk(worker, Chunk(0, count, {}), "attempt-1")
+
+
+def score(scorer: Scorer, values: Any, count: int) -> list[Any]:
+    """The results that come one by one."""
+    return [result for part in work.score(scorer, values, count) for result in part.results]
 
 
 # score() ---------------------------------------------------------------------------------------------
@@ -195,6 +211,56 @@ def test_what_is_not_one_result_per_item_stops_the_chunk(returned: Any, what: st
     with pytest.raises(TallyError, match=f"Given.score returned {what}"):
         score(scorer, [1, 2], 2)
     assert len(scorer.batches) == 1
+
+
+def flagging(*bad: int) -> Callable[[pa.Table], TableResult]:
+    """Rows as columns; those of the given numbers fail."""
+
+    def function(table: pa.Table) -> TableResult:
+        numbers = table.column("n").to_pylist()
+        errors = {at: ValueError(f"cannot score {n}") for at, n in enumerate(numbers) if n in bad}
+        return TableResult(table.append_column("double", pa.array([2 * n for n in numbers])), errors)
+
+    return function
+
+
+def test_a_table_as_the_result_stays_one() -> None:
+    [part] = work.score(Given(lambda table: table), pa.table({"n": [1, 2]}), 2)
+    assert (part.count, part.results.to_pydict(), part.errors) == (2, {"n": [1, 2]}, {})
+
+
+def test_a_table_of_the_wrong_length_stops_the_chunk() -> None:
+    with pytest.raises(TallyError, match="returned 1 results for 2 items"):
+        score(Given(lambda table: table[:1]), pa.table({"n": [1, 2]}), 2)
+
+
+def test_rows_that_fail_within_a_table_cost_only_themselves() -> None:
+    writer = Memory()
+    outcome = run(Given(flagging(1, 4)), 6, Rows(), writer)
+    assert [(dead.position, dead.error) for dead in outcome.dead] == [
+        (1, "ValueError: cannot score 1"),
+        (4, "ValueError: cannot score 4"),
+    ]
+    assert writer.written == [(f"item-{n}", {"n": n, "double": 2 * n}) for n in (0, 2, 3, 5)]
+
+
+def test_a_table_that_raises_is_halved_and_the_rest_is_written_in_order() -> None:
+    def function(table: pa.Table) -> TableResult:
+        if 2 in table.column("n").to_pylist():
+            raise ValueError("two")
+        return flagging(4)(table)
+
+    writer = Memory()
+    outcome = run(Given(function), 6, Rows(), writer)
+    assert [(dead.position, dead.key) for dead in outcome.dead] == [(2, "item-2"), (4, "item-4")]
+    assert writer.written == [(f"item-{n}", {"n": n, "double": 2 * n}) for n in (0, 1, 3, 5)]
+
+
+def test_lists_as_the_result_of_a_table_are_rows_too() -> None:
+    writer = Memory()
+    outcome = run(Given(lambda table: refusing(3)(table.column("n").to_pylist())), 4, Rows(), writer)
+    assert [dead.key for dead in outcome.dead] == ["item-3"]
+    assert writer.written == [(f"item-{n}", {"value": n}) for n in range(3)]
 
 
 # run_chunk() -----------------------------------------------------------------------------------------

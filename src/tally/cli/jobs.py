@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -49,12 +49,15 @@ def list_(limit: int, as_json: bool) -> None:
 @click.argument("job")
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(job: str, as_json: bool) -> None:
-    """Everything about a job: progress, timings per stage, cost, error, where the results are."""
-    _, record = _open(job)
+    """Everything about a job: progress, timings per stage, cost, alerts, error, where the results are."""
+    from tally.jobs.alerts import of
+
+    store, record = _open(job)
+    judged = of(store, record.id)
     if as_json:
-        click.echo(_json(record))
+        click.echo(_json(record, alerts=[asdict(alert) for alert in judged]))
         return
-    for name, value in _facts(record):
+    for name, value in _facts(record) + [("alert", alert.describe()) for alert in judged]:
         click.echo(f"{name:<12} {value}")
     if record.error:
         click.echo(f"{'error':<12} " + record.error.replace("\n", "\n" + " " * 13))
@@ -159,6 +162,29 @@ def dead(job: str, limit: int, as_json: bool) -> None:
             click.echo(f"{each.key}\t{each.stage}\t{each.error.splitlines()[0] if each.error else ''}")
 
 
+@jobs.command(short_help="The alerts of a job, and what became of them.")
+@click.argument("job")
+@click.option("--send", is_flag=True, help="Send those that are not delivered, now; given up ones too.")
+def alerts(job: str, send: bool) -> int:
+    """The rules of a job that has ended, what was measured, and whether the webhook was told."""
+    from tally.jobs.alerts import PATIENCE, deliver, evaluate, of, reopen
+    from tally.jobs.launch import sink_of
+
+    store, record = _open(job)
+    if send:
+        if record.spec.get("alerts"):
+            evaluate(store, record, sink_of(record))  # its coordinator may have been killed before it did
+        reopen(store, record.id)
+        deliver(store, job_id=record.id, patience=PATIENCE)
+    judged = of(store, record.id)
+    for alert in judged:
+        click.echo(alert.describe())
+    if not judged:
+        why = "it is not finished" if record.spec.get("alerts") else "it has no rules (--alert)"
+        click.echo(f"job {record.id} has no alerts: {why}", err=True)
+    return 1 if any(alert.state in ("pending", "failed") for alert in judged) else 0
+
+
 @jobs.command()
 @click.argument("job")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
@@ -197,6 +223,7 @@ def summary(record: JobRecord) -> str:
 
 def _facts(record: JobRecord) -> list[tuple[str, str]]:
     from tally.jobs.launch import log_of, when
+    from tally.jobs.webhook import shown
 
     usage = record.usage
     seconds = usage.get("seconds", 0.0)
@@ -219,6 +246,8 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
     ]  # fmt: skip
     if (cost := _cost(record)) is not None:
         facts.append(("cost", cost))
+    if hook := record.spec.get("webhook"):
+        facts.append(("alerts", f"{', '.join(record.spec['alerts'])}; to {shown(hook)}"))
     if record.owner:
         facts.append(
             ("driven by", f"{record.owner_host}, pid {record.owner_pid}" + ("" if record.alive else " (gone)"))
@@ -267,8 +296,13 @@ def _running(record: JobRecord) -> None:
         )
 
 
-def _json(record: JobRecord) -> str:
-    return json.dumps(asdict(record), default=str)
+def _json(record: JobRecord, **more: Any) -> str:
+    from tally.jobs.webhook import shown
+
+    shows = asdict(record) | more
+    if hook := record.spec.get("webhook"):
+        shows["spec"] = record.spec | {"webhook": shown(hook)}
+    return json.dumps(shows, default=str)
 
 
 def _open(job: str) -> tuple[JobStore, JobRecord]:

@@ -8,13 +8,15 @@ from importlib import import_module
 import click
 
 COMMANDS = {
-    "score": ("tally.cli.score:score", "Score a collection of files with a model."),
+    "score": ("tally.cli.score:score", "Score a collection of files, frames or rows with a model."),
     "run": ("tally.cli.score:run", "Run the job that a YAML file describes."),
     "jobs": ("tally.cli.jobs:jobs", "List, follow, stop, resume and retry jobs."),
+    "schedule": ("tally.cli.schedule:schedule", "Run jobs on time: hourly, nightly, for days gone by."),
     "train": ("tally.cli.train:train", "Train a model from your own data."),
     "query": ("tally.cli.query:query", "Ask a job's results with SQL."),
     "models": ("tally.cli.models:models", "Keep models under names, versions and aliases."),
     "new": ("tally.cli.new:new", "Start a scorer or a model package from a template."),
+    "simulate": ("tally.cli.simulate:simulate", "Make data to try things with."),
     "doctor": ("tally.cli.doctor:doctor", "Check this installation, and say what is missing."),
     "coordinate": ("tally.cli.score:coordinate", "Drive one job that exists already."),
 }

@@ -35,8 +35,12 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.option(
     "-m",
     "--model",
-    required=True,
-    help="An .onnx file, a package folder, a script, module:Class, models:/NAME@ALIAS, or a URL.",
+    help="An .onnx or .skops file, a package folder, a script, module:Class, models:/NAME@ALIAS, or a URL.",
+)
+@click.option(
+    "--model-per",
+    metavar="COLUMNS=TEMPLATE",
+    help="Of tables: a model for each key, e.g. Device,Tag='models/{Device}_{Tag}.skops'.",
 )
 @click.option(
     "-o",
@@ -69,6 +73,15 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
 )
 @click.option("--crf", type=float, help="Quality of the video: lower is better and larger.")
 @click.option("--keep-audio/--no-audio", "audio", default=None, help="Whether video keeps its sound.  [default: keep]")
+@click.option("--by", help="Of tables: columns that make a key; windows are made for each.")
+@click.option("--keep", help="Of tables: input columns to carry into the results, separated by commas; '*' for all.")
+@click.option("--where", help="Of tables: take only rows for which this SQL condition holds.")
+@click.option("--time", help="Of tables: the column of timestamps.")
+@click.option("--window", help="Of tables: gather readings over so much time before scoring, e.g. 5m or 1h.")
+@click.option("--aggregate", help="Of windows: mean, min, max, last, count, or several with commas.  [default: mean]")
+@click.option(
+    "--csv", "csv_options", multiple=True, metavar="KEY=VALUE", help="How to read CSV, e.g. delim=';' or header=false."
+)
 @click.option("-b", "--batch-size", type=int, help="Items that the scorer is given at once.")
 @click.option("-w", "--workers", type=int, help="Worker processes; one per core if left out.")
 @click.option("--device", help="auto, cpu, cuda[:N] or tensorrt[:N].  [default: auto]")
@@ -83,11 +96,11 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
     "--trust", is_flag=True, help="Open models that carry code (pickles). Only if you know where they come from."
 )
 @_resume_options
-def score(assignments: tuple[str, ...], resume: bool, overwrite: bool, quiet: bool, **fields: Any) -> int:
+def score(assignments: tuple[str, ...], csv_options: tuple[str, ...], resume: bool, overwrite: bool, quiet: bool, **fields: Any) -> int:
     """Score every item of SOURCE with a model.
 
     SOURCE is a folder, a file, a glob in quotes ('photos/**/*.jpg') or a bucket URL (s3://, az://, gs://);
-    there may be several. Of videos, every frame is an item.
+    there may be several. Of videos, every frame is an item; of tables, every row.
 
     \b
     tally score photos/ --model squeezenet.onnx --task classify --labels labels.txt --out predictions/
@@ -95,12 +108,14 @@ def score(assignments: tuple[str, ...], resume: bool, overwrite: bool, quiet: bo
     tally score photos/ --model score.py --artifacts weights/ --out out/
     tally score clip.mp4 --model style.onnx --out styled.mp4
     tally score clip.mp4 --model yolox.onnx --task detect --overlay --out seen.mp4
+    tally score readings.parquet --model model.skops --out predictions.parquet
+    tally score 'readings/*.csv' --model-per Device,Tag='models/{Device}_{Tag}.skops' --out predictions.csv
     """
     from tally.jobs.spec import make
 
     for flag in ("trust", "overlay", "strict"):
         fields[flag] = fields[flag] or None
-    spec = make(settings=pairs("--set", assignments), **fields)
+    spec = make(settings=pairs("--set", assignments), csv=pairs("--csv", csv_options), **fields)
     return _start(spec, resume=resume, overwrite=overwrite, quiet=quiet)
 
 

@@ -105,7 +105,7 @@ class Coordinator:
         self._rates: deque[tuple[float, int]] = deque([(time.monotonic(), record.done)], maxlen=64)
         self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._running: dict[int, _Running] = {}
-        self._sizer = ChunkSizer(batch_size, engine.slots, source.chunk_seconds)
+        self._sizer = ChunkSizer(batch_size, engine.slots, source.chunk_seconds, source.chunk_items)
         self._batch_size = batch_size
         self._planner: Planner | None = None
         self._durations: deque[float] = deque(maxlen=64)
@@ -131,8 +131,7 @@ class Coordinator:
         keeper.start()
         try:
             self._load()
-            if not self._planned:
-                self._plan()
+            self._plan()
             self._loop()
             return self._end()
         except OwnershipLostError:
@@ -161,14 +160,16 @@ class Coordinator:
             self._source,
             after=self._cursor,
             first=self._items,
+            planned=self._planned,
             sizer=self._sizer,
+            prepared=lambda: self._events.put(("prepared",)),
             deliver=lambda chunk: self._events.put(("chunk", chunk)),
             ended=ended,
         )
         self._planner.start()
 
     def _loop(self) -> None:
-        ready = False
+        loaded = prepared = False
         while True:
             chunks: list[Chunk] = []
             done: list[Done] = []
@@ -177,7 +178,9 @@ class Coordinator:
             for event in self._drain():
                 match event:
                     case ("ready", future):
-                        ready = self._greet(future)
+                        loaded = self._greet(future)
+                    case ("prepared",):
+                        prepared = True
                     case ("chunk", chunk):
                         chunks.append(chunk)
                     case ("planned", None):
@@ -192,7 +195,7 @@ class Coordinator:
                         self._obey(wanted)
                     case ("lost", error):
                         raise error
-            self._commit(ready, chunks, complete, done, lost)
+            self._commit(loaded and prepared, chunks, complete, done, lost)
             self._listen(self.progress())
             if self._stop is not None:
                 self._drop_waiting()

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tally
 from tally.config import settings
@@ -18,7 +18,7 @@ from tally.jobs.coordinator import LEASE_SECONDS, Coordinator, Progress
 from tally.jobs.database import connect
 from tally.jobs.spec import JobSpec, absolute
 from tally.jobs.store import JobRecord, JobStore
-from tally.scorers.base import Input, Scorer
+from tally.scorers.base import Scorer
 from tally.scorers.package import ModelRef, create, resolve, verify
 from tally.sinks.base import Sink
 from tally.sinks.choose import choose
@@ -27,6 +27,7 @@ from tally.sinks.video import VideoSink
 from tally.sources.base import Source
 from tally.sources.files import FileSource
 from tally.sources.listing import is_image, is_video
+from tally.sources.tables import TableSource
 from tally.sources.video import VideoSource
 
 _HALTED = {"interrupted": "was interrupted", "paused": "was paused", "failed": "failed"}
@@ -52,11 +53,18 @@ def assemble(spec: JobSpec, model: ModelRef) -> Parts:
     scorer = _scorer(spec, model)
     if spec.batch_size is not None:
         scorer.batch_size = spec.batch_size
-    source = _source(spec, scorer.input)
+    source = _source(spec, scorer)
     columns: Mapping[str, str] | None = source.columns
     if scorer.output == "rows":
         columns = None if scorer.columns is None else {**source.columns, **scorer.columns}
-    sink = _sink(spec, scorer, columns, video=isinstance(source, VideoSource))
+        if twice := source.columns.keys() & (scorer.columns or {}).keys():
+            raise SpecError(
+                f"the model's results have a column {min(twice)!r} too",
+                hint="Leave it out of keep, or rename it in the source with a column of another name.",
+            )
+    sink = _sink(spec, scorer, columns, source.order, video=isinstance(source, VideoSource))
+    if isinstance(source, TableSource):
+        source = source.at(sink.place.address(sink.place.work))
     if isinstance(sink, VideoSink) and isinstance(source, VideoSource):
         sink.check()
         if sink.place.merged and source.listing.several():
@@ -76,9 +84,29 @@ def _scorer(spec: JobSpec, model: ModelRef) -> Scorer:
     return scorer
 
 
-def _source(spec: JobSpec, input: Input) -> Source:  # noqa: A002  # the scorer's word
-    """Files, or the frames of videos: as the spec says or the scorer wants; or else as the names of files tell, or,
-    in folders, what is there."""
+def _source(spec: JobSpec, scorer: Scorer) -> Source:
+    """Files, the frames of videos, or the rows of tables: as the spec says or the scorer wants; or else as the names
+    of files tell, or, in folders, what is there."""
+    input = scorer.input  # noqa: A001  # the scorer's word
+    tabular = next((name for name in _TABULAR if _is_given(spec, name)), None)
+    if input == "table":
+        if other := next((name for name in (*_DECODING, *_ENCODING, "frames", "overlay") if _is_given(spec, name)), None):
+            raise SpecError(f"{other}: is for pictures and videos, and the model is given tables")
+        return TableSource.describe(
+            spec.source,
+            features=scorer.features,
+            by=spec.by or tuple(scorer.by),
+            keep=spec.keep,
+            where=spec.where,
+            time=spec.time,
+            window=spec.window,
+            aggregate=spec.aggregate,
+            csv=spec.csv,
+            lacks=scorer.lacks if scorer.by else None,
+            without=spec.out,
+        )
+    if tabular is not None:
+        raise SpecError(f"{tabular}: is for tables only, and the model is given {_NOUNS[input]}")
     asked = next((name for name in (*_DECODING, *_ENCODING, "frames") if _is_given(spec, name)), None)
     if input not in ("image", "frame"):
         if asked is not None:
@@ -110,7 +138,9 @@ def _source(spec: JobSpec, input: Input) -> Source:  # noqa: A002  # the scorer'
         raise
 
 
-def _sink(spec: JobSpec, scorer: Scorer, columns: Mapping[str, str] | None, *, video: bool) -> StagedSink:
+def _sink(
+    spec: JobSpec, scorer: Scorer, columns: Mapping[str, str] | None, order: str | None = None, *, video: bool
+) -> StagedSink:
     """Rows, pictures, or videos, whose frames are pictures that were not asked for one by one."""
     written = video and scorer.output == "image" and spec.frames is None
     if not written and (asked := next((name for name in _ENCODING if _is_given(spec, name)), None)):
@@ -123,10 +153,13 @@ def _sink(spec: JobSpec, scorer: Scorer, columns: Mapping[str, str] | None, *, v
         )
     if written:
         return choose(spec.out, output="video", format=spec.format, codec=spec.codec, crf=spec.crf, audio=spec.audio)
-    return choose(spec.out, output=scorer.output, format=spec.frames or spec.format, columns=columns)
+    return choose(spec.out, output=scorer.output, format=spec.frames or spec.format, columns=columns, order=order)
 
 
+_MEDIA: dict[type[Source], Literal["video", "table"]] = {VideoSource: "video", TableSource: "table"}
 _DECODING, _ENCODING = ("every", "size"), ("codec", "crf", "audio")
+_TABULAR = ("by", "keep", "where", "time", "window", "aggregate", "csv")
+_NOUNS = {"image": "pictures", "frame": "pictures", "bytes": "the content of files", "path": "files"}
 
 
 def _is_given(spec: JobSpec, name: str) -> bool:
@@ -141,6 +174,7 @@ def describe_model(spec: JobSpec, model: Any = None) -> ModelRef:
         labels=spec.labels,
         artifacts=spec.artifacts,
         settings=spec.settings,
+        by=spec.by,
         trust=spec.trust,
     )
 
@@ -164,7 +198,7 @@ def submit(
     ref = describe_model(spec, model)
     parts = assemble(spec, ref)
     # What a folder is taken for stays, whatever is put into it later.
-    spec = spec.model_copy(update={"media": "video" if isinstance(parts.source, VideoSource) else spec.media})
+    spec = spec.model_copy(update={"media": _MEDIA.get(type(parts.source), spec.media)})
     for line in ref.assumed:
         say(line)
     fingerprint = spec.fingerprint(ref.hash)

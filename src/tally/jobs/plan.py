@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 from tally.sources.base import Chunk, ChunkLimit, Source
 
-MAX_ITEMS = 8192
 MAX_BYTES = 256 * 2**20
 FIRST_CHUNKS_PER_SLOT = 2
 OPEN_CHUNKS_PER_SLOT = 3
@@ -25,10 +24,15 @@ _MEMORY = 0.7
 
 
 class ChunkSizer:
-    """How large the next chunk is to be. Thread-safe. target: seconds that one should take."""
+    """How large the next chunk is to be. Thread-safe.
 
-    def __init__(self, batch_size: int, slots: int, target: float = Source.chunk_seconds) -> None:
-        self._batch, self._slots, self._target = batch_size, slots, target
+    target: seconds that one should take. most: items that one may hold.
+    """
+
+    def __init__(
+        self, batch_size: int, slots: int, target: float = Source.chunk_seconds, most: int = Source.chunk_items
+    ) -> None:
+        self._batch, self._slots, self._target, self._most = batch_size, slots, target, most
         self._asked = self._observed = 0
         self._largest = batch_size
         self._items = self._seconds = 0.0  # lately: what is older counts less
@@ -67,7 +71,7 @@ class ChunkSizer:
                 return ChunkLimit(self._batch, MAX_BYTES)
             self._changed.wait_for(self._may_go_on, PATIENCE_SECONDS)
             wanted = int(self._items / self._seconds * self._target) if self._seconds else 0
-            items = max(min(wanted, self._largest * GROWTH, MAX_ITEMS), self._batch)
+            items = max(min(wanted, self._largest * GROWTH, self._most), self._batch)
             items -= items % self._batch
             self._largest = max(self._largest, items)
             return ChunkLimit(items, MAX_BYTES)
@@ -80,8 +84,9 @@ class ChunkSizer:
 
 
 class Planner(threading.Thread):
-    """Lists the source and hands over chunks.
+    """Makes the source ready, lists it, and hands over chunks.
 
+    planned: there is nothing left to list. prepared: called once the source is ready.
     deliver: called in this thread with each new chunk, at most ``ahead`` of them before :meth:`taken` says
         that the earlier ones are stored: memory stays flat however fast the listing is.
     ended: called once, with None or the error that stopped planning.
@@ -93,14 +98,16 @@ class Planner(threading.Thread):
         *,
         after: str | None,
         first: int,
+        planned: bool,
         sizer: ChunkSizer,
+        prepared: Callable[[], None],
         deliver: Callable[[Chunk], None],
         ended: Callable[[Exception | None], None],
         ahead: int = 16,
     ) -> None:
         super().__init__(name="tally-planner", daemon=True)
         self._source, self._after, self._first, self._sizer = source, after, first, sizer
-        self._deliver, self._ended = deliver, ended
+        self._planned, self._prepared, self._deliver, self._ended = planned, prepared, deliver, ended
         self._room = threading.Semaphore(ahead)
         self._stopping = threading.Event()
 
@@ -117,6 +124,10 @@ class Planner(threading.Thread):
 
     def run(self) -> None:
         try:
+            self._source.prepare()
+            self._prepared()
+            if self._planned:
+                return
             for chunk in self._source.plan(self._after, self._first, self._sizer):
                 self._room.acquire()
                 if self._stopping.is_set():

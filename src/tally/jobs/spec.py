@@ -17,7 +17,11 @@ from tally.suggest import did_you_mean
 _DEVICE = re.compile(r"auto|cpu|(cuda|tensorrt)(:\d+)?")
 _SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$")
 
+_DURATION = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*(ms|s|sec|m|min|h|d)?\s*$")
+_SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+
 Side = Annotated[int, Field(ge=1, le=16_384)]
+Names = tuple[Annotated[str, Field(min_length=1)], ...]
 
 
 class JobSpec(BaseModel):
@@ -27,6 +31,11 @@ class JobSpec(BaseModel):
     or ``.jsonl`` for rows, ``.mp4``, ``.mov``, ``.mkv`` or ``.webm`` for a video. Relative paths are made absolute
     when the spec is made.
     media: what the source holds; found out if left out.
+    by, keep, where, time, window, aggregate, csv: of tables. by: columns whose values make a key, which chooses the
+    model where ``model`` is a template (``models/{Device}.skops``). keep: input columns that the results carry; ``*``
+    stands for all. where: a condition in SQL; other rows are not there. time: the column of timestamps.
+    window: seconds that readings are gathered over before they are scored (``5m`` is understood).
+    aggregate: what is made of each window's values. csv: options for reading CSV.
     every, size, frames, codec, crf, audio: of videos. size: (width, height) in pixels (``640x360`` is understood).
     timeout: seconds that one batch may take. memory: bytes that one worker may hold (``2GiB`` is understood);
     None: four fifths of this machine's memory, shared by the workers.
@@ -44,7 +53,7 @@ class JobSpec(BaseModel):
     settings: dict[str, Any] = {}
     trust: bool = False
     format: Literal["parquet", "csv", "jsonl", "jpg", "png", "webp", "mp4", "mov", "mkv", "webm"] | None = None
-    media: Literal["image", "video"] | None = None
+    media: Literal["image", "video", "table"] | None = None
     every: int = Field(default=1, ge=1)
     size: tuple[Side, Side] | None = None
     frames: Literal["jpg", "png", "webp"] | None = None
@@ -52,6 +61,13 @@ class JobSpec(BaseModel):
     crf: float | None = Field(default=None, ge=0)
     audio: bool = True
     overlay: bool = False
+    by: Names = ()
+    keep: Names = ()
+    where: str | None = Field(default=None, min_length=1)
+    time: str | None = Field(default=None, min_length=1)
+    window: float | None = Field(default=None, gt=0)
+    aggregate: tuple[Literal["mean", "min", "max", "last", "count"], ...] = ("mean",)
+    csv: dict[str, Any] = {}
     batch_size: int | None = Field(default=None, ge=1, le=65_536)
     device: str = "auto"
     engine: Literal["local"] = "local"
@@ -68,6 +84,21 @@ class JobSpec(BaseModel):
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, Path)) else value
+
+    @field_validator("by", "keep", "aggregate", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("window", mode="before")
+    @classmethod
+    def _duration(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            match = _DURATION.match(value)
+            if match is None:
+                raise ValueError("should be a duration such as 30s, 5m, 1h or 1d")
+            return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
+        return value
 
     @field_validator("source")
     @classmethod
@@ -130,7 +161,8 @@ class JobSpec(BaseModel):
         # Later fields count only where they say something: earlier jobs are still known by their fingerprint.
         relevant |= self.model_dump(
             mode="json",
-            include={"media", "every", "size", "frames", "codec", "crf", "audio", "overlay"},
+            include={"media", "every", "size", "frames", "codec", "crf", "audio", "overlay", "by", "keep", "where"}
+            | {"time", "window", "aggregate", "csv"},
             exclude_defaults=True,
         )
         relevant["source"] = [each.rstrip("/") for each in relevant["source"]]  # shells append slashes
@@ -140,7 +172,12 @@ class JobSpec(BaseModel):
 
 
 def make(**fields: Any) -> JobSpec:
-    """A valid spec with absolute places. Raises SpecError with every problem that there is."""
+    """A valid spec with absolute places. Raises SpecError with every problem that there is.
+
+    model_per: ``COLUMN,COLUMN=TEMPLATE`` stands for ``by`` and ``model``.
+    """
+    if (given := fields.pop("model_per", None)) is not None:
+        fields |= _model_per(given, fields)
     try:
         spec = JobSpec(**{name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
@@ -155,6 +192,19 @@ def make(**fields: Any) -> JobSpec:
             "artifacts": absolute(spec.artifacts) if spec.artifacts else None,
         }
     )
+
+
+def _model_per(given: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """``Device,Tag=models/{Device}_{Tag}.skops`` as the fields that it stands for."""
+    columns, equals, template = str(given).partition("=")
+    if not equals or not columns.strip() or not template.strip():
+        raise SpecError(
+            f"model_per: should be columns and a template (given: {given!r})",
+            hint="For example: --model-per Device,Tag='models/{Device}_{Tag}.skops'",
+        )
+    if twice := [name for name in ("model", "by") if fields.get(name)]:
+        raise SpecError(f"model_per: says the model and its columns, and {twice[0]} is given too")
+    return {"by": columns, "model": template.strip()}
 
 
 def read(path: str) -> JobSpec:
@@ -176,6 +226,8 @@ def read(path: str) -> JobSpec:
             f"the job file {path!r} must hold fields such as source, model and out, not {type(fields).__name__}"
         )
     folder = Path(path).resolve().parent
+    if (given := fields.pop("model_per", None)) is not None:
+        fields |= _model_per(given, fields)
     for name in ("source", "out", "labels", "artifacts", "model"):
         value = fields.get(name)
         if isinstance(value, str):
@@ -186,8 +238,9 @@ def read(path: str) -> JobSpec:
 
 
 def _beside(folder: Path, value: str, name: str) -> str:
-    if not value or (name == "model" and not os.path.exists(folder / value)):  # noqa: PTH110 - it never raises
-        return value  # missing, or a registry name, a URL, or module:Class
+    # It may be missing, or a registry name, a URL, or module:Class; a template of names is never there itself.
+    if not value or (name == "model" and "{" not in value and not os.path.exists(folder / value)):  # noqa: PTH110
+        return value
     return absolute(value, folder)
 
 

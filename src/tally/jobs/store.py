@@ -75,7 +75,7 @@ class JobRecord:
     @property
     def unit(self) -> str:
         """What its items are."""
-        return "frames" if self.spec.get("media") == "video" else "items"
+        return {"video": "frames", "table": "rows"}.get(self.spec.get("media") or "", "items")
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +339,9 @@ class JobStore:
         """Replay the dead items as ``replay``.
 
         published: the output of this generation is finished already; the replay is the next one.
+        The replay may hold more items than were dead: what was one item then may be many now.
         """
+        replay = list(replay)
         with self.engine.begin() as connection:
             row = self._own(connection, lease)
             generation = row["generation"] + int(published)
@@ -348,7 +350,12 @@ class JobStore:
             connection.execute(
                 sa.update(jobs)
                 .where(jobs.c.id == lease.job_id)
-                .values(generation=generation, dead=0, done=row["done"] - row["dead"])
+                .values(
+                    generation=generation,
+                    dead=0,
+                    done=row["done"] - row["dead"],
+                    items=row["items"] - row["dead"] + sum(chunk.count for chunk in replay),
+                )
             )
 
     def remark(self, lease: Lease, text: str) -> None:

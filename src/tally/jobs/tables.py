@@ -18,6 +18,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
 )
 
 metadata = MetaData()
@@ -87,4 +88,26 @@ dead_items = Table(
     Column("first", BigInteger, nullable=False),
     Column("payload", LargeBinary, nullable=False),
     Index("dead_items_by_job", "job_id", "first"),
+)
+
+alerts = Table(
+    "alerts",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("job_id", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("position", Integer, nullable=False),  # of the rule in the job's spec
+    Column("rule", Text, nullable=False),
+    Column("value", Double),
+    # quiet (the rule does not hold), pending (to be sent), delivered, failed (given up).
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("error", Text),
+    Column("created_at", Double, nullable=False),
+    Column("next_at", Double),
+    Column("delivered_at", Double),
+    # Whoever is sending it now.
+    Column("token", String(32)),
+    Column("lease_until", Double),
+    UniqueConstraint("job_id", "generation", "position"),
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from tally.engines import progress
 from tally.errors import ItemError, TallyError
-from tally.scorers.base import Result, Scorer
+from tally.scorers.base import Scorer, TableResult
 from tally.scorers.package import ModelRef, load
 from tally.sinks.base import Output, Sink, Writer
 from tally.sources.base import Batch, Chunk, Source, Timings
@@ -54,6 +54,18 @@ class Outcome:
     dead: list[DeadItem]
     timings: Timings
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Results of ``count`` items that follow each other: a sequence, or a ``pyarrow.Table``.
+
+    errors: those that failed, by position; what ``results`` holds there means nothing.
+    """
+
+    count: int
+    results: Any
+    errors: Mapping[int, Exception] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -114,7 +126,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
         for batch in batches:
             busy(batch.start, batch.stop)
             note(batch.dead)
-            if batch.keys:
+            if len(batch.keys):
                 start = time.perf_counter()
                 results = score(worker.scorer, batch.values, len(batch.keys))
                 scored = time.perf_counter()
@@ -141,53 +153,75 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
     )
 
 
-def score(scorer: Scorer, values: Any, count: int) -> Sequence[Result]:
-    """The batch's results; if scoring raises, the items that raise alone have their exception as result.
+def score(scorer: Scorer, values: Any, count: int) -> list[Part]:
+    """The batch's results in parts, in order; if scoring raises, the items that raise alone have their exception
+    as result.
 
     values: a sequence of prepared values, or a ``pyarrow.Table``; ``count`` items of it.
     """
     try:
-        results = scorer.score(values)
+        results: Any = scorer.score(values)
     except Exception as error:
         if count == 1:
-            return [error]
+            return [Part(1, [error], {0: error})]
         half = count // 2
         return [
             *score(scorer, values[:half], half),
             *score(scorer, values[half:], count - half),
         ]
+    errors: Mapping[int, Exception] = {}
+    if isinstance(results, TableResult):
+        results, errors = results.rows, results.errors
+    if hasattr(results, "num_rows"):
+        _check_length(scorer, results.num_rows, count)
+        return [Part(count, results, errors)]
     # A mapping has a length too: somebody returned one row instead of a list of them.
     if not hasattr(results, "__len__") or isinstance(results, (Mapping, str, bytes)):
         raise TallyError(
             f"{type(scorer).__name__}.score returned {type(results).__name__}, not a sequence with one result per item"
         )
-    given = len(results)
+    _check_length(scorer, len(results), count)
+    found = {index: result for index, result in enumerate(results) if isinstance(result, Exception)}
+    return [Part(count, results, found)]
+
+
+def _check_length(scorer: Scorer, given: int, count: int) -> None:
     if given != count:
         raise TallyError(
             f"{type(scorer).__name__}.score returned {given} results for {count} items",
             hint="Return one result per item, in the same order; an exception object for an item that failed.",
         )
-    return results
 
 
-def _write(writer: Writer, batch: Batch, results: Sequence[Result]) -> list[tuple[int, ItemError]]:
+def _write(writer: Writer, batch: Batch, parts: Sequence[Part]) -> list[tuple[int, ItemError]]:
     """Hand the batch's results to the writer; position and error of each item that has none."""
-    kept = [index for index, result in enumerate(results) if not isinstance(result, Exception)]
-    if len(kept) == len(results):
-        return [(batch.positions[index], error) for index, error in writer.add(batch.keys, results, batch.info)]
-    dead = [
-        (batch.positions[index], _item_error(result))
-        for index, result in enumerate(results)
-        if isinstance(result, Exception)
-    ]
-    if kept:
-        refused = writer.add(
-            [batch.keys[index] for index in kept],
-            [results[index] for index in kept],
-            None if batch.info is None else [batch.info[index] for index in kept],
-        )
-        dead += [(batch.positions[kept[index]], error) for index, error in refused]
+    dead: list[tuple[int, ItemError]] = []
+    start = 0
+    for part in parts:
+        whole = len(parts) == 1 and not part.errors
+        kept = None if whole else [start + i for i in range(part.count) if i not in part.errors]
+        dead += [(int(batch.positions[start + i]), _item_error(error)) for i, error in part.errors.items()]
+        if kept is None or kept:
+            keys, info = _picked(batch.keys, kept), _picked(batch.info, kept)
+            results = part.results if kept is None else _picked(part.results, [index - start for index in kept])
+            if hasattr(results, "num_rows"):
+                refused = writer.add_table(keys, results, info)
+            else:
+                refused = writer.add(_plain(keys), results, None if info is None else _plain(info))
+            dead += [(int(batch.positions[index if kept is None else kept[index]]), error) for index, error in refused]
+        start += part.count
     return dead
+
+
+def _picked(values: Any, indices: Sequence[int] | None) -> Any:
+    """Some of a sequence's, an Arrow array's or a table's values."""
+    if indices is None or values is None:
+        return values
+    return values.take(indices) if hasattr(values, "take") else [values[index] for index in indices]
+
+
+def _plain(values: Any) -> Any:
+    return values.to_pylist() if hasattr(values, "to_pylist") else values
 
 
 def _bounded(text: str) -> str:

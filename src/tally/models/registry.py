@@ -458,10 +458,16 @@ def write_package(ref: ModelRef, folder: Path) -> None:
             "which a registry cannot keep",
             hint="Register the .py file that defines it, or a package: 'tally new package NAME'.",
         )
+    if ref.kind == "keyed":
+        raise SpecError(
+            f"{ref.name} is a file for each key, which a registry cannot keep one by one",
+            hint=f"Put them into one: tally models pack '{ref.name}' --by COLUMNS --out FOLDER --name NAME",
+        )
     folder.mkdir()
     options = _said(ref.options)
+    is_file = ref.kind not in ("script", "python")
     # What belongs to an ONNX model and lies elsewhere are labels, which the options hold too.
-    files = [each for each in ref.files if ref.kind != "onnx" or not Path(each).is_absolute()]
+    files = [each for each in ref.files if not is_file or not Path(each).is_absolute()]
     for name, path in content_files(ref.location, files):
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -469,7 +475,9 @@ def write_package(ref: ModelRef, folder: Path) -> None:
     described = folder / "tally.yaml"
     fields: dict[str, Any] = yaml.safe_load(described.read_text("utf-8")) if described.exists() else {}
     fields |= {"kind": ref.kind, "options": options}
-    if ref.kind == "onnx":
+    if ref.trusted and ref.kind in ("sklearn", "pyfunc", "packed"):
+        fields["requires_trust"] = True
+    if is_file:
         fields["file"] = ref.entry
         for known in ("file", "classes", "batch"):  # inspecting the model tells them
             options.pop(known, None)

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Input: TypeAlias = Literal["image", "bytes", "path", "frame", "table"]
 """What one value handed to a scorer is.
@@ -26,6 +29,22 @@ Row: TypeAlias = Mapping[str, Any]
 Result: TypeAlias = "Row | Sequence[Row] | np.ndarray[Any, Any] | Exception"
 """One item's result: a row, several rows (none is fine too), an image ``uint8[h, w, 3]`` or
 ``uint8[h, w]``, or an exception, which makes that item dead and no other."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableResult:
+    """The results of a table's rows as columns.
+
+    rows: one row for each row of the batch, in the same order.
+    errors: position in the batch to what went wrong there; what ``rows`` holds at such a position is dropped.
+    """
+
+    rows: pa.Table
+    errors: Mapping[int, Exception] = field(default_factory=dict)
+
+
+Results: TypeAlias = "Sequence[Result] | pa.Table | TableResult"
+"""What :meth:`Scorer.score` returns. Tables (one row for each item) are for scorers of tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +72,11 @@ class Scorer:
     output: ``rows`` (mappings) or ``image`` (arrays, written as picture files).
     columns: column name to Arrow type name (``string``, ``int64``, ``float32`` ...), in order, so that
         every part of the result has one schema; None infers them.
+    features: of tables, the columns wanted: their names; a number n: the n numeric columns that there are besides
+        ``by`` and time; None: all columns.
+    by: of tables, the columns whose values choose a model, where there is one model for each key.
+
+    The table handed to :meth:`score` has the columns ``by``, then the features in order, and no others.
     """
 
     input: Input = "image"
@@ -60,6 +84,15 @@ class Scorer:
     batch_size: int = 16
     output: Literal["rows", "image"] = "rows"
     columns: Mapping[str, str] | None = None
+    features: Sequence[str] | int | None = None
+    by: Sequence[str] = ()
+
+    def lacks(self, key: Mapping[str, Any]) -> str | None:
+        """Why there is no model for a key (column of ``by`` to value), or None where there is one.
+
+        Asked before :meth:`load`, while a job is planned.
+        """
+        return None
 
     def load(self, artifacts: Path, device: str) -> None:
         """Load the model once per worker.
@@ -76,8 +109,9 @@ class Scorer:
         """
         return item.value
 
-    def score(self, batch: Sequence[Any]) -> Sequence[Result]:
-        """Score a batch of prepared values: one result per item, in the same order.
+    def score(self, batch: Any) -> Results:
+        """Score a batch of prepared values (a sequence; for ``table``, a ``pyarrow.Table``): one result per item, in
+        the same order.
 
         When this raises, the batch is halved until the items that raise alone are found: those are dead.
         """

@@ -36,15 +36,21 @@ from tally.scorers.base import Scorer
 from tally.scorers.content import check_content, content_hash
 from tally.suggest import closest, did_you_mean
 
-Kind: TypeAlias = Literal["onnx", "script", "python", "object"]
+Kind: TypeAlias = Literal[
+    "onnx", "onnx_table", "sklearn", "pyfunc", "packed", "keyed", "script", "python", "object"
+]
 
-SUPPORTED = ".onnx files, .py files (init() and run(), or a Scorer), and folders with a tally.yaml"
+SUPPORTED = ".onnx and .skops files, .py files (init() and run(), or a Scorer), and folders with a tally.yaml or MLmodel"
+FILES = (".onnx", ".skops", ".joblib", ".pkl", ".pickle", ".parquet", "MLmodel")
+"""What the names of models that are files end with."""
 PICKLES = frozenset({".pkl", ".pickle", ".joblib", ".pt", ".pth", ".th"})
 """Suffixes of files whose opening can run code that they carry."""
+_ESTIMATORS = frozenset({".skops", ".joblib", ".pkl", ".pickle"})
 
 BATCH_LIMIT = 65_536
 """Items in one batch, at most."""
 
+_PLACEHOLDER = re.compile(r"\{[^{}]+\}")
 _IMPORTABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -107,6 +113,7 @@ class _Given:
     labels: str | None
     artifacts: str | None
     settings: Mapping[str, Any]
+    by: Sequence[str]
     trust: bool
 
     def only_for(self, names: Sequence[str], what: str, why: str) -> None:
@@ -122,13 +129,15 @@ def resolve(
     labels: str | Path | None = None,
     artifacts: str | Path | None = None,
     settings: Mapping[str, Any] = {},
+    by: Sequence[str] = (),
     trust: bool = False,
 ) -> ModelRef:
     """Find a model, check it without scoring anything, and name it by its content.
 
-    model: a ``.onnx`` file, a ``.py`` file, a folder with ``tally.yaml``, ``package.module:Class``,
-        ``models:/name``, ``models:/name/3``, ``models:/name@alias``, an ``https://`` URL that ends in
-        ``#sha256=...``, or a Scorer (an object or a class).
+    model: a ``.onnx`` or ``.skops`` file, a ``.py`` file, a folder with ``tally.yaml`` or ``MLmodel``,
+        ``package.module:Class``, ``models:/name``, ``models:/name/3``, ``models:/name@alias``, an ``https://`` URL
+        that ends in ``#sha256=...``, or a Scorer (an object or a class); with ``by``, columns of a table, also one
+        file for each key, ``models/{column}.skops``.
     settings: options that override what the package declares; keys may be dotted
         (``{"preprocess.channels": "bgr"}``).
     trust: allow artifacts whose opening runs code that they carry (pickles).
@@ -140,6 +149,7 @@ def resolve(
         None if labels is None else str(_absolute(labels)),
         None if artifacts is None else str(_absolute(artifacts)),
         settings,
+        by,
         trust,
     )
     if given.artifacts is not None and not Path(given.artifacts).is_dir():
@@ -158,6 +168,8 @@ def resolve(
     path = _absolute(model)
     if path.exists():
         return _from_path(path, given)
+    if _PLACEHOLDER.search(text):
+        return _keyed(text, given)
     file, separator, name = text.rpartition(".py:")
     if separator:
         path = _absolute(f"{file}.py")
@@ -193,10 +205,10 @@ def _from_path(path: Path, given: _Given) -> ModelRef:
         return _from_package(path.parent, given)
     _check_readable(path, given.trust)
     suffix = path.suffix.lower()
-    if suffix == ".onnx":
-        return _onnx(path.parent, path.name, (), _sidecar(path), given)
     if suffix == ".py":
         return _code(path.parent, path.name, given)
+    if path.name.endswith(FILES) or suffix in FILES:
+        return _file(path.parent, path.name, (), _sidecar(path), given)
     raise ModelLoadError(
         f"{path}: {suffix + ' files' if suffix else 'files without a suffix'} cannot be scored",
         hint=f"Supported are {SUPPORTED}.",
@@ -222,12 +234,13 @@ def _check_readable(path: Path, trust: bool) -> None:
         if not trust:
             raise UntrustedModelError(
                 f"{path} is a pickle: opening it runs whatever code it carries",
-                hint="If you know who made it, give --trust. Better: export the model to ONNX.",
+                hint="If you know who made it, give --trust. Better: save it with skops, or export it to ONNX.",
             )
-        raise ModelLoadError(
-            f"{path}: pickled models cannot be scored, not even trusted ones",
-            hint=f"Supported are {SUPPORTED}. Export the model to ONNX, or open it in a script's init().",
-        )
+        if path.suffix.lower() not in _ESTIMATORS:
+            raise ModelLoadError(
+                f"{path}: pickles of this kind cannot be scored, not even trusted ones",
+                hint=f"Supported are {SUPPORTED}. Export the model to ONNX, or open it in a script's init().",
+            )
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
@@ -242,6 +255,8 @@ def _from_package(folder: Path, given: _Given) -> ModelRef:
     from tally.scorers.package_file import read_package
 
     described = folder / "tally.yaml"
+    if not described.is_file() and (folder / "MLmodel").is_file():
+        return replace(_file(folder, "MLmodel", (".",), {}, given), name=folder.name)
     if not described.is_file():
         models = sorted(each.name for each in folder.iterdir() if each.suffix.lower() in (".onnx", ".py"))[:3]
         raise ModelLoadError(
@@ -261,7 +276,7 @@ def _from_package(folder: Path, given: _Given) -> ModelRef:
         options = {**options, "batch_size": package.batch_size}
     if package.file is not None:
         _check_readable(folder / package.file, given.trust)
-        ref = _onnx(folder, package.file, (".",), options, given)
+        ref = _file(folder, package.file, (".",), options, given)
     else:
         entry = package.entry or ""
         if ".py" in entry:
@@ -292,27 +307,30 @@ def _merged(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
     return merged
 
 
-def _onnx(folder: Path, name: str, files: tuple[str, ...], declared: Mapping[str, Any], given: _Given) -> ModelRef:
-    from tally.scorers import onnx
-    from tally.scorers.vision import read_labels
-
-    given.only_for(["artifacts"], "an ONNX model", "It is for scripts; external weights are found by themselves.")
+def _file(folder: Path, name: str, files: tuple[str, ...], declared: Mapping[str, Any], given: _Given) -> ModelRef:
+    """A model that is a file, or the folder that ``MLmodel`` describes."""
     path = folder / name
+    kind = _kind(path)
+    given.only_for(["artifacts"], f"the model {name}", "It is for scripts; external weights are found by themselves.")
+    if not kind.startswith("onnx"):
+        given.only_for(["task", "labels"], f"the model {name}", "They describe ONNX models.")
     options = _merged(declared, given.settings)
     if given.task is not None:
         options["task"] = given.task
-    covered = files or (name, *_external_data(path))
+    covered = files or (name, *(_external_data(path) if kind.startswith("onnx") else ()))
     labels = given.labels or options.get("labels")
     if isinstance(labels, str):
+        from tally.scorers.vision import read_labels
+
         covered = _cover(covered, folder, folder / labels)
         place = folder / labels
         # Scorers know only the model's own folder.
         inside = place.is_relative_to(path.parent) and ".." not in place.parts
         options["labels"] = str(place.relative_to(path.parent)) if inside else read_labels(place)
-    resolved = onnx.inspect(path, options)
+    resolved = _inspect(kind, path, options, given.trust)
     assumed = tuple(resolved.pop("assumed", ()))
     return ModelRef(
-        kind="onnx",
+        kind=kind,
         name=path.stem,
         location=folder,
         entry=name,
@@ -320,6 +338,70 @@ def _onnx(folder: Path, name: str, files: tuple[str, ...], declared: Mapping[str
         artifacts=str(Path(name).parent),
         hash=content_hash(folder, covered),
         options=resolved,
+        trusted=given.trust,
+        assumed=assumed,
+    )
+
+
+def _kind(path: Path) -> Kind:
+    suffix = path.suffix.lower()
+    if suffix == ".onnx":
+        from tally.scorers.onnx_table import takes_table
+
+        return "onnx_table" if takes_table(path) else "onnx"
+    if path.name == "MLmodel":
+        return "pyfunc"
+    return "packed" if suffix == ".parquet" else "sklearn"
+
+
+def _inspect(kind: Kind, path: Path, options: Mapping[str, Any], trusted: bool) -> dict[str, Any]:
+    """The scorer's options, completed from what the model says about itself."""
+    if kind == "onnx":
+        from tally.scorers import onnx
+
+        return onnx.inspect(path, options)
+    if kind == "onnx_table":
+        from tally.scorers import onnx_table
+
+        return onnx_table.inspect(path, options)
+    if kind == "pyfunc":
+        from tally.scorers import pyfunc
+
+        return pyfunc.inspect(path.parent, options, trusted=trusted)
+    if kind == "packed":
+        from tally.scorers import packed
+
+        return packed.inspect(path, options, trusted=trusted)
+    from tally.scorers import sklearn
+
+    return sklearn.inspect(path, options, trusted=trusted)
+
+
+def _keyed(template: str, given: _Given) -> ModelRef:
+    """One model file for each key of a table."""
+    from tally.scorers import keyed
+
+    if not given.by:
+        columns = ",".join(each[1:-1] for each in _PLACEHOLDER.findall(template))
+        raise SpecError(
+            f"{template!r} names a model for each key, and no columns make keys",
+            hint=f"Say which: --model-per {columns}='{template}'",
+        )
+    given.only_for(["task", "labels", "artifacts"], "a model for each key", "They describe one model.")
+    folder, files = keyed.find(str(_absolute(template)), given.by)
+    for name in files:
+        _check_readable(folder / name, given.trust)
+    within = str(_absolute(template).relative_to(folder))
+    options = keyed.inspect(within, given.by, folder, files, _merged({}, given.settings), trusted=given.trust)
+    assumed = tuple(options.pop("assumed", ()))
+    return ModelRef(
+        kind="keyed",
+        name=template,
+        location=folder,
+        entry=within,
+        files=files,
+        hash=content_hash(folder, files),
+        options=options,
         trusted=given.trust,
         assumed=assumed,
     )
@@ -625,10 +707,8 @@ def create(ref: ModelRef) -> Scorer:
         from tally.scorers.script import ScriptScorer
 
         return ScriptScorer(path, **options)
-    if ref.kind == "onnx":
-        from tally.scorers.onnx import OnnxVisionScorer
-
-        return OnnxVisionScorer(options)
+    if ref.kind not in ("object", "python"):
+        return _ready_made(ref.kind, options)
     size = options.pop("batch_size", None)
     if ref.kind == "object":
         scorer = _unpickled(ref, options)
@@ -637,6 +717,32 @@ def create(ref: ModelRef) -> Scorer:
     if size is not None:
         scorer.batch_size = size
     return scorer
+
+
+def _ready_made(kind: Kind, options: dict[str, Any]) -> Scorer:
+    if kind == "onnx":
+        from tally.scorers.onnx import OnnxVisionScorer
+
+        return OnnxVisionScorer(options)
+    if kind == "onnx_table":
+        from tally.scorers.onnx_table import OnnxTableScorer
+
+        return OnnxTableScorer(options)
+    if kind == "pyfunc":
+        from tally.scorers.pyfunc import PyfuncScorer
+
+        return PyfuncScorer(options)
+    if kind == "packed":
+        from tally.scorers.packed import PackedScorer
+
+        return PackedScorer(options)
+    if kind == "keyed":
+        from tally.scorers.keyed import KeyedScorer
+
+        return KeyedScorer(options)
+    from tally.scorers.sklearn import SklearnScorer
+
+    return SklearnScorer(options)
 
 
 def _constructed(ref: ModelRef, options: Mapping[str, Any]) -> Scorer:

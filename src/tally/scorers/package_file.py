@@ -11,14 +11,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tally.errors import SpecError
-from tally.scorers.package import BATCH_LIMIT
+from tally.scorers.package import BATCH_LIMIT, FILES
 from tally.suggest import did_you_mean
 
 
 class Package(BaseModel):
     """The fields of a ``tally.yaml``.
 
-    file: an ONNX model; or entry: ``file.py``, ``file.py:Class`` or ``module:Class``. All paths are relative
+    file: a model of one of the kinds in ``FILES``; or entry: ``file.py``, ``file.py:Class`` or ``module:Class``. All paths are relative
     to the package. artifacts: folder handed to ``Scorer.load``; the package itself if left out.
     options: of the scorer. requires_trust: the model runs code that its artifacts carry (pickles).
     """
@@ -27,7 +27,7 @@ class Package(BaseModel):
 
     name: str | None = Field(default=None, min_length=1)
     description: str | None = None
-    kind: Literal["onnx", "script", "python"] | None = None
+    kind: Literal["onnx", "onnx_table", "sklearn", "pyfunc", "packed", "script", "python"] | None = None
     file: str | None = None
     entry: str | None = None
     artifacts: str | None = None
@@ -41,7 +41,8 @@ class ScriptOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    form: Literal["auto", "mini_batch", "raw", "bytes", "json"] = "auto"
+    form: Literal["auto", "mini_batch", "raw", "bytes", "json", "dataframe"] = "auto"
+    features: list[str] | None = None
     batch_size: int | None = Field(default=None, ge=1, le=BATCH_LIMIT)
     arguments: list[str] = []
     columns: dict[str, str] | None = None
@@ -69,7 +70,7 @@ def read_package(path: Path) -> Package:
     except ValidationError as error:
         problems += problems_of(error, list(Package.model_fields))
     if (raw.get("file") is None) == (raw.get("entry") is None):
-        problems.append("name the model with either file (an .onnx file) or entry (a .py file, or module:Class)")
+        problems.append("name the model with either file (such as an .onnx file) or entry (a .py file, or module:Class)")
     for name in ("file", "entry", "artifacts"):
         if isinstance(value := raw.get(name), str):
             problems += _misplaced(path.parent, name, value)
@@ -87,9 +88,9 @@ def _misplaced(folder: Path, name: str, value: str) -> list[str]:
             place = f"{file}.py"
         elif ":" in value:
             return []  # module:Class
-    suffix = {"file": ".onnx", "entry": ".py"}.get(name)
-    if suffix and not place.lower().endswith(suffix):
-        return [f"{name}: {value!r} does not end in {suffix}"]
+    suffixes = {"file": FILES, "entry": (".py",)}.get(name, ())
+    if suffixes and not place.endswith(suffixes) and not place.lower().endswith(suffixes):
+        return [f"{name}: {value!r} does not end in {' or '.join(suffixes)}"]
     if os.path.isabs(place) or os.path.normpath(place).startswith(".."):  # noqa: PTH117
         return [f"{name}: {value!r} lies outside the package"]
     if (folder / place).is_dir() if name == "artifacts" else (folder / place).is_file():

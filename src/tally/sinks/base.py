@@ -52,6 +52,13 @@ class Writer(ABC):
         Returns index and error of each that could not be written: those items are dead.
         """
 
+    def add_table(self, keys: Any, rows: Any, info: Any | None = None) -> list[tuple[int, ItemError]]:
+        """As :meth:`add`, of results that are columns: one row for each item.
+
+        keys: a ``pyarrow.Array`` of strings. rows, info: ``pyarrow.Table``.
+        """
+        return self.add(keys.to_pylist(), rows.to_pylist(), None if info is None else info.to_pylist())
+
     @abstractmethod
     def close(self) -> Output:
         """Make everything durable, and say what was written."""

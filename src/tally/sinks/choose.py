@@ -37,6 +37,7 @@ def choose(
     output: Literal["rows", "image", "video"],
     format: str | None = None,  # noqa: A002
     columns: Mapping[str, str] | None = None,
+    order: str | None = None,
     codec: str | None = None,
     crf: float | None = None,
     audio: bool = True,
@@ -46,7 +47,7 @@ def choose(
     out: a folder or a URL of one; for rows also one file that ends in .csv, .parquet, .jsonl or .ndjson, for video
     one that ends in .mp4, .m4v, .mov, .mkv or .webm.
     output: what the scorer gives: ``video`` for pictures that are put together. columns: those that it declares, and
-    those of the source.
+    those of the source. order: of rows; see :class:`RowsSink`.
     format: ``parquet``, ``csv`` or ``jsonl`` for rows, ``jpg``, ``png`` or ``webp`` for pictures, ``mp4``, ``mov``,
     ``mkv`` or ``webm`` for video; None takes Parquet, MP4, or the file's own; pictures go by their item's name.
     codec, crf: of video; see :class:`Encoding` and :meth:`VideoSink.check`. audio: whether sound is kept.
@@ -73,7 +74,7 @@ def choose(
     if output == "video":
         kind = merged or wanted or "mp4"
         return VideoSink(place, kind, Encoding(codec or DEFAULTS[kind], crf), audio=audio)
-    return RowsSink(place, merged or wanted or "parquet", columns)
+    return RowsSink(place, merged or wanted or "parquet", columns, order)
 
 
 def _check(out: str, local: Path | None, suffix: str, output: str, wanted: str | None) -> None:

@@ -175,6 +175,44 @@ def _has_empty_struct(kind: pa.DataType) -> bool:
     return kind.num_fields == 0 or any(_has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
 
 
+def assemble(keys: Any, rows: Any, info: Any | None, schema: pa.Schema | None) -> pa.RecordBatch | None:
+    """One record batch of results that are columns already, or None if they do not fit as they are.
+
+    keys: an array of strings. rows, info: tables of the same length; info's columns come first.
+    """
+    found: dict[str, Any] = {KEY: keys}
+    for table in (info, rows):
+        if table is not None:
+            if not found.keys().isdisjoint(table.column_names):
+                return None
+            found |= dict(zip(table.column_names, table.columns, strict=True))
+    try:
+        arrays = {name: _whole(column) for name, column in found.items()}
+        if schema is None:
+            return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
+        if arrays.keys() != set(schema.names):
+            return None
+        fitted = [_safely(arrays[field.name], field.type) for field in schema]
+        return pa.RecordBatch.from_arrays(fitted, schema=schema)
+    except _UNFIT:
+        return None
+
+
+def _whole(column: Any) -> Any:
+    """A column as one array, of a type that Parquet and the other formats know."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # of more bytes than one array may hold
+        raise ValueError("too large for one array")
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pa.float32()) if pa.types.is_float16(column.type) else column
+
+
+def _safely(array: Any, kind: pa.DataType) -> Any:
+    return array if array.type == kind else array.cast(kind)
+
+
 class _Careful:
     """Builds a batch value by value: finds the items that do not fit, keeps all the others."""
 

@@ -27,6 +27,8 @@ PART_BYTES = 128 * 1024**2
 _GROUP_ROWS = 128 * 1024
 _GROUP_BYTES = 32 * 1024**2
 _AHEAD = 4
+_SMALL = 8
+_SORT_BYTES = 1024**3
 
 Batches = Iterable[pa.RecordBatch]
 
@@ -81,6 +83,26 @@ def write(place: Place, batches: Batches, target: pa.Schema, suffix: str, first:
     if empty and not files:
         files.append(write_file(place, place.part(first, suffix), (), target, suffix))
     return files
+
+
+def publishable(rows: int, size: int) -> bool:
+    """Whether a staged Parquet file of so many rows and bytes is large enough to be a part as it is."""
+    return rows >= PART_ROWS // _SMALL or size >= PART_BYTES // _SMALL
+
+
+def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBatch]:
+    """The rows sorted by an integer column, without that column. What memory does not hold is put on disk."""
+    import duckdb
+
+    target = pa.schema([field for field in given if field.name != by])
+    found: Any
+    with tempfile.TemporaryDirectory(prefix="tally-sort-") as folder, duckdb.connect(":memory:") as connection:
+        connection.execute(f"SET memory_limit = '{_SORT_BYTES}B'; SET temp_directory = {_quoted(Path(folder))}")
+        connection.register("batches", pa.RecordBatchReader.from_batches(given, iter(batches)))
+        name = by.replace('"', '""')
+        found = connection.sql(f'SELECT * EXCLUDE ("{name}") FROM batches ORDER BY "{name}"')  # noqa: S608
+        for batch in found.to_arrow_reader(_GROUP_ROWS):
+            yield columns.conform(batch, target)
 
 
 def write_file(place: Place, name: str, batches: Batches, target: pa.Schema, suffix: str) -> File:
@@ -161,9 +183,13 @@ def _write_parquet(path: Path, batches: Batches, target: pa.Schema) -> int:
 
 
 def parquet_writer(where: Any, target: pa.Schema) -> pq.ParquetWriter:
-    """Zstandard; dictionaries except for the key, which never repeats."""
+    """Zstandard; dictionaries except for the key, which never repeats, but begins like the one before."""
     return pq.ParquetWriter(
-        where, target, compression="zstd", use_dictionary=[name for name in target.names if name != KEY]
+        where,
+        target,
+        compression="zstd",
+        use_dictionary=[name for name in target.names if name != KEY],
+        column_encoding={KEY: "DELTA_BYTE_ARRAY"},
     )
 
 

@@ -25,6 +25,7 @@ class RowsSink(StagedSink):
 
     format: ``parquet``, ``csv`` or ``jsonl``.
     columns: column name to Arrow type name, as a scorer declares them; None infers the types.
+    order: the column that a merged file is sorted by; it is not written. See :class:`Source`.
     Raises SpecError where ``columns`` cannot be.
     """
 
@@ -33,15 +34,18 @@ class RowsSink(StagedSink):
         place: Place,
         format: str = "parquet",  # noqa: A002
         columns: Mapping[str, str] | None = None,
+        order: str | None = None,
     ) -> None:
         super().__init__(place, format)
-        self.columns = None if columns is None else dict(columns)
+        self.order = order if place.merged else None
+        self._left_out = None if place.merged else order
+        self.columns = None if columns is None else {n: kind for n, kind in columns.items() if n != self._left_out}
         if columns is not None:
             self._schema()
 
     def open(self, attempt: str, chunk: Chunk) -> Writer:
         """See :meth:`Sink.open`."""
-        return RowsWriter(self.place, attempt, self._schema())
+        return RowsWriter(self.place, attempt, self._schema(), self._left_out)
 
     def _schema(self) -> pa.Schema | None:
         from tally.sinks.columns import schema_of
@@ -64,20 +68,25 @@ class RowsSink(StagedSink):
         kept: list[File] = [] if earlier is None else earlier["files"]
         if place.merged and kept and self.format == "parquet":
             staged, kept = [place.merged, *staged], []
-        batches = merge.stream(self._tables(staged, kept), unified.schema)
+        target = unified.schema
+        moves: dict[str, str] = {}
         if place.merged and kept:
             known = list((earlier or {})["schema"])
-            files = [merge.extend(place, kept[0], batches, unified.schema, known, self.format)]
+            batches, target = self._sorted(merge.stream(self._tables(staged, kept), target), target)
+            files = [merge.extend(place, kept[0], batches, target, known, self.format)]
+        elif declared is None or place.merged or self.format != "parquet" or type(self) is not RowsSink:
+            batches, target = self._sorted(merge.stream(self._tables(staged, kept), target), target)
+            files = [*kept, *merge.write(place, batches, target, self.format, len(kept), empty=not kept)]
         else:
-            new = merge.write(place, batches, unified.schema, self.format, len(kept), empty=not kept)
-            files = [*kept, *new]
+            files, moves = self._parts(outputs, kept, target)
         dead_file = write_dead(place, dead, self.format)
         notes = [f"column {name!r} held values of different types and was written as text" for name in unified.mixed]
         return {
             "output": "rows",
             "format": self.format,
-            "schema": {field.name: columns.name_of(field.type) for field in unified.schema},
+            "schema": {field.name: columns.name_of(field.type) for field in target},
             "files": files,
+            "moves": moves,
             "dead_file": dead_file,
             "counts": {
                 "files": len(files),
@@ -87,6 +96,53 @@ class RowsSink(StagedSink):
             },
             "notes": list(dict.fromkeys([*((earlier or {}).get("notes", [])), *notes])),
         }
+
+    def _sorted(self, batches: Iterator[pa.RecordBatch], target: pa.Schema) -> tuple[Iterator[pa.RecordBatch], Any]:
+        """The rows in the order of the source, and their schema then."""
+        import pyarrow as pa
+
+        from tally.sinks import merge
+
+        if self.order is None or target.get_field_index(self.order) < 0:
+            return batches, target
+        return merge.ordered(batches, target, self.order), pa.schema([f for f in target if f.name != self.order])
+
+    def _parts(
+        self, outputs: Sequence[Output], kept: list[File], target: pa.Schema
+    ) -> tuple[list[File], dict[str, str]]:
+        """Parts of Parquet: large staged files as they are, what is between them put together.
+
+        Returns all parts, and which of them are staged files that have to be moved.
+        """
+        from tally.sinks import merge
+
+        place, files, moves = self.place, list(kept), {}
+        small: list[str] = []
+
+        def put_together(*, empty: bool = False) -> None:
+            batches = merge.stream(self._tables(small, kept), target)
+            files.extend(merge.write(place, batches, target, self.format, len(files), empty=empty))
+            small.clear()
+
+        for output in outputs:
+            sizes = output.facts.get("parts") or [[output.rows, output.bytes]] * len(output.files)
+            for name, (rows, size) in zip(output.files, sizes, strict=True):
+                if not merge.publishable(rows, size):
+                    small.append(place.staging + name)
+                    continue
+                if small:
+                    put_together()
+                part = place.part(len(files), self.format)
+                moves[part] = name
+                files.append({"path": part, "rows": rows, "bytes": size})
+        if small or not files:
+            put_together(empty=not files)
+        return files, moves
+
+    def _publish(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
+        for part, name in plan.get("moves", {}).items():
+            self.place.move(self.place.staging + name, part)
+        super()._publish(plan, outputs)
 
     def _tables(self, staged: Sequence[str], kept: Sequence[File]) -> Iterator[pa.Table]:
         """The rows of the staged files, in order. kept: files of earlier generations."""
@@ -98,35 +154,53 @@ class RowsSink(StagedSink):
 class RowsWriter(Writer):
     """Gathers rows in memory; writes them as Parquet when it is closed, or has gathered much."""
 
-    def __init__(self, place: Place, attempt: str, schema: pa.Schema | None) -> None:
+    def __init__(self, place: Place, attempt: str, schema: pa.Schema | None, left_out: str | None = None) -> None:
         from tally.sinks import columns
 
-        self._place, self._attempt, self._schema = place, attempt, schema
+        self._place, self._attempt, self._schema, self._left_out = place, attempt, schema, left_out
         self._build = columns.build
         self._batches: list[pa.RecordBatch] = []
         self._held = 0
         self._files: list[str] = []
-        self._rows = self._bytes = 0
+        self._sizes: list[tuple[int, int]] = []
 
     def add(
         self, keys: Sequence[str], results: Sequence[Result], info: Sequence[Mapping[str, Any]] | None = None
     ) -> list[tuple[int, ItemError]]:
         """See :meth:`Writer.add`."""
         if info is not None:
+            if self._left_out is not None:
+                info = [{name: value for name, value in each.items() if name != self._left_out} for each in info]
             results = [_with(each, result) for each, result in zip(info, results, strict=True)]
         batch, failed = self._build(keys, results, self._schema)
+        self._take(batch)
+        return failed
+
+    def add_table(self, keys: Any, rows: Any, info: Any | None = None) -> list[tuple[int, ItemError]]:
+        """See :meth:`Writer.add_table`. Only where the columns do not fit as a whole are rows looked at one by one."""
+        from tally.sinks import columns
+
+        if info is not None and self._left_out is not None:
+            info = info.drop_columns(self._left_out)
+        batch = columns.assemble(keys, rows, info, self._schema)
+        if batch is None:
+            return super().add_table(keys, rows, info)
+        self._take(batch)
+        return []
+
+    def _take(self, batch: pa.RecordBatch) -> None:
         if batch.num_rows:
             self._batches.append(batch)
             self._held += batch.nbytes
             if self._held >= _SPILL_BYTES:
                 self._flush()
-        return failed
 
     def close(self) -> Output:
         """See :meth:`Writer.close`."""
         if self._batches:
             self._flush()
-        return Output(self._files, self._rows, self._bytes)
+        facts = {"parts": self._sizes} if len(self._files) > 1 else {}
+        return Output(self._files, sum(rows for rows, _ in self._sizes), sum(size for _, size in self._sizes), facts)
 
     def abort(self) -> None:
         """See :meth:`Writer.abort`."""
@@ -146,8 +220,7 @@ class RowsWriter(Writer):
         name = staged_name(self._attempt, len(self._files))
         self._files.append(name)
         self._place.store.write(self._place.staging + name, data)
-        self._rows += table.num_rows
-        self._bytes += len(data)
+        self._sizes.append((table.num_rows, len(data)))
         self._batches, self._held = [], 0
 
 

@@ -58,6 +58,7 @@ class Place:
         self.plan = self.staging + "manifest.json"
         self.attempts = self.staging + "attempts/"
         self.final = self.staging + "final/"
+        self.work = self.staging + "work/"
 
     def __str__(self) -> str:
         return self.address(self.merged) if self.merged else key_of(self.store.url)
@@ -158,6 +159,7 @@ class Place:
         store = self.store
         store.delete_tree(self.final)
         store.delete_tree(self.attempts)
+        store.delete_tree(self.work)
         store.delete([self.plan])
         if isinstance(store, LocalStore):  # what killed writers left half written
             for folder in [self.staging] if self.merged else ["", self.staging]:
@@ -198,7 +200,10 @@ class StagedSink(Sink):
     def _assemble(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Build the final files; return what the manifest says of them (see docs/reference/output.md)."""
+        """Build the final files; return what the manifest says of them (see docs/reference/output.md).
+
+        ``moves`` in it, which the manifest does not say: final files that are staged ones (name to name).
+        """
 
     def _publish(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
         """Move the plan's files to their places. Repeatable."""
@@ -259,7 +264,7 @@ class StagedSink(Sink):
                 place.write_json(place.plan, plan)
             self._publish(plan, outputs)
             place.store.delete(set(self._dead_names()) - set(self._listed(plan)))
-            place.write_json(place.manifest, plan)
+            place.write_json(place.manifest, {name: value for name, value in plan.items() if name != "moves"})
             earlier = place.read_json(place.manifest)
         if place.success:
             place.store.write(place.success, b"")
@@ -299,7 +304,13 @@ class StagedSink(Sink):
         if not running or (final and self.format != "parquet"):
             return self.format, [place.address(name) for name in final]
         there = {entry.name for entry in place.store.list(place.attempts, sizes=False)}
-        staged = [place.staging + name for output in outputs for name in output.files]
+        moved = {name: part for part, name in ((place.read_json(place.plan) or {}).get("moves") or {}).items()}
+        staged = [
+            moved[name] if name in moved and place.store.exists(moved[name]) else place.staging + name
+            for output in outputs
+            for name in output.files
+        ]
+        there |= set(moved.values())
         return "parquet", [place.address(name) for name in (*final, *(name for name in staged if name in there))]
 
     # -- claiming -----------------------------------------------------------------------------------

@@ -46,20 +46,21 @@ class Batch:
     Batches are windows over the chunk's positions ``start <= p < stop``, never topped up from the next
     window: the same items always meet in the same batch, whatever failed before them.
 
-    keys, values: of the items that could be read, in order; values are the outcome of ``Scorer.prepare``
-        (for ``table`` scorers, a ``pyarrow.Table`` with one row for each key).
+    keys, values: of the items that could be read, in order; values are the outcome of ``Scorer.prepare``.
     positions: position inside the chunk of each of them.
-    info: for each of them, columns that the source adds to its rows (a frame's number and time, the key
-        columns of a table); None if there are none.
+    info: for each of them, columns that the source adds to its rows (a frame's number and time); None if there
+        are none.
+    Of tables, keys are a ``pyarrow.Array`` of strings, values and info a ``pyarrow.Table``, positions an array
+    ``int64[n]``: each has one row for each item.
     dead: position and error of each item that could not.
     """
 
     start: int
     stop: int
-    keys: list[str] = field(default_factory=list)
+    keys: Any = field(default_factory=list)
     values: Any = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    info: list[Mapping[str, Any]] | None = None
+    positions: Any = field(default_factory=list)
+    info: Any = None
     dead: list[tuple[int, ItemError]] = field(default_factory=list)
 
 
@@ -80,11 +81,20 @@ class Source(ABC):
     """Enumerates items with stable keys, and reads them.
 
     columns: what ``Batch.info`` holds: column name to Arrow type name, in order.
-    chunk_seconds: how long a worker should take for one chunk.
+    order: the one of these columns that tells where in the source a row came from, if items are not planned in that
+        order; a merged result is sorted by it, and it is not written.
+    chunk_seconds: how long a worker should take for one chunk. chunk_items: how many items one may hold.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {}
+    columns: Mapping[str, str] = {}
+    order: str | None = None
     chunk_seconds: ClassVar[float] = 2.0
+    chunk_items: ClassVar[int] = 8192
+
+    def prepare(self) -> None:
+        """Make ready what :meth:`plan` and :meth:`read` need; called in the coordinator before either, each time
+        that a job is begun, gone on with or replayed. It may take long, and a job may be killed meanwhile.
+        """
 
     @abstractmethod
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:

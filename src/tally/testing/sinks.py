@@ -205,6 +205,26 @@ class SinkContract:
         assert (index, error.stage) == (1, "write")
         assert keys(sink, [writer.close()]) == [key(0), key(2)]
 
+    def test_columns_are_rows_too(
+        self, make: Any, tmp_path: Path, chunk: Any, result: Any, info: Any, keys: Any
+    ) -> None:
+        results, infos = [result(n) for n in range(3)], [info(n) for n in range(3)]
+        if not all(isinstance(each, Mapping) for each in results):
+            pytest.skip("the results are no rows")
+        import pyarrow as pa
+
+        sink = make(tmp_path / "place")
+        sink.claim("job-1")
+        writer = sink.open("a", chunk(0, 3))
+        table = None if None in infos else pa.Table.from_pylist(infos)
+        assert writer.add_table(pa.array([key(n) for n in range(3)]), pa.Table.from_pylist(results), table) == []
+        output = writer.close()
+        other = make(tmp_path / "other")
+        other.claim("job-1")
+        writer = other.open("a", chunk(0, 3))
+        assert writer.add([key(n) for n in range(3)], results, None if None in infos else infos) == []
+        assert rows(sink, [output]).equals(rows(other, [writer.close()]))
+
     def test_an_aborted_attempt_leaves_nothing(
         self, make: Any, tmp_path: Path, chunk: Any, add: Any, refused: Any
     ) -> None:

@@ -1,0 +1,175 @@
+"""Sending signed JSON to a web address, as the Standard Webhooks specification 1.0 describes it.
+
+https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
+
+The address may itself be a secret (whoever knows it may post there): nothing here puts more of it than scheme and
+host into a message or a log. That is also why the standard library's client is used: others log the path.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import http.client
+import os
+import socket
+import ssl
+import threading
+import time
+from contextlib import suppress
+from urllib.parse import SplitResult, urlsplit
+
+import tally
+from tally.errors import SpecError
+
+SECRET = "TALLY_WEBHOOK_SECRET"  # noqa: S105  # the name of the variable
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 10.0
+"""From the connection to the answer's status, however slowly it drips."""
+
+_PREFIX = "whsec_"
+_SHORTEST = 24
+"""Bytes of a secret, as the specification has it."""
+
+
+class UndeliveredError(Exception):
+    """The receiver did not take it; the message says why. ``final``: it wants no more of this."""
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+def checked(webhook: str) -> str:
+    """The webhook as given, if it is an http(s) address or ``env:NAME``. Raises ValueError, which does not show it."""
+    if webhook.startswith("env:"):
+        if not webhook[4:].isidentifier():
+            raise ValueError("env: has to name an environment variable, such as env:ALERT_URL")
+        return webhook
+    _split(webhook)
+    return webhook
+
+
+def shown(webhook: str) -> str:
+    """What may be seen of it: scheme, host and port, or the variable's name."""
+    if webhook.startswith("env:"):
+        return webhook
+    try:
+        parts = _split(webhook)
+    except ValueError:
+        return "(no web address)"
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def address(webhook: str) -> str:
+    """The web address, read from the environment if it is kept there. Raises SpecError."""
+    name = webhook[4:] if webhook.startswith("env:") else None
+    found = webhook if name is None else os.environ.get(name, "").strip()
+    if name is not None and not found:
+        raise SpecError(f"the webhook is {webhook}, and {name} is not set", hint=f"Set {name} to the web address.")
+    try:
+        _split(found)
+    except ValueError as error:
+        raise SpecError(f"the webhook {f'in {name} ' if name else ''}{error}") from None
+    return found
+
+
+def secret() -> bytes:
+    """The key that bodies are signed with, from the environment. Raises SpecError."""
+    given = os.environ.get(SECRET, "").strip()
+    hint = f"Make one, and give it to the receiver too: export {SECRET}={_PREFIX}$(openssl rand -base64 32)"
+    if not given:
+        raise SpecError(f"a webhook is signed, and {SECRET} is not set", hint=hint)
+    try:
+        key = base64.b64decode(given.removeprefix(_PREFIX), validate=True)
+    except binascii.Error:
+        key = b""
+    if not given.startswith(_PREFIX) or len(key) < _SHORTEST:
+        raise SpecError(f"{SECRET} is not {_PREFIX} and at least {_SHORTEST} bytes in base64", hint=hint)
+    return key
+
+
+def signature(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
+    """The header ``webhook-signature``. timestamp: seconds since the epoch, of this try."""
+    signed = hmac.digest(key, f"{message_id}.{timestamp}.".encode() + body, hashlib.sha256)
+    return "v1," + base64.b64encode(signed).decode()
+
+
+def post(url: str, key: bytes, message_id: str, body: bytes) -> None:
+    """Send the JSON ``body`` once. TLS is verified, redirects are not followed, proxies are not used.
+
+    Raises UndeliveredError unless the answer's status is 2xx.
+    """
+    parts = urlsplit(url)
+    timestamp = int(time.time())
+    headers = {
+        "content-type": "application/json",
+        "user-agent": f"tally/{tally.__version__}",
+        "webhook-id": message_id,
+        "webhook-timestamp": str(timestamp),
+        "webhook-signature": signature(key, message_id, timestamp, body),
+    }
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    status = _status(_connection(parts), target, body, headers)
+    if 200 <= status < 300:
+        return
+    why = ": redirects are not followed" if 300 <= status < 400 else ""
+    raise UndeliveredError(f"answered {status}{why}", final=status == http.client.GONE)
+
+
+def _status(connection: http.client.HTTPConnection, target: str, body: bytes, headers: dict[str, str]) -> int:
+    def hang_up() -> None:
+        with suppress(OSError, AttributeError):  # it may be closed by now
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+    # The socket's own limit begins again with each byte.
+    timer = threading.Timer(ANSWER_SECONDS, hang_up)
+    timer.daemon = True
+    until = float("inf")
+    try:
+        connection.connect()
+        connection.sock.settimeout(ANSWER_SECONDS)
+        until = time.monotonic() + ANSWER_SECONDS
+        timer.start()
+        connection.request("POST", target, body, headers)
+        return connection.getresponse().status  # only that counts: the answer's body is not read
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        late = time.monotonic() >= until
+        raise UndeliveredError(f"no answer within {ANSWER_SECONDS:g} s" if late else _reason(error)) from None
+    finally:
+        timer.cancel()
+        connection.close()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message}"
+    if isinstance(error, TimeoutError):
+        return f"no connection within {CONNECT_SECONDS:g} s"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[0].lower() + error.strerror[1:]
+    return f"no HTTP answer ({type(error).__name__})"
+
+
+def _connection(parts: SplitResult) -> http.client.HTTPConnection:
+    host = parts.hostname or ""
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(host, parts.port, timeout=CONNECT_SECONDS)
+    context = ssl.create_default_context()
+    return http.client.HTTPSConnection(host, parts.port, timeout=CONNECT_SECONDS, context=context)
+
+
+def _split(url: str) -> SplitResult:
+    """Raises ValueError for what is no address to post to; the message shows nothing of it."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError("should be an address such as https://example.com/hook, or env:NAME")
+    if "@" in parts.netloc:
+        raise ValueError("should hold no user and password: they are not sent")
+    return parts

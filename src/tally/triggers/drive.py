@@ -1,0 +1,133 @@
+"""One run of a schedule, in a process of its own: ``python -m tally.triggers.drive RUN TOKEN``.
+
+It starts the interval's job, or finds the one that an earlier process started, sees it through, and writes down what
+became of it. It holds the run's lease itself, so it goes on if the loop that started it is killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from tally import foreground
+from tally.errors import (
+    JobExistsError,
+    JobNotFoundError,
+    JobStateError,
+    ModelError,
+    OwnershipLostError,
+    SourceNotFoundError,
+    SpecError,
+    StorageError,
+    TallyError,
+)
+from tally.jobs.launch import open_store, submit
+from tally.jobs.store import JobRecord, JobStore
+from tally.triggers.store import LEASE_SECONDS, Run, ScheduleStore
+from tally.triggers.template import fill
+
+log = logging.getLogger("tally")
+
+LOOK_SECONDS = 0.5
+_FOR_GOOD = (SpecError, SourceNotFoundError, ModelError)
+"""Another try would end the same."""
+
+
+def drive(jobs: JobStore, run_id: int, token: str) -> Run:
+    """See the run through in this process; returns it as it then is. Raises OwnershipLostError if it is another's."""
+    store = ScheduleStore(jobs.engine)
+    run = store.begin(run_id, token)
+    with _held(store, run_id, token):
+        try:
+            state = _see_through(jobs, store, run, token)
+        except OwnershipLostError:
+            raise
+        except Exception as error:
+            if not isinstance(error, TallyError):
+                log.exception("run %d of schedule %s", run_id, run.schedule)
+            text = str(error) if isinstance(error, TallyError) else f"{type(error).__name__}: {error}"
+            store.fail(run_id, token, text, for_good=isinstance(error, _FOR_GOOD))
+        else:
+            if state == "finished":
+                store.finish(run_id, token)
+            elif state == "cancelled":
+                store.fail(run_id, token, "its job was cancelled", for_good=True)
+            else:
+                store.put_back(run_id, token, counted=False)
+    return store.run(run_id)
+
+
+def _see_through(jobs: JobStore, store: ScheduleStore, run: Run, token: str) -> str:
+    """Drive the run's job, or follow whoever does; the state that it ends in."""
+    record = _job(jobs, store, run, token)
+    while record.state not in ("finished", "cancelled"):
+        if record.alive and record.state != "created":
+            time.sleep(LOOK_SECONDS)
+            record = jobs.get(record.id)
+            continue
+        try:
+            return foreground.run(jobs, record.id, quiet=True).state
+        except JobStateError:  # another process was faster
+            record = jobs.get(record.id)
+            if not record.alive and record.state not in ("finished", "cancelled"):
+                raise
+            time.sleep(LOOK_SECONDS)
+    return record.state
+
+
+def _job(jobs: JobStore, store: ScheduleStore, run: Run, token: str) -> JobRecord:
+    """The job of the interval: the one that this run began, one that did or does exactly that, or a new one."""
+    if run.job_id is not None:
+        with suppress(JobNotFoundError):
+            return jobs.get(run.job_id)
+    schedule = store.get(run.schedule)
+    spec = fill(schedule.template, run.interval, schedule.clock())
+    try:
+        record = submit(jobs, spec, resume=True, overwrite=run.again, say=print)
+    except JobExistsError as error:
+        record = jobs.get(error.job_id)
+    store.assign(run.id, token, record.id)
+    return record
+
+
+@contextmanager
+def _held(store: ScheduleStore, run_id: int, token: str) -> Iterator[None]:
+    """Renew the lease meanwhile."""
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(LEASE_SECONDS / 6):
+            try:
+                store.renew(run_id, token)
+            except OwnershipLostError:
+                return  # whoever has it now follows the job, so that it may go on
+            except StorageError as error:
+                log.warning("cannot renew the lease of run %d: %s", run_id, error)
+
+    thread = threading.Thread(target=keep, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def main() -> int:
+    """The process; 0 if the run could be brought to an end, whatever that was."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    run_id, token = int(sys.argv[1]), sys.argv[2]
+    try:
+        run = drive(open_store(), run_id, token)
+    except OwnershipLostError:
+        return 0
+    log.info("schedule %s, interval from %d: %s", run.schedule, run.interval_start, run.error or run.state)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""The loop that runs schedules: it turns ticks into runs, and starts a process for each run that may begin.
+
+All that it knows is in the store. The processes hold their runs themselves and go on if the loop is killed; the next
+loop, or another one beside it, takes over the runs whose process is gone. So any number of loops may work at once,
+on any number of hosts with one database.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from tally.config import settings
+from tally.errors import OwnershipLostError, SpecError
+from tally.triggers.cron import Cron, Interval
+from tally.triggers.store import Run, Schedule, ScheduleStore
+
+log = logging.getLogger("tally")
+
+LOOK_SECONDS = 2.0
+"""How often to look at what other processes have changed."""
+GRACE_SECONDS = 60.0
+"""A tick that is seen later than that was missed, and catch-up decides."""
+STOP_SECONDS = 40.0
+"""How long running jobs may take to save what they have, once the loop is told to stop."""
+_MISSED_SHOWN = 1000
+"""So many missed intervals are written down, at most, at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    run: Run
+    process: subprocess.Popen[bytes]
+
+
+class Loop:
+    """Runs schedules until it is stopped, or until nothing is left to do. :meth:`stop` may be called by any thread.
+
+    names: only these schedules. within: only runs that exist already and begin within this interval.
+    say: gets a line for whatever happens. listen: is called after each turn.
+    """
+
+    def __init__(
+        self,
+        store: ScheduleStore,
+        *,
+        names: Sequence[str] = (),
+        within: Interval | None = None,
+        say: Callable[[str], None] = lambda line: None,
+        listen: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store, self._names, self._within, self._say, self._listen = store, set(names), within, say, listen
+        self._children: list[_Child] = []
+        self._clocks: dict[tuple[str, str], Cron] = {}
+        self._refused: set[str] = set()
+        self._wake = threading.Event()
+        self._stops = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stops > 0
+
+    def stop(self) -> None:
+        """Begin nothing more; running jobs save what they have. Told twice, they are killed."""
+        self._stops += 1
+        self._wake.set()
+
+    def run(self, *, forever: bool = False) -> None:
+        """Run what is due, and with ``forever`` what will be; returns when all of it has ended, or on :meth:`stop`."""
+        try:
+            while not self.stopped:
+                pause = LOOK_SECONDS
+                try:
+                    pause = self._turn(forever)
+                except OSError as error:  # StorageError is one
+                    if not forever:
+                        raise
+                    log.warning("%s", error)  # a database that comes back is gone on with
+                if pause <= 0:
+                    return
+                self._wake.wait(pause)
+                self._wake.clear()
+        finally:
+            self._end()
+
+    def _turn(self, forever: bool) -> float:
+        """All that there is to do now; returns for how many seconds that was all, or 0 if for good."""
+        schedules = [each for each in self._store.all() if not self._names or each.name in self._names]
+        at = self._store.clock()
+        pause = LOOK_SECONDS
+        self._reap()
+        for schedule in schedules:
+            try:
+                clock = self._clock(schedule)
+                if self._within is None and not schedule.paused:
+                    self._plan(schedule, clock, at)
+                    pause = min(pause, clock.after(at) - at)
+            except SpecError as error:  # a zone that this host does not know
+                if schedule.name not in self._refused:
+                    self._refused.add(schedule.name)
+                    self._say(f"{schedule.name}: {error}")
+                continue
+            while not self.stopped and (run := self._store.claim(schedule.name, within=self._within)) is not None:
+                self._begin(run, clock)
+        self._listen()
+        if forever or self._children:
+            return max(pause, 0.01)
+        return LOOK_SECONDS if self._store.unsettled([each.name for each in schedules], within=self._within) else 0
+
+    def _clock(self, schedule: Schedule) -> Cron:
+        key = (schedule.cron, schedule.timezone)
+        if key not in self._clocks:
+            self._clocks[key] = schedule.clock()
+        return self._clocks[key]
+
+    def _plan(self, schedule: Schedule, clock: Cron, at: float) -> None:
+        """Make runs of the ticks that have come."""
+        ended = clock.ending(schedule.planned_until, at)
+        if not ended:
+            return
+        late = [each for each in ended if each.end < at - GRACE_SECONDS]
+        due, missed = ended[len(late) :], late
+        if schedule.catch_up == "all":
+            missed = []
+        elif schedule.catch_up == "latest" and not due:
+            missed, late = late[:-1], late[-1:]
+        else:
+            late = []
+        planned = self._store.plan(
+            schedule, until=ended[-1].end, due=due, late=late, missed=missed[-_MISSED_SHOWN:]
+        )  # fmt: skip
+        if planned and missed:
+            self._say(
+                f"{schedule.name}: {len(missed):,} intervals were missed, from {clock.text(missed[0].start)} on; "
+                f"catch-up is {schedule.catch_up}, and a backfill makes up for them"
+            )
+
+    def _begin(self, run: Run, clock: Cron) -> None:
+        folder = settings().home / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        assert run.token is not None
+        command = [sys.executable, "-m", "tally.triggers.drive", str(run.id), run.token]
+        try:
+            with (folder / f"schedule-{run.schedule}.log").open("ab") as output:
+                # In a session of its own: Ctrl-C is for the loop, which stops it cleanly.
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+        except OSError:
+            self._store.put_back(run.id, run.token, counted=False)
+            raise
+        self._children.append(_Child(run, process))
+        self._say(f"{run.schedule}: {_text(run, clock)} begins" + (f" ({run.reason})" if run.reason != "cron" else ""))
+        threading.Thread(target=self._await, args=(process,), daemon=True).start()
+
+    def _await(self, process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        self._wake.set()
+
+    def _reap(self) -> None:
+        """What has become of the runs whose process has ended."""
+        for child in [each for each in self._children if each.process.poll() is not None]:
+            self._children.remove(child)
+            run, token = child.run, child.run.token or ""
+            with suppress(OwnershipLostError):  # it has come to its end, as it should
+                self._store.put_back(run.id, token, counted=not self.stopped)
+            with suppress(OwnershipLostError, SpecError):  # removed meanwhile
+                run = self._store.run(run.id)
+                what = _text(run, self._clock(self._store.get(run.schedule)))
+                job = f" (job {run.job_id})" if run.job_id else ""
+                ended = {"pending": "will be gone on with", "running": "goes on in another process"}
+                line = f"{run.schedule}: {what} {ended.get(run.state, run.state)}{job}"
+                self._say(f"{line}: {run.error}" if run.error else line)
+
+    def _end(self) -> None:
+        """Let the processes save what they have."""
+        deadline = time.monotonic() + STOP_SECONDS
+        for child in self._children:
+            child.process.terminate()
+        while self._children:
+            self._reap()
+            if self._stops > 1 or time.monotonic() > deadline:
+                for child in self._children:
+                    with suppress(ProcessLookupError):
+                        os.killpg(child.process.pid, signal.SIGKILL)
+            if self._children:
+                self._wake.wait(0.5)
+                self._wake.clear()
+
+
+def _text(run: Run, clock: Cron) -> str:
+    """The interval, as people write it."""
+    same = clock.local(run.interval_start).date() == clock.local(run.interval_end).date()
+    end = clock.text(run.interval_end)[11 if same else 0 :]
+    return f"{clock.text(run.interval_start)} to {end}"

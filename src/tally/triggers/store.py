@@ -1,0 +1,480 @@
+"""The store of schedules: what runs when, and what has become of each interval.
+
+There is one row for each interval of a schedule, so that nothing runs an interval beside another run of it. A run is
+``pending``, ``running``, ``finished``, ``failed`` or ``skipped``. Whoever takes a pending run gets a token and a lease,
+and sends the token with every change: one that has lost its run changes nothing. A run whose holder's lease ran out,
+or whose process is gone from this host, is taken over. Leases and waits go by the database's clock; statements are
+portable between SQLite and PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from tally.errors import JobStateError, OwnershipLostError, SpecError
+from tally.jobs.database import now
+from tally.jobs.store import _alive, _here
+from tally.suggest import did_you_mean
+from tally.text import storable
+from tally.triggers.cron import Cron, Interval
+from tally.triggers.tables import schedule_runs as runs
+from tally.triggers.tables import schedules
+
+LEASE_SECONDS = 30.0
+PARALLEL = 4
+"""Runs of one schedule at the same time, where they may overlap."""
+TRIES = 3
+"""A run that ended with an error so often stays failed."""
+BACK_OFF = 10.0
+"""Seconds until a failed run's second try; six times that until its third."""
+BEGINNINGS = 20
+"""A run that was begun so often without coming to any end stays failed: it may be what kills its process."""
+_LANES = ("cron", "backfill")
+"""Backfills neither hold up what runs on time, nor are held up by it."""
+_ROWS = 500
+_AFRESH: dict[str, Any] = {
+    "state": "pending", "job_id": None, "attempts": 0, "failures": 0, "error": None, "next_at": None,
+    "started_at": None, "finished_at": None,
+}  # fmt: skip
+"""What a run is that is begun anew, because somebody asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One schedule. Times are seconds since the epoch; ticks up to ``planned_until`` are dealt with."""
+
+    name: str
+    template: dict[str, Any]
+    file: str
+    cron: str
+    timezone: str
+    overlap: str
+    catch_up: str
+    paused: bool
+    created_at: float
+    planned_until: float
+
+    def clock(self) -> Cron:
+        """Its ticks."""
+        return Cron(self.cron, self.timezone)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One interval of a schedule, and what has become of it. Times are seconds since the epoch.
+
+    reason: cron (on time), catch-up or backfill. again: over the results of an earlier run.
+    attempts: how often it was begun; failures: how often it ended with an error.
+    token: for whoever claimed it just now; None otherwise.
+    """
+
+    id: int
+    schedule: str
+    interval_start: int
+    interval_end: int
+    state: str
+    reason: str
+    again: bool
+    job_id: str | None
+    attempts: int
+    failures: int
+    error: str | None
+    created_at: float
+    next_at: float | None
+    started_at: float | None
+    finished_at: float | None
+    token: str | None = None
+
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.interval_start, self.interval_end)
+
+
+class ScheduleStore:
+    """Reads and changes schedules and runs. Safe to use from several threads; holds no state but the engine."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def clock(self) -> float:
+        """The time by the database."""
+        with self._read() as connection:
+            return float(connection.scalar(sa.select(now())) or 0)
+
+    def all(self) -> list[Schedule]:
+        """Every schedule, by name."""
+        with self._read() as connection:
+            rows = connection.execute(sa.select(schedules).order_by(schedules.c.name)).mappings().all()
+        return [_schedule(row) for row in rows]
+
+    def get(self, name: str) -> Schedule:
+        """The schedule. Raises SpecError."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(schedules).where(schedules.c.name == name)).mappings().first()
+            if row is None:
+                raise _unknown(name, connection.scalars(sa.select(schedules.c.name)).all())
+        return _schedule(row)
+
+    def run(self, run_id: int) -> Run:
+        """The run by its id. Raises OwnershipLostError if it was removed."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(runs).where(runs.c.id == run_id)).mappings().first()
+        if row is None:
+            raise OwnershipLostError("the schedule was removed")
+        return _run(row)
+
+    def runs(self, name: str, *, within: Interval | None = None, limit: int | None = None) -> list[Run]:
+        """Runs of the schedule, newest interval first; of those that begin within an interval."""
+        query = sa.select(runs).where(runs.c.schedule == name).order_by(runs.c.interval_start.desc()).limit(limit)
+        with self._read() as connection:
+            return [_run(row) for row in connection.execute(_within(query, within)).mappings()]
+
+    def counts(self, name: str, *, within: Interval | None = None) -> dict[str, int]:
+        """Number of runs per state."""
+        query = _within(sa.select(runs.c.state, sa.func.count()).where(runs.c.schedule == name), within)
+        with self._read() as connection:
+            return {str(state): int(n) for state, n in connection.execute(query.group_by(runs.c.state)).all()}
+
+    def unsettled(self, names: Iterable[str], *, within: Interval | None = None) -> int:
+        """How many runs are at work or wait for it; those of paused schedules only if ``within`` names them."""
+        query = (
+            sa.select(sa.func.count())
+            .join(schedules, schedules.c.name == runs.c.schedule)
+            .where(runs.c.schedule.in_(list(names)), runs.c.state.in_(("pending", "running")))
+        )
+        if within is None:
+            query = query.where(schedules.c.paused == 0)
+        with self._read() as connection:
+            return int(connection.scalar(_within(query, within)) or 0)
+
+    # -- a user's changes --------------------------------------------------------------------------
+
+    def add(
+        self,
+        name: str,
+        *,
+        template: Mapping[str, Any],
+        file: str,
+        cron: Cron,
+        overlap: str,
+        catch_up: str,
+        since: float | None = None,
+        replace: bool = False,
+    ) -> Schedule:
+        """A new schedule; its first tick is the first one after ``since`` (now, if left out).
+
+        replace: change the one of that name; what it has run stays known, and it goes on where it was, or at ``since``.
+        Raises SpecError if there is one by that name.
+        """
+        values: dict[str, Any] = {
+            "template": dict(template), "file": storable(file), "cron": cron.expression, "timezone": cron.zone.key,
+            "overlap": overlap, "catch_up": catch_up,
+        }  # fmt: skip
+        if since is not None:
+            values["planned_until"] = since
+        with self.engine.begin() as connection:
+            changed = connection.execute(sa.update(schedules).where(schedules.c.name == name).values(**values)).rowcount
+            if changed and not replace:
+                connection.rollback()
+                raise SpecError(
+                    f"there is a schedule {name!r} already", hint="Change it with --replace, or choose another name."
+                )
+            if not changed:
+                new = {"planned_until": now(), **values, "paused": 0, "created_at": now()}
+                connection.execute(sa.insert(schedules).values(name=name, **new))
+        return self.get(name)
+
+    def pause(self, name: str, paused: bool) -> Schedule:
+        """Let nothing new begin, or let it again; what runs goes on."""
+        with self.engine.begin() as connection:
+            connection.execute(sa.update(schedules).where(schedules.c.name == name).values(paused=int(paused)))
+        return self.get(name)
+
+    def remove(self, name: str) -> None:
+        """Forget the schedule and its runs; jobs and results stay. Raises JobStateError while one is running."""
+        schedule = self.get(name)
+        with self.engine.begin() as connection:
+            self._lock(connection, name)
+            rows = connection.execute(
+                sa.select(runs, now().label("clock")).where(runs.c.schedule == name, runs.c.state == "running")
+            )
+            for row in rows.mappings():
+                if _alive(row):
+                    raise JobStateError(
+                        f"schedule {name!r} is running its interval of {schedule.clock().text(row['interval_start'])}",
+                        hint=f"Stop it first: tally jobs cancel {row['job_id']}" if row["job_id"] else None,
+                    )
+            connection.execute(sa.delete(runs).where(runs.c.schedule == name))
+            connection.execute(sa.delete(schedules).where(schedules.c.name == name))
+
+    def backfill(self, name: str, intervals: Sequence[Interval], *, again: bool = False) -> list[Run]:
+        """See to it that each of these intervals gets a run, unless it is finished; returns their runs.
+
+        Failed and skipped ones are begun again. again: finished ones too; but where an earlier such backfill of the
+        same intervals has not come to its end, it is gone on with.
+        """
+        if not intervals:
+            return []
+        within = Interval(intervals[0].start, intervals[-1].start + 1)
+        with self.engine.begin() as connection:
+            self._lock(connection, name)
+            query = sa.select(runs).where(runs.c.schedule == name)
+            known = {row["interval_start"]: row for row in connection.execute(_within(query, within)).mappings()}
+            going_on = any(row["again"] and row["state"] in ("pending", "running") for row in known.values())
+            redo = ["failed", "skipped", "pending", *(["finished"] if again and not going_on else [])]
+            missing = [each for each in intervals if each.start not in known]
+            self._insert(connection, name, missing, state="pending", reason="backfill", again=again)
+            for state in redo:
+                values: dict[str, Any] = {"reason": "backfill"}
+                if state != "pending":
+                    values |= _AFRESH
+                if state == "finished":
+                    values |= {"again": 1}
+                ids = [known[each.start]["id"] for each in intervals if each.start in known]
+                for begin in range(0, len(ids), _ROWS):
+                    some = runs.c.id.in_(ids[begin : begin + _ROWS])
+                    connection.execute(sa.update(runs).where(some, runs.c.state == state).values(**values))
+        starts = {each.start for each in intervals}
+        return [run for run in reversed(self.runs(name, within=within)) if run.interval_start in starts]
+
+    def retry(self, name: str) -> int:
+        """Let the failed runs of the schedule be tried again; returns how many there are."""
+        with self.engine.begin() as connection:
+            it = (runs.c.schedule == name, runs.c.state == "failed")
+            return connection.execute(sa.update(runs).where(*it).values(**_AFRESH)).rowcount
+
+    # -- the loop's changes ------------------------------------------------------------------------
+
+    def plan(
+        self,
+        schedule: Schedule,
+        *,
+        until: float,
+        due: Sequence[Interval],
+        missed: Sequence[Interval] = (),
+        late: Sequence[Interval] = (),
+    ) -> bool:
+        """Make runs of the ticks up to ``until``; False if another loop was faster.
+
+        due: they run now; if the schedule's overlap is ``skip``, only if none is at work. late: made up for.
+        missed: not made up for.
+        """
+        with self.engine.begin() as connection:
+            moved = connection.execute(
+                sa.update(schedules)
+                .where(
+                    schedules.c.name == schedule.name,
+                    schedules.c.planned_until == schedule.planned_until,
+                    schedules.c.paused == 0,
+                )
+                .values(planned_until=until)
+            )
+            if moved.rowcount == 0:
+                return False
+            insert = self._insert
+            insert(
+                connection, schedule.name, missed, state="skipped", reason="cron",
+                error=f"missed: nothing ran schedules then, and catch-up is {schedule.catch_up}",
+            )  # fmt: skip
+            insert(connection, schedule.name, late, state="pending", reason="catch-up")
+            for interval in due:
+                busy = self._busy(connection, schedule) if schedule.overlap == "skip" else None
+                if busy is None:
+                    insert(connection, schedule.name, [interval], state="pending", reason="cron")
+                else:
+                    text = schedule.clock().text(busy)
+                    error = f"the run of the interval that began at {text} was not finished, and overlap is skip"
+                    insert(connection, schedule.name, [interval], state="skipped", reason="cron", error=error)
+        return True
+
+    def claim(self, name: str, *, within: Interval | None = None) -> Run | None:
+        """The schedule's next run that may be begun, with a token; or one whose process is gone.
+
+        Runs are begun in the order of their intervals; if they may not overlap, one after another, and one that waits
+        for its next try holds up those behind it.
+        within: only runs that begin within this interval, even if the schedule is paused.
+        """
+        if not self.unsettled([name], within=within):
+            return None  # without a transaction that others would have to wait for
+        with self.engine.begin() as connection:
+            row = self._lock(connection, name)
+            if row is None:
+                return None
+            parallel = row["overlap"] == "parallel"
+            query = sa.select(runs, now().label("clock")).where(runs.c.schedule == name)
+            query = query.order_by(runs.c.interval_start)
+            running = connection.execute(query.where(runs.c.state == "running")).mappings().all()
+            idle = row["paused"] and within is None
+            for each in running:
+                lost = not _alive(each) and _is_within(each["interval_start"], within)
+                if lost and not idle and (taken := self._take(connection, each)) is not None:
+                    return taken
+            for lane in _LANES:
+                if idle or sum(_lane(each) == lane for each in running) >= (PARALLEL if parallel else 1):
+                    continue
+                pending = _within(query.where(runs.c.state == "pending", _in_lane(lane)), within)
+                if parallel:
+                    pending = pending.where(sa.func.coalesce(runs.c.next_at, 0) <= now())
+                first = connection.execute(pending.limit(1)).mappings().first()
+                ready = first is not None and (first["next_at"] or 0) <= first["clock"]
+                if ready and (taken := self._take(connection, first)) is not None:
+                    return taken
+        return None
+
+    # -- changes of whoever holds a run ------------------------------------------------------------
+
+    def begin(self, run_id: int, token: str) -> Run:
+        """This process holds the run from now on. Raises OwnershipLostError if it is another's."""
+        self._own(run_id, token, **_here(LEASE_SECONDS), started_at=now())
+        return self.run(run_id)
+
+    def renew(self, run_id: int, token: str) -> None:
+        """Extend the lease. Raises OwnershipLostError."""
+        self._own(run_id, token, lease_until=now() + LEASE_SECONDS)
+
+    def assign(self, run_id: int, token: str, job_id: str) -> None:
+        """The run is done by this job. Raises OwnershipLostError."""
+        self._own(run_id, token, job_id=job_id)
+
+    def finish(self, run_id: int, token: str) -> None:
+        """The interval is done. Raises OwnershipLostError."""
+        self._own(run_id, token, **_free("finished"), error=None, finished_at=now())
+
+    def fail(self, run_id: int, token: str, error: str, *, for_good: bool = False) -> None:
+        """The run ended with an error: it is tried again later, unless that was the last time or ``for_good``.
+
+        Raises OwnershipLostError.
+        """
+        failures = self.run(run_id).failures + 1
+        values: dict[str, Any] = {"failures": failures, "error": storable(error)}
+        if for_good or failures >= TRIES:
+            values |= {**_free("failed"), "finished_at": now()}
+        else:
+            values |= {**_free("pending"), "next_at": now() + BACK_OFF * 6 ** (failures - 1)}
+        self._own(run_id, token, **values)
+
+    def put_back(self, run_id: int, token: str, *, counted: bool) -> None:
+        """The run was stopped before its end. counted: as one of the times that it was begun, as nobody stopped it
+        on purpose. Raises OwnershipLostError."""
+        attempts = runs.c.attempts if counted else runs.c.attempts - 1
+        self._own(run_id, token, **_free("pending"), attempts=attempts)
+
+    # -- inside transactions -----------------------------------------------------------------------
+
+    def _own(self, run_id: int, token: str, **values: Any) -> None:
+        with self.engine.begin() as connection:
+            it = (runs.c.id == run_id, runs.c.token == token, runs.c.state == "running")
+            if connection.execute(sa.update(runs).where(*it).values(**values)).rowcount == 0:
+                raise OwnershipLostError("the run of this interval has been taken over by another process")
+
+    def _lock(self, connection: sa.Connection, name: str) -> sa.RowMapping | None:
+        """Nobody else plans or claims runs of this schedule until the transaction ends."""
+        it = schedules.c.name == name
+        connection.execute(sa.update(schedules).where(it).values(paused=schedules.c.paused))
+        return connection.execute(sa.select(schedules).where(it)).mappings().first()
+
+    def _busy(self, connection: sa.Connection, schedule: Schedule) -> int | None:
+        """The interval of a run that is at work or waits for it."""
+        query = sa.select(runs.c.interval_start).where(
+            runs.c.schedule == schedule.name, runs.c.state.in_(("pending", "running")), _in_lane("cron")
+        )
+        found = connection.scalar(query.order_by(runs.c.interval_start).limit(1))
+        return None if found is None else int(found)
+
+    def _take(self, connection: sa.Connection, row: sa.RowMapping) -> Run | None:
+        if row["attempts"] >= BEGINNINGS:
+            error = f"it was begun {row['attempts']} times, and each time its process was lost"
+            connection.execute(
+                sa.update(runs)
+                .where(runs.c.id == row["id"])
+                .values(**_free("failed"), error=error, finished_at=now())
+            )  # fmt: skip
+            return None
+        token = secrets.token_hex(16)
+        values = {"state": "running", "token": token, "attempts": row["attempts"] + 1, **_here(LEASE_SECONDS)}
+        connection.execute(sa.update(runs).where(runs.c.id == row["id"]).values(**values))
+        return _run({**row, "state": "running", "attempts": row["attempts"] + 1}, token)
+
+    def _insert(
+        self,
+        connection: sa.Connection,
+        name: str,
+        intervals: Sequence[Interval],
+        *,
+        state: str,
+        reason: str,
+        error: str | None = None,
+        again: bool = False,
+    ) -> None:
+        """Runs for those of the intervals that have none."""
+        known: set[int] = set()
+        for begin in range(0, len(intervals), _ROWS):
+            starts = [each.start for each in intervals[begin : begin + _ROWS]]
+            query = sa.select(runs.c.interval_start).where(runs.c.schedule == name, runs.c.interval_start.in_(starts))
+            known.update(connection.scalars(query))
+        new = [each for each in intervals if each.start not in known]
+        if new:
+            clock = connection.scalar(sa.select(now()))
+            ended = clock if state == "skipped" else None
+            connection.execute(
+                sa.insert(runs),
+                [
+                    {
+                        "schedule": name, "interval_start": each.start, "interval_end": each.end, "state": state,
+                        "reason": reason, "again": int(again), "attempts": 0, "failures": 0, "error": error,
+                        "created_at": clock, "finished_at": ended,
+                    }
+                    for each in new
+                ],
+            )  # fmt: skip
+
+    def _read(self) -> sa.Connection:
+        return self.engine.connect().execution_options(reading=True)
+
+
+def _unknown(name: str, known: Iterable[str]) -> SpecError:
+    return SpecError(
+        f"there is no schedule {name!r}{did_you_mean(name, known)}", hint="See them all with: tally schedule list"
+    )
+
+
+def _within(query: sa.Select[Any], within: Interval | None) -> sa.Select[Any]:
+    if within is None:
+        return query
+    return query.where(runs.c.interval_start >= within.start, runs.c.interval_start < within.end)
+
+
+def _is_within(start: int, within: Interval | None) -> bool:
+    return within is None or within.start <= start < within.end
+
+
+def _in_lane(lane: str) -> sa.ColumnElement[bool]:
+    return runs.c.reason == "backfill" if lane == "backfill" else runs.c.reason != "backfill"
+
+
+def _lane(row: sa.RowMapping) -> str:
+    return "backfill" if row["reason"] == "backfill" else "cron"
+
+
+def _free(state: str) -> dict[str, Any]:
+    """Nobody holds the run any more."""
+    return {
+        "state": state, "token": None, "owner_host": None, "owner_pid": None, "lease_until": None, "next_at": None,
+    }  # fmt: skip
+
+
+def _schedule(row: sa.RowMapping) -> Schedule:
+    values = {name: row[name] for name in Schedule.__slots__}
+    return Schedule(**values | {"paused": bool(row["paused"])})
+
+
+def _run(row: Mapping[Any, Any], token: str | None = None) -> Run:
+    values = {name: row[name] for name in Run.__slots__}
+    return Run(**values | {"again": bool(row["again"]), "token": token})

@@ -1,0 +1,121 @@
+"""The job of a schedule: a job file in whose values the interval of each run is filled in.
+
+``{interval_start}`` and ``{interval_end}`` stand for the interval's times on the clock of the schedule's zone, with
+``_utc`` appended on that of UTC; ISO 8601 with the offset, or as a format of ``strftime`` says:
+``{interval_start:%Y/%m/%d}``. No other braces mean anything here: ``{Device}`` belongs to the job.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC
+from typing import Any
+
+from tally.errors import SpecError
+from tally.jobs.spec import JobSpec, make
+from tally.jobs.spec import read as read_spec
+from tally.suggest import did_you_mean
+from tally.triggers.cron import Cron, Interval
+
+NAMES = ("interval_start", "interval_end", "interval_start_utc", "interval_end_utc")
+
+_PLACEHOLDER = re.compile(r"\{(interval\w*)(?::([^{}]*))?\}")
+_DAY = 86_400
+_DISTANCES = (0, 0.5, 1, 7, 28, 29, 30, 31, 365, 366)
+"""Days after which a format that leaves something out gives the same text again."""
+_NEIGHBOURS = 50
+
+
+def read(path: str) -> dict[str, Any]:
+    """The fields of a job file, with absolute places: the file may go away. Raises SpecError or StorageError."""
+    try:
+        return read_spec(path).model_dump(mode="json", exclude_unset=True)
+    except SpecError as error:
+        if "{'interval" in error.message:
+            error.hint = "In YAML a value that begins with a brace needs quotes: '{interval_start}'"
+        raise
+
+
+def fill(fields: Mapping[str, Any], interval: Interval, cron: Cron) -> JobSpec:
+    """The job for this interval. Raises SpecError with every problem."""
+    return make(**{name: _fill(value, interval, cron) for name, value in fields.items()})
+
+
+def check(fields: Mapping[str, Any], cron: Cron, moment: float) -> list[str]:
+    """Everything that would keep runs after ``moment`` from working, as far as can be told without running one."""
+    problems = [
+        f"{field}: there is no placeholder {name!r}{did_you_mean(name, NAMES)}"
+        for field, name in _placeholders(fields)
+        if name not in NAMES
+    ]
+    if problems:
+        return problems
+    sample, *others = _sample(cron, moment)
+    try:
+        fill(fields, sample, cron)
+        places = {_fill(fields["out"], sample, cron): sample}
+    except SpecError as error:
+        return error.problems
+    if not any(field == "out" for field, _ in _placeholders(fields)):
+        needs = "put {interval_start} into it, for example as {interval_start:%Y-%m-%dT%H%M}"
+        return [f"out: names no interval ({fields['out']}): each run would write where the one before it did; {needs}"]
+    for interval in others:
+        place = _fill(fields["out"], interval, cron)
+        if (earlier := places.setdefault(place, interval)) != interval:
+            return [f"out: two intervals would write to {place}: {_clash(earlier, interval, cron)}"]
+    return []
+
+
+def _sample(cron: Cron, moment: float) -> list[Interval]:
+    """Intervals at distances at which formats collide: neighbours, and where the clock is set back."""
+    found = cron.next(moment, _NEIGHBOURS)
+    begin = found[0].start
+    for days in _DISTANCES:
+        found += cron.next(begin + days * _DAY - 1, 1)
+    at: float = begin
+    for _ in range(2):
+        if (change := cron.clock_change(at)) is not None:
+            at = change[0]
+            found += cron.starting(at - _DAY / 8, at + _DAY / 8)
+    return list(dict.fromkeys(found))
+
+
+def _clash(one: Interval, other: Interval, cron: Cron) -> str:
+    first, second = sorted((one.start, other.start))
+    text = f"those that begin at {cron.text(first)} and at {cron.text(second)}"
+    if cron.local(first).replace(tzinfo=None, fold=0) == cron.local(second).replace(tzinfo=None, fold=0):
+        return text + ", when the clock is set back; use {interval_start_utc:...}, or add %z to the format"
+    return text + "; the format has to tell them apart"
+
+
+def _placeholders(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Where placeholders stand, and their names."""
+    if isinstance(value, str):
+        yield from ((field, found[1]) for found in _PLACEHOLDER.finditer(value))
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _placeholders(inner, f"{field}.{name}" if field else str(name))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _placeholders(inner, field)
+
+
+def _fill(value: Any, interval: Interval, cron: Cron) -> Any:
+    if isinstance(value, str):
+        return _PLACEHOLDER.sub(lambda found: _text(found[1], found[2], interval, cron), value)
+    if isinstance(value, Mapping):
+        return {name: _fill(inner, interval, cron) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_fill(inner, interval, cron) for inner in value]
+    return value
+
+
+def _text(name: str, form: str | None, interval: Interval, cron: Cron) -> str:
+    local = cron.local(interval.start if "start" in name else interval.end)
+    if name.endswith("_utc"):
+        local = local.astimezone(UTC)
+    try:
+        return local.strftime(form) if form else local.isoformat()
+    except ValueError as error:
+        raise SpecError(f"{{{name}:{form}}} cannot be written: {error}") from None
