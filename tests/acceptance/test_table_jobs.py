@@ -59,15 +59,37 @@ def test_the_models_of_fifteen_sensors_give_their_counts(
     ]
 
 
-def test_packed_models_give_the_same_and_are_registered(cli: Cli, readings: Path, models: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def trained(readings: Path, tmp_path: Path) -> str:
+    """A model for each device and sensor, trained on its first readings; the template of their files."""
+    import numpy as np
+    import skops.io
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import OneClassSVM
+
+    values: dict[tuple[str, str], list[float]] = {}
+    with readings.open(newline="") as file:
+        for row in csv.DictReader(file):
+            values.setdefault((row["Device"], row["Tag"]), []).append(float(row["Value"]))
+    (tmp_path / "models").mkdir()
+    for (device, tag), each in values.items():
+        model = make_pipeline(StandardScaler(), OneClassSVM(nu=0.02)).fit(np.array(each[:500])[:, None])
+        skops.io.dump(model, tmp_path / "models" / f"{device}_{tag}.skops")
+    return str(tmp_path / "models" / "{Device}_{Tag}.skops")
+
+
+def test_packed_models_give_the_same_and_are_registered(cli: Cli, readings: Path, trained: str, tmp_path: Path) -> None:
     packed = tmp_path / "sensors"
-    ran = cli("models", "pack", models / TEMPLATE, "--by", "Device,Tag", "--out", packed, "--name", "sensors")
+    ran = cli("models", "pack", trained, "--by", "Device,Tag", "--out", packed, "--name", "sensors")
     assert ran.code == 0, ran.err
     assert cli("models", "alias", "sensors", "champion", "1").code == 0
-    apart = tally.score(readings, models / TEMPLATE, tmp_path / "apart.parquet", by="Device,Tag", quiet=True)
+    apart = tally.score(readings, trained, tmp_path / "apart.parquet", by="Device,Tag", quiet=True)
     job = tally.score(readings, "models:/sensors@champion", tmp_path / "packed.parquet", quiet=True)
     assert job.results().equals(apart.results())
     assert job.results().num_rows == 17768
+    assert 0 < sum(job.results()["anomaly"].to_pylist()) < 17768
+    assert job.manifest["model"]["kind"] == "packed"
 
 
 def test_a_sensor_without_a_model_costs_nobody_else_anything(

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import threading
 import uuid
 from dataclasses import replace
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tests.videos import write_clip
@@ -17,9 +21,10 @@ from tally.scorers.base import Input, Item, Scorer
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
 from tally.sources.files import FileSource
 from tally.sources.reading import AHEAD, LOCAL_THREADS
+from tally.sources.tables import TableSource
 from tally.sources.video import VideoSource
 from tally.storage import open_store
-from tally.testing.sources import Recorder, SourceContract, chunks_of
+from tally.testing.sources import Recorder, SourceContract, TableSourceContract, chunks_of
 
 NAMES = ["a-b.png", "a.png", "a/1.png", "a/b/2.png", "a/b/3.png", "a0.png", "é.png"]
 
@@ -140,6 +145,183 @@ class TestRemotePaths(TestRemoteImages):
     @pytest.fixture
     def source(self, png: bytes) -> Source:
         return FileSource.describe([_fill(f"memory://{uuid.uuid4().hex}/in", png)], "path")
+
+
+def write_parquet(place: str, name: str, rows: list[dict[str, object]], group: int = 3) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=group)
+    open_store(place).write(name, sink.getvalue().to_pybytes())
+
+
+READINGS = [{"device": n % 3, "value": n / 2, "note": f"n{n}"} for n in range(12)]
+
+
+class TestParquet(TableSourceContract):
+    """Two files, one of several row groups."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> str:
+        return str(tmp_path / "in")
+
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return [*(f"a.parquet#{row}" for row in range(1, 11)), "b/it's [1].parquet#1", "b/it's [1].parquet#2"]
+
+    @pytest.fixture
+    def rows(self) -> list[dict[str, object]]:
+        return [{"value": row["value"]} for row in READINGS]
+
+    @pytest.fixture
+    def source(self, place: str) -> Source:
+        write_parquet(place, "a.parquet", READINGS[:10])
+        write_parquet(place, "b/it's [1].parquet", READINGS[10:])
+        write_parquet(place, "b/nothing.parquet", [])
+        return TableSource.describe([place], features=["value"], keep=["note"])
+
+
+class TestRemoteParquet(TestParquet):
+    @pytest.fixture
+    def place(self) -> str:
+        return f"memory://{uuid.uuid4().hex}/in"
+
+
+class TestCsv(TableSourceContract):
+    """Two files whose columns stand in another order, one packed."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> str:
+        return str(tmp_path / "in")
+
+    @pytest.fixture
+    def scratch(self, tmp_path: Path) -> str:
+        return str(tmp_path / "work")
+
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return [*(f"a*.csv#{row}" for row in range(1, 6)), "b.csv.gz#1", "b.csv.gz#2"]
+
+    @pytest.fixture
+    def rows(self) -> list[dict[str, object]]:
+        return [{"value": row["value"], "device": row["device"]} for row in READINGS[:7]]
+
+    @pytest.fixture
+    def source(self, place: str, scratch: str) -> Source:
+        store = open_store(place)
+        lines = [f"{row['device']},{row['value']},{row['note']}\n" for row in READINGS]
+        store.write("a*.csv", ("device,value,note\n" + "".join(lines[:5])).encode())
+        store.write("b.csv.gz", gzip.compress(b"value,note,device\n2.5,n5,2\n3,n6,0\n"))
+        store.write("c.csv", b"")
+        return TableSource.describe([place], features=["value", "device"], keep=["note"]).at(scratch)
+
+
+class TestRemoteCsv(TestCsv):
+    @pytest.fixture
+    def place(self) -> str:
+        return f"memory://{uuid.uuid4().hex}/in"
+
+    @pytest.fixture
+    def scratch(self) -> str:
+        return f"memory://{uuid.uuid4().hex}/work"
+
+
+class TestJsonLines(TableSourceContract):
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return [f"a.jsonl#{row}" for row in range(1, 13)]
+
+    @pytest.fixture
+    def rows(self) -> list[dict[str, object]]:
+        return READINGS
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        lines = "".join(json.dumps(row) + "\n" for row in READINGS)
+        (tmp_path / "a.jsonl").write_text(lines)
+        source = TableSource.describe([str(tmp_path / "a.jsonl")], features=None)
+        return source.at(str(tmp_path / "work"))
+
+
+class TestArrow(TestJsonLines):
+    """A file, and a stream."""
+
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return [*(f"a.arrow#{row}" for row in range(1, 8)), *(f"b.arrow#{row}" for row in range(1, 6))]
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        table = pa.Table.from_pylist(READINGS)
+        with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+            writer.write_table(table[:7], max_chunksize=2)
+        with pa.ipc.new_stream(tmp_path / "b.arrow", table.schema) as writer:
+            writer.write_table(table[7:], max_chunksize=2)
+        return TableSource.describe([str(tmp_path / "?.arrow")], features=None).at(str(tmp_path / "work"))
+
+
+class TestGroupedByKey(TableSourceContract):
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        order = [number for device in range(3) for number in range(12) if number % 3 == device]
+        return [f"a.parquet#{n + 1}" if n < 10 else f"b.parquet#{n - 9}" for n in order]
+
+    @pytest.fixture
+    def rows(self) -> list[dict[str, object]]:
+        return [
+            {"device": row["device"], "value": row["value"]} for row in sorted(READINGS, key=lambda row: row["device"])
+        ]
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        write_parquet(str(tmp_path / "in"), "a.parquet", READINGS[:10])
+        write_parquet(str(tmp_path / "in"), "b.parquet", READINGS[10:])
+        source = TableSource.describe([str(tmp_path / "in")], features=["value"], by=["device"], keep=["note"])
+        return source.at(str(tmp_path / "work"))
+
+
+class TestChosenRows(TestGroupedByKey):
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return ["a.parquet#9", "a.parquet#10", "b.parquet#1", "b.parquet#2"]
+
+    @pytest.fixture
+    def rows(self) -> list[dict[str, object]]:
+        return [{"value": row["value"]} for row in READINGS[8:]]
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        grouped = super().source.__wrapped__(self, tmp_path)  # type: ignore[attr-defined]
+        where = "note IN ('n8', 'n9', 'n10', 'n11') -- the last"
+        return TableSource.describe(grouped.listing.uris, features=["value"], where=where).at(grouped.scratch)
+
+
+class TestWindows(TableSourceContract):
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return [f"{device}/2026-01-01T00:0{minute}:00" for device in ("p", "q%2F1") for minute in (0, 5)]
+
+    @pytest.fixture
+    def rows(self) -> list[dict[str, object]]:
+        return [
+            {"device": device, "value_mean": low + 2.0, "value_last": low + 4, "count": 5}
+            for device, low in (("p", 0), ("p", 5), ("q/1", 10), ("q/1", 15))
+        ]
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        rows = [
+            {"at": datetime.fromisoformat(f"2026-01-01T00:0{n % 10}"), "device": "p" if n < 10 else "q/1", "value": n}
+            for n in range(20)
+        ]
+        write_parquet(str(tmp_path / "in"), "a.parquet", rows[::-1])
+        source = TableSource.describe(
+            [str(tmp_path / "in")],
+            features=["value_mean", "value_last", "count"],
+            by=["device"],
+            time="at",
+            window=300,
+            aggregate=["mean", "last", "count"],
+        )
+        return source.at(str(tmp_path / "work"))
 
 
 # What only files have -------------------------------------------------------------------------------

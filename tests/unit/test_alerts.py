@@ -26,11 +26,13 @@ import pytest
 import sqlalchemy as sa
 from tests.services import postgres_database
 
+from tally.api import Job
 from tally.config import settings
 from tally.errors import JobError, SourceNotFoundError, SpecError
 from tally.jobs import alerts, rules, webhook
 from tally.jobs.alerts import check, conclude, deliver, evaluate, of, reopen, unevaluated
 from tally.jobs.database import now
+from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobRecord, JobStore, connect
 from tally.jobs.tables import alerts as table
 from tally.jobs.tables import jobs
@@ -806,26 +808,77 @@ def test_neither_secret_nor_path_is_ever_shown(
     assert SECRET[6:] not in everything
 
 
-def test_alerts_may_be_sent_by_hand(
-    store: JobStore, tmp_path: Path, receiver: Receiver, cli: Callable[..., Any]
+# -- of real jobs --------------------------------------------------------------------------------------
+
+SCORER = """
+import tally
+
+
+class Odd(tally.Scorer):
+    input = "bytes"
+    columns = {"anomaly": "bool"}
+
+    def score(self, batch):
+        return [ValueError("broken") if data == b"broken" else {"anomaly": data == b"odd"} for data in batch]
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, cli: Callable[..., Any]) -> Callable[..., Any]:
+    """``tally score`` of files with these contents, into ``out``."""
+
+    def run(contents: list[bytes], *options: str) -> Any:
+        (tmp_path / "odd.py").write_text(SCORER)
+        (tmp_path / "in").mkdir()
+        for number, data in enumerate(contents):
+            (tmp_path / "in" / f"{number}.bin").write_bytes(data)
+        model = f"{tmp_path / 'odd.py'}:Odd"
+        return cli("score", tmp_path / "in", "--model", model, "--out", tmp_path / "out", "-w", 1, *options)
+
+    return run
+
+
+def test_the_webhook_is_told_of_anomalies(run: Callable[..., Any], receiver: Receiver, tmp_path: Path) -> None:
+    alert = ("--alert", "anomalies>=2", "--alert", "failed", "--webhook", receiver.url)
+    ran = run([b"odd", b"even", b"odd"], *alert)
+    assert ran.code == 0
+    assert "alert: anomalies >= 2: delivered" in ran.err
+    ((headers, body),) = receiver.got
+    assert genuine(headers, body)
+    data = json.loads(body)["data"]
+    assert (data["rule"], data["value"], data["job"]["state"]) == ("anomalies >= 2", 2, "finished")
+    job = Job(str(tmp_path / "out"))
+    assert job.manifest["spec"]["alerts"] == ["anomalies >= 2", "failed"]
+    seen = [ran.out, ran.err, (tmp_path / "out" / "_manifest.json").read_text(), repr(job.record), repr(job)]
+    seen += [str(job.manifest), repr(JobSpec(**job.record.spec))]
+    assert HIDDEN not in "".join(seen)
+
+
+def test_the_webhook_is_told_of_a_failure(run: Callable[..., Any], receiver: Receiver) -> None:
+    ran = run([b"broken"], "--alert", "anomalies > 0", "--alert", "failed", "--webhook", receiver.url)
+    assert ran.code == 1
+    ((_, body),) = receiver.got
+    data = json.loads(body)["data"]
+    assert (data["rule"], data["job"]["state"], data["job"]["dead"]) == ("failed", "failed", 1)
+    assert "all 1 items failed" in data["job"]["error"]
+
+
+def test_what_is_wrong_with_alerts_is_said_at_the_start(run: Callable[..., Any], receiver: Receiver) -> None:
+    ran = run([b"odd"], "--alert", "anomalie > 0", "--alert", "rows = 0", "--webhook", "x" + receiver.url)
+    assert ran.code == 2
+    for message in ("did you mean 'anomalies'?", "'=' is no comparison", "webhook: should be an address"):
+        assert message in ran.err
+    assert HIDDEN not in ran.err
+    assert receiver.got == []
+
+
+def test_a_real_job_that_nobody_judged_is_sent_by_hand(
+    store: JobStore, run: Callable[..., Any], receiver: Receiver, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
-    """Of a real job, which nobody has judged."""
-    import tally
-
-    class Counting(tally.Scorer):
-        input = "bytes"
-        columns = {"anomaly": "bool"}  # noqa: RUF012
-
-        def score(self, batch: Any) -> Any:
-            return [{"anomaly": data == b"odd"} for data in batch]
-
-    (tmp_path / "in").mkdir()
-    for number, data in enumerate([b"odd", b"even", b"odd"]):
-        (tmp_path / "in" / f"{number}.bin").write_bytes(data)
-    job = tally.score(tmp_path / "in", Counting, tmp_path / "out.csv", quiet=True, workers=1)
-    spec = {**job.record.spec, "alerts": ["anomalies >= 2"], "webhook": receiver.url}
-    record = store.respec(job.id, spec)
+    assert run([b"odd", b"even"]).code == 0
+    record = Job(str(tmp_path / "out")).record
+    store.respec(record.id, {**record.spec, "alerts": ["anomalies >= 1"], "webhook": receiver.url})
     assert [each.id for each in unevaluated(store)] == [record.id]
-    sent = cli("jobs", "alerts", tmp_path / "out.csv", "--send")
-    assert (sent.code, sent.out.partition(" 20")[0]) == (0, "anomalies >= 2: delivered")
-    assert json.loads(receiver.got[0][1])["data"]["value"] == 2
+    sent = cli("jobs", "alerts", tmp_path / "out", "--send")
+    assert (sent.code, sent.out.partition(" 20")[0]) == (0, "anomalies >= 1: delivered")
+    assert json.loads(receiver.got[0][1])["data"]["value"] == 1

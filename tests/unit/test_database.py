@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
@@ -59,6 +60,31 @@ def test_the_migrated_schema_is_that_of_the_tables(url: str, opened: Callable[[s
                 table.to_metadata(metadata)
         assert compare_metadata(context, metadata) == []
         assert context.get_current_revision() == HEAD
+
+
+def test_an_earlier_schema_is_brought_up_to_date_with_what_is_in_it(
+    url: str, opened: Callable[[str], sa.Engine]
+) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
+    if url.startswith("sqlite"):
+        Path(str(sa.make_url(url).database)).parent.mkdir(parents=True)
+    earlier = sa.create_engine(url)
+    with earlier.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        assert not sa.inspect(connection).has_table("schedules")
+        connection.execute(
+            sa.insert(tables.jobs).values(
+                id="job", fingerprint="", spec={}, model={}, state="finished", wanted="run", remarks=[], generation=0,
+                created_at=1.0, planned=1, items=3, done=3, dead=0, rows=3, bytes=0, usage={},
+            )
+        )  # fmt: skip
+    earlier.dispose()
+    engine = opened(url)
+    assert JobStore(engine).get("job").done == 3
+    with engine.connect().execution_options(**READING) as connection:
+        assert {"schedules", "schedule_runs", "alerts"} <= set(sa.inspect(connection).get_table_names())
 
 
 def test_head_is_the_newest_migration() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError, TallyError
@@ -51,6 +52,10 @@ def run(found: ScriptScorer, *values: Any) -> list[Any]:
         ("def run(image): ...", "bytes"),
         ("def run(raw_data): ...", "json"),
         ("def run(data): ...", "json"),
+        ("def run(df): ...", "dataframe"),
+        ("def run(mini_batch: pd.DataFrame): ...", "dataframe"),
+        ("def run(data: 'pandas.DataFrame') -> list: ...", "dataframe"),
+        ("@rawhttp\ndef run(frame): ...", "raw"),
     ],
 )
 def test_form_is_told_from_decorator_and_parameter(tmp_path: Path, run: str, form: str) -> None:
@@ -246,3 +251,77 @@ def test_model_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Model.get_model_path("frcnn")
     with pytest.raises(ModelNotFoundError, match="no version 3, only 2, 10"):
         Model.get_model_path("yolo", version=3)
+
+
+# ---------------------------------------------------------------------------------------------- DataFrames
+
+READINGS = pa.table({"Device": ["p1", "p2", None], "Value": [1.5, 2.5, 3.5], "Count": [1, 2, 3]})
+
+
+def frames(folder: Path, body: str, **options: Any) -> ScriptScorer:
+    return scorer(folder, f"def init(): ...\ndef run(df):\n    {body}\n", **options)
+
+
+def test_rows_of_a_table_come_as_a_dataframe(tmp_path: Path) -> None:
+    found = frames(
+        tmp_path,
+        "assert type(df).__name__ == 'DataFrame' and list(df.index) == [0, 1, 2]\n"
+        "    assert df['Count'].dtype == 'int64' and df['Device'].tolist() == ['p1', 'p2', None]\n"
+        "    return df['Value'] * df['Count']",
+    )
+    assert found.input == "table"
+    assert found.features is None
+    assert found.describe() == "score.py: run() takes DataFrames"
+    result = found.score(READINGS)
+    assert isinstance(result, pa.Table)
+    assert result.to_pydict() == {"prediction": [1.5, 5.0, 10.5]}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("return df[['Value']].assign(high=df['Value'] > 2)", {"Value": [1.5, 2.5, 3.5], "high": [False, True, True]}),
+        ("return (df['Value'] > 2).rename('anomaly')", {"anomaly": [False, True, True]}),
+        ("return df['Value'].to_numpy()", {"prediction": [1.5, 2.5, 3.5]}),
+        ("return df[['Value', 'Count']].to_numpy()", {"prediction": [[1.5, 1.0], [2.5, 2.0], [3.5, 3.0]]}),
+        ("return df[df['Value'] > 0].set_index('Count')[['Value']]", {"Value": [1.5, 2.5, 3.5]}),
+        ("return {'twice': (df['Value'] * 2).tolist()}", {"twice": [3.0, 5.0, 7.0]}),
+    ],
+)
+def test_answers_that_are_columns_stay_columns(tmp_path: Path, body: str, expected: dict[str, Any]) -> None:
+    result = frames(tmp_path, body).score(READINGS)
+    assert isinstance(result, pa.Table)
+    assert result.to_pydict() == expected
+
+
+def test_a_list_answers_row_by_row(tmp_path: Path) -> None:
+    found = frames(tmp_path, "return [{'label': 'a'}, ValueError('no reading'), 3]")
+    first, second, third = found.score(READINGS)
+    assert (first, third) == ({"label": "a"}, {"prediction": 3})
+    assert isinstance(second, ValueError)
+    mixed = frames(tmp_path, "return df.assign(answer=[1, 'two', 3.0])[['answer']]")
+    assert [dict(each) for each in mixed.score(READINGS)] == [{"answer": 1}, {"answer": "two"}, {"answer": 3.0}]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return df['Value'][:2]", "returned 2 results for a DataFrame of 3 rows"),
+        ("return [1]", "returned 1 results for a DataFrame of 3 rows"),
+        ("return {'a': [1, 2]}", "returned a value of type dict for a DataFrame of 3 rows"),
+        ("return {'a': 'abc'}", "returned a value of type dict for a DataFrame of 3 rows"),
+        ("return None", "returned nothing for a DataFrame of 3 rows"),
+    ],
+)
+def test_answers_of_another_length_are_refused(tmp_path: Path, body: str, message: str) -> None:
+    with pytest.raises(TallyError, match=f"{message}\n.*one result per row.*(?i:an) exception object marks a row"):
+        frames(tmp_path, body).score(READINGS)
+
+
+def test_a_script_may_ask_for_columns(tmp_path: Path) -> None:
+    found = frames(tmp_path, "return df.sum(axis=1)", features=["Value", "Count"], batch_size=100)
+    assert found.features == ["Value", "Count"]
+    assert found.batch_size == 100
+    assert found.score(READINGS).to_pydict() == {"prediction": [2.5, 4.5, 6.5]}
+    with pytest.raises(SpecError, match="takes a file's bytes, not rows of a table"):
+        ScriptScorer(write(tmp_path, "def init(): ...\ndef run(image): ..."), features=["Value"])

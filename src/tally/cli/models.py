@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tally.cli.console import pairs, table
+from tally.cli.values import names
 from tally.errors import ModelChangedError
 
 if TYPE_CHECKING:
@@ -72,6 +74,44 @@ def add(
     else:
         click.echo(f"added {added} ({_size(added.bytes)}, {added.hash[:19]})" + (f" as {alias}" if alias else ""))
     use = f"models:/{name}@{alias}" if alias else str(added)
+    click.echo(f"  Use it: tally score SOURCE --model {use} --out OUT", err=True)
+
+
+@models.command(short_help="Many models in one file.")
+@click.argument("template")
+@click.option("--by", required=True, callback=names, metavar="COLUMNS", help="Columns whose values choose a model.")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write.")
+@click.option("--name", help="Register the package under this name.")
+@click.option("--trust", is_flag=True, help="Open pickles, which run code. Only if you know where they come from.")
+def pack(template: str, by: tuple[str, ...], out: Path, name: str | None, trust: bool) -> None:
+    """Put one scikit-learn model for each key into one package.
+
+    TEMPLATE names the files, with the key's columns in braces. One-class SVMs, alone or behind a StandardScaler, are
+    kept as numbers and scored together; other models are kept whole.
+
+    \b
+    tally models pack 'models/{Device}_{Tag}.skops' --by Device,Tag --out models/pumps --name pumps
+    tally score readings.parquet --model models:/pumps --out predictions/
+    """
+    from tally.scorers.keyed import pack as pack_models
+
+    packed = pack_models(str(Path(template).expanduser().absolute()), by, out, name=name, trusted=trust)
+    kinds = [
+        f"{count:,} {kind}" for count, kind in ((packed.stacked, "stacked"), (packed.whole, "kept whole")) if count
+    ]
+    size = sum(each.stat().st_size for each in out.iterdir() if each.is_file())
+    click.echo(f"packed {packed.models:,} models into {out}: {', '.join(kinds)}; {_size(size)}")
+    if packed.requires_trust:
+        click.secho(
+            "note: some hold types that can do more than compute: scoring needs --trust too", dim=True, err=True
+        )
+    use = str(out)
+    if name is not None:
+        from tally.scorers.package import resolve
+
+        added = _registry().add(name, resolve(out, trust=trust))
+        click.echo(f"{added} has this content already" if added.existed else f"added {added} ({added.hash[:19]})")
+        use = f"models:/{name}"
     click.echo(f"  Use it: tally score SOURCE --model {use} --out OUT", err=True)
 
 

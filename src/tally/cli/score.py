@@ -90,13 +90,24 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--memory", help="Memory that one worker may hold, e.g. 2GiB.")
 @click.option("--max-dead", help="Share of failed items at which the job stops.  [default: 50%]")
 @click.option("--min-dead", type=int, help="... once so many items are finished.  [default: 1000]")
+@click.option(
+    "--alert", "alerts", multiple=True, metavar="RULE", help="Tell the webhook if it holds in the end: 'anomalies > 0'."
+)
+@click.option("--webhook", help="Where alerts are sent: https://..., or env:NAME.")
 @click.option("--strict", is_flag=True, help="Stop at the first item that fails.")
 @click.option("--price-per-hour", type=float, help="What this machine costs; the job's cost is then shown.")
 @click.option(
     "--trust", is_flag=True, help="Open models that carry code (pickles). Only if you know where they come from."
 )
 @_resume_options
-def score(assignments: tuple[str, ...], csv_options: tuple[str, ...], resume: bool, overwrite: bool, quiet: bool, **fields: Any) -> int:
+def score(
+    assignments: tuple[str, ...],
+    csv_options: tuple[str, ...],
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+    **fields: Any,
+) -> int:
     """Score every item of SOURCE with a model.
 
     SOURCE is a folder, a file, a glob in quotes ('photos/**/*.jpg') or a bucket URL (s3://, az://, gs://);
@@ -113,6 +124,7 @@ def score(assignments: tuple[str, ...], csv_options: tuple[str, ...], resume: bo
     """
     from tally.jobs.spec import make
 
+    fields["alerts"] = fields["alerts"] or None
     for flag in ("trust", "overlay", "strict"):
         fields[flag] = fields[flag] or None
     spec = make(settings=pairs("--set", assignments), csv=pairs("--csv", csv_options), **fields)

@@ -5,12 +5,19 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from tally.cli.console import pairs
+from tally.cli.values import duration, names, share
+
 if TYPE_CHECKING:
+    from tally.training import anomaly as anomalies
     from tally.training.style import Step
+
+SHOWN = 5
+"""Keys that are named, of those without a model."""
 
 
 @click.group()
@@ -73,35 +80,143 @@ def style(
     click.echo(f"  Use it: tally score SOURCE --model {added} --out OUT", err=True)
 
 
-class _Progress:
+@train.command(short_help="Detectors of anomalies, one for each key of a table.")
+@click.argument("source", nargs=-1, required=True)
+@click.option("--by", required=True, callback=names, help="Columns that make a key, e.g. Device,Tag.")
+@click.option("--value", "values", required=True, callback=names, help="Columns of readings, e.g. Value.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the model package.")
+@click.option(
+    "--kind",
+    type=click.Choice(["ocsvm", "isolation-forest"]),
+    default="ocsvm",
+    show_default=True,
+    help="One-class SVMs, which are scored thousands at once, or isolation forests.",
+)
+@click.option(
+    "--nu", callback=share, default="0.01", show_default=True, help="Share of the training rows that may be anomalous."
+)
+@click.option("--gamma", default="scale", show_default=True, help="Of SVMs: scale, auto or a number; more, closer.")
+@click.option("--time", help="Column of timestamps.")
+@click.option("--window", callback=duration, help="Gather readings over so long a time first, e.g. 5m.")
+@click.option("--aggregate", callback=names, default="mean", show_default=True, help="... as mean,min,max,last,count.")
+@click.option("--where", help="Rows to train with: a condition in SQL.")
+@click.option(
+    "--csv", "csv_options", multiple=True, metavar="KEY=VALUE", help="How to read CSV, e.g. delim=';' or header=false."
+)
+@click.option("--max-rows", default=2000, show_default=True, help="Rows of each key, spread over all that it has.")
+@click.option("-w", "--workers", type=int, help="Worker processes; one per core if left out.")
+@click.option("--seed", default=1, show_default=True, help="The same seed, the same models.")
+@click.option("--name", help="In the registry.  [default: the name of the out folder]")
+def anomaly(
+    source: tuple[str, ...],
+    out: Path,
+    kind: Any,
+    nu: float,
+    gamma: str,
+    max_rows: int,
+    seed: int,
+    name: str | None,
+    csv_options: tuple[str, ...],
+    **given: Any,
+) -> None:
+    """Train a detector of anomalies for each key of a table: each device, each sensor.
+
+    SOURCE is a table (Parquet, CSV, JSON Lines, Arrow), a folder, a glob or a bucket URL; there may be several. Keys
+    with too few readings are named and left out. All models are in one file.
+
+    \b
+    tally train anomaly readings/ --by Device,Tag --value Value --out models/pumps
+    tally train anomaly readings/ --by Device,Tag --value Value --time TS --window 5m --aggregate mean,min,max \\
+        --out models/pumps
+    """
+    from tally.models.registry import open_registry
+    from tally.training.anomaly import Recipe, Training
+    from tally.training.style import registry_name
+
+    name = registry_name(name or out.absolute().name)
+    recipe = Recipe(kind=kind, nu=nu, gamma=_gamma(gamma), max_rows=max_rows, seed=seed)
+    training = Training(sources=source, out=out, recipe=recipe, csv=pairs("--csv", csv_options), **given)
+    show = _Keys()
+    try:
+        trained = training.run(show, lambda line: click.secho(line, dim=True, err=True))
+    except KeyboardInterrupt:
+        click.echo(f"\nstopped after {show.done:,} keys: no model was written", err=True)
+        raise click.Abort from None
+    finally:
+        show.end()
+    figures = trained.facts["metrics"]
+    for key, reason in [*trained.failed.items()][:SHOWN]:
+        click.echo(f"no model for {key}: {reason}", err=True)
+    if len(trained.failed) > SHOWN:
+        click.echo(f"... and for {len(trained.failed) - SHOWN:,} other keys", err=True)
+    if figures["rows_left_out"]:
+        click.echo(
+            f"{figures['rows_left_out']:,} rows without a value or with one that is not finite were left out", err=True
+        )
+    added = open_registry().add(name, out, metadata=trained.facts)
+    click.echo(
+        f"wrote {out}: {figures['keys']:,} models from {figures['rows_used']:,} of {figures['rows']:,} rows, "
+        f"{figures['anomalous_share']:.2%} of them anomalous ({(out / training.file).stat().st_size / 1000:,.0f} kB)"
+    )
+    click.echo(f"{'is already' if added.existed else 'registered as'} {added}")
+    gathered = ""
+    if training.window is not None:
+        gathered = f"--time {training.time} --window {training.window:g}s --aggregate {','.join(training.aggregate)} "
+    click.echo(f"  Use it: tally score SOURCE --model {added} {gathered}--out OUT", err=True)
+
+
+def _gamma(text: str) -> Any:
+    if text in ("scale", "auto"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is neither scale, auto nor a number", param_hint="--gamma") from None
+
+
+class _Line:
     """One line that is rewritten on a terminal; elsewhere a line at each tenth."""
 
-    def __init__(self, events: Path) -> None:
+    def __init__(self) -> None:
         self.done = 0
-        self._events = events
         self._begun = time.monotonic()
         self._shown = 0.0
         self._terminal = sys.stderr.isatty()
 
-    def __call__(self, step: Step) -> None:
-        if not self.done:
-            click.echo(f"watch it: tensorboard --logdir {self._events}", err=True)
-        self.done = step.done
+    def tell(self, done: int, of: int, unit: str, more: str) -> None:
+        """So many are done; what ``more`` says is added."""
+        tenth = 10 * done // of > 10 * self.done // of
+        self.done = done
         now = time.monotonic()
-        if self._terminal:
-            due = now - self._shown > 0.2 or step.done == step.of
-        else:
-            due = 10 * step.done // step.of > 10 * (step.done - 1) // step.of
-        if not due:
+        if not (now - self._shown > 0.2 or done == of if self._terminal else tenth):
             return
         self._shown = now
-        rate = step.done / (now - self._begun)
-        left = round((step.of - step.done) / rate)
-        losses = ", ".join(f"{name} {value:.3f}" for name, value in step.losses.items())
-        line = f"{step.done}/{step.of} steps, {rate:.1f} steps/s, {left // 60}:{left % 60:02d} left, {losses}"
+        rate = done / (now - self._begun)
+        left = round((of - done) / rate)
+        line = f"{done:,}/{of:,} {unit}, {rate:,.1f} {unit}/s, {left // 60}:{left % 60:02d} left, {more}"
         click.echo(f"\r{line}\x1b[K" if self._terminal else line, err=True, nl=not self._terminal)
 
     def end(self) -> None:
         """Leave the line."""
         if self._terminal and self.done:
             click.echo(err=True)
+
+
+class _Progress(_Line):
+    """Of steps."""
+
+    def __init__(self, events: Path) -> None:
+        super().__init__()
+        self._events = events
+
+    def __call__(self, step: Step) -> None:
+        if not self.done:
+            click.echo(f"watch it: tensorboard --logdir {self._events}", err=True)
+        self.tell(step.done, step.of, "steps", ", ".join(f"{name} {loss:.3f}" for name, loss in step.losses.items()))
+
+
+class _Keys(_Line):
+    """Of keys."""
+
+    def __call__(self, step: anomalies.Step) -> None:
+        self.tell(step.done, step.of, "keys", f"{step.rows:,} rows, {step.failed:,} without a model")

@@ -13,15 +13,16 @@ import tally
 from tally.config import settings
 from tally.engines.base import Engine, Limits
 from tally.errors import JobExistsError, JobStateError, SourceNotFoundError, SpecError
-from tally.jobs import work
+from tally.jobs import alerts, work
 from tally.jobs.coordinator import LEASE_SECONDS, Coordinator, Progress
 from tally.jobs.database import connect
 from tally.jobs.spec import JobSpec, absolute
 from tally.jobs.store import JobRecord, JobStore
 from tally.scorers.base import Scorer
-from tally.scorers.package import ModelRef, create, resolve, verify
+from tally.scorers.package import ModelRef, create, refreshed, resolve, verify
 from tally.sinks.base import Sink
 from tally.sinks.choose import choose
+from tally.sinks.rows import RowsSink
 from tally.sinks.staging import StagedSink
 from tally.sinks.video import VideoSink
 from tally.sources.base import Source
@@ -90,7 +91,8 @@ def _source(spec: JobSpec, scorer: Scorer) -> Source:
     input = scorer.input  # noqa: A001  # the scorer's word
     tabular = next((name for name in _TABULAR if _is_given(spec, name)), None)
     if input == "table":
-        if other := next((name for name in (*_DECODING, *_ENCODING, "frames", "overlay") if _is_given(spec, name)), None):
+        pictorial = (*_DECODING, *_ENCODING, "frames", "overlay")
+        if other := next((name for name in pictorial if _is_given(spec, name)), None):
             raise SpecError(f"{other}: is for pictures and videos, and the model is given tables")
         return TableSource.describe(
             spec.source,
@@ -197,6 +199,7 @@ def submit(
     """
     ref = describe_model(spec, model)
     parts = assemble(spec, ref)
+    alerts.check(spec.alerts, spec.webhook, parts.sink.columns if isinstance(parts.sink, RowsSink) else ())
     # What a folder is taken for stays, whatever is put into it later.
     spec = spec.model_copy(update={"media": _MEDIA.get(type(parts.source), spec.media)})
     for line in ref.assumed:
@@ -258,7 +261,8 @@ def drive(
     if record.state == "cancelled" or (record.state == "finished" and not retry_dead):
         raise JobStateError(f"job {record.id} is {record.state}", hint=f"See it with: tally jobs show {record.id}")
     spec = JobSpec(**record.spec)
-    parts = assemble(spec, ModelRef.from_dict(record.model))
+    model = ModelRef.from_dict(record.model)
+    parts = assemble(spec, refreshed(model) if retry_dead else model)
     verify(parts.model)  # before anything is touched
     lease = store.acquire(record.id, seconds=LEASE_SECONDS)
     if lease is None:
@@ -282,10 +286,11 @@ def drive(
         )
         parts.sink.claim(record.id)
         if retry_dead:
+            parts.source.prepare()
             dead = [each.chunk for each in store.dead(record.id)]
             manifest = parts.sink.manifest() or {}
             published = (manifest.get("job"), manifest.get("generation")) == (record.id, record.generation)
-            store.reopen(lease, parts.source.combine(dead), published=published)
+            store.reopen(lease, parts.source.combine(dead), published=published, model=parts.model.to_dict())
         coordinator = Coordinator(
             store,
             store.get(record.id),
@@ -305,8 +310,14 @@ def drive(
         store.release(lease, "interrupted" if stopped else "failed", error=None if stopped else str(error))
         raise
     started(coordinator)
-    coordinator.run()
-    return store.get(record.id)
+    try:
+        coordinator.run()
+    except Exception as error:
+        alerts.conclude(store, store.get(record.id), parts.sink, error=error, say=say)
+        raise
+    ended = store.get(record.id)
+    alerts.conclude(store, ended, parts.sink, say=say)
+    return ended
 
 
 def discard(store: JobStore, record: JobRecord) -> None:
@@ -379,5 +390,5 @@ def _facts(spec: JobSpec, model: ModelRef) -> dict[str, Any]:
             "options": {name: value for name, value in model.options.items() if name != "labels"},
         },
         "source": list(spec.source),
-        "spec": spec.model_dump(mode="json", exclude={"source", "out"}),
+        "spec": spec.model_dump(mode="json", exclude={"source", "out", "webhook"}),
     }

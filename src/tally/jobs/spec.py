@@ -9,9 +9,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tally.errors import SpecError, StorageError
+from tally.jobs.rules import checked as alert_rule
+from tally.jobs.webhook import checked as web_address
 from tally.suggest import did_you_mean
 
 _DEVICE = re.compile(r"auto|cpu|(cuda|tensorrt)(:\d+)?")
@@ -36,18 +38,19 @@ class JobSpec(BaseModel):
     stands for all. where: a condition in SQL; other rows are not there. time: the column of timestamps.
     window: seconds that readings are gathered over before they are scored (``5m`` is understood).
     aggregate: what is made of each window's values. csv: options for reading CSV.
+    alerts: rules that are looked at when the job has ended; webhook: where it is told that one of them holds.
     every, size, frames, codec, crf, audio: of videos. size: (width, height) in pixels (``640x360`` is understood).
     timeout: seconds that one batch may take. memory: bytes that one worker may hold (``2GiB`` is understood);
     None: four fifths of this machine's memory, shared by the workers.
     max_dead: share of dead items above which the job stops, once ``min_dead`` items are finished.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     source: tuple[Annotated[str, Field(min_length=1)], ...]
     model: str = Field(min_length=1)
     out: str = Field(min_length=1)
-    task: Literal["classify", "detect", "restyle", "embed", "segment"] | None = None
+    task: Literal["classify", "detect", "restyle", "embed", "segment", "values"] | None = None
     labels: str | None = None
     artifacts: str | None = None
     settings: dict[str, Any] = {}
@@ -79,6 +82,8 @@ class JobSpec(BaseModel):
     min_dead: int = Field(default=1000, ge=1)
     strict: bool = False
     price_per_hour: float | None = Field(default=None, ge=0)
+    alerts: tuple[Annotated[str, AfterValidator(alert_rule)], ...] = ()
+    webhook: Annotated[str, AfterValidator(web_address)] | None = Field(default=None, repr=False)
 
     @field_validator("source", mode="before")
     @classmethod
@@ -269,4 +274,6 @@ def _problem(error: Any) -> str:
         return f"{where}: is not UTF-8 text (given: {error['input']!r})"
     message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
     message = message[0].lower() + message[1:]
+    if where == "webhook":
+        return f"{where}: {message}"
     return f"{where}: {message} (given: {error['input']!r})"

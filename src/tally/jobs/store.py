@@ -47,7 +47,7 @@ class JobRecord:
 
     id: str
     fingerprint: str
-    spec: dict[str, Any]
+    spec: dict[str, Any] = field(repr=False)
     model: dict[str, Any]
     state: str
     wanted: str
@@ -335,8 +335,10 @@ class JobStore:
             )
         return attempt
 
-    def reopen(self, lease: Lease, replay: Iterable[Chunk], *, published: bool) -> None:
-        """Replay the dead items as ``replay``.
+    def reopen(
+        self, lease: Lease, replay: Iterable[Chunk], *, published: bool, model: dict[str, Any] | None = None
+    ) -> None:
+        """Replay the dead items as ``replay``, with ``model`` if it has grown.
 
         published: the output of this generation is finished already; the replay is the next one.
         The replay may hold more items than were dead: what was one item then may be many now.
@@ -351,6 +353,7 @@ class JobStore:
                 sa.update(jobs)
                 .where(jobs.c.id == lease.job_id)
                 .values(
+                    **({} if model is None else {"model": model}),
                     generation=generation,
                     dead=0,
                     done=row["done"] - row["dead"],

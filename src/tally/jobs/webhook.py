@@ -12,23 +12,25 @@ import base64
 import binascii
 import hashlib
 import hmac
-import http.client
 import os
-import socket
-import ssl
 import threading
 import time
 from contextlib import suppress
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
 import tally
 from tally.errors import SpecError
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection
 
 SECRET = "TALLY_WEBHOOK_SECRET"  # noqa: S105  # the name of the variable
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
 """From the connection to the answer's status, however slowly it drips."""
 
+_GONE = 410
 _PREFIX = "whsec_"
 _SHORTEST = 24
 """Bytes of a secret, as the specification has it."""
@@ -116,10 +118,13 @@ def post(url: str, key: bytes, message_id: str, body: bytes) -> None:
     if 200 <= status < 300:
         return
     why = ": redirects are not followed" if 300 <= status < 400 else ""
-    raise UndeliveredError(f"answered {status}{why}", final=status == http.client.GONE)
+    raise UndeliveredError(f"answered {status}{why}", final=status == _GONE)
 
 
-def _status(connection: http.client.HTTPConnection, target: str, body: bytes, headers: dict[str, str]) -> int:
+def _status(connection: HTTPConnection, target: str, body: bytes, headers: dict[str, str]) -> int:
+    import socket
+    from http.client import HTTPException
+
     def hang_up() -> None:
         with suppress(OSError, AttributeError):  # it may be closed by now
             connection.sock.shutdown(socket.SHUT_RDWR)
@@ -135,7 +140,7 @@ def _status(connection: http.client.HTTPConnection, target: str, body: bytes, he
         timer.start()
         connection.request("POST", target, body, headers)
         return connection.getresponse().status  # only that counts: the answer's body is not read
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         late = time.monotonic() >= until
         raise UndeliveredError(f"no answer within {ANSWER_SECONDS:g} s" if late else _reason(error)) from None
     finally:
@@ -144,6 +149,8 @@ def _status(connection: http.client.HTTPConnection, target: str, body: bytes, he
 
 
 def _reason(error: Exception) -> str:
+    import ssl
+
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted: {error.verify_message}"
     if isinstance(error, TimeoutError):
@@ -153,12 +160,15 @@ def _reason(error: Exception) -> str:
     return f"no HTTP answer ({type(error).__name__})"
 
 
-def _connection(parts: SplitResult) -> http.client.HTTPConnection:
+def _connection(parts: SplitResult) -> HTTPConnection:
+    import ssl
+    from http.client import HTTPConnection, HTTPSConnection
+
     host = parts.hostname or ""
     if parts.scheme == "http":
-        return http.client.HTTPConnection(host, parts.port, timeout=CONNECT_SECONDS)
+        return HTTPConnection(host, parts.port, timeout=CONNECT_SECONDS)
     context = ssl.create_default_context()
-    return http.client.HTTPSConnection(host, parts.port, timeout=CONNECT_SECONDS, context=context)
+    return HTTPSConnection(host, parts.port, timeout=CONNECT_SECONDS, context=context)
 
 
 def _split(url: str) -> SplitResult:

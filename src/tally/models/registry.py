@@ -464,7 +464,8 @@ def write_package(ref: ModelRef, folder: Path) -> None:
             hint=f"Put them into one: tally models pack '{ref.name}' --by COLUMNS --out FOLDER --name NAME",
         )
     folder.mkdir()
-    options = _said(ref.options)
+    # What a model of tables says about itself is asked of it again.
+    options = _said(ref.options if ref.kind in ("onnx", "script", "python") else ref.declared)
     is_file = ref.kind not in ("script", "python")
     # What belongs to an ONNX model and lies elsewhere are labels, which the options hold too.
     files = [each for each in ref.files if not is_file or not Path(each).is_absolute()]

@@ -6,13 +6,13 @@ it in a CSV, and the "3" of a file name are one and the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
-from tally.errors import ItemError, TallyError
+from tally.errors import ItemError, ModelLoadError, TallyError
 from tally.scorers import tabular
 from tally.scorers.base import Results, Scorer, TableResult
 from tally.scorers.stacked import Integers, Stack
@@ -26,6 +26,7 @@ DETECTOR: Mapping[str, str] = {"anomaly": "bool", "score": "float64"}
 OPEN_MODELS = 4096
 """Models that cannot be stacked, and are kept open at the same time."""
 
+T = TypeVar("T")
 Key: TypeAlias = tuple[str, ...]
 Piece: TypeAlias = "tuple[Integers, pa.Table]"
 """Rows of a result, and the positions where they belong."""
@@ -89,6 +90,18 @@ class KeyIndex:
         self._order = np.argsort(codes, kind="stable")
         self._sorted = codes[self._order]
 
+    @classmethod
+    def of_rows(cls, columns: Sequence[pa.Array]) -> KeyIndex:
+        """An index of the different keys of rows. Keys with null are left out."""
+        import pyarrow as pa
+
+        names = [str(number) for number in range(len(columns))]
+        encoded = [column.dictionary_encode() for column in columns]
+        text = [written(each.dictionary).take(each.indices) for each in encoded]
+        rows = pa.table(text, names=names).drop_null()
+        different = rows.group_by(names, use_threads=False).aggregate([])
+        return cls([whole(different.column(name)) for name in names])
+
     def __len__(self) -> int:
         return len(self._order)
 
@@ -96,6 +109,9 @@ class KeyIndex:
         """A key that is there more than once."""
         same = np.flatnonzero(self._sorted[1:] == self._sorted[:-1])
         return self.key(int(self._order[same[0]])) if len(same) else None
+
+    def __iter__(self) -> Iterator[Key]:
+        return zip(*(column.to_pylist() for column in self._columns), strict=True)
 
     def key(self, number: int) -> Key:
         """The key at a position."""
@@ -150,8 +166,11 @@ class ModelPerKey(Scorer):
         self.features = features
         self.columns = columns
         self.batch_size = batch_size
-        self._index: KeyIndex
         self._opened = lru_cache(OPEN_MODELS)(self._kept)
+
+    def _find(self, keys: Sequence[pa.Array]) -> Integers:
+        """The model of each row, int64[n]; -1 where there is none. keys: the columns of the key."""
+        raise NotImplementedError
 
     def _stack(self, present: Integers) -> tuple[Stack | None, Integers]:
         """The stacked models, and the position there of each model, int64[models]; -1 of one that is not stacked.
@@ -165,15 +184,12 @@ class ModelPerKey(Scorer):
         raise NotImplementedError
 
     def _kept(self, number: int) -> Scorer | TallyError:
-        try:
-            return self._open(number)
-        except TallyError as error:
-            return error.with_traceback(None)
+        return or_error(lambda: self._open(number))
 
     def score(self, table: pa.Table) -> Results:
         """One row for each row of the table, in the same order."""
-        keys = [_whole(table.column(index)) for index in range(len(self.by))]
-        number = self._index.find(keys)
+        keys = [whole(table.column(index)) for index in range(len(self.by))]
+        number = self._find(keys)
         errors: dict[int, Exception] = {
             row: ItemError(self._missing({name: key[row].as_py() for name, key in zip(self.by, keys, strict=True)}))
             for row in np.flatnonzero(number < 0).tolist()
@@ -266,6 +282,16 @@ def _placed(pieces: Sequence[Piece], count: int) -> pa.Table:
     return found.take(pa.array(origin, mask=origin < 0))
 
 
+def or_error(open_one: Callable[[], T]) -> T | TallyError:
+    """What it returns, or why it failed: a model that cannot be opened costs its own rows, and is not tried again."""
+    try:
+        return open_one()
+    except TallyError as error:
+        return error.with_traceback(None)
+    except Exception as error:
+        return ModelLoadError(f"the model cannot be used: {type(error).__name__}: {error}")
+
+
 def columns_differ(found: Mapping[str, str] | None, wanted: Mapping[str, str] | None, name: str) -> str | None:
     """What is wrong with a model that does not give the columns that the others give."""
     if found is None or wanted is None or dict(found) == dict(wanted):
@@ -277,8 +303,8 @@ def _named(columns: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
 
 
-def _whole(column: pa.ChunkedArray) -> pa.Array:
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array."""
     import pyarrow as pa
 
-    whole = column.combine_chunks()
-    return pa.concat_arrays(whole.chunks) if isinstance(whole, pa.ChunkedArray) else whole
+    return pa.concat_arrays(column.chunks) if column.chunks else pa.array([], column.type)

@@ -381,8 +381,8 @@ def _probabilities(scores: Array, softmax: str) -> Array:
     values = scores.astype(np.float64)
     if softmax == "never":
         return values
-    powers = np.exp(values - values.max(axis=1, keepdims=True))
-    normal = powers / powers.sum(axis=1, keepdims=True)
+    powers: Array = np.exp(values - values.max(axis=1, keepdims=True))
+    normal: Array = powers / powers.sum(axis=1, keepdims=True)
     if softmax == "always":
         return normal
     already = (values.min(axis=1) >= 0) & (np.abs(values.sum(axis=1) - 1) < 0.01)

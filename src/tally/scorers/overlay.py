@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tally.errors import ItemError, SpecError
-from tally.scorers.base import Item, Result, Row, Scorer
+from tally.scorers.base import Item, Result, Results, Row, Scorer
 from tally.text import storable
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
@@ -79,7 +79,7 @@ class Overlay(Scorer):
         scale = (width / item.info.get("width", width), height / item.info.get("height", height))
         return Shown(item.key, self.scorer.prepare(item), item.value, scale)
 
-    def score(self, batch: Sequence[Shown]) -> Sequence[Result]:
+    def score(self, batch: Sequence[Shown]) -> Results:
         results = self.scorer.score([shown.value for shown in batch])
         if not isinstance(results, (Sequence, np.ndarray)) or len(results) != len(batch):
             return results  # for the caller to refuse

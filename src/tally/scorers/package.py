@@ -40,7 +40,9 @@ Kind: TypeAlias = Literal[
     "onnx", "onnx_table", "sklearn", "pyfunc", "packed", "keyed", "script", "python", "object"
 ]
 
-SUPPORTED = ".onnx and .skops files, .py files (init() and run(), or a Scorer), and folders with a tally.yaml or MLmodel"
+SUPPORTED = (
+    ".onnx and .skops files, .py files (init() and run(), or a Scorer), and folders with a tally.yaml or an MLmodel"
+)
 FILES = (".onnx", ".skops", ".joblib", ".pkl", ".pickle", ".parquet", "MLmodel")
 """What the names of models that are files end with."""
 PICKLES = frozenset({".pkl", ".pickle", ".joblib", ".pt", ".pth", ".th"})
@@ -62,7 +64,7 @@ class ModelRef:
     entry: what to load: a file in it, ``file.py:Class`` or ``module:Class``.
     files: the files and folders that the hash covers; absolute ones lie elsewhere.
     artifacts: folder handed to ``Scorer.load``, relative to ``location`` unless absolute.
-    options: the scorer's options, fully resolved.
+    options: the scorer's options, fully resolved. declared: what a package or the user said of them.
     hash: ``sha256:...`` of every file's relative path and content; see :func:`content_hash`.
     version: in the registry; None for a model that does not come from it.
     trusted: the user allowed code that the artifacts carry to run.
@@ -75,6 +77,7 @@ class ModelRef:
     entry: str
     hash: str
     options: dict[str, Any] = field(default_factory=dict)
+    declared: dict[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = (".",)
     artifacts: str = "."
     version: int | None = None
@@ -338,6 +341,7 @@ def _file(folder: Path, name: str, files: tuple[str, ...], declared: Mapping[str
         artifacts=str(Path(name).parent),
         hash=content_hash(folder, covered),
         options=resolved,
+        declared=options,
         trusted=given.trust,
         assumed=assumed,
     )
@@ -769,6 +773,17 @@ def _unpickled(ref: ModelRef, options: Mapping[str, Any]) -> Scorer:
             f"{ref.name} cannot be brought back: {type(error).__name__}: {error}",
             hint="The modules that it uses must be importable in the workers too.",
         ) from error
+
+
+def refreshed(ref: ModelRef) -> ModelRef:
+    """The model with what has come since it was resolved: files of keys that had none. The others must not have
+    changed. Raises ModelChangedError."""
+    if ref.kind != "keyed":
+        return ref
+    verify(ref)
+    said = {name: value for name in ("features", "batch_size") if (value := ref.options.get(name)) is not None}
+    given = _Given(None, None, None, said, ref.options["by"], ref.trusted)
+    return replace(_keyed(str(ref.location / ref.entry), given), name=ref.name)
 
 
 def verify(ref: ModelRef) -> None:

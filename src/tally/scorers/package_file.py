@@ -18,8 +18,8 @@ from tally.suggest import did_you_mean
 class Package(BaseModel):
     """The fields of a ``tally.yaml``.
 
-    file: a model of one of the kinds in ``FILES``; or entry: ``file.py``, ``file.py:Class`` or ``module:Class``. All paths are relative
-    to the package. artifacts: folder handed to ``Scorer.load``; the package itself if left out.
+    file: a model whose name ends as ``FILES`` says; or entry: ``file.py``, ``file.py:Class`` or ``module:Class``. All
+    paths are relative to the package. artifacts: folder handed to ``Scorer.load``; the package itself if left out.
     options: of the scorer. requires_trust: the model runs code that its artifacts carry (pickles).
     """
 
@@ -70,7 +70,7 @@ def read_package(path: Path) -> Package:
     except ValidationError as error:
         problems += problems_of(error, list(Package.model_fields))
     if (raw.get("file") is None) == (raw.get("entry") is None):
-        problems.append("name the model with either file (such as an .onnx file) or entry (a .py file, or module:Class)")
+        problems.append("name the model with either file (an .onnx file, say) or entry (a .py file, or module:Class)")
     for name in ("file", "entry", "artifacts"):
         if isinstance(value := raw.get(name), str):
             problems += _misplaced(path.parent, name, value)

@@ -13,26 +13,39 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 
 from tally.errors import ItemError, ModelLoadError, SpecError, TallyError
 from tally.scorers import azureml
-from tally.scorers.base import Input, Item, Result, Scorer
+from tally.scorers.base import Input, Item, Result, Results, Scorer
 
-Form: TypeAlias = Literal["mini_batch", "raw", "bytes", "json"]
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Form: TypeAlias = Literal["mini_batch", "dataframe", "raw", "bytes", "json"]
 """What ``run`` takes.
 
 mini_batch: a list of local file paths (``str``); returns a list, array or DataFrame with one result per file.
+dataframe: a ``pandas.DataFrame`` of rows of a table; returns one result per row in the same manner.
 raw: an ``AMLRequest`` whose body is the item's content (``@rawhttp``). bytes: that content itself.
 json: that content as text. The last three are called once per item.
 """
 
-INPUTS: Mapping[str, Input] = {"mini_batch": "path", "raw": "bytes", "bytes": "bytes", "json": "bytes"}
+INPUTS: Mapping[str, Input] = {
+    "mini_batch": "path",
+    "dataframe": "table",
+    "raw": "bytes",
+    "bytes": "bytes",
+    "json": "bytes",
+}
+TABLE_BATCH = 8192
+"""Rows in one DataFrame, unless the user says otherwise."""
 
 _FORM_OF_PARAMETER: Mapping[str, Form] = {
     **dict.fromkeys(("mini_batch", "minibatch", "files", "paths", "file_list", "file_paths"), "mini_batch"),
+    **dict.fromkeys(("df", "dataframe", "data_frame", "frame"), "dataframe"),
     **dict.fromkeys(("image", "image_bytes", "content", "body", "raw_bytes"), "bytes"),
     **dict.fromkeys(("data", "raw_data", "request", "input_data", "raw_input", "json_data", "payload"), "json"),
 }
@@ -43,12 +56,13 @@ class Outline:
     """What a Python file defines, found without running it.
 
     names: bound at top level. parameter: first one of ``run``, if ``run`` is defined here.
-    raw: whether ``run`` is decorated with ``@rawhttp``.
+    raw: whether ``run`` is decorated with ``@rawhttp``. frame: whether that parameter is said to be a DataFrame.
     """
 
     names: frozenset[str]
     parameter: str | None = None
     raw: bool = False
+    frame: bool = False
 
     @property
     def is_script(self) -> bool:
@@ -67,7 +81,7 @@ def outline(path: Path) -> Outline:
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} cannot be read as Python: {error}") from None
     names: set[str] = set()
-    parameter, raw = None, False
+    parameter, raw, frame = None, False, False
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
@@ -79,7 +93,14 @@ def outline(path: Path) -> Outline:
             arguments = [*node.args.posonlyargs, *node.args.args]
             parameter = arguments[0].arg if arguments else None
             raw = any(_last_name(each) == "rawhttp" for each in node.decorator_list)
-    return Outline(frozenset(names), parameter, raw)
+            frame = bool(arguments) and _is_frame(arguments[0].annotation)
+    return Outline(frozenset(names), parameter, raw, frame)
+
+
+def _is_frame(annotation: ast.expr | None) -> bool:
+    if isinstance(annotation, ast.Constant):  # written as text
+        return str(annotation.value).rpartition(".")[2] == "DataFrame"
+    return annotation is not None and _last_name(annotation) == "DataFrame"
 
 
 def _last_name(node: ast.expr) -> str:
@@ -89,7 +110,7 @@ def _last_name(node: ast.expr) -> str:
 
 
 def form_of(path: Path) -> Form:
-    """The form of the script's ``run``: from its decorator, else from the name of its parameter.
+    """The form of the script's ``run``: from its decorator, else from its parameter's annotation, else its name.
 
     Raises SpecError if ``init`` or ``run`` is missing, or the form cannot be told.
     """
@@ -102,12 +123,14 @@ def form_of(path: Path) -> Form:
         )
     if found.raw:
         return "raw"
+    if found.frame:
+        return "dataframe"
     form = _FORM_OF_PARAMETER.get((found.parameter or "").lower())
     if form is None:
         raise SpecError(
             f"{path}: what run({found.parameter or ''}) takes cannot be told from its name",
-            hint="Say it with --set form=mini_batch (a list of file paths), raw (an AMLRequest), "
-            "bytes (a file's content) or json (a file's text).",
+            hint="Say it with --set form=mini_batch (a list of file paths), dataframe (rows of a table), raw (an "
+            "AMLRequest), bytes (a file's content) or json (a file's text).",
         )
     return form
 
@@ -167,7 +190,8 @@ class ScriptScorer(Scorer):
     """Scores with a script's ``init()`` and ``run()``.
 
     form: see :data:`Form`; ``auto`` tells it from the script. arguments: what the script finds in
-    ``sys.argv[1:]`` during ``init()``. columns: as in :class:`Scorer`.
+    ``sys.argv[1:]`` during ``init()``. columns: as in :class:`Scorer`. features: the columns that a DataFrame has;
+    all of the table's if left out.
     Raises SpecError when the script is not one.
     """
 
@@ -179,14 +203,23 @@ class ScriptScorer(Scorer):
         arguments: Sequence[str] = (),
         columns: Mapping[str, str] | None = None,
         batch_size: int | None = None,
+        features: Sequence[str] | None = None,
     ) -> None:
         self.script = Path(script).absolute()
         self.form: Form = form_of(self.script) if form == "auto" else form
         self.input = INPUTS[self.form]
         self.arguments = list(arguments)
         self.columns = columns
+        if features is not None and self.form != "dataframe":
+            raise SpecError(
+                f"features: {self.script.name} takes {_TAKES[self.form]}, not rows of a table",
+                hint="If run() takes a DataFrame, say so: --set form=dataframe.",
+            )
+        self.features = features
         if batch_size is not None:
             self.batch_size = batch_size
+        elif self.form == "dataframe":
+            self.batch_size = TABLE_BATCH
         self._module: ModuleType | None = None
         self._run: Callable[[Any], Any] | None = None
 
@@ -218,9 +251,11 @@ class ScriptScorer(Scorer):
                 hint="If run() takes the file's bytes, say so: --set form=bytes, or raw for an AMLRequest.",
             ) from None
 
-    def score(self, batch: Sequence[Any]) -> Sequence[Result]:
+    def score(self, batch: Any) -> Results:
         if self._run is None:
             raise TallyError("load() must come before score()")
+        if self.form == "dataframe":
+            return _frame_results(self._run, batch, self.features)
         if self.form != "mini_batch":
             return [_answer(self._run, value) for value in batch]
         return [_result(each) for each in _answers(_call(self._run, list(batch)), len(batch))]
@@ -238,6 +273,7 @@ class ScriptScorer(Scorer):
 
 _TAKES: Mapping[Form, str] = {
     "mini_batch": "lists of file paths",
+    "dataframe": "DataFrames",
     "raw": "requests (AMLRequest)",
     "bytes": "a file's bytes",
     "json": "a file's text",
@@ -265,11 +301,24 @@ def _result(answer: Any) -> Result:
         return error
 
 
-def _answers(returned: Any, count: int) -> Sequence[Any]:
-    """What ``run`` returned for ``count`` files, as ``count`` answers. Raises TallyError if it is not."""
+def _frame_results(run: Callable[[Any], Any], table: pa.Table, features: Sequence[str] | int | None) -> Results:
+    """What ``run`` answers for the rows of a table."""
+    from tally.scorers import tabular
+
+    returned = _call(run, tabular.frame(tabular.features_of(table, features)))
+    if (found := tabular.answered(returned, table.num_rows)) is not None:
+        return found
+    return [_result(each) for each in _answers(returned, table.num_rows, "row")]
+
+
+def _answers(returned: Any, count: int, what: str = "file") -> Sequence[Any]:
+    """What ``run`` returned for ``count`` files or rows, as ``count`` answers. Raises TallyError if it is not."""
+    given = f"a mini-batch of {count} file" if what == "file" else f"a DataFrame of {count} row"
+    given += "" if count == 1 else "s"
+    several = "Several rows for one file are a list of dicts; an" if what == "file" else "An"
     hint = (
-        "Return one result per file, in the files' order: a list, an array or a DataFrame. "
-        "Several rows for one file are a list of dicts; an exception object marks a file that failed."
+        f"Return one result per {what}, in the {what}s' order: a list, an array or a DataFrame. "
+        f"{several} exception object marks a {what} that failed."
     )
     if isinstance(returned, str):
         returned = _parsed(returned)
@@ -280,16 +329,10 @@ def _answers(returned: Any, count: int) -> Sequence[Any]:
     elif isinstance(returned, np.ndarray) and returned.ndim > 0:
         returned = list(returned)
     if not isinstance(returned, (list, tuple)):
-        raise TallyError(f"run() returned {_noun(returned)} for a mini-batch of {count} {_files(count)}", hint=hint)
+        raise TallyError(f"run() returned {_noun(returned)} for {given}", hint=hint)
     if len(returned) != count:
-        raise TallyError(
-            f"run() returned {len(returned)} results for a mini-batch of {count} {_files(count)}", hint=hint
-        )
+        raise TallyError(f"run() returned {len(returned)} results for {given}", hint=hint)
     return returned
-
-
-def _files(count: int) -> str:
-    return "file" if count == 1 else "files"
 
 
 def _noun(value: Any) -> str:

@@ -48,6 +48,9 @@ HARMLESS = (
     "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
     "sklearn._loss.loss.HalfTweedieLoss",
     "sklearn._loss.loss.HalfTweedieLossIdentity",
+    # What a search for parameters leaves behind.
+    "sklearn.metrics._scorer._PassthroughScorer",
+    *(f"sklearn.model_selection._split.{name}" for name in ("KFold", "StratifiedKFold", "TimeSeriesSplit")),
     # Functions that only fit() calls, and then on the caller's own data.
     "numpy.mean",
     *(f"sklearn.feature_selection._univariate_selection.{name}" for name in ("f_classif", "f_regression", "chi2")),
@@ -121,7 +124,7 @@ def _skops(source: Path | bytes, trusted: bool, name: str) -> Any:
     if trusted:
         return skops.io.load(content(), trusted=skops.io.get_untrusted_types(file=content()))
     try:
-        found = skops.io.load(content(), trusted=HARMLESS)
+        found = skops.io.load(content(), trusted=list(HARMLESS))
     except UntrustedTypesFoundException:
         types = sorted(set(skops.io.get_untrusted_types(file=content())) - set(HARMLESS))
         raise UntrustedModelError(
@@ -224,6 +227,8 @@ def inspect(path: Path, options: Mapping[str, Any], *, trusted: bool) -> dict[st
     kind = _kind(model)
     _check_methods(model, kind, given.method, path)
     names, count = _features(model)
+    if names is not None:
+        _require("pandas", str(path))
     if given.features is not None:
         tabular.check_count(given.features, count, path.name)
     elif names is None and count is not None:
@@ -385,6 +390,8 @@ class SklearnScorer(Scorer):
     def load(self, artifacts: Path, device: str) -> None:
         """Open the model. Raises ModelLoadError, UntrustedModelError."""
         path = artifacts / self.options.file
+        if self.options.names:
+            _require("pandas", str(path))
         model = open_estimator(path, format=self.options.format, trusted=self.options.trusted, name=str(path))
         self.use(model)
 

@@ -101,9 +101,8 @@ def matrix(table: pa.Table) -> Array:
 
 
 def frame(table: pa.Table) -> Any:
-    """A table as a ``pandas.DataFrame``. Text is of dtype object, where null is None."""
-    import pyarrow as pa
-
+    """A table as a ``pandas.DataFrame``. Text is of dtype object, where null is None; numbers with nulls are float64,
+    where null is NaN."""
     try:
         import pandas
     except ImportError:
@@ -111,17 +110,25 @@ def frame(table: pa.Table) -> Any:
             "the model takes a DataFrame, but pandas is not installed",
             hint="Install it with: pip install pandas",
         ) from None
-    columns = {}
-    for index, column in enumerate(table.columns):
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            columns[index] = pandas.Series(column.to_numpy(), dtype=object)
-        else:
-            columns[index] = column.to_pandas()
+    columns = {place: _series(values) for place, values in enumerate(table.columns)}
     found = pandas.DataFrame(columns, index=pandas.RangeIndex(table.num_rows))
     found.columns = pandas.Index(table.column_names)
     return found
+
+
+def _series(values: pa.ChunkedArray) -> Any:
+    import pandas
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    kind = values.type
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return pandas.Series(values.to_numpy(), dtype=object)
+    if _is_number(kind) and (values.null_count or types.is_decimal(kind)):
+        return pandas.Series(matrix(pa.table([values], names=["values"]))[:, 0])
+    return values.to_pandas()
 
 
 def unusable(table: pa.Table, values: Array | None, *, nan: bool) -> dict[int, ItemError]:
@@ -165,9 +172,9 @@ def column(values: Any) -> pa.Array:
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim > 1:
-        flat = values.reshape(len(values), -1)
-        lists = pa.FixedSizeListArray.from_arrays(column(flat.reshape(-1)), flat.shape[1])
-        return lists.cast(pa.list_(lists.type.value_type))
+        width = int(np.prod(values.shape[1:]))
+        inner = column(values.reshape(-1))
+        return pa.ListArray.from_arrays(np.arange(len(values) + 1, dtype=np.int32) * np.int32(width), inner)
     if values.dtype.kind in "OUS":
         return pa.array([_text(each) for each in values.tolist()] if values.dtype.kind != "O" else values.tolist())
     return pa.array(np.ascontiguousarray(values))
@@ -175,6 +182,39 @@ def column(values: Any) -> pa.Array:
 
 def _text(value: Any) -> Any:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def answered(answer: Any, count: int) -> pa.Table | None:
+    """What a model or script answered for ``count`` rows as a table, where it is columns already.
+
+    answer: a DataFrame, Series, table, mapping of columns, or array of numbers or text. None of anything else, and
+    where the number of rows is another.
+    """
+    import pyarrow as pa
+
+    if hasattr(answer, "toarray"):  # sparse
+        answer = answer.toarray()
+    if isinstance(answer, pa.Table):
+        found = answer
+    elif isinstance(answer, (pa.Array, pa.ChunkedArray)):
+        found = pa.table({"prediction": answer})
+    elif hasattr(answer, "iloc"):
+        if not hasattr(answer, "columns"):
+            answer = answer.to_frame("prediction" if answer.name is None else str(answer.name))
+        try:
+            found = pa.Table.from_pandas(answer.rename(columns=str), preserve_index=False).replace_schema_metadata()
+        except (pa.ArrowException, TypeError, ValueError):
+            return None  # values of several types in one column
+    elif isinstance(answer, np.ndarray) and answer.ndim > 0 and answer.dtype.kind in "biufUSM":
+        found = pa.table({"prediction": column(answer)})
+    elif isinstance(answer, Mapping) and answer and all(np.ndim(values) > 0 for values in answer.values()):
+        try:
+            found = pa.table({str(name): column(values) for name, values in answer.items()})
+        except (pa.ArrowException, TypeError, ValueError):
+            return None
+    else:
+        return None
+    return found if found.num_rows == count else None
 
 
 def type_names(table: pa.Table) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Decision trees that came from a file of unknown origin, checked before anything walks them.
 
 scikit-learn follows a tree's child and feature indices in compiled code that does not check them, so a made-up tree
-can read memory that is not its own, or never end. Here every index is checked first.
+can read memory that is not its own, or never end. Here every index is checked before the first prediction.
 """
 
 from __future__ import annotations

@@ -80,18 +80,24 @@ class Timings:
 class Source(ABC):
     """Enumerates items with stable keys, and reads them.
 
-    columns: what ``Batch.info`` holds: column name to Arrow type name, in order.
-    order: the one of these columns that tells where in the source a row came from, if items are not planned in that
-        order; a merged result is sorted by it, and it is not written.
     chunk_seconds: how long a worker should take for one chunk. chunk_items: how many items one may hold.
     """
 
-    columns: Mapping[str, str] = {}
-    order: str | None = None
     chunk_seconds: ClassVar[float] = 2.0
     chunk_items: ClassVar[int] = 8192
 
-    def prepare(self) -> None:
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """What ``Batch.info`` holds: column name to Arrow type name, in order."""
+        return {}
+
+    @property
+    def order(self) -> str | None:
+        """The one of :attr:`columns` that tells where in the source a row came from, if items are not planned in that
+        order: a merged result is sorted by it, and it is not written."""
+        return None
+
+    def prepare(self) -> None:  # noqa: B027  # most sources have nothing to make ready
         """Make ready what :meth:`plan` and :meth:`read` need; called in the coordinator before either, each time
         that a job is begun, gone on with or replayed. It may take long, and a job may be killed meanwhile.
         """

@@ -24,8 +24,9 @@ from tally.sources.places import (
     nothing,
 )
 from tally.storage import Entry, LocalStore, Store, is_url, key_of, open_store
+from tally.tables.formats import SUFFIXES as TABLES
 
-Kind = Literal["image", "video"]
+Kind = Literal["image", "video", "table"]
 
 VIDEOS = frozenset(
     {".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".flv", ".f4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg"}
@@ -39,6 +40,11 @@ _COUNTED_SUFFIXES = 1000
 def is_video(name: str) -> bool:
     """Whether a file is a video by its name."""
     return _suffix(name) in VIDEOS
+
+
+def is_table(name: str) -> bool:
+    """Whether a file is a table by its name."""
+    return _suffix(name) in TABLES
 
 
 def is_image(name: str) -> bool:
@@ -155,8 +161,7 @@ class Listing:
             if name[start] == ".":
                 continue
             if suffixes is not None:
-                dot = name.rfind(".")
-                suffix = name[dot:].lower() if dot > start else ""
+                suffix = _suffix_from(name, start)
                 if suffix not in suffixes:
                     if len(passed) >= _COUNTED_SUFFIXES and suffix not in passed:
                         suffix = "others"
@@ -180,11 +185,22 @@ class Listing:
     def _suffixes(self) -> frozenset[str] | None:
         if self.kind is None:
             return None
-        return images.suffixes() if self.kind == "image" else VIDEOS
+        return images.suffixes() if self.kind == "image" else VIDEOS if self.kind == "video" else frozenset(TABLES)
 
 
 def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+    return _suffix_from(name, name.rfind("/") + 1)
+
+
+def _suffix_from(name: str, start: int) -> str:
+    """The suffix, lower case, of a name whose last segment begins at ``start``; that of what is packed is double."""
+    dot = name.rfind(".")
+    if dot <= start:
+        return ""
+    suffix = name[dot:].lower()
+    if suffix == ".gz" and (inner := name.rfind(".", start + 1, dot)) > start:
+        return name[inner:].lower()
+    return suffix
 
 
 def _size(store: Store, name: str) -> int:

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -45,12 +45,15 @@ class VideoSource(Source):
     size: (width, height) in pixels, upright, that frames are scaled to; None: as they are.
     """
 
-    columns: ClassVar = {"video": "string", "frame": "int64", "time": "float64"}
     chunk_seconds: ClassVar = 4.0  # decoding begins at a keyframe, which may be far before the chunk
 
     listing: Listing
     every: int = 1
     size: tuple[int, int] | None = None
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        return {"video": "string", "frame": "int64", "time": "float64"}
 
     @classmethod
     def describe(

@@ -12,14 +12,16 @@ import gzip
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from tally.errors import StorageError
 from tally.suggest import did_you_mean
-from tally.tables.typing import Guess, Text, guess, identifier, literal
+from tally.tables.guesses import Guess, Text, guess, identifier, literal
+
+T = TypeVar("T")
 
 OPTIONS = (
     "delim",
@@ -272,14 +274,14 @@ def readable(path: Path, dialect: Dialect, folder: Path, name: str) -> Path:
     target = folder / f"{path.name.removesuffix('.gz')}.utf8"
     with open_plain(path) as raw, target.open("w", encoding="utf-8", newline="") as out:
         decoder = codecs.getincrementaldecoder(dialect.encoding)()
-        lines = 1
+        lines, before = 1, ""
         while True:
             block = raw.read(_NEWLINES)
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 good = error.object[: error.start].decode(dialect.encoding, "replace")
-                line = good.rsplit("\n", 1)[-1]
+                line = (before + good).rsplit("\n", 1)[-1]
                 raise StorageError(
                     f"{name}, line {lines + good.count(chr(10))}, column {line.count(dialect.delim) + 1}: "
                     f"{error.reason} (read as {dialect.encoding})",
@@ -287,6 +289,7 @@ def readable(path: Path, dialect: Dialect, folder: Path, name: str) -> Path:
                 ) from None
             out.write(text.removeprefix("\ufeff"))
             lines += text.count("\n")
+            before = (before + text).rsplit("\n", 1)[-1]
             if not block:
                 return target
 
@@ -345,7 +348,7 @@ def guess_types(connection: Any, path: Path, dialect: Dialect, rows: int) -> tup
     return lenient(sampled)
 
 
-def lenient(run: Any) -> Any:
+def lenient(run: Callable[[bool], T]) -> T:
     """What ``run(strict=True)`` gives; of a file that mixes line endings, which DuckDB refuses, ``run(False)``."""
     import duckdb
 
@@ -381,17 +384,21 @@ def faults(connection: Any, path: Path, dialect: Dialect, name: str) -> Iterator
     first = dialect.skip + int(dialect.header) + 1
     lines = _line_numbers(path, [int(row[1]) for row in found])
     for index, ((record, _, column, title, kind, message), line) in enumerate(zip(found, lines, strict=True)):
+        if match := re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", message):
+            wanted, given = int(match[1]), int(match[2])
+            column, title = min(wanted, given) + 1, None
+            fewer = f"the line has {given} column{'s' if given > 1 else ''}, not {wanted}"
+            told = fewer if given < wanted else f"the line has more than {wanted} columns"
+        else:
+            told = _told(kind, message)
         where = f"{name}, line {line}, column {column}" + (f" ({title})" if title else "")
-        yield Fault(line, max(0, record - first - index), f"{where}: {_told(kind, message)}")
+        yield Fault(line, max(0, record - first - index), f"{where}: {told}")
 
 
 def _told(kind: str, message: str) -> str:
     """DuckDB's words in ours."""
     if match := re.search(r"Could not convert string \"(.*)\" to '(.*)'", message, re.DOTALL):
         return f"could not convert {match[1][:100]!r} to {match[2]}"
-    if match := re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", message):
-        found = "1 column" if match[2] == "1" else f"{match[2]} columns"
-        return f"the line has {found}, not {match[1]}"
     return {
         "UNQUOTED VALUE": "a quote is never closed, or text follows after it; what it opens is lost up to its end",
         "INVALID ENCODING": "not valid UTF-8; name the file's encoding, as in csv encoding=latin-1",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Format = Literal["parquet", "csv", "jsonl", "arrow"]
 
-_SUFFIXES: dict[str, Format] = {
+SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
     ".pq": "parquet",
     ".csv": "csv",
@@ -28,7 +28,14 @@ _SUFFIXES: dict[str, Format] = {
     ".arrow": "arrow",
     ".feather": "arrow",
     ".ipc": "arrow",
+    ".csv.gz": "csv",
+    ".tsv.gz": "csv",
+    ".psv.gz": "csv",
+    ".jsonl.gz": "jsonl",
+    ".ndjson.gz": "jsonl",
 }
+"""Format by a file name's suffix, lower case, with the dot."""
+
 _SPREADSHEETS = frozenset({".xls", ".xlsx", ".xlsm", ".xlsb", ".ods", ".numbers"})
 _ARCHIVES = frozenset({".zip", ".7z", ".tar", ".rar", ".tgz", ".bz2", ".xz", ".zst"})
 
@@ -37,9 +44,8 @@ def format_of(name: str) -> Format | None:
     """The format of a file by its name (``.csv.gz`` and ``.jsonl.gz`` too), or None."""
     stem, suffix = os.path.splitext(name.lower())  # noqa: PTH122
     if suffix == ".gz":
-        inner = _SUFFIXES.get(os.path.splitext(stem)[1])  # noqa: PTH122
-        return inner if inner in ("csv", "jsonl") else None
-    return _SUFFIXES.get(suffix)
+        suffix = os.path.splitext(stem)[1] + suffix  # noqa: PTH122
+    return SUFFIXES.get(suffix)
 
 
 def known_format(name: str, *, csv: bool) -> Format:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tally.tables.delimited import Fault, forget_faults
-from tally.tables.typing import Guess, Text, guess, identifier, literal
+from tally.tables.guesses import Guess, Text, guess, identifier, literal
 
 _LINE_BYTES = 16 << 20
 _PLAIN = "('BIGINT', 'UBIGINT', 'HUGEINT', 'DOUBLE', 'DECIMAL', 'BOOLEAN')"

@@ -66,19 +66,22 @@ def select(schema: pa.Schema, wanted: Wanted) -> tuple[Selection, list[str]]:
         return False
 
     for what, given in (("by", wanted.by), ("keep", wanted.keep)):
-        for name in dict.fromkeys(each for each in given if given.count(each) > 1):
-            problems.append(f"{what}: {name!r} is named twice")
+        twice = dict.fromkeys(name for name in given if given.count(name) > 1)
+        problems += [f"{what}: {name!r} is named twice" for name in twice]
     by = [name for name in dict.fromkeys(wanted.by) if known("by", name)]
-    for name in by:
-        if _nested(kinds[name]):
-            problems.append(f"by: column {name!r} holds {kinds[name]}, which cannot be a key")
+    problems += [
+        f"by: column {name!r} holds {kinds[name]}, which cannot be a key" for name in by if _nested(kinds[name])
+    ]
     time = wanted.time if wanted.time is not None and known("time", wanted.time) else None
     if time is not None and not _is_time(kinds[time]):
         problems.append(f"time: column {time!r} is {kinds[time]}, not a timestamp")
     if wanted.window is not None and wanted.time is None:
         problems.append("window: needs 'time', the column of timestamps")
-    for name in [each for each in wanted.aggregate if each not in AGGREGATES]:
-        problems.append(f"aggregate: there is no {name!r}{did_you_mean(name, AGGREGATES)}")
+    problems += [
+        f"aggregate: there is no {name!r}{did_you_mean(name, AGGREGATES)}"
+        for name in wanted.aggregate
+        if name not in AGGREGATES
+    ]
     if "*" in wanted.keep:
         keep = [name for name in names if name not in by]
     else:
@@ -96,10 +99,12 @@ def select(schema: pa.Schema, wanted: Wanted) -> tuple[Selection, list[str]]:
         features = _of(wanted.features, names, numeric, keep, problems)
         inputs = [*by, *features, *keep]
     info = {name: name_of(kinds[name]) for name in [*by, *keep]}
+    if wanted.window is not None and time in info:
+        info[time] = "timestamp[us, tz=UTC]" if "tz=" in info[time] else "timestamp[us]"
     if "key" in info:
         problems.append("column 'key' cannot be kept: the results have a column of that name of their own")
-    for name in [each for each in RESERVED if each in inputs]:
-        problems.append(f"column {name!r} has a name that is used inside of Tally")
+    reserved = [name for name in RESERVED if name in inputs]
+    problems += [f"column {name!r} has a name that is used inside of Tally" for name in reserved]
     return Selection(tuple(features), info, {name: kinds[name] for name in dict.fromkeys(inputs)}, aggregates), problems
 
 

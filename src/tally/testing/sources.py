@@ -30,6 +30,11 @@ class Recorder(Scorer):
         return item.value
 
 
+def listed(values: Any) -> list[Any]:
+    """Keys or positions of a batch as a list, be they an Arrow array or not."""
+    return values.to_pylist() if hasattr(values, "to_pylist") else list(values)
+
+
 def chunks_of(source: Source, items: int, *, after: str | None = None, first: int = 0) -> list[Chunk]:
     """All chunks beyond a cursor, of at most so many items."""
     return list(source.plan(after, first, lambda: ChunkLimit(items, 1 << 40)))
@@ -43,6 +48,12 @@ class SourceContract:
     @pytest.fixture
     def source(self) -> Source:
         raise NotImplementedError("override the fixture source")
+
+    @pytest.fixture(autouse=True)
+    def prepared(self, source: Source) -> Source:
+        """The source as it is when it is planned and read."""
+        source.prepare()
+        return source
 
     @pytest.fixture
     def keys(self) -> list[str]:
@@ -105,7 +116,7 @@ class SourceContract:
         there = pickle.loads(pickle.dumps(source))  # noqa: S301  # our own bytes
         chunks = chunks_of(source, 1000)
         batches = [batch for chunk in chunks for batch in there.read(chunk, scorer, Timings())]
-        assert [key for batch in batches for key in batch.keys] == keys
+        assert [key for batch in batches for key in listed(batch.keys)] == keys
 
     @pytest.mark.parametrize("size", [1, 2, 3, 1000])
     def test_batches_are_windows_in_order(self, source: Source, chunk: Chunk, scorer: Recorder, size: int) -> None:
@@ -117,8 +128,8 @@ class SourceContract:
         ]
         for batch in batches:
             assert batch.dead == []
-            assert batch.positions == list(range(batch.start, batch.stop))
-            assert batch.keys == keys[batch.start : batch.stop]
+            assert listed(batch.positions) == list(range(batch.start, batch.stop))
+            assert listed(batch.keys) == list(keys[batch.start : batch.stop])
             assert len(batch.values) == len(batch.keys)
 
     def test_one_failure_costs_one_item_and_moves_no_other(
@@ -137,12 +148,25 @@ class SourceContract:
         assert [key for batch in batches for key in batch.keys] == [key for key in keys if key != failing]
 
     def test_slices_are_chunks(self, source: Source, chunk: Chunk, scorer: Recorder) -> None:
-        keys = source.keys(chunk)
+        keys = list(source.keys(chunk))
         part = source.slice(chunk, 1, 4)
         assert (part.first, part.count) == (chunk.first + 1, 3)
         assert list(source.keys(part)) == keys[1:4]
-        assert [key for batch in source.read(part, scorer, Timings()) for key in batch.keys] == keys[1:4]
+        assert [key for batch in source.read(part, scorer, Timings()) for key in listed(batch.keys)] == keys[1:4]
         assert list(source.keys(source.slice(part, 1, 2))) == keys[2:3]
+
+    def test_keys_are_a_sequence(self, source: Source, chunk: Chunk) -> None:
+        keys = source.keys(chunk)
+        every = list(keys)
+        assert len(keys) == len(every) == chunk.count
+        assert [keys[at] for at in reversed(range(len(keys)))] == every[::-1]
+        assert (keys[-1], list(keys[1:3])) == (every[-1], every[1:3])
+
+    def test_preparing_again_changes_nothing(self, source: Source, keys: list[str]) -> None:
+        before = chunks_of(source, 2)
+        source.prepare()
+        assert chunks_of(source, 2) == before
+        assert [key for chunk in before for key in source.keys(chunk)] == keys
 
     def test_combining_keeps_items_and_order(self, source: Source, keys: list[str]) -> None:
         chunks = chunks_of(source, 1)
@@ -167,3 +191,60 @@ class SourceContract:
                 pass
         assert timings.read + timings.decode > 0
         assert timings.score == timings.write == 0
+
+
+class TableSourceContract(SourceContract):
+    """What every source of tables must do. Override ``source``, ``keys`` and ``rows``."""
+
+    @pytest.fixture
+    def rows(self) -> list[dict[str, Any]]:
+        """What a scorer is given of each item, in order."""
+        raise NotImplementedError("override the fixture rows")
+
+    @pytest.fixture
+    def input(self) -> str:
+        return "table"
+
+    def test_one_failure_costs_one_item_and_moves_no_other(
+        self, source: Source, chunk: Chunk, scorer: Recorder
+    ) -> None:
+        for batch in source.read(chunk, scorer, Timings()):
+            assert (len(batch.keys), len(batch.dead)) == (batch.stop - batch.start, 0)
+        assert scorer.prepared == []  # rows of tables are scored as they are
+
+    def test_closing_stops_what_works_ahead(self, source: Source, chunk: Chunk, scorer: Recorder) -> None:
+        running = set(threading.enumerate())
+        batches = source.read(chunk, scorer, Timings())
+        next(batches)
+        batches.close()  # type: ignore[attr-defined]
+        assert next(batches, None) is None
+        assert set(threading.enumerate()) <= running
+
+    def test_values_are_the_rows(self, source: Source, scorer: Recorder, rows: list[dict[str, Any]]) -> None:
+        found: list[dict[str, Any]] = []
+        for chunk in chunks_of(source, 3):
+            for batch in source.read(chunk, scorer, Timings()):
+                found += batch.values.to_pylist()
+        assert found == rows
+
+    def test_info_is_as_it_is_declared(self, source: Source, chunk: Chunk, scorer: Recorder) -> None:
+        from tally.sinks.columns import type_named
+
+        for batch in source.read(chunk, scorer, Timings()):
+            if not source.columns:
+                assert batch.info is None
+                continue
+            assert batch.info.num_rows == len(batch.keys)
+            kinds = {name: type_named(kind) for name, kind in source.columns.items()}
+            assert dict(zip(batch.info.schema.names, batch.info.schema.types, strict=True)) == kinds
+
+    def test_the_column_of_the_order_tells_the_order(self, source: Source, scorer: Recorder) -> None:
+        if source.order is None:
+            return
+        places = [
+            place
+            for chunk in chunks_of(source, 1000)
+            for batch in source.read(chunk, scorer, Timings())
+            for place in batch.info[source.order].to_pylist()
+        ]
+        assert len(set(places)) == len(places)

@@ -144,6 +144,11 @@ class Cron:
         """The moment as people write it, with the zone's abbreviation."""
         return f"{self.local(moment):%Y-%m-%d %H:%M %Z}"
 
+    def span(self, interval: Interval) -> str:
+        """The interval as people write it."""
+        same = self.local(interval.start).date() == self.local(interval.end).date()
+        return f"{self.text(interval.start)} to {self.text(interval.end)[11 if same else 0 :]}"
+
     def moment(self, text: str, flag: str) -> int:
         """A date or time as a user writes it, on the zone's clock unless it has an offset; as epoch seconds.
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from tally.config import settings
 from tally.errors import OwnershipLostError, SpecError
@@ -41,6 +42,11 @@ class _Child:
     process: subprocess.Popen[bytes]
 
 
+def log_of(name: str) -> Path:
+    """What the processes that drive the schedule's runs printed."""
+    return settings().home / "logs" / f"schedule-{name}.log"
+
+
 class Loop:
     """Runs schedules until it is stopped, or until nothing is left to do. :meth:`stop` may be called by any thread.
 
@@ -63,6 +69,8 @@ class Loop:
         self._refused: set[str] = set()
         self._wake = threading.Event()
         self._stops = 0
+        self.begun = self.failed = 0
+        """How many runs it began, and how many of them ended as failed."""
 
     @property
     def stopped(self) -> bool:
@@ -145,12 +153,12 @@ class Loop:
             )
 
     def _begin(self, run: Run, clock: Cron) -> None:
-        folder = settings().home / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
+        log_file = log_of(run.schedule)
+        log_file.parent.mkdir(parents=True, exist_ok=True)
         assert run.token is not None
         command = [sys.executable, "-m", "tally.triggers.drive", str(run.id), run.token]
         try:
-            with (folder / f"schedule-{run.schedule}.log").open("ab") as output:
+            with log_file.open("ab") as output:
                 # In a session of its own: Ctrl-C is for the loop, which stops it cleanly.
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -159,7 +167,10 @@ class Loop:
             self._store.put_back(run.id, run.token, counted=False)
             raise
         self._children.append(_Child(run, process))
-        self._say(f"{run.schedule}: {_text(run, clock)} begins" + (f" ({run.reason})" if run.reason != "cron" else ""))
+        self.begun += 1
+        self._say(
+            f"{run.schedule}: {clock.span(run.interval)} begins" + (f" ({run.reason})" if run.reason != "cron" else "")
+        )
         threading.Thread(target=self._await, args=(process,), daemon=True).start()
 
     def _await(self, process: subprocess.Popen[bytes]) -> None:
@@ -175,7 +186,8 @@ class Loop:
                 self._store.put_back(run.id, token, counted=not self.stopped)
             with suppress(OwnershipLostError, SpecError):  # removed meanwhile
                 run = self._store.run(run.id)
-                what = _text(run, self._clock(self._store.get(run.schedule)))
+                self.failed += run.state == "failed"
+                what = self._clock(self._store.get(run.schedule)).span(run.interval)
                 job = f" (job {run.job_id})" if run.job_id else ""
                 ended = {"pending": "will be gone on with", "running": "goes on in another process"}
                 line = f"{run.schedule}: {what} {ended.get(run.state, run.state)}{job}"
@@ -195,10 +207,3 @@ class Loop:
             if self._children:
                 self._wake.wait(0.5)
                 self._wake.clear()
-
-
-def _text(run: Run, clock: Cron) -> str:
-    """The interval, as people write it."""
-    same = clock.local(run.interval_start).date() == clock.local(run.interval_end).date()
-    end = clock.text(run.interval_end)[11 if same else 0 :]
-    return f"{clock.text(run.interval_start)} to {end}"

@@ -226,10 +226,11 @@ class ScheduleStore:
         with self.engine.begin() as connection:
             self._lock(connection, name)
             query = sa.select(runs).where(runs.c.schedule == name)
-            known = {row["interval_start"]: row for row in connection.execute(_within(query, within)).mappings()}
+            rows = connection.execute(_within(query, within)).mappings().all()
+            known = {Interval(row["interval_start"], row["interval_end"]): row for row in rows}
             going_on = any(row["again"] and row["state"] in ("pending", "running") for row in known.values())
             redo = ["failed", "skipped", "pending", *(["finished"] if again and not going_on else [])]
-            missing = [each for each in intervals if each.start not in known]
+            missing = [each for each in intervals if each not in known]
             self._insert(connection, name, missing, state="pending", reason="backfill", again=again)
             for state in redo:
                 values: dict[str, Any] = {"reason": "backfill"}
@@ -237,12 +238,12 @@ class ScheduleStore:
                     values |= _AFRESH
                 if state == "finished":
                     values |= {"again": 1}
-                ids = [known[each.start]["id"] for each in intervals if each.start in known]
+                ids = [known[each]["id"] for each in intervals if each in known]
                 for begin in range(0, len(ids), _ROWS):
                     some = runs.c.id.in_(ids[begin : begin + _ROWS])
                     connection.execute(sa.update(runs).where(some, runs.c.state == state).values(**values))
-        starts = {each.start for each in intervals}
-        return [run for run in reversed(self.runs(name, within=within)) if run.interval_start in starts]
+        wanted = set(intervals)
+        return [run for run in reversed(self.runs(name, within=within)) if run.interval in wanted]
 
     def retry(self, name: str) -> int:
         """Let the failed runs of the schedule be tried again; returns how many there are."""
@@ -323,8 +324,9 @@ class ScheduleStore:
                 if parallel:
                     pending = pending.where(sa.func.coalesce(runs.c.next_at, 0) <= now())
                 first = connection.execute(pending.limit(1)).mappings().first()
-                ready = first is not None and (first["next_at"] or 0) <= first["clock"]
-                if ready and (taken := self._take(connection, first)) is not None:
+                if first is None or (first["next_at"] or 0) > first["clock"]:
+                    continue
+                if (taken := self._take(connection, first)) is not None:
                     return taken
         return None
 
@@ -368,7 +370,7 @@ class ScheduleStore:
 
     # -- inside transactions -----------------------------------------------------------------------
 
-    def _own(self, run_id: int, token: str, **values: Any) -> None:
+    def _own(self, run_id: int, token: str, /, **values: Any) -> None:
         with self.engine.begin() as connection:
             it = (runs.c.id == run_id, runs.c.token == token, runs.c.state == "running")
             if connection.execute(sa.update(runs).where(*it).values(**values)).rowcount == 0:
@@ -414,12 +416,13 @@ class ScheduleStore:
         again: bool = False,
     ) -> None:
         """Runs for those of the intervals that have none."""
-        known: set[int] = set()
+        known: set[Interval] = set()
         for begin in range(0, len(intervals), _ROWS):
             starts = [each.start for each in intervals[begin : begin + _ROWS]]
-            query = sa.select(runs.c.interval_start).where(runs.c.schedule == name, runs.c.interval_start.in_(starts))
-            known.update(connection.scalars(query))
-        new = [each for each in intervals if each.start not in known]
+            query = sa.select(runs.c.interval_start, runs.c.interval_end)
+            query = query.where(runs.c.schedule == name, runs.c.interval_start.in_(starts))
+            known.update(Interval(start, end) for start, end in connection.execute(query))
+        new = [each for each in intervals if each not in known]
         if new:
             clock = connection.scalar(sa.select(now()))
             ended = clock if state == "skipped" else None

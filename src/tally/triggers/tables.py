@@ -64,6 +64,7 @@ schedule_runs = Table(
     Column("owner_host", String(255)),
     Column("owner_pid", Integer),
     Column("lease_until", Double),
-    UniqueConstraint("schedule", "interval_start"),
+    # Both ends: another cron expression makes other intervals from the same beginnings.
+    UniqueConstraint("schedule", "interval_start", "interval_end"),
     Index("schedule_runs_by_state", "schedule", "state", "interval_start"),
 )

@@ -42,14 +42,17 @@ def fill(fields: Mapping[str, Any], interval: Interval, cron: Cron) -> JobSpec:
     return make(**{name: _fill(value, interval, cron) for name, value in fields.items()})
 
 
-def check(fields: Mapping[str, Any], cron: Cron, moment: float) -> list[str]:
-    """Everything that would keep runs after ``moment`` from working, as far as can be told without running one."""
+def check(fields: Mapping[str, Any], cron: Cron | None, moment: float) -> list[str]:
+    """Everything that would keep runs after ``moment`` from working, as far as can be told without running one.
+
+    cron: None where that is not known; then nothing is filled in.
+    """
     problems = [
         f"{field}: there is no placeholder {name!r}{did_you_mean(name, NAMES)}"
         for field, name in _placeholders(fields)
         if name not in NAMES
     ]
-    if problems:
+    if problems or cron is None:
         return problems
     sample, *others = _sample(cron, moment)
     try:
@@ -115,7 +118,11 @@ def _text(name: str, form: str | None, interval: Interval, cron: Cron) -> str:
     local = cron.local(interval.start if "start" in name else interval.end)
     if name.endswith("_utc"):
         local = local.astimezone(UTC)
+    if not form:
+        return local.isoformat()
+    # %s is not Python's, and where a platform knows it, it goes by the clock of this host.
+    form = re.sub("%(%|s)", lambda found: "%%" if found[1] == "%" else str(int(local.timestamp())), form)
     try:
-        return local.strftime(form) if form else local.isoformat()
+        return local.strftime(form)
     except ValueError as error:
         raise SpecError(f"{{{name}:{form}}} cannot be written: {error}") from None

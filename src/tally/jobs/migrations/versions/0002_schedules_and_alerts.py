@@ -67,7 +67,7 @@ def upgrade() -> None:
         sa.Column("lease_until", sa.Double(), nullable=True),
         sa.ForeignKeyConstraint(["schedule"], ["schedules.name"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id"),
-        sa.UniqueConstraint("schedule", "interval_start"),
+        sa.UniqueConstraint("schedule", "interval_start", "interval_end"),
     )
     with op.batch_alter_table("schedule_runs", schema=None) as batch_op:
         batch_op.create_index("schedule_runs_by_state", ["schedule", "state", "interval_start"], unique=False)

@@ -16,6 +16,7 @@ SAMPLE_ROWS = 20_000
 MOSTLY = 0.9
 """A column that has to hold numbers or times does, where this share of its values are such; the others are faults."""
 
+_NUMBER = "[-+]?((0|[1-9][0-9]*)([.][0-9]*)?|[.][0-9]+)([eE][-+]?[0-9]+)?|(?i:nan|[-+]?inf(inity)?)"
 _TESTS = {
     # What begins with a zero is a code and not a number: 08123.
     "BIGINT": (
@@ -23,8 +24,7 @@ _TESTS = {
         False,
     ),
     "DOUBLE": (
-        "regexp_full_match({number}, '[-+]?((0|[1-9][0-9]*)([.][0-9]*)?|[.][0-9]+)([eE][-+]?[0-9]+)?"
-        "|(?i:nan|[-+]?inf(inity)?)') AND NOT (regexp_full_match({text}, '[-+]?[0-9]{{18,}}'))",
+        f"regexp_full_match({{number}}, '{_NUMBER}') AND NOT (regexp_full_match({{text}}, '[-+]?[0-9]{{{{18,}}}}'))",
         False,
     ),
     "BOOLEAN": ("lower({text}) IN ('true', 'false')", False),
@@ -37,12 +37,11 @@ _ZONED = "regexp_matches({text}, '[0-9] ?(Z|[-+][0-9]{{2}}(:?[0-9]{{2}})?)$') AN
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """strict: the DuckDB type that all sampled values have (VARCHAR if none). mostly: DOUBLE, TIMESTAMP or TIMESTAMPTZ
-    where most of them are such. example: a value that is no number, of a column of text."""
+    """strict: the DuckDB type that all sampled values have (VARCHAR if none; empty if there are no values). mostly:
+    DOUBLE, TIMESTAMP or TIMESTAMPTZ where most of them are such."""
 
     strict: str
     mostly: str | None = None
-    example: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ def guess(
         for name in part:
             counts += _counts(columns[name], decimal, timestampformat, dateformat)
         row = connection.execute(f"SELECT {', '.join(counts)} FROM {relation}").fetchone()  # noqa: S608
-        width = len(_TESTS) + 2
+        width = len(_TESTS) + 1
         for index, name in enumerate(part):
             found[name] = _decide(row[index * width : (index + 1) * width])
     return found
@@ -90,21 +89,19 @@ def _counts(column: Text, decimal: str, timestampformat: str | None, dateformat:
         zoned = "false" if timestampformat else _ZONED.format(text=text)
         condition = test.format(text=text, number=swapped, date=date, time=time, zoned=zoned)
         counts.append(f"count(*) FILTER ({condition})")
-    bad = f"TRY_CAST({column.unquoted} AS DOUBLE) IS NULL AND {column.text} IS NOT NULL"
-    counts.append(f"any_value({column.text}) FILTER ({bad})")
     return counts
 
 
 def _decide(counts: Sequence[Any]) -> Guess:
-    total, numbers, example = counts[0], dict(zip(_TESTS, counts[1:-1], strict=True)), counts[-1]
+    total, numbers = counts[0], dict(zip(_TESTS, counts[1:], strict=True))
     # A date alone is a time, too; a time with a zone is read as one without it.
     numbers["DOUBLE"] = max(numbers["DOUBLE"], numbers["BIGINT"])
     numbers["TIMESTAMP"] = max(numbers["TIMESTAMP"], numbers["DATE"])
-    strict = next((kind for kind in numbers if total and numbers[kind] == total), "VARCHAR")
-    mostly = next(
-        (kind for kind in ("DOUBLE", "TIMESTAMP", "TIMESTAMPTZ") if total and numbers[kind] >= MOSTLY * total), None
-    )
-    return Guess(strict, mostly, example)
+    if not total:
+        return Guess("")
+    strict = next((kind for kind in numbers if numbers[kind] == total), "VARCHAR")
+    mostly = next((kind for kind in ("DOUBLE", "TIMESTAMP", "TIMESTAMPTZ") if numbers[kind] >= MOSTLY * total), None)
+    return Guess(strict, mostly)
 
 
 def arrow_type(connection: Any, kind: str) -> pa.DataType:

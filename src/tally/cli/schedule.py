@@ -1,0 +1,384 @@
+"""``tally schedule``: jobs on time, and for times gone by."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tally.cli.console import table
+from tally.errors import JobNotFoundError, SpecError
+
+if TYPE_CHECKING:
+    from tally.triggers.cron import Cron, Interval
+    from tally.triggers.loop import Loop
+    from tally.triggers.store import Run, Schedule, ScheduleStore
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NEAR = 3 * 3600
+"""Seconds around a change of the clock whose runs are shown."""
+
+
+@click.group()
+def schedule() -> None:
+    """Run jobs on time: hourly, nightly, for days gone by.
+
+    Each run scores one interval: the time from one tick of the schedule to the next.
+    """
+
+
+@schedule.command(short_help="Run a job file on time.")
+@click.argument("name")
+@click.argument("file")
+@click.option("--cron", required=True, help="Minute, hour, day, month, weekday: '0 * * * *' is every full hour.")
+@click.option("--timezone", default="UTC", show_default=True, help="Whose clock that is, e.g. Europe/Berlin.")
+@click.option(
+    "--overlap",
+    type=click.Choice(["queue", "skip", "parallel"]),
+    default="queue",
+    show_default=True,
+    help="What becomes of a run that is due while the one before it is at work.",
+)
+@click.option(
+    "--catch-up",
+    type=click.Choice(["all", "latest", "none"]),
+    default="all",
+    show_default=True,
+    help="Which intervals are made up for that were missed while nothing ran.",
+)
+@click.option("--from", "since", metavar="TIME", help="Begin with the intervals from then on.  [default: now]")
+@click.option("--replace", is_flag=True, help="Change the schedule of that name.")
+def add(
+    name: str, file: str, cron: str, timezone: str, overlap: str, catch_up: str, since: str | None, replace: bool
+) -> None:
+    """Run the job that the YAML FILE describes, whenever --cron says.
+
+    Its values may hold {interval_start} and {interval_end}, with a format ({interval_start:%Y-%m-%d}) and on UTC's
+    clock ({interval_start_utc:%H%M}); 'out' has to. The file is read now, and not again.
+
+    \b
+    tally schedule add hourly job.yaml --cron '0 * * * *' --timezone Europe/Berlin
+    tally schedule run --forever
+    """
+    from tally.triggers import template
+    from tally.triggers.cron import Cron
+
+    store = _open()
+    problems: list[str] = []
+    hints: list[str | None] = []
+    if not _NAME.fullmatch(name):
+        problems.append(f"name: {name!r} is not made of letters, digits, '.', '_' and '-'")
+    clock, fields, begin = None, None, None
+    try:
+        clock = Cron(cron, timezone)
+        begin = clock.after(clock.moment(since, "--from") - 1) if since else None
+    except SpecError as error:
+        problems += error.problems
+        hints.append(error.hint)
+    try:
+        fields = template.read(file)
+    except SpecError as error:
+        problems += error.problems
+        hints.append(error.hint)
+    now = store.clock()
+    if fields is not None:
+        problems += template.check(fields, clock, now)
+    if problems or clock is None or fields is None:
+        raise SpecError(problems, hint="\n  ".join(hint for hint in hints if hint) or None)
+    from pathlib import Path
+
+    added = store.add(
+        name, template=fields, file=str(Path(file).absolute()), cron=clock, overlap=overlap, catch_up=catch_up,
+        since=begin, replace=replace,
+    )  # fmt: skip
+    following = clock.next(max(now, added.planned_until), 1)[0]
+    click.echo(f"schedule {name} runs next at {clock.text(following.end)}, for {clock.span(following)}")
+    if late := len(clock.ending(added.planned_until, now)):
+        click.echo(f"  intervals that are over already: {late:,}; catch-up is {catch_up}")
+    click.echo("  Something has to run it: tally schedule run --forever", err=True)
+
+
+@schedule.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_(as_json: bool) -> None:
+    """All schedules, with their next and last runs."""
+    store = _open()
+    schedules = store.all()
+    if as_json:
+        for each in schedules:
+            click.echo(json.dumps({**asdict(each), "runs": store.counts(each.name)}))
+        return
+    if not schedules:
+        click.echo("no schedules yet; add one with: tally schedule add NAME job.yaml --cron '0 * * * *'", err=True)
+        return
+    rows = []
+    for each in schedules:
+        clock, counts = each.clock(), store.counts(each.name)
+        last = next(iter(store.runs(each.name, limit=1)), None)
+        at = "paused" if each.paused else clock.text(_next(store, each, clock, 1)[0].end)
+        shown = "-" if last is None else f"{last.state}: {clock.span(last.interval)}"
+        counted = ", ".join(f"{counts[state]:,} {state}" for state in _STATES if counts.get(state))
+        rows.append((each.name, each.cron, each.timezone, at, shown, counted or "-"))
+    table(("NAME", "CRON", "ZONE", "NEXT RUN", "LAST INTERVAL", "RUNS"), rows)
+
+
+_STATES = ("running", "pending", "failed", "skipped", "finished")
+
+
+@schedule.command(short_help="Next times, last runs, and what the clock's changes do.")
+@click.argument("name")
+@click.option("-n", "--limit", type=click.IntRange(1), default=10, show_default=True, help="How many runs.")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def show(name: str, limit: int, as_json: bool) -> None:
+    """Everything about a schedule: its next times, its last runs, and what becomes of them when the clock is set."""
+    from tally.triggers.loop import log_of
+
+    store = _open()
+    found = store.get(name)
+    clock, runs = found.clock(), store.runs(name, limit=limit)
+    following = _next(store, found, clock, 5)
+    if as_json:
+        last = [asdict(run) for run in runs]
+        click.echo(json.dumps({**asdict(found), "next": [asdict(each) for each in following], "runs": last}))
+        return
+    for label, value in (
+        ("schedule", found.name + (" (paused)" if found.paused else "")),
+        ("job file", found.file),
+        ("source", ", ".join(_listed(found.template["source"]))),
+        ("model", found.template["model"]),
+        ("out", found.template["out"]),
+        ("cron", f"{found.cron}   on the clock of {found.timezone}"),
+        ("overlap", found.overlap),
+        ("catch-up", found.catch_up),
+        ("log", log_of(name)),
+    ):
+        click.echo(f"{label:<12} {value}")
+    if (change := _clock_change(clock, store.clock())) is not None:
+        click.echo(f"{'clock change':<12} {change}")
+    click.echo()
+    table(("NEXT RUN", "INTERVAL"), [(clock.text(each.end), clock.span(each)) for each in following])
+    if runs:
+        click.echo()
+        rows = [(clock.span(r.interval), r.state, r.reason, *_job(store, r), _short(r.error)) for r in runs]
+        table(("INTERVAL", "STATE", "REASON", "JOB", "DONE", "ERROR"), rows)
+
+
+@schedule.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def pause(names: tuple[str, ...]) -> None:
+    """Begin no more runs; what runs now goes on."""
+    store = _open()
+    for found in [store.get(name) for name in names]:
+        store.pause(found.name, True)
+        click.echo(f"schedule {found.name} is paused; go on with: tally schedule resume {found.name}")
+
+
+@schedule.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def resume(names: tuple[str, ...]) -> None:
+    """Begin runs again; --catch-up says what becomes of the intervals that were missed meanwhile."""
+    store = _open()
+    for found in [store.get(name) for name in names]:
+        missed = len(found.clock().ending(found.planned_until, store.clock()))
+        store.pause(found.name, False)
+        more = f"; intervals missed meanwhile: {missed:,}; catch-up is {found.catch_up}" if missed else ""
+        click.echo(f"schedule {found.name} goes on{more}")
+
+
+@schedule.command(short_help="Run what is due, or --forever.")
+@click.argument("names", nargs=-1, metavar="[NAME...]")
+@click.option("--forever", is_flag=True, help="And go on with what will be due.")
+@click.option("--failed", is_flag=True, help="And try failed runs again.")
+def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
+    """Run what is due, of all schedules or those named, and wait for it.
+
+    With --forever it goes on until it is stopped: Ctrl-C or SIGTERM stops it cleanly, and what runs saves what it has.
+    Several may run at once, here and on other hosts with the same database: no interval is run twice.
+    """
+    from tally.triggers.loop import Loop
+
+    store = _open()
+    known = [store.get(name) for name in names] if names else store.all()
+    if failed:
+        again = sum(store.retry(each.name) for each in known)
+        click.echo(f"failed runs that are tried again: {again:,}", err=True)
+    loop = Loop(store, names=names, say=lambda line: click.echo(line, err=True))
+    with _signals(loop):
+        if forever:
+            click.echo(
+                "running " + (", ".join(each.name for each in known) or "what will be added") + "; Ctrl-C stops",
+                err=True,
+            )
+        loop.run(forever=forever)
+    if loop.stopped:
+        return 0 if forever else 130
+    if not loop.begun:
+        soon = [(_next(store, each, each.clock(), 1)[0].end, each) for each in known if not each.paused]
+        if soon:
+            at, first = min(soon, key=lambda pair: pair[0])
+            click.echo(f"nothing is due; the next run is that of {first.name} at {first.clock().text(at)}", err=True)
+        else:
+            click.echo("nothing is due: " + ("all is paused" if known else "there are no schedules"), err=True)
+    return 1 if loop.failed else 0
+
+
+@schedule.command()
+@click.argument("name")
+def remove(name: str) -> None:
+    """Forget a schedule and what it has run; jobs and results stay."""
+    _open().remove(name)
+    click.echo(f"schedule {name} is removed; its jobs and results stay")
+
+
+@schedule.command(short_help="Run intervals gone by.")
+@click.argument("name")
+@click.option("--from", "since", required=True, metavar="TIME", help="The first interval begins then, or after it.")
+@click.option("--to", "until", metavar="TIME", help="The last one begins before then.  [default: now]")
+@click.option("--again", is_flag=True, help="Finished intervals too: their results are replaced.")
+def backfill(name: str, since: str, until: str | None, again: bool) -> int:
+    """Run the intervals that begin from --from on and before --to, unless they are finished.
+
+    TIME is a date or a time on the clock of the schedule's zone. The same command again goes on where it was stopped,
+    and tries again what failed.
+
+    \b
+    tally schedule backfill nightly --from 2026-01-01 --to 2026-01-08
+    """
+    from tally.triggers.loop import Loop
+
+    store = _open()
+    found = store.get(name)
+    clock, now = found.clock(), store.clock()
+    begin = clock.moment(since, "--from")
+    end = clock.moment(until, "--to") if until else int(now) + 1
+    if end <= begin:
+        raise SpecError(f"--to ({clock.text(end)}) is not after --from ({clock.text(begin)})")
+    intervals = clock.starting(begin, end)
+    over = [each for each in intervals if each.end <= now]
+    if not over:
+        what = "is over yet" if intervals else "begins then"
+        raise SpecError(f"no interval of {name} {what}: {clock.text(begin)} to {clock.text(end)}")
+    if len(over) < len(intervals):
+        click.echo(f"intervals that are not over yet, and left out: {len(intervals) - len(over):,}", err=True)
+    report = _Report(store, name, clock, {run.id for run in store.backfill(name, over, again=again)}, over)
+    loop = Loop(store, names=[name], within=report.within, listen=report.show)
+    with _signals(loop):
+        loop.run()
+    report.show()
+    return report.end(stopped=loop.stopped)
+
+
+class _Report:
+    """A line for each interval of a backfill that comes to its end."""
+
+    def __init__(self, store: ScheduleStore, name: str, clock: Cron, ids: set[int], intervals: list[Interval]) -> None:
+        from tally.triggers.cron import Interval
+
+        self.within = Interval(intervals[0].start, intervals[-1].start + 1)
+        self._store, self._name, self._clock, self._ids = store, name, clock, ids
+        self._counts: dict[str, int] = {}
+        self._ended = {run.id for run in self._runs() if run.state == "finished"}
+        if self._ended:
+            click.echo(f"{len(self._ended):,} of {len(ids):,} intervals are finished already", err=True)
+
+    def show(self) -> None:
+        """What has ended since the last time."""
+        counts = self._store.counts(self._name, within=self.within)
+        if counts == self._counts:
+            return
+        self._counts = counts
+        for run in self._runs():
+            if run.state in ("finished", "failed") and run.id not in self._ended:
+                self._ended.add(run.id)
+                job, done = _job(self._store, run)
+                what = f"{done} done (job {job})" if run.state == "finished" else str(run.error)
+                count = f"[{len(self._ended):,}/{len(self._ids):,}]"
+                click.echo(f"{count} {self._clock.span(run.interval)} {run.state}: {what}", err=True)
+
+    def end(self, *, stopped: bool) -> int:
+        """Say how it ended; the exit code."""
+        runs = self._runs()
+        finished = sum(run.state == "finished" for run in runs)
+        click.echo(f"{finished:,} of {len(runs):,} intervals are finished")
+        if stopped:
+            click.echo("  Go on with the same command.", err=True)
+            return 130
+        if finished < len(runs):
+            click.echo("  After mending the cause, the same command tries the others again.", err=True)
+            return 1
+        return 0
+
+    def _runs(self) -> list[Run]:
+        found = reversed(self._store.runs(self._name, within=self.within))
+        return [run for run in found if run.id in self._ids]
+
+
+@contextmanager
+def _signals(loop: Loop) -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the loop cleanly."""
+
+    def handle(number: int, frame: Any) -> None:
+        if not loop.stopped:
+            click.echo("stopping: what runs saves what it has (again to kill it)", err=True)
+        loop.stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _next(store: ScheduleStore, found: Schedule, clock: Cron, count: int) -> list[Interval]:
+    return clock.next(max(store.clock(), found.planned_until), count)
+
+
+def _clock_change(clock: Cron, now: float) -> str | None:
+    """When the zone's clock is set next, and which runs there are around it."""
+    change = clock.clock_change(now)
+    if change is None:
+        return None
+    at, by = change
+    before = f"{(clock.local(at) - by):%H:%M} {clock.local(at - 1):%Z}"
+    ticks = clock.ticks(at - _NEAR, at + _NEAR)
+    near = ", ".join(f"{clock.local(tick):%H:%M %Z}" for tick in ticks[:12]) + (", ..." if len(ticks) > 12 else "")
+    runs = f"runs around it: {near}" if ticks else "no run is near"
+    return f"on {clock.local(at):%Y-%m-%d} {before} becomes {clock.local(at):%H:%M %Z}; {runs}"
+
+
+def _job(store: ScheduleStore, run: Run) -> tuple[str, str]:
+    """The run's job, and how far it is."""
+    from tally.jobs.store import JobStore
+
+    if run.job_id is None:
+        return "-", "-"
+    try:
+        record = JobStore(store.engine).get(run.job_id)
+    except JobNotFoundError:
+        return run.job_id, "deleted"
+    dead = f", {record.dead:,} failed" if record.dead else ""
+    return run.job_id, f"{record.done:,} {record.unit}{dead}"
+
+
+def _short(error: str | None) -> str:
+    line = (error or "").partition("\n")[0]
+    return line if len(line) <= 100 else line[:97] + "..."
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [str(each) for each in value]
+
+
+def _open() -> ScheduleStore:
+    from tally.config import settings
+    from tally.jobs.database import connect
+    from tally.triggers.store import ScheduleStore
+
+    return ScheduleStore(connect(settings().database))

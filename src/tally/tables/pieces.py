@@ -1,0 +1,116 @@
+"""Chunks of tables as lists of pieces, each of which is one of
+
+- ``["rows", place, name, start, stop, rows]``: rows of a Parquet file that has so many in all; ``place`` is the index
+  of one of the listing's places, or -1 for a work file;
+- ``["key", ordinal, message]``: a key that has no model, one item for all its rows;
+- ``["bad", start, stop]``: lines that could not be read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tally.sources.base import Chunk, ChunkLimit
+
+Piece = list[Any]
+
+MOST = 2048
+"""Pieces in one chunk at most."""
+_SNAP = 0.6
+"""The share of a chunk that it keeps at least, so that it may end where a row group does."""
+
+
+def length(piece: Piece) -> int:
+    """The number of items."""
+    if piece[0] == "key":
+        return 1
+    return int(piece[4] - piece[3] if piece[0] == "rows" else piece[2] - piece[1])
+
+
+def part(piece: Piece, start: int, stop: int) -> Piece:
+    """The piece's items ``start <= item < stop``."""
+    if piece[0] == "rows":
+        return [*piece[:3], piece[3] + start, piece[3] + stop, piece[5]]
+    return ["bad", piece[1] + start, piece[1] + stop] if piece[0] == "bad" else piece
+
+
+def append(pieces: list[Piece], piece: Piece) -> None:
+    """Add a piece, to the last one where it follows on it."""
+    last = pieces[-1] if pieces else None
+    if last is not None and last[0] == piece[0]:
+        if piece[0] == "rows" and last[1:3] == piece[1:3] and last[4] == piece[3]:
+            last[4] = piece[4]
+            return
+        if piece[0] == "bad" and last[2] == piece[1]:
+            last[2] = piece[2]
+            return
+    pieces.append(list(piece))
+
+
+class Packer:
+    """Fills chunks with pieces, as far as each one's limit allows. first: the ordinal of the next item."""
+
+    def __init__(self, first: int, limit: Callable[[], ChunkLimit]) -> None:
+        self.any = False  # whether there was an item
+        self._first, self._limit = first, limit
+        self._bound: ChunkLimit | None = None
+        self._pieces: list[Piece] = []
+        self._count = self._bytes = 0
+        self._cursor: Any = None
+
+    def room(self, weight: int) -> int:
+        """How many items of so many bytes each still fit; at least one into an empty chunk."""
+        if self._bound is None:
+            self._bound = self._limit()
+        if len(self._pieces) >= MOST:
+            return 0
+        fitting = self._bound.items - self._count
+        if weight:
+            fitting = min(fitting, (self._bound.bytes - self._bytes) // weight)
+        return max(fitting, 0 if self._count else 1)
+
+    def add(self, piece: Piece, count: int, weight: int, cursor: Any) -> None:
+        append(self._pieces, piece)
+        self._count += count
+        self._bytes += count * weight
+        self._cursor = cursor
+        self.any = True
+
+    def flush(self) -> Iterator[Chunk]:
+        """The chunk as far as it is filled, if it holds anything."""
+        if self._count:
+            yield Chunk(self._first, self._count, {"pieces": self._pieces}, json.dumps(self._cursor))
+            self._first += self._count
+        self._bound, self._pieces, self._count, self._bytes = None, [], 0, 0
+
+    def make_room(self, count: int, weight: int) -> Iterator[Chunk]:
+        """Begin a new chunk if so many items do not fit into this one."""
+        if self._count and self.room(weight) < count:
+            yield from self.flush()
+
+    def cut(
+        self, head: Piece, start: int, ends: Sequence[int], weight: int, cursor: Callable[[int], Any]
+    ) -> Iterator[Chunk]:
+        """The chunks of a file's rows from ``start`` on, cut at the end of a row group where one is near.
+
+        ends: of its row groups. cursor: after so many rows of the file.
+        """
+        rows = ends[-1] if ends else 0
+        while start < rows:
+            room = self.room(weight)
+            if not room:
+                yield from self.flush()
+                continue
+            stop = min(rows, start + room)
+            snapped = stop
+            if stop < rows and (at := bisect.bisect_right(ends, stop)):
+                end = ends[at - 1]
+                if end > start and self._count + end - start >= _SNAP * (self._count + room):
+                    snapped = end
+            self.add([*head, start, snapped, rows], snapped - start, weight, cursor(snapped))
+            start = snapped
+            if start < rows:
+                yield from self.flush()

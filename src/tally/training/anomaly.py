@@ -1,0 +1,419 @@
+"""Train a detector of anomalies for each key of a table of readings, and package all of them in one file.
+
+Readings are grouped by key out of core, and keys are trained in parallel. A model depends on the readings of its
+key, the options and the seed; on nothing else. The package appears when training has ended, all at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from tally.engines.base import Engine, Limits
+from tally.errors import ModelError, OutputExistsError, SpecError, StorageError, WorkerError
+
+if TYPE_CHECKING:
+    from tally.sources.tables import TableSource
+
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
+
+FEWEST = 10
+"""Usable rows that a key needs."""
+TASK_ROWS, TASK_KEYS = 200_000, 64
+"""What one task may hold, if it is more than one key."""
+READ_ROWS = 1 << 20
+"""Rows of a key that are looked at at once."""
+TOLERANCE = 1e-7
+"""Of the solver. With scikit-learn's 1e-3 a model of --nu 0.01 calls 22 % of normally distributed values anomalous,
+and has eight times as many support vectors."""
+MOST_STEPS = 1_000_000
+"""Of the solver."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one model is made. nu: the share of the training rows that may be anomalous."""
+
+    kind: Literal["ocsvm", "isolation-forest"] = "ocsvm"
+    nu: float = 0.01
+    gamma: float | Literal["scale", "auto"] = "scale"
+    max_rows: int = 2000
+    seed: int = 1
+
+    def problems(self) -> list[str]:
+        found = []
+        if not 0 < self.nu <= 0.5:
+            found.append(f"--nu: more than 0, at most 0.5, not {self.nu:g}")
+        if not isinstance(self.gamma, str) and not 0 < self.gamma < float("inf"):
+            found.append(f"--gamma: scale, auto, or a number above 0, not {self.gamma:g}")
+        if self.max_rows < FEWEST:
+            found.append(f"--max-rows: at least {FEWEST}, not {self.max_rows}")
+        if self.seed < 0:
+            found.append(f"--seed: 0 or more, not {self.seed}")
+        return found
+
+    def fit(self, values: Matrix, seed: int) -> Any:
+        """A fitted scikit-learn pipeline for ``float64[rows, features]`` without NaN."""
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        if self.kind == "isolation-forest":
+            from sklearn.ensemble import IsolationForest
+
+            return IsolationForest(contamination=self.nu, random_state=seed).fit(values)
+        import warnings
+
+        from sklearn.svm import OneClassSVM
+
+        detector = OneClassSVM(nu=self.nu, gamma=self.gamma, tol=TOLERANCE, max_iter=MOST_STEPS)
+        pipeline = make_pipeline(StandardScaler(), detector)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of too many steps: the border is set below
+            pipeline.fit(values)
+        _set_border(pipeline, values)
+        return pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The rows of one key: ``rows`` of them from ``first`` on in the grouped source."""
+
+    key: Mapping[str, Any]
+    first: int
+    rows: int
+
+    def __str__(self) -> str:
+        from tally.scorers.keys import shown
+
+        return shown([*self.key], [*self.key.values()])
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What became of a key: a model, or the reason why there is none.
+
+    left_out: rows with a value that is missing or no finite number. used: trained with.
+    anomalous: of these, those that the model calls so.
+    """
+
+    group: Group
+    model: Any = None
+    reason: str | None = None
+    left_out: int = 0
+    used: int = 0
+    anomalous: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """``done`` of ``of`` keys, which had so many rows, and for how many of them there is no model."""
+
+    done: int
+    of: int
+    rows: int
+    failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """facts: worth remembering of the package (figures, and what it was made of). failed: keys without a model."""
+
+    facts: dict[str, Any]
+    failed: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What is to be trained. Raises SpecError with every problem, OutputExistsError.
+
+    sources: files of readings, globs, folders, URLs. by: columns that make a key. values: columns that are looked
+    at. out: folder of the package, not there yet. time, window, aggregate: readings are gathered over ``window``
+    seconds first. where: a condition in SQL. csv: how to read CSV. workers: processes; None: one for each core.
+    """
+
+    sources: tuple[str, ...]
+    by: tuple[str, ...]
+    values: tuple[str, ...]
+    out: Path
+    recipe: Recipe = field(default_factory=Recipe)
+    time: str | None = None
+    window: float | None = None
+    aggregate: tuple[str, ...] = ("mean",)
+    where: str | None = None
+    csv: Mapping[str, Any] = field(default_factory=dict)
+    workers: int | None = None
+
+    file = "models.parquet"
+
+    def __post_init__(self) -> None:
+        problems = self.recipe.problems()
+        problems += [f"--{name}: names no column" for name in ("by", "values") if not getattr(self, name)]
+        if both := sorted({*self.by} & {*self.values}):
+            problems.append(f"--value: {', '.join(both)} is a column of --by too")
+        if self.window is not None and self.time is None:
+            problems.append("--window: needs the column of timestamps, --time")
+        if self.workers is not None and self.workers < 1:
+            problems.append(f"--workers: at least 1, not {self.workers}")
+        if problems:
+            raise SpecError([each.replace("--values", "--value") for each in problems])
+        if self.out.exists():
+            raise OutputExistsError(f"{self.out} is there already", hint="Choose another folder, or remove it first.")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Columns that the models look at: those given, or with a window what is made of them."""
+        if self.window is None:
+            return self.values
+        made = [f"{value}_{how}" for how in self.aggregate if how != "count" for value in self.values]
+        return (*made, *(["count"] if "count" in self.aggregate else []))
+
+    def run(
+        self, listen: Callable[[Step], None] = lambda step: None, say: Callable[[str], None] = lambda line: None
+    ) -> Trained:
+        """Train, and write the package.
+
+        Raises ModelError if no key could be trained, SpecError and StorageError of the source.
+        """
+        _check_library()
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
+        except OSError as error:
+            raise StorageError(f"cannot write {self.out}: {error.strerror}") from error
+        try:
+            return self._run(partial, listen, say)
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(f"cannot write {self.out}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _run(self, partial: Path, listen: Callable[[Step], None], say: Callable[[str], None]) -> Trained:
+        from tally.engines.local import LocalEngine
+        from tally.scorers.keys import key_of
+        from tally.scorers.packed import Model, write
+        from tally.sources.tables import TableSource
+
+        begun = monotonic()
+        source = TableSource.describe(
+            self.sources,
+            features=self.features,
+            by=self.by,
+            where=self.where,
+            time=self.time,
+            window=self.window,
+            aggregate=self.aggregate,
+            csv=self.csv,
+        ).at(str((partial / "rows").absolute()))
+        source.prepare()
+        if remark := source.remark():
+            say(remark)
+        if unread := source._work.made.bad:
+            say(f"{unread:,} lines that cannot be read are left out, the first: {source.bad_lines(0, 1)[0]['error']}")
+        groups = [Group(key, first, rows) for key, first, rows in source.groups()]
+        tasks = _tasks([group for group in groups if key_of(self.by, group.key) is not None])
+        failed = {str(group): "null makes no key" for group in groups if key_of(self.by, group.key) is None}
+        totals = {"keys": 0, "rows": 0, "rows_left_out": 0, "rows_used": 0, "rows_anomalous": 0}
+
+        def models() -> Iterator[Model]:
+            for fitted in _outcomes(engine, tasks, ahead=4 * slots):
+                totals["rows"] += fitted.group.rows
+                totals["rows_left_out"] += fitted.left_out
+                if fitted.reason is not None:
+                    failed[str(fitted.group)] = fitted.reason
+                else:
+                    totals["keys"] += 1
+                    totals["rows_used"] += fitted.used
+                    totals["rows_anomalous"] += fitted.anomalous
+                    facts = {"rows": fitted.group.rows, "used": fitted.used, "anomalous": fitted.anomalous}
+                    yield Model(fitted.group.key, fitted.model, facts)
+                listen(Step(totals["keys"] + len(failed), len(groups), totals["rows"], len(failed)))
+
+        engine = LocalEngine()
+        slots = min(self.workers or engine.default_slots(), max(1, len(tasks)))
+        engine.start(_begin, (source, self), slots=slots, limits=Limits(memory=engine.default_memory(slots)))
+        try:
+            found = models()
+            first = next(found, None)
+            if first is None:
+                shown = "".join(f"\n  {key}: {reason}" for key, reason in islice(failed.items(), 5))
+                raise ModelError(f"none of {len(groups):,} keys could be trained{shown}")
+            package = partial / "package"
+            write(package, chain([first], found), by=self.by, features=self.features, name=self.out.name)
+        finally:
+            engine.stop(kill=True)
+        package.rename(self.out)
+        return self._trained(totals, failed, monotonic() - begun)
+
+    def _trained(self, totals: Mapping[str, int], failed: Mapping[str, str], seconds: float) -> Trained:
+        import sklearn
+
+        facts: dict[str, Any] = {
+            "metrics": {
+                **totals,
+                "keys_failed": len(failed),
+                "anomalous_share": round(totals["rows_anomalous"] / totals["rows_used"], 6),
+                "seconds": round(seconds, 2),
+            },
+            "trained": {
+                "source": [*self.sources],
+                "by": [*self.by],
+                "features": [*self.features],
+                **{name: getattr(self, name) for name in ("time", "window", "where") if getattr(self, name)},
+                **({"aggregate": [*self.aggregate]} if self.window else {}),
+                "kind": self.recipe.kind,
+                "nu": self.recipe.nu,
+                **({"gamma": self.recipe.gamma} if self.recipe.kind == "ocsvm" else {}),
+                "max_rows": self.recipe.max_rows,
+                "seed": self.recipe.seed,
+                "sklearn": sklearn.__version__,
+            },
+        }
+        return Trained(facts, failed)
+
+
+# -- in the workers ----------------------------------------------------------------------------------
+
+
+def _begin(source: TableSource, training: Training) -> tuple[TableSource, Training]:
+    return source, training
+
+
+def _fit(state: tuple[TableSource, Training], groups: Sequence[Group]) -> list[Fitted]:
+    """What becomes of some keys, one after another."""
+    source, training = state
+    first, rows = groups[0].first, groups[-1].first + groups[-1].rows - groups[0].first
+
+    def values(start: int, rows: int) -> Matrix:
+        table = source.group_table(start, rows)
+        return np.stack([table[name].cast("float64").to_numpy() for name in training.features], axis=1)
+
+    # Opening the file for each key would take longer than training it.
+    whole = values(first, rows) if rows <= READ_ROWS else None
+
+    def reader(group: Group) -> Callable[[int, int], Matrix]:
+        if whole is None:
+            return lambda at, rows: values(group.first + at, rows)
+        start = group.first - first
+        return lambda at, rows: whole[start + at : start + at + rows]
+
+    return [fit_key(group, reader(group), training.recipe) for group in groups]
+
+
+def fit_key(group: Group, read: Callable[[int, int], Matrix], recipe: Recipe) -> Fitted:
+    """Train the model of one key.
+
+    read: given a position in the group and how many rows, their values ``float64[rows, features]``, missing ones NaN.
+    """
+    seed = zlib.crc32(str(group).encode("utf-8", "backslashreplace"), recipe.seed & 0xFFFFFFFF)
+    try:
+        values, usable = sample(read, group.rows, recipe.max_rows, seed)
+        left_out = group.rows - usable
+        if usable < FEWEST:
+            reason = f"{usable} usable rows, and at least {FEWEST} are needed"
+            return Fitted(group, reason=reason, left_out=left_out)
+        model = recipe.fit(values, seed)
+        anomalous = int((model.predict(values) < 0).sum())
+    except Exception as error:  # whatever is odd about one key is no reason to lose the others
+        return Fitted(group, reason=f"{type(error).__name__}: {error}")
+    return Fitted(group, model, left_out=left_out, used=len(values), anomalous=anomalous)
+
+
+def sample(read: Callable[[int, int], Matrix], rows: int, most: int, seed: int) -> tuple[Matrix, int]:
+    """Usable rows, ``most`` at most, spread evenly over all of them; and how many usable ones there are.
+
+    Rows are cut into ``most`` runs of equal length, and from each one row is drawn: what repeats itself is not
+    met again and again at the same point. See :func:`fit_key` for ``read``; memory does not grow with ``rows``.
+    """
+    random = np.random.default_rng(seed)
+    runs = np.linspace(0, rows, min(rows, most) + 1).astype(np.int64)
+    kept, usable = [], 0
+    first = 0
+    while first < len(runs) - 1:
+        last = max(first + 1, int(np.searchsorted(runs, runs[first] + READ_ROWS, "right")) - 1)
+        values = read(int(runs[first]), int(runs[last] - runs[first]))
+        there = np.flatnonzero(np.isfinite(values).all(axis=1))
+        usable += len(there)
+        bounds = np.searchsorted(there, runs[first : last + 1] - runs[first])
+        counts = np.diff(bounds)
+        drawn = bounds[:-1] + (random.random(len(counts)) * counts).astype(np.int64)
+        kept.append(values[there[drawn[counts > 0]]])
+        first = last
+    return np.concatenate(kept), usable
+
+
+def _set_border(pipeline: Any, values: Matrix) -> None:
+    """Move the border so that at most a share ``nu`` of the training rows is beyond it.
+
+    That is what nu means; but values that are there again and again (a sensor that rests, or never changes) lie on the
+    border exactly, and the last bits of a sum would decide for all of them at once.
+    """
+    detector = pipeline[-1]
+    decisions = np.sort(pipeline.decision_function(values))
+    short = -decisions[int(detector.nu * len(values))]
+    margin = 1e-9 * float(np.abs(detector.dual_coef_).sum())
+    if short + margin > 0:
+        detector._intercept_ = detector._intercept_ + (short + margin)
+        detector.intercept_ = detector.intercept_ + (short + margin)
+        detector.offset_ = detector.offset_ - (short + margin)
+
+
+# -- in the coordinator ------------------------------------------------------------------------------
+
+
+def _tasks(groups: Sequence[Group]) -> list[list[Group]]:
+    """Runs of keys that follow each other and are worth a message."""
+    tasks: list[list[Group]] = []
+    rows = 0
+    for group in groups:
+        rows += group.rows
+        apart = tasks and tasks[-1][-1].first + tasks[-1][-1].rows != group.first
+        if not tasks or apart or rows > TASK_ROWS or len(tasks[-1]) == TASK_KEYS:
+            tasks.append([])
+            rows = group.rows
+        tasks[-1].append(group)
+    return tasks
+
+
+def _outcomes(engine: Engine, tasks: Sequence[Sequence[Group]], ahead: int) -> Iterator[Fitted]:
+    """What became of each key, in order; ``ahead`` tasks are under way beyond the one that is waited for."""
+    waiting: deque[tuple[Sequence[Group], Future[list[Fitted]]]] = deque()
+    for task in tasks:
+        waiting.append((task, engine.submit(_fit, task)))
+        if len(waiting) > ahead:
+            yield from _outcome(engine, *waiting.popleft())
+    while waiting:
+        yield from _outcome(engine, *waiting.popleft())
+
+
+def _outcome(engine: Engine, task: Sequence[Group], future: Future[list[Fitted]]) -> Iterator[Fitted]:
+    """A task's outcome. If its worker was lost, its keys are tried one by one, to find the one that did it."""
+    try:
+        yield from future.result()
+    except WorkerError as error:
+        if len(task) == 1:
+            yield Fitted(task[0], reason=error.message)
+            return
+        for group, alone in [(group, engine.submit(_fit, [group])) for group in task]:
+            yield from _outcome(engine, [group], alone)
+
+
+def _check_library() -> None:
+    try:
+        import sklearn.svm  # noqa: F401
+    except ImportError:
+        raise ModelError(
+            "training needs scikit-learn, which is not installed", hint="pip install 'tally-scoring[sklearn]'"
+        ) from None
