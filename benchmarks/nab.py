@@ -34,10 +34,10 @@ CAVEATS = """
 Trained with the first 15 % of each series' rows, without labels; the rest is scored. A labelled window counts if it
 ends after the first row that is scored. It is found if any row in it is called anomalous.
 
-"right": the share of anomalous rows (precision), or of runs, that are in a window. A run is anomalous rows of a series that follow each other; one
-of its rows in a window is enough. "labelled" is the share of the rows that are in
-windows: the precision of a detector that knows nothing. "chance" is how many windows it would find on average, if it
-called as many rows anomalous at random.
+"right" is the share of anomalous rows (precision), or of runs, that are in a window. A run is anomalous rows of a
+series that follow each other; one of them in a window is enough. "labelled" is the share of the rows that are in
+windows: the precision of a detector that knows nothing. "chance" is how many windows such a one would find on average,
+if it called as many rows anomalous.
 
 This is not NAB's score, which rewards early detection and weighs false alarms.
 """
@@ -48,7 +48,7 @@ Windows = Mapping[str, Sequence[tuple[np.datetime64, np.datetime64]]]
 @dataclass(frozen=True)
 class Found:
     """What was found in one series. rows, anomalous: of the part that was scored. right: anomalous rows in windows.
-    chance: how many windows would be found on average if as many rows were called anomalous at random.
+    chance: how many windows would be found on average, if as many rows were called anomalous at random.
     """
 
     rows: int
@@ -118,12 +118,12 @@ def measure(results: pa.Table, late: pa.Table, windows: Windows) -> dict[str, Fo
 
 def _line(name: str, each: Found) -> str:
     def share(part: int, whole: int) -> str:
-        return f"{part / whole:8.1%}" if whole else "       -"
+        return f"{part / whole:9.1%}" if whole else f"{'-':>9}"
 
     return (
-        f"  {name:<52}{each.rows:>7,}{share(each.labelled, each.rows)}{each.anomalous:>8,}"
-        f"{share(each.anomalous, each.rows)}{f'{each.found}/{each.windows}':>8}{each.chance:>8.1f}"
-        f"{share(each.right, each.anomalous)}{each.runs:>8,}{share(each.right_runs, each.runs)}"
+        f"  {name:<52}{each.rows:>7,}{share(each.labelled, each.rows)}{each.anomalous:>10,}"
+        f"{share(each.anomalous, each.rows)}{f'{each.found}/{each.windows}':>7}{each.chance:>7.1f}"
+        f"{share(each.right, each.anomalous)}{each.runs:>7,}{share(each.right_runs, each.runs)}"
     )
 
 
@@ -153,8 +153,8 @@ def main() -> None:
             found = measure(parquet.read_table(folder / f"{variant.replace(' ', '-')}.parquet"), late, windows)
             print(f"{variant}: tally train anomaly ... {' '.join(VARIANTS[variant])}".rstrip(" ."))
             print(
-                f"  {'':<52}{'rows':>7}{'labelled':>8}{'anomal.':>8}{'share':>8}{'found':>8}{'chance':>8}{'right':>8}"
-                f"{'runs':>8}{'right':>8}"
+                f"  {'':<52}{'rows':>7}{'labelled':>9}{'anomalous':>10}{'share':>9}{'found':>7}{'chance':>7}"
+                f"{'right':>9}{'runs':>7}{'right':>9}"
             )
             for name, each in found.items():
                 print(_line(name, each))

@@ -9,17 +9,19 @@ if TYPE_CHECKING:
     from tally.errors import TallyError as TallyError
     from tally.scorers.base import Item as Item
     from tally.scorers.base import Scorer as Scorer
+    from tally.scorers.base import TableResult as TableResult
 
 _EXPORTS = {
     "Item": "tally.scorers.base",
     "ItemError": "tally.errors",
     "Job": "tally.api",
     "Scorer": "tally.scorers.base",
+    "TableResult": "tally.scorers.base",
     "TallyError": "tally.errors",
     "score": "tally.api",
 }
 
-__all__ = ["Item", "ItemError", "Job", "Scorer", "TallyError", "score"]
+__all__ = ["Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "score"]
 
 
 def __getattr__(name: str) -> Any:

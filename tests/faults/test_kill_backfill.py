@@ -19,7 +19,7 @@ from tally.triggers.store import ScheduleStore
 
 HOURS = 24
 DEVICES = 3
-KILLS = 25
+KILLS = 15
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 JOB = """\
 source: 'readings/*.csv'
@@ -27,7 +27,7 @@ where: ts >= '{interval_start}' and ts < '{interval_end}'
 keep: [device, value]
 model: scorer.py
 out: out/{interval_start:%Y-%m-%dT%H}
-workers: 2
+workers: 1
 """
 Rows = dict[str, list[tuple[str, float, bool]]]
 
@@ -53,7 +53,7 @@ def expected(tmp_path: Path) -> Rows:
     return found
 
 
-@pytest.mark.parametrize(("seed", "overlap", "schedulers"), [(1, "queue", 1), (2, "parallel", 1), (3, "queue", 2)])
+@pytest.mark.parametrize(("seed", "overlap", "schedulers"), [(1, "queue", 1), (2, "parallel", 1), (3, "parallel", 2)])
 def test_every_interval_is_done_once(
     expected: Rows, tmp_path: Path, home: Path, seed: int, overlap: str, schedulers: int
 ) -> None:
@@ -104,17 +104,16 @@ def storm(command: list[str], out: Path, *, home: Path, schedulers: int, seed: i
             break
         running += [start(command, log) for _ in range(schedulers - len(running))]
         try:
-            running[0].wait(timeout=dice.uniform(0.1, 2.5))
+            running[0].wait(timeout=dice.uniform(0.3, 3.0))
         except subprocess.TimeoutExpired:
             pass
-        victim = dice.choice(list(killed))
         coordinators = drivers(home)
+        victim = dice.choice(list(killed)) if coordinators else "scheduler"
         if victim == "scheduler":
             dice.choice(running).kill()
-        elif victim == "coordinator" and coordinators:
+        elif victim == "coordinator":
             kill(dice.choice(coordinators))
         else:
-            victim = "everything"
             for process in running:
                 process.kill()
             for coordinator in coordinators:

@@ -184,11 +184,13 @@ class _Line:
         self._terminal = sys.stderr.isatty()
 
     def tell(self, done: int, of: int, unit: str, more: str) -> None:
-        """So many are done; what ``more`` says is added."""
+        """So many are done (0: the clock starts now); what ``more`` says is added."""
         tenth = 10 * done // of > 10 * self.done // of
         self.done = done
         now = time.monotonic()
-        if not (now - self._shown > 0.2 or done == of if self._terminal else tenth):
+        if not done:
+            self._begun = now
+        if not done or not (now - self._shown > 0.2 or done == of if self._terminal else tenth):
             return
         self._shown = now
         rate = done / (now - self._begun)

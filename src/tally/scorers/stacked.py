@@ -37,7 +37,7 @@ _TILE = 128
 """Rows in a tile, at most."""
 
 _BLOCK = 1 << 18
-"""Pairs of row and vector in a block, about: 2 MiB of float64."""
+"""Numbers in a block, about: pairs of row and vector, or rows times features. 2 MiB of float64."""
 
 _SIZES = np.array(sorted({1, 2, 3, *(step << i for i in range(29) for step in (4, 5, 6, 7))}))
 """Numbers of rows and of vectors are rounded up to one of these: by an eighth on average."""
@@ -190,7 +190,7 @@ class Stack:
             self._vectors[other, features + 1] = models.coef0[owner[other]]
             self._coefs = models.coefs
             self._first, self._count = first, counts
-            self._merge(linear, owner)
+            self._merge(linear)
             # What the terms of a decision can add up to: weight (reach |x| + base) ^ degree.
             self._weight = np.add.reduceat(np.abs(models.coefs), first)
             longest = np.sqrt(np.maximum.reduceat(np.einsum("ij,ij->i", models.vectors, models.vectors), first))
@@ -198,10 +198,11 @@ class Stack:
             self._base = np.where(poly, np.abs(models.coef0), np.where(linear, 0.0, 1.0))
         degree = np.where(poly, models.degree, 1)
         forms, self._form = np.unique((degree * 2 + expanded) * len(KERNELS) + models.kernel, return_inverse=True)
-        self._forms = [(KERNELS[each % 4], each // 8, each // 4 % 2 == 1) for each in forms.tolist()]
+        kinds = ((*divmod(each // len(KERNELS), 2), KERNELS[each % len(KERNELS)]) for each in forms.tolist())
+        self._forms = [(kernel, power, expands == 1) for power, expands, kernel in kinds]
         self._size = np.searchsorted(_SIZES, self._count)
 
-    def _merge(self, linear: NDArray[np.bool_], owner: Integers) -> None:
+    def _merge(self, linear: NDArray[np.bool_]) -> None:
         """Let each linear model have one vector: the sum of its vectors times their coefficients."""
         if not linear.any():
             return
@@ -211,8 +212,7 @@ class Stack:
         self._vectors = np.concatenate([self._vectors, np.zeros((len(merged), features + 2))])
         self._vectors[end:, :features] = merged
         self._coefs = np.concatenate([self._coefs, np.ones(len(merged))])
-        self._first = np.where(linear, 0, self._first)
-        self._first[linear] = end + np.arange(len(merged))
+        self._first = np.where(linear, end + np.cumsum(linear) - 1, self._first)
         self._count = np.where(linear, 1, self._count)
 
     def __len__(self) -> int:
@@ -234,7 +234,7 @@ class Stack:
         for which in _runs(bucket):
             form = self._forms[self._form[tiles.model[which[0]]]]
             height, width = int(_SIZES[tiles.size[which[0]]]), int(_SIZES[self._size[tiles.model[which[0]]]])
-            step = max(1, _BLOCK // (height * width))
+            step = max(1, _BLOCK // (height * max(width, rows.shape[1])))
             for start in range(0, len(which), step):
                 block = which[start : start + step]
                 last = tiles.count[block, None] - 1

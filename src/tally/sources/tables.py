@@ -11,28 +11,25 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import queue
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
-from tally.errors import ItemError, SourceNotFoundError, SpecError, StorageError, TallyError
+from tally.errors import SourceNotFoundError, SpecError, StorageError
 from tally.scorers.base import Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing
 from tally.sources.places import nothing
 from tally.storage import LocalStore, key_of, name_from_json, name_to_json, open_store
 from tally.tables import delimited
-from tally.tables.formats import known_format, open_parquet, plain_type
+from tally.tables.batches import READY, Ahead, Reader, plain
+from tally.tables.formats import known_format, open_parquet
 from tally.tables.ingest import BAD, COUNT, FIRST, KEYS, ROWS, Input, Made, Query, make
 from tally.tables.pieces import MOST, Packer, Piece, append, length, part
-from tally.tables.reading import Stream, layout
+from tally.tables.reading import DECODED, Stream, layout
 from tally.tables.schema import inspect
 from tally.tables.select import ORDER, Wanted, select
 from tally.tables.work import Work, WorkFiles
@@ -43,10 +40,6 @@ if TYPE_CHECKING:
 
     from tally.tables.keys import Rows
 
-_DECODED = 65_536
-"""Rows that are decoded at once, at least."""
-_READY = 1
-"""Batches that wait while one is scored; one more is being made."""
 _COMBINE = 65_536
 
 _LOOKED_UP = ("_work", "_index", "_rows")
@@ -151,11 +144,11 @@ class TableSource(Source):
         return self.query.wanted.by
 
     @property
-    def columns(self) -> Mapping[str, str]:  # type: ignore[override]
+    def columns(self) -> Mapping[str, str]:
         return {**self.query.selection.info, ORDER: "int64"} if self.order else self.query.selection.info
 
     @property
-    def order(self) -> str | None:  # type: ignore[override]
+    def order(self) -> str | None:
         return ORDER if self.by and self.query.wanted.window is None else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -219,12 +212,12 @@ class TableSource(Source):
         import pyarrow as pa
 
         names = list(dict.fromkeys([*self.by, *self.features]))
-        stream = Stream(self._work.parquet(ROWS), names, _DECODED)
+        stream = Stream(self._work.parquet(ROWS), names, DECODED)
         try:
             batches = list(stream.read(first, first + rows))
         finally:
             stream.close()
-        return _plain(pa.Table.from_batches(batches), self.query.selection.inputs)
+        return plain(pa.Table.from_batches(batches), self.query.selection.inputs)
 
     # -- planning ----------------------------------------------------------------------------------
 
@@ -362,21 +355,18 @@ class TableSource(Source):
         combined: list[Chunk] = []
         pieces: list[Piece] = []
         count = first = 0
-        cursor = ""
         for chunk in chunks:
-            for piece in chunk.payload["pieces"]:
-                piece = self._revived(piece)
+            for piece in (each for given in chunk.payload["pieces"] for each in _bounded(self._revived(given))):
                 items = length(piece)
                 if pieces and (count + items > _COMBINE or len(pieces) >= MOST):
-                    combined.append(Chunk(first, count, {"pieces": pieces}, cursor))
+                    combined.append(Chunk(first, count, {"pieces": pieces}, chunk.cursor))
                     pieces, count = [], 0
                 if not pieces:
                     first = chunk.first
                 append(pieces, piece)
                 count += items
-            cursor = chunk.cursor
         if pieces:
-            combined.append(Chunk(first, count, {"pieces": pieces}, cursor))
+            combined.append(Chunk(first, count, {"pieces": pieces}, chunks[-1].cursor))
         return combined
 
     def _revived(self, piece: Piece) -> Piece:
@@ -391,10 +381,10 @@ class TableSource(Source):
     # -- reading -----------------------------------------------------------------------------------
 
     def ahead(self, batch_size: int) -> int:
-        return (_READY + 1) * batch_size + max(_DECODED, batch_size)
+        return (READY + 1) * batch_size + max(DECODED, batch_size)
 
     def read(self, chunk: Chunk, scorer: Scorer, timings: Timings) -> Iterator[Batch]:
-        ahead = _Ahead(_Reader(self, chunk.payload["pieces"], scorer.batch_size).batches())
+        ahead = Ahead(Reader(self, chunk.payload["pieces"], scorer.batch_size).batches())
         told = 0.0
         try:
             while (batch := ahead.next()) is not None:
@@ -424,7 +414,7 @@ class TableSource(Source):
 
     def bad_lines(self, start: int, stop: int) -> list[dict[str, Any]]:
         """``key`` and ``error`` of lines that could not be read."""
-        stream = Stream(self._work.parquet(BAD), ["key", "error"], _DECODED)
+        stream = Stream(self._work.parquet(BAD), ["key", "error"], DECODED)
         try:
             return [row for batch in stream.read(start, stop) for row in batch.to_pylist()]
         finally:
@@ -445,7 +435,7 @@ class TableSource(Source):
             return numbered(self.listing.places[place].prefix + key_of(name), start, count)
         made = self._work.made
         if made.kind == "files":
-            return self._rows.of_file([each for each, _ in made.tables].index(name), start, count)
+            return self._rows.of_file(int(name.removesuffix(".parquet")), start, count)
         if made.kind == "rows":
             return self._rows.at(rows[ORDER].to_numpy())
         time = self.query.wanted.time or ""
@@ -461,6 +451,12 @@ class TableSource(Source):
 def _after_rows(number: int, stop: int) -> list[Any]:
     """The cursor after so many rows of a work file."""
     return ["rows", number, stop]
+
+
+def _bounded(piece: Piece) -> Iterator[Piece]:
+    """The piece in parts that are not too large for one chunk."""
+    for start in range(0, length(piece), _COMBINE):
+        yield part(piece, start, min(start + _COMBINE, length(piece)))
 
 
 def _inputs(listing: Listing, csv: Mapping[str, Any], problems: list[str]) -> Iterator[Input]:
@@ -524,7 +520,7 @@ class _Keys(Sequence[str]):
             at = bisect.bisect_right(self._ends, start)
             piece = self._pieces[at]
             began = self._ends[at] - length(piece)
-            taken = min(stop, self._ends[at], start + _DECODED)
+            taken = min(stop, self._ends[at], start + DECODED)
             yield self._of(part(piece, start - began, taken - began))
             start = taken
 
@@ -546,175 +542,5 @@ class _Keys(Sequence[str]):
         if not needed:
             return
         if piece[2] not in self._streams:
-            self._streams = {piece[2]: Stream(self._source.open_rows(piece), needed, _DECODED)}
+            self._streams = {piece[2]: Stream(self._source.open_rows(piece), needed, DECODED)}
         yield from self._streams[piece[2]].read(piece[3], piece[4])
-
-
-class _Reader:
-    """Makes the batches of one chunk."""
-
-    def __init__(self, source: TableSource, pieces: Sequence[Piece], size: int) -> None:
-        self._source, self._pieces, self._size = source, pieces, size
-        query = source.query
-        self._values = list(dict.fromkeys([*source.by, *source.features]))
-        self._info = list(source.columns)
-        self._types = dict(query.selection.inputs)
-        self._stream: tuple[Any, Stream] | None = None
-        self._window = _Window(0, size)
-
-    def batches(self) -> Iterator[Batch]:
-        count = sum(map(length, self._pieces))
-        self._window = _Window(0, min(self._size, count))
-        try:
-            for piece in self._pieces:
-                for start, rows, found in self._found(piece):
-                    done = 0
-                    while done < rows:
-                        taken = min(rows - done, self._window.room)
-                        self._add(piece, start + done, taken, found, done)
-                        done += taken
-                        if not self._window.room:
-                            batch = self._window.batch(self._values, self._info)
-                            self._window = _Window(batch.stop, min(self._size, count - batch.stop))
-                            yield batch
-        finally:
-            self._close()
-
-    def _found(self, piece: Piece) -> Iterator[tuple[int, int, Any]]:
-        """Runs of the piece's items: the first item, their number, and a record batch or their errors."""
-        if piece[0] == "key":
-            yield 0, 1, [ItemError(piece[2])]
-        elif piece[0] == "bad":
-            for start in range(piece[1], piece[2], _DECODED):
-                stop = min(start + _DECODED, piece[2])
-                lines = self._source.bad_lines(start, stop)
-                yield start, stop - start, [ItemError(row["error"], stage="read") for row in lines]
-        else:
-            at = piece[3]
-            try:
-                for batch in self._open(piece).read(at, piece[4]):
-                    yield at, batch.num_rows, batch
-                    at += batch.num_rows
-            except (TallyError, OSError, ValueError, StopIteration, RuntimeError) as error:
-                self._close()
-                failed = _unreadable(piece, error)
-                yield at, piece[4] - at, [failed] * (piece[4] - at)
-
-    def _open(self, piece: Piece) -> Stream:
-        if self._stream is None or self._stream[0] != piece[1:3]:
-            self._close()
-            file = self._source.open_rows(piece)
-            columns = list(dict.fromkeys([*self._values, *self._info, *self._source.key_columns(piece)]))
-            self._stream = (list(piece[1:3]), Stream(file, columns, max(_DECODED, self._size)))
-        return self._stream[1]
-
-    def _close(self) -> None:
-        if self._stream is not None:
-            self._stream[1].close()
-            self._stream = None
-
-    def _add(self, piece: Piece, start: int, count: int, found: Any, offset: int) -> None:
-        window = self._window
-        if isinstance(found, list):
-            window.dead += list(zip(range(window.at, window.at + count), found[offset : offset + count], strict=True))
-        else:
-            import pyarrow as pa
-
-            rows = pa.Table.from_batches([found.slice(offset, count)])
-            window.tables.append(_plain(rows, self._types))
-            window.keys.append(self._source.keys_of(piece, start, rows, count))
-            window.runs.append((window.at, window.at + count))
-        window.at += count
-
-
-@dataclass(slots=True)
-class _Window:
-    """A batch that is being filled, up to position ``stop`` of its chunk."""
-
-    start: int
-    size: int
-    at: int = field(init=False)
-    tables: list[Any] = field(default_factory=list)
-    keys: list[Any] = field(default_factory=list)
-    runs: list[tuple[int, int]] = field(default_factory=list)
-    dead: list[tuple[int, ItemError]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.at = self.start
-
-    @property
-    def room(self) -> int:
-        return self.start + self.size - self.at
-
-    def batch(self, values: Sequence[str], info: Sequence[str]) -> Batch:
-        batch = Batch(self.start, self.start + self.size, dead=self.dead)
-        if not self.tables:
-            return batch
-        import numpy as np
-        import pyarrow as pa
-
-        table = pa.concat_tables(self.tables)
-        batch.keys = self.keys[0] if len(self.keys) == 1 else pa.concat_arrays(self.keys)
-        batch.positions = np.concatenate([np.arange(*run, dtype=np.int64) for run in self.runs])
-        batch.values = table.select(values)
-        batch.info = table.select(info) if info else None
-        return batch
-
-
-def _plain(table: pa.Table, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """The table with the columns' plain types; of a file among others, with the types that they have in common."""
-    for index, name in enumerate(table.schema.names):
-        kind = table.schema.field(index).type
-        wanted = types.get(name) or plain_type(kind)
-        if kind != wanted:
-            table = table.set_column(index, name, table.column(index).cast(wanted))
-    return table
-
-
-def _unreadable(piece: Piece, error: BaseException) -> ItemError:
-    if isinstance(error, TallyError):
-        return ItemError(error.message, stage="read", hint=error.hint)
-    reason = " ".join(str(error).split()) or "it ends too early"
-    return ItemError(f"{key_of(name_from_json(piece[2]))} cannot be read: {reason}", stage="read")
-
-
-class _Ahead(threading.Thread):
-    """Makes batches while the consumer is busy with the one before."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        super().__init__(name="tally-table", daemon=True)
-        self.seconds = 0.0  # that making them took
-        self._batches = batches
-        self._ready: queue.Queue[Any] = queue.Queue(_READY)
-        self._stopping = threading.Event()
-        self.start()
-
-    def next(self) -> Batch | None:
-        """The next batch; None after the last."""
-        found = self._ready.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found  # type: ignore[no-any-return]
-
-    def stop(self) -> None:
-        """Stop working; returns when nothing runs any more."""
-        self._stopping.set()
-        while self.is_alive():
-            with suppress(queue.Empty):
-                self._ready.get_nowait()
-            self.join(0.005)
-
-    def run(self) -> None:
-        began = time.perf_counter()
-        try:
-            for batch in self._batches:
-                self.seconds += time.perf_counter() - began
-                self._ready.put(batch)
-                if self._stopping.is_set():
-                    return
-                began = time.perf_counter()
-            self._ready.put(None)
-        except BaseException as error:
-            self._ready.put(error)
-        finally:
-            self._batches.close()  # type: ignore[attr-defined]

@@ -41,6 +41,7 @@ _DELIMITERS = ",;\t|"
 _HEAD_BYTES = 1 << 20
 _HEAD_RECORDS = 500
 _LINE_BYTES = 16 << 20
+_BUFFER_BYTES = 32 << 20
 _NEWLINES = 1 << 22
 
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
@@ -309,6 +310,7 @@ def relation(path: Path, dialect: Dialect, types: Mapping[str, str], *, strict: 
         f"skip = {dialect.skip}",
         f"nullstr = [{nulls}]",
         f"max_line_size = {_LINE_BYTES}",
+        f"buffer_size = {_BUFFER_BYTES}",
         "store_rejects = true",
         f"strict_mode = {str(strict).lower()}",
     ]

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SAMPLE_CELLS = 4_000_000
+SAMPLE_CELLS = 1_000_000
 """Values that are looked at to find out types, over all files; at least ``SAMPLE_ROWS`` rows of each file."""
 SAMPLE_ROWS = 20_000
 
-MOSTLY = 0.9
-"""A column that has to hold numbers or times does, where this share of its values are such; the others are faults."""
+MOSTLY, FEW = 0.9, 3
+"""A column that has to hold numbers or times does, where this share of its values are such, or all but a few, and in
+any case more than half; the others are faults."""
 
-_NUMBER = "[-+]?((0|[1-9][0-9]*)([.][0-9]*)?|[.][0-9]+)([eE][-+]?[0-9]+)?|(?i:nan|[-+]?inf(inity)?)"
-_TESTS = {
+_KINDS = {
     # What begins with a zero is a code and not a number: 08123.
-    "BIGINT": (
-        "regexp_full_match({text}, '[-+]?(0|[1-9][0-9]*)') AND TRY_CAST({text} AS BIGINT) IS NOT NULL",
-        False,
-    ),
-    "DOUBLE": (
-        f"regexp_full_match({{number}}, '{_NUMBER}') AND NOT (regexp_full_match({{text}}, '[-+]?[0-9]{{{{18,}}}}'))",
-        False,
-    ),
-    "BOOLEAN": ("lower({text}) IN ('true', 'false')", False),
-    "DATE": ("{date} IS NOT NULL AND length({text}) <= 10", True),
-    "TIMESTAMP": ("{time} IS NOT NULL AND NOT ({zoned})", True),
-    "TIMESTAMPTZ": ("TRY_CAST({text} AS TIMESTAMPTZ) IS NOT NULL", True),
+    "BIGINT": "regexp_full_match({number}, '[-+]?(0|[1-9][0-9]{{0,17}})')",
+    "DOUBLE": "regexp_full_match({number}, '[-+]?((0|[1-9][0-9]{{0,17}})([.][0-9]*)?|[.][0-9]+)([eE][-+]?[0-9]+)?"
+    "|(?i:nan|[-+]?inf(inity)?)')",
+    "BOOLEAN": "lower({plain}) IN ('true', 'false')",
+    "DATE": "{date} IS NOT NULL",
+    "TIMESTAMPTZ": "{zoned}",
+    "TIMESTAMP": "{time} IS NOT NULL",
 }
-_ZONED = "regexp_matches({text}, '[0-9] ?(Z|[-+][0-9]{{2}}(:?[0-9]{{2}})?)$') AND contains({text}, ':')"
+"""What tells that a value is of a type and of none of those before."""
+_ZONED = (
+    "regexp_matches({text}, '[0-9]:[0-9.:]+ ?(Z|[-+][0-9]{{2}}(:?[0-9]{{2}})?)$') "
+    "AND TRY_CAST({text} AS TIMESTAMPTZ) IS NOT NULL"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,40 +66,41 @@ def guess(
     names = list(columns)
     for start in range(0, len(names), 100):  # wide tables: a query's size is bounded
         part = names[start : start + 100]
-        counts: list[str] = []
-        for name in part:
-            counts += _counts(columns[name], decimal, timestampformat, dateformat)
-        row = connection.execute(f"SELECT {', '.join(counts)} FROM {relation}").fetchone()  # noqa: S608
-        width = len(_TESTS) + 1
-        for index, name in enumerate(part):
-            found[name] = _decide(row[index * width : (index + 1) * width])
+        kinds = [f"histogram({_kind(columns[name], decimal, timestampformat, dateformat)})" for name in part]
+        row = connection.execute(f"SELECT {', '.join(kinds)} FROM {relation}").fetchone()  # noqa: S608
+        found |= {name: _decide(counts or {}) for name, counts in zip(part, row, strict=True)}
     return found
 
 
-def _counts(column: Text, decimal: str, timestampformat: str | None, dateformat: str | None) -> list[str]:
-    counts = [f"count({column.text})"]
-    for test, times in _TESTS.values():
-        text = f"trim({column.text if times else column.unquoted})"
-        swapped = text if decimal == "." else f"replace({text}, {literal(decimal)}, '.')"
-        date = f"try_strptime({text}, {literal(dateformat)})" if dateformat else f"TRY_CAST({text} AS DATE)"
-        time = (
-            f"try_strptime({text}, {literal(timestampformat)})" if timestampformat else f"TRY_CAST({text} AS TIMESTAMP)"
-        )
-        zoned = "false" if timestampformat else _ZONED.format(text=text)
-        condition = test.format(text=text, number=swapped, date=date, time=time, zoned=zoned)
-        counts.append(f"count(*) FILTER ({condition})")
-    return counts
+def _kind(column: Text, decimal: str, timestampformat: str | None, dateformat: str | None) -> str:
+    """An expression for the kind of a column's values; a later test is made only where the earlier ones fail."""
+    text, plain = f"trim({column.text})", f"trim({column.unquoted})"
+    places = {
+        "text": text,
+        "plain": plain,
+        "number": plain if decimal == "." else f"replace({plain}, {literal(decimal)}, '.')",
+        "date": f"try_strptime({text}, {literal(dateformat)})"
+        if dateformat
+        else f"CASE WHEN length({text}) <= 10 THEN TRY_CAST({text} AS DATE) END",
+        "time": f"try_strptime({text}, {literal(timestampformat)})"
+        if timestampformat
+        else f"TRY_CAST({text} AS TIMESTAMP)",
+        "zoned": "false" if timestampformat else _ZONED.format(text=text),
+    }
+    tests = " ".join(f"WHEN {test.format_map(places)} THEN {literal(kind)}" for kind, test in _KINDS.items())
+    return f"CASE WHEN {column.text} IS NULL THEN NULL {tests} ELSE 'VARCHAR' END"
 
 
-def _decide(counts: Sequence[Any]) -> Guess:
-    total, numbers = counts[0], dict(zip(_TESTS, counts[1:], strict=True))
-    # A date alone is a time, too; a time with a zone is read as one without it.
-    numbers["DOUBLE"] = max(numbers["DOUBLE"], numbers["BIGINT"])
-    numbers["TIMESTAMP"] = max(numbers["TIMESTAMP"], numbers["DATE"])
+def _decide(counts: Mapping[str, int]) -> Guess:
+    total = sum(counts.values())
     if not total:
         return Guess("")
-    strict = next((kind for kind in numbers if numbers[kind] == total), "VARCHAR")
-    mostly = next((kind for kind in ("DOUBLE", "TIMESTAMP", "TIMESTAMPTZ") if numbers[kind] >= MOSTLY * total), None)
+    numbers = {kind: counts.get(kind, 0) for kind in _KINDS}
+    numbers["DOUBLE"] += numbers["BIGINT"]
+    numbers["TIMESTAMP"] += numbers["DATE"]
+    strict = next((kind for kind, number in numbers.items() if number == total), "VARCHAR")
+    least = max(min(MOSTLY * total, total - FEW), total / 2 + 0.5)
+    mostly = next((kind for kind in ("DOUBLE", "TIMESTAMP", "TIMESTAMPTZ") if numbers[kind] >= least), None)
     return Guess(strict, mostly)
 
 

@@ -7,6 +7,7 @@ over windows, one sorted Parquet file is made of all. Lines that cannot be read 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,11 +98,10 @@ def make(inputs: Iterable[Input], query: Query, folder: Path) -> Made:
             return _arrange(connection, query, files, tables, folder, Path(links))
         except duckdb.Error as error:
             raise failure("prepare", str(folder), _first_line(error)) from None
+        except OSError as error:
+            raise error if isinstance(error, StorageError) else failure("write", str(folder), error) from None
         finally:
-            if spill.exists():
-                import shutil
-
-                shutil.rmtree(spill, ignore_errors=True)
+            shutil.rmtree(spill, ignore_errors=True)
 
 
 @contextmanager
@@ -132,6 +132,8 @@ def _convert(
     connection: Any, inputs: Iterable[Input], query: Query, folder: Path, links: Path
 ) -> tuple[list[tuple[str, int]], list[tuple[Path, int]]]:
     """Every file as Parquet: key and number of rows of each, and path and number of rows of its table."""
+    import duckdb
+
     files: list[tuple[str, int]] = []
     tables: list[tuple[Path, int]] = []
     with _Bad(folder / BAD) as bad:
@@ -145,8 +147,11 @@ def _convert(
             else:
                 packed = ".gz" if path.suffix.lower() == ".gz" else ""
                 plain = link(path, links, number, f".text{packed}")
-                faults = _from_csv if each.format == "csv" else _from_jsonl
-                bad.add(number, each.key, faults(connection, plain, each, query, target, links))
+                bring = _from_csv if each.format == "csv" else _from_jsonl
+                try:
+                    bad.add(number, each.key, bring(connection, plain, each, query, target, links))
+                except duckdb.Error as error:
+                    raise failure("read", each.key, _first_line(error)) from None
                 table, rows = target, _count(target) if target.exists() else 0
             files.append((each.key, rows))
             tables.append((table, rows))

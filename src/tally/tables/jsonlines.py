@@ -10,6 +10,7 @@ from tally.tables.delimited import Fault, forget_faults
 from tally.tables.guesses import Guess, Text, guess, identifier, literal
 
 _LINE_BYTES = 16 << 20
+_BUFFER_BYTES = 32 << 20
 _PLAIN = "('BIGINT', 'UBIGINT', 'HUGEINT', 'DOUBLE', 'DECIMAL', 'BOOLEAN')"
 
 
@@ -18,7 +19,8 @@ def _lines(path: Path) -> str:
     packed = ", compression = 'gzip'" if path.suffix.lower() == ".gz" else ""
     read = (
         f"read_csv({literal(str(path))}, auto_detect = false, columns = {{'text': 'VARCHAR'}}, delim = '\x01', "
-        f"quote = '', escape = '', header = false, max_line_size = {_LINE_BYTES}, store_rejects = true{packed})"
+        f"quote = '', escape = '', header = false, max_line_size = {_LINE_BYTES}, "
+        f"buffer_size = {_BUFFER_BYTES}, store_rejects = true{packed})"
     )
     numbered = f"SELECT text, row_number() OVER () AS line FROM {read}"  # noqa: S608
     return f"(SELECT *, row_number() OVER () AS record FROM ({numbered}) WHERE trim(text, ' \t\r') <> '')"  # noqa: S608

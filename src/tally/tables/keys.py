@@ -133,7 +133,10 @@ class Rows:
         for file, lost in self._lost.items():
             of = files == file
             numbers[of] += np.searchsorted(lost, rows[of], "right")
+        texts = pa.array(numbers).cast(pa.string())
+        first = files[0] if len(files) else 0
+        if (files == first).all():
+            return pc.binary_join_element_wise(f"{self._files[first][0]}#", texts, "")
         known, which = np.unique(files, return_inverse=True)
         names = pa.array([f"{self._files[file][0]}#" for file in known], pa.string())
-        prefixes = names[0] if len(known) == 1 else names.take(pa.array(which))
-        return pc.binary_join_element_wise(prefixes, pa.array(numbers).cast(pa.string()), "")
+        return pc.binary_join_element_wise(names.take(pa.array(which)), texts, "")

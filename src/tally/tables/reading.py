@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 
+DECODED = 65_536
+"""Rows that are decoded at once, at least."""
+
+
 def layout(file: pq.ParquetFile, columns: Collection[str]) -> tuple[list[int], int]:
     """Where the file's row groups end, in rows, and the bytes that a row takes in these columns, unpacked."""
     meta = file.metadata

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _THREADS = 16
 _LOOKED_AT = 64
 """Files of text that are looked at; of more, the others have to be alike."""
-_TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_ (),]*")
+_TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*(\(\d+(, *\d+)?\))?")
 
 
 @dataclass
@@ -197,11 +197,13 @@ def _type(name: str, guesses: Sequence[Guess], wanted: Wanted, *, whole: bool) -
         return kind
     if kind == "BIGINT" and not whole:
         return "DOUBLE"  # what was not looked at may have fractions
+    named = not isinstance(wanted.features, int) and name in (wanted.features or ())
+    if not known and named:
+        return "DOUBLE"  # no value at all: a model that names its columns takes numbers
     if kind != "VARCHAR" or not known:
         return kind
     mostly = {each.mostly or "VARCHAR" for each in known}
     if name == wanted.time and len(mostly) == 1 and mostly <= {"TIMESTAMP", "TIMESTAMPTZ"}:
         return mostly.pop()
-    features = wanted.features
-    number = isinstance(features, int) or wanted.window is not None or name in (features or ())
+    number = isinstance(wanted.features, int) or wanted.window is not None or named
     return "DOUBLE" if mostly == {"DOUBLE"} and number and name not in wanted.keep else kind

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
-from tally.storage import LocalStore, Store, open_store
+from tally.storage import LocalStore, Store, failure, open_store
 from tally.tables.formats import open_parquet
 from tally.tables.ingest import Made
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 MARKER = "table.json"
+_PREFIX = "table-"
+"""What the folders' names begin with."""
 
 
 class WorkFiles:
@@ -41,7 +43,7 @@ class WorkFiles:
         """
         if self._known(fingerprint):
             return
-        name = secrets.token_hex(8)
+        name = _PREFIX + secrets.token_hex(8)
         try:
             with self._folder(name) as folder:
                 made = make(folder)
@@ -65,7 +67,10 @@ class WorkFiles:
         """An empty folder whose files are in the store under ``name`` in the end."""
         if isinstance(self._store, LocalStore):
             folder = Path(self._store.url, name)
-            folder.mkdir(parents=True)
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise failure("write", str(folder), error) from None
             yield folder
             return
         folder = Path(tempfile.mkdtemp(prefix="tally-"))
@@ -98,11 +103,12 @@ class WorkFiles:
         """Remove what others made, or left behind."""
         marker = self._marker()
         assert marker is not None
-        others = {entry.name.split("/", 1)[0] for entry in self._store.list(sizes=False)} - {MARKER, marker["folder"]}
-        if isinstance(self._store, LocalStore):
-            others |= {path.name for path in Path(self._store.url).iterdir() if path.is_dir()} - {marker["folder"]}
-        for name in others:
-            self._store.delete_tree(name)
+        others = {entry.name.split("/", 1)[0] for entry in self._store.list(sizes=False)}
+        if isinstance(self._store, LocalStore):  # whose listing shows no empty folders
+            others |= {path.name for path in Path(self._store.url).iterdir() if path.is_dir()}
+        for name in others - {marker["folder"]}:
+            if name.startswith(_PREFIX):
+                self._store.delete_tree(name)
 
     def open(self) -> Work:
         """The files. Raises StorageError when they were not made."""

@@ -24,6 +24,7 @@ from tally.engines.base import Engine, Limits
 from tally.errors import ModelError, OutputExistsError, SpecError, StorageError, WorkerError
 
 if TYPE_CHECKING:
+    from tally.scorers.packed import Model
     from tally.sources.tables import TableSource
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
@@ -117,7 +118,10 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """``done`` of ``of`` keys, which had so many rows, and for how many of them there is no model."""
+    """``done`` of ``of`` keys, which had so many rows, and for how many of them there is no model.
+
+    The first one, of none, tells that the rows are grouped.
+    """
 
     done: int
     of: int
@@ -203,7 +207,7 @@ class Training:
     def _run(self, partial: Path, listen: Callable[[Step], None], say: Callable[[str], None]) -> Trained:
         from tally.engines.local import LocalEngine
         from tally.scorers.keys import key_of
-        from tally.scorers.packed import Model, write
+        from tally.scorers.packed import write
         from tally.sources.tables import TableSource
 
         begun = monotonic()
@@ -216,46 +220,60 @@ class Training:
             window=self.window,
             aggregate=self.aggregate,
             csv=self.csv,
+            without=str(partial.absolute()),
         ).at(str((partial / "rows").absolute()))
-        source.prepare()
-        if remark := source.remark():
-            say(remark)
-        if unread := source._work.made.bad:
-            say(f"{unread:,} lines that cannot be read are left out, the first: {source.bad_lines(0, 1)[0]['error']}")
-        groups = [Group(key, first, rows) for key, first, rows in source.groups()]
-        tasks = _tasks([group for group in groups if key_of(self.by, group.key) is not None])
-        failed = {str(group): "null makes no key" for group in groups if key_of(self.by, group.key) is None}
         totals = {"keys": 0, "rows": 0, "rows_left_out": 0, "rows_used": 0, "rows_anomalous": 0}
-
-        def models() -> Iterator[Model]:
-            for fitted in _outcomes(engine, tasks, ahead=4 * slots):
-                totals["rows"] += fitted.group.rows
-                totals["rows_left_out"] += fitted.left_out
-                if fitted.reason is not None:
-                    failed[str(fitted.group)] = fitted.reason
-                else:
-                    totals["keys"] += 1
-                    totals["rows_used"] += fitted.used
-                    totals["rows_anomalous"] += fitted.anomalous
-                    facts = {"rows": fitted.group.rows, "used": fitted.used, "anomalous": fitted.anomalous}
-                    yield Model(fitted.group.key, fitted.model, facts)
-                listen(Step(totals["keys"] + len(failed), len(groups), totals["rows"], len(failed)))
-
         engine = LocalEngine()
-        slots = min(self.workers or engine.default_slots(), max(1, len(tasks)))
+        slots = self.workers or engine.default_slots()
+        # Workers import what they need while rows are grouped.
         engine.start(_begin, (source, self), slots=slots, limits=Limits(memory=engine.default_memory(slots)))
         try:
-            found = models()
-            first = next(found, None)
-            if first is None:
+            source.prepare()
+            if unread := source._work.made.bad:
+                first = source.bad_lines(0, 1)[0]["error"]
+                say(f"{unread:,} lines that cannot be read are left out, the first: {first}")
+            if remark := source.remark():
+                say(remark)
+            groups = [Group(*each) for each in source.groups()]
+            keyless = [group for group in groups if key_of(self.by, group.key) is None]
+            failed = {str(group): "null makes no key" for group in keyless}
+            totals["rows"] = sum(group.rows for group in keyless)
+            tasks = _tasks([group for group in groups if group not in keyless])
+            listen(Step(0, len(groups), 0, len(failed)))
+            models = self._models(_outcomes(engine, tasks, ahead=4 * slots), totals, failed, len(groups), listen)
+            if (one := next(models, None)) is None:
                 shown = "".join(f"\n  {key}: {reason}" for key, reason in islice(failed.items(), 5))
                 raise ModelError(f"none of {len(groups):,} keys could be trained{shown}")
             package = partial / "package"
-            write(package, chain([first], found), by=self.by, features=self.features, name=self.out.name)
+            write(package, chain([one], models), by=self.by, features=self.features, name=self.out.name)
         finally:
             engine.stop(kill=True)
         package.rename(self.out)
         return self._trained(totals, failed, monotonic() - begun)
+
+    def _models(
+        self,
+        outcomes: Iterator[Fitted],
+        totals: dict[str, int],
+        failed: dict[str, str],
+        keys: int,
+        listen: Callable[[Step], None],
+    ) -> Iterator[Model]:
+        """The models among the outcomes, which are counted."""
+        from tally.scorers.packed import Model
+
+        for fitted in outcomes:
+            totals["rows"] += fitted.group.rows
+            totals["rows_left_out"] += fitted.left_out
+            if fitted.reason is not None:
+                failed[str(fitted.group)] = fitted.reason
+            else:
+                totals["keys"] += 1
+                totals["rows_used"] += fitted.used
+                totals["rows_anomalous"] += fitted.anomalous
+                facts = {"rows": fitted.group.rows, "used": fitted.used, "anomalous": fitted.anomalous}
+                yield Model(fitted.group.key, fitted.model, facts)
+            listen(Step(totals["keys"] + len(failed), keys, totals["rows"], len(failed)))
 
     def _trained(self, totals: Mapping[str, int], failed: Mapping[str, str], seconds: float) -> Trained:
         import sklearn
@@ -288,6 +306,7 @@ class Training:
 
 
 def _begin(source: TableSource, training: Training) -> tuple[TableSource, Training]:
+    _check_library()
     return source, training
 
 
