@@ -1,6 +1,19 @@
-"""Text that may go anywhere."""
+"""Text that may go anywhere, and what people write for quantities."""
 
 from __future__ import annotations
+
+import re
+
+_DURATION = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*(ms|s|sec|m|min|h|d)?\s*")
+_SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+
+
+def seconds(text: str) -> float:
+    """The seconds of ``30s``, ``5m``, ``1h``, ``1d`` or a bare number. Raises ValueError."""
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError("should be a duration such as 30s, 5m, 1h or 1d")
+    return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
 
 
 def storable(text: str) -> str:

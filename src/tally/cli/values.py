@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import re
-
 import click
 
-_DURATION = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*(ms|s|sec|m|min|h|d)?\s*")
-_SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+from tally.text import seconds
 
 
 def duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     """Seconds, from ``30s``, ``5m``, ``1h``, ``1d`` or a bare number of seconds."""
     if value is None:
         return None
-    match = _DURATION.fullmatch(value)
-    if match is None or not float(match[1]):
+    try:
+        found = seconds(value)
+    except ValueError:
+        found = 0.0
+    if not found:
         raise click.BadParameter(f"{value!r} is no duration such as 30s, 5m, 1h or 1d", ctx, parameter)
-    return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
+    return found
 
 
 def share(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:

@@ -15,12 +15,10 @@ from tally.errors import SpecError, StorageError
 from tally.jobs.rules import checked as alert_rule
 from tally.jobs.webhook import checked as web_address
 from tally.suggest import did_you_mean
+from tally.text import seconds
 
 _DEVICE = re.compile(r"auto|cpu|(cuda|tensorrt)(:\d+)?")
 _SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$")
-
-_DURATION = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*(ms|s|sec|m|min|h|d)?\s*$")
-_SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
 
 Side = Annotated[int, Field(ge=1, le=16_384)]
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
@@ -98,12 +96,7 @@ class JobSpec(BaseModel):
     @field_validator("window", mode="before")
     @classmethod
     def _duration(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            match = _DURATION.match(value)
-            if match is None:
-                raise ValueError("should be a duration such as 30s, 5m, 1h or 1d")
-            return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
-        return value
+        return seconds(value) if isinstance(value, str) else value
 
     @field_validator("source")
     @classmethod

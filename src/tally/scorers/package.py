@@ -36,9 +36,7 @@ from tally.scorers.base import Scorer
 from tally.scorers.content import check_content, content_hash
 from tally.suggest import closest, did_you_mean
 
-Kind: TypeAlias = Literal[
-    "onnx", "onnx_table", "sklearn", "pyfunc", "packed", "keyed", "script", "python", "object"
-]
+Kind: TypeAlias = Literal["onnx", "onnx_table", "sklearn", "pyfunc", "packed", "keyed", "script", "python", "object"]
 
 SUPPORTED = (
     ".onnx and .skops files, .py files (init() and run(), or a Scorer), and folders with a tally.yaml or an MLmodel"

@@ -98,6 +98,7 @@ def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBa
     found: Any
     with tempfile.TemporaryDirectory(prefix="tally-sort-") as folder, duckdb.connect(":memory:") as connection:
         connection.execute(f"SET memory_limit = '{_SORT_BYTES}B'; SET temp_directory = {_quoted(Path(folder))}")
+        connection.execute("SET enable_progress_bar = false")
         connection.register("batches", pa.RecordBatchReader.from_batches(given, iter(batches)))
         name = by.replace('"', '""')
         found = connection.sql(f'SELECT * EXCLUDE ("{name}") FROM batches ORDER BY "{name}"')  # noqa: S608

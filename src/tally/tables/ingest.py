@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import psutil
+
 from tally.errors import StorageError
 from tally.storage import Store, failure
 from tally.suggest import did_you_mean
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 ROWS, KEYS, BAD = "rows.parquet", "keys.parquet", "bad.parquet"
 FIRST, COUNT = "_first", "_rows"
+_MEMORY = 4 * 1024**3
+"""Bytes that DuckDB may hold; what has no room there is put on disk."""
 _GROUP_ROWS = 122_880
 _BATCH_ROWS = 65_536
 _ORIGIN = "make_timestamp(2000, 1, 3, 0, 0, 0)"
@@ -113,8 +117,9 @@ def connect(spill: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     if spill is not None:
         config["temp_directory"] = str(spill)
     with duckdb.connect(":memory:", config=config) as connection:
-        connection.execute("SET memory_limit = '50%'; SET TimeZone = 'UTC'; SET autoinstall_known_extensions = false")
-        connection.execute("SET autoload_known_extensions = false")
+        limit = min(psutil.virtual_memory().total // 4, _MEMORY)
+        connection.execute(f"SET memory_limit = '{limit}B'; SET TimeZone = 'UTC'; SET enable_progress_bar = false")
+        connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")
         yield connection
 
 
