@@ -105,8 +105,10 @@ _state: Any = None
 _ready = False
 
 
-def _begin(setup: bytes, board: str, trace: str, log: str | None) -> None:
+def _begin(setup: bytes, board: str, trace: str, log: str | None, threads: int) -> None:
     global _setup
+    # Numeric libraries take every core for themselves unless told otherwise, in each worker.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if log is not None:
         # Below Python, so that native libraries write there too, and not over the progress bar.
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -157,7 +159,7 @@ def _call(task: bytes) -> tuple[bool, bytes, str]:
 class _Slot:
     """One worker process, and the task that it has."""
 
-    def __init__(self, folder: Path, number: int, setup: bytes, log: Path | None) -> None:
+    def __init__(self, folder: Path, number: int, setup: bytes, log: Path | None, threads: int) -> None:
         self.board = folder / f"{number}.board"
         self.trace = folder / f"{number}.trace"
         progress.create(self.board)
@@ -165,7 +167,7 @@ class _Slot:
         self.pool = ProcessPool(
             max_workers=1,
             initializer=_begin,
-            initargs=(setup, str(self.board), str(self.trace), None if log is None else str(log)),
+            initargs=(setup, str(self.board), str(self.trace), None if log is None else str(log), threads),
             context=self.context,
         )
         self.future: Future[Any] | None = None
@@ -240,6 +242,7 @@ class LocalEngine(Engine):
     ) -> None:
         self._setup, self._limits, self._log = pickle.dumps((setup, args)), limits, log
         self._wanted = slots
+        self._threads = max(1, self.default_slots() // slots)
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="tally-workers-"))
         except OSError as error:
@@ -338,7 +341,7 @@ class LocalEngine(Engine):
             self._remove(slot, kill=False)
         while len(self._slots) < self._wanted:
             self._made += 1
-            slot = _Slot(self._folder, self._made, self._setup, self._log)
+            slot = _Slot(self._folder, self._made, self._setup, self._log, self._threads)
             self._slots.append(slot)
             _ = slot.pool.active  # starts the pool: the worker imports and loads while work is being planned
 

@@ -17,7 +17,8 @@ from tally.errors import ModelError, ModelLoadError, ModelNotFoundError, SpecErr
 from tally.scorers import tabular
 from tally.scorers.base import Scorer
 from tally.scorers.keys import DETECTOR, OPEN_MODELS, Key, KeyIndex, ModelPerKey, columns_differ, key_of, or_error
-from tally.scorers.packed import Model, Written, agreed_features, estimator_scorer, write
+from tally.scorers.packed import Model, Written, agreed_features, write
+from tally.scorers.sklearn import scorer_of
 from tally.scorers.stacked import Integers, Stack, Svm, Svms, parameters
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def open_model(
     svm = parameters(estimator)
     if svm is not None:
         return Opened(features, DETECTOR, stacked=svm, estimator=estimator)
-    alone = estimator_scorer(estimator, features)
+    alone = scorer_of(estimator, features)
     return Opened(features, alone.columns, scorer=alone, estimator=estimator)
 
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -391,8 +392,10 @@ def _keyed(template: str, given: _Given) -> ModelRef:
         )
     given.only_for(["task", "labels", "artifacts"], "a model for each key", "They describe one model.")
     folder, files = keyed.find(str(_absolute(template)), given.by)
-    for name in files:
-        _check_readable(folder / name, given.trust)
+    if not given.trust:  # one that is damaged is its key's trouble alone
+        for name in files:
+            with suppress(ModelLoadError):
+                _check_readable(folder / name, given.trust)
     within = str(_absolute(template).relative_to(folder))
     options = keyed.inspect(within, given.by, folder, files, _merged({}, given.settings), trusted=given.trust)
     assumed = tuple(options.pop("assumed", ()))

@@ -28,6 +28,7 @@ from tally.errors import ModelLoadError, SpecError, StorageError, TallyError, Un
 from tally.scorers import tabular
 from tally.scorers.base import Scorer
 from tally.scorers.keys import DETECTOR, KeyIndex, ModelPerKey, columns_differ, key_of, shown, whole
+from tally.scorers.sklearn import open_estimator, scorer_of
 from tally.scorers.stacked import KERNELS, Integers, Stack, Svms, parameters
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class _Packer:
         content = None
         if svm is None:
             content = self._content(model.estimator, name)
-            columns = estimator_scorer(model.estimator, self.features).columns
+            columns = scorer_of(model.estimator, self.features).columns
             self.whole += 1
         else:
             self.stacked += 1
@@ -192,8 +193,6 @@ class _Packer:
 
     def _content(self, estimator: Any, name: str) -> bytes:
         import skops.io
-
-        from tally.scorers.sklearn import open_estimator
 
         content: bytes = skops.io.dumps(estimator)
         try:
@@ -250,26 +249,6 @@ def agreed_features(features: Sequence[str] | int | None, estimator: Any, name: 
     if count is not None and count != len(features):
         raise SpecError(f"{name} takes {count} features, and others take {len(features)}: {', '.join(features)}")
     return features
-
-
-def estimator_scorer(estimator: Any, features: Sequence[str] | int | None) -> Scorer:
-    """A scorer of one estimator that is open already, for the columns ``features``."""
-    from tally.scorers import sklearn
-
-    names, count = sklearn._features(estimator)
-    options = sklearn.SklearnOptions(
-        file="",
-        format="skops",
-        kind=sklearn._kind(estimator),
-        names=names,
-        count=count,
-        nan=sklearn._takes_nan(estimator)[0],
-        features=None if features is None or isinstance(features, int) else list(features),
-    )
-    options = options.model_copy(update={"columns": sklearn._columns(estimator, options)})
-    scorer = sklearn.SklearnScorer(options.model_dump())
-    scorer.use(estimator)
-    return scorer
 
 
 # ----------------------------------------------------------------------------------------------------- scoring
@@ -384,14 +363,12 @@ class PackedScorer(ModelPerKey):
         return self._stacked, self._places
 
     def _open(self, number: int) -> Scorer:
-        from tally.scorers.sklearn import open_estimator
-
         name = shown(self.by, self._index.key(number))
         content = self._contents[number].as_py()
         if content is None:
             raise ModelLoadError(f"the model of {name} is not in the file")
         estimator = open_estimator(content, format="skops", trusted=self.options.trusted, name=f"the model of {name}")
-        scorer = estimator_scorer(estimator, self.features)
+        scorer = scorer_of(estimator, self.features)
         if problem := columns_differ(scorer.columns, self.columns, name):
             raise ModelLoadError(problem)
         return scorer

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import re
@@ -365,6 +366,32 @@ def _columns(model: Any, options: SklearnOptions) -> dict[str, str] | None:
 # -------------------------------------------------------------------------------------------------- scoring
 
 
+def scorer_of(model: Any, features: Sequence[str] | int | None) -> SklearnScorer:
+    """A scorer of an estimator that is open already, for the columns ``features``."""
+    names, count = _features(model)
+    options = SklearnOptions(
+        file="",
+        format="skops",
+        kind=_kind(model),
+        names=names,
+        count=count,
+        nan=_takes_nan(model)[0],
+        features=None if features is None or isinstance(features, int) else list(features),
+    )
+    options = options.model_copy(update={"columns": _columns(model, options)})
+    scorer = SklearnScorer(options.model_dump())
+    scorer.use(model)
+    return scorer
+
+
+@functools.cache
+def _thread_pools() -> Any:
+    """What limits the threads of numeric libraries: looking for these takes milliseconds."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
 class SklearnScorer(Scorer):
     """Scores tables with a scikit-learn model; options as :func:`inspect` returns them.
 
@@ -397,10 +424,7 @@ class SklearnScorer(Scorer):
 
     def use(self, model: Any) -> None:
         """Score with an estimator that is open already."""
-        from threadpoolctl import ThreadpoolController
-
         self._model = model
-        self._pools = ThreadpoolController()
 
     def score(self, table: pa.Table) -> Results:
         """Score the rows of a table; a row with a value that the model does not take is an error of its own."""
@@ -421,7 +445,7 @@ class SklearnScorer(Scorer):
             given = _given(values, self.options.names)
         else:
             given = tabular.frame(table.rename_columns(self.options.names) if self.options.names else table)
-        with warnings.catch_warnings(), parallel_config(backend="sequential"), self._pools.limit(limits=1):
+        with warnings.catch_warnings(), parallel_config(backend="sequential"), _thread_pools().limit(limits=1):
             warnings.simplefilter("ignore")
             answer = _answer(self._model, given, self.options.kind, self.options.method)
         return tabular.results(pa.table(answer), errors, count)
@@ -450,9 +474,11 @@ def _answer(model: Any, given: Any, kind: Kind, method: Method) -> dict[str, Any
     """Result columns (Arrow arrays), one value for each row of ``given``."""
     if method == "auto":
         if kind == "detector":
-            # what predict() says as well, for half the work
+            # What predict() says as well, for half the work. Of SVMs, libsvm counts the border to the anomalies.
             score = np.asarray(model.decision_function(given), np.float64).reshape(-1)
-            return {"anomaly": tabular.column(score < 0), "score": tabular.column(score)}
+            last = model.steps[-1][1] if hasattr(model, "steps") else model
+            anomaly = ~(score > 0) if type(last).__name__ == "OneClassSVM" else score < 0
+            return {"anomaly": tabular.column(anomaly), "score": tabular.column(score)}
         classes = _classes(model) if kind == "classifier" else None
         if classes is not None:
             return _labels(model, classes, given)

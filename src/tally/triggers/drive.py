@@ -18,12 +18,14 @@ from tally.errors import (
     JobExistsError,
     JobNotFoundError,
     JobStateError,
-    ModelError,
+    ModelChangedError,
+    ModelNotFoundError,
     OwnershipLostError,
     SourceNotFoundError,
     SpecError,
     StorageError,
     TallyError,
+    UntrustedModelError,
 )
 from tally.jobs.launch import open_store, submit
 from tally.jobs.store import JobRecord, JobStore
@@ -33,7 +35,7 @@ from tally.triggers.template import fill
 log = logging.getLogger("tally")
 
 LOOK_SECONDS = 0.5
-_FOR_GOOD = (SpecError, SourceNotFoundError, ModelError)
+_FOR_GOOD = (SpecError, SourceNotFoundError, ModelNotFoundError, ModelChangedError, UntrustedModelError)
 """Another try would end the same."""
 
 
