@@ -110,6 +110,16 @@ def _videos() -> str:
     return text
 
 
+def _tables() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    text = f"DuckDB {version('duckdb')}, Arrow {version('pyarrow')}"
+    try:
+        return f"{text}, scikit-learn {version('scikit-learn')} with skops {version('skops')}"
+    except PackageNotFoundError:
+        return f"{text}; for models of scikit-learn: pip install 'tally-scoring[sklearn]'"
+
+
 def _temporary() -> str:
     folder = Path(tempfile.gettempdir())
     free = shutil.disk_usage(folder).free
@@ -127,6 +137,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "models": _models,
     "pictures": _pictures,
     "videos": _videos,
+    "tables": _tables,
     "workers": _workers,
 }
 

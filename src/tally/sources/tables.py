@@ -195,6 +195,11 @@ class TableSource(Source):
             return self._work.parquet(name)
         return open_parquet(open_store(self.listing.places[place].root), name)
 
+    @property
+    def unread(self) -> int:
+        """How many lines could not be read. After :meth:`prepare`."""
+        return 0 if self.in_place else self._work.made.bad
+
     # -- groups ------------------------------------------------------------------------------------
 
     def groups(self) -> list[tuple[dict[str, Any], int, int]]:

@@ -229,7 +229,7 @@ class Training:
         engine.start(_begin, (source, self), slots=slots, limits=Limits(memory=engine.default_memory(slots)))
         try:
             source.prepare()
-            if unread := source._work.made.bad:
+            if unread := source.unread:
                 first = source.bad_lines(0, 1)[0]["error"]
                 say(f"{unread:,} lines that cannot be read are left out, the first: {first}")
             if remark := source.remark():
