@@ -12,7 +12,7 @@ from typing import Any, Literal
 import tally
 from tally.config import settings
 from tally.engines.base import Engine, Limits
-from tally.errors import JobExistsError, JobStateError, SourceNotFoundError, SpecError
+from tally.errors import JobExistsError, JobStateError, SourceNotFoundError, SpecError, TallyError
 from tally.jobs import alerts, work
 from tally.jobs.coordinator import LEASE_SECONDS, Coordinator, Progress
 from tally.jobs.database import connect
@@ -240,6 +240,23 @@ def submit(
     except BaseException:
         store.delete(record.id)
         raise
+    return record
+
+
+def submit_failed(store: JobStore, spec: JobSpec, error: TallyError) -> JobRecord:
+    """A job that failed before it began, as there was nothing to score: its alerts are told all the same."""
+    ref = describe_model(spec)
+    record = store.create(
+        fingerprint=spec.fingerprint(ref.hash),
+        spec=spec.model_dump(mode="json"),
+        model=ref.to_dict(),
+        hold=LEASE_SECONDS,
+    )
+    lease = store.acquire(record.id, seconds=LEASE_SECONDS)
+    assert lease is not None
+    store.release(lease, "failed", error=str(error))
+    record = store.get(record.id)
+    alerts.conclude(store, record, sink_of(record), error=error)
     return record
 
 

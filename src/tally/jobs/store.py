@@ -217,7 +217,7 @@ class JobStore:
         job_id = job_id or new_id()
         holding: dict[str, Any] = {}
         if hold is not None:
-            holding = {"owner": secrets.token_hex(16), **_here(hold)}
+            holding = {"owner": secrets.token_hex(16), **here(hold)}
         with self.engine.begin() as connection:
             connection.execute(
                 sa.insert(jobs).values(
@@ -270,7 +270,7 @@ class JobStore:
                 sa.update(jobs)
                 .where(jobs.c.id == record.id, free)
                 .values(
-                    owner=token, **_here(seconds), wanted="run", state="running", error=None,
+                    owner=token, **here(seconds), wanted="run", state="running", error=None,
                     started_at=sa.func.coalesce(jobs.c.started_at, now()), finished_at=None,
                 )
             )  # fmt: skip
@@ -538,13 +538,13 @@ def _totals(row: sa.RowMapping, counted: Sequence[Done], more: Mapping[str, floa
 def _record(row: Mapping[Any, Any]) -> JobRecord:
     values = {name: row[name] for name in JobRecord.__slots__ if name in row}
     values["planned"] = bool(values["planned"])
-    alive = values["owner"] is not None and _alive(row)
+    alive = values["owner"] is not None and is_alive(row)
     if values["state"] == "running" and not alive:
         values["state"] = "interrupted"
     return JobRecord(**values, alive=alive)
 
 
-def _here(seconds: float) -> dict[str, Any]:
+def here(seconds: float) -> dict[str, Any]:
     """The columns that say that this process has a job for so long."""
     return {"owner_host": _host(), "owner_pid": os.getpid(), "lease_until": now() + seconds}
 
@@ -557,7 +557,7 @@ def _host() -> str:
         return socket.gethostname()
 
 
-def _alive(row: Mapping[Any, Any]) -> bool:
+def is_alive(row: Mapping[Any, Any]) -> bool:
     """Whether the job's coordinator still holds its lease and, if it ran on this host, still exists."""
     if row["lease_until"] is None or row["lease_until"] < row["clock"]:
         return False

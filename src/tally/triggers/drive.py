@@ -27,7 +27,7 @@ from tally.errors import (
     TallyError,
     UntrustedModelError,
 )
-from tally.jobs.launch import open_store, submit
+from tally.jobs.launch import open_store, submit, submit_failed
 from tally.jobs.store import JobRecord, JobStore
 from tally.triggers.store import LEASE_SECONDS, Run, ScheduleStore
 from tally.triggers.template import fill
@@ -92,6 +92,10 @@ def _job(jobs: JobStore, store: ScheduleStore, run: Run, token: str) -> JobRecor
         record = submit(jobs, spec, resume=True, overwrite=run.again, say=print)
     except JobExistsError as error:
         record = jobs.get(error.job_id)
+    except SourceNotFoundError as error:
+        if spec.alerts:
+            store.assign(run.id, token, submit_failed(jobs, spec, error).id)
+        raise
     store.assign(run.id, token, record.id)
     return record
 

@@ -20,7 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tally.config import settings
-from tally.errors import OwnershipLostError, SpecError
+from tally.errors import OwnershipLostError, SpecError, TallyError
+from tally.jobs import alerts
+from tally.jobs.launch import sink_of
+from tally.jobs.store import JobStore
 from tally.triggers.cron import Cron, Interval
 from tally.triggers.store import Run, Schedule, ScheduleStore
 
@@ -28,6 +31,8 @@ log = logging.getLogger("tally")
 
 LOOK_SECONDS = 2.0
 """How often to look at what other processes have changed."""
+ALERT_SECONDS = 10.0
+"""How often to look for alerts that are to be sent."""
 GRACE_SECONDS = 60.0
 """A tick that is seen later than that was missed, and catch-up decides."""
 STOP_SECONDS = 40.0
@@ -67,7 +72,7 @@ class Loop:
         self._children: list[_Child] = []
         self._clocks: dict[tuple[str, str], Cron] = {}
         self._refused: set[str] = set()
-        self._wake = threading.Event()
+        self._wake, self._told = threading.Event(), threading.Event()
         self._stops = 0
         self.begun = self.failed = 0
         """How many runs it began, and how many of them ended as failed."""
@@ -81,9 +86,12 @@ class Loop:
         """Begin nothing more; running jobs save what they have. Told twice, they are killed."""
         self._stops += 1
         self._wake.set()
+        self._told.set()
 
     def run(self, *, forever: bool = False) -> None:
         """Run what is due, and with ``forever`` what will be; returns when all of it has ended, or on :meth:`stop`."""
+        if forever:
+            threading.Thread(target=self._tell, name="tally-alerts", daemon=True).start()
         try:
             while not self.stopped:
                 pause = LOOK_SECONDS
@@ -99,6 +107,18 @@ class Loop:
                 self._wake.clear()
         finally:
             self._end()
+
+    def _tell(self) -> None:
+        """Send the alerts of all jobs that are not delivered yet, also of those whose process did not come to it."""
+        jobs = JobStore(self._store.engine)
+        while not self.stopped:
+            try:
+                for record in alerts.unevaluated(jobs):
+                    alerts.evaluate(jobs, record, sink_of(record))
+                alerts.deliver(jobs)
+            except (OSError, TallyError) as error:
+                log.warning("alerts: %s", error)
+            self._told.wait(ALERT_SECONDS)
 
     def _turn(self, forever: bool) -> float:
         """All that there is to do now; returns for how many seconds that was all, or 0 if for good."""

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from tally.errors import JobStateError, OwnershipLostError, SpecError
 from tally.jobs.database import now
-from tally.jobs.store import _alive, _here
+from tally.jobs.store import here, is_alive
 from tally.suggest import did_you_mean
 from tally.text import storable
 from tally.triggers.cron import Cron, Interval
@@ -206,7 +206,7 @@ class ScheduleStore:
                 sa.select(runs, now().label("clock")).where(runs.c.schedule == name, runs.c.state == "running")
             )
             for row in rows.mappings():
-                if _alive(row):
+                if is_alive(row):
                     raise JobStateError(
                         f"schedule {name!r} is running its interval of {schedule.clock().text(row['interval_start'])}",
                         hint=f"Stop it first: tally jobs cancel {row['job_id']}" if row["job_id"] else None,
@@ -314,7 +314,7 @@ class ScheduleStore:
             running = connection.execute(query.where(runs.c.state == "running")).mappings().all()
             idle = row["paused"] and within is None
             for each in running:
-                lost = not _alive(each) and _is_within(each["interval_start"], within)
+                lost = not is_alive(each) and _is_within(each["interval_start"], within)
                 if lost and not idle and (taken := self._take(connection, each)) is not None:
                     return taken
             for lane in _LANES:
@@ -334,7 +334,7 @@ class ScheduleStore:
 
     def begin(self, run_id: int, token: str) -> Run:
         """This process holds the run from now on. Raises OwnershipLostError if it is another's."""
-        self._own(run_id, token, **_here(LEASE_SECONDS), started_at=now())
+        self._own(run_id, token, **here(LEASE_SECONDS), started_at=now())
         return self.run(run_id)
 
     def renew(self, run_id: int, token: str) -> None:
@@ -400,7 +400,7 @@ class ScheduleStore:
             )  # fmt: skip
             return None
         token = secrets.token_hex(16)
-        values = {"state": "running", "token": token, "attempts": row["attempts"] + 1, **_here(LEASE_SECONDS)}
+        values = {"state": "running", "token": token, "attempts": row["attempts"] + 1, **here(LEASE_SECONDS)}
         connection.execute(sa.update(runs).where(runs.c.id == row["id"]).values(**values))
         return _run({**row, "state": "running", "attempts": row["attempts"] + 1}, token)
 
