@@ -353,7 +353,7 @@ def test_doctor_names_each_check(cli: Cli, home: Path) -> None:
     assert ran.code == 0, ran.out
     lines = ran.out.splitlines()
     assert [line[6:22].strip() for line in lines] == [
-        *("python", "home", "database", "temporary files", "models", "pictures", "videos", "workers"),
+        *("python", "home", "database", "temporary files", "models", "pictures", "videos", "tables", "workers"),
     ]
     assert all(line.startswith(("ok ", "warn ")) for line in lines)
     assert str(home) in ran.out

@@ -179,7 +179,7 @@ def pause(names: tuple[str, ...]) -> None:
         click.echo(f"schedule {found.name} is paused; go on with: tally schedule resume {found.name}")
 
 
-@schedule.command()
+@schedule.command(short_help="Begin runs again.")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def resume(names: tuple[str, ...]) -> None:
     """Begin runs again; --catch-up says what becomes of the intervals that were missed meanwhile."""

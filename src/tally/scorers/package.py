@@ -241,7 +241,8 @@ def _check_readable(path: Path, trust: bool) -> None:
         if path.suffix.lower() not in _ESTIMATORS:
             raise ModelLoadError(
                 f"{path}: pickles of this kind cannot be scored, not even trusted ones",
-                hint=f"Supported are {SUPPORTED}. Export the model to ONNX, or open it in a script's init().",
+                hint=f"Supported are {SUPPORTED}. Of pickles, those of scikit-learn are that end in .pkl, .pickle or "
+                ".joblib. Export the model to ONNX, or open it in a script's init().",
             )
 
 
