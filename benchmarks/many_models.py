@@ -103,7 +103,7 @@ def main() -> None:
             return {"models": given.models / spent, "loading": 1000 * (loaded - start)}
 
         def command() -> dict[str, float]:
-            out = folder / "predictions.parquet"
+            out = folder / "out" / "predictions.parquet"
             line = [*TALLY, "score", str(folder / "readings.parquet"), "--model", str(folder / "packed")]
             start = time.perf_counter()
             ran = subprocess.run(
@@ -113,7 +113,7 @@ def main() -> None:
             if ran.returncode:
                 sys.exit(f"{' '.join(line)} failed:\n{ran.stdout}{ran.stderr}")
             check(parquet.read_table(out).column("anomaly").to_numpy(), expected, "tally score")
-            out.unlink()
+            shutil.rmtree(out.parent)
             shutil.rmtree(folder / "home")
             return {"models": given.models / spent}
 

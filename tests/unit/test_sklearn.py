@@ -457,3 +457,25 @@ def test_what_was_loaded_is_described(tmp_path: Path) -> None:
     found = scorer(tmp_path, make_pipeline(StandardScaler(), OneClassSVM()).fit(X))
     assert found.describe() == "model.skops: StandardScaler + OneClassSVM (detector), 3 features, batch 65536"
     assert tempfile.gettempdir() not in str(found.options.model_dump())
+
+
+def test_a_model_that_was_looked_at_before_is_not_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tally.scorers import package, sklearn
+
+    path = tmp_path / "model.skops"
+    skops.io.dump(LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]), path)
+    opened = []
+    real = sklearn.inspect
+
+    def inspect(*given: Any, **more: Any) -> dict[str, Any]:
+        opened.append(given)
+        return real(*given, **more)
+
+    monkeypatch.setattr(sklearn, "inspect", inspect)
+    first = package.resolve(path)
+    assert package.resolve(path) == first
+    assert len(opened) == 1
+    assert package.resolve(path, settings={"batch_size": 7}).options["batch_size"] == 7
+    skops.io.dump(LinearRegression().fit([[0.0, 1.0], [1.0, 0.0]], [0.0, 1.0]), path)
+    assert package.resolve(path).options["count"] == 2
+    assert len(opened) == 3

@@ -12,13 +12,14 @@ import functools
 import hashlib
 import importlib
 import inspect
+import json
 import mmap
 import os
 import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -378,7 +379,31 @@ def _inspect(kind: Kind, path: Path, options: Mapping[str, Any], trusted: bool) 
         return packed.inspect(path, options, trusted=trusted)
     from tally.scorers import sklearn
 
-    return sklearn.inspect(path, options, trusted=trusted)
+    return _remembered(path, options, trusted, lambda: sklearn.inspect(path, options, trusted=trusted))
+
+
+def _remembered(
+    path: Path, options: Mapping[str, Any], trusted: bool, inspect: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What was found out about this very content before: opening a scikit-learn model imports all of scikit-learn,
+    which takes seconds, and workers do it anyway."""
+    from importlib import metadata
+
+    from tally.storage import cache_folder
+
+    versions = []
+    for name in ("tally-scoring", "scikit-learn", "skops"):
+        with suppress(metadata.PackageNotFoundError):
+            versions.append(metadata.version(name))
+    facts = [versions, str(path), content_hash(path.parent, (path.name,)), dict(options), trusted]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    known = cache_folder() / "inspected" / f"{digest}.json"
+    with suppress(OSError, ValueError):
+        return cast("dict[str, Any]", json.loads(known.read_text("utf-8")))
+    found = inspect()
+    with suppress(StorageError):  # it is found out again
+        _write_private(known, json.dumps(found).encode())
+    return found
 
 
 def _keyed(template: str, given: _Given) -> ModelRef:
