@@ -34,8 +34,8 @@ and write one key, whether the row is an anomaly, and its score, as Parquet with
 The model is a StandardScaler and a linear one-class SVM (SGDOneClassSVM), which costs little: what is measured is
 everything around it.
 
-Times are of whole commands. Memory is the proportional set size (PSS) of a contender's processes together, sampled; quarters
-are of its running time. In the first one processes start.
+Times are of whole commands. Memory is the proportional set size (PSS) of a contender's processes together, sampled;
+quarters are of its running time. In the first one processes start.
 
 Tally's coordinator remembers what it has found out about a model: in its first round it opens the model, which imports
 scikit-learn, and later it does not. Its workers, and the scripts, do so in each round.

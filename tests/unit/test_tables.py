@@ -25,6 +25,7 @@ from tally.sources.listing import is_table
 from tally.sources.tables import TableSource
 from tally.storage import LocalStore
 from tally.tables.ingest import Input, Made, make
+from tally.testing.sources import chunks_of
 
 SCORER = Scorer()
 SCORER.input, SCORER.batch_size = "table", 4
@@ -752,3 +753,17 @@ def test_scattered_rows_are_replayed_together(tmp_path: Path) -> None:
     assert again.count == 5
     assert again.payload["pieces"] == [["rows", 0, "a.parquet", *run, 50] for run in ((3, 5), (19, 21), (49, 50))]
     assert [row["x"] for row in Outcome(source, [again]).rows.values()] == [3, 4, 19, 20, 49]
+
+
+@pytest.mark.parametrize("features", [["Value"], 1])
+def test_faults_in_a_column_that_is_scored_and_kept_cost_their_lines(tmp_path: Path, features: Any) -> None:
+    lines = ["Device,Value", *(f"{n},{n}.5" for n in range(9))]
+    lines[3], lines[6] = "2,abc", "5,"
+    place = tmp_path / "readings.csv"
+    place.write_text("\n".join(lines) + "\n")
+    source = prepared(tmp_path, str(place), features=features, by=["Device"], keep=["Value"])
+    assert dict(source.columns)["Value"] == "float64"
+    chunks = chunks_of(source, 100)
+    dead = [key for chunk in chunks for key in source.keys(chunk) if "line" in key]
+    assert dead == ["readings.csv line 4"]
+    assert sum(chunk.count for chunk in chunks) == 9

@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,15 +159,13 @@ def _settle(
     import duckdb
 
     names = list(dict.fromkeys(name for each in looked for name in each.names))
-    types = {
-        name: _type(
-            name,
-            [each.guesses[name] for each in looked if name in each.guesses],
-            wanted,
-            whole=all(each.whole for each in looked) and len(looked) < _LOOKED_AT,
-        )
-        for name in names
-    }
+    guesses = {name: [each.guesses[name] for each in looked if name in each.guesses] for name in names}
+    whole = all(each.whole for each in looked) and len(looked) < _LOOKED_AT
+    types = {name: _type(name, guesses[name], wanted, whole=whole) for name in names}
+    if isinstance(wanted.features, int):
+        numbers = [n for n in names if types[n] in ("BIGINT", "DOUBLE") and n not in (*wanted.by, wanted.time)]
+        if len(numbers) < wanted.features:  # a kept column is one that the model takes
+            types = {name: _type(name, guesses[name], replace(wanted, keep=()), whole=whole) for name in names}
     for name, kind in csv.get("types", {}).items():
         if name not in types:
             problems.append(f"csv: types: there is no column {name!r}{did_you_mean(name, types)}")
@@ -206,4 +204,4 @@ def _type(name: str, guesses: Sequence[Guess], wanted: Wanted, *, whole: bool) -
     if name == wanted.time and len(mostly) == 1 and mostly <= {"TIMESTAMP", "TIMESTAMPTZ"}:
         return mostly.pop()
     number = isinstance(wanted.features, int) or wanted.window is not None or named
-    return "DOUBLE" if mostly == {"DOUBLE"} and number and name not in wanted.keep else kind
+    return "DOUBLE" if mostly == {"DOUBLE"} and (named or (number and name not in wanted.keep)) else kind
