@@ -225,3 +225,47 @@ def test_what_changes_a_video_changes_the_fingerprint() -> None:
     ]
     assert len({given(**each).fingerprint("sha256:0") for each in options}) == len(options)
     assert given(strict=True).fingerprint("x") == given().fingerprint("x")
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_model_for_each_key_is_said_in_one_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = make(source="in.csv", model_per="Device, Tag=models/{Device}_{Tag}.skops", out="out")
+    assert (made.by, made.model) == (("Device", "Tag"), "models/{Device}_{Tag}.skops")
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "job.yaml").write_text(
+        "source: in.csv\nmodel_per: Device=models/{Device}.skops\nout: out\nwindow: 5m\ntime: TS\naggregate: mean,max\n"
+    )
+    made = spec.read(str(tmp_path / "jobs" / "job.yaml"))
+    assert made.model == str(tmp_path / "jobs" / "models" / "{Device}.skops")
+    assert (made.by, made.window, made.aggregate) == (("Device",), 300.0, ("mean", "max"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_per": "models/{Device}.skops"}, "model_per: should be columns and a template"),
+        ({"model_per": "Device="}, "model_per: should be columns and a template"),
+        ({"model_per": "A={A}.onnx", "model": "m"}, "says the model and its columns, and model is given too"),
+        ({"model_per": "A={A}.onnx", "by": "B"}, "says the model and its columns, and by is given too"),
+        ({"model": "m", "window": "5 parsecs"}, "window: should be a duration such as 30s, 5m, 1h or 1d"),
+        ({"model": "m", "window": 0}, "window: input should be greater than 0"),
+        ({"model": "m", "aggregate": "median"}, "aggregate.0: input should be 'mean', 'min', 'max', 'last' or 'count'"),
+        ({"model": "m", "alerts": ["anomalys > 0"]}, "did you mean 'anomalies'?"),
+    ],
+)
+def test_what_is_wrong_with_fields_of_tables(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        make(source="in.csv", out="out", **fields)
+    assert message in str(caught.value)
+
+
+def test_fields_of_tables_make_another_job_and_alerts_do_not() -> None:
+    base = {"source": "in.csv", "model": "m", "out": "out"}
+    same = make(**base).fingerprint("h")
+    others = {"by": "a", "keep": "a", "where": "a > 1", "time": "t", "window": "1h", "aggregate": "max"}
+    for name, value in {**others, "csv": {"delim": ";"}}.items():
+        assert make(**base, **{name: value}).fingerprint("h") != same, name
+    assert make(**base, alerts=["failed"], webhook="https://example.com/x").fingerprint("h") == same

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from tally.errors import ModelError, ModelLoadError, ModelNotFoundError, SpecError, TallyError, UntrustedModelError
 from tally.scorers import tabular
@@ -227,14 +226,7 @@ class KeyedScorer(ModelPerKey):
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        try:
-            self.options = KeyedOptions.model_validate(dict(options))
-        except ValidationError as error:
-            missing = ", ".join(".".join(map(str, each["loc"])) for each in error.errors())
-            raise SpecError(
-                f"the options are not complete or not right: {missing}",
-                hint="Pass them through tally.scorers.keyed.inspect.",
-            ) from None
+        self.options = KeyedOptions.complete(options)
         super().__init__(
             by=self.options.by,
             features=self.options.features or self.options.names or self.options.count,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from tally.errors import ItemError, ModelLoadError, SpecError
 from tally.scorers import tabular
@@ -228,14 +228,7 @@ class OnnxTableScorer(Scorer):
     input = "table"
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        try:
-            self.options = OnnxTableOptions.model_validate(dict(options))
-        except ValidationError as error:
-            missing = ", ".join(".".join(map(str, each["loc"])) for each in error.errors())
-            raise SpecError(
-                f"the options are not complete or not right: {missing}",
-                hint="Pass them through tally.scorers.onnx_table.inspect.",
-            ) from None
+        self.options = OnnxTableOptions.complete(options)
         inputs = self.options.inputs
         self.batch_size = self.options.batch_size
         count = None if inputs[0].width is None else sum(port.width or 0 for port in inputs)

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from pydantic import ValidationError
 
 from tally.errors import ModelLoadError, SpecError, StorageError, TallyError, UntrustedModelError
 from tally.scorers import tabular
@@ -311,14 +310,7 @@ class PackedScorer(ModelPerKey):
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        try:
-            self.options = PackedOptions.model_validate(dict(options))
-        except ValidationError as error:
-            missing = ", ".join(".".join(map(str, each["loc"])) for each in error.errors())
-            raise SpecError(
-                f"the options are not complete or not right: {missing}",
-                hint="Pass them through tally.scorers.packed.inspect.",
-            ) from None
+        self.options = PackedOptions.complete(options)
         super().__init__(
             by=self.options.by,
             features=self.options.features or self.options.names or self.options.count,

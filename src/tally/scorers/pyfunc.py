@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError, TallyError, UntrustedModelError
 from tally.scorers import tabular
@@ -162,14 +161,7 @@ class PyfuncScorer(Scorer):
     input = "table"
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        try:
-            self.options = PyfuncOptions.model_validate(dict(options))
-        except ValidationError as error:
-            wrong = ", ".join(".".join(map(str, each["loc"])) for each in error.errors())
-            raise SpecError(
-                f"the options are not complete or not right: {wrong}",
-                hint="Pass them through tally.scorers.pyfunc.inspect.",
-            ) from None
+        self.options = PyfuncOptions.complete(options)
         self.batch_size = self.options.batch_size
         self.features = self.options.features or self.options.names or self.options.count
         self._model: Any = None

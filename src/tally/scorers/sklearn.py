@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
-from pydantic import ValidationError
 
 from tally.errors import ModelLoadError, ModelNotFoundError, SpecError, UntrustedModelError
 from tally.scorers import tabular
@@ -401,14 +400,7 @@ class SklearnScorer(Scorer):
     input = "table"
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        try:
-            self.options = SklearnOptions.model_validate(dict(options))
-        except ValidationError as error:
-            missing = ", ".join(".".join(map(str, each["loc"])) for each in error.errors())
-            raise SpecError(
-                f"the options are not complete or not right: {missing}",
-                hint="Pass them through tally.scorers.sklearn.inspect.",
-            ) from None
+        self.options = SklearnOptions.complete(options)
         self.batch_size = self.options.batch_size
         self.features = self.options.features or self.options.names or self.options.count
         self.columns = self.options.columns

@@ -6,7 +6,7 @@ Tables are ``pyarrow.Table``. A *matrix* is ``float64[rows, features]``, C-conti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -36,6 +36,18 @@ class TableOptions(BaseModel):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    @classmethod
+    def complete(cls, options: Mapping[str, Any]) -> Self:
+        """Options as ``inspect`` of the scorer's module returns them. Raises SpecError for others."""
+        try:
+            return cls.model_validate(dict(options))
+        except ValidationError as error:
+            missing = ", ".join(".".join(map(str, each["loc"])) for each in error.errors())
+            raise SpecError(
+                f"the options are not complete or not right: {missing}",
+                hint="Pass them through inspect() of the scorer's module.",
+            ) from None
 
     @classmethod
     def problems_in(cls, options: Mapping[str, Any]) -> list[str]:
