@@ -160,3 +160,20 @@ def test_a_job_on_a_table_says_what_is_wrong_at_once(cli: Cli, readings: Path, m
     for part in ("'Tga'", "did you mean 'Tag'?", "'Valu'", "did you mean 'Value'?"):
         assert part in ran.err
     assert open_store().newest() == []
+
+
+def test_models_of_windows_are_given_windows(cli: Cli, readings: Path, tmp_path: Path) -> None:
+    by = ("--by", "Device,Tag", "--value", "Value", "--time", "TS", "--window", "10m", "--aggregate", "mean,max")
+    assert cli("train", "anomaly", readings, *by, "--out", tmp_path / "slow").code == 0
+    job = tally.score(readings, "models:/slow", tmp_path / "out", quiet=True)
+    said = tally.score(
+        readings, "models:/slow", tmp_path / "said", quiet=True, time="TS", window="10m", aggregate="mean,max"
+    )
+    assert job.results().equals(said.results())
+    assert job.results().column_names == ["key", "Device", "Tag", "TS", "anomaly", "score"]
+    assert {row["TS"].minute % 10 for row in job.results().to_pylist()} == {0}
+    other = cli(
+        "score", readings, "--model", "models:/slow", "--time", "TS", "--window", "1h", "--out", tmp_path / "no"
+    )
+    assert other.code == 2
+    assert "Value_max" in other.err

@@ -253,5 +253,5 @@ def test_every_problem_of_the_options_is_reported(tmp_path: Path) -> None:
         inspect(path, {"task": "detect"})
     with pytest.raises(SpecError, match=r"model\.onnx does not classify"):
         inspect(detector(tmp_path), {"labels": ["a", "b"]})
-    with pytest.raises(SpecError, match=r"through tally\.scorers\.onnx_table\.inspect"):
+    with pytest.raises(SpecError, match=r"through inspect\(\) of the scorer"):
         OnnxTableScorer({"file": "model.onnx"})

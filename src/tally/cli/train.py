@@ -159,10 +159,7 @@ def anomaly(
         f"{figures['anomalous_share']:.2%} of them anomalous ({(out / training.file).stat().st_size / 1000:,.0f} kB)"
     )
     click.echo(f"{'is already' if added.existed else 'registered as'} {added}")
-    gathered = ""
-    if training.window is not None:
-        gathered = f"--time {training.time} --window {training.window:g}s --aggregate {','.join(training.aggregate)} "
-    click.echo(f"  Use it: tally score SOURCE --model {added} {gathered}--out OUT", err=True)
+    click.echo(f"  Use it: tally score SOURCE --model {added} --out OUT", err=True)
 
 
 def _gamma(text: str) -> Any:

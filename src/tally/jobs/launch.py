@@ -94,15 +94,16 @@ def _source(spec: JobSpec, scorer: Scorer) -> Source:
         pictorial = (*_DECODING, *_ENCODING, "frames", "overlay")
         if other := next((name for name in pictorial if _is_given(spec, name)), None):
             raise SpecError(f"{other}: is for pictures and videos, and the model is given tables")
+        own = scorer.window if spec.window is None else None
         return TableSource.describe(
             spec.source,
             features=scorer.features,
             by=spec.by or tuple(scorer.by),
             keep=spec.keep,
             where=spec.where,
-            time=spec.time,
-            window=spec.window,
-            aggregate=spec.aggregate,
+            time=spec.time or (own.time if own else None),
+            window=own.seconds if own else spec.window,
+            aggregate=own.aggregate if own else spec.aggregate,
             csv=spec.csv,
             lacks=scorer.lacks if scorer.by else None,
             without=spec.out,

@@ -60,6 +60,18 @@ class Item:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Readings are gathered over ``seconds`` each before they are scored; ``time`` is their column of timestamps.
+
+    aggregate: what is made of each column: mean, min, max, last, or count of all.
+    """
+
+    time: str
+    seconds: float
+    aggregate: tuple[str, ...] = ("mean",)
+
+
 class Scorer:
     """Subclass it and override :meth:`score`, and :meth:`load` if there is anything to load.
 
@@ -75,6 +87,7 @@ class Scorer:
     features: of tables, the columns wanted: their names; a number n: the n numeric columns that there are besides
         ``by`` and time; None: all columns.
     by: of tables, the columns whose values choose a model, where there is one model for each key.
+    window: of tables, what readings are gathered over first, unless the job says otherwise.
 
     The table handed to :meth:`score` has the columns ``by``, then the features in order, and no others.
     """
@@ -86,6 +99,7 @@ class Scorer:
     columns: Mapping[str, str] | None = None
     features: Sequence[str] | int | None = None
     by: Sequence[str] = ()
+    window: Window | None = None
 
     def lacks(self, key: Mapping[str, Any]) -> str | None:
         """Why there is no model for a key (column of ``by`` to value), or None where there is one.

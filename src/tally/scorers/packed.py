@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ import yaml
 
 from tally.errors import ModelLoadError, SpecError, StorageError, TallyError, UntrustedModelError
 from tally.scorers import tabular
-from tally.scorers.base import Scorer
+from tally.scorers.base import Scorer, Window
 from tally.scorers.keys import DETECTOR, KeyIndex, ModelPerKey, columns_differ, key_of, shown, whole
 from tally.scorers.sklearn import open_estimator, scorer_of
 from tally.scorers.stacked import KERNELS, Integers, Stack, Svms, parameters
@@ -80,13 +80,15 @@ def write(
     *,
     by: Sequence[str],
     features: Sequence[str] | int | None = None,
+    window: Window | None = None,
     name: str | None = None,
     trusted: bool = False,
 ) -> Written:
     """Write a model package of many models; they are taken from ``models`` and written as they come.
 
     by: the columns of the key. features: names of the columns that every model takes, or how many there are; found
-    from the first model if left out. name: of the package; the folder's if left out.
+    from the first model if left out. window: what readings are gathered over first; features are what is made of it.
+    name: of the package; the folder's if left out.
     trusted: models may hold types that do more than compute; scoring then needs trust too.
     Nothing is written unless all is well. Raises SpecError (a key twice, models that do not fit together),
     UntrustedModelError, StorageError.
@@ -96,7 +98,7 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{FILE}.{os.getpid()}.part"
         try:
-            written = _write(part, folder, iter(models), tuple(by), features, trusted)
+            written = _write(part, folder, iter(models), _Packer(tuple(by), features, window, trusted))
             described: dict[str, Any] = {"name": name or folder.absolute().name, "file": FILE}
             if written.requires_trust:
                 described["requires_trust"] = True
@@ -119,19 +121,17 @@ def _write(
     path: Path,
     folder: Path,
     models: Iterator[Model],
-    by: tuple[str, ...],
-    features: Sequence[str] | int | None,
-    trusted: bool,
+    packer: _Packer,
 ) -> Written:
     import pyarrow as pa
     from pyarrow import parquet
 
+    by = packer.by
     if not by or len(set(by)) < len(by) or set(by) & set(_RESERVED):
         raise SpecError(
             f"by: {', '.join(by) or 'no column'} cannot make a key",
             hint=f"Name one or more columns, each once, and none {' or '.join(_RESERVED)}.",
         )
-    packer = _Packer(by, features, trusted)
     writer = None
     try:
         while batch := [packer.row(each) for each in islice(models, _ROWS)]:
@@ -153,8 +153,10 @@ def _write(
 class _Packer:
     """Turns models into rows of the file, and checks that they fit together."""
 
-    def __init__(self, by: tuple[str, ...], features: Sequence[str] | int | None, trusted: bool) -> None:
-        self.by, self.features, self.trusted = by, features, trusted
+    def __init__(
+        self, by: tuple[str, ...], features: Sequence[str] | int | None, window: Window | None, trusted: bool
+    ) -> None:
+        self.by, self.features, self.window, self.trusted = by, features, window, trusted
         self.columns: Mapping[str, str] | None = None
         self.stacked = self.whole = 0
         self.requires_trust = False
@@ -223,6 +225,7 @@ class _Packer:
             "by": self.by,
             "features": self.features,
             "columns": None if self.columns is None else dict(self.columns),
+            "window": None if self.window is None else asdict(self.window),
         }
         return pa.schema([(name, kinds[name]) for name in rows[0]], {_METADATA: json.dumps(described).encode()})
 
@@ -256,7 +259,7 @@ def agreed_features(features: Sequence[str] | int | None, estimator: Any, name: 
 class PackedOptions(tabular.TableOptions):
     """Options of a packed scorer, as :func:`inspect` completes them.
 
-    path: the Parquet file. by, count, names, columns: what it says about itself.
+    path: the Parquet file. by, count, names, columns, window: what it says about itself.
     """
 
     path: str
@@ -264,6 +267,7 @@ class PackedOptions(tabular.TableOptions):
     names: list[str] | None = None
     count: int | None = None
     columns: dict[str, str] | None = None
+    window: Window | None = None
     trusted: bool = False
     assumed: tuple[str, ...] = ()
 
@@ -296,6 +300,7 @@ def inspect(path: Path, options: Mapping[str, Any], *, trusted: bool) -> dict[st
         names=names,
         count=count,
         columns=described["columns"],
+        window=described.get("window"),
         trusted=trusted,
         assumed=tuple(assumed),
     )
@@ -317,6 +322,7 @@ class PackedScorer(ModelPerKey):
             columns=self.options.columns,
             batch_size=self.options.batch_size,
         )
+        self.window = self.options.window
 
     @cached_property
     def _keys(self) -> frozenset[tuple[str, ...]]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from tally.engines.base import Engine, Limits
 from tally.errors import ModelError, OutputExistsError, SpecError, StorageError, WorkerError
+from tally.scorers.base import Window
 
 if TYPE_CHECKING:
     from tally.scorers.packed import Model
@@ -245,7 +246,8 @@ class Training:
                 shown = "".join(f"\n  {key}: {reason}" for key, reason in islice(failed.items(), 5))
                 raise ModelError(f"none of {len(groups):,} keys could be trained{shown}")
             package = partial / "package"
-            write(package, chain([one], models), by=self.by, features=self.features, name=self.out.name)
+            window = None if self.window is None else Window(self.time or "", self.window, self.aggregate)
+            write(package, chain([one], models), by=self.by, features=self.features, window=window, name=self.out.name)
         finally:
             engine.stop(kill=True)
         package.rename(self.out)
