@@ -427,6 +427,20 @@ class JobStoreContract:
         assert [each.files for each in store.outputs(lease.job_id, generation=1)] == again
         assert sorted(each.files for each in store.outputs(lease.job_id)) == sorted(names + again)
 
+    def test_a_dead_item_may_be_many_when_it_is_replayed(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 3)], complete=True)
+        _, (stored,) = store.commit(lease, take=1)
+        store.commit(lease, done=[done(stored, 1)])
+        store.release(lease, "finished", manifest={"files": ["a"]})
+        lease = _acquired(store, lease.job_id)
+        store.reopen(lease, [chunk(1, 5)], published=True, model={"name": "m", "hash": "grown"})
+        record = store.get(lease.job_id)
+        assert (record.items, record.done, record.dead, record.model["hash"]) == (7, 2, 0, "grown")
+        _, (again,) = store.commit(lease, take=1)
+        store.commit(lease, done=[done(again)])
+        record = store.get(lease.job_id)
+        assert (record.items, record.done, record.dead, record.generation) == (7, 7, 0, 1)
+
     def test_reading_goes_on_while_others_write(self, store: JobStore, other: JobStore, lease: Lease) -> None:
         store.commit(lease, planned=[chunk(first, 1) for first in range(1300)])
         _, taken = store.commit(lease, take=1200)
