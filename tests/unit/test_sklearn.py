@@ -258,7 +258,7 @@ def test_every_problem_of_the_options_is_reported(tmp_path: Path) -> None:
         inspect(tmp_path / "model.skops", {"method": "predict_proba"}, trusted=False)
     with pytest.raises(SpecError, match=r"ends in \.skops"):
         inspect(tmp_path / "model.bin", {}, trusted=False)
-    with pytest.raises(SpecError, match=r"through tally\.scorers\.sklearn\.inspect"):
+    with pytest.raises(SpecError, match=r"through inspect\(\) of the scorer"):
         SklearnScorer({"file": "model.skops"})
 
 
