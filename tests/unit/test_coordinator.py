@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from tally.jobs.coordinator import Coordinator
+from tally.errors import WorkerCrashedError, WorkerError, WorkerMemoryError, WorkerTimeoutError
+from tally.jobs.coordinator import UNSETTLED_ATTEMPTS, Coordinator
 from tally.jobs.plan import ChunkSizer
-from tally.jobs.store import StoredChunk
+from tally.jobs.store import Done, Lost, StoredChunk
 from tally.sources.base import Chunk
 
 
@@ -77,3 +78,33 @@ def test_a_loss_that_may_come_from_outside_is_tried_again_as_it_was() -> None:
 def test_a_certain_cause_is_halved_at_once_and_an_item_alone_has_another_chance() -> None:
     assert bisect(8, 1, (0, 8), certain=True) == [(0, 4, 2), (4, 4, 2)]
     assert bisect(2, 3, None, certain=False) == [(0, 1, 1), (1, 1, 1)]
+
+
+def retried(error: WorkerError, *, attempts: int, losses: int = 0, count: int = 1) -> tuple[list[Done], list[int]]:
+    """What is dead after such a loss, and the losses that count against what is run again."""
+    state = coordinator()
+    state._source = SimpleNamespace(keys=lambda chunk: ["item"], slice=Names().slice)
+    state._halves = lambda chunk: Coordinator._halves(state, chunk)
+    state._bisect = lambda *given: Coordinator._bisect(state, *given)
+    done: list[Done] = []
+    lost: list[Lost] = []
+    stored = StoredChunk(1, Chunk(0, count, {}), attempts, losses, "a")
+    Coordinator._retry(state, stored, "a", error, done, lost)
+    return done, [against for each in lost for _, against in each.parts]
+
+
+@pytest.mark.parametrize("suspects", [None, (0, 0)])
+@pytest.mark.parametrize("kind", [WorkerCrashedError, WorkerTimeoutError, WorkerMemoryError])
+def test_a_worker_that_had_not_begun_blames_no_item(kind: type[WorkerError], suspects: tuple[int, int] | None) -> None:
+    error = kind("killed", suspects=suspects)
+    assert retried(error, attempts=UNSETTLED_ATTEMPTS, losses=2) == ([], [2])
+    assert retried(error, attempts=UNSETTLED_ATTEMPTS, losses=2, count=8) == ([], [2])
+
+
+def test_an_item_is_to_blame_when_it_was_being_scored_or_never_comes_to_an_end() -> None:
+    at_it = WorkerCrashedError("killed", suspects=(0, 1))
+    assert retried(at_it, attempts=1, losses=1) == ([], [2])
+    [dead], again = retried(at_it, attempts=3, losses=2)
+    assert (dead.dead[0].key, again) == ("item", [])
+    [dead], again = retried(WorkerCrashedError("killed"), attempts=UNSETTLED_ATTEMPTS + 1, losses=2)
+    assert (dead.dead[0].key, again) == ("item", [])

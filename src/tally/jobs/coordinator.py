@@ -335,6 +335,10 @@ class Coordinator:
     ) -> None:
         chunk, losses = stored.chunk, stored.losses + 1
         log.info("chunk %d+%d: %s", chunk.first, chunk.count, error)
+        if isinstance(error, WorkerError) and not _had_begun(error) and stored.attempts <= UNSETTLED_ATTEMPTS:
+            # It was lost while it started or loaded the model: no item is to blame.
+            lost.append(Lost(stored.id, [(chunk, stored.losses)]))
+            return
         if not isinstance(error, WorkerError):
             # Not an item's fault and not a lost worker's: the output, the model or Tally itself.
             if isinstance(error, (ModelError, StorageError)) or losses >= self._spec.attempts:
@@ -540,6 +544,11 @@ class _Keeper(threading.Thread):
             if now != wanted:
                 wanted = now
                 self._events.put(("wanted", wanted))
+
+
+def _had_begun(error: WorkerError) -> bool:
+    """Whether the lost worker was at items of its chunk."""
+    return error.suspects is not None and error.suspects[0] < error.suspects[1]
 
 
 def _iso(seconds: float | None) -> str | None:
