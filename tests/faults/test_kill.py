@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 from tests.faults.storms import SCORERS, start, storm, tally, workers_of
+from tests.waiting import wait_for
 
 from tally.jobs.launch import open_store
 
@@ -85,16 +84,3 @@ def test_workers_end_with_their_coordinator(items: Path, tmp_path: Path) -> None
     gone, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
     assert len(gone) == len(workers)
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 60) -> None:
-    """Until the condition holds; fails when the process ends first."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            pytest.fail("it did not come to that")
-        try:
-            process.wait(timeout=0.02)
-        except subprocess.TimeoutExpired:
-            pass

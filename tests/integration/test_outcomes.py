@@ -9,13 +9,13 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from tests.waiting import wait_for
 
 import tally
 from tally.errors import JobExistsError, ModelChangedError
@@ -150,15 +150,7 @@ class Process:
 
     def until(self, condition: Callable[[], object], seconds: float = 60) -> None:
         """Until the condition holds; fails when the process ends first."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.process.kill()
-                pytest.fail(f"it did not come to that:\n{self.output}")
-            try:
-                self.process.wait(timeout=0.02)
-            except subprocess.TimeoutExpired:
-                pass
+        wait_for(condition, self.process, seconds, lambda: self.output)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -19,6 +18,7 @@ import pytest
 import sqlalchemy as sa
 from cronsim import CronSim
 from tests.conftest import Ran
+from tests.waiting import wait_for
 
 from tally.errors import SpecError
 from tally.jobs.database import now
@@ -595,16 +595,3 @@ def test_pausing_resuming_and_removing(add: Callable[..., ScheduleStore], cli: C
 
 def _both(claim: tuple[Run, str]) -> tuple[int, str]:
     return claim[0].id, claim[1]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:
-    """Until the condition holds; fails when the process ends first."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None or time.monotonic() > end:
-            process.kill()
-            pytest.fail("it did not come to that")
-        try:
-            process.wait(timeout=0.02)
-        except subprocess.TimeoutExpired:
-            pass

@@ -1,0 +1,32 @@
+"""Waiting for what a process does."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+def wait_for(
+    condition: Callable[[], object],
+    process: subprocess.Popen[Any],
+    seconds: float = 60,
+    told: Callable[[], str] = lambda: "",
+) -> None:
+    """Until the condition holds. Fails when the process ends first, or after so many seconds, with what it told."""
+    deadline = time.monotonic() + seconds
+    while True:
+        # In this order: what the process does last may be what makes the condition true.
+        over = process.poll() is not None or time.monotonic() > deadline
+        if condition():
+            return
+        if over:
+            process.kill()
+            pytest.fail(f"it did not come to that:\n{told()}")
+        try:
+            process.wait(timeout=0.02)
+        except subprocess.TimeoutExpired:
+            pass
