@@ -154,11 +154,7 @@ def inspect(
     count = features if isinstance(features, int) else None if names is None else len(names)
     assumed = [f"{each.message}: rows of that key are going to fail" for each in failed]
     if names is None and count is not None:
-        columns = "column" if count == 1 else "columns in their order"
-        assumed.append(
-            f"features were not given, and the models were fitted without names: assumed the table's {count} numeric "
-            f"{columns} (--set features=...)"
-        )
+        assumed.append(tabular.assumed_features(count, "the models were"))
     found = KeyedOptions(
         **given.model_dump(),
         folder=str(folder.absolute()),

@@ -288,11 +288,7 @@ def inspect(path: Path, options: Mapping[str, Any], *, trusted: bool) -> dict[st
     if given.features is not None:
         tabular.check_count(given.features, count, path.name)
     elif names is None and count is not None:
-        columns = "column" if count == 1 else "columns in their order"
-        assumed.append(
-            f"features were not given, and the models were fitted without names: assumed the table's {count} numeric "
-            f"{columns} (--set features=...)"
-        )
+        assumed.append(tabular.assumed_features(count, "the models were"))
     found = PackedOptions(
         **given.model_dump(),
         path=str(path.absolute()),

@@ -232,11 +232,7 @@ def inspect(path: Path, options: Mapping[str, Any], *, trusted: bool) -> dict[st
     if given.features is not None:
         tabular.check_count(given.features, count, path.name)
     elif names is None and count is not None:
-        one = count == 1
-        assumed.append(
-            f"features were not given, and the model was fitted without names: assumed the table's {count} numeric "
-            f"column{'' if one else 's in their order'} (--set features=...)"
-        )
+        assumed.append(tabular.assumed_features(count, "the model was"))
     elif names is None:
         assumed.append("features were not given: assumed all columns of the table (--set features=...)")
     found = SklearnOptions(

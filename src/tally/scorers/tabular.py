@@ -70,6 +70,15 @@ def check_count(features: Sequence[str], count: int | None, model: str) -> None:
         )
 
 
+def assumed_features(count: int, fitted: str) -> str:
+    """What to tell the user where only the number of features is known. fitted: such as "the model was"."""
+    columns = "column" if count == 1 else "columns in their order"
+    return (
+        f"features were not given, and {fitted} fitted without names: assumed the table's {count} numeric {columns} "
+        "(--set features=...)"
+    )
+
+
 # ----------------------------------------------------------------------------------------------- what goes in
 
 
