@@ -33,7 +33,8 @@ from _machine import (
     show,
     take_turns,
 )
-from tally.scorers.package import create, resolve
+from tally.scorers.loading import create
+from tally.scorers.package import resolve
 
 HERE = Path(__file__).resolve().parent
 CAVEATS = """
@@ -55,6 +56,20 @@ Ray Data: one actor per core, one block per batch. Celery: a prefork worker, one
 """
 
 
+def describe(model: Path, path: Path) -> dict[str, Any]:
+    """Write into a file what other contenders need to know of a model; returns it."""
+    ref = resolve(model, task="classify")
+    scorer: Any = create(ref)
+    described = {
+        "file": str(ref.location / ref.artifacts / scorer.options.file),
+        "preprocess": scorer.options.preprocess.model_dump(mode="json"),
+        "size": scorer.size,
+        "batch_size": scorer.batch_size,
+    }
+    path.write_text(json.dumps(described))
+    return described
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with images/imagenet and models/classify")
@@ -64,19 +79,12 @@ def main() -> None:
     given = parser.parse_args()
     with scratch() as folder:
         model, photos = material(given.data, folder, given.copies)
-        ref = resolve(model, task="classify")
-        scorer: Any = create(ref)
-        described = {
-            "file": str(ref.location / ref.artifacts / scorer.options.file),
-            "preprocess": scorer.options.preprocess.model_dump(mode="json"),
-            "size": scorer.size,
-            "batch_size": scorer.batch_size,
-        }
-        (folder / "model.json").write_text(json.dumps(described))
+        described = describe(model, folder / "model.json")
         os.environ["BENCH_CORES"] = str(cores())
         count = len(list(photos.iterdir()))
         introduce(
-            f"photos: {count:,} pictures through {Path(described['file']).name}, batch {scorer.batch_size}", CAVEATS
+            f"photos: {count:,} pictures through {Path(described['file']).name}, batch {described['batch_size']}",
+            CAVEATS,
         )
         labels: dict[str, dict[str, int]] = {}
 

@@ -44,7 +44,8 @@ from _machine import (
 )
 from _video_contenders import Job
 from tally.jobs.launch import open_store
-from tally.scorers.package import create, resolve
+from tally.scorers.loading import create
+from tally.scorers.package import resolve
 from tally.video.encode import DEFAULTS, _settings
 
 HERE = Path(__file__).resolve().parent

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.objectstores import Service, azurite, moto_s3
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    # A shell has what it starts in the background ignore Ctrl-C, and so would whatever a test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +62,31 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Ran(int(ended.value.code or 0), *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Service]:
+    """An S3 service for this process's tests; each takes a bucket of its own."""
+    with moto_s3() as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def azure_server() -> Iterator[Service]:
+    """An Azure Blob service for this process's tests; each takes a container of its own."""
+    with azurite() as service:
+        yield service
+
+
+@pytest.fixture
+def s3(s3_server: Service, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a new bucket, which this test's clients reach."""
+    s3_server.enter(monkeypatch)
+    return s3_server.make(f"test-{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def azure(azure_server: Service, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a new container, which this test's clients reach."""
+    azure_server.enter(monkeypatch)
+    return azure_server.make(f"test-{uuid.uuid4().hex}")

@@ -1,5 +1,6 @@
 """Tally scores large collections with machine-learning models, and never loses or repeats an item."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ _EXPORTS = {
     "TallyError": "tally.errors",
     "score": "tally.api",
 }
+
+# From 1.31 on, ONNX Runtime reports its use to its maker, and keeps a database for that in the user's cache, unless it
+# is told otherwise before it is imported. Whoever wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "score"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from tally.errors import SpecError
 
 _SCHEME = re.compile(r"(sqlite|postgresql)(\+\w+)?://")
+_SECRET = re.compile(r"(?<=://)[^/@]*:[^/@]*(?=@)|(?<=\?).+")
 _PASSWORD = re.compile(r"(?<=://)([^:/@]*):.*(?=@)")
 
 
@@ -17,16 +18,18 @@ _PASSWORD = re.compile(r"(?<=://)([^:/@]*):.*(?=@)")
 class Settings:
     """Where Tally keeps its state.
 
-    home: folder of the database, the registry's artifacts and downloads (``TALLY_HOME``).
+    home: folder of the database, the registry's content and downloads (``TALLY_HOME``).
     database: SQLAlchemy URL of jobs and registry (``TALLY_DATABASE``).
+    registry: folder or bucket URL of the registry's content (``TALLY_REGISTRY``).
     """
 
     home: Path
     database: str
+    registry: str
 
     def __repr__(self) -> str:
         database = _PASSWORD.sub(r"\1:***", self.database)
-        return f"Settings(home={str(self.home)!r}, database={database!r})"
+        return f"Settings(home={str(self.home)!r}, database={database!r}, registry={self.registry!r})"
 
 
 def settings() -> Settings:
@@ -44,6 +47,14 @@ def settings() -> Settings:
     if not _SCHEME.match(database):
         shown = _PASSWORD.sub(r"\1:***", database)
         problems.append(f"TALLY_DATABASE must be a sqlite:/// or postgresql:// URL, not {shown!r}")
+    registry = os.environ.get("TALLY_REGISTRY") or str(home / "models")
+    if "://" not in registry:
+        path = Path(registry).expanduser().absolute()
+        registry = str(path)
+        if path.exists() and not path.is_dir():
+            problems.append(f"TALLY_REGISTRY must name a folder or a bucket, but {registry!r} is a file")
+    elif (shown := _SECRET.sub("***", registry)) != registry:
+        problems.append(f"TALLY_REGISTRY must be a URL without credentials, not {shown!r}")
     if problems:
         raise SpecError(problems, hint="Correct the environment, or unset the variable to get the default.")
-    return Settings(home, database)
+    return Settings(home, database, registry)

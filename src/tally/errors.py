@@ -6,7 +6,9 @@
     ├── SpecError (ValueError)              flags, YAML or tally.yaml are wrong; all problems together
     ├── StorageError (OSError)              a folder, file or bucket could not be listed, read or written
     │   ├── SourceNotFoundError (FileNotFoundError)
-    │   └── OutputExistsError (FileExistsError)
+    │   ├── OutputExistsError (FileExistsError)
+    │   ├── StorageAwayError (ConnectionError)    the object store did not answer, for as long as it was tried
+    │   └── DatabaseAwayError (ConnectionError)   the database does not answer at present
     ├── ModelError
     │   ├── ModelNotFoundError (LookupError)
     │   ├── ModelLoadError                  unreadable, damaged, or asks for what is not there
@@ -17,6 +19,7 @@
     │   ├── JobExistsError                  the same job was started before; resume it or ask for a new one
     │   ├── JobStateError                   the job's state does not allow that
     │   └── OwnershipLostError              another coordinator has taken the job over
+    ├── ClusterLostError (ConnectionError)  the Ray cluster does not answer, or its head was lost
     ├── ItemError                           one item failed; it is dead, its neighbours are not
     └── WorkerError                         a worker was lost
         ├── WorkerCrashedError              it died: a signal, ``os._exit``, kill -9
@@ -51,7 +54,8 @@ class TallyError(Exception):
 
 
 def _rebuild(cls: type[TallyError], args: tuple[object, ...], state: dict[str, object]) -> TallyError:
-    error = cls.__new__(cls, *args)
+    # Not MemoryError's: that refuses to make a subclass whose first base is another.
+    error: TallyError = (OSError if issubclass(cls, OSError) else Exception).__new__(cls, *args)
     Exception.__init__(error, *args)
     for name, value in state.items():
         setattr(error, name, value)
@@ -77,6 +81,21 @@ class SourceNotFoundError(StorageError, FileNotFoundError):
 
 class OutputExistsError(StorageError, FileExistsError):
     """The output place already holds something that this job did not write."""
+
+
+class StorageAwayError(StorageError, ConnectionError):
+    """The object store did not answer, or was too busy, for as long as it was tried: that is no item's fault."""
+
+
+class DatabaseAwayError(StorageError, ConnectionError):
+    """The database does not answer, or not now: it is being restarted, say. ``reason``: in its own words.
+
+    What was being changed may have been changed or not; it is safe to ask again.
+    """
+
+    def __init__(self, message: str, *, reason: str = "", hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason or message
 
 
 class ModelError(TallyError):
@@ -121,6 +140,10 @@ class JobStateError(JobError):
 
 class OwnershipLostError(JobError):
     """Another coordinator has taken the job over; nothing more may be committed by this one."""
+
+
+class ClusterLostError(TallyError, ConnectionError):
+    """The Ray cluster does not answer, or its head was lost while it was used."""
 
 
 class ItemError(TallyError):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -15,20 +16,33 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from tally.jobs import remote
 from tally.jobs.coordinator import Coordinator, Progress
 from tally.jobs.launch import drive
+from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobRecord, JobStore
 
 
-def run(store: JobStore, job_id: str, *, quiet: bool = False, retry_dead: bool = False) -> JobRecord:
-    """Drive the job here, showing its progress on standard error.
+def run(
+    store: JobStore, job_id: str, *, quiet: bool = False, retry_dead: bool = False, here: bool = False
+) -> JobRecord:
+    """Drive the job, showing its progress on standard error: in this process, or in the cluster that its spec names.
 
     The first Ctrl-C (or SIGTERM) stops the job cleanly: running chunks finish and are committed; the
-    second kills the workers. Either way the job can be resumed.
+    second kills the workers. Either way the job can be resumed. A job in a cluster goes on, and is returned as it is.
+    here: in this process even then, as it is inside the cluster.
     """
     console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-    with _display(console, store.get(job_id).unit) as (show, say), _signals(say) as hold:
-        return drive(store, job_id, listen=show, say=say, started=hold, retry_dead=retry_dead)
+    record = store.get(job_id)
+    spec = JobSpec(**record.spec)
+    cluster = None if here else remote.cluster_for(spec)
+    with _display(console, record.unit) as (show, say):
+        if cluster is not None:
+            return remote.see_through(store, job_id, cluster, listen=show, say=say, retry_dead=retry_dead)
+        if spec.engine == "ray" and not here:
+            say("Ray's rules lead to no cluster: one is started on this machine for as long as the job takes")
+        with _stoppable(say) as hold:
+            return drive(store, job_id, listen=show, say=say, started=hold, retry_dead=retry_dead, held=here)
 
 
 @contextmanager
@@ -87,35 +101,66 @@ class _Lines:
 
 
 @contextmanager
-def _signals(say: Any) -> Iterator[Any]:
-    """Turn SIGINT and SIGTERM into a clean stop while the job runs; a no-op outside the main thread."""
+def _stoppable(say: Any) -> Iterator[Any]:
+    """Turn SIGINT and SIGTERM into a clean stop while the job runs."""
     holder: list[Coordinator] = []
+    stops = 0
+
+    def stop(count: int) -> None:
+        nonlocal stops
+        stops = count
+        if count == 1:
+            say("stopping: running chunks are finished and saved (again to kill them)")
+        if holder:
+            holder[0].stop(now=count > 1)
+
+    def give_up(count: int) -> None:
+        if count > 1 and not holder:
+            raise KeyboardInterrupt
+
+    def hold(coordinator: Coordinator) -> None:
+        holder.append(coordinator)
+        if stops:
+            coordinator.stop()
+
+    with stop_signals(stop, at_once=give_up):
+        yield hold
+
+
+@contextmanager
+def stop_signals(stop: Callable[[int], None], *, at_once: Callable[[int], None] = lambda count: None) -> Iterator[None]:
+    """Meanwhile, have ``stop`` called at each SIGINT and SIGTERM, with 1 at the first, 2 at the second and so on.
+
+    A thread calls it: a signal may come while the main thread holds a lock, and who is called by the signal itself
+    would wait for that for ever. ``at_once`` is called by the signal itself, and may raise what ends the main thread.
+    A no-op outside the main thread, which alone gets signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: queue.SimpleQueue[int] = queue.SimpleQueue()
     count = 0
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal count
         count += 1
-        if count == 1:
-            say("stopping: running chunks are finished and saved (again to kill them)")
-        if holder:
-            holder[0].stop(now=count > 1)
-        elif count > 1:
-            raise KeyboardInterrupt
+        came.put(count)
+        at_once(count)
 
-    def hold(coordinator: Coordinator) -> None:
-        holder.append(coordinator)
-        if count:
-            coordinator.stop()
+    def run() -> None:
+        while each := came.get():
+            stop(each)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield holder.append
-        return
+    thread = threading.Thread(target=run, name="tally-stop", daemon=True)
+    thread.start()
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield hold
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        came.put(0)
+        thread.join()
 
 
 def interactive() -> bool:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tally.scorers.base import Item
-from tally.scorers.package import load, resolve
+from tally.scorers.loading import load
+from tally.scorers.package import resolve
 
 DETECTOR = """
 import io

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv
 
-from tally.scorers.package import load, resolve
+from tally.scorers.loading import load
+from tally.scorers.package import resolve
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import pytest
 
 from tally.engines.base import Engine, Limits
 from tally.engines.local import LocalEngine, _Slot
+from tally.engines.ray import RayEngine
 from tally.errors import StorageError, TallyError, WorkerCrashedError
 from tally.testing import tasks
 from tally.testing.engines import DEADLINE, EngineContract, Gate, ended, until
@@ -69,7 +71,7 @@ class TestLocalEngine(EngineContract):
         parent = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "TMPDIR": str(temporary)})
         try:
             pid = gate.arrival()
-            assert [each.name.startswith("tally-workers-") for each in temporary.iterdir()] == [True]
+            assert [each.name.startswith("tally-scratch-workers-") for each in temporary.iterdir()] == [True]
         finally:
             parent.kill()
             parent.wait()
@@ -83,7 +85,7 @@ class TestLocalEngine(EngineContract):
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Callable[..., Engine]
     ) -> None:
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
-        with pytest.raises(StorageError, match="cannot make a temporary folder"):
+        with pytest.raises(StorageError, match="cannot make a folder for temporary files"):
             start()
 
     def test_when_no_process_can_be_started_tasks_fail(
@@ -107,6 +109,46 @@ class TestLocalEngine(EngineContract):
         assert 0 < one < psutil.virtual_memory().total
         assert abs(4 * four - one) < 8
         assert 1 <= engine.default_slots() <= (psutil.cpu_count() or 1)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a Ray that the tests of this module share; one process of xdist has one."""
+    ray = pytest.importorskip("ray")
+    settings = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray makes its workers give way to other processes: with several tests at once they would hardly be served.
+        "RAY_worker_niceness": "0",
+    }
+    terminated = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        context = ray.init(
+            "local",
+            num_cpus=4,
+            object_store_memory=80 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        yield context.address_info["gcs_address"]
+        ray.shutdown()
+    signal.signal(signal.SIGTERM, terminated)
+
+
+class TestRayEngine(EngineContract):
+    making = "from tally.engines.ray import RayEngine\nengine = RayEngine()"
+
+    @pytest.fixture(autouse=True)
+    def address(self, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """For the scripts."""
+        monkeypatch.setenv("RAY_ADDRESS", cluster)
+
+    @pytest.fixture
+    def engine(self, cluster: str) -> Engine:
+        return RayEngine()
 
 
 def _children() -> set[int]:

@@ -1,9 +1,10 @@
-"""The model registry on SQLite, and its command line."""
+"""The model registry on SQLite and PostgreSQL, in folders and buckets, and its command line."""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,14 +12,17 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
+from tests.objectstores import Service, moto_s3
+from tests.services import postgres_database
 
 from tally.cli.models import models
 from tally.errors import ModelChangedError, ModelError
 from tally.jobs.store import connect
 from tally.models.registry import open_registry
 from tally.models.tables import metadata
-from tally.scorers.package import load, resolve
-from tally.testing.registry import SCRIPT, RegistryContract
+from tally.scorers.loading import load
+from tally.scorers.package import resolve
+from tally.testing.registry import SCRIPT, ContentContract, RegistryContract
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +31,54 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "AZUREML_MODEL_DIR", "")
 
 
-class TestSqlite(RegistryContract):
+class Sqlite:
     @pytest.fixture
     def engine(self, tmp_path: Path) -> Iterator[sa.Engine]:
         engine = connect(f"sqlite:///{tmp_path}/registry.db")
         yield engine
         engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[sa.Engine]:
+    with postgres_database() as url:
+        engine = connect(url)
+        yield engine
+        engine.dispose()
+
+
+class Postgres:
+    @pytest.fixture
+    def engine(self, database: sa.Engine) -> sa.Engine:
+        with database.begin() as connection:
+            for each in reversed(metadata.sorted_tables):
+                connection.execute(sa.delete(each))
+        return database
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with moto_s3() as service:
+        yield service
+
+
+class Bucket:
+    @pytest.fixture
+    def root(self, service: Service, monkeypatch: pytest.MonkeyPatch) -> str:
+        service.enter(monkeypatch)
+        return f"{service.make(f'models-{secrets.token_hex(6)}')}/of/the/team"
+
+
+class TestSqlite(Sqlite, RegistryContract, ContentContract): ...
+
+
+class TestPostgres(Postgres, RegistryContract, ContentContract): ...
+
+
+class TestSqliteAndS3(Sqlite, Bucket, ContentContract): ...
+
+
+class TestPostgresAndS3(Postgres, Bucket, ContentContract): ...
 
 
 class TestPlainEngine(RegistryContract):
@@ -100,7 +146,7 @@ def test_verify_tells_which(tally_models: Callable[..., str], script: Path) -> N
     script.write_text(SCRIPT.format(number=2))
     tally_models("add", "faces", str(script))
     assert tally_models("verify").count("ok ") == 2
-    changed = open_registry().get("models:/faces/2").location / "score.py"
+    changed = Path(open_registry().get("models:/faces/2").location, "score.py")
     changed.unlink()
     assert "CHANGED model models:/faces/2" in tally_models("verify", "faces", exit_code=1)
     assert "ok " in tally_models("verify", "faces", "1")

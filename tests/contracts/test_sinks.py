@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import av
 import numpy as np
@@ -224,6 +224,54 @@ class TestBucketVideo(_Video):
     @pytest.fixture
     def make(self, request: pytest.FixtureRequest) -> Callable[[Path], Sink]:
         return lambda folder: choose(f"memory://{_bucket(request)}/{folder.name}/out", output="video")
+
+
+class _S3(SinkContract):
+    name = "out"
+    output: Literal["rows", "image", "video"] = "rows"
+    format: str | None = None
+
+    @pytest.fixture
+    def make(self, s3: str) -> Callable[[Path], Sink]:
+        return lambda folder: choose(f"{s3}/{folder.name}/{self.name}", output=self.output, format=self.format)
+
+
+class _Azure(SinkContract):
+    name = "out"
+    output: Literal["rows", "image", "video"] = "rows"
+    format: str | None = None
+
+    @pytest.fixture
+    def make(self, azure: str) -> Callable[[Path], Sink]:
+        return lambda folder: choose(f"{azure}/{folder.name}/{self.name}", output=self.output, format=self.format)
+
+
+class TestS3Parquet(_S3, _Rows):
+    pass
+
+
+class TestS3MergedCsv(_S3, _Rows):
+    name = "out.csv"
+
+
+class TestS3Pictures(_S3, TestPictures):
+    output = "image"
+
+
+class TestS3Video(_S3, _Video):
+    output = "video"
+
+
+class TestAzureParquet(_Azure, _Rows):
+    pass
+
+
+class TestAzureMergedParquet(_Azure, _Rows):
+    name = "out.parquet"
+
+
+class TestAzurePictures(_Azure, TestPictures):
+    output = "image"
 
 
 def _bucket(request: pytest.FixtureRequest) -> str:

@@ -63,6 +63,18 @@ class TestRemoteImages(SourceContract):
         return FileSource.describe([_fill(f"memory://{uuid.uuid4().hex}/in", png)], "image")
 
 
+class TestS3Images(TestRemoteImages):
+    @pytest.fixture
+    def source(self, s3: str, png: bytes) -> Source:
+        return FileSource.describe([_fill(f"{s3}/in", png)], "image")
+
+
+class TestAzureImages(TestRemoteImages):
+    @pytest.fixture
+    def source(self, azure: str, png: bytes) -> Source:
+        return FileSource.describe([_fill(f"{azure}/in", png)], "image")
+
+
 class TestSeveralPlaces(SourceContract):
     """A glob, a folder inside it, and single files: each item once."""
 
@@ -147,6 +159,12 @@ class TestRemotePaths(TestRemoteImages):
         return FileSource.describe([_fill(f"memory://{uuid.uuid4().hex}/in", png)], "path")
 
 
+class TestS3Paths(TestRemotePaths):
+    @pytest.fixture
+    def source(self, s3: str, png: bytes) -> Source:
+        return FileSource.describe([_fill(f"{s3}/in", png)], "path")
+
+
 def write_parquet(place: str, name: str, rows: list[dict[str, object]], group: int = 3) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=group)
@@ -183,6 +201,18 @@ class TestRemoteParquet(TestParquet):
     @pytest.fixture
     def place(self) -> str:
         return f"memory://{uuid.uuid4().hex}/in"
+
+
+class TestS3Parquet(TestParquet):
+    @pytest.fixture
+    def place(self, s3: str) -> str:
+        return f"{s3}/in"
+
+
+class TestAzureParquet(TestParquet):
+    @pytest.fixture
+    def place(self, azure: str) -> str:
+        return f"{azure}/in"
 
 
 class TestCsv(TableSourceContract):
@@ -222,6 +252,16 @@ class TestRemoteCsv(TestCsv):
     @pytest.fixture
     def scratch(self) -> str:
         return f"memory://{uuid.uuid4().hex}/work"
+
+
+class TestS3Csv(TestCsv):
+    @pytest.fixture
+    def place(self, s3: str) -> str:
+        return f"{s3}/in"
+
+    @pytest.fixture
+    def scratch(self, s3: str) -> str:
+        return f"{s3}/work"
 
 
 class TestJsonLines(TableSourceContract):

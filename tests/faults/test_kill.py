@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import subprocess
 from pathlib import Path
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
-from tests.faults.storms import SCORERS, start, storm, tally, workers_of
+from tests.faults.storms import SCORERS, rows, start, storm, tally, workers_of, write_items
 from tests.waiting import wait_for
 
 from tally.jobs.launch import open_store
@@ -21,20 +19,11 @@ KILLS = 50
 
 @pytest.fixture
 def items(tmp_path: Path) -> Path:
-    folder = tmp_path / "items"
-    for number in range(ITEMS):
-        path = folder / f"{number % 10}" / f"{number:04}.bin"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(random.Random(number).randbytes(100 + number))
-    return folder
+    return write_items(tmp_path / "items", ITEMS)
 
 
 def score(items: Path, out: Path, *more: object) -> list[str]:
     return tally("score", items, "--model", SCORERS / "steady.py", "--out", out, "--workers", 2, *more)
-
-
-def rows(out: Path) -> list[dict[str, object]]:
-    return sorted(pq.read_table(sorted(out.glob("part-*.parquet"))).to_pylist(), key=lambda row: str(row["key"]))
 
 
 @pytest.mark.parametrize("seed", [1])

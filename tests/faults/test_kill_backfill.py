@@ -1,4 +1,7 @@
-"""A backfill is killed at random moments, again and again: every interval is complete, and none was done twice."""
+"""A backfill is killed at random moments, again and again: every interval is complete, and none was done twice.
+
+A few intervals by default; ``TALLY_TEST_FULL=1``: a day of them, and as many kills as were promised.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,16 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from tests.extent import FULL
 from tests.faults.storms import SCORERS, start, tally
 
 from tally.jobs.launch import open_store
 from tally.triggers.store import ScheduleStore
 
-HOURS = 24
+HOURS, KILLS = (24, 15) if FULL else (8, 6)
 DEVICES = 3
-KILLS = 15
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+END = BEGIN + timedelta(hours=HOURS)
 JOB = """\
 source: 'readings/*.csv'
 where: ts >= '{interval_start}' and ts < '{interval_end}'
@@ -34,14 +38,14 @@ Rows = dict[str, list[tuple[str, float, bool]]]
 
 @pytest.fixture
 def expected(tmp_path: Path) -> Rows:
-    """Writes a day's readings, a file for each device; what each interval's results have to hold."""
+    """Writes readings, a file for each device; what each interval's results have to hold."""
     dice = random.Random(7)
     found: Rows = {f"{BEGIN + timedelta(hours=hour):%Y-%m-%dT%H}": [] for hour in range(HOURS)}
     (tmp_path / "readings").mkdir()
     for device in range(DEVICES):
         lines = ["ts,device,value"]
         at = BEGIN - timedelta(hours=1)
-        while at < BEGIN + timedelta(hours=HOURS + 1):
+        while at < END + timedelta(hours=1):
             value = round(dice.random(), 6)
             lines.append(f"{at:%Y-%m-%dT%H:%M:%SZ},d{device},{value}")
             if (hour := f"{at:%Y-%m-%dT%H}") in found:
@@ -62,7 +66,7 @@ def test_every_interval_is_done_once(
         check=True,
         timeout=60,
     )
-    command = tally("schedule", "backfill", "hourly", "--from", "2026-01-01", "--to", "2026-01-02")
+    command = tally("schedule", "backfill", "hourly", "--from", BEGIN.isoformat(), "--to", END.isoformat())
     log = tmp_path / "log"
     out = tmp_path / "out"
     killed = storm(command, out, home=home, schedulers=schedulers, seed=seed, log=log)

@@ -35,14 +35,18 @@ import tally
 
 
 class Plain(tally.Scorer):
-    """Gives a row; of ``wait`` when the file $GATE is there, and of ``large`` one of 60,000 bytes."""
+    """Gives a row; of ``wait`` when the file $GATE is there, and of ``large`` one of 60,000 bytes.
+
+    While it waits, there is a file $GATE.waiting.
+    """
 
     input = "bytes"
     batch_size = 1
     columns = {"bytes": "int64", "text": "string"}
 
     def score(self, batch):
-        while batch[0] == b"wait" and not Path(os.environ["GATE"]).exists():
+        while batch[0] == b"wait" and not (gate := Path(os.environ["GATE"])).exists():
+            gate.with_suffix(".waiting").touch()
             time.sleep(0.01)
         return [
             {"bytes": len(data), "text": random.randbytes(30_000).hex() if data == b"large" else ""} for data in batch
@@ -437,7 +441,7 @@ def running(tmp_path: Path, model: Path, gate: Path, start: Any) -> Process:
     """A job that has scored some of its 20 items, and cannot end before the gate opens."""
     items = put(tmp_path / "items", *[b"1"] * 8, b"wait", *[b"1"] * 11)
     process: Process = start("score", items, "--model", model, "--out", tmp_path / "out", "--workers", 2)
-    process.until(lambda: done() >= 4)
+    process.until(lambda: done() >= 4 and gate.with_suffix(".waiting").exists())
     return process
 
 
@@ -500,7 +504,7 @@ def test_ctrl_c_twice_and_then_on_with_other_options(
     assert ran.code == 0, ran.err
     assert "cost: " in ran.err
     assert newest().id == record.id
-    assert newest().spec["workers"] == 1
+    assert newest().spec["workers"] == [1, 1]
     assert keys(tmp_path / "out") == names(20)
 
 
@@ -509,7 +513,7 @@ def test_a_stop_before_anything_is_scored_is_in_nobodys_way(
 ) -> None:
     items = put(tmp_path / "items", b"wait")
     process = start("score", items, "--model", model, "--out", tmp_path / "out")
-    process.until(lambda: newest() is not None and newest().state == "running")
+    process.until(gate.with_suffix(".waiting").exists)
     process.signal(signal.SIGINT)
     process.until(lambda: "stopping" in process.output)
     process.signal(signal.SIGINT)

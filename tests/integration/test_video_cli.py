@@ -326,13 +326,15 @@ def test_interrupted_resumed_and_asked_for_again(cli: Cli, model: Any, clip: Pat
         [sys.executable, "-m", "tally", *map(str, command), "--out", str(out)], stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
+    said = ""
     for line in process.stderr:
+        said += line
         if "0/50 frames" not in line and "/50 frames" in line:
             break  # some are done
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said += process.communicate(timeout=60)[1]
     record = open_store().newest(limit=1)[0]
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert f"tally jobs resume {record.id}" in said
     assert (record.state, 0 < record.done < 50, out.exists()) == ("interrupted", True, False)
 

@@ -27,7 +27,8 @@ from sklearn.svm import OneClassSVM
 from tally.errors import ModelLoadError, ModelNotFoundError, SpecError, UntrustedModelError
 from tally.scorers import keyed
 from tally.scorers.keyed import KeyedScorer, find, inspect, pack, read_key
-from tally.scorers.package import load, resolve
+from tally.scorers.loading import load
+from tally.scorers.package import resolve
 
 NAMES = "{Device}_{Tag}.skops"
 

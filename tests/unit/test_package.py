@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, helper, numpy_helper
+from tests.colours import model
 
 from tally.cli.new import new
 from tally.config import settings
@@ -33,7 +32,9 @@ from tally.errors import (
     UntrustedModelError,
 )
 from tally.scorers.base import Item, Scorer
-from tally.scorers.package import ModelRef, create, load, resolve
+from tally.scorers.loading import create, load
+from tally.scorers.package import resolve
+from tally.scorers.reference import ModelRef
 
 
 @pytest.fixture(autouse=True)
@@ -42,26 +43,6 @@ def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setitem(os.environ, "AZUREML_MODEL_DIR", "")
     monkeypatch.chdir(tmp_path)
-
-
-def model(path: Path, *, external: str | None = None) -> Path:
-    """A classifier of three classes: the mean of red, green and blue."""
-    weights = numpy_helper.from_array(np.eye(3, dtype=np.float32), "weights")
-    graph = helper.make_graph(
-        [
-            helper.make_node("GlobalAveragePool", ["input"], ["mean"]),
-            helper.make_node("Flatten", ["mean"], ["flat"]),
-            helper.make_node("MatMul", ["flat", "weights"], ["scores"]),
-        ],
-        "colours",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3, 8, 8])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", 3])],
-        [weights],
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save_model(proto, path, save_as_external_data=external is not None, location=external, size_threshold=0)
-    return path
 
 
 SCORER = """
@@ -408,7 +389,7 @@ def test_live_objects_that_cannot_be_used() -> None:
 def test_classes_of_a_program_keep_their_hash_from_run_to_run(tmp_path: Path, home: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "import tally\nfrom tally.scorers.package import resolve, load\n"
+        "import tally\nfrom tally.scorers.loading import load\nfrom tally.scorers.package import resolve\n"
         "class Mine(tally.Scorer):\n"
         "    def score(self, batch): return [{'n': 1, 'text': 'd41d8cd98f00b204e9800998ecf8427e'}] * len(batch)\n"
         "ref = resolve(Mine())\nprint(ref.hash, load(ref, 'cpu').score([1]))\n"

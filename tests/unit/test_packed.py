@@ -27,7 +27,8 @@ from sklearn.svm import OneClassSVM
 from tally.errors import ModelLoadError, SpecError, UntrustedModelError
 from tally.scorers import packed, stacked
 from tally.scorers.base import TableResult
-from tally.scorers.package import create, load, resolve
+from tally.scorers.loading import create, load
+from tally.scorers.package import resolve
 from tally.scorers.packed import FILE, Model, PackedScorer, inspect, write
 
 READINGS = np.random.default_rng(0)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from tally import storage
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
 from tally.storage import (
     TEMPORARY,
@@ -20,6 +19,7 @@ from tally.storage import (
     failure,
     file_name,
     key_of,
+    local,
     mask,
     open_store,
 )
@@ -301,7 +301,7 @@ def test_a_tree_is_deleted_though_somebody_still_writes_into_it(
 ) -> None:
     store = LocalStore(tmp_path)
     store.write("a/1", b"x")
-    monkeypatch.setattr(storage, "_DELETION_PAUSE", 0.0)
+    monkeypatch.setattr(local, "_DELETION_PAUSE", 0.0)
     rmdir, late = os.rmdir, iter([b"y", b"z"])
 
     def busy(path: Any, **more: Any) -> None:

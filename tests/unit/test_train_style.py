@@ -19,7 +19,8 @@ from PIL import Image
 
 from tally.errors import ModelLoadError, OutputExistsError, SourceNotFoundError, SpecError
 from tally.scorers.base import Item
-from tally.scorers.package import load, resolve
+from tally.scorers.loading import load
+from tally.scorers.package import resolve
 from tally.training import style
 from tally.training.drawn import draw
 from tally.training.style import Step, Training, registry_name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 from tests.videos import number_in, picture, write_clip
 
+from tally import ranges
 from tally.errors import JobError, StorageError
+from tally.storage import ObjectStore, open_store
 from tally.video.encode import Encoder, Encoding
 from tally.video.facts import Colour, Video
 from tally.video.join import Segment, join
@@ -415,3 +418,50 @@ def test_a_full_disk_is_an_error(tmp_path: Path, clip: Path) -> None:
     video = facts(clip)
     with pytest.raises(OSError, match=r"[Nn]o space"):
         join(Path("/dev/full"), "mkv", video, segments(tmp_path, video, [range(5)]))
+
+
+# -- the source in a bucket ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remote(clip: Path, monkeypatch: pytest.MonkeyPatch) -> Video:
+    """The clip in a bucket, of which little is read at once."""
+    monkeypatch.setattr(ranges, "BLOCK", 1024)
+    store = open_store(f"memory://{uuid.uuid4().hex}")
+    store.upload("clip.mp4", clip)
+    size, mark = store.marked("clip.mp4")
+    return facts(clip, root=store.url, size=size, mark=mark)
+
+
+def test_the_sound_of_a_clip_in_a_bucket(tmp_path: Path, clip: Path, remote: Video) -> None:
+    for name, video in (("a.mp4", facts(clip)), ("b.mp4", remote)):
+        said = join(tmp_path / name, "mp4", video, segments(tmp_path, video, [range(COUNT)]))
+        assert said == []
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_a_source_in_a_bucket_that_was_replaced(tmp_path: Path, clip: Path, remote: Video) -> None:
+    parts = segments(tmp_path, remote, [range(COUNT)])
+    open_store(remote.root).write("clip.mp4", clip.read_bytes()[::-1])
+    with pytest.raises(StorageError, match=r"clip\.mp4 has changed since it was scored: it was written anew"):
+        join(tmp_path / "a.mp4", "mp4", remote, parts)
+    [note] = join(tmp_path / "a.mp4", "mp4", remote, parts, audio=False)
+    assert "titles, chapters and subtitles are missing" in note
+
+
+@pytest.mark.parametrize("after", [0, 3, 8])
+def test_a_storage_that_fails_while_the_sound_is_read(
+    tmp_path: Path, remote: Video, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    parts = segments(tmp_path, remote, [range(COUNT)])
+    left = iter(range(after))
+    read_range = ObjectStore.read_range
+
+    def failing(self: ObjectStore, name: str, start: int, length: int, *, mark: str = "") -> bytes:
+        if next(left, None) is None:
+            raise StorageError(f"cannot read {self.url}/{name}: the network is down")
+        return read_range(self, name, start, length, mark=mark)
+
+    monkeypatch.setattr(ObjectStore, "read_range", failing)
+    with pytest.raises(StorageError, match="the network is down"):
+        join(tmp_path / "a.mp4", "mp4", remote, parts)

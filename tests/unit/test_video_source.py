@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -17,10 +18,13 @@ import numpy as np
 import pytest
 from tests.videos import HEIGHT, WIDTH, number_in, write_clip
 
-from tally.errors import ItemError, SourceNotFoundError
+from tally import ranges
+from tally.errors import ItemError, SourceNotFoundError, StorageError
 from tally.sources.base import Chunk, ChunkLimit, Timings
 from tally.sources.video import VideoSource
+from tally.storage import ObjectStore, Store, open_store
 from tally.testing.sources import Recorder, chunks_of
+from tally.video import container as containers
 from tally.video import probe as probing
 from tally.video.facts import Colour, Video, pack, unpack
 from tally.video.probe import Prober
@@ -317,6 +321,203 @@ def test_what_is_known_of_a_video_survives_json() -> None:
     assert video.turns == 3
 
 
+# -- in a bucket ---------------------------------------------------------------------------------------
+
+FRAGMENTS = {"movflags": "empty_moov", "frag_duration": "1600000"}
+FORMS = [
+    ("a.mp4", {}),
+    ("a.mp4", {"movflags": "faststart"}),
+    ("a.mp4", FRAGMENTS),
+    ("a.mkv", {}),
+    ("a.webm", {}),
+    ("a.ts", {}),
+]
+"""Containers, and options of theirs: an MP4's index at its end, at its beginning, in parts."""
+
+
+@pytest.fixture
+def bucket() -> Store:
+    return open_store(f"memory://{uuid.uuid4().hex}")
+
+
+def noise(path: Path, count: int, options: dict[str, str], gop: int = 20) -> Path:
+    """A clip of which each picture takes a few thousand bytes, beside sound."""
+    chance = np.random.default_rng(0)
+    webm = path.suffix == ".webm"
+    with av.open(str(path), "w", options=options) as container:
+        video: Any = container.add_stream("libvpx" if webm else "mpeg4", rate=25)
+        video.width, video.height, video.pix_fmt, video.gop_size = 96, 64, "yuv420p", gop
+        video.bit_rate = 4_000_000
+        video.options = {"deadline": "realtime", "cpu-used": "8"} if webm else {}
+        sound: Any = container.add_stream("libopus" if webm else "aac", rate=48000, layout="stereo")
+        length = sound.codec_context.frame_size or 960
+        heard = 0
+        for number in range(count):
+            frame = av.VideoFrame.from_ndarray(chance.integers(0, 256, (64, 96, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            container.mux(video.encode(frame))
+            while heard < (number + 1) * 1920:
+                wave = np.zeros((1 if webm else 2, (2 if webm else 1) * length), np.int16 if webm else np.float32)
+                kind = "s16" if webm else "fltp"
+                tone = av.AudioFrame.from_ndarray(wave, format=kind, layout="stereo")
+                tone.sample_rate, tone.pts, tone.time_base = 48000, heard, Fraction(1, 48000)
+                container.mux(sound.encode(tone))
+                heard += length
+        container.mux([*video.encode(None), *sound.encode(None)])
+    return path
+
+
+@pytest.mark.parametrize(("name", "options"), FORMS, ids=str)
+def test_a_late_chunk_reads_its_own_bytes_and_few_others(
+    tmp_path: Path, bucket: Store, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, str]
+) -> None:
+    monkeypatch.setattr(ranges, "BLOCK", 4096)
+    path = noise(tmp_path / name, 320, options)
+    bucket.upload(name, path)
+    asked: list[tuple[int, int]] = []
+    read_range = ObjectStore.read_range
+
+    def counting(self: ObjectStore, name: str, start: int, length: int, *, mark: str = "") -> bytes:
+        asked.append((start, length))
+        return read_range(self, name, start, length, mark=mark)
+
+    monkeypatch.setattr(ObjectStore, "read_range", counting)
+    source = VideoSource.describe([bucket.url])
+    chunks = chunks_of(source, 40)
+    size = path.stat().st_size
+    assert size > 1_000_000
+    assert sum(length for _, length in asked) < 1.2 * size  # looked at once
+    assert len(chunks) >= 8
+    read = []
+    for chunk in chunks:
+        asked.clear()
+        [*batches] = source.read(chunk, Recorder(), Timings())
+        assert sum(len(batch.values) for batch in batches) == chunk.count
+        read.append(sum(length for _, length in asked))
+    assert max(read[1:]) < 0.35 * size, read
+    local = VideoSource.describe([str(path)])
+    for mine, other in ((chunks[-1], chunks_of(local, 40)[-1]),):
+        pictures = [value for batch in source.read(mine, Recorder(), Timings()) for value in batch.values]
+        wanted = [value for batch in local.read(other, Recorder(), Timings()) for value in batch.values]
+        assert np.array_equal(pictures, wanted)
+
+
+def test_a_video_without_an_index_is_fetched_once(
+    tmp_path: Path, bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "BLOCK", 4096)
+    monkeypatch.setattr(containers, "_JUMPS", 3)
+    monkeypatch.setattr(containers, "_begun", {})
+    path = noise(tmp_path / "a.mp4", 100, FRAGMENTS)
+    local, remote = both(path, bucket)
+    assert list(local) == list(remote)
+    assert all(np.array_equal(local[key][0], remote[key][0]) for key in local)
+    source = VideoSource.describe([bucket.url])
+    [chunk] = chunks_of(source, 100)
+    with monkeypatch.context() as patched:
+        down(patched, 0)
+        [*batches] = source.read(chunk, Recorder(), Timings())
+    assert sum(len(batch.values) for batch in batches) == 100  # nothing was asked for
+    bucket.upload("a.mp4", noise(path, 99, FRAGMENTS))
+    monkeypatch.setattr(containers, "_fetched", {})
+    [*batches] = source.read(chunk, Recorder(), Timings())
+    assert sum(len(batch.dead) for batch in batches) == 100
+
+
+def both(path: Path, bucket: Store) -> list[dict[str, Any]]:
+    """What a file gives, from this machine and from a bucket."""
+    bucket.upload(path.name, path)
+    return [frames(VideoSource.describe([place])) for place in (str(path), f"{bucket.url}/{path.name}")]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.ts", "a.avi", "a.mpg"])
+def test_a_bucket_gives_the_frames_that_a_folder_does(tmp_path: Path, bucket: Store, name: str) -> None:
+    codec = {"a.webm": "libvpx-vp9", "a.avi": "mpeg4", "a.mpg": "mpeg2video"}.get(name, "libx264")
+    local, remote = both(write_clip(tmp_path / name, 40, codec=codec), bucket)
+    assert list(local) == list(remote)
+    assert numbers(remote) == list(range(40))
+    for (picture, info), (other, more) in zip(local.values(), remote.values(), strict=True):
+        assert np.array_equal(picture, other)
+        assert info == more
+
+
+@pytest.mark.parametrize(
+    "name", ["cut.mkv", "cut.mp4", "head.mp4", "words.mp4", "nothing.mp4", "zeros.ts", "holes.mkv"]
+)
+def test_what_is_damaged_in_a_bucket_is_told_as_in_a_folder(tmp_path: Path, bucket: Store, name: str) -> None:
+    path = tmp_path / name
+    if name == "words.mp4":
+        path.write_bytes(b"no video at all, just words" * 50)
+    elif name == "nothing.mp4":
+        path.write_bytes(b"")
+    elif name == "zeros.ts":
+        path.write_bytes(bytes(5000))
+    elif name == "holes.mkv":
+        write_clip(path, 100, gop=5, bframes=0)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+        path.write_bytes(content)
+    else:
+        fast = FRAGMENTS if name == "cut.mp4" else {}
+        cut(noise(path, 60, fast), 0.6)
+    local, remote = both(path, bucket)
+    assert errors(local) == errors(remote) != {}
+    assert list(local) == list(remote)
+
+
+def down(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """The storage fails after so many requests."""
+    read_range = ObjectStore.read_range
+    left = iter(range(after))
+
+    def failing(self: ObjectStore, name: str, start: int, length: int, *, mark: str = "") -> bytes:
+        if next(left, None) is None:
+            raise StorageError(f"cannot read {self.url}/{name}: the network is down")
+        return read_range(self, name, start, length, mark=mark)
+
+    monkeypatch.setattr(ObjectStore, "read_range", failing)
+
+
+@pytest.mark.parametrize(("name", "options"), FORMS, ids=str)
+def test_a_failing_storage_is_no_damaged_video(
+    tmp_path: Path, bucket: Store, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, str]
+) -> None:
+    monkeypatch.setattr(ranges, "BLOCK", 4096)
+    bucket.upload(name, noise(tmp_path / name, 100, options))
+    source = VideoSource.describe([bucket.url])
+    chunks = chunks_of(source, 50)
+    reason = f"cannot read {bucket.url}/{name}: the network is down"
+    for after in (0, 1, 2, 5, 20):
+        monkeypatch.setattr(containers, "_begun", {})
+        with monkeypatch.context() as patched:
+            down(patched, after)
+            [failed] = chunks_of(source, 50)
+            assert (failed.count, failed.payload["failed"]) == (1, reason)
+        with monkeypatch.context() as patched:
+            down(patched, min(after, 5))
+            [*batches] = source.read(chunks[1], Recorder(), Timings())
+            dead = [error for batch in batches for _, error in batch.dead]
+            assert {(error.stage, error.message) for error in dead} == {("read", reason)}
+            assert sum(len(batch.values) for batch in batches) + len(dead) == chunks[1].count
+    assert all(not batch.dead for batch in source.read(chunks[1], Recorder(), Timings()))
+
+
+def test_a_video_that_is_replaced_costs_its_frames(
+    tmp_path: Path, bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.upload("a.mp4", write_clip(tmp_path / "a.mp4", 20))
+    source = VideoSource.describe([bucket.url])
+    [chunk] = chunks_of(source, 20)
+    monkeypatch.setattr(containers, "_begun", {})  # as in another process
+    bucket.upload("a.mp4", write_clip(tmp_path / "a.mp4", 20, gop=3))
+    [*batches] = source.read(chunk, Recorder(), Timings())
+    dead = [error for batch in batches for _, error in batch.dead]
+    assert len(dead) == 20
+    assert {error.message for error in dead} == {
+        f"{bucket.url}/a.mp4 has changed since the job began: it is not the object that was looked at first"
+    }
+
+
 # -- looking at videos in a process of its own ---------------------------------------------------------
 
 
@@ -363,7 +564,7 @@ def test_the_process_ends_with_the_one_that_asks(tmp_path: Path) -> None:
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps(["a.mp4", str(tmp_path), "a.mp4", str(path)]) + "\n")
+        process.stdin.write(json.dumps(["a.mp4", str(tmp_path), "a.mp4", path.stat().st_size, ""]) + "\n")
         process.stdin.flush()
         assert "ticks" in json.loads(process.stdout.readline())
         process.stdin.close()

@@ -128,7 +128,7 @@ class Memory(Writer):
 
 def run(scorer: Scorer, count: int, source: Numbers | None = None, writer: Memory | None = None) -> work.Outcome:
     class OneSink(Sink):
-        claim = holder = finalize = release = committed = manifest = None  # type: ignore[assignment]
+        claim = holder = finalize = release = withdraw = committed = manifest = None  # type: ignore[assignment]
 
         def open(self, attempt: str, chunk: Chunk) -> Writer:
             assert attempt == "attempt-1"

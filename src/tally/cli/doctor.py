@@ -1,165 +1,108 @@
-"""``tally doctor``: names each check, and answers in seconds."""
+"""``tally doctor``: names each check, and answers in seconds, whatever hangs."""
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import click
 
-from tally.errors import StorageError, TallyError
+from tally.cli import checks, reach
+from tally.cli.checks import Skip, Warn
+from tally.errors import TallyError
 
-ROOM = 1 << 30
-"""Free bytes below which a disk is worth a warning."""
+LOCAL_SECONDS = 30.0
+"""How long a check of this machine may take: it imports libraries, and a busy machine is slow at that."""
+REMOTE_SECONDS = 20.0
+"""How long a check of something else may take, as a last resort: its single requests have limits of some seconds."""
 
-
-class Warn(Exception):  # noqa: N818 - an outcome, not an error
-    """The check found something that works, but is worth knowing."""
-
-
-def _python() -> str:
-    import importlib.metadata
-
-    names = ("onnxruntime", "pyarrow", "duckdb", "pillow", "av", "obstore", "sqlalchemy", "pebble")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    return f"{platform.python_version()} on {platform.system()} {platform.machine()}; {versions}"
+_COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red", "-": "bright_black"}
 
 
-def _home() -> str:
-    from tally.config import settings
+@dataclass(frozen=True, slots=True)
+class Check:
+    """remote: it waits for something else more than it works, so that it is begun before its turn."""
 
-    home = settings().home
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=home):
-            pass
-    except OSError as error:
-        raise StorageError(
-            f"{home} cannot be written to: {error.strerror}",
-            hint="Set TALLY_HOME to a folder that can be written to.",
-        ) from None
-    free = shutil.disk_usage(home).free
-    text = f"{home} can be written to, {free / 2**30:,.1f} GiB free"
-    if free < ROOM:
-        raise Warn(text)
-    return text
+    name: str
+    run: Callable[[], str]
+    remote: bool = False
 
 
-def _database() -> str:
-    import sqlalchemy as sa
-
-    from tally.config import settings
-    from tally.jobs.launch import open_store
-
-    store = open_store()
-    jobs = len(store.newest(limit=1000))
-    return f"{sa.make_url(settings().database).render_as_string(hide_password=True)}, {jobs} jobs"
-
-
-def _models() -> str:
-    import onnxruntime
-
-    # The provider called Azure calls a web service, which Tally never does.
-    providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
-    return "ONNX Runtime runs on " + ", ".join(name for name in providers if name != "Azure")
-
-
-def _workers() -> str:
-    from tally.engines.base import Limits
-    from tally.engines.local import LocalEngine
-
-    engine = LocalEngine()
-    slots = engine.default_slots()
-    memory = engine.default_memory(slots) or 0
-    engine.start(dict, (), slots=1, limits=Limits())
-    try:
-        engine.submit(_hello).result(timeout=20)
-    finally:
-        engine.stop(kill=True)
-    return f"a worker started and answered; default: {slots} workers of at most {memory / 2**30:,.1f} GiB"
+def _checks(places: Sequence[str], *, write: bool, engine: str | None, address: str | None) -> list[Check]:
+    return [
+        Check("python", checks.python),
+        Check("extras", checks.extras),
+        Check("home", checks.home),
+        Check("temporary files", checks.temporary),
+        Check("database", reach.database, remote=True),
+        Check("registry", partial(reach.registry, write=write), remote=True),
+        *(Check(name, run, remote=True) for name, run in reach.object_stores()),
+        *(Check("place", partial(reach.place, place, write=write), remote=True) for place in places),
+        Check("ray", partial(reach.ray, address, needed=engine == "ray"), remote=True),
+        Check("models", checks.models),
+        Check("pictures", checks.pictures),
+        Check("videos", checks.videos),
+        Check("tables", checks.tables),
+        Check("workers", checks.workers),
+    ]
 
 
-def _hello(state: object) -> int:
-    return os.getpid()
+class _Running(threading.Thread):
+    """A check in a thread of its own, which is left behind when it hangs: it does not keep the process."""
 
+    def __init__(self, check: Check) -> None:
+        super().__init__(name=f"tally-doctor-{check.name}", daemon=True)
+        self._check = check
+        self._outcome: tuple[str, str] | None = None
+        self.start()
 
-def _pictures() -> str:
-    from PIL import Image, features
-
-    Image.init()
-    turbo = "libjpeg-turbo" if features.check("libjpeg_turbo") else "plain libjpeg, which is slow"
-    return f"{len(Image.OPEN)} formats, {turbo}"
-
-
-def _videos() -> str:
-    import importlib.metadata
-
-    from tally.video.encode import DEFAULTS, HARDWARE, encoders
-
-    found = encoders("mp4")
-    hardware = [codec for codec in found if codec.endswith(HARDWARE)]
-    text = f"FFmpeg through PyAV {importlib.metadata.version('av')}; {len(found)} encoders, hardware: "
-    text += ", ".join(hardware) or "none"
-    missing = [codec for codec in dict.fromkeys(DEFAULTS.values()) if codec not in {**found, **encoders("webm")}]
-    if missing:
-        raise Warn(f"{text}; {', '.join(missing)} is missing: name another with --codec")
-    return text
-
-
-def _tables() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    text = f"DuckDB {version('duckdb')}, Arrow {version('pyarrow')}"
-    try:
-        return f"{text}, scikit-learn {version('scikit-learn')} with skops {version('skops')}"
-    except PackageNotFoundError:
-        return f"{text}; for models of scikit-learn: pip install 'tally-scoring[sklearn]'"
-
-
-def _temporary() -> str:
-    folder = Path(tempfile.gettempdir())
-    free = shutil.disk_usage(folder).free
-    text = f"{folder}, {free / 2**30:,.1f} GiB free"
-    if free < ROOM:
-        raise Warn(text)
-    return text
-
-
-CHECKS: dict[str, Callable[[], str]] = {
-    "python": _python,
-    "home": _home,
-    "database": _database,
-    "temporary files": _temporary,
-    "models": _models,
-    "pictures": _pictures,
-    "videos": _videos,
-    "tables": _tables,
-    "workers": _workers,
-}
-
-
-def _run() -> Iterator[tuple[str, str, str]]:
-    for name, check in CHECKS.items():
+    def run(self) -> None:
         try:
-            yield "ok", name, check()
+            self._outcome = "ok", self._check.run()
         except Warn as warning:
-            yield "warn", name, str(warning)
+            self._outcome = "warn", str(warning)
+        except Skip as skip:
+            self._outcome = "-", str(skip)
         except TallyError as error:
-            yield "FAIL", name, str(error).replace("\n", "\n" + " " * 21)
+            self._outcome = "FAIL", str(error)
         except Exception as error:
-            yield "FAIL", name, f"{type(error).__name__}: {error}"
+            self._outcome = "FAIL", f"{type(error).__name__}: {error}"
+
+    def outcome(self) -> tuple[str, str]:
+        """``ok``, ``warn``, ``FAIL`` or ``-``, and what is to be said of it."""
+        # Of checks that were begun together, the first that hangs takes the time of all.
+        limit = REMOTE_SECONDS if self._check.remote else LOCAL_SECONDS
+        self.join(limit)
+        return self._outcome or ("FAIL", f"no answer within {limit:g} s")
+
+
+def _run(checks: Sequence[Check]) -> Iterator[tuple[str, str, str]]:
+    begun = {number: _Running(check) for number, check in enumerate(checks) if check.remote}
+    for number, check in enumerate(checks):
+        running = begun.get(number) or _Running(check)
+        yield check.name, *running.outcome()
 
 
 @click.command()
-def doctor() -> int:
-    """Check this installation, and say what is missing. The exit code is 1 if anything failed."""
+@click.argument("places", nargs=-1, metavar="[PLACE...]")
+@click.option("--write", is_flag=True, help="Write, read back and delete a small object at each PLACE.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), help="With ray, no Ray or a dead cluster is a failure.")
+@click.option(
+    "--address", metavar="URL", help="Of Ray: the cluster, http://HEAD:8265; found by Ray's rules if left out."
+)
+def doctor(places: tuple[str, ...], write: bool, engine: str | None, address: str | None) -> int:
+    """Check this installation, and what it is connected to: database, buckets, cluster.
+
+    PLACE: a folder or bucket to look at too, such as s3://bucket/photos: whether it can be listed and read.
+    The exit code is 1 if anything failed.
+    """
     failed = False
-    for outcome, name, text in _run():
+    if address is not None:
+        engine = "ray"
+    for name, outcome, text in _run(_checks(places, write=write, engine=engine, address=address)):
         failed |= outcome == "FAIL"
-        colour = {"ok": "green", "warn": "yellow", "FAIL": "red"}[outcome]
-        click.echo(f"{click.style(f'{outcome:<5}', fg=colour)} {name:<16} {text}")
+        mark = click.style(f"{outcome:<5}", fg=_COLOURS[outcome])
+        click.echo(f"{mark} {name:<16} " + text.replace("\n", "\n" + " " * 21))
     return int(failed)

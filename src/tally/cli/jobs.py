@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -67,7 +68,10 @@ def show(job: str, as_json: bool) -> None:
 @click.argument("job")
 def watch(job: str) -> int:
     """Follow a job until it ends. Ctrl-C stops following, not the job."""
+    from tally.jobs.database import Patience
+
     store, record = _open(job)
+    patience = Patience(lambda line: click.echo(line, err=True), what="watching")
     shown = ""
     while True:
         line = f"{record.state}: {_share(record)}, {record.dead:,} failed"
@@ -77,7 +81,7 @@ def watch(job: str) -> int:
         if not record.alive:
             break
         time.sleep(0.5)
-        record = store.get(record.id)
+        record = patience(partial(store.get, record.id))
     if record.error:
         click.echo(record.error, err=True)
     return 0 if record.state == "finished" else 1
@@ -97,14 +101,17 @@ def pause(job: str) -> None:
 @click.argument("job")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def resume(job: str, quiet: bool) -> int:
-    """Go on with a job that was paused, interrupted, killed or has failed."""
+    """Go on with a job that was paused, interrupted, killed or has failed; follow one that a cluster does."""
     from tally.cli.score import see_through
+    from tally.jobs.remote import cluster_for
+    from tally.jobs.spec import JobSpec
 
     store, record = _open(job)
     if record.alive:
         store.want(record.id, "run")
-        click.echo(f"job {record.id} goes on where it runs; follow it with: tally jobs watch {record.id}")
-        return 0
+        if cluster_for(JobSpec(**record.spec)) is None:
+            click.echo(f"job {record.id} goes on where it runs; follow it with: tally jobs watch {record.id}")
+            return 0
     return see_through(store, record.id, quiet=quiet)
 
 
@@ -112,7 +119,7 @@ def resume(job: str, quiet: bool) -> int:
 @click.argument("job")
 def cancel(job: str) -> None:
     """Stop a job for good, and remove what it had not finished writing."""
-    from tally.jobs.coordinator import LEASE_SECONDS
+    from tally.jobs.keeper import LEASE_SECONDS
     from tally.jobs.launch import release
 
     store, record = _open(job)

@@ -12,7 +12,7 @@ import click
 
 from tally.cli.console import pairs, table
 from tally.cli.values import names
-from tally.errors import ModelChangedError
+from tally.errors import ModelChangedError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from tally.models.registry import Registry
@@ -51,8 +51,8 @@ def add(
 ) -> None:
     """Copy MODEL into the registry as the next version of NAME.
 
-    MODEL is an .onnx file, a package folder, a script, or another registered model. How it is to be used (task,
-    labels, options) is kept with it.
+    MODEL is an .onnx file, a package folder, a script, or another registered model; files and folders may be in a
+    bucket. How it is to be used (task, labels, options) is kept with it.
 
     \b
     tally models add faces face_rfb320.onnx --task detect --alias production
@@ -95,7 +95,8 @@ def pack(template: str, by: tuple[str, ...], out: Path, name: str | None, trust:
     """
     from tally.scorers.keyed import pack as pack_models
 
-    packed = pack_models(str(Path(template).expanduser().absolute()), by, out, name=name, trusted=trust)
+    place = template if "://" in template else str(Path(template).expanduser().absolute())
+    packed = pack_models(place, by, out, name=name, trusted=trust)
     kinds = [
         f"{count:,} {kind}" for count, kind in ((packed.stacked, "stacked"), (packed.whole, "kept whole")) if count
     ]
@@ -153,7 +154,8 @@ def show(name: str, as_json: bool) -> None:
             "added": _when(version.created_at),
             "size": _size(version.bytes),
             "hash": version.hash,
-            "folder": str(version.location),
+            "folder": version.location,
+            "added on": version.added_on or "",
             **{key: _text(value) for key, value in version.metadata.items()},
         }
         for key, value in facts.items():
@@ -190,7 +192,7 @@ def rollback(name: str, alias: str) -> None:
 def verify(name: str | None, version: int | None) -> int:
     """Compare content with its hash: of one version, of all of NAME, or of everything.
 
-    The exit code is 1 if anything was changed.
+    What is kept in a bucket is read for that. The exit code is 1 if anything was changed, or is not there.
     """
     registry = _registry()
     if name is None:
@@ -206,6 +208,9 @@ def verify(name: str | None, version: int | None) -> int:
         except ModelChangedError as error:
             changed = True
             click.echo(f"{click.style('CHANGED', fg='red')} {error.message}")
+        except ModelNotFoundError as error:
+            changed = True
+            click.echo(f"{click.style('MISSING', fg='red')} {error.message}")
         else:
             click.echo(f"{click.style('ok', fg='green')}      {each} {each.hash}")
     return int(changed)

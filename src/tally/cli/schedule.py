@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -322,18 +321,15 @@ class _Report:
 @contextmanager
 def _signals(loop: Loop) -> Iterator[None]:
     """Ctrl-C and SIGTERM stop the loop cleanly."""
+    from tally.foreground import stop_signals
 
-    def handle(number: int, frame: Any) -> None:
-        if not loop.stopped:
+    def stop(count: int) -> None:
+        if count == 1:
             click.echo("stopping: what runs saves what it has (again to kill it)", err=True)
         loop.stop()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stop_signals(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _next(store: ScheduleStore, found: Schedule, clock: Cron, count: int) -> list[Interval]:

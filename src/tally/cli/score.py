@@ -83,9 +83,13 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
     "--csv", "csv_options", multiple=True, metavar="KEY=VALUE", help="How to read CSV, e.g. delim=';' or header=false."
 )
 @click.option("-b", "--batch-size", type=int, help="Items that the scorer is given at once.")
-@click.option("-w", "--workers", type=int, help="Worker processes; one per core if left out.")
+@click.option("-w", "--workers", help="Worker processes: 8, or 4..64 by what is to do; one per core if left out.")
 @click.option("--device", help="auto, cpu, cuda[:N] or tensorrt[:N].  [default: auto]")
-@click.option("--engine", help="Who runs the workers.  [default: local]")
+@click.option("--engine", help="Who runs the workers: local, or ray, a cluster.  [default: local]")
+@click.option("--address", help="Of Ray: the cluster, http://HEAD:8265; found by Ray's own rules if left out.")
+@click.option("--cpus", type=float, help="Of Ray: CPUs that each worker reserves.  [default: 1]")
+@click.option("--gpus", type=float, help="Of Ray: GPUs that each worker reserves; 0.25 shares one among four.")
+@click.option("--resource", "resources", multiple=True, metavar="NAME=N", help="Of Ray: a resource of its own nodes.")
 @click.option("--timeout", type=float, help="Seconds that one batch may take.  [default: 120]")
 @click.option("--memory", help="Memory that one worker may hold, e.g. 2GiB.")
 @click.option("--max-dead", help="Share of failed items at which the job stops.  [default: 50%]")
@@ -103,6 +107,7 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
 def score(
     assignments: tuple[str, ...],
     csv_options: tuple[str, ...],
+    resources: tuple[str, ...],
     resume: bool,
     overwrite: bool,
     quiet: bool,
@@ -127,7 +132,8 @@ def score(
     fields["alerts"] = fields["alerts"] or None
     for flag in ("trust", "overlay", "strict"):
         fields[flag] = fields[flag] or None
-    spec = make(settings=pairs("--set", assignments), csv=pairs("--csv", csv_options), **fields)
+    fields |= {"settings": pairs("--set", assignments), "csv": pairs("--csv", csv_options)}
+    spec = make(resources=pairs("--resource", resources), **fields)
     return _start(spec, resume=resume, overwrite=overwrite, quiet=quiet)
 
 
@@ -150,9 +156,13 @@ def run(file: str, resume: bool, overwrite: bool, quiet: bool) -> int:
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def coordinate(job: str, dead: bool, quiet: bool) -> int:
     """Drive JOB, which exists already, in this process."""
+    from tally.jobs.database import Patience
     from tally.jobs.launch import open_store
+    from tally.jobs.remote import check_versions
 
-    return see_through(open_store(), job, quiet=quiet, retry_dead=dead)
+    check_versions()
+    store = Patience(lambda line: click.echo(line, err=True))(open_store)  # nobody is there to try again
+    return see_through(store, job, quiet=quiet, retry_dead=dead, here=True)
 
 
 def _start(spec: Any, *, resume: bool, overwrite: bool, quiet: bool) -> int:
@@ -177,16 +187,16 @@ def _start(spec: Any, *, resume: bool, overwrite: bool, quiet: bool) -> int:
     return see_through(store, record.id, quiet=quiet)
 
 
-def see_through(store: Any, job_id: str, *, quiet: bool, retry_dead: bool = False) -> int:
-    """Drive the job in the foreground, and say how it ended; the exit code."""
+def see_through(store: Any, job_id: str, *, quiet: bool, retry_dead: bool = False, here: bool = False) -> int:
+    """Drive the job in the foreground, and say how it ended; the exit code. here: in this process in any case."""
     from tally import foreground
     from tally.cli.jobs import summary
 
     try:
-        record = foreground.run(store, job_id, quiet=quiet, retry_dead=retry_dead)
+        record = foreground.run(store, job_id, quiet=quiet, retry_dead=retry_dead, here=here)
     except TallyError as error:
         record = store.get(job_id)
-        if record.state == "failed" and record.id not in (error.hint or ""):
+        if record.state in ("failed", "interrupted") and record.id not in (error.hint or ""):
             what_next = f"What is done is saved. After mending the cause, go on with: tally jobs resume {record.id}"
             error.hint = f"{error.hint}\n  {what_next}" if error.hint else what_next
         raise
@@ -198,6 +208,13 @@ def see_through(store: Any, job_id: str, *, quiet: bool, retry_dead: bool = Fals
         return 0
     if record.state == "interrupted":
         return _interrupted(record)
+    if record.alive:  # nobody looks any more
+        click.echo(
+            f"job {record.id} goes on in the cluster: {record.done:,} {record.unit} are done\n"
+            f"  Follow it with: tally jobs resume {record.id}   Stop it with: tally jobs cancel {record.id}",
+            err=True,
+        )
+        return 130
     click.echo(f"job {record.id} is {record.state}", err=True)
     return 1
 

@@ -46,6 +46,7 @@ class Engine(ABC):
     ) -> None:
         """Start the workers; returns at once.
 
+        slots: how many; 0 starts none until :meth:`resize` asks for some.
         log: a file that what workers print is appended to; None leaves it where the engine's own goes.
         """
 
@@ -55,6 +56,10 @@ class Engine(ABC):
 
         A failure of ``setup`` is the failure of every task given to that worker.
         """
+
+    def remark(self) -> str | None:
+        """What the user should know while nothing happens: that there is no room for a worker, say."""
+        return None
 
     @abstractmethod
     def default_slots(self) -> int:
@@ -67,11 +72,11 @@ class Engine(ABC):
     @property
     @abstractmethod
     def slots(self) -> int:
-        """How many tasks can run at once, at present."""
+        """How many workers are wanted at present: so many tasks can run at once when all of them are there."""
 
     @abstractmethod
     def resize(self, slots: int) -> None:
-        """Change the number of workers; busy ones finish their task first."""
+        """Change the number of workers; busy ones finish their task first. With 0, tasks wait."""
 
     @abstractmethod
     def stop(self, *, kill: bool = False) -> None:

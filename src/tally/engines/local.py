@@ -13,16 +13,13 @@ import io
 import multiprocessing
 import os
 import pickle
-import queue
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import types
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -36,18 +33,17 @@ from typing import Any
 import psutil
 from pebble import ProcessPool
 
+from tally import scratch
 from tally.engines import progress
-from tally.engines.base import Engine, Limits
+from tally.engines.base import Limits
+from tally.engines.supervised import Slot, SupervisedEngine
 from tally.errors import (
-    StorageError,
-    TallyError,
     WorkerCrashedError,
     WorkerError,
     WorkerMemoryError,
     WorkerTimeoutError,
 )
 
-WATCH_SECONDS = 0.2
 ENDING_SECONDS = 3.0
 """How long a worker that is asked to end may take to clean up."""
 LAST_WORDS_SECONDS = 1.0
@@ -156,8 +152,8 @@ def _call(task: bytes) -> tuple[bool, bytes, str]:
 # -- in the coordinator ----------------------------------------------------------------------------
 
 
-class _Slot:
-    """One worker process, and the task that it has."""
+class _Slot(Slot):
+    """One worker process."""
 
     def __init__(self, folder: Path, number: int, setup: bytes, log: Path | None, threads: int) -> None:
         self.board = folder / f"{number}.board"
@@ -170,7 +166,6 @@ class _Slot:
             initargs=(setup, str(self.board), str(self.trace), None if log is None else str(log), threads),
             context=self.context,
         )
-        self.future: Future[Any] | None = None
         self.over_memory: int | None = None
         self.gone_since: float | None = None
 
@@ -223,13 +218,8 @@ class _Slot:
         return thread
 
 
-class LocalEngine(Engine):
+class LocalEngine(SupervisedEngine[_Slot]):
     """See :mod:`tally.engines.local`."""
-
-    def __init__(self) -> None:
-        self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._wanted = 0
 
     def start(
         self,
@@ -240,28 +230,27 @@ class LocalEngine(Engine):
         limits: Limits,
         log: Path | None = None,
     ) -> None:
-        self._setup, self._limits, self._log = pickle.dumps((setup, args)), limits, log
-        self._wanted = slots
-        self._threads = max(1, self.default_slots() // slots)
-        try:
-            self._folder = Path(tempfile.mkdtemp(prefix="tally-workers-"))
-        except OSError as error:
-            raise StorageError(f"cannot make a temporary folder for the workers: {error}") from error
-        self._made = 0
-        self._slots: list[_Slot] = []
-        self._ending: list[threading.Thread] = []
-        self._waiting: deque[tuple[Future[Any], bytes]] = deque()
-        self._thread = threading.Thread(target=self._run, name="tally-engine", daemon=True)
-        self._thread.start()
+        threads = max(1, self.default_slots() // max(1, slots))
+        self.start_packed(pickle.dumps((setup, args)), new_folder(), threads, slots=slots, limits=limits, log=log)
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            task = pickle.dumps((function, arguments))
-        except Exception as error:
-            future.set_exception(error)
-        else:
-            self._events.put(("submit", future, task))
+    def start_packed(
+        self, setup: bytes, folder: Path, threads: int, *, slots: int, limits: Limits, log: Path | None = None
+    ) -> None:
+        """Start with ``(setup, args)`` pickled elsewhere, for an engine that has this one do the work on its nodes.
+
+        folder: for the files of the workers; it is removed with the engine, by the workers if they outlive it.
+        threads: how many a numeric library in one worker may use, where the environment does not say.
+        """
+        self._setup, self._folder, self._threads = setup, folder, threads
+        self._limits, self._log = limits, log
+        self._made = 0
+        self._ending: list[threading.Thread] = []
+        self._launch(slots)
+
+    def submit_packed(self, task: bytes) -> Future[tuple[bool, bytes, str]]:
+        """Run ``(function, arguments)`` pickled elsewhere, and give back the bytes that :func:`_call` made of it."""
+        future: Future[tuple[bool, bytes, str]] = Future()
+        self._events.put(("submit", future, task, _hand_on))
         return future
 
     def default_slots(self) -> int:
@@ -280,61 +269,15 @@ class LocalEngine(Engine):
             total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
         return int(total * MEMORY_SHARE / slots)
 
-    @property
-    def slots(self) -> int:
-        return self._wanted
-
-    def resize(self, slots: int) -> None:
-        self._wanted = slots
-        self._events.put(("resize",))
-
     def stop(self, *, kill: bool = False) -> None:
-        if self._thread is not None:
-            self._events.put(("stop", kill))
-            self._thread.join()
-            self._thread = None
-            shutil.rmtree(self._folder, ignore_errors=True)
+        running = self._thread is not None
+        super().stop(kill=kill)
+        if running:
+            scratch.remove(self._folder)
 
-    # The supervisor's thread: the only one that touches slots.
-
-    def _run(self) -> None:
-        kill = True
-        try:
-            kill = self._supervise()
-        except Exception as error:  # no process or file can be had: nothing can be run any more
-            self._abandon(TallyError(f"no workers can be started: {error.__cause__ or error}"))
-        self._end(kill)
-
-    def _supervise(self) -> bool:
-        """Runs until the engine is stopped; returns whether workers are to be killed."""
-        stopping = False
-        watched = 0.0
-        self._fit()
-        while not (stopping and not any(slot.future for slot in self._slots)):
-            if time.monotonic() - watched >= WATCH_SECONDS:
-                self._watch()
-                watched = time.monotonic()
-            try:
-                event = self._events.get(timeout=WATCH_SECONDS)
-            except queue.Empty:
-                event = ()
-            match event:
-                case ("submit", future, task):
-                    self._waiting.append((future, task))
-                case ("done", slot, outcome):
-                    self._settle(slot, outcome)
-                case ("stop", kill):
-                    stopping = True
-                    self._drop_waiting()
-                    if kill:
-                        return True
-            if not stopping:
-                self._fit()
-                self._assign()
-        return False
+    # In the supervisor's thread.
 
     def _fit(self) -> None:
-        """Make the number of slots what it should be; busy ones that are too many end later."""
         for slot in [slot for slot in self._slots if slot.future is None and slot.gone]:
             self._remove(slot, kill=True)  # died while idle: no task's fault
         for slot in [slot for slot in self._slots if slot.future is None][: max(0, len(self._slots) - self._wanted)]:
@@ -350,18 +293,7 @@ class LocalEngine(Engine):
         self._ending = [thread for thread in self._ending if thread.is_alive()]
         self._ending.append(slot.discard(kill=kill))
 
-    def _assign(self) -> None:
-        for slot in self._slots:
-            if slot.future is not None:
-                continue
-            while self._waiting:
-                future, task = self._waiting.popleft()
-                if future.set_running_or_notify_cancel():
-                    self._give(slot, future, task)
-                    break
-
-    def _give(self, slot: _Slot, future: Future[Any], task: bytes) -> None:
-        slot.future = future
+    def _give(self, slot: _Slot, task: bytes) -> None:
         outcome: Future[Any]
         try:
             outcome = slot.pool.schedule(_call, args=(task,))
@@ -373,6 +305,10 @@ class LocalEngine(Engine):
     def _report(self, slot: _Slot, outcome: Future[Any]) -> None:
         self._events.put(("done", slot, outcome))
 
+    def _handle(self, event: tuple[Any, ...]) -> None:
+        _, slot, outcome = event
+        self._settle(slot, outcome)
+
     def _settle(self, slot: _Slot, outcome: Future[Any]) -> None:
         future, slot.future = slot.future, None
         if future is None:
@@ -381,7 +317,7 @@ class LocalEngine(Engine):
         if error is not None:
             future.set_exception(self._explain(slot))
         else:
-            _resolve(future, *outcome.result())
+            slot.deliver(future, *outcome.result())
         if error is not None or slot.over_memory is not None:
             self._remove(slot, kill=True)
 
@@ -421,31 +357,7 @@ class LocalEngine(Engine):
                 slot.over_memory = resident
                 slot.kill()
 
-    def _drop_waiting(self) -> None:
-        for future, _ in self._waiting:
-            future.cancel()
-            future.set_running_or_notify_cancel()  # wakes who waits for several
-        self._waiting.clear()
-
-    def _abandon(self, error: Exception) -> None:
-        """Fail everything that has been or is going to be submitted, until the engine is stopped."""
-        futures = [slot.future for slot in self._slots if slot.future is not None]
-        futures += [future for future, _ in self._waiting if future.set_running_or_notify_cancel()]
-        self._waiting.clear()
-        for slot in self._slots:
-            slot.future = None
-        while True:
-            for future in futures:
-                future.set_exception(error)
-            match self._events.get():
-                case ("submit", future, _):
-                    futures = [future] if future.set_running_or_notify_cancel() else []
-                case ("stop", _):
-                    return
-                case _:
-                    futures = []
-
-    def _end(self, kill: bool) -> None:
+    def _end(self, *, kill: bool) -> None:
         for slot in list(self._slots):
             if slot.future is not None:
                 slot.future.set_exception(WorkerCrashedError("the engine was stopped"))
@@ -454,14 +366,10 @@ class LocalEngine(Engine):
             thread.join()
 
 
-def _resolve(future: Future[Any], ok: bool, data: bytes, text: str) -> None:
-    try:
-        value = pickle.loads(data)  # noqa: S301 - from our own worker
-    except Exception as error:
-        value = TallyError(f"what a worker gave back cannot be read here: {text.strip() or error}")
-        ok = False
-    if ok:
-        future.set_result(value)
-    elif isinstance(value, BaseException):
-        value.add_note(f"in a worker process:\n{text}")
-        future.set_exception(value)
+def new_folder() -> Path:
+    """A temporary folder for the files of one engine's workers."""
+    return scratch.make("workers")
+
+
+def _hand_on(future: Future[Any], ok: bool, data: bytes, text: str) -> None:
+    future.set_result((ok, data, text))

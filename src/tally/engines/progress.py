@@ -53,6 +53,15 @@ def busy(start: int, stop: int, *, ahead: int = 0, limit: float | None = None) -
         _armed = (now, limit)
 
 
+def waiting() -> None:
+    """What the worker waits for has shown that it is at work on it: the time limit counts from now on. Any thread."""
+    global _armed
+    if _armed is not None and _trace is not None:
+        limit = _armed[1]
+        faulthandler.dump_traceback_later(limit, exit=True, file=_trace)
+        _armed = (time.monotonic(), limit)
+
+
 def idle() -> None:
     """The worker has nothing to do: there is no time limit."""
     _NOTE.pack_into(_board, 0, -1, -1, -1)

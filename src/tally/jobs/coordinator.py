@@ -5,26 +5,31 @@ One thread runs the loop below. Three others feed its queue: the planner (new ch
 loop drains the queue and puts everything that has come up into one transaction, together with the next
 hand-outs; only then are those handed to the engine. So an attempt is counted before it can do harm, and a
 kill at any moment loses at most work that was not committed, never a committed row.
+
+While the database is away (PostgreSQL is restarted, say), whatever needs it waits, and is then tried again: the
+store's changes may be. Workers go on with what they have.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import statistics
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import pairwise
-from typing import Any
+from itertools import islice, pairwise
+from typing import Any, TypeVar
 
 from tally.engines.base import Engine
 from tally.errors import (
+    ClusterLostError,
+    DatabaseAwayError,
     JobError,
     ModelError,
     OwnershipLostError,
@@ -35,25 +40,43 @@ from tally.errors import (
     WorkerTimeoutError,
 )
 from tally.jobs import work
+from tally.jobs.database import Patience
+from tally.jobs.keeper import Keeper
 from tally.jobs.plan import ChunkSizer, Planner
 from tally.jobs.spec import JobSpec
-from tally.jobs.store import Dead, Done, JobRecord, JobStore, Lease, Lost, StoredChunk
+from tally.jobs.store import Dead, Done, JobRecord, JobStore, Lease, Lost, StoredChunk, new_nonce
 from tally.sinks.base import Output, Sink
 from tally.sources.base import Chunk, Source
 
 log = logging.getLogger("tally")
 
-LEASE_SECONDS = 30.0
-LOOK_SECONDS = 1.0
-"""How often the lease's keeper looks what the user wants."""
+T = TypeVar("T")
+
 GRACE_SECONDS = 20.0
-"""How long running chunks may take to finish once the job is told to stop."""
+"""How long running chunks may take to finish once the job is told to stop, and a database that is away to be back."""
+CONFIRM_SECONDS = 1.0
+"""While the output is published, the job is known to be one's own for so long."""
 STRAGGLER_SECONDS = 10.0
 STRAGGLER_FACTOR = 3.0
 LAST_SHARES = 4
 """Near the end, a chunk holds at most such a part of what each slot has left to do: all of them end together."""
 SHORT_SECONDS = 0.5
 """A chunk that takes no longer is not cut to share it out."""
+MOST_TAKEN = 4096
+"""So many chunks are handed out in one transaction, at most."""
+MOST_AHEAD = 2048
+"""So many planned chunks wait to be stored, at most."""
+CHUNKS_PER_SLOT = 2
+"""A slot has its next chunk at hand when it is done with one; where slots may be added, so many chunks make up one."""
+SHRINK_SECONDS = 10.0
+"""So long there have been idle slots before some are given back."""
+IDLE_SECONDS = 60.0
+"""So long there has been nothing to hand out before all slots are given back."""
+QUIET_SECONDS = 5.0
+"""Nothing has come back for so long: the engine may know why."""
+COLLECTION_THRESHOLDS = (50_000, 20, 20)
+"""Of Python's garbage collector. It counts objects, and each chunk at hand is twenty or so, none of them garbage: with
+thousands of workers, and Python's own thresholds, a quarter of the time went into looking at them."""
 UNSETTLED_ATTEMPTS = 10
 """Handed out so often without any outcome, a chunk is halved: it may be what kills its coordinator."""
 
@@ -80,7 +103,10 @@ class _Running:
 
 
 class Coordinator:
-    """Owns one job by a lease. :meth:`run` returns when the job is finished, stopped or lost."""
+    """Owns one job by a lease. :meth:`run` returns when the job is finished, stopped or lost.
+
+    workers: the least and the most slots of the engine; between them, there are as many as there is work for.
+    """
 
     def __init__(
         self,
@@ -92,6 +118,7 @@ class Coordinator:
         source: Source,
         sink: Sink,
         engine: Engine,
+        workers: tuple[int, int] | None = None,
         batch_size: int,
         manifest: dict[str, Any],
         listen: Callable[[Progress], None] = lambda progress: None,
@@ -99,13 +126,14 @@ class Coordinator:
     ) -> None:
         self._store, self._lease, self._spec = store, lease, spec
         self._source, self._sink, self._engine = source, sink, engine
+        self._least, self._most = workers or (engine.slots, engine.slots)
         self._manifest, self._listen, self._say = manifest, listen, say
         self._items, self._planned = record.items, record.planned
         self._done, self._dead = record.done, record.dead
         self._rates: deque[tuple[float, int]] = deque([(time.monotonic(), record.done)], maxlen=64)
         self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._running: dict[int, _Running] = {}
-        self._sizer = ChunkSizer(batch_size, engine.slots, source.chunk_seconds, source.chunk_items)
+        self._sizer = ChunkSizer(batch_size, self._most, source.chunk_seconds, source.chunk_items)
         self._batch_size = batch_size
         self._planner: Planner | None = None
         self._durations: deque[float] = deque(maxlen=64)
@@ -118,28 +146,56 @@ class Coordinator:
         self._deadline: float | None = None
         self._accounted = time.monotonic()
         self._cursor = record.plan_cursor
+        self._patience = Patience(say)
+        self._open = 0  # chunks that are planned and not done
+        self._shrinks_since: float | None = None
+        self._idle_since: float | None = None
+        self._heard_at = self._asked_at = time.monotonic()
+        self._remark: str | None = None
+        self._confirmed_at = float("-inf")
 
     def stop(self, *, now: bool = False) -> None:
-        """Stop: let running chunks finish within a grace time, or, with ``now``, kill them. Any thread."""
+        """Stop: let running chunks finish within a grace time, or, with ``now``, kill them. Any thread.
+
+        What cannot be saved within that time, as the database is away, is left to whoever goes on with the job.
+        """
+        self._patience.give_up(0.0 if now else GRACE_SECONDS)
         self._events.put(("stop", now))
 
     # -- the life of a job -------------------------------------------------------------------------
 
     def run(self) -> str:
         """Drive the job; returns its state. Raises what made it fail, after saving that."""
-        keeper = _Keeper(self._store, self._lease, self._events)
+        with _collecting_rarely():
+            try:
+                return self._drive()
+            except OwnershipLostError:  # and its workers have ended
+                with suppress(TallyError):
+                    self._sink.withdraw()
+                raise
+
+    def _drive(self) -> str:
+        keeper = Keeper(self._store, self._lease, self._events, self._patience)
         keeper.start()
         try:
+            counts = self._patience(lambda: self._store.counts(self._lease.job_id))
+            self._open = counts["pending"] + counts["running"]
             self._load()
             self._plan()
             self._loop()
             return self._end()
         except OwnershipLostError:
             raise
+        except DatabaseAwayError:  # we were told to stop meanwhile
+            with suppress(TallyError):
+                self._store.release(self._lease, "interrupted")
+                return "interrupted"
+            raise
         except Exception as error:
             if error is not self._error:
+                state = "interrupted" if isinstance(error, ClusterLostError) else "failed"
                 with suppress(TallyError):  # the error at hand is the one to tell
-                    self._store.release(self._lease, "failed", error=str(error))
+                    self._store.release(self._lease, state, error=str(error))
             raise
         finally:
             keeper.stop()
@@ -149,6 +205,8 @@ class Coordinator:
 
     def _load(self) -> None:
         """Have a worker load the model, before anything is handed out."""
+        if self._engine.slots == 0:
+            self._engine.resize(1)
         future = self._engine.submit(work.describe)
         future.add_done_callback(lambda done: self._events.put(("ready", done)))
 
@@ -165,6 +223,7 @@ class Coordinator:
             prepared=lambda: self._events.put(("prepared",)),
             deliver=lambda chunk: self._events.put(("chunk", chunk)),
             ended=ended,
+            ahead=max(16, min(self._most, MOST_AHEAD)),
         )
         self._planner.start()
 
@@ -178,6 +237,7 @@ class Coordinator:
             for event in self._drain():
                 match event:
                     case ("ready", future):
+                        self._heard_at = time.monotonic()
                         loaded = self._greet(future)
                     case ("prepared",):
                         prepared = True
@@ -188,6 +248,7 @@ class Coordinator:
                     case ("planned", error):
                         self._fail(error)
                     case ("done", stored, attempt, future):
+                        self._heard_at = time.monotonic()
                         self._settle(stored, attempt, future, done, lost)
                     case ("stop", now):
                         self._halt("interrupted", grace=0.0 if now else GRACE_SECONDS)
@@ -195,7 +256,10 @@ class Coordinator:
                         self._obey(wanted)
                     case ("lost", error):
                         raise error
+            if loaded:
+                self._scale()
             self._commit(loaded and prepared, chunks, complete, done, lost)
+            self._ask_why_it_is_quiet()
             self._listen(self.progress())
             if self._stop is not None:
                 self._drop_waiting()
@@ -218,7 +282,8 @@ class Coordinator:
     def _commit(self, ready: bool, chunks: list[Chunk], complete: bool, done: list[Done], lost: list[Lost]) -> None:
         """One transaction for all that has come up, with the next hand-outs."""
         handing_out = ready and self._stop is None and self._state == "running"
-        take = max(0, 2 * self._engine.slots - len(self._running)) if handing_out else 0
+        room = max(1, CHUNKS_PER_SLOT * self._engine.slots) - len(self._running)
+        take = max(0, min(room, MOST_TAKEN)) if handing_out else 0
         if chunks or complete or lost:
             self._starved = False
         if self._starved:
@@ -229,9 +294,7 @@ class Coordinator:
             return
         now = time.monotonic()
         usage = {"seconds": now - self._accounted} if done else {}
-        counted, taken = self._store.commit(
-            self._lease, planned=chunks, complete=complete, done=done, lost=lost, usage=usage, take=take
-        )
+        counted, taken = self._save(planned=chunks, complete=complete, done=done, lost=lost, usage=usage, take=take)
         if done:
             self._accounted = now
         if chunks:
@@ -241,8 +304,7 @@ class Coordinator:
         if complete:
             self._planned = True
             if remark := self._source.remark():
-                self._store.remark(self._lease, remark)
-                self._say(remark)
+                self._note(remark)
         for each in counted:
             self._done += each.count
             self._dead += len(each.dead)
@@ -250,9 +312,61 @@ class Coordinator:
             self._rates.append((now, self._done))
         if take:
             self._starved = len(taken) < take
-        for stored in taken:
-            self._hand_out(stored)
+            if len(taken) == take < room:
+                self._events.put(("more",))  # look again at once
+        self._hand_out(taken)
         self._check_dead()
+
+    def _save(
+        self, *, planned: Sequence[Chunk] = (), lost: Sequence[Lost] = (), **more: Any
+    ) -> tuple[list[Done], list[StoredChunk]]:
+        """Commit, however long it takes for the database to be there."""
+        nonce = new_nonce()
+        counted, taken = self._patience(
+            lambda: self._store.commit(self._lease, planned=planned, lost=lost, nonce=nonce, **more)
+        )
+        self._open += len(planned) + sum(len(each.parts) - 1 for each in lost) - len(counted)
+        return counted, taken
+
+    def _note(self, remark: str) -> None:
+        """Tell the user, also one who looks later."""
+        self._patience(lambda: self._store.remark(self._lease, remark))
+        self._say(remark)
+
+    def _scale(self) -> None:
+        """As many slots as there is work for: more at once, fewer after a while, none when there is nothing to do."""
+        if self._least == self._most or self._stop is not None:
+            return
+        now, slots = time.monotonic(), self._engine.slots
+        if self._open and self._state == "running":
+            self._idle_since = None
+            wanted = max(1, self._least, min(self._most, -(-self._open // CHUNKS_PER_SLOT)))
+            idle = slots > sum(len(each.futures) for each in self._running.values())
+            if wanted > slots or (wanted < slots and idle and self._has_lasted("_shrinks_since", now, SHRINK_SECONDS)):
+                self._engine.resize(wanted)
+                self._shrinks_since = None
+            elif wanted >= slots or not idle:
+                self._shrinks_since = None
+        elif self._running:
+            self._idle_since = None
+        elif slots and self._has_lasted("_idle_since", now, IDLE_SECONDS):
+            self._engine.resize(0)
+
+    def _has_lasted(self, name: str, now: float, seconds: float) -> bool:
+        since: float | None = getattr(self, name)
+        if since is None:
+            setattr(self, name, now)
+        return since is not None and now - since >= seconds
+
+    def _ask_why_it_is_quiet(self) -> None:
+        now = time.monotonic()
+        if min(now - self._heard_at, now - self._asked_at) < QUIET_SECONDS or self._state != "running":
+            return
+        self._asked_at = now
+        remark = self._engine.remark()
+        if remark is not None and remark != self._remark:
+            self._note(remark)
+        self._remark = remark
 
     def _greet(self, future: Future[Any]) -> bool:
         """The first worker has loaded the model, or could not."""
@@ -260,6 +374,8 @@ class Coordinator:
         if error is None:
             self._say(future.result())
             return True
+        if isinstance(error, ClusterLostError):
+            raise error
         if self._stop is None:
             if isinstance(error, WorkerError):
                 self._loading_losses += 1
@@ -275,16 +391,19 @@ class Coordinator:
 
     # -- handing out, and what comes back ----------------------------------------------------------
 
-    def _hand_out(self, stored: StoredChunk) -> None:
-        unsettled = stored.attempts > UNSETTLED_ATTEMPTS and stored.chunk.count > 1
-        if unsettled or self._is_too_large_a_share(stored):
-            parts = [(half, stored.losses) for half in self._halves(stored.chunk)]
-            self._store.commit(self._lease, lost=[Lost(stored.id, parts)])
+    def _hand_out(self, taken: Sequence[StoredChunk]) -> None:
+        halved: list[Lost] = []
+        for stored in taken:
+            unsettled = stored.attempts > UNSETTLED_ATTEMPTS and stored.chunk.count > 1
+            if unsettled or self._is_too_large_a_share(stored):
+                halved.append(Lost(stored.id, [(half, stored.losses) for half in self._halves(stored.chunk)]))
+                continue
+            self._running[stored.id] = _Running(stored, time.monotonic())
+            self._submit(stored, stored.attempt)
+        if halved:
+            self._save(lost=halved)
             self._starved = False
             self._events.put(("halved",))  # the halves are waiting: look again at once
-            return
-        self._running[stored.id] = _Running(stored, time.monotonic())
-        self._submit(stored, stored.attempt)
 
     def _is_too_large_a_share(self, stored: StoredChunk) -> bool:
         """Whether, near the end, this chunk would keep one slot busy while the others have run out of work."""
@@ -339,6 +458,8 @@ class Coordinator:
             # It was lost while it started or loaded the model: no item is to blame.
             lost.append(Lost(stored.id, [(chunk, stored.losses)]))
             return
+        if isinstance(error, ClusterLostError):
+            raise error  # nothing can be run any more, and nothing is wrong with the job
         if not isinstance(error, WorkerError):
             # Not an item's fault and not a lost worker's: the output, the model or Tally itself.
             if isinstance(error, (ModelError, StorageError)) or losses >= self._spec.attempts:
@@ -392,7 +513,11 @@ class Coordinator:
         slow = [each for each in self._running.values() if len(each.futures) == 1 and now - each.since > patience]
         for each in sorted(slow, key=lambda running: running.since)[:idle]:
             self._doubled = True
-            self._submit(each.stored, self._store.again(self._lease, each.stored.id))
+            self._submit(each.stored, self._again(each.stored.id))
+
+    def _again(self, chunk_id: int) -> str:
+        nonce = new_nonce()
+        return self._patience(lambda: self._store.again(self._lease, chunk_id, nonce=nonce))
 
     # -- stopping ----------------------------------------------------------------------------------
 
@@ -402,7 +527,7 @@ class Coordinator:
         elif (wanted == "pause") != (self._state == "paused") and self._stop is None:
             self._state = "paused" if wanted == "pause" else "running"
             self._accounted = time.monotonic()  # waiting costs nothing
-            self._store.mark(self._lease, self._state)
+            self._patience(lambda: self._store.mark(self._lease, self._state))
             self._say("paused; go on with: tally jobs resume " + self._lease.job_id if wanted == "pause" else "resumed")
 
     def _halt(self, state: str, *, grace: float) -> None:
@@ -428,7 +553,7 @@ class Coordinator:
             self._fail(
                 JobError(
                     f"stopped, as --strict asks: {self._dead:,} of the first {self._done:,} items failed; "
-                    f"the first was {_first_dead(self._store, self._lease.job_id)}",
+                    f"the first was {self._first_dead()}",
                     hint=f"{_mend(self._lease.job_id)} Without --strict, the rest is scored.",
                 )
             )
@@ -436,60 +561,66 @@ class Coordinator:
             self._fail(
                 JobError(
                     f"stopped early: {self._dead:,} of the first {self._done:,} items failed, over the limit of "
-                    f"{spec.max_dead:.0%}; the first was {_first_dead(self._store, self._lease.job_id)}",
+                    f"{spec.max_dead:.0%}; the first was {self._first_dead()}",
                     hint=f"{_mend(self._lease.job_id)} To go on regardless, raise --max-dead.",
                 )
             )
 
     def _end(self) -> str:
-        store, lease = self._store, self._lease
         # What may still run has had its grace, or is the slower attempt at something that is done.
         self._engine.stop(kill=self._deadline is not None or self._doubled)
         if self._stop == "cancelled":
             self._account()
+            self._confirm()
             self._sink.release()
-            store.release(lease, "cancelled")
+            self._release("cancelled")
             return "cancelled"
         self._check_dead()
         if self._stop is None and 0 < self._done == self._dead:
             self._fail(
                 JobError(
-                    f"all {self._done:,} items failed; the first was {_first_dead(store, lease.job_id)}",
-                    hint=_mend(lease.job_id),
+                    f"all {self._done:,} items failed; the first was {self._first_dead()}",
+                    hint=_mend(self._lease.job_id),
                 )
             )
         if self._stop is None:
             try:
                 manifest = self._finalize()
+            except (OwnershipLostError, DatabaseAwayError):
+                raise
             except Exception as error:
                 self._fail(error)
             else:
-                store.release(lease, "finished", manifest=manifest)
+                self._release("finished", manifest=manifest)
                 self._state = "finished"
                 self._listen(self.progress())
                 return "finished"
         with suppress(StorageError):  # on a full disk: the error at hand is the one to tell
             self._account()
         if self._error is not None:
-            store.release(lease, "failed", error=str(self._error))
+            self._release("failed", error=str(self._error))
             raise self._error
-        store.release(lease, self._stop or "interrupted")
+        self._release(self._stop or "interrupted")
         return self._stop or "interrupted"
+
+    def _release(self, state: str, **more: Any) -> None:
+        self._patience(lambda: self._store.release(self._lease, state, **more))
 
     def _account(self) -> None:
         """Book the time since the last commit; waiting while paused costs nothing."""
         if self._state == "running":
             now = time.monotonic()
-            self._store.commit(self._lease, usage={"seconds": now - self._accounted})
+            self._save(usage={"seconds": now - self._accounted})
             self._accounted = now
 
     def _finalize(self) -> dict[str, Any]:
         self._account()
-        record = self._store.get(self._lease.job_id)
-        dead = ({"key": each.key, "stage": each.stage, "error": each.error} for each in self._store.dead(record.id))
+        store, job_id = self._store, self._lease.job_id
+        record = self._patience(lambda: store.get(job_id))
+        dead = self._streamed(lambda: store.dead(job_id))
         return self._sink.finalize(
-            self._store.outputs(record.id, generation=record.generation),
-            dead,
+            self._streamed(lambda: store.outputs(job_id, generation=record.generation)),
+            ({"key": each.key, "stage": each.stage, "error": each.error} for each in dead),
             {
                 **self._manifest,
                 "job": record.id,
@@ -502,7 +633,39 @@ class Coordinator:
                 "started_at": _iso(record.started_at),
                 "usage": record.usage,
             },
+            confirm=self._confirm,
         )
+
+    def _confirm(self) -> None:
+        """Raises OwnershipLostError if another coordinator has taken the job: nothing of its output is ours to change.
+
+        Between this look and the change that follows, both of them quick, another could still take the job, if this
+        process were stopped just then for longer than its lease lasts.
+        """
+        now = time.monotonic()
+        if now - self._confirmed_at >= CONFIRM_SECONDS:
+            self._patience(lambda: self._store.confirm(self._lease))
+            self._confirmed_at = now
+
+    def _streamed(self, read: Callable[[], Iterator[T]]) -> Iterator[T]:
+        """What ``read`` gives, which is the same each time; read again from where the database went away."""
+        given = tries = 0
+        while True:
+            rows = read()
+            try:
+                for row in islice(rows, given, None):
+                    self._patience.is_back()
+                    given, tries = given + 1, 0
+                    yield row
+                return
+            except DatabaseAwayError as error:
+                self._patience.wait(error, tries)
+                tries += 1
+
+    def _first_dead(self) -> str:
+        for dead in self._streamed(lambda: self._store.dead(self._lease.job_id)):
+            return f"{dead.key}: {dead.error.splitlines()[0]}"
+        return "not recorded"
 
     def progress(self) -> Progress:
         """Where the job stands now."""
@@ -518,32 +681,17 @@ class Coordinator:
         )
 
 
-class _Keeper(threading.Thread):
-    """Renews the lease, and tells the loop what the user wants."""
-
-    def __init__(self, store: JobStore, lease: Lease, events: queue.SimpleQueue[tuple[Any, ...]]) -> None:
-        super().__init__(name="tally-lease", daemon=True)
-        self._store, self._lease, self._events = store, lease, events
-        self._stopping = threading.Event()
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self.join()
-
-    def run(self) -> None:
-        wanted = "run"
-        while not self._stopping.wait(LOOK_SECONDS):
-            try:
-                now = self._store.renew(self._lease, seconds=LEASE_SECONDS)
-            except OwnershipLostError as error:
-                self._events.put(("lost", error))
-                return
-            except Exception as error:  # the database is away: the lease holds for a while
-                log.warning("cannot renew the lease of job %s: %s", self._lease.job_id, error)
-                continue
-            if now != wanted:
-                wanted = now
-                self._events.put(("wanted", wanted))
+@contextmanager
+def _collecting_rarely() -> Iterator[None]:
+    before = gc.get_threshold()
+    if not 0 < before[0] < COLLECTION_THRESHOLDS[0]:  # whoever uses us has turned it off, or made it rarer still
+        yield
+        return
+    gc.set_threshold(*COLLECTION_THRESHOLDS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _had_begun(error: WorkerError) -> bool:
@@ -564,9 +712,3 @@ def _reason(error: WorkerError, spec: JobSpec) -> str:
 
 def _mend(job_id: str) -> str:
     return f"See them with 'tally jobs dead {job_id}'; after mending the cause, 'tally jobs retry {job_id} --dead'."
-
-
-def _first_dead(store: JobStore, job_id: str) -> str:
-    for dead in store.dead(job_id):
-        return f"{dead.key}: {dead.error.splitlines()[0]}"
-    return "not recorded"

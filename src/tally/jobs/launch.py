@@ -12,14 +12,25 @@ from typing import Any, Literal
 import tally
 from tally.config import settings
 from tally.engines.base import Engine, Limits
-from tally.errors import JobExistsError, JobStateError, SourceNotFoundError, SpecError, TallyError
+from tally.errors import (
+    ClusterLostError,
+    DatabaseAwayError,
+    JobExistsError,
+    JobStateError,
+    SourceNotFoundError,
+    SpecError,
+    TallyError,
+)
 from tally.jobs import alerts, work
-from tally.jobs.coordinator import LEASE_SECONDS, Coordinator, Progress
-from tally.jobs.database import connect
+from tally.jobs.coordinator import Coordinator, Progress
+from tally.jobs.database import Patience, connect
+from tally.jobs.keeper import LEASE_SECONDS
 from tally.jobs.spec import JobSpec, absolute
-from tally.jobs.store import JobRecord, JobStore
+from tally.jobs.store import JobRecord, JobStore, new_nonce, new_token
 from tally.scorers.base import Scorer
-from tally.scorers.package import ModelRef, create, refreshed, resolve, verify
+from tally.scorers.loading import create, verify
+from tally.scorers.package import refreshed, resolve
+from tally.scorers.reference import ModelRef
 from tally.sinks.base import Sink
 from tally.sinks.choose import choose
 from tally.sinks.rows import RowsSink
@@ -269,20 +280,24 @@ def drive(
     say: Callable[[str], None] = lambda line: None,
     started: Callable[[Coordinator], None] = lambda coordinator: None,
     retry_dead: bool = False,
+    held: bool = False,
 ) -> JobRecord:
     """Coordinate the job in this process until it is finished or stopped; returns it as it then is.
 
     started: gets the coordinator, so that a signal handler can stop it.
     retry_dead: replay the dead items; allowed for a finished job too.
+    held: the job is new, and whoever made it asks this process to drive it.
     """
-    record = store.get(job_id)
+    patience = Patience(say)
+    record = patience(lambda: store.get(job_id))
     if record.state == "cancelled" or (record.state == "finished" and not retry_dead):
         raise JobStateError(f"job {record.id} is {record.state}", hint=f"See it with: tally jobs show {record.id}")
     spec = JobSpec(**record.spec)
     model = ModelRef.from_dict(record.model)
     parts = assemble(spec, refreshed(model) if retry_dead else model)
     verify(parts.model)  # before anything is touched
-    lease = store.acquire(record.id, seconds=LEASE_SECONDS)
+    token, nonce = new_token(), new_nonce()  # so that what is done again is done once
+    lease = patience(lambda: store.acquire(record.id, seconds=LEASE_SECONDS, held=held, token=token))
     if lease is None:
         raise JobStateError(
             f"job {record.id} is driven by another process now ({record.owner_host}, pid {record.owner_pid})",
@@ -290,7 +305,7 @@ def drive(
         )
     engine = engine_for(spec)
     try:
-        slots = spec.workers or engine.default_slots()
+        least, most = spec.workers or (engine.default_slots(),) * 2
         engine.start(
             work.setup,
             (
@@ -298,25 +313,27 @@ def drive(
                     parts.model, parts.source, parts.sink, spec.device, spec.batch_size, spec.timeout, spec.overlay
                 ),
             ),
-            slots=slots,
-            limits=Limits(memory=spec.memory or engine.default_memory(slots)),
+            slots=max(1, least),
+            limits=Limits(memory=spec.memory or engine.default_memory(most)),
             log=log_of(record.id),
         )
         parts.sink.claim(record.id)
         if retry_dead:
             parts.source.prepare()
-            dead = [each.chunk for each in store.dead(record.id)]
+            dead = patience(lambda: [each.chunk for each in store.dead(record.id)])
             manifest = parts.sink.manifest() or {}
             published = (manifest.get("job"), manifest.get("generation")) == (record.id, record.generation)
-            store.reopen(lease, parts.source.combine(dead), published=published, model=parts.model.to_dict())
+            replay, ref = parts.source.combine(dead), parts.model.to_dict()
+            patience(lambda: store.reopen(lease, replay, published=published, model=ref, nonce=nonce))
         coordinator = Coordinator(
             store,
-            store.get(record.id),
+            patience(lambda: store.get(record.id)),
             lease,
             spec=spec,
             source=parts.source,
             sink=parts.sink,
             engine=engine,
+            workers=(least, most),
             batch_size=parts.batch_size,
             manifest=_facts(spec, parts.model),
             listen=listen,
@@ -324,17 +341,19 @@ def drive(
         )
     except BaseException as error:
         engine.stop(kill=True)
-        stopped = isinstance(error, KeyboardInterrupt)
-        store.release(lease, "interrupted" if stopped else "failed", error=None if stopped else str(error))
+        stopped = isinstance(error, (KeyboardInterrupt, ClusterLostError))
+        with suppress(DatabaseAwayError):  # the error at hand is the one to tell
+            store.release(lease, "interrupted" if stopped else "failed", error=str(error) or None)
         raise
     started(coordinator)
     try:
         coordinator.run()
     except Exception as error:
-        alerts.conclude(store, store.get(record.id), parts.sink, error=error, say=say)
+        with suppress(DatabaseAwayError):
+            alerts.conclude(store, store.get(record.id), parts.sink, error=error, say=say)
         raise
-    ended = store.get(record.id)
-    alerts.conclude(store, ended, parts.sink, say=say)
+    ended = patience(lambda: store.get(record.id))
+    patience(lambda: alerts.conclude(store, ended, parts.sink, say=say))
     return ended
 
 
@@ -379,9 +398,13 @@ def log_of(job_id: str) -> Path:
 
 def engine_for(spec: JobSpec) -> Engine:
     """A new engine of the kind that the spec names."""
+    if spec.engine == "ray":
+        from tally.engines.ray import RayEngine
+
+        return RayEngine(cpus=spec.cpus, gpus=spec.gpus, memory=spec.memory, resources=spec.resources)
     from tally.engines.local import LocalEngine
 
-    return {"local": LocalEngine}[spec.engine]()
+    return LocalEngine()
 
 
 def when(seconds: float | None) -> str:

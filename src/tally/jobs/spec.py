@@ -7,9 +7,10 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from tally.errors import SpecError, StorageError
 from tally.jobs.rules import checked as alert_rule
@@ -18,6 +19,7 @@ from tally.suggest import did_you_mean
 from tally.text import seconds
 
 _DEVICE = re.compile(r"auto|cpu|(cuda|tensorrt)(:\d+)?")
+_RANGE = re.compile(r"\s*(\d+)\s*\.\.\s*(\d+)\s*")
 _SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$")
 
 Side = Annotated[int, Field(ge=1, le=16_384)]
@@ -38,8 +40,13 @@ class JobSpec(BaseModel):
     aggregate: what is made of each window's values. csv: options for reading CSV.
     alerts: rules that are looked at when the job has ended; webhook: where it is told that one of them holds.
     every, size, frames, codec, crf, audio: of videos. size: (width, height) in pixels (``640x360`` is understood).
-    timeout: seconds that one batch may take. memory: bytes that one worker may hold (``2GiB`` is understood);
-    None: four fifths of this machine's memory, shared by the workers.
+    engine: who runs the workers: ``local`` on this machine, ``ray`` on a Ray cluster.
+    workers: the least and the most of them (``4..64`` is understood, and one number for both); None: one for each core.
+    address, cpus, gpus, resources: of the engine ``ray``. address: the cluster's, ``http://HEAD:8265``; found by Ray's
+    own rules if left out. cpus, gpus, resources: what each worker reserves; gpus may be a part of one, and resources
+    are the cluster's own (``{"tpu": 1}``).
+    timeout: seconds that one batch may take. memory: bytes that one worker may hold (``2GiB`` is understood), and on
+    a cluster reserves; None: four fifths of the machine's memory, shared by its workers.
     max_dead: share of dead items above which the job stops, once ``min_dead`` items are finished.
     """
 
@@ -71,8 +78,12 @@ class JobSpec(BaseModel):
     csv: dict[str, Any] = {}
     batch_size: int | None = Field(default=None, ge=1, le=65_536)
     device: str = "auto"
-    engine: Literal["local"] = "local"
-    workers: int | None = Field(default=None, ge=1, le=4096)
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+    workers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=65_536)]] | None = None
+    cpus: float | None = Field(default=None, ge=0)
+    gpus: float | None = Field(default=None, ge=0)
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
     timeout: float = Field(default=120.0, gt=0, le=1e6)
     memory: int | None = Field(default=None, gt=0)
     attempts: int = Field(default=3, ge=1, le=100)
@@ -116,6 +127,35 @@ class JobSpec(BaseModel):
             return int(float(match[1]) * base ** (" kmgt".index(match[2].lower() or " ")))
         return value
 
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _least_and_most(cls, value: Any) -> Any:
+        if isinstance(value, str) and (match := _RANGE.fullmatch(value)):
+            return int(match[1]), int(match[2])
+        if isinstance(value, str) and value.strip().isdigit():
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value < 1:
+                raise ValueError("should be at least 1")
+            return value, value
+        if value is None or isinstance(value, (list, tuple)):
+            return value
+        raise ValueError("should be a number such as 8, or a range such as 4..64")
+
+    @field_validator("workers")
+    @classmethod
+    def _ascending(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError("should be a range such as 4..64, the smaller number first")
+        return value
+
+    @field_validator("address")
+    @classmethod
+    def _web_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^/\s@]+(/\S*)?", value):
+            raise ValueError("should be the address of the cluster's dashboard, such as http://HEAD:8265")
+        return value
+
     @field_validator("size", mode="before")
     @classmethod
     def _width_and_height(cls, value: Any) -> Any:
@@ -149,6 +189,15 @@ class JobSpec(BaseModel):
             except ValueError:
                 raise ValueError("should be a share such as 0.05 or 5%") from None
         return value
+
+    @model_validator(mode="after")
+    def _for_clusters(self) -> Self:
+        given = [name for name in ("address", "cpus", "gpus", "resources") if getattr(self, name) not in (None, {})]
+        if self.engine == "local" and given:
+            raise PydanticCustomError("engine", "{names}: needs engine: ray", {"names": ", ".join(given)})
+        if self.gpus is not None and self.gpus > 1 and self.gpus != int(self.gpus):
+            raise PydanticCustomError("gpus", "gpus: should be a part of one, such as 0.25, or a whole number")
+        return self
 
     def fingerprint(self, model_hash: str) -> str:
         """The same for jobs that would produce the same result at the same place."""
@@ -267,6 +316,8 @@ def _problem(error: Any) -> str:
         return f"{where}: is not UTF-8 text (given: {error['input']!r})"
     message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
     message = message[0].lower() + message[1:]
+    if not where:  # of several fields together; the message names them
+        return message
     if where == "webhook":
         return f"{where}: {message}"
     return f"{where}: {message} (given: {error['input']!r})"

@@ -2,10 +2,13 @@
 
 One coordinator owns a job at a time. It proves that with its token in every statement that changes the
 job, inside the same transaction: a coordinator that has lost its job changes nothing. Leases run by the
-database's clock. Statements are portable between SQLite and PostgreSQL.
+database's clock. Statements are portable between SQLite and PostgreSQL, but for those that send many rows.
 
 A chunk is ``pending``, ``running`` or ``done``. Attempts are counted when they are handed out. An outcome
 is committed only if its chunk is not done: of two attempts at one chunk, the first commit wins.
+
+A connection that is cut leaves it open whether the transaction was committed. So every change of a coordinator may
+be tried again: those that would add up carry a nonce, which is kept in the rows that they change.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import secrets
 import socket
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -33,6 +36,15 @@ __all__ = ["Dead", "Done", "JobRecord", "JobStore", "Lease", "Lost", "StoredChun
 
 ENDED = ("finished", "cancelled")
 """Job states that nothing leads out of, except ``jobs retry``."""
+
+CHANNEL = "tally_jobs"
+"""PostgreSQL's name for what is heard about jobs (NOTIFY): the id of one whose user wants something."""
+
+_SOME = 1000
+"""So many ids in one statement: fewer than the parameters that either database takes."""
+
+_COMPRESSED_FROM = 1024
+"""Bytes of a chunk's payload from which on it is compressed: below, that takes longer than it is worth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +240,14 @@ class JobStore:
             )  # fmt: skip
         return self.get(job_id)
 
-    def respec(self, job_id: str, spec: dict[str, Any]) -> JobRecord:
-        """Let the job's next coordinator follow another spec of the same fingerprint: other workers or limits."""
+    def respec(self, job_id: str, spec: dict[str, Any], *, model: dict[str, Any] | None = None) -> JobRecord:
+        """Let the job's next coordinator follow another spec of the same fingerprint: other workers or limits.
+
+        model: the same model, to be had from another place.
+        """
+        values = {"spec": spec} if model is None else {"spec": spec, "model": model}
         with self.engine.begin() as connection:
-            connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(spec=spec))
+            connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(**values))
         return self.get(job_id)
 
     def want(self, job_id: str, wanted: str) -> None:
@@ -240,6 +256,8 @@ class JobStore:
             changed = connection.execute(
                 sa.update(jobs).where(jobs.c.id == job_id, jobs.c.state.not_in(ENDED)).values(wanted=wanted)
             )
+            if connection.dialect.name == "postgresql":  # a hint to look at once; who misses it looks all the same
+                connection.execute(sa.select(sa.func.pg_notify(CHANNEL, job_id)))
         if changed.rowcount == 0:
             record = self.get(job_id)
             raise JobStateError(f"job {record.id} is {record.state}: there is nothing to {wanted}")
@@ -253,16 +271,19 @@ class JobStore:
 
     # -- the coordinator's changes -----------------------------------------------------------------
 
-    def acquire(self, job_id: str, *, seconds: float) -> Lease | None:
+    def acquire(self, job_id: str, *, seconds: float, held: bool = False, token: str | None = None) -> Lease | None:
         """Take the job over, if nobody drives it: its lease has run out, or its process is gone.
 
+        held: also a new job that its creator holds, who has asked this process to drive it.
+        token: of the lease, from :func:`new_token`; the same when this is tried again, as the answer was lost.
         What was handed out before goes back to pending. Returns None while somebody else has it.
         """
         record = self.get(job_id)
-        token = secrets.token_hex(16)
+        token = token or new_token()
         gone = record.owner is not None and not record.alive
-        held = record.state == "created" and (record.owner_host, record.owner_pid) == (_host(), os.getpid())
-        free = sa.or_(jobs.c.owner.is_(None), jobs.c.lease_until < now())
+        new = record.state == "created"
+        held = new and (held or (record.owner_host, record.owner_pid) == (_host(), os.getpid()))
+        free = sa.or_(jobs.c.owner.is_(None), jobs.c.owner == token, jobs.c.lease_until < now())
         if gone or held:
             free = sa.or_(free, jobs.c.owner == record.owner)
         with self.engine.begin() as connection:
@@ -270,7 +291,7 @@ class JobStore:
                 sa.update(jobs)
                 .where(jobs.c.id == record.id, free)
                 .values(
-                    owner=token, **here(seconds), wanted="run", state="running", error=None,
+                    owner=token, **here(seconds), wanted=record.wanted if new else "run", state="running", error=None,
                     started_at=sa.func.coalesce(jobs.c.started_at, now()), finished_at=None,
                 )
             )  # fmt: skip
@@ -289,6 +310,13 @@ class JobStore:
             self._own(connection, lease, lease_until=now() + seconds)
             return str(connection.scalar(sa.select(jobs.c.wanted).where(jobs.c.id == lease.job_id)))
 
+    def confirm(self, lease: Lease) -> None:
+        """Raises OwnershipLostError if the job has another owner by now; changes nothing."""
+        query = sa.select(jobs.c.id).where(jobs.c.id == lease.job_id, jobs.c.owner == lease.token)
+        with self._read() as connection:
+            if connection.scalar(query) is None:
+                raise _lost(lease)
+
     def commit(
         self,
         lease: Lease,
@@ -299,53 +327,72 @@ class JobStore:
         lost: Sequence[Lost] = (),
         usage: Mapping[str, float] | None = None,
         take: int = 0,
+        nonce: str | None = None,
     ) -> tuple[list[Done], list[StoredChunk]]:
         """One transaction of all that has come up: new chunks, outcomes, lost workers, the next hand-outs.
 
         complete: ``planned`` holds the last chunks there are.
         usage: numbers to add to the job's, beside those of the outcomes.
         take: hand out up to that many pending chunks, in order.
+        nonce: from :func:`new_nonce`. Tried again with the same one, before any other commit, it is not done twice:
+            it answers what the first try did, if that was carried out.
         Returns the outcomes that counted (their chunk was not done yet), and the chunks handed out.
         Raises OwnershipLostError, with nothing changed, if the job has another owner.
         """
+        nonce = nonce or new_nonce()
         with self.engine.begin() as connection:
             row = self._own(connection, lease)
+            if row["nonce"] == nonce:
+                return self._answer(connection, lease, nonce, done)
             changes: dict[str, Any] = {}
             if planned or complete:
                 changes |= self._add(connection, row, planned, complete)
-            for each in lost:
-                self._replace(connection, row, each)
-            counted = [each for each in done if self._finish(connection, row, each)]
+            replaced = bool(lost) and self._replace(connection, row, lost)
+            counted = self._finish(connection, row, done, nonce) if done else []
             if counted or usage:
                 changes |= _totals(row, counted, usage or {})
-            if changes:
+            taken = self._take(connection, lease, take, nonce) if take > 0 else []
+            if changes or replaced or taken:
+                changes["nonce"] = nonce
                 connection.execute(sa.update(jobs).where(jobs.c.id == lease.job_id).values(**changes))
-            taken = self._take(connection, lease, take) if take > 0 else []
         return counted, taken
 
-    def again(self, lease: Lease, chunk_id: int) -> str:
-        """Count one more attempt at a running chunk (a straggler); returns the attempt's id."""
-        attempt = _attempt_id(chunk_id)
+    def again(self, lease: Lease, chunk_id: int, *, nonce: str | None = None) -> str:
+        """Count one more attempt at a running chunk (a straggler); returns the attempt's id.
+
+        nonce: as for :meth:`commit`.
+        """
+        nonce = nonce or new_nonce()
+        it = (chunks.c.id == chunk_id, chunks.c.job_id == lease.job_id, chunks.c.state == "running")
         with self.engine.begin() as connection:
-            self._own(connection, lease)
-            connection.execute(
-                sa.update(chunks)
-                .where(chunks.c.id == chunk_id, chunks.c.job_id == lease.job_id, chunks.c.state == "running")
-                .values(attempts=chunks.c.attempts + 1)
-            )
-        return attempt
+            row = self._own(connection, lease)
+            first = connection.scalar(sa.select(chunks.c.first).where(*it))
+            if first is not None and row["nonce"] != nonce:
+                connection.execute(sa.update(chunks).where(*it).values(attempts=chunks.c.attempts + 1))
+                connection.execute(sa.update(jobs).where(jobs.c.id == lease.job_id).values(nonce=nonce))
+        return _attempt_id(first or 0, chunk_id, nonce)
 
     def reopen(
-        self, lease: Lease, replay: Iterable[Chunk], *, published: bool, model: dict[str, Any] | None = None
+        self,
+        lease: Lease,
+        replay: Iterable[Chunk],
+        *,
+        published: bool,
+        model: dict[str, Any] | None = None,
+        nonce: str | None = None,
     ) -> None:
         """Replay the dead items as ``replay``, with ``model`` if it has grown.
 
         published: the output of this generation is finished already; the replay is the next one.
         The replay may hold more items than were dead: what was one item then may be many now.
+        nonce: as for :meth:`commit`.
         """
         replay = list(replay)
+        nonce = nonce or new_nonce()
         with self.engine.begin() as connection:
             row = self._own(connection, lease)
+            if row["nonce"] == nonce:
+                return
             generation = row["generation"] + int(published)
             connection.execute(sa.delete(dead_items).where(dead_items.c.job_id == lease.job_id))
             _insert(connection, lease.job_id, generation, [(chunk, 0) for chunk in replay])
@@ -354,6 +401,7 @@ class JobStore:
                 .where(jobs.c.id == lease.job_id)
                 .values(
                     **({} if model is None else {"model": model}),
+                    nonce=nonce,
                     generation=generation,
                     dead=0,
                     done=row["done"] - row["dead"],
@@ -376,16 +424,22 @@ class JobStore:
     def release(
         self, lease: Lease, state: str, *, error: str | None = None, manifest: dict[str, Any] | None = None
     ) -> None:
-        """End this coordinator's work: the job is finished, paused, interrupted, failed or cancelled."""
+        """End this coordinator's work: the job is finished, paused, interrupted, failed or cancelled.
+
+        Repeated, before anybody else takes the job, it changes nothing.
+        """
         values: dict[str, Any] = {
             "state": state, "error": error if error is None else storable(error),
-            "owner": None, "owner_host": None, "owner_pid": None, "lease_until": None,
+            "owner": None, "owner_host": None, "owner_pid": None, "lease_until": None, "nonce": lease.token,
         }  # fmt: skip
         if state in ENDED:
             values["finished_at"] = now()
         if manifest is not None:
             values["manifest"] = manifest
         with self.engine.begin() as connection:
+            released = sa.select(jobs.c.nonce).where(jobs.c.id == lease.job_id, jobs.c.owner.is_(None))
+            if connection.scalar(released) == lease.token:
+                return
             self._own(connection, lease, **values)
             connection.execute(
                 sa.update(chunks)
@@ -396,18 +450,19 @@ class JobStore:
     # -- inside transactions -----------------------------------------------------------------------
 
     def _own(self, connection: sa.Connection, lease: Lease, **values: Any) -> sa.RowMapping:
-        """Lock the job's row and check the token; every transaction of the coordinator begins here."""
-        changed = connection.execute(
-            sa.update(jobs)
-            .where(jobs.c.id == lease.job_id, jobs.c.owner == lease.token)
-            .values(**(values or {"owner": lease.token}))
-        )
-        if changed.rowcount == 0:
-            raise OwnershipLostError(
-                f"job {lease.job_id} has been taken over by another coordinator; this one stops",
-                hint=f"Follow it with: tally jobs watch {lease.job_id}",
-            )
-        return connection.execute(sa.select(jobs).where(jobs.c.id == lease.job_id)).mappings().one()
+        """Lock the job's row and check the token; every transaction of the coordinator begins here.
+
+        Returns the row, without what is large and does not change.
+        """
+        it = [jobs.c.id == lease.job_id, jobs.c.owner == lease.token]
+        if values:
+            if connection.execute(sa.update(jobs).where(*it).values(**values)).rowcount == 0:
+                raise _lost(lease)
+            del it[1]  # it may have been released just now
+        row = connection.execute(sa.select(*_STANDING).where(*it).with_for_update()).mappings().first()
+        if row is None:
+            raise _lost(lease)
+        return row
 
     def _add(
         self, connection: sa.Connection, row: sa.RowMapping, planned: Sequence[Chunk], complete: bool
@@ -419,61 +474,81 @@ class JobStore:
             changes["items"] = planned[-1].first + planned[-1].count
         return changes
 
-    def _replace(self, connection: sa.Connection, row: sa.RowMapping, lost: Lost) -> None:
-        """Put the parts in the place of the chunk, unless it is done by now."""
-        it = (chunks.c.id == lost.id, chunks.c.job_id == row["id"], chunks.c.state == "running")
-        if connection.scalar(sa.select(chunks.c.id).where(*it)) is not None:
-            # Inserted before the deletion: SQLite would give one of them the id that has become free, and a
-            # late outcome of the lost chunk would pass for that part's.
-            _insert(connection, row["id"], row["generation"], lost.parts)
-            connection.execute(sa.delete(chunks).where(*it))
+    def _replace(self, connection: sa.Connection, row: sa.RowMapping, lost: Sequence[Lost]) -> bool:
+        """Put the parts in the place of the chunks, but of those that are done by now. Whether there were any."""
+        running = self._running(connection, row["id"], [each.id for each in lost])
+        replaced = {each.id: each for each in lost if each.id in running}
+        # Inserted before the deletion: SQLite would give one of them the id that has become free, and a
+        # late outcome of the lost chunk would pass for that part's.
+        _insert(connection, row["id"], row["generation"], [part for each in replaced.values() for part in each.parts])
+        for ids in _batches(list(replaced)):
+            connection.execute(sa.delete(chunks).where(chunks.c.job_id == row["id"], chunks.c.id.in_(ids)))
+        return bool(replaced)
 
-    def _finish(self, connection: sa.Connection, row: sa.RowMapping, done: Done) -> bool:
-        changed = connection.execute(
-            sa.update(chunks)
-            .where(chunks.c.id == done.id, chunks.c.job_id == row["id"], chunks.c.state == "running")
-            .values(state="done", attempt=done.attempt, output=asdict(done.output), payload=None)
-        )
-        if changed.rowcount == 0:
-            return False
-        if done.dead:
+    def _finish(self, connection: sa.Connection, row: sa.RowMapping, done: Sequence[Done], nonce: str) -> list[Done]:
+        """Those of the outcomes that count: the first for each chunk that is still running."""
+        first = {each.id: each for each in reversed(done)}
+        counted = [each for each in done if first[each.id] is each]
+        if connection.dialect.name == "postgresql":
+            rows = [{"chunk": each.id, "by": each.attempt, "made": _made(each.output)} for each in counted]
+            given = {"rows": json.dumps(rows), "nonce": nonce, "job": row["id"]}
+            changed = connection.execute(_DONE_ON_POSTGRES, given).rowcount
+        else:
+            some = [(each.attempt, _made(each.output), nonce, each.id, row["id"]) for each in counted]
+            changed = connection.exec_driver_sql(_DONE_ON_SQLITE, some).rowcount
+        if changed < len(counted):
+            counted = self._finished(connection, counted, nonce)
+        if dead := [each for one in counted for each in one.dead]:
             connection.execute(
                 sa.insert(dead_items),
                 [
                     {
-                        "job_id": row["id"], "key": storable(dead.key), "stage": dead.stage,
-                        "error": storable(dead.error),
-                        "first": dead.chunk.first, "payload": _pack(dead.chunk),
+                        "job_id": row["id"], "key": storable(each.key), "stage": each.stage,
+                        "error": storable(each.error), "first": each.chunk.first, "payload": _pack(each.chunk),
                     }
-                    for dead in done.dead
+                    for each in dead
                 ],
             )  # fmt: skip
-        return True
+        return counted
 
-    def _take(self, connection: sa.Connection, lease: Lease, limit: int) -> list[StoredChunk]:
-        query = (
-            sa.select(chunks)
-            .where(chunks.c.job_id == lease.job_id, chunks.c.state == "pending")
-            .order_by(chunks.c.first, chunks.c.id)
-            .limit(limit)
-        )
-        rows = connection.execute(query).mappings().all()
+    def _running(self, connection: sa.Connection, job_id: str, ids: Sequence[int]) -> set[int]:
+        """Those of the chunks that are running."""
+        found: set[int] = set()
+        for some in _batches(ids):
+            query = sa.select(chunks.c.id).where(chunks.c.id.in_(some), chunks.c.job_id == job_id)
+            found.update(connection.scalars(query.where(chunks.c.state == "running")))
+        return found
+
+    def _take(self, connection: sa.Connection, lease: Lease, limit: int, nonce: str) -> list[StoredChunk]:
+        it = (chunks.c.job_id == lease.job_id, chunks.c.state == "pending")
+        place = (chunks.c.first, chunks.c.id)
+        rows = connection.execute(sa.select(*_HANDED_OUT).where(*it).order_by(*place).limit(limit)).all()
         if rows:
+            number, first, *_ = rows[-1]
             connection.execute(
                 sa.update(chunks)
-                .where(chunks.c.id.in_([row["id"] for row in rows]))
-                .values(state="running", attempts=chunks.c.attempts + 1)
+                .where(*it, sa.tuple_(*place) <= sa.tuple_(sa.literal(first), sa.literal(number)))
+                .values(state="running", attempts=chunks.c.attempts + 1, nonce=nonce)
             )
-        return [
-            StoredChunk(
-                id=row["id"],
-                chunk=_unpack(row["first"], row["count"], row["payload"]),
-                attempts=row["attempts"] + 1,
-                losses=row["losses"],
-                attempt=_attempt_id(row["first"]),
-            )
-            for row in rows
-        ]
+        return [_handed_out(row, nonce, before=1) for row in rows]
+
+    def _answer(
+        self, connection: sa.Connection, lease: Lease, nonce: str, done: Sequence[Done]
+    ) -> tuple[list[Done], list[StoredChunk]]:
+        """What the commit of that nonce has done already."""
+        taken = sa.select(*_HANDED_OUT).where(
+            chunks.c.job_id == lease.job_id, chunks.c.state == "running", chunks.c.nonce == nonce
+        )
+        rows = connection.execute(taken.order_by(chunks.c.first, chunks.c.id)).all()
+        return self._finished(connection, done, nonce), [_handed_out(row, nonce) for row in rows]
+
+    def _finished(self, connection: sa.Connection, done: Sequence[Done], nonce: str) -> list[Done]:
+        """Those of the outcomes that the commit of that nonce has stored."""
+        stored: set[tuple[int, str]] = set()
+        for ids in _batches([each.id for each in done]):
+            query = sa.select(chunks.c.id, chunks.c.attempt).where(chunks.c.id.in_(ids), chunks.c.nonce == nonce)
+            stored.update((row.id, row.attempt) for row in connection.execute(query.where(chunks.c.state == "done")))
+        return [each for each in done if (each.id, each.attempt) in stored]
 
     def _select(self) -> sa.Select[Any]:
         return sa.select(jobs, now().label("clock"))
@@ -482,7 +557,14 @@ class JobStore:
         options: dict[str, Any] = {"reading": True}
         if stream:
             options |= {"stream_results": True, "yield_per": 1000}
-        return self.engine.connect().execution_options(**options)
+        connection = self.engine.connect()
+        if stream and connection.dialect.name == "postgresql":  # it locks nothing, and its reader may take long
+            try:
+                connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+            except BaseException:
+                connection.close()
+                raise
+        return connection.execution_options(**options)
 
 
 def new_id() -> str:
@@ -491,41 +573,107 @@ def new_id() -> str:
     return "".join(secrets.choice(alphabet) for _ in range(10))
 
 
-def _attempt_id(first: int) -> str:
+def new_token() -> str:
+    """What proves that a lease is one's own."""
+    return secrets.token_hex(16)
+
+
+def new_nonce() -> str:
+    """Names one change of a coordinator, however often it is tried."""
+    return secrets.token_hex(6)
+
+
+_STANDING = [column for column in jobs.c if column.name not in ("spec", "model", "manifest")]
+_HANDED_OUT = [chunks.c[name] for name in ("id", "first", "count", "payload", "attempts", "losses")]
+
+
+def _attempt_id(first: int, chunk_id: int, nonce: str) -> str:
     """Names an attempt's output: begins with the place in the order, ends with what makes it its own."""
-    return f"{first:012d}-{secrets.token_hex(6)}"
+    return f"{first:012d}-{nonce}{chunk_id:x}"
+
+
+def _handed_out(row: Sequence[Any], nonce: str, before: int = 0) -> StoredChunk:
+    number, first, count, payload, attempts, losses = row  # by name it takes several times as long
+    chunk = _unpack(first, count, payload)
+    return StoredChunk(number, chunk, attempts + before, losses, _attempt_id(first, number, nonce))
+
+
+def _lost(lease: Lease) -> OwnershipLostError:
+    return OwnershipLostError(
+        f"job {lease.job_id} has been taken over by another coordinator; this one stops",
+        hint=f"Follow it with: tally jobs watch {lease.job_id}",
+    )
+
+
+def _batches(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (ids[begin : begin + _SOME] for begin in range(0, len(ids), _SOME))
 
 
 def _insert(connection: sa.Connection, job_id: str, generation: int, new: Sequence[tuple[Chunk, int]]) -> None:
-    if new:
-        connection.execute(
-            sa.insert(chunks),
-            [
-                {
-                    "job_id": job_id, "generation": generation, "first": chunk.first, "count": chunk.count,
-                    "state": "pending", "attempts": 0, "losses": losses, "payload": _pack(chunk),
-                }
-                for chunk, losses in new
-            ],
-        )  # fmt: skip
+    if not new:
+        return
+    if connection.dialect.name == "postgresql":
+        rows = [
+            {"first": chunk.first, "count": chunk.count, "losses": losses, "payload": _pack(chunk).hex()}
+            for chunk, losses in new
+        ]
+        given = {"rows": json.dumps(rows), "job": job_id, "generation": generation}
+        connection.execute(_INSERT_ON_POSTGRES, given)
+    else:
+        connection.exec_driver_sql(
+            _INSERT_ON_SQLITE,
+            [(job_id, generation, chunk.first, chunk.count, losses, _pack(chunk)) for chunk, losses in new],
+        )
+
+
+# A commit holds thousands of rows. PostgreSQL is sent them as one document: a statement for each row costs several
+# times as much. SQLite gets them as they are: on their way through SQLAlchemy they take longer than in the database.
+# What may hold characters that PostgreSQL's JSON functions refuse is text inside of the document. A table that grows so
+# fast has outdated statistics, by which hardly any chunk is running; coalesce() keeps the planner from trusting them.
+_DONE_ON_POSTGRES = sa.text(
+    """
+    UPDATE chunks
+    SET state = 'done', attempt = given.by, output = CAST(given.made AS json), payload = NULL, nonce = :nonce
+    FROM json_to_recordset(CAST(:rows AS json)) AS given(chunk bigint, by text, made text)
+    WHERE chunks.id = given.chunk AND coalesce(chunks.job_id = :job AND chunks.state = 'running', false)
+    """
+)
+_DONE_ON_SQLITE = (
+    "UPDATE chunks SET state = 'done', attempt = ?, output = ?, payload = NULL, nonce = ? "
+    "WHERE id = ? AND job_id = ? AND state = 'running'"
+)
+_INSERT_ON_POSTGRES = sa.text(
+    """
+    INSERT INTO chunks (job_id, generation, first, count, state, attempts, losses, payload)
+    SELECT :job, :generation, first, count, 'pending', 0, losses, decode(payload, 'hex')
+    FROM json_to_recordset(CAST(:rows AS json)) AS given(first bigint, count integer, losses integer, payload text)
+    """
+)
+_INSERT_ON_SQLITE = (
+    "INSERT INTO chunks (job_id, generation, first, count, state, attempts, losses, payload) "
+    "VALUES (?, ?, ?, ?, 'pending', 0, ?, ?)"
+)
+
+
+def _made(output: Output) -> str:
+    return json.dumps({"files": output.files, "rows": output.rows, "bytes": output.bytes, "facts": output.facts})
 
 
 def _pack(chunk: Chunk) -> bytes:
-    return zlib.compress(json.dumps(chunk.payload, separators=(",", ":")).encode("ascii"), 1)
+    text = json.dumps(chunk.payload, separators=(",", ":")).encode("ascii")
+    return zlib.compress(text, 1) if len(text) >= _COMPRESSED_FROM else text
 
 
 def _unpack(first: int, count: int, payload: bytes) -> Chunk:
-    return Chunk(first, count, json.loads(zlib.decompress(payload)))
-
-
-def _sum(usage: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
-    return {name: usage.get(name, 0) + more.get(name, 0) for name in {**usage, **more}}
+    text = payload if payload[:1] == b"{" else zlib.decompress(payload)
+    return Chunk(first, count, json.loads(text))
 
 
 def _totals(row: sa.RowMapping, counted: Sequence[Done], more: Mapping[str, float]) -> dict[str, Any]:
-    usage = _sum(row["usage"], more)
-    for each in counted:
-        usage = _sum(usage, each.usage)
+    usage = dict(row["usage"])
+    for each in (more, *(done.usage for done in counted)):
+        for name, number in each.items():
+            usage[name] = usage.get(name, 0) + number
     return {
         "done": row["done"] + sum(each.count for each in counted),
         "dead": row["dead"] + sum(len(each.dead) for each in counted),

@@ -57,6 +57,8 @@ jobs = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("usage", JSON, nullable=False),
     Column("manifest", JSON),
+    # Of the coordinator's last change: tried again because its answer was lost, it is not made twice.
+    Column("nonce", String(32)),
 )
 
 chunks = Table(
@@ -70,10 +72,12 @@ chunks = Table(
     Column("state", String(16), nullable=False),
     Column("attempts", Integer, nullable=False),
     Column("losses", Integer, nullable=False),
-    # What the source needs to read the items; compressed JSON; emptied when the chunk is done.
+    # What the source needs to read the items: JSON, compressed if it is long; emptied when the chunk is done.
     Column("payload", LargeBinary),
     Column("attempt", String(64)),
     Column("output", JSON),
+    # Of the commit that handed it out, or by which it was done.
+    Column("nonce", String(32)),
     Index("chunks_by_state", "job_id", "state", "first"),
 )
 

@@ -14,9 +14,11 @@ from typing import Any
 from tally.engines import progress
 from tally.errors import ItemError, TallyError
 from tally.scorers.base import Scorer, TableResult
-from tally.scorers.package import ModelRef, load
+from tally.scorers.loading import load
+from tally.scorers.reference import ModelRef
 from tally.sinks.base import Output, Sink, Writer
 from tally.sources.base import Batch, Chunk, Source, Timings
+from tally.storage import while_waiting
 from tally.text import storable
 
 STARTUP_SECONDS = 600.0
@@ -82,6 +84,7 @@ class Worker:
 def setup(given: Setup) -> Worker:
     """Load the scorer. Raises ModelError if it cannot be used."""
     progress.busy(0, 0, limit=STARTUP_SECONDS)
+    while_waiting(progress.waiting)  # an item is not to blame for a store that is away
     scorer = load(given.model, given.device)
     if given.overlay:
         from tally.scorers.overlay import Overlay

@@ -1,7 +1,7 @@
 """The model registry: names, immutable versions, aliases with history and rollback.
 
-A version's content is a model package (a folder with ``tally.yaml``), copied to ``<root>/sha256/<hash>``
-and never changed there; identical content is kept once. Every use checks it against its hash.
+A version's content is a model package (a folder with ``tally.yaml``), copied to ``<root>/sha256/<hash>`` of a folder
+or a bucket and never changed there; identical content is kept once. Every use checks it against its hash.
 Names, numbers and aliases are rows of the database. Statements are portable between SQLite and PostgreSQL,
 and any number of processes may use one registry.
 """
@@ -9,13 +9,13 @@ and any number of processes may use one registry.
 from __future__ import annotations
 
 import builtins
-import errno
 import os
+import platform
 import re
 import shutil
-import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,22 +23,29 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tally.errors import ModelChangedError, ModelError, ModelNotFoundError, SpecError, StorageError
+from tally.errors import ModelError, ModelNotFoundError, SpecError, StorageError
+from tally.models.shelf import open_shelf
 from tally.models.tables import model_alias_history, model_aliases, model_versions
-from tally.scorers.content import check_content, content_files, content_hash
-from tally.scorers.package import ModelRef, resolve
+from tally.scorers.content import content_files, content_hash
+from tally.scorers.origin import fetched
+from tally.scorers.package import resolve
+from tally.scorers.reference import ModelRef
 from tally.suggest import did_you_mean
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))?")
 _RETRIES = 100
 
+_ADDED_ON = "added on"
+"""The machine where a version was added, kept among its metadata."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelVersion:
     """One version of one model.
 
-    location: the package's folder. bytes: size of its files. metadata: what was said when it was added.
+    location: path or URL of the package's folder. bytes: size of its files.
+    added_on: the machine, None if that is not known. metadata: what was said when it was added.
     existed: :meth:`Registry.add` found this very content, and added nothing.
     assumed: lines for the user: what was guessed about the model when it was added.
     """
@@ -49,7 +56,8 @@ class ModelVersion:
     kind: str
     bytes: int
     created_at: datetime
-    location: Path
+    location: str
+    added_on: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     existed: bool = False
@@ -67,7 +75,8 @@ class ModelVersion:
             "kind": self.kind,
             "bytes": self.bytes,
             "created_at": self.created_at.isoformat(timespec="seconds"),
-            "location": str(self.location),
+            "location": self.location,
+            "added_on": self.added_on,
             "metadata": dict(self.metadata),
             "aliases": list(self.aliases),
         }
@@ -113,15 +122,17 @@ def open_registry() -> Registry:
     from tally.jobs.store import connect
 
     where = settings()
-    return Registry(connect(where.database), where.home / "models")
+    return Registry(connect(where.database), where.registry)
 
 
 class Registry:
-    """engine: a database that has the tables of ``tally.models.tables``. root: folder of the content."""
+    """engine: a database that has the tables of ``tally.models.tables``. root: of the content, a folder or a bucket's
+    URL."""
 
-    def __init__(self, engine: sa.Engine, root: Path) -> None:
+    def __init__(self, engine: sa.Engine, root: str | Path) -> None:
         self.engine = engine
         self.root = root
+        self._shelf = open_shelf(root)
 
     def add(
         self,
@@ -140,10 +151,11 @@ class Registry:
         _check_name("name", name)
         if alias is not None:
             _check_alias(alias)
-        ref = model if isinstance(model, ModelRef) else resolve(model)
+        ref = fetched(model if isinstance(model, ModelRef) else resolve(model))
         digest, size = self._store(ref)
-        version, existed = self._insert(name, digest, ref.kind, size, dict(metadata or {}))
-        if not self._folder(digest).is_dir():  # the last other use of it was removed meanwhile
+        facts = {**(metadata or {}), _ADDED_ON: platform.node()}
+        version, existed = self._insert(name, digest, ref.kind, size, facts)
+        if not self._shelf.has(digest):  # the last other use of it was removed meanwhile
             self._store(ref)
         if alias is not None:
             self.alias(name, alias, version)
@@ -255,17 +267,44 @@ class Registry:
         return self._version(name, earlier)
 
     def verify(self, name: str, version: int) -> ModelVersion:
-        """Compare a version's content with its hash. Raises ModelChangedError."""
+        """Compare the content that is kept of a version with its hash.
+
+        Raises ModelChangedError, ModelNotFoundError where there is none, StorageError.
+        """
         found = self._version(name, version)
-        check_content(
-            str(found),
-            found.location,
-            (".",),
-            found.hash,
-            what="the registry's copy was changed",
-            hint=f"Add the original again, and it is mended: tally models add {name} MODEL",
-        )
+        with self._explained(found):
+            self._shelf.check(found.hash, str(found))
         return found
+
+    def fetch(self, version: ModelVersion) -> Path:
+        """A folder of this machine with a version's package, checked. Raises as :meth:`verify` does."""
+        with self._explained(version):
+            return self._shelf.fetch(version.hash, str(version))
+
+    def origin(self, version: ModelVersion) -> str | None:
+        """The URL from where every machine fetches a version's content; None if the registry is a folder."""
+        return self._shelf.origin(version.hash)
+
+    @contextmanager
+    def _explained(self, version: ModelVersion) -> Iterator[None]:
+        """Content that is not there may be on the machine where it was added."""
+        try:
+            yield
+        except ModelNotFoundError as error:
+            here = platform.node()
+            name = version.name
+            if version.added_on in (None, here) or self._shelf.origin(version.hash) is not None:
+                error.hint = (
+                    "Is TALLY_REGISTRY what it was when the model was added? If so, add the model again: "
+                    f"tally models add {name} MODEL"
+                )
+            else:
+                error.message += f"; it was added on {version.added_on}"
+                error.hint = (
+                    "Set TALLY_REGISTRY, on all machines, to a folder or a bucket that all of them see, and add the "
+                    f"model again: tally models add {name} MODEL"
+                )
+            raise
 
     def remove(self, name: str, version: int) -> None:
         """Remove a version; its number is not used again.
@@ -296,7 +335,7 @@ class Registry:
                 .where(model_versions.c.hash == found.hash, model_versions.c.removed_at.is_(None))
             )
         if not kept:
-            shutil.rmtree(found.location, ignore_errors=True)
+            self._shelf.remove(found.hash)
 
     # rows
 
@@ -322,8 +361,9 @@ class Registry:
                 kind=row.kind,
                 bytes=row.bytes,
                 created_at=_time(row.created_at),
-                location=self._folder(row.hash),
-                metadata=row.facts,
+                location=self._shelf.address(row.hash),
+                added_on=row.facts.get(_ADDED_ON),
+                metadata={key: value for key, value in row.facts.items() if key != _ADDED_ON},
                 aliases=tuple(pointing.get((row.name, row.version), ())),
             )
             for row in rows
@@ -409,40 +449,23 @@ class Registry:
 
     # content
 
-    def _folder(self, digest: str) -> Path:
-        return self.root / "sha256" / digest.removeprefix("sha256:")
-
     def _store(self, ref: ModelRef) -> tuple[str, int]:
         """Copy the model's package to where its hash says; the hash and its size in bytes."""
-        parent = self.root / "sha256"
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=parent, prefix=".adding-") as temporary:
-                package = Path(temporary) / "package"
+            with self._shelf.making() as folder:
+                package = folder / "package"
                 write_package(ref, package)
                 digest = content_hash(package)
                 size = sum(path.stat().st_size for _, path in content_files(package, (".",)))
-                self._keep(package, digest)
+                self._shelf.put(package, digest)
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(
-                f"cannot copy {ref.name} to {parent}: {error.strerror or error}",
-                hint="Set TALLY_HOME to a folder with enough room that can be written to.",
+                f"cannot copy {ref.name} to {self.root}: {error.strerror or error}",
+                hint="Set TALLY_REGISTRY, or TALLY_HOME, to a folder with enough room that can be written to.",
             ) from error
         return digest, size
-
-    def _keep(self, package: Path, digest: str) -> None:
-        kept = self._folder(digest)
-        try:
-            package.rename(kept)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-        try:
-            check_content(digest, kept, (".",), digest)
-        except ModelChangedError:  # damaged: what was just copied is right
-            kept.rename(package.with_name("damaged"))
-            package.rename(kept)
 
 
 def write_package(ref: ModelRef, folder: Path) -> None:

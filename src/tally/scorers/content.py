@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tally.errors import ModelChangedError
@@ -30,7 +32,7 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     if real in above:  # a link back up
         return
     for path in folder.iterdir():
-        if path.name.startswith(".") or path.name == "__pycache__":
+        if not counts(path.name):
             continue
         if path.is_dir():
             yield from _walk(path, (*above, real))
@@ -38,11 +40,21 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
             yield path
 
 
+def counts(name: str) -> bool:
+    """Whether a file found in a folder belongs to the content. name: relative to that folder."""
+    return not any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
+
+
 def content_hash(location: Path, files: Sequence[str] = (".",)) -> str:
     """``sha256:...`` over every file's name and content (see :func:`content_files`), read in blocks."""
+    return combined((name, file_hash(path)) for name, path in content_files(location, files))
+
+
+def combined(files: Iterable[tuple[str, bytes]]) -> str:
+    """The hash of content whose files have these names and SHA-256, in any order."""
     digest = hashlib.sha256()
-    for name, path in content_files(location, files):
-        digest.update(os.fsencode(name) + b"\0" + file_hash(path))
+    for name, each in sorted((os.fsencode(name), each) for name, each in files):
+        digest.update(name + b"\0" + each)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -72,3 +84,23 @@ def check_content(
         raise ModelChangedError(
             f"model {name}: {what}: {location} has the content {found[:19]}..., not {wanted[:19]}...", hint=hint
         )
+
+
+def external_names(path: Path) -> list[str]:
+    """Names of the files that an ONNX model says hold its large weights.
+
+    Each tensor names its file in a protobuf entry ``{key: "location", value: name}``. Searching for that
+    entry's bytes finds them without reading gigabytes of protobuf into memory.
+    """
+    names: set[str] = set()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for match in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", content):
+            low, *high = match[1]
+            length = (low & 0x7F) | (high[0] << 7 if high else 0)
+            names.add(os.fsdecode(content[match.end() : match.end() + length]))
+    return sorted(name for name in names if not os.path.isabs(name))  # noqa: PTH117
+
+
+def external_data(path: Path) -> list[str]:
+    """Files beside an ONNX model that hold its large weights."""
+    return [name for name in external_names(path) if (path.parent / name).is_file()]

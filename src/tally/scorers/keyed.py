@@ -15,6 +15,7 @@ import numpy as np
 from tally.errors import ModelError, ModelLoadError, ModelNotFoundError, SpecError, TallyError, UntrustedModelError
 from tally.scorers import tabular
 from tally.scorers.base import Scorer
+from tally.scorers.content import counts
 from tally.scorers.keys import DETECTOR, OPEN_MODELS, Key, KeyIndex, ModelPerKey, columns_differ, key_of, or_error
 from tally.scorers.packed import Model, Written, agreed_features, write
 from tally.scorers.sklearn import scorer_of
@@ -32,11 +33,7 @@ def find(template: str, by: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
     ``{Device}`` stands for any part of one name. Raises SpecError if placeholders and ``by`` are not the same,
     ModelNotFoundError if no file matches.
     """
-    named = list(dict.fromkeys(_PLACEHOLDER.findall(template)))
-    problems = [f"{template}: {{{name}}} is no column of the key ({', '.join(by)})" for name in named if name not in by]
-    problems += [f"{template}: the column {name} of the key chooses no model" for name in by if name not in named]
-    if problems:
-        raise SpecError(problems, hint="For example: --model-per Device,Tag='models/{Device}_{Tag}.skops'")
+    _check_columns(template, by)
     parts = Path(template).parts
     first = next(index for index, part in enumerate(parts) if _PLACEHOLDER.search(part))
     folder = Path(*parts[:first])
@@ -46,6 +43,35 @@ def find(template: str, by: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
         there = f"the folder {folder} does not exist" if not folder.is_dir() else f"{folder} was searched"
         raise ModelNotFoundError(f"no model file matches {template!r}", hint=f"{there[0].upper()}{there[1:]}.")
     return folder, tuple(sorted(files))
+
+
+def local_template(template: str, by: Sequence[str]) -> tuple[str, str | None]:
+    """The template for :func:`find`; of a URL, whose objects are fetched, also the URL of the folder that they are in.
+
+    Raises as :func:`find` does.
+    """
+    from tally.scorers.download import folder as fetched
+    from tally.storage import is_url, open_store
+
+    if not is_url(template):
+        return template, None
+    _check_columns(template, by)
+    folder, within = template[: (cut := template.rindex("/", 0, template.index("{")))], template[cut + 1 :]
+    pattern = _pattern(within)
+    depth = within.count("/")
+    entries = open_store(folder).list(enter=lambda name: name.count("/") < depth)
+    names = [entry.name for entry in entries if pattern.fullmatch(entry.name) and counts(entry.name)]
+    if not names:
+        raise ModelNotFoundError(f"no model file matches {template!r}", hint=f"{folder} was searched.")
+    return str(fetched(folder, names) / within), folder
+
+
+def _check_columns(template: str, by: Sequence[str]) -> None:
+    named = list(dict.fromkeys(_PLACEHOLDER.findall(template)))
+    problems = [f"{template}: {{{name}}} is no column of the key ({', '.join(by)})" for name in named if name not in by]
+    problems += [f"{template}: the column {name} of the key chooses no model" for name in by if name not in named]
+    if problems:
+        raise SpecError(problems, hint="For example: --model-per Device,Tag='models/{Device}_{Tag}.skops'")
 
 
 def _walk(folder: Path, parts: Sequence[str], above: str = "") -> Iterator[str]:
@@ -183,14 +209,22 @@ class Opened:
 
 
 def open_model(
-    folder: Path, file: str, features: Sequence[str] | int | None, *, trusted: bool, device: str = "cpu"
+    folder: Path,
+    file: str,
+    features: Sequence[str] | int | None,
+    *,
+    trusted: bool,
+    device: str = "cpu",
+    called: str | None = None,
 ) -> Opened:
-    """Open one model file that takes ``features``. Raises ModelNotFoundError, ModelLoadError, UntrustedModelError,
-    SpecError."""
+    """Open one model file that takes ``features``. called: what messages call the folder.
+
+    Raises ModelNotFoundError, ModelLoadError, UntrustedModelError, SpecError.
+    """
     from tally.scorers.sklearn import FORMATS, open_estimator
 
     path = folder / file
-    name = f"{folder.name}/{file}"
+    name = f"{called or folder.name}/{file}"
     if path.suffix.lower() == ".onnx":
         from tally.scorers import onnx_table
 
@@ -230,6 +264,7 @@ class KeyedScorer(ModelPerKey):
             batch_size=self.options.batch_size,
         )
         self._folder, self._device = Path(self.options.folder), "cpu"
+        self._called = self._folder.name  # wherever a machine has it: the same key fails with the same words
         self._numbers = {name: number for number, name in enumerate(self.options.files)}
         self._members = lru_cache(OPEN_MODELS)(self._member)
 
@@ -242,7 +277,7 @@ class KeyedScorer(ModelPerKey):
             return None
         if found is None:
             return f"{' and '.join(name for name in self.by if key[name] is None)} is null, which chooses no model"
-        return f"there is no model {self._folder.name}/{self._path(found)}"
+        return f"there is no model {self._called}/{self._path(found)}"
 
     def _path(self, key: Sequence[str]) -> str:
         values = dict(zip(self.by, key, strict=True))
@@ -264,8 +299,15 @@ class KeyedScorer(ModelPerKey):
         file = self.options.files[number]
 
         def open_one() -> Opened:
-            opened = open_model(self._folder, file, self.features, trusted=self.options.trusted, device=self._device)
-            if problem := columns_differ(opened.columns, self.columns, f"{self._folder.name}/{file}"):
+            opened = open_model(
+                self._folder,
+                file,
+                self.features,
+                trusted=self.options.trusted,
+                device=self._device,
+                called=self._called,
+            )
+            if problem := columns_differ(opened.columns, self.columns, f"{self._called}/{file}"):
                 raise ModelLoadError(problem)
             return opened
 
@@ -292,6 +334,7 @@ def pack(template: str, by: Sequence[str], folder: Path, *, name: str | None = N
     The values of keys are what stands in the files' names: whole numbers in a column where all are, else text.
     Raises ModelLoadError with every file that cannot be packed, and what :func:`find` and ``write`` raise.
     """
+    template, _ = local_template(template, by)
     above, files = find(template, by)
     within = Path(template).relative_to(above).as_posix()
     keys, problems = [], []

@@ -1,31 +1,25 @@
-"""From what a user calls a model to a loaded scorer.
+"""From what a user calls a model to a reference that names its content.
 
 :func:`resolve` turns a path, a registry name, a URL or a Python object into a :class:`ModelRef`, which is
-small, JSON-able and names the content by its hash. Workers turn that into a scorer with :func:`load`,
-which refuses content that has changed since.
+small, JSON-able and names the content by its hash. Workers turn that into a scorer
+(:mod:`tally.scorers.loading`).
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
-import importlib
 import inspect
 import json
-import mmap
 import os
 import re
 import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
-from tally.config import settings as environment
 from tally.errors import (
     ModelLoadError,
     ModelNotFoundError,
@@ -35,77 +29,23 @@ from tally.errors import (
     UntrustedModelError,
 )
 from tally.scorers.base import Scorer
-from tally.scorers.content import check_content, content_hash
-from tally.suggest import closest, did_you_mean
-
-Kind: TypeAlias = Literal["onnx", "onnx_table", "sklearn", "pyfunc", "packed", "keyed", "script", "python", "object"]
+from tally.scorers.content import check_content, content_hash, external_data
+from tally.scorers.origin import carried_to, carry, fetched, is_here
+from tally.scorers.package_file import read_package, script_options, sidecar
+from tally.scorers.python import check_options, import_class, local_modules, scorer_class
+from tally.scorers.reference import FILES, Kind, ModelRef
+from tally.suggest import closest
 
 SUPPORTED = (
     ".onnx and .skops files, .py files (init() and run(), or a Scorer), and folders with a tally.yaml or an MLmodel"
 )
-FILES = (".onnx", ".skops", ".joblib", ".pkl", ".pickle", ".parquet", "MLmodel")
-"""What the names of models that are files end with."""
 PICKLES = frozenset({".pkl", ".pickle", ".joblib", ".pt", ".pth", ".th"})
 """Suffixes of files whose opening can run code that they carry."""
 _ESTIMATORS = frozenset({".skops", ".joblib", ".pkl", ".pickle"})
 
-BATCH_LIMIT = 65_536
-"""Items in one batch, at most."""
-
 _PLACEHOLDER = re.compile(r"\{[^{}]+\}")
 _IMPORTABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelRef:
-    """A model, resolved: all that a worker needs to load it. JSON-able (:meth:`to_dict`).
-
-    location: absolute local folder that ``files`` are relative to.
-    entry: what to load: a file in it, ``file.py:Class`` or ``module:Class``.
-    files: the files and folders that the hash covers; absolute ones lie elsewhere.
-    artifacts: folder handed to ``Scorer.load``, relative to ``location`` unless absolute.
-    options: the scorer's options, fully resolved. declared: what a package or the user said of them.
-    hash: ``sha256:...`` of every file's relative path and content; see :func:`content_hash`.
-    version: in the registry; None for a model that does not come from it.
-    trusted: the user allowed code that the artifacts carry to run.
-    assumed: one line for the user for each thing that was guessed.
-    """
-
-    kind: Kind
-    name: str
-    location: Path
-    entry: str
-    hash: str
-    options: dict[str, Any] = field(default_factory=dict)
-    declared: dict[str, Any] = field(default_factory=dict)
-    files: tuple[str, ...] = (".",)
-    artifacts: str = "."
-    version: int | None = None
-    trusted: bool = False
-    assumed: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "location": str(self.location),
-            "files": list(self.files),
-            "assumed": list(self.assumed),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelRef:
-        known = {each.name for each in fields(cls)}
-        return cls(
-            **{
-                **{name: value for name, value in values.items() if name in known},
-                "location": Path(values["location"]),
-                "files": tuple(values["files"]),
-                "assumed": tuple(values["assumed"]),
-            }
-        )
-
-    def __str__(self) -> str:
-        return f"{self.name} (version {self.version})" if self.version is not None else self.name
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,23 +78,17 @@ def resolve(
     """Find a model, check it without scoring anything, and name it by its content.
 
     model: a ``.onnx`` or ``.skops`` file, a ``.py`` file, a folder with ``tally.yaml`` or ``MLmodel``,
-        ``package.module:Class``, ``models:/name``, ``models:/name/3``, ``models:/name@alias``, an ``https://`` URL
-        that ends in ``#sha256=...``, or a Scorer (an object or a class); with ``by``, columns of a table, also one
-        file for each key, ``models/{column}.skops``.
+        ``package.module:Class``, ``models:/name``, ``models:/name/3``, ``models:/name@alias``, a file or folder in
+        a bucket, an ``https://`` URL that ends in ``#sha256=...``, or a Scorer (an object or a class); with ``by``,
+        columns of a table, also one file for each key, ``models/{column}.skops``.
+    labels, artifacts: paths, or URLs in a bucket.
     settings: options that override what the package declares; keys may be dotted
         (``{"preprocess.channels": "bgr"}``).
     trust: allow artifacts whose opening runs code that they carry (pickles).
 
     Raises SpecError, ModelNotFoundError, ModelLoadError, ModelChangedError, UntrustedModelError.
     """
-    given = _Given(
-        task,
-        None if labels is None else str(_absolute(labels)),
-        None if artifacts is None else str(_absolute(artifacts)),
-        settings,
-        by,
-        trust,
-    )
+    given = _Given(task, _given_file(labels), _given_folder(artifacts), settings, by, trust)
     if given.artifacts is not None and not Path(given.artifacts).is_dir():
         raise SpecError(f"there is no folder {given.artifacts!r}", hint="--artifacts names the folder of weights.")
     if given.labels is not None and not Path(given.labels).is_file():
@@ -164,10 +98,8 @@ def resolve(
     text = str(model)
     if text.startswith("models:/"):
         return _from_registry(text, given)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
-        from tally.scorers.download import download
-
-        return _from_path(download(text), given)
+    if _URL.match(text):
+        return _from_url(text, given)
     path = _absolute(model)
     if path.exists():
         return _from_path(path, given)
@@ -184,12 +116,75 @@ def resolve(
     raise _not_found(text, path)
 
 
+def _given_file(place: str | Path | None) -> str | None:
+    if place is None or not _URL.match(str(place)):
+        return None if place is None else str(_absolute(place))
+    from tally.scorers.download import file
+
+    return str(file(str(place)))
+
+
+def _given_folder(place: str | Path | None) -> str | None:
+    if place is None or not _URL.match(str(place)):
+        return None if place is None else str(_absolute(place))
+    from tally.scorers.download import folder
+
+    return str(folder(str(place)))
+
+
+def _from_url(url: str, given: _Given) -> ModelRef:
+    """A model on the web, in a bucket, or a ``file://``."""
+    from tally.scorers.download import download, model
+    from tally.storage import local_of
+
+    scheme = url.partition(":")[0].lower()
+    if scheme in ("http", "https"):
+        return _from_path(download(url), given)
+    if scheme == "file":
+        return resolve(
+            local_of(url),
+            task=given.task,
+            labels=given.labels,
+            artifacts=given.artifacts,
+            settings=given.settings,
+            by=given.by,
+            trust=given.trust,
+        )
+    if _PLACEHOLDER.search(url):
+        return _keyed(url, given)
+    path, origin = model(url)
+    with _told_as(path if path.is_dir() else path.parent, origin):
+        ref = _from_path(path, given)
+    return _at_origin(ref, path if path.is_dir() else path.parent, origin)
+
+
+def _at_origin(ref: ModelRef, folder: Path, origin: str) -> ModelRef:
+    """The reference of a model whose folder was fetched. What lies elsewhere (labels, say) has no place there."""
+    assumed = tuple(line.replace(str(folder), origin) for line in ref.assumed)
+    alone = not any(os.path.isabs(each) for each in ref.files)  # noqa: PTH117
+    return replace(ref, assumed=assumed, origin=origin if alone else None)
+
+
+@contextmanager
+def _told_as(folder: Path, origin: str) -> Iterator[None]:
+    """What goes wrong is told of the place that the user gave, not of the copy in the cache."""
+    try:
+        yield
+    except TallyError as error:
+        error.message = error.message.replace(str(folder), origin)
+        if error.hint is not None:
+            error.hint = error.hint.replace(str(folder), origin)
+        raise
+
+
 def _absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - keeps links, drops ".."
 
 
 def _not_found(text: str, path: Path) -> ModelNotFoundError:
-    hint = f"A model is one of {SUPPORTED}, package.module:Class, models:/name, or an https:// URL."
+    hint = (
+        f"A model is one of {SUPPORTED}, package.module:Class, models:/name, or a URL: s3://, az://, gs:// or https://."
+    )
     try:
         names = [each.name for each in path.parent.iterdir()]
     except OSError:
@@ -211,7 +206,7 @@ def _from_path(path: Path, given: _Given) -> ModelRef:
     if suffix == ".py":
         return _code(path.parent, path.name, given)
     if path.name.endswith(FILES) or suffix in FILES:
-        return _file(path.parent, path.name, (), _sidecar(path), given)
+        return _file(path.parent, path.name, (), sidecar(path), given)
     raise ModelLoadError(
         f"{path}: {suffix + ' files' if suffix else 'files without a suffix'} cannot be scored",
         hint=f"Supported are {SUPPORTED}.",
@@ -247,17 +242,7 @@ def _check_readable(path: Path, trust: bool) -> None:
             )
 
 
-def _sidecar(path: Path) -> dict[str, Any]:
-    """The options declared beside a model, in ``model.onnx.yaml``."""
-    from tally.scorers.package_file import read_yaml
-
-    declared = path.with_name(path.name + ".yaml")
-    return read_yaml(declared) if declared.is_file() else {}
-
-
 def _from_package(folder: Path, given: _Given) -> ModelRef:
-    from tally.scorers.package_file import read_package
-
     described = folder / "tally.yaml"
     if not described.is_file() and (folder / "MLmodel").is_file():
         return replace(_file(folder, "MLmodel", (".",), {}, given), name=folder.name)
@@ -321,7 +306,7 @@ def _file(folder: Path, name: str, files: tuple[str, ...], declared: Mapping[str
     options = _merged(declared, given.settings)
     if given.task is not None:
         options["task"] = given.task
-    covered = files or (name, *(_external_data(path) if kind.startswith("onnx") else ()))
+    covered = files or (name, *(external_data(path) if kind.startswith("onnx") else ()))
     labels = given.labels or options.get("labels")
     if isinstance(labels, str):
         from tally.scorers.vision import read_labels
@@ -389,7 +374,7 @@ def _remembered(
     which takes seconds, and workers do it anyway."""
     from importlib import metadata
 
-    from tally.storage import cache_folder
+    from tally.storage import cache_folder, open_store
 
     versions = []
     for name in ("tally-scoring", "scikit-learn", "skops"):
@@ -402,7 +387,7 @@ def _remembered(
         return cast("dict[str, Any]", json.loads(known.read_text("utf-8")))
     found = inspect()
     with suppress(StorageError):  # it is found out again
-        _write_private(known, json.dumps(found).encode())
+        open_store(known.parent).write(known.name, json.dumps(found).encode())
     return found
 
 
@@ -417,13 +402,15 @@ def _keyed(template: str, given: _Given) -> ModelRef:
             hint=f"Say which: --model-per {columns}='{template}'",
         )
     given.only_for(["task", "labels", "artifacts"], "a model for each key", "They describe one model.")
-    folder, files = keyed.find(str(_absolute(template)), given.by)
+    local, origin = keyed.local_template(template, given.by)
+    folder, files = keyed.find(str(_absolute(local)), given.by)
     if not given.trust:  # one that is damaged is its key's trouble alone
         for name in files:
             with suppress(ModelLoadError):
                 _check_readable(folder / name, given.trust)
-    within = str(_absolute(template).relative_to(folder))
-    options = keyed.inspect(within, given.by, folder, files, _merged({}, given.settings), trusted=given.trust)
+    within = str(_absolute(local).relative_to(folder))
+    with _told_as(folder, origin or str(folder)):
+        options = keyed.inspect(within, given.by, folder, files, _merged({}, given.settings), trusted=given.trust)
     assumed = tuple(options.pop("assumed", ()))
     return ModelRef(
         kind="keyed",
@@ -435,6 +422,7 @@ def _keyed(template: str, given: _Given) -> ModelRef:
         options=options,
         trusted=given.trust,
         assumed=assumed,
+        origin=origin,
     )
 
 
@@ -443,21 +431,6 @@ def _cover(files: tuple[str, ...], folder: Path, path: Path) -> tuple[str, ...]:
     if not path.is_relative_to(folder):
         return (*files, str(path))
     return files if "." in files else (*files, str(path.relative_to(folder)))
-
-
-def _external_data(path: Path) -> list[str]:
-    """Files beside an ONNX model that hold its large weights.
-
-    Each tensor names its file in a protobuf entry ``{key: "location", value: name}``. Searching for that
-    entry's bytes finds them without reading gigabytes of protobuf into memory.
-    """
-    names: set[str] = set()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for match in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", content):
-            low, *high = match[1]
-            length = (low & 0x7F) | (high[0] << 7 if high else 0)
-            names.add(os.fsdecode(content[match.end() : match.end() + length]))
-    return sorted(name for name in names if not os.path.isabs(name) and (path.parent / name).is_file())  # noqa: PTH117
 
 
 def _code(
@@ -476,7 +449,7 @@ def _code(
     path = folder / file
     options = _merged(declared, given.settings)
     assumed: tuple[str, ...] = ()
-    covered = files or tuple(str(each.relative_to(folder)) for each in _local_modules(path))
+    covered = files or tuple(str(each.relative_to(folder)) for each in local_modules(path))
     place = given.artifacts or artifacts
     if place is not None:
         covered = _cover(covered, folder, folder / place)
@@ -487,11 +460,11 @@ def _code(
             warning = f"AZUREML_MODEL_DIR: no --artifacts given, assumed {folder}; "
             assumed = (warning + "weights that the script reads there are not part of the model's hash",)
     else:
-        scorer = _scorer_class(path, wanted)
+        scorer = scorer_class(path, wanted)
         kind, entry, resolved = (
             "python",
             f"{file}:{scorer.__name__}",
-            _check_options(scorer, options, str(path)),
+            check_options(scorer, options, str(path)),
         )
     return ModelRef(
         kind=kind,
@@ -507,74 +480,13 @@ def _code(
     )
 
 
-def _local_modules(path: Path) -> list[Path]:
-    """The file, and the modules beside it that it imports, and that they import."""
-    from modulefinder import ModuleFinder
-
-    from tally.scorers.script import outline
-
-    outline(path)  # says what is wrong if it is not Python
-    finder = ModuleFinder(path=[str(path.parent)])
-    finder.run_script(str(path))
-    found = {Path(file) for each in finder.modules.values() if (file := getattr(each, "__file__", None))}
-    return [path, *sorted(found - {path})]
-
-
 def _script(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    from tally.scorers.package_file import script_options
     from tally.scorers.script import form_of
 
     resolved = script_options(path, options).model_dump(exclude_none=True)
     if resolved["form"] == "auto":
         resolved["form"] = form_of(path)
     return resolved
-
-
-def _scorer_class(path: Path, wanted: str) -> type[Scorer]:
-    """The one Scorer that a file defines, or the one called ``wanted``."""
-    from tally.scorers.script import load_module
-
-    module = load_module(path)
-    found = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, Scorer) and value.__module__ == module.__name__
-    }
-    if wanted:
-        if wanted not in found:
-            raise ModelLoadError(f"{path} defines no Scorer called {wanted!r}{did_you_mean(wanted, list(found))}")
-        return found[wanted]
-    if len(found) != 1:
-        raise ModelLoadError(
-            f"{path} defines {', '.join(found)}: which one is meant?"
-            if found
-            else f"{path} defines neither init() and run(), nor a subclass of tally.Scorer",
-            hint=f"Name it: {path.name}:{next(iter(found))}" if found else "'tally new scorer NAME' writes one.",
-        )
-    return next(iter(found.values()))
-
-
-def _check_options(scorer: type[Scorer], options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Options are the constructor's keyword arguments, besides ``batch_size``."""
-    parameters = inspect.signature(scorer).parameters
-    known = [name for name, each in parameters.items() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    problems = [
-        f"{where}: {scorer.__name__} has no option {name!r}" + did_you_mean(name, [*known, "batch_size"])
-        for name in options
-        if name not in known and name != "batch_size" and not open_ended
-    ]
-    problems += [
-        f"{where}: {scorer.__name__} needs the option {name!r}"
-        for name in known
-        if parameters[name].default is inspect.Parameter.empty and name not in options
-    ]
-    size = options.get("batch_size", 1)
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= BATCH_LIMIT:
-        problems.append(f"{where}: batch_size must be a whole number from 1 to {BATCH_LIMIT}, not {size!r}")
-    if problems:
-        raise SpecError(problems, hint="An option of a scorer is a keyword argument of its constructor.")
-    return dict(options)
 
 
 def _from_import(text: str, given: _Given) -> ModelRef:
@@ -593,8 +505,8 @@ def _imported(
 ) -> ModelRef:
     """A class ``module:Class``; its module's file counts for the hash, or the whole package it is part of."""
     given.only_for(["task", "labels"], f"the class {text}", "They describe ONNX models; code knows its own.")
-    scorer = _import(text, folder)
-    options = _check_options(scorer, _merged(declared, given.settings), text)
+    scorer = import_class(text, folder)
+    options = check_options(scorer, _merged(declared, given.settings), text)
     source = inspect.getsourcefile(scorer)
     if source is None:
         raise ModelLoadError(f"{text} has no source file")
@@ -616,33 +528,6 @@ def _imported(
     )
 
 
-def _import(text: str, folder: Path | None) -> type[Scorer]:
-    if folder is not None and str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    module, _, name = text.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        ours = error.name is not None and (module == error.name or module.startswith(error.name + "."))
-        raise ModelNotFoundError(
-            f"{text}: there is no module {error.name!r}",
-            hint=f"It is looked for in {Path.cwd()} and among what is installed in {sys.prefix}."
-            if ours
-            else f"Install {error.name!r} into the environment that runs Tally ({sys.prefix}).",
-        ) from None
-    except Exception as error:
-        raise ModelLoadError(f"{text}: importing {module} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(found, type) or not issubclass(found, Scorer) or found is Scorer:
-        scorers = [
-            key
-            for key, value in vars(sys.modules[module]).items()
-            if isinstance(value, type) and issubclass(value, Scorer)
-        ]
-        what = "is not a subclass of tally.Scorer" if found is not None else f"does not exist in {module}"
-        raise ModelLoadError(f"{text}: {name} {what}{did_you_mean(name, scorers)}")
-    return found
-
-
 def _from_object(model: object, given: _Given) -> ModelRef:
     """A live Scorer, carried to the workers by its pickled form in a private file."""
     kind = model if isinstance(model, type) else type(model)
@@ -653,7 +538,7 @@ def _from_object(model: object, given: _Given) -> ModelRef:
         )
     given.only_for(["task", "labels"], f"the object {kind.__name__}", "They describe ONNX models; code knows its own.")
     if isinstance(model, type):
-        options = _check_options(kind, given.settings, kind.__name__)
+        options = check_options(kind, given.settings, kind.__name__)
     elif unknown := [name for name in given.settings if name != "batch_size"]:
         raise SpecError(
             f"{kind.__name__} is a finished object: {', '.join(unknown)} can no longer be set",
@@ -661,17 +546,17 @@ def _from_object(model: object, given: _Given) -> ModelRef:
         )
     else:
         options = dict(given.settings)
-    content = _pickled(model, kind.__name__)
-    folder = environment().home / "objects" / hashlib.sha256(content).hexdigest()
-    _write_private(folder / "scorer.pkl", content)
-    files: tuple[str, ...] = ("scorer.pkl",)
+    from tally.scorers import live
+
+    folder = live.store(model, kind.__name__)
+    files: tuple[str, ...] = (live.PICKLED,)
     if given.artifacts is not None:
         files = _cover(files, folder, Path(given.artifacts))
     return ModelRef(
         kind="object",
         name=kind.__name__,
         location=folder,
-        entry="scorer.pkl",
+        entry=live.PICKLED,
         files=files,
         artifacts=given.artifacts or ".",
         hash=content_hash(folder, files),
@@ -680,126 +565,15 @@ def _from_object(model: object, given: _Given) -> ModelRef:
     )
 
 
-def _pickled(model: object, name: str) -> bytes:
-    import cloudpickle
-
-    try:
-        content = cast("bytes", cloudpickle.dumps(model))
-    except Exception as error:
-        raise SpecError(
-            f"{name} cannot be sent to worker processes: {type(error).__name__}: {error}",
-            hint="Open files, sessions and locks in load(), which runs in the worker.",
-        ) from error
-    # Cloudpickle marks classes of notebooks and __main__ with random ids, which would give the same program
-    # another hash in every run. Ids derived from the content serve their purpose as well.
-    tracked = getattr(cloudpickle.cloudpickle, "_DYNAMIC_CLASS_TRACKER_BY_CLASS", {})
-    marks = [mark for mark in (each.encode() for each in tracked.values()) if mark in content]
-    marks.sort(key=content.index)
-    bare = functools.reduce(lambda text, mark: text.replace(mark, b"0" * 32), marks, content)
-    for number, mark in enumerate(marks):
-        digest = hashlib.sha256(bare + bytes([number % 256])).hexdigest()[:32]
-        content = content.replace(mark, digest.encode())
-    return content
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Write a file that only this user can read, whole or not at all."""
-    if path.is_file():
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # mode 0600
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(temporary).replace(path)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}",
-            hint="Set TALLY_HOME to a folder that can be written to.",
-        ) from error
-
-
 def _from_registry(text: str, given: _Given) -> ModelRef:
     from tally.models.registry import open_registry
 
     registry = open_registry()
-    found = registry.get(text)
-    version = registry.verify(found.name, found.version)
-    ref = _from_package(version.location, given)
-    return replace(ref, name=version.name, version=version.version)
-
-
-def create(ref: ModelRef) -> Scorer:
-    """The scorer, not loaded: tells its input, size, batch size, output and columns."""
-    options = dict(ref.options)
-    path = ref.location / ref.entry
-    scorer: Scorer
-    if ref.kind == "script":
-        from tally.scorers.script import ScriptScorer
-
-        return ScriptScorer(path, **options)
-    if ref.kind not in ("object", "python"):
-        return _ready_made(ref.kind, options)
-    size = options.pop("batch_size", None)
-    if ref.kind == "object":
-        scorer = _unpickled(ref, options)
-    else:
-        scorer = _constructed(ref, options)
-    if size is not None:
-        scorer.batch_size = size
-    return scorer
-
-
-def _ready_made(kind: Kind, options: dict[str, Any]) -> Scorer:
-    if kind == "onnx":
-        from tally.scorers.onnx import OnnxVisionScorer
-
-        return OnnxVisionScorer(options)
-    if kind == "onnx_table":
-        from tally.scorers.onnx_table import OnnxTableScorer
-
-        return OnnxTableScorer(options)
-    if kind == "pyfunc":
-        from tally.scorers.pyfunc import PyfuncScorer
-
-        return PyfuncScorer(options)
-    if kind == "packed":
-        from tally.scorers.packed import PackedScorer
-
-        return PackedScorer(options)
-    if kind == "keyed":
-        from tally.scorers.keyed import KeyedScorer
-
-        return KeyedScorer(options)
-    from tally.scorers.sklearn import SklearnScorer
-
-    return SklearnScorer(options)
-
-
-def _constructed(ref: ModelRef, options: Mapping[str, Any]) -> Scorer:
-    file, separator, name = ref.entry.rpartition(".py:")
-    found = _scorer_class(ref.location / f"{file}.py", name) if separator else _import(ref.entry, ref.location)
-    try:
-        return found(**options)
-    except TallyError:
-        raise
-    except Exception as error:
-        raise ModelLoadError(f"{ref.entry}: making the scorer failed: {type(error).__name__}: {error}") from error
-
-
-def _unpickled(ref: ModelRef, options: Mapping[str, Any]) -> Scorer:
-    import cloudpickle
-
-    # Before anything in it runs.
-    check_content(ref.name, ref.location, ref.files, ref.hash)
-    try:
-        found = cloudpickle.loads((ref.location / ref.entry).read_bytes())
-        return cast("Scorer", found(**options) if isinstance(found, type) else found)
-    except Exception as error:
-        raise ModelLoadError(
-            f"{ref.name} cannot be brought back: {type(error).__name__}: {error}",
-            hint="The modules that it uses must be importable in the workers too.",
-        ) from error
+    version = registry.get(text)
+    folder = registry.fetch(version)
+    ref = replace(_from_package(folder, given), name=version.name, version=version.version)
+    origin = registry.origin(version)
+    return ref if origin is None else _at_origin(ref, folder, origin)
 
 
 def refreshed(ref: ModelRef) -> ModelRef:
@@ -807,31 +581,16 @@ def refreshed(ref: ModelRef) -> ModelRef:
     changed. Raises ModelChangedError."""
     if ref.kind != "keyed":
         return ref
-    verify(ref)
     said = {name: value for name in ("features", "batch_size") if (value := ref.options.get(name)) is not None}
     given = _Given(None, None, None, said, ref.options["by"], ref.trusted)
-    return replace(_keyed(str(ref.location / ref.entry), given), name=ref.name)
-
-
-def verify(ref: ModelRef) -> None:
-    """Raises ModelChangedError unless the content is still what it was when the model was resolved."""
+    if _URL.match(ref.name):
+        found = _keyed(ref.name, given)
+        check_content(str(ref), found.location, ref.files, ref.hash)
+        return found
+    if not is_here(ref, any):
+        fetched(ref)
+        return ref  # what is new comes to another machine
     check_content(str(ref), ref.location, ref.files, ref.hash)
-
-
-def load(ref: ModelRef, device: str) -> Scorer:
-    """The scorer, loaded on ``device``, after checking that the content is still what it was.
-
-    Raises ModelChangedError, ModelLoadError.
-    """
-    verify(ref)
-    scorer = create(ref)
-    try:
-        scorer.load(ref.location / ref.artifacts, device)
-    except TallyError:
-        raise
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise ModelLoadError(
-            f"{ref}: load() failed: {type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
-        ) from error
-    return scorer
+    found = replace(_keyed(str(ref.location / ref.entry), given), name=ref.name)
+    place = carried_to(ref)
+    return found if place is None else carry(found, place)

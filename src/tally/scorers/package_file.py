@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tally.errors import SpecError
-from tally.scorers.package import BATCH_LIMIT, FILES
+from tally.scorers.reference import BATCH_LIMIT, FILES
 from tally.suggest import did_you_mean
 
 
@@ -59,6 +59,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SpecError(f"{path} must hold fields (name: value), not {type(values).__name__}")
     return values
+
+
+def sidecar(path: Path) -> dict[str, Any]:
+    """The options declared beside a model, in ``model.onnx.yaml``."""
+    declared = path.with_name(path.name + ".yaml")
+    return read_yaml(declared) if declared.is_file() else {}
 
 
 def read_package(path: Path) -> Package:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tally.errors import ItemError, ModelLoadError, SpecError
 from tally.scorers.base import Results, TableResult
-from tally.scorers.package import BATCH_LIMIT
+from tally.scorers.reference import BATCH_LIMIT
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,7 +16,7 @@ A merged output (``out.csv``) has ``out.csv.tally/`` for the first, and ``out.cs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,13 +94,19 @@ class Sink(ABC):
 
     @abstractmethod
     def finalize(
-        self, outputs: Iterable[Output], dead: Iterable[dict[str, Any]], manifest: dict[str, Any]
+        self,
+        outputs: Iterable[Output],
+        dead: Iterable[dict[str, Any]],
+        manifest: dict[str, Any],
+        *,
+        confirm: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Assemble the committed outputs, in the order given, into the final files.
 
         dead: rows ``key, stage, error`` of the dead items, written beside the results.
         manifest: facts about the job; ``generation`` in it counts how often the job was opened again
         (``jobs retry``): results of earlier generations are kept and added to.
+        confirm: called before each step that changes what others see; raises if the output is not ours any more.
         Writes ``_manifest.json``, then ``_SUCCESS``, then removes the staging folder. Repeating it after
         a crash at any point gives the same files. Returns the manifest as written, with ``files``.
         """
@@ -108,6 +114,13 @@ class Sink(ABC):
     @abstractmethod
     def release(self) -> None:
         """Remove staging files and the claim: the job is deleted or cancelled for good."""
+
+    @abstractmethod
+    def withdraw(self) -> None:
+        """The job is another coordinator's by now, and this one's workers have ended.
+
+        If the output is finished, remove what they staged since; else finalizing will.
+        """
 
     @abstractmethod
     def committed(self, outputs: Iterable[Output]) -> tuple[str, list[str]]:

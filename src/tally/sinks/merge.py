@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tally import scratch
 from tally.sinks import columns
 from tally.sinks.columns import KEY
 from tally.sinks.staging import File, Place
@@ -96,7 +96,7 @@ def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBa
 
     target = pa.schema([field for field in given if field.name != by])
     found: Any
-    with tempfile.TemporaryDirectory(prefix="tally-sort-") as folder, duckdb.connect(":memory:") as connection:
+    with scratch.folder("sort") as folder, duckdb.connect(":memory:") as connection:
         connection.execute(f"SET memory_limit = '{_SORT_BYTES}B'; SET temp_directory = {_quoted(Path(folder))}")
         connection.execute("SET enable_progress_bar = false")
         connection.register("batches", pa.RecordBatchReader.from_batches(given, iter(batches)))
@@ -224,7 +224,7 @@ def _widen(source: Path, target: Path, names: Sequence[str]) -> None:
     import duckdb
 
     extra = "".join(f', NULL AS "{name.replace(chr(34), chr(34) * 2)}"' for name in names)
-    with duckdb.connect(":memory:", config={"threads": 1}) as connection, tempfile.TemporaryDirectory() as folder:
+    with duckdb.connect(":memory:", config={"threads": 1}) as connection, scratch.folder("merge") as folder:
         given = _quoted(plain_path(source, folder))
         try:
             connection.execute(
@@ -239,11 +239,11 @@ CSV = """header = true, delim = ',', quote = '"', escape = '"', nullstr = '', al
 """How DuckDB is to read the CSV files written here: an empty text stays different from nothing."""
 
 
-def plain_path(path: Path, folder: str, number: int = 0) -> Path:
+def plain_path(path: Path, folder: Path, number: int = 0) -> Path:
     """The path, or where DuckDB would take it for a pattern, that of a link made in the folder."""
     if not re.search(r"[*?\[\]{}]", str(path)):
         return path
-    link = Path(folder, f"{number:06d}{path.suffix}")
+    link = folder.joinpath(f"{number:06d}{path.suffix}")
     link.symlink_to(path)
     return link
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,6 +10,7 @@ from typing import Any, TypeAlias
 import duckdb
 import pyarrow as pa
 
+from tally import scratch
 from tally.errors import SpecError, StorageError
 from tally.sinks.base import Output, Sink
 from tally.sinks.columns import KEY, printable, schema_of, type_named
@@ -48,9 +48,9 @@ def rows(sink: Sink, outputs: Iterable[Output]) -> pa.Table:
 def _query(sink: Sink, outputs: list[Output], sql: str, dead: pa.Table) -> pa.Table:
     kind, places = sink.committed(outputs)
     manifest = sink.manifest() if isinstance(sink, StagedSink) else None
-    with tempfile.TemporaryDirectory(prefix="tally-query-") as spill, duckdb.connect(":memory:") as connection:
+    with scratch.folder("query") as spill, duckdb.connect(":memory:") as connection:
         paths = [str(plain_path(_local(place), spill, number)) for number, place in enumerate(places)]
-        connection.execute(f"SET temp_directory = {_text(spill)}")
+        connection.execute(f"SET temp_directory = {_text(str(spill))}")
         connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")
         connection.execute("SET enable_external_file_cache = false")  # a file may be replaced between two queries
         connection.execute(f"SET python_enable_replacements = false; SET allowed_paths = {_list(paths)}")

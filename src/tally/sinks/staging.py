@@ -17,15 +17,15 @@ from __future__ import annotations
 import json
 import os
 import socket
-import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tally import scratch
 from tally.errors import OutputExistsError, StorageError
 from tally.sinks.base import Output, Sink
 from tally.storage import TEMPORARY, LocalStore, failure, key_of, open_store
@@ -47,6 +47,8 @@ class Place:
     root: the output folder; for a merged output the folder that it is in. merged: the name of that one
     file, or None. Picklable.
     """
+
+    _confirm: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, root: str, merged: str | None = None) -> None:
         self.store = open_store(root)
@@ -100,6 +102,7 @@ class Place:
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
         """A path of this machine to write a final file to. On leaving it is durable, and waits to be published."""
+        self._confirm()
         if isinstance(self.store, LocalStore):
             path = Path(self.address(self.final + name))
             try:
@@ -110,20 +113,31 @@ class Place:
             except OSError as error:
                 raise error if isinstance(error, StorageError) else failure("write", str(path), error) from None
             return
-        with tempfile.TemporaryDirectory(prefix="tally-") as folder:
+        with scratch.folder("final") as folder:
             path = Path(folder, name.rpartition("/")[2])
             try:
                 yield path
             except OSError as error:
                 raise error if isinstance(error, StorageError) else failure("write", str(path), error) from None
+            self._confirm()
             self.store.upload(self.final + name, path)
 
     def publish(self, name: str) -> None:
         """Move a final file to its place, if that has not been done before."""
         self.move(self.final + name, name)
 
+    @contextmanager
+    def confirmed(self, confirm: Callable[[], None]) -> Iterator[None]:
+        """Meanwhile, this is called before each file that is built or moved; it raises if the place is not ours."""
+        self._confirm = confirm
+        try:
+            yield
+        finally:
+            del self._confirm
+
     def move(self, source: str, target: str) -> None:
         """Move a file that may have been moved already."""
+        self._confirm()
         try:
             self.store.move(source, target)
         except FileNotFoundError:
@@ -157,17 +171,28 @@ class Place:
     def sweep(self) -> None:
         """Remove the staging folder, the claim last."""
         store = self.store
-        store.delete_tree(self.final)
-        store.delete_tree(self.attempts)
-        store.delete_tree(self.work)
+        self._clear()
         store.delete([self.plan])
         if isinstance(store, LocalStore):  # what killed writers left half written
             for folder in [self.staging] if self.merged else ["", self.staging]:
                 for path in Path(self.address(folder)).glob(f"{TEMPORARY}*"):
                     path.unlink(missing_ok=True)
         store.delete([self.claim])
-        if isinstance(store, LocalStore):
-            with suppress(OSError):  # somebody else may have claimed it meanwhile
+        self._close()
+
+    def sweep_again(self) -> None:
+        """Remove what was staged after the staging folder had been removed; if it is claimed, nothing."""
+        if self.read_json(self.claim) is None:
+            self._clear()
+            self._close()
+
+    def _clear(self) -> None:
+        for folder in (self.final, self.attempts, self.work):
+            self.store.delete_tree(folder)
+
+    def _close(self) -> None:
+        if isinstance(self.store, LocalStore):
+            with suppress(OSError):  # it is gone, or somebody else may have claimed it meanwhile
                 Path(self.address(self.staging)).rmdir()
 
 
@@ -242,30 +267,39 @@ class StagedSink(Sink):
             place.store.delete([place.success])
 
     def finalize(
-        self, outputs: Iterable[Output], dead: Iterable[dict[str, Any]], manifest: dict[str, Any]
+        self,
+        outputs: Iterable[Output],
+        dead: Iterable[dict[str, Any]],
+        manifest: dict[str, Any],
+        *,
+        confirm: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """See :meth:`Sink.finalize`. ``outputs`` are those committed since the generation published last."""
         place = self.place
         earlier = self.manifest()
         generation = int(manifest.get("generation", 0))
-        if earlier is None or earlier["generation"] < generation:
-            outputs = list(outputs)
-            plan = place.read_json(place.plan)
-            if plan is None or plan["generation"] != generation:
-                claim = place.read_json(place.claim) or {}
-                plan = {
-                    "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "job": claim.get("job"),
-                    **manifest,
-                    "generation": generation,
-                    "layout": 1,
-                    **self._assemble(outputs, dead, earlier),
-                }
-                place.write_json(place.plan, plan)
-            self._publish(plan, outputs)
-            place.store.delete(set(self._dead_names()) - set(self._listed(plan)))
-            place.write_json(place.manifest, {name: value for name, value in plan.items() if name != "moves"})
-            earlier = place.read_json(place.manifest)
+        with place.confirmed(confirm):
+            if earlier is None or earlier["generation"] < generation:
+                outputs = list(outputs)
+                plan = place.read_json(place.plan)
+                if plan is None or plan["generation"] != generation:
+                    claim = place.read_json(place.claim) or {}
+                    plan = {
+                        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                        "job": claim.get("job"),
+                        **manifest,
+                        "generation": generation,
+                        "layout": 1,
+                        **self._assemble(outputs, dead, earlier),
+                    }
+                    confirm()
+                    place.write_json(place.plan, plan)
+                self._publish(plan, outputs)
+                confirm()
+                place.store.delete(set(self._dead_names()) - set(self._listed(plan)))
+                place.write_json(place.manifest, {name: value for name, value in plan.items() if name != "moves"})
+                earlier = place.read_json(place.manifest)
+        confirm()
         if place.success:
             place.store.write(place.success, b"")
         place.sweep()
@@ -290,6 +324,10 @@ class StagedSink(Sink):
         if manifest is not None and place.success:
             place.store.write(place.success, b"")
         place.sweep()
+
+    def withdraw(self) -> None:
+        """See :meth:`Sink.withdraw`."""
+        self.place.sweep_again()
 
     def committed(self, outputs: Iterable[Output]) -> tuple[str, list[str]]:
         """See :meth:`Sink.committed`. While a CSV or JSON Lines result is being added to, what was finished before."""

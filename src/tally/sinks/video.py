@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tally import scratch
 from tally.errors import ItemError, SpecError
 from tally.scorers.base import Result
 from tally.sinks.base import Output, Writer
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 KINDS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "mkv", ".webm": "webm"}
 """Suffixes of videos that can be written, and the kind that each means."""
+
+_DOWNLOADS = 8
+"""Segments that are fetched at once."""
 
 
 class VideoSink(StagedSink):
@@ -100,7 +103,10 @@ class VideoSink(StagedSink):
 
     @contextmanager
     def _at_hand(self, parts: _Parts, before: File | None) -> Iterator[list[Segment]]:
-        """The segments, and what was finished before, as files of this machine."""
+        """The segments, and what was finished before, as files of this machine.
+
+        Those of a bucket are fetched to a temporary folder, which holds as much as the finished video does.
+        """
         from tally.video.join import Segment
 
         place, store = self.place, self.place.store
@@ -111,13 +117,15 @@ class VideoSink(StagedSink):
             yield [Segment(store.local_path(name), start) for name, start in wanted]
             return
         assert isinstance(store, ObjectStore)
-        with tempfile.TemporaryDirectory(prefix="tally-") as folder:
-            segments = []
-            for number, (name, start) in enumerate(wanted):
-                path = Path(folder, f"{number}.{name.rpartition('.')[2]}")
-                store.download(name, path)
-                segments.append(Segment(path, start))
-            yield segments
+        with scratch.folder("video") as folder:
+            paths = [folder / f"{number}.{name.rpartition('.')[2]}" for number, (name, _) in enumerate(wanted)]
+            with ThreadPoolExecutor(_DOWNLOADS) as pool:
+                try:
+                    list(pool.map(store.download, [name for name, _ in wanted], paths))
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+            yield [Segment(path, start) for path, (_, start) in zip(paths, wanted, strict=True)]
 
     def _dead_names(self) -> list[str]:
         return [self.place.dead("parquet")]

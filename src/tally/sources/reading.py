@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections import deque
@@ -13,7 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, overload
 
-from tally.errors import ItemError, TallyError
+from tally import scratch
+from tally.errors import ItemError, StorageAwayError, TallyError
 from tally.scorers.base import Input, Item, Scorer
 from tally.sources import images
 from tally.sources.base import Batch, Timings
@@ -46,12 +46,12 @@ class Reader:
         self.keys = keys
         self.closed = False
         self._store, self._names, self._input, self._scorer = store, names, input, scorer
-        self._folder: str | None = None
+        self._folder: Path | None = None
 
     def open(self) -> None:
         """Make ready what :meth:`close` removes: remote files that are wanted as paths are downloaded."""
         if self._input == "path" and isinstance(self._store, ObjectStore):
-            self._folder = tempfile.mkdtemp(prefix="tally-")
+            self._folder = scratch.make("items")
 
     def run(self, start: int, stop: int) -> tuple[list[Any], float, float, int]:
         """Values (or the ItemError) of a run of positions, seconds of reading and of decoding, bytes held."""
@@ -89,6 +89,8 @@ class Reader:
             target.parent.mkdir()
             self._store.download(name, target)
             return target
+        except StorageAwayError:
+            raise
         except TallyError as error:
             raise ItemError(error.message, stage="read", hint=error.hint) from None
         except Exception as error:
@@ -108,7 +110,7 @@ class Reader:
 
     def close(self) -> None:
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            scratch.remove(self._folder)
 
 
 _Run = tuple[int, int, "Future[tuple[list[Any], float, float, int]]"]

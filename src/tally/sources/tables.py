@@ -480,13 +480,10 @@ def _fingerprint(inputs: Sequence[Input], query: Query) -> str:
     """Of the files as they are, and of what is made of them."""
     digest = hashlib.sha256(repr(query).encode())
     for each in inputs:
-        path = each.store.local_path(each.name)
+        size, version = each.store.marked(each.name)
         if isinstance(each.store, LocalStore):
-            status = path.stat()
-            version = f"{status.st_size} {status.st_mtime_ns}"
-        else:
-            version = path.parent.name  # where downloads are kept tells their version
-        digest.update(json.dumps([each.key, version]).encode())
+            version = str(each.store.local_path(each.name).stat().st_mtime_ns)
+        digest.update(json.dumps([each.key, f"{size} {version}"]).encode())
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from tally.errors import ItemError, TallyError
+from tally.errors import ItemError, StorageAwayError, TallyError
 from tally.scorers.base import Item, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing
@@ -110,6 +110,8 @@ class VideoSource(Source):
 
         try:
             timeline = prober(key, place.root, name)
+        except StorageAwayError:
+            raise
         except TallyError as error:
             yield Chunk(first, 1, {"key": key, "failed": error.message, "hint": error.hint}, cursor(None))
             return
@@ -308,6 +310,8 @@ class _Ahead(threading.Thread):
                 self.decoding += time.perf_counter() - began
                 yield value
                 began = time.perf_counter()
+        except StorageAwayError:
+            raise
         except TallyError as error:  # it cannot be opened any more
             failure = ItemError(error.message, stage="read", hint=error.hint)
             yield from [failure] * (len(packets) - done)

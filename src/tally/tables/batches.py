@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tally.errors import ItemError, StorageError, TallyError
+from tally.errors import ItemError, StorageAwayError, StorageError, TallyError
 from tally.sources.base import Batch
 from tally.storage import key_of, name_from_json
 from tally.tables.formats import plain_type
@@ -71,6 +71,8 @@ class Reader:
                 for batch in self._open(piece).read(at, piece[4]):
                     yield at, batch.num_rows, batch
                     at += batch.num_rows
+            except StorageAwayError:
+                raise
             except (TallyError, OSError, ValueError, StopIteration, RuntimeError) as error:
                 self._close()
                 failed = _unreadable(piece, error)

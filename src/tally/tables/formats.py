@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from tally.errors import SourceNotFoundError, SpecError, StorageError
+from tally.ranges import Seekable
 from tally.storage import LocalStore, Store, failure, key_of
 
 if TYPE_CHECKING:
@@ -150,31 +150,19 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
 # -- opening ------------------------------------------------------------------------------------------
 
 
-class _Ranges(io.RawIOBase):
-    """A remote object as a file: reads are requests for ranges. Of one thread."""
+class _Ranges(Seekable):
+    """A remote object as a file: each read is a request, as Parquet is read in few and large pieces. Of one thread."""
 
     def __init__(self, store: Store, name: str) -> None:
+        size, self._mark = store.marked(name)
+        super().__init__(size)
         self._store, self._name = store, name
-        self._size, self._at = store.size(name), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        self._at = max(0, base + offset)
-        return self._at
 
     def read(self, size: int | None = -1) -> bytes:
-        length = self._size - self._at if size is None or size < 0 else size
-        data = self._store.read_range(self._name, self._at, length) if length > 0 else b""
-        self._at += len(data)
+        left = max(0, self.size - self.at)
+        length = left if size is None or size < 0 else min(size, left)
+        data = self._store.read_range(self._name, self.at, length, mark=self._mark) if length else b""
+        self.at += len(data)
         return data
 
     def readall(self) -> bytes:

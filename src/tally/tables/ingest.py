@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
+from tally import scratch
 from tally.errors import StorageError
 from tally.storage import Store, failure
 from tally.suggest import did_you_mean
@@ -94,7 +94,7 @@ def make(inputs: Iterable[Input], query: Query, folder: Path) -> Made:
     import duckdb
 
     spill = folder / "spill"
-    with tempfile.TemporaryDirectory(prefix="tally-") as links, connect(spill) as connection:
+    with scratch.folder("tables") as links, connect(spill) as connection:
         try:
             files, tables = _convert(connection, inputs, query, folder, Path(links))
             if not query.sorts:

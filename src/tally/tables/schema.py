@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tally import scratch
 from tally.errors import SourceNotFoundError, StorageError
 from tally.suggest import did_you_mean
 from tally.tables import delimited, jsonlines
@@ -126,7 +126,7 @@ def _look_at(texts: Sequence[Input], csv: Mapping[str, Any]) -> list[_Looked]:
     import duckdb
 
     looked: list[_Looked] = []
-    with tempfile.TemporaryDirectory(prefix="tally-") as folder, connect() as connection:
+    with scratch.folder("schema") as folder, connect() as connection:
         for number, each in enumerate(texts):
             if len(looked) >= _LOOKED_AT:
                 break

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tally import scratch
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
 from tally.storage import LocalStore, Store, failure, open_store
 from tally.tables.formats import open_parquet
@@ -73,13 +72,13 @@ class WorkFiles:
                 raise failure("write", str(folder), error) from None
             yield folder
             return
-        folder = Path(tempfile.mkdtemp(prefix="tally-"))
+        folder = scratch.make("tables")
         try:
             yield folder
             for path in sorted(folder.iterdir()):
                 self._store.upload(f"{name}/{path.name}", path)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            scratch.remove(folder)
 
     def _known(self, fingerprint: str) -> bool:
         marker = self._marker()

@@ -6,6 +6,7 @@ in bounded time is awaited until :data:`DEADLINE`.
 
 from __future__ import annotations
 
+import select
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ import pytest
 
 from tally.engines.base import Engine, Limits
 from tally.errors import (
+    ClusterLostError,
     ItemError,
     ModelLoadError,
     TallyError,
@@ -61,6 +63,10 @@ class Gate:
             pid = int(lines.readline())
         self._held[pid] = held
         return pid
+
+    def someone(self) -> bool:
+        """Whether one more task is there already."""
+        return bool(select.select([self._listener], [], [], 0)[0])
 
     def release(self, pid: int) -> None:
         """Let the task of this worker go on."""
@@ -149,6 +155,31 @@ class EngineContract:
         gate.release(second)
         assert sorted(future.result(DEADLINE) for future in futures) == sorted([first, second, second])
 
+    def test_waiting_tasks_start_in_the_order_given(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start(2)
+        held = engine.submit(tasks.wait_at, gate.address)
+        pid = gate.arrival()
+        started = [each.result(DEADLINE) for each in [engine.submit(tasks.describe) for _ in range(30)]]
+        assert [state.tasks for state in started] == list(range(1, 31))  # by the worker that is left
+        gate.release(pid)
+        held.result(DEADLINE)
+
+    def test_tasks_wait_for_a_slot_and_cost_no_worker(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start(2)
+        futures = [engine.submit(tasks.wait_at, gate.address) for _ in range(200)]
+        pids = [gate.arrival(), gate.arrival()]
+        for _ in range(20):  # whoever is let go makes room for one
+            gate.release(pids.pop(0))
+            pids.append(gate.arrival())
+            assert not gate.someone()
+        assert sum(future.running() for future in futures) == 2
+        assert sum(future.done() for future in futures) == 20
+        assert all(future.cancel() for future in futures[22:])
+        workers = {future.result(DEADLINE) for future in futures[:20]}
+        assert workers == set(pids)
+        for pid in pids:
+            gate.release(pid)
+
     def test_arguments_and_results_may_be_large(self, start: Callable[..., Engine]) -> None:
         engine = start()
         data = bytes(range(256)) * 2**15
@@ -202,6 +233,9 @@ class EngineContract:
             ItemError("cannot be decoded", stage="decode", hint="look at it"),
             ModelLoadError("it is damaged", hint="download it again"),
             WorkerCrashedError("of somebody else", suspects=(1, 2), trace="a stack"),
+            WorkerMemoryError("too large", suspects=(1, 2)),
+            WorkerTimeoutError("too slow", suspects=(1, 2)),
+            ClusterLostError("no head"),
         ]
         for error in raised:
             back = engine.submit(tasks.fail, error).exception(DEADLINE)
@@ -392,6 +426,38 @@ class EngineContract:
         until(lambda: sum(ended(pid) for pid in pids) == 2, "the end of two workers")
         states = [each.result(DEADLINE) for each in [engine.submit(tasks.describe) for _ in range(5)]]
         assert len({state.pid for state in states}) == 1
+
+    def test_without_slots_tasks_wait(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start(2)
+        running = engine.submit(tasks.wait_at, gate.address)
+        pid = gate.arrival()
+        idle = engine.submit(tasks.describe).result(DEADLINE).pid
+        engine.resize(0)
+        assert engine.slots == 0
+        waiting = [engine.submit(tasks.describe) for _ in range(3)]
+        until(lambda: ended(idle), "the end of an idle worker")
+        gate.release(pid)
+        assert running.result(DEADLINE) == pid
+        until(lambda: ended(pid), "the end of a worker that was busy")
+        assert not any(future.running() or future.done() for future in waiting)
+        assert waiting[0].cancel()
+        engine.resize(1)
+        states = [future.result(DEADLINE) for future in waiting[1:]]
+        assert [state.tasks for state in states] == [1, 2]
+        assert states[0].pid not in (pid, idle)
+
+    def test_it_may_start_without_workers(self, start: Callable[..., Engine]) -> None:
+        engine = start(0)
+        future = engine.submit(tasks.echo, 1)
+        assert not future.done()
+        engine.resize(1)
+        assert future.result(DEADLINE) == 1
+
+    def test_stop_without_workers_cancels_what_waits(self, start: Callable[..., Engine]) -> None:
+        engine = start(0)
+        future = engine.submit(tasks.echo, 1)
+        engine.stop()
+        assert future.cancelled()
 
     def test_stop_finishes_what_runs_and_cancels_what_waits(self, start: Callable[..., Engine], gate: Gate) -> None:
         engine = start()

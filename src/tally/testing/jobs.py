@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError
 from tally.jobs.database import now
-from tally.jobs.store import Dead, Done, JobRecord, JobStore, Lease, Lost, StoredChunk, connect
+from tally.jobs.store import Dead, Done, JobRecord, JobStore, Lease, Lost, StoredChunk, connect, new_token
 from tally.jobs.tables import chunks, dead_items, jobs
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
@@ -237,6 +237,7 @@ class JobStoreContract:
         _acquired(other, lease.job_id)
         before = everything(store)
         attempts: list[Callable[[], object]] = [
+            lambda: store.confirm(lease),
             lambda: store.renew(lease, seconds=LONG),
             lambda: store.commit(lease),
             lambda: store.commit(lease, planned=[chunk(4, 2)], complete=True),
@@ -376,6 +377,94 @@ class JobStoreContract:
         assert everything(store) == before
         counted, taken = store.commit(lease, done=[done(first)], take=1)
         assert (len(counted), len(taken)) == (1, 1)
+
+    def test_many_chunks_in_one_commit(self, store: JobStore, lease: Lease) -> None:
+        facts = {"names": [STRANGE, "\ud83d", '"\\u0000'], "part": 0.1}
+        store.commit(lease, planned=[chunk(first, 1) for first in range(2500)], complete=True)
+        _, taken = store.commit(lease, take=2400)
+        assert [each.chunk.first for each in taken] == list(range(2400))
+        outcomes = [
+            Done(each.id, each.attempt, 1, Output([STRANGE], rows=1, facts=facts), done(each, 0).dead, {"chunks": 1})
+            for each in taken[:2300]
+        ]
+        lost = [Lost(each.id, [(each.chunk, 1)]) for each in taken[2300:]]
+        counted, taken = store.commit(lease, done=outcomes, lost=lost, take=2500)
+        assert counted == outcomes
+        assert [(each.chunk.first, each.losses) for each in taken] == [
+            (first, int(first < 2400)) for first in range(2300, 2500)
+        ]
+        record = store.get(lease.job_id)
+        assert (record.done, record.dead, record.usage) == (2300, 2300, {"chunks": 2300})
+        assert [(each.files, each.facts) for each in store.outputs(lease.job_id)] == [([STRANGE], facts)] * 2300
+        assert store.counts(lease.job_id) == {"pending": 0, "running": 200, "done": 2300}
+
+    # Tried again, as the answer was lost -----------------------------------------------------------
+
+    def test_a_commit_is_made_once_however_often_it_is_tried(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(first, 4) for first in range(0, 40, 4)])
+        _, (first, second, third) = store.commit(lease, take=3)
+        store.commit(lease, done=[done(first)])
+
+        def commit(nonce: str) -> tuple[list[Done], list[StoredChunk]]:
+            return store.commit(
+                lease,
+                planned=[chunk(40, 4)],
+                complete=True,
+                done=[done(first), done(second, 1, seconds=1.0), done(second, attempt="late")],
+                lost=[Lost(third.id, [(part(third.chunk, 0, 2), 1), (part(third.chunk, 2, 4), 1)])],
+                usage={"seconds": 0.5},
+                take=4,
+                nonce=nonce,
+            )
+
+        counted, taken = commit("once")
+        assert [each.attempt for each in counted] == [second.attempt]
+        assert [each.chunk.first for each in taken] == [8, 10, 12, 16]
+        before = everything(store)
+        assert commit("once") == (counted, taken)
+        assert everything(store) == before
+        assert store.commit(lease, done=[done(taken[0])], nonce="twice")[0] == [done(taken[0])]
+        assert everything(store) != before
+
+    def test_a_commit_of_nothing_may_be_tried_again_too(self, store: JobStore, lease: Lease) -> None:
+        before = everything(store)
+        for _ in range(2):
+            assert store.commit(lease, take=5, nonce="once") == ([], [])
+        assert everything(store) == before
+
+    def test_an_attempt_more_is_counted_once(self, store: JobStore, other: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 3)])
+        _, (stored,) = store.commit(lease, take=1)
+        assert store.again(lease, stored.id, nonce="once") == store.again(lease, stored.id, nonce="once")
+        store.release(lease, "interrupted")
+        _, (stored,) = other.commit(_acquired(other, lease.job_id), take=1)
+        assert stored.attempts == 3
+
+    def test_dead_items_are_replayed_once(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 4)], complete=True)
+        _, (stored,) = store.commit(lease, take=1)
+        store.commit(lease, done=[done(stored, 1, 2)])
+        replay = [each.chunk for each in store.dead(lease.job_id)]
+        store.reopen(lease, replay, published=True, nonce="once")
+        before = everything(store)
+        store.reopen(lease, replay, published=True, nonce="once")
+        assert everything(store) == before
+        assert store.get(lease.job_id).generation == 1
+
+    def test_a_job_is_released_once(self, store: JobStore, other: JobStore, lease: Lease) -> None:
+        store.release(lease, "finished", manifest={"files": []})
+        before = everything(store)
+        store.release(lease, "finished", manifest={"files": []})
+        assert everything(store) == before
+        _acquired(other, lease.job_id)
+        with pytest.raises(OwnershipLostError):
+            store.release(lease, "finished")
+
+    def test_a_job_is_acquired_once(self, store: JobStore, create: Callable[..., JobRecord]) -> None:
+        job_id, token = create().id, new_token()
+        assert store.acquire(job_id, seconds=LONG, token=token) == Lease(job_id, token)
+        assert store.acquire(job_id, seconds=LONG, token=token) == Lease(job_id, token)
+        assert store.acquire(job_id, seconds=LONG) is None
 
     # Outputs and dead items -----------------------------------------------------------------------
 

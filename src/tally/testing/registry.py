@@ -1,6 +1,7 @@
-"""What every database under the model registry must do.
+"""What every database and every place of content under the model registry must do.
 
-Inherit :class:`RegistryContract` in a test module, and override the fixture ``engine``.
+Inherit :class:`RegistryContract` (names, versions, aliases) or :class:`ContentContract` in a test module, and override
+the fixtures ``engine`` and, for another place than a folder, ``root``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import sqlalchemy as sa
 from tally.errors import ModelChangedError, ModelError, ModelNotFoundError, SpecError
 from tally.models.registry import Registry
 from tally.scorers.base import Scorer
-from tally.scorers.package import load, resolve
+from tally.scorers.loading import load
+from tally.scorers.package import resolve
+from tally.storage import open_store
 
 SCRIPT = "def init():\n    pass\n\n\ndef run(mini_batch):\n    return [{number}] * len(mini_batch)\n"
 
@@ -23,17 +26,20 @@ class Nothing(Scorer):
     """A scorer that exists only as an object."""
 
 
-class RegistryContract:
-    """Names, versions, aliases and content of the registry."""
-
+class _Contract:
     @pytest.fixture
     def engine(self) -> sa.Engine:
         """An empty database with the registry's tables."""
         raise NotImplementedError("override the fixture 'engine'")
 
     @pytest.fixture
-    def registry(self, engine: sa.Engine, tmp_path: Path) -> Registry:
-        return Registry(engine, tmp_path / "models")
+    def root(self, tmp_path: Path) -> str | Path:
+        """An empty place for content: a folder, or a bucket's URL."""
+        return tmp_path / "models"
+
+    @pytest.fixture
+    def registry(self, engine: sa.Engine, root: str | Path) -> Registry:
+        return Registry(engine, root)
 
     def script(self, folder: Path, number: int) -> Path:
         """A model: another one for each number."""
@@ -41,6 +47,15 @@ class RegistryContract:
         path.parent.mkdir(exist_ok=True)
         path.write_text(SCRIPT.format(number=number))
         return path
+
+    def kept(self, registry: Registry) -> list[str]:
+        """What the registry keeps: the folders' names."""
+        names = (entry.name for entry in open_store(registry.root).list("sha256"))
+        return sorted({name.split("/")[1] for name in names})
+
+
+class RegistryContract(_Contract):
+    """Names, versions and aliases."""
 
     def test_versions_count_up(self, registry: Registry, tmp_path: Path) -> None:
         first = registry.add("faces", self.script(tmp_path, 1), metadata={"metrics": {"ap": 0.5}})
@@ -73,34 +88,6 @@ class RegistryContract:
             assert message in str(caught.value)
         with pytest.raises(SpecError, match="Write models:/name"):
             registry.get("models:faces")
-
-    def test_the_same_content_is_added_once(self, registry: Registry, tmp_path: Path) -> None:
-        path = self.script(tmp_path, 1)
-        first, again = registry.add("faces", path), registry.add("faces", path, alias="staging")
-        assert (first.existed, again.existed) == (False, True)
-        assert (again.version, again.aliases) == (1, ("staging",))
-        other = registry.add("dogs", path)
-        assert not other.existed
-        assert other.location == first.location
-        assert [each.name for each in (registry.root / "sha256").iterdir()] == [first.location.name]
-        assert first.hash == f"sha256:{first.location.name}"
-
-    def test_content_stands_on_its_own(self, registry: Registry, tmp_path: Path) -> None:
-        path = self.script(tmp_path, 7)
-        weights = tmp_path / "weights"
-        weights.mkdir()
-        (weights / "w.bin").write_bytes(b"w")
-        ref = resolve(path, artifacts=weights, settings={"batch_size": 5})
-        added = registry.add("faces", ref)
-        path.unlink()
-        (weights / "w.bin").unlink()
-        kept = resolve(added.location)
-        assert kept.hash == added.hash
-        scorer = load(kept, "cpu")
-        assert scorer.batch_size == 5
-        assert scorer.score(["a", "b"]) == [{"prediction": 7}] * 2
-        assert (kept.location / kept.artifacts / "w.bin").read_bytes() == b"w"
-        assert registry.add("copies", kept).hash == added.hash
 
     def test_aliases_move_and_roll_back(self, registry: Registry, tmp_path: Path) -> None:
         for number in (1, 2, 3):
@@ -137,37 +124,6 @@ class RegistryContract:
         with pytest.raises(ModelError):
             registry.rollback("faces", "production")
 
-    def test_removing(self, registry: Registry, tmp_path: Path) -> None:
-        first = registry.add("faces", self.script(tmp_path, 1))
-        second = registry.add("faces", self.script(tmp_path, 2), alias="production")
-        copy = registry.add("dogs", self.script(tmp_path, 1))
-        with pytest.raises(ModelError, match="cannot be removed: faces@production points at it"):
-            registry.remove("faces", 2)
-        assert second.location.is_dir()
-        registry.remove("faces", 1)
-        assert copy.location.is_dir()
-        registry.remove("dogs", 1)
-        assert not first.location.exists()
-        with pytest.raises(ModelNotFoundError):
-            registry.get("models:/faces/1")
-        with pytest.raises(ModelNotFoundError):
-            registry.remove("faces", 1)
-        # Numbers are not used again, not even for what was there before.
-        registry.alias("faces", "production", 2)
-        assert registry.add("faces", self.script(tmp_path, 1)).version == 3
-
-    def test_changed_content_is_noticed_and_mended(self, registry: Registry, tmp_path: Path) -> None:
-        added = registry.add("faces", self.script(tmp_path, 1))
-        assert registry.verify("faces", 1) == registry.get("models:/faces/1")
-        script = added.location / "score.py"
-        assert script.stat().st_mode & 0o222 == 0
-        script.chmod(0o644)
-        script.write_text(SCRIPT.format(number=666))
-        with pytest.raises(ModelChangedError, match="models:/faces/1: the registry's copy was changed"):
-            registry.verify("faces", 1)
-        assert registry.add("faces", self.script(tmp_path, 1)).existed
-        registry.verify("faces", 1)
-
     def test_names_and_models_that_are_refused(self, registry: Registry, tmp_path: Path) -> None:
         path = self.script(tmp_path, 1)
         for name in ("", "Faces", "a/b", "a@b", "-a", "ä", "a" * 129):
@@ -179,6 +135,81 @@ class RegistryContract:
         with pytest.raises(SpecError, match="Nothing is a Python object, which a registry cannot keep"):
             registry.add("faces", resolve(Nothing()))
         assert registry.list() == []
+
+
+class ContentContract(_Contract):
+    """What versions hold."""
+
+    def test_the_same_content_is_added_once(self, registry: Registry, tmp_path: Path) -> None:
+        path = self.script(tmp_path, 1)
+        first, again = registry.add("faces", path), registry.add("faces", path, alias="staging")
+        assert (first.existed, again.existed) == (False, True)
+        assert (again.version, again.aliases) == (1, ("staging",))
+        other = registry.add("dogs", path)
+        assert not other.existed
+        assert other.location == first.location
+        assert [f"sha256:{each}" for each in self.kept(registry)] == [first.hash]
+
+    def test_content_stands_on_its_own(self, registry: Registry, tmp_path: Path) -> None:
+        path = self.script(tmp_path, 7)
+        weights = tmp_path / "weights"
+        weights.mkdir()
+        (weights / "w.bin").write_bytes(b"w")
+        ref = resolve(path, artifacts=weights, settings={"batch_size": 5})
+        added = registry.add("faces", ref)
+        path.unlink()
+        (weights / "w.bin").unlink()
+        kept = resolve(registry.fetch(added))
+        assert kept.hash == added.hash
+        scorer = load(kept, "cpu")
+        assert scorer.batch_size == 5
+        assert scorer.score(["a", "b"]) == [{"prediction": 7}] * 2
+        assert (kept.location / kept.artifacts / "w.bin").read_bytes() == b"w"
+        assert registry.add("copies", kept).hash == added.hash
+
+    def test_removing(self, registry: Registry, tmp_path: Path) -> None:
+        first = registry.add("faces", self.script(tmp_path, 1))
+        second = registry.add("faces", self.script(tmp_path, 2), alias="production")
+        copy = registry.add("dogs", self.script(tmp_path, 1))
+        with pytest.raises(ModelError, match="cannot be removed: faces@production points at it"):
+            registry.remove("faces", 2)
+        registry.remove("faces", 1)
+        assert load(resolve(registry.fetch(copy)), "cpu").score(["a"]) == [{"prediction": 1}]
+        registry.remove("dogs", 1)
+        assert [f"sha256:{each}" for each in self.kept(registry)] == [second.hash]
+        with pytest.raises(ModelNotFoundError):
+            registry.fetch(first)
+        with pytest.raises(ModelNotFoundError):
+            registry.get("models:/faces/1")
+        with pytest.raises(ModelNotFoundError):
+            registry.remove("faces", 1)
+        # Numbers are not used again, not even for what was there before.
+        registry.alias("faces", "production", 2)
+        assert registry.add("faces", self.script(tmp_path, 1)).version == 3
+
+    def test_changed_content_is_noticed_and_mended(self, registry: Registry, tmp_path: Path) -> None:
+        added = registry.add("faces", self.script(tmp_path, 1))
+        assert registry.verify("faces", 1) == registry.get("models:/faces/1")
+        assert (registry.fetch(added) / "score.py").stat().st_mode & 0o222 == 0
+        store, name = open_store(registry.root), f"sha256/{added.hash.removeprefix('sha256:')}/score.py"
+        for damaged in (SCRIPT.format(number=6), ""):
+            store.write(name, damaged.encode())
+            with pytest.raises(ModelChangedError, match="models:/faces/1: the registry's copy was changed"):
+                registry.verify("faces", 1)
+            assert registry.add("faces", self.script(tmp_path, 1)).existed
+            registry.verify("faces", 1)
+        store.delete([name])
+        with pytest.raises(ModelChangedError, match="the registry's copy was changed"):
+            registry.fetch(added)
+
+    def test_content_that_is_gone_is_not_found(self, registry: Registry, tmp_path: Path) -> None:
+        added = registry.add("faces", self.script(tmp_path, 1))
+        open_store(registry.root).delete_tree(f"sha256/{added.hash.removeprefix('sha256:')}")
+        for use in (lambda: registry.verify("faces", 1), lambda: registry.fetch(added)):
+            with pytest.raises(ModelNotFoundError, match=r"Is TALLY_REGISTRY what it was .*: tally models add faces"):
+                use()
+        assert registry.add("faces", self.script(tmp_path, 1)).existed
+        registry.verify("faces", 1)
 
     def test_adding_at_once(self, registry: Registry, tmp_path: Path) -> None:
         """Different content gets different numbers, the same content the same one."""
@@ -205,3 +236,6 @@ class RegistryContract:
         assert sorted(set(results)) == sorted((each.version, each.hash) for each in registry.list())
         assert [each.version for each in registry.list()] == [1, 2, 3, 4]
         assert len(registry.show("faces").history) == 8
+        assert [f"sha256:{each}" for each in self.kept(registry)] == sorted({each.hash for each in registry.list()})
+        for version in registry.list():
+            registry.verify("faces", version.version)

@@ -252,6 +252,39 @@ class SinkContract:
         assert not [name for name in files_under(tmp_path) if "tally/" in name]
         attempt(sink, "late", 0, 3)
         assert keys(sink, outputs) == expected
+        before = files_under(tmp_path)
+        sink.withdraw()
+        assert before.items() >= files_under(tmp_path).items()
+        assert not [name for name in files_under(tmp_path) if "tally/" in name]
+
+    def test_withdrawing_takes_nothing_from_who_has_the_place(
+        self, make: Any, tmp_path: Path, attempt: Any, keys: Any
+    ) -> None:
+        sink = make(tmp_path / "place")
+        sink.claim("job-1")
+        outputs = [attempt(sink, "a", 0, 3)]
+        make(tmp_path / "place").withdraw()
+        assert keys(sink, outputs) == [key(0), key(1), key(2)]
+        assert sink.holder() == "job-1"
+        sink.finalize(outputs, [], FACTS)
+        assert keys(sink, []) == [key(0), key(1), key(2)]
+
+    def test_a_finished_place_holds_what_its_manifest_lists(self, make: Any, tmp_path: Path, attempt: Any) -> None:
+        sink = make(tmp_path / "place")
+        if not isinstance(sink, StagedSink):
+            pytest.skip("it keeps no files of its own")
+        place = sink.place
+        for generation, name in enumerate("abc"):
+            sink.claim("job-1")
+            attempt(sink, f"lost-{name}", 0, 2)
+            outputs = [attempt(sink, name, 3 * generation, 3 * generation + 3)]
+            manifest = sink.finalize(outputs, DEAD if generation == 1 else [], {**FACTS, "generation": generation})
+            marks = {place.manifest, *([place.success] if place.success else [])}
+            listed = [*sink._listed(manifest)]
+            assert len(set(listed)) == len(listed)
+            assert {file["path"] for file in manifest["files"]} <= set(listed)
+            assert sorted(entry.name for entry in place.store.list()) == sorted({*listed, *marks})
+            assert all(place.store.size(file["path"]) == file["bytes"] for file in manifest["files"])
 
     def test_finalizing_again_changes_nothing(self, make: Any, tmp_path: Path, attempt: Any) -> None:
         sink = make(tmp_path / "place")

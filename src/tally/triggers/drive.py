@@ -1,7 +1,8 @@
 """One run of a schedule, in a process of its own: ``python -m tally.triggers.drive RUN TOKEN``.
 
 It starts the interval's job, or finds the one that an earlier process started, sees it through, and writes down what
-became of it. It holds the run's lease itself, so it goes on if the loop that started it is killed.
+became of it. It holds the run's lease itself, so it goes on if the loop that started it is killed. It waits while the
+database is away.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 
 from tally import foreground
 from tally.errors import (
+    DatabaseAwayError,
     JobExistsError,
     JobNotFoundError,
     JobStateError,
@@ -27,6 +29,7 @@ from tally.errors import (
     TallyError,
     UntrustedModelError,
 )
+from tally.jobs.database import Patience
 from tally.jobs.launch import open_store, submit, submit_failed
 from tally.jobs.store import JobRecord, JobStore
 from tally.triggers.store import LEASE_SECONDS, Run, ScheduleStore
@@ -41,40 +44,47 @@ _FOR_GOOD = (SpecError, SourceNotFoundError, ModelNotFoundError, ModelChangedErr
 
 def drive(jobs: JobStore, run_id: int, token: str) -> Run:
     """See the run through in this process; returns it as it then is. Raises OwnershipLostError if it is another's."""
-    store = ScheduleStore(jobs.engine)
-    run = store.begin(run_id, token)
+    store, patiently = ScheduleStore(jobs.engine), Patience(what="the run")
+    run = patiently(lambda: store.begin(run_id, token))
     with _held(store, run_id, token):
         try:
-            state = _see_through(jobs, store, run, token)
+            state = _see_through(jobs, store, run, token, patiently)
         except OwnershipLostError:
             raise
         except Exception as error:
             if not isinstance(error, TallyError):
                 log.exception("run %d of schedule %s", run_id, run.schedule)
             text = str(error) if isinstance(error, TallyError) else f"{type(error).__name__}: {error}"
-            store.fail(run_id, token, text, for_good=isinstance(error, _FOR_GOOD))
+            for_good = isinstance(error, _FOR_GOOD)
+            patiently(lambda: store.fail(run_id, token, text, for_good=for_good))
         else:
             if state == "finished":
-                store.finish(run_id, token)
+                patiently(lambda: store.finish(run_id, token))
             elif state == "cancelled":
-                store.fail(run_id, token, "its job was cancelled", for_good=True)
+                patiently(lambda: store.fail(run_id, token, "its job was cancelled", for_good=True))
             else:
-                store.put_back(run_id, token, counted=False)
-    return store.run(run_id)
+                patiently(lambda: store.put_back(run_id, token, counted=False))
+    return patiently(lambda: store.run(run_id))
 
 
-def _see_through(jobs: JobStore, store: ScheduleStore, run: Run, token: str) -> str:
+def _see_through(jobs: JobStore, store: ScheduleStore, run: Run, token: str, patiently: Patience) -> str:
     """Drive the run's job, or follow whoever does; the state that it ends in."""
-    record = _job(jobs, store, run, token)
+    record = patiently(lambda: _job(jobs, store, run, token))
+
+    def look() -> JobRecord:
+        return patiently(lambda: jobs.get(record.id))
+
     while record.state not in ("finished", "cancelled"):
         if record.alive and record.state != "created":
             time.sleep(LOOK_SECONDS)
-            record = jobs.get(record.id)
+            record = look()
             continue
         try:
             return foreground.run(jobs, record.id, quiet=True).state
+        except DatabaseAwayError:  # before the job was taken, or after it was put down: its coordinator waits itself
+            record = look()
         except JobStateError:  # another process was faster
-            record = jobs.get(record.id)
+            record = look()
             if not record.alive and record.state not in ("finished", "cancelled"):
                 raise
             time.sleep(LOOK_SECONDS)
@@ -128,7 +138,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     run_id, token = int(sys.argv[1]), sys.argv[2]
     try:
-        run = drive(open_store(), run_id, token)
+        jobs = Patience(what="the run")(open_store)
+        run = drive(jobs, run_id, token)
     except OwnershipLostError:
         return 0
     log.info("schedule %s, interval from %d: %s", run.schedule, run.interval_start, run.error or run.state)

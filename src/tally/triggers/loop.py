@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tally.config import settings
-from tally.errors import OwnershipLostError, SpecError, TallyError
+from tally.errors import DatabaseAwayError, OwnershipLostError, SpecError, TallyError
 from tally.jobs import alerts
+from tally.jobs.database import Patience
 from tally.jobs.launch import sink_of
 from tally.jobs.store import JobStore
 from tally.triggers.cron import Cron, Interval
@@ -72,6 +73,7 @@ class Loop:
         self._children: list[_Child] = []
         self._clocks: dict[tuple[str, str], Cron] = {}
         self._refused: set[str] = set()
+        self._patience = Patience(say, what="the schedule")
         self._wake, self._told = threading.Event(), threading.Event()
         self._stops = 0
         self.begun = self.failed = 0
@@ -97,10 +99,13 @@ class Loop:
                 pause = LOOK_SECONDS
                 try:
                     pause = self._turn(forever)
+                    self._patience.is_back()
+                except DatabaseAwayError as error:
+                    self._patience.is_away(error)
                 except OSError as error:  # StorageError is one
                     if not forever:
                         raise
-                    log.warning("%s", error)  # a database that comes back is gone on with
+                    log.warning("%s", error)  # a disk that has room again is gone on with
                 if pause <= 0:
                     return
                 self._wake.wait(pause)
@@ -116,6 +121,8 @@ class Loop:
                 for record in alerts.unevaluated(jobs):
                     alerts.evaluate(jobs, record, sink_of(record))
                 alerts.deliver(jobs)
+            except DatabaseAwayError:
+                pass  # the loop says so
             except (OSError, TallyError) as error:
                 log.warning("alerts: %s", error)
             self._told.wait(ALERT_SECONDS)
@@ -200,7 +207,6 @@ class Loop:
     def _reap(self) -> None:
         """What has become of the runs whose process has ended."""
         for child in [each for each in self._children if each.process.poll() is not None]:
-            self._children.remove(child)
             run, token = child.run, child.run.token or ""
             with suppress(OwnershipLostError):  # it has come to its end, as it should
                 self._store.put_back(run.id, token, counted=not self.stopped)
@@ -212,6 +218,7 @@ class Loop:
                 ended = {"pending": "will be gone on with", "running": "goes on in another process"}
                 line = f"{run.schedule}: {what} {ended.get(run.state, run.state)}{job}"
                 self._say(f"{line}: {run.error}" if run.error else line)
+            self._children.remove(child)  # only now: the database may have been away, and then it is looked at again
 
     def _end(self) -> None:
         """Let the processes save what they have."""
@@ -219,7 +226,10 @@ class Loop:
         for child in self._children:
             child.process.terminate()
         while self._children:
-            self._reap()
+            try:
+                self._reap()
+            except DatabaseAwayError:  # whose lease has run out is taken over, and so found out about
+                self._children = [each for each in self._children if each.process.poll() is None]
             if self._stops > 1 or time.monotonic() > deadline:
                 for child in self._children:
                     with suppress(ProcessLookupError):

@@ -10,12 +10,11 @@ import numpy as np
 
 from tally.errors import ItemError
 from tally.video.colour import matrix_for, range_for
-from tally.video.container import open_container, plain
+from tally.video.container import Input, open_video, plain
 from tally.video.facts import Video
 from tally.video.probe import Key
 
 if TYPE_CHECKING:
-    from av.container import InputContainer
     from av.packet import Packet
     from av.video.frame import VideoFrame
 
@@ -32,7 +31,7 @@ def decode(video: Video, packets: Sequence[int], keys: Sequence[Key]) -> Iterato
     keys: the keyframes to begin at, at or before the first of them: the nearest last. Those before it are tried
         where the nearest one leads to a damaged picture: some streams need a run-up. None: the stream's beginning.
     Pictures are ``uint8[height, width, 3]`` RGB, upright, of the video's size.
-    Raises what :func:`open_container` raises.
+    Raises what :func:`open_video` raises, and StorageError when the storage fails.
     """
     *others, last = [*reversed(keys)] or [BEGINNING]
     for key in others:
@@ -65,7 +64,7 @@ def _decode(video: Video, packets: Sequence[int], key: Key) -> Generator[Picture
 
 
 def _frames(
-    container: InputContainer,
+    container: Input,
     video: Video,
     packets: Iterator[tuple[int, Packet[Any]]],
     last: int,
@@ -98,23 +97,23 @@ def _frames(
         return
 
 
-def _open_at(video: Video, key: Key) -> tuple[InputContainer, Iterator[tuple[int, Packet[Any]]]]:
+def _open_at(video: Video, key: Key) -> tuple[Input, Iterator[tuple[int, Packet[Any]]]]:
     """The container, and the video stream's packets from the keyframe's on, with their positions."""
     container = _open(video)
     if key.packet and key.dts is not None:
         _prime(container, video)
         first = _seek(container, video, key)
-        packets = _real(container.demux(container.streams[video.stream]))
+        packets = _real(container.packets(container.streams[video.stream]))
         if first is not None:
             return container, enumerate(chain([first], packets), key.packet)
         container.close()  # this container cannot be trusted to find a place: from its beginning
         container = _open(video)
-    packets = _real(container.demux(container.streams[video.stream]))
+    packets = _real(container.packets(container.streams[video.stream]))
     return container, ((position, packet) for position, packet in enumerate(packets) if position >= key.packet)
 
 
-def _open(video: Video) -> InputContainer:
-    container = open_container(video.root, video.name)
+def _open(video: Video) -> Input:
+    container = open_video(video.root, video.name, (video.size, video.mark) if video.mark else None)
     if video.stream >= len(container.streams):
         container.close()
         raise ItemError("the file has changed since the job began", stage="read")
@@ -122,7 +121,7 @@ def _open(video: Video) -> InputContainer:
     return container
 
 
-def _prime(container: InputContainer, video: Video) -> None:
+def _prime(container: Input, video: Video) -> None:
     """Show the decoder the stream's first packet where later ones cannot be decoded rightly without: only there
     x264 says who it is, and FFmpeg knows how old versions of it went wrong in 4:4:4."""
     import av
@@ -131,12 +130,12 @@ def _prime(container: InputContainer, video: Video) -> None:
     if video.codec != "h264" or "444" not in (stream.codec_context.pix_fmt or ""):
         return
     try:
-        stream.codec_context.decode(next(_real(container.demux(stream))))
+        stream.codec_context.decode(next(_real(container.packets(stream))))
     except (av.FFmpegError, StopIteration):
         return
 
 
-def _seek(container: InputContainer, video: Video, key: Key) -> Packet[Any] | None:
+def _seek(container: Input, video: Video, key: Key) -> Packet[Any] | None:
     """The keyframe's packet, if seeking leads to it; the next packet is the one that follows it."""
     import av
 
@@ -144,7 +143,7 @@ def _seek(container: InputContainer, video: Video, key: Key) -> Packet[Any] | No
     stream = container.streams[video.stream]
     try:
         container.seek(key.dts, stream=stream)
-        for packet in container.demux(stream):
+        for packet in container.packets(stream):
             if (packet.pts, packet.dts) == (key.pts, key.dts):
                 return packet
             if packet.dts is not None and packet.dts > key.dts:

@@ -27,7 +27,8 @@ class Video:
     """One video of a source.
 
     key: path relative to the source's folder; its frames' keys begin with it.
-    root, name: ``open_store(root)`` has it under ``name``. size: in bytes, when it was looked at.
+    root, name: ``open_store(root)`` has it under ``name``. size: in bytes, when it was looked at. mark: of its content
+        then, where the store keeps one (see :meth:`Store.marked`).
     stream: index of the video stream in the container. codec: FFmpeg's name of its codec.
     time_base: seconds per tick. Times are ticks counted from ``start``, the container's clock at its beginning:
         0 unless the format lets its clock start anywhere (MPEG-TS).
@@ -53,6 +54,7 @@ class Video:
     aspect: Fraction
     colour: Colour
     end: int
+    mark: str = ""
 
     @property
     def turns(self) -> int:
@@ -83,6 +85,7 @@ class Video:
             "aspect": _pair(self.aspect),
             "colour": [colour.range, colour.matrix, colour.primaries, colour.transfer],
             "end": self.end,
+            "mark": self.mark,
         }
 
     @classmethod

@@ -18,9 +18,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tally.errors import ItemError, JobError, StorageError
+from tally.errors import ItemError, JobError, StorageAwayError, StorageError
 from tally.storage import key_of, open_store
-from tally.video.container import open_container, plain
+from tally.video.container import Input, open_video, plain
 from tally.video.encode import FORMATS, decoding_times, delay
 from tally.video.facts import Video
 from tally.video.tracks import Timed, Track, describe_stream, tracks
@@ -66,7 +66,8 @@ def join(target: Path, kind: str, video: Video, segments: Sequence[Segment], *, 
     groups = _groups(segments, video)
     fine = _fineness(groups)
     with ExitStack() as stack:
-        source = _source(stack, video, notes, needed=audio)
+        reading = _source(stack, video, notes, needed=audio)
+        source = reading.container if reading is not None else None
         options = _options(kind, video.time_base.denominator * fine, source)
         out = stack.enter_context(av.open(str(target), "w", format=FORMATS[kind], container_options=options))
         first = stack.enter_context(_open(segments[0]))
@@ -79,7 +80,9 @@ def join(target: Path, kind: str, video: Video, segments: Sequence[Segment], *, 
             others = tracks(source, out, kind, video, shift, notes, audio=audio)
             _describe(out, source, shift)
         pictures = _pictures(segments, groups, fine, video, stream)
-        for _, packet in heapq.merge(pictures, _packets(source, others, video, notes), key=lambda each: each[0]):
+        for _, packet in heapq.merge(
+            pictures, _packets(reading, others, notes, needed=audio), key=lambda each: each[0]
+        ):
             out.mux(packet)
     return [f"{video.key}: {note}" for note in notes]
 
@@ -213,16 +216,18 @@ def _square(kind: str, video: Video, stream: VideoStream) -> str | None:
 # -- the source ----------------------------------------------------------------------------------------
 
 
-def _source(stack: ExitStack, video: Video, notes: list[str], *, needed: bool) -> InputContainer | None:
+def _source(stack: ExitStack, video: Video, notes: list[str], *, needed: bool) -> Input | None:
+    place = f"{key_of(video.root)}/{key_of(video.name)}"
+    hint = "The sound comes from it: restore it and resume the job, or score it again."
     try:
-        size = open_store(video.root).size(video.name)
+        size, mark = open_store(video.root).marked(video.name)
         if size != video.size:
             raise StorageError(
-                f"{key_of(video.root)}/{key_of(video.name)} has changed since it was scored: "
-                f"it had {video.size:,} bytes, and has {size:,} now",
-                hint="The sound comes from it: restore it and resume the job, or score it again.",
+                f"{place} has changed since it was scored: it had {video.size:,} bytes, and has {size:,} now", hint=hint
             )
-        return stack.enter_context(open_container(video.root, video.name))
+        if video.mark and mark != video.mark:
+            raise StorageError(f"{place} has changed since it was scored: it was written anew", hint=hint)
+        return stack.enter_context(open_video(video.root, video.name, (size, mark)))
     except (StorageError, ItemError) as error:
         if not needed:
             notes.append(f"titles, chapters and subtitles are missing, for the source cannot be read ({error.message})")
@@ -262,7 +267,7 @@ def _describe(out: OutputContainer, source: InputContainer, shift: Fraction) -> 
         out.set_chapters(chapters)
 
 
-def _packets(source: InputContainer | None, others: Sequence[Track], video: Video, notes: list[str]) -> Iterator[Timed]:
+def _packets(source: Input | None, others: Sequence[Track], notes: list[str], *, needed: bool) -> Iterator[Timed]:
     """The other streams' packets, as far as the source can be read."""
     import av
 
@@ -273,8 +278,12 @@ def _packets(source: InputContainer | None, others: Sequence[Track], video: Vide
         if stream.index not in by_stream:
             stream.discard = av.stream.Discard.all
     try:
-        for packet in source.demux([track.source for track in others]):
+        for packet in source.packets([track.source for track in others]):
             yield from by_stream[packet.stream.index].take(packet)
+    except StorageError as error:
+        if needed or isinstance(error, StorageAwayError):
+            raise
+        notes.append(f"subtitles end where the source could not be read any more ({error.message})")
     except (av.FFmpegError, OSError) as error:
         notes.append(f"the file is damaged: sound and subtitles end where reading failed ({plain(error)})")
     for track in others:

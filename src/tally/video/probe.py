@@ -13,15 +13,16 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tally.errors import ItemError, TallyError
-from tally.storage import failure, open_store
-from tally.video.container import open_file, plain, video_stream
+from tally.errors import ItemError, StorageAwayError, StorageError, TallyError
+from tally.storage import ObjectStore, open_store
+from tally.video.container import Input, open_video, plain, video_stream
 from tally.video.facts import Colour, Video, pack, unpack
 
 if TYPE_CHECKING:
@@ -37,6 +38,15 @@ PATIENCE_SECONDS = 120.0
 PATIENCE_BYTES_PER_SECOND = 2e6
 """How long looking at a video may take: so many seconds, and one more for each so many bytes of it."""
 
+STORAGE_SECONDS = 600.0
+"""How much longer it may take in a bucket until something has been read: a store that does not answer is given up, and
+that is said, before."""
+_TOO_OFTEN = 4
+"""How many times its size may be read of a video in a bucket: FFmpeg would go round in circles."""
+_TELL_BYTES = 2**20
+
+_KINDS: tuple[type[TallyError], ...] = (StorageAwayError, StorageError, TallyError)
+"""What a failure is told as between processes: the first that it is."""
 _UNTIMED = frozenset({"avi"})
 _UNKNOWN_RATE = Fraction(25)
 _SLOWEST = Fraction(1, 1001)
@@ -100,11 +110,21 @@ class _Packet(NamedTuple):
     key: bool
 
 
-def probe(key: str, root: str, name: str, path: Path) -> Timeline:
-    """Look at one video, of which ``path`` is the content. Raises ItemError where there is nothing to score."""
-    with open_file(path) as container:
-        stream = video_stream(container)
-        packets, picture, ends, problem = _demux(container, stream)
+def probe(
+    key: str,
+    root: str,
+    name: str,
+    known: tuple[int, str] | None = None,
+    told: Callable[[int], None] | None = None,
+) -> Timeline:
+    """Look at one video. known: its size and mark in the store, if they are known. told: as of :class:`RangeFile`.
+
+    Raises ItemError where there is nothing to score, StorageError where it cannot be read.
+    """
+    size, mark = known = known or open_store(root).marked(name)
+    with open_video(root, name, known, told) as opened:
+        container, stream = opened.container, video_stream(opened.container)
+        packets, picture, ends, problem = _demux(opened, stream)
         if not packets:
             raise ItemError(f"it holds no video packets{f' ({problem})' if problem else ''}", stage="read")
         if not (picture or (stream.codec_context.width and stream.codec_context.height)):
@@ -112,17 +132,18 @@ def probe(key: str, root: str, name: str, path: Path) -> Timeline:
         untimed = _is_untimed(container, stream, packets)
         lost = _lost(container, stream, packets)
         cut = None if lost else problem or _cut(container, ends)
-        video = _facts(container, stream, picture, key=key, root=root, name=name, size=path.stat().st_size)
-    rank = _order_by_decoding(path, packets) if untimed else None
+        video = _facts(container, stream, picture, key=key, root=root, name=name, size=size, mark=mark)
+    rank = None
+    if untimed:
+        with open_video(root, name, known, told) as opened:
+            rank = _order_by_decoding(opened, packets)
     return _timeline(video, packets, rank, lost, cut)
 
 
 # -- reading packets -----------------------------------------------------------------------------------
 
 
-def _demux(
-    container: InputContainer, stream: VideoStream
-) -> tuple[list[_Packet], VideoFrame | None, float, str | None]:
+def _demux(opened: Input, stream: VideoStream) -> tuple[list[_Packet], VideoFrame | None, float, str | None]:
     """The packets that are to be shown, the first picture, when the last stream ends in seconds, and what ended it."""
     import av
 
@@ -134,7 +155,7 @@ def _demux(
     stream.codec_context.thread_count = 1
     problem = None
     try:
-        for packet in container.demux():
+        for packet in opened.packets():
             if packet.dts is None and packet.pts is None and packet.size == 0:
                 continue  # the end
             at = packet.pts if packet.pts is not None else packet.dts
@@ -147,6 +168,8 @@ def _demux(
             position += 1
             if picture is None:
                 picture = _first(packet)
+    except StorageError:
+        raise
     except (av.FFmpegError, OSError) as error:
         problem = f"reading it failed after {position:,} video packets: {plain(error)}"
     if picture is None and position:
@@ -216,21 +239,20 @@ def _cut(container: InputContainer, end: float) -> str | None:
     return f"its header says that it lasts {stated:.3f} s, and it ends at {max(end, 0):.3f} s: it is cut off"
 
 
-def _order_by_decoding(path: Path, packets: list[_Packet]) -> dict[int, int]:
+def _order_by_decoding(opened: Input, packets: list[_Packet]) -> dict[int, int]:
     """The rank of each packet's picture among those that a decoder gives; others keep to their neighbours."""
     import av
 
     shown: list[int] = []
-    with open_file(path) as container:
-        stream = video_stream(container)
-        stream.codec_context.thread_count = 1
-        for position, packet in enumerate(container.demux(stream)):
-            if packet.size:
-                packet.pts = packet.dts = position
-            try:
-                shown += [frame.pts for frame in packet.decode() if frame.pts is not None]
-            except av.FFmpegError:
-                continue
+    stream = video_stream(opened.container)
+    stream.codec_context.thread_count = 1
+    for position, packet in enumerate(opened.packets(stream)):
+        if packet.size:
+            packet.pts = packet.dts = position
+        try:
+            shown += [frame.pts for frame in packet.decode() if frame.pts is not None]
+        except av.FFmpegError:
+            continue
     ranks = {position: rank for rank, position in enumerate(dict.fromkeys(shown))}
     latest = -1
     places = []
@@ -333,15 +355,13 @@ class Prober:
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, key: str, root: str, name: str) -> Timeline:
-        """See :func:`probe`. The video is fetched to this machine first, if it is in a bucket.
-
-        Raises StorageError where it cannot be read, ItemError also when looking at it takes too long.
-        """
-        path = open_store(root).local_path(name)
-        try:
-            seconds = PATIENCE_SECONDS + path.stat().st_size / PATIENCE_BYTES_PER_SECOND
-        except OSError as error:
-            raise failure("read", str(path), error) from None
+        """See :func:`probe`. Raises StorageError where it cannot be read, ItemError also when it takes too long."""
+        store = open_store(root)
+        size, mark = store.marked(name)
+        if root.startswith("memory:"):  # which no other process sees
+            return probe(key, root, name, (size, mark))
+        seconds = PATIENCE_SECONDS + size / PATIENCE_BYTES_PER_SECOND
+        waiting = seconds + (STORAGE_SECONDS if isinstance(store, ObjectStore) else 0)
         if self._process is None:
             # With this very Tally, and nothing of the current folder: a json.py may lie there.
             inherited = dict(os.environ)
@@ -365,12 +385,16 @@ class Prober:
             late.set()
             process.kill()
 
-        timer = threading.Timer(seconds, stop)
+        timer = threading.Timer(waiting, stop)
         timer.start()
         try:
-            process.stdin.write(json.dumps([key, root, name, str(path)]) + "\n")
+            process.stdin.write(json.dumps([key, root, name, size, mark]) + "\n")
             process.stdin.flush()
-            answer = process.stdout.readline()
+            while (answer := process.stdout.readline()).startswith("+"):
+                if int(answer) <= _TOO_OFTEN * size:  # what the network takes is not FFmpeg's time
+                    timer.cancel()
+                    timer = threading.Timer(waiting, stop)
+                    timer.start()
         except BrokenPipeError:
             answer = ""
         finally:
@@ -383,6 +407,9 @@ class Prober:
             raise ItemError(f"looking at it crashed FFmpeg (exit code {code}): it is damaged", stage="read")
         found = json.loads(answer)
         if "error" in found:
+            kind = next(each for each in _KINDS if each.__name__ == found["kind"])
+            if issubclass(kind, StorageError):
+                raise kind(found["error"], hint=found["hint"])
             raise ItemError(found["error"], stage="read", hint=found["hint"])
         return Timeline.from_json(found)
 
@@ -399,23 +426,33 @@ class Prober:
 
 
 def _serve() -> None:
-    """Answer one line of JSON for each line of JSON."""
+    """Answer one line of JSON for each line of JSON; meanwhile lines such as ``+1048576``: bytes read from a bucket."""
     asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+    said = 0
 
     def listen() -> None:
         for line in sys.stdin:
             asked.put(line)
         os._exit(0)  # nobody is there any more, however long FFmpeg may still be busy
 
+    def tell(fetched: int) -> None:
+        nonlocal said
+        if fetched < said or fetched >= said + _TELL_BYTES:
+            said = fetched
+            print(f"+{fetched}", flush=True)
+
     threading.Thread(target=listen, daemon=True).start()
     while True:
         try:
-            key, root, name, path = json.loads(asked.get())
-            answer = probe(key, root, name, Path(path)).to_json()
+            key, root, name, size, mark = json.loads(asked.get())
+            said = 0
+            answer = probe(key, root, name, (size, mark), tell).to_json()
         except TallyError as error:
-            answer = {"error": error.message, "hint": error.hint}
+            kind = next(each for each in _KINDS if isinstance(error, each))
+            answer = {"error": error.message, "hint": error.hint, "kind": kind.__name__}
         except Exception as error:
-            answer = {"error": f"it cannot be looked at: {type(error).__name__}: {error}", "hint": None}
+            message = f"it cannot be looked at: {type(error).__name__}: {error}"
+            answer = {"error": message, "hint": None, "kind": TallyError.__name__}
         print(json.dumps(answer), flush=True)
 
 

@@ -1,0 +1,82 @@
+"""Scorers that are live objects or classes of the calling program: workers get them in their pickled form."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import cloudpickle
+
+from tally.config import settings
+from tally.errors import ModelLoadError, SpecError, StorageError
+from tally.scorers.base import Scorer
+
+PICKLED = "scorer.pkl"
+
+
+def store(model: object, name: str) -> Path:
+    """A folder of this user that holds a Scorer, object or class, in ``PICKLED``: for the same model the same one.
+
+    Raises SpecError for what cannot be pickled, StorageError.
+    """
+    content = _pickled(model, name)
+    folder = settings().home / "objects" / hashlib.sha256(content).hexdigest()
+    _write_private(folder / PICKLED, content)
+    return folder
+
+
+def load(path: Path, name: str, options: Mapping[str, Any]) -> Scorer:
+    """The object; of a class, one made with these options. It is not checked here whose pickle this is.
+
+    Raises ModelLoadError.
+    """
+    try:
+        found = cloudpickle.loads(path.read_bytes())
+        return cast("Scorer", found(**options) if isinstance(found, type) else found)
+    except Exception as error:
+        raise ModelLoadError(
+            f"{name} cannot be brought back: {type(error).__name__}: {error}",
+            hint="The modules that it uses must be importable in the workers too.",
+        ) from error
+
+
+def _pickled(model: object, name: str) -> bytes:
+    try:
+        content = cast("bytes", cloudpickle.dumps(model))
+    except Exception as error:
+        raise SpecError(
+            f"{name} cannot be sent to worker processes: {type(error).__name__}: {error}",
+            hint="Open files, sessions and locks in load(), which runs in the worker.",
+        ) from error
+    # Cloudpickle marks classes of notebooks and __main__ with random ids, which would give the same program
+    # another hash in every run. Ids derived from the content serve their purpose as well.
+    tracked = getattr(cloudpickle.cloudpickle, "_DYNAMIC_CLASS_TRACKER_BY_CLASS", {})
+    marks = [mark for mark in (each.encode() for each in tracked.values()) if mark in content]
+    marks.sort(key=content.index)
+    bare = functools.reduce(lambda text, mark: text.replace(mark, b"0" * 32), marks, content)
+    for number, mark in enumerate(marks):
+        digest = hashlib.sha256(bare + bytes([number % 256])).hexdigest()[:32]
+        content = content.replace(mark, digest.encode())
+    return content
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """Write a file that only this user can read, whole or not at all."""
+    if path.is_file():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # mode 0600
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        Path(temporary).replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}",
+            hint="Set TALLY_HOME to a folder that can be written to.",
+        ) from error

@@ -1,0 +1,71 @@
+"""Where bytes are kept: folders of this machine and object stores, behind one interface.
+
+``open_store("photos/")`` gives a :class:`LocalStore`, ``open_store("s3://bucket/photos")`` an
+:class:`ObjectStore`. A store holds objects under names: segments joined with ``/``, relative to the
+store's place. Stores are safe to share between threads. Every failure is a
+:class:`~tally.errors.StorageError` that says in plain words what was wrong and keeps ``errno``.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tally.errors import StorageError
+from tally.storage.base import (
+    KINDS,
+    TEMPORARY,
+    Entry,
+    Store,
+    cache_folder,
+    failure,
+    file_name,
+    is_url,
+    key_of,
+    local_of,
+    mask,
+    name_from_json,
+    name_to_json,
+    refuse_secrets,
+)
+from tally.storage.buckets import ObjectStore, while_waiting
+from tally.storage.local import LocalStore
+
+__all__ = [
+    "KINDS",
+    "TEMPORARY",
+    "Entry",
+    "LocalStore",
+    "ObjectStore",
+    "Store",
+    "cache_folder",
+    "failure",
+    "file_name",
+    "is_url",
+    "key_of",
+    "local_of",
+    "mask",
+    "name_from_json",
+    "name_to_json",
+    "open_store",
+    "while_waiting",
+]
+
+
+def open_store(place: str | os.PathLike[str]) -> Store:
+    """The store at a path or URL. Nothing is contacted or created yet.
+
+    Raises StorageError for a URL of unknown kind, or one that carries a password.
+    """
+    text = os.fspath(place)
+    if not is_url(text):
+        return LocalStore(text)
+    scheme, _, rest = text.partition("://")
+    scheme = scheme.lower()
+    if scheme == "file":
+        return LocalStore(local_of(text))
+    refuse_secrets(text)
+    if scheme not in KINDS:
+        known = ", ".join(f"{kind}://" for kind in KINDS if kind != "memory")
+        raise StorageError(f"{mask(text)!r}: {scheme}:// is no kind of storage known here", hint=f"known are {known}")
+    bucket, _, folder = rest.partition("/")
+    return ObjectStore(scheme, bucket, folder.strip("/"))

@@ -1,0 +1,255 @@
+"""What every store does, and the words for places and failures that all of them share."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
+
+KINDS = ("s3", "s3a", "gs", "az", "abfs", "abfss", "memory")
+"""URL schemes of object stores. ``memory`` lives in this process, for tests."""
+
+TEMPORARY = ".tally-tmp-"
+"""Files that are being written begin with it; no listing shows them."""
+
+_NEXT = {
+    errno.ENOSPC: "Make room there, or choose another place.",
+    errno.EDQUOT: "Make room there, or choose another place.",
+    errno.EROFS: "Choose a place that can be written to.",
+}
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOENT: "there is no such file or folder",
+    errno.ENAMETOOLONG: "the file name is too long",
+    errno.EISDIR: "it is a folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "it exists already",
+    errno.ELOOP: "its symbolic links lead in a circle",
+    errno.EIO: "the disk reported an input/output error",
+    errno.EMFILE: "too many files are open",
+    errno.ENFILE: "too many files are open",
+    errno.ENOTEMPTY: "the folder is not empty",
+    errno.ESTALE: "the network file system lost it",
+}
+
+CREDENTIALS = {
+    "s3": "credentials come from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION; "
+    "AWS_ENDPOINT names another service, AWS_SKIP_SIGNATURE=true reads a public bucket",
+    "az": "credentials come from AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY "
+    "(or AZURE_STORAGE_SAS_KEY, or AZURE_CLIENT_ID and its companions)",
+    "gs": "credentials come from GOOGLE_APPLICATION_CREDENTIALS",
+}
+CREDENTIALS |= {"s3a": CREDENTIALS["s3"], "abfs": CREDENTIALS["az"], "abfss": CREDENTIALS["az"]}
+
+
+class Entry(NamedTuple):
+    """One object of a listing. ``size`` in bytes; -1 where sizes were not asked for."""
+
+    name: str
+    size: int
+
+
+class Store(ABC):
+    """Objects under names. Implementations supply the primitives; all calls block."""
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """The place itself, without secrets: an absolute path, or a URL. :func:`open_store` takes it."""
+
+    @abstractmethod
+    def list(
+        self,
+        prefix: str = "",
+        after: str | None = None,
+        *,
+        enter: Callable[[str], bool] | None = None,
+        sizes: bool = True,
+    ) -> Iterator[Entry]:
+        """Every object under the folder ``prefix``, in ascending order of the whole name, lazily.
+
+        after: only names greater than this one (whether or not it exists).
+        enter: told the name of each folder below ``prefix``; False leaves the folder out.
+        sizes: False saves a local store one system call per file.
+        A folder that does not exist holds nothing. Local: symbolic links are followed except where they
+        lead in a circle, broken ones are listed (with size 0), and what is no regular file is not.
+        Raises StorageError naming the folder that cannot be read.
+        """
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The whole content. Raises SourceNotFoundError where there is none."""
+
+    @abstractmethod
+    def read_range(self, name: str, start: int, length: int, *, mark: str = "") -> bytes:
+        """At most ``length`` bytes from byte ``start``: fewer where the object ends before.
+
+        mark: of the content that is meant (see :meth:`marked`): StorageError where it is another by now.
+        """
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """In bytes. Raises SourceNotFoundError where there is no such object."""
+
+    def marked(self, name: str) -> tuple[int, str]:
+        """The size in bytes, and a mark that another content would not have; it is empty where none is kept."""
+        return self.size(name), ""
+
+    def exists(self, name: str) -> bool:
+        """Whether there is an object of this name (a folder is none)."""
+        try:
+            self.size(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    @abstractmethod
+    def write(self, name: str, data: bytes | bytearray | memoryview, *, exclusive: bool = False) -> None:
+        """Write all of it, durably, or nothing; folders are made as needed.
+
+        exclusive: raise OutputExistsError where the object exists already. Of several writers at the
+        same moment, one succeeds.
+        """
+
+    @abstractmethod
+    def upload(self, name: str, path: Path) -> None:
+        """Write a local file's content under a name, as :meth:`write` does, a part at a time."""
+
+    @abstractmethod
+    def move(self, source: str, target: str) -> None:
+        """Rename, replacing ``target``. Atomic in a local store; a copy and a removal in an object store."""
+
+    @abstractmethod
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove these objects; those that are not there are no error."""
+
+    @abstractmethod
+    def delete_tree(self, prefix: str = "") -> None:
+        """Remove everything under a folder, and the folder itself."""
+
+    @abstractmethod
+    def local_path(self, name: str) -> Path:
+        """A file of this machine with the object's content: itself, or a cached download. Read only."""
+
+    def _inside(self, name: str) -> str:
+        """The name itself. Raises StorageError for one that would lead out of the store."""
+        if not name or name[0] == "/" or "\0" in name or (".." in name and ".." in name.split("/")):
+            raise StorageError(f"{name!r} is no name inside {key_of(self.url)}")
+        return name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({key_of(self.url)!r})"
+
+
+def is_url(place: str) -> bool:
+    """Whether a place is given as a URL and not as a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+
+
+def local_of(url: str) -> str:
+    """The path that a ``file://`` URL names."""
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise StorageError(f"{url!r} names a file of another machine ({parts.netloc})")
+    return unquote(parts.path, errors="surrogateescape")
+
+
+def key_of(name: str) -> str:
+    r"""The name as valid UTF-8: a byte that is none is written ``\xff``."""
+    if name.isascii():
+        return name
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name
+
+
+def name_to_json(name: str) -> str | dict[str, str]:
+    """The name as JSON that every database takes: one that is not valid UTF-8 as its bytes, in hexadecimal."""
+    return name if key_of(name) is name else {"bytes": os.fsencode(name).hex()}
+
+
+def name_from_json(name: str | dict[str, str]) -> str:
+    """The inverse of :func:`name_to_json`."""
+    return name if isinstance(name, str) else os.fsdecode(bytes.fromhex(name["bytes"]))
+
+
+def mask(url: str) -> str:
+    """The URL with passwords, and the values of a query, replaced by ``***``; fit for messages."""
+    url = re.sub(r"(?<=://)[^/@]*:[^/@]*(?=@)", "***", url)
+    return re.sub(r"([?&][\w-]+=)[^&]*", r"\1***", url)
+
+
+def _shown(place: str) -> str:
+    """A place for a message: both ends of it where it is very long."""
+    text = key_of(place)
+    return text if len(text) <= 300 else f"{text[:100]}…{text[-150:]}"
+
+
+def refuse_secrets(url: str) -> None:
+    if mask(url) == url:
+        return
+    raise StorageError(
+        f"{mask(url)!r} carries credentials, which would end up in logs and manifests",
+        hint=CREDENTIALS.get(url.partition("://")[0].lower(), "set them in the environment instead"),
+    )
+
+
+def failure(doing: str, place: str, error: BaseException, *, hint: str | None = None) -> StorageError:
+    """The StorageError for what the operating system or a client library raised.
+
+    doing: ``read``, ``write``, ``list`` ...: the message begins with "cannot read <place>: ".
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _REASONS:
+        reason = _REASONS[number]
+    elif isinstance(error, FileNotFoundError):
+        reason = "there is no such object"
+    elif number is not None:
+        reason = os.strerror(number).lower()
+    else:
+        # Client libraries append a dump of their internals to the first paragraph.
+        reason = " ".join(str(error).split("\n\nDebug source", 1)[0].split()) or type(error).__name__
+    kind = StorageError
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        kind = SourceNotFoundError
+    elif isinstance(error, FileExistsError):
+        kind = OutputExistsError
+    raised = kind(f"cannot {doing} {_shown(place)}: {mask(reason)}", hint=hint or _NEXT.get(number or 0))
+    raised.errno = number
+    return raised
+
+
+def file_name(name: str) -> str:
+    """The last segment of an object's name, cut in its middle to what file systems allow."""
+    last = name.rsplit("/", 1)[-1]
+    raw = os.fsencode(last)
+    if len(raw) <= 255:
+        return last
+    stem, dot, suffix = raw.rpartition(b".")
+    if not dot or len(suffix) > 32:
+        return raw[:200].decode("utf-8", "ignore")
+    return (stem[:200] + b"." + suffix).decode("utf-8", "ignore")
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``$TALLY_CACHE``, ``$TALLY_HOME/cache``, or the system's place for caches."""
+    if folder := os.environ.get("TALLY_CACHE"):
+        return Path(folder)
+    if home := os.environ.get("TALLY_HOME"):
+        return Path(home, "cache")
+    from platformdirs import user_cache_path
+
+    return user_cache_path("tally")

@@ -1,0 +1,573 @@
+"""Buckets and containers: S3, Azure Blob Storage, Google Cloud Storage, through obstore.
+
+What goes wrong on the way and passes is repeated, at two levels. obstore repeats requests that were answered with
+429 or 5xx or not at all, and goes on with a download that was cut; it does so for seconds. What it leaves alone
+(requests that may have been carried out, listings and answers that were cut in their middle) and what lasts
+longer is repeated here, with growing pauses, for minutes. Everything that is repeated here may safely be carried
+out twice; see :meth:`ObjectStore._create` for the one request that needs help for that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import random
+import re
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from tally import scratch
+from tally.errors import OutputExistsError, SourceNotFoundError, StorageAwayError, StorageError
+from tally.storage.base import CREDENTIALS, TEMPORARY, Entry, Store, cache_folder, failure, file_name, key_of
+
+if TYPE_CHECKING:
+    import obstore
+    import obstore.store
+
+T = TypeVar("T")
+
+# Who names an endpoint without encryption (a server on the same machine, say) means it.
+_ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+_ALLOWED = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
+
+_CONNECT_TIMEOUT = timedelta(seconds=10)
+_SILENCE = timedelta(seconds=30)
+"""After so long without a byte of an answer, a request counts as lost. However long it takes as a whole is right."""
+_SILENCE_LARGE = timedelta(minutes=2)
+"""While much is being sent, or copied by the service, no byte of an answer can be expected for longer."""
+_WHOLE = timedelta(hours=12)
+
+_RETRY = {
+    "max_retries": 6,
+    "backoff": {"init_backoff": timedelta(milliseconds=200), "base": 3, "max_backoff": timedelta(seconds=10)},
+    "retry_timeout": timedelta(minutes=1),
+}
+_GIVE_UP = 180.0
+"""Seconds from the first try after which a request is not repeated any more."""
+_GIVE_UP_UNKNOWN = 30.0
+"""The same, where no connection to the service was ever made: its address may be wrong."""
+_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
+
+_SMALL = 1024**2
+_PART = 16 * 1024**2
+"""What is larger is sent in parts; what is not leaves nothing half done behind when the process is killed."""
+_PARTS_AT_ONCE = 4
+_MOST_PARTS = 9_000
+
+_LIST_PAGE = 1000
+_DELETE_PAGE = 1000
+_DELETIONS_AT_ONCE = 16
+_WRITER = "tallywriter"
+
+_clients: dict[tuple[int, str, bool], obstore.store.ObjectStore] = {}
+_clients_lock = threading.Lock()
+_reached: set[str] = set()
+
+
+class _AgainError(Exception):
+    """What was done has to be done again."""
+
+
+class ObjectStore(Store):
+    """A bucket, or a folder of one. Credentials come from the environment alone.
+
+    scheme: one of :data:`KINDS`. bucket: as in the URL. folder: what every name is put under.
+    Requests are repeated after server errors and lost connections. Pickles to its place only.
+    """
+
+    def __init__(self, scheme: str, bucket: str, folder: str = "") -> None:
+        if not bucket:
+            raise StorageError(f"'{scheme}://' names no bucket", hint=f"write {scheme}://bucket/folder")
+        self._scheme = scheme
+        self._bucket = bucket
+        self._base = f"{folder}/" if folder else ""
+
+    @property
+    def url(self) -> str:
+        return f"{self._place}/{self._base}".rstrip("/")
+
+    @property
+    def _place(self) -> str:
+        return f"{self._scheme}://{self._bucket}"
+
+    def _key(self, name: str) -> str:
+        return self._base + self._inside(name)
+
+    def _client(self, *, large: bool = False) -> obstore.store.ObjectStore:
+        """large: for requests that may be silent for long."""
+        # The client's threads do not survive a fork: a child process makes its own.
+        key = (os.getpid(), self._place, large and self._scheme != "memory")
+        with _clients_lock:
+            if key not in _clients:
+                _clients[key] = self._connect(_SILENCE_LARGE if large else _SILENCE)
+            return _clients[key]
+
+    def _connect(self, silence: timedelta) -> obstore.store.ObjectStore:
+        from obstore.store import MemoryStore, from_url
+
+        if self._scheme == "memory":
+            return MemoryStore()
+        plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
+        plain |= any(os.environ.get(name, "").lower() in ("1", "true") for name in _ALLOWED)
+        try:
+            return from_url(
+                self._place,
+                retry_config=cast(Any, _RETRY),
+                client_options={
+                    "connect_timeout": _CONNECT_TIMEOUT,
+                    "read_timeout": silence,
+                    "timeout": _WHOLE,
+                    "allow_http": plain,
+                },
+            )
+        except Exception as error:
+            raise failure("open", self._place, error, hint=CREDENTIALS.get(self._scheme)) from None
+
+    def _again(self, doing: str, name: str, call: Callable[[], T]) -> T:
+        """What ``call`` gives. It is repeated after failures that pass."""
+        patience = _Patience(self._place)
+        while True:
+            try:
+                given = call()
+            except Exception as error:
+                if not patience.wait(error):
+                    raise self._failure(doing, name, error, patience) from None
+            else:
+                _reached.add(self._place)
+                return given
+
+    def _failure(self, doing: str, name: str, error: Exception, patience: _Patience | None = None) -> StorageError:
+        from obstore.exceptions import AlreadyExistsError, InvalidPathError
+
+        if isinstance(error, StorageError):
+            return error
+        place = key_of(f"{self.url}/{name}" if name else self.url)
+        if isinstance(error, AlreadyExistsError):
+            return OutputExistsError(f"cannot {doing} {place}: it exists already")
+        told = _Told(error)
+        if told.code in _NO_BUCKET or "container does not exist" in told.text:
+            noun = "container" if self._scheme in ("az", "abfs", "abfss") else "bucket"
+            raised = StorageError if doing in ("write", "move", "delete") else SourceNotFoundError
+            return raised(
+                f"cannot {doing} {place}: there is no {noun} {self._bucket!r}",
+                hint="Correct its name, or make it first.",
+            )
+        if isinstance(error, FileNotFoundError):
+            return failure(doing, place, error)
+        hint = CREDENTIALS.get(self._scheme)
+        if isinstance(error, InvalidPathError):
+            hint = "Names with empty segments ('a//b'), '.', '..' or control characters cannot be used here; rename it."
+        elif _METADATA.search(told.text):
+            return StorageError(f"cannot {doing} {place}: no credentials were found in the environment", hint=hint)
+        elif told.status is None and _is_passing(error):
+            hint = f"Is the service reachable from here? An address of its own is given by {_ADDRESS[self._scheme]}."
+        elif told.status is not None and told.status not in (401, 403):
+            hint = None
+        tried = "" if patience is None or not patience.tries else f" (tried for {patience.seconds:.0f} s)"
+        kind = StorageAwayError if _is_passing(error) or told.code in _LOCKED_OUT else StorageError
+        return kind(f"cannot {doing} {place}: {told.reason}{tried}", hint=hint)
+
+    def list(
+        self,
+        prefix: str = "",
+        after: str | None = None,
+        *,
+        enter: Callable[[str], bool] | None = None,
+        sizes: bool = True,  # they come with the names
+    ) -> Iterator[Entry]:
+        folder = prefix.strip("/")
+        under = f"{folder}/" if folder else ""
+        entered, entering = under, True
+        last = ""
+        # A folder made in a web console is an empty object "a/", reported as "a" among its content.
+        held: Entry | None = None
+        for entry in self._listed(folder, after):
+            name = entry.name
+            if after is not None and name <= after:
+                continue
+            if name < last:
+                if entry.size == 0:
+                    continue
+                raise StorageError(
+                    f"{self.url} lists its objects out of order ({name!r} after {last!r})",
+                    hint="hierarchical namespaces and S3 directory buckets do that",
+                )
+            last = name
+            if held is not None:
+                if not name.startswith(held.name + "/"):
+                    yield held
+                held = None
+            if enter is not None:
+                above = name[: name.rfind("/") + 1]
+                if above != entered:
+                    entered, entering = above, _all_entered(above, len(under), enter)
+                if not entering:
+                    continue
+            if entry.size == 0:
+                held = entry
+            else:
+                yield entry
+        if held is not None:
+            yield held
+
+    def _listed(self, folder: str, after: str | None) -> Iterator[Entry]:
+        """What the service lists beyond a name. A listing that breaks off goes on where it was."""
+        import obstore
+
+        cut = len(self._base)
+        where = (self._base + folder).strip("/") or None
+        offset = None if after is None else self._base + after
+        patience = _Patience(self._place)
+        pages: Iterator[Any] | None = None
+        done = ""
+        while True:
+            try:
+                if pages is None:
+                    pages = iter(obstore.list(self._client(), where, offset=offset, chunk_size=_LIST_PAGE))
+                page = next(pages, None)
+            except Exception as error:
+                if not patience.wait(error):
+                    raise self._failure("list", folder, error, patience) from None
+                pages, done = None, offset or ""
+                continue
+            _reached.add(self._place)
+            if page is None:
+                return
+            patience = _Patience(self._place)
+            for meta in page:
+                offset = meta["path"]
+                if offset > done:
+                    yield Entry(offset[cut:], meta["size"])
+
+    def read(self, name: str) -> bytes:
+        import obstore
+
+        key = self._key(name)
+        return self._again("read", name, lambda: bytes(obstore.get(self._client(), key).bytes()))
+
+    def read_range(self, name: str, start: int, length: int, *, mark: str = "") -> bytes:
+        import obstore
+
+        key = self._key(name)
+
+        def fetch() -> bytes:
+            try:
+                found = obstore.get(self._client(), key, options={"range": (start, start + length)})
+            except Exception as error:
+                if _BEYOND.search(str(error)) and start >= self.size(name):
+                    return b""
+                raise
+            if mark and _mark(found.meta) != mark:
+                raise StorageError(f"{key_of(f'{self.url}/{name}')} has changed while it was read")
+            return bytes(found.bytes())
+
+        return self._again("read", name, fetch) if length > 0 else b""
+
+    def size(self, name: str) -> int:
+        return int(self._head(name)["size"])
+
+    def marked(self, name: str) -> tuple[int, str]:
+        meta = self._head(name)
+        return int(meta["size"]), _mark(meta)
+
+    def _head(self, name: str) -> dict[str, Any]:
+        import obstore
+
+        key = self._key(name)
+        return self._again("read", name, lambda: cast("dict[str, Any]", obstore.head(self._client(), key)))
+
+    def write(self, name: str, data: bytes | bytearray | memoryview, *, exclusive: bool = False) -> None:
+        content = data if isinstance(data, bytes) else bytes(data)
+        if exclusive:
+            self._create(name, content)
+        else:
+            self._put(name, content, len(content))
+
+    def upload(self, name: str, path: Path) -> None:
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise failure("read", str(path), error) from None
+        self._put(name, path, size)
+
+    def _put(self, name: str, content: bytes | Path, size: int) -> None:
+        import obstore
+
+        key, parts = self._key(name), size > _PART
+
+        def put() -> None:
+            try:
+                obstore.put(
+                    self._client(large=size > _SMALL),
+                    key,
+                    content,
+                    use_multipart=parts,
+                    chunk_size=max(_PART // 2, -(-size // _MOST_PARTS)),
+                    max_concurrency=_PARTS_AT_ONCE,
+                )
+            except Exception as error:
+                # The answer to the last request was lost, and there is nothing left to complete.
+                if _Told(error).code in _NOTHING_LEFT:
+                    raise _AgainError(str(error)) from None
+                raise
+
+        self._again("write", name, put)
+
+    def _create(self, name: str, content: bytes) -> None:
+        """Write what is not there yet.
+
+        The object carries a mark of this call. Where an answer was lost, the object that is there already may be
+        this one, and then it has been written.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        key, writer = self._key(name), secrets.token_hex(16)
+
+        def put() -> None:
+            client = self._client(large=len(content) > _SMALL)
+            try:
+                # A conditional request is one request: no multipart upload can be conditional.
+                obstore.put(
+                    client, key, content, mode="create", use_multipart=False, attributes=cast(Any, {_WRITER: writer})
+                )
+            except AlreadyExistsError:
+                try:
+                    found = cast("dict[str, Any]", obstore.get(client, key, options={"head": True}).attributes)
+                except FileNotFoundError:  # it is being written at this moment, or was removed
+                    raise _AgainError("another is writing it at this moment") from None
+                if found.get(_WRITER) != writer:
+                    raise
+
+        self._again("write", name, put)
+
+    def move(self, source: str, target: str) -> None:
+        import obstore
+
+        old, new = self._key(source), self._key(target)
+        try:
+            self._again("move", source, lambda: obstore.copy(self._client(large=True), old, new))
+        except StorageError as error:
+            if _TOO_LARGE not in str(error):
+                raise
+            with scratch.folder("move") as folder:
+                self.download(source, folder / "content")
+                self.upload(target, folder / "content")
+        self.delete([source])
+
+    def delete(self, names: Iterable[str]) -> None:
+        pending = iter(names)
+        while page := list(islice(pending, _DELETE_PAGE)):
+            keys = [self._key(name) for name in page]
+            try:
+                self._again("delete", page[0], partial(self._remove, keys))
+            except FileNotFoundError:
+                # Azure says so when one of them was not there; which of the others are left, it does not say.
+                with ThreadPoolExecutor(_DELETIONS_AT_ONCE, thread_name_prefix="tally-delete") as pool:
+                    deque(pool.map(self._delete_one, page), maxlen=0)
+
+    def _remove(self, keys: Sequence[str]) -> None:
+        import obstore
+
+        obstore.delete(self._client(), keys)
+
+    def _delete_one(self, name: str) -> None:
+        try:
+            self._again("delete", name, partial(self._remove, [self._key(name)]))
+        except FileNotFoundError:
+            return
+
+    def delete_tree(self, prefix: str = "") -> None:
+        self.delete(entry.name for entry in self.list(prefix))
+
+    def download(self, name: str, target: Path) -> None:
+        """Write the object to a local file, a part at a time."""
+        self._download(name, target)
+
+    def _download(self, name: str, target: Path) -> str:
+        """The mark of what was downloaded."""
+        import obstore
+
+        key = self._key(name)
+
+        def fetch() -> str:
+            found = obstore.get(self._client(), key)
+            written = 0
+            try:
+                with target.open("wb") as file:
+                    for part in found.stream():
+                        written += file.write(part)
+            except OSError as error:
+                if error.errno is None:
+                    raise
+                raise failure("write", str(target), error) from None
+            if written != found.meta["size"]:
+                raise _AgainError(f"{written:,} of {found.meta['size']:,} bytes arrived")
+            return _mark(found.meta)
+
+        return self._again("read", name, fetch)
+
+    def local_path(self, name: str) -> Path:
+        meta = self._head(name)
+        version = [str(meta.get(key)) for key in ("e_tag", "version", "last_modified", "size")]
+        digest = hashlib.sha256("\0".join([self.url, name, *version]).encode()).hexdigest()[:32]
+        target = cache_folder() / "objects" / digest / file_name(name)
+        if _holds(target, meta["size"]):
+            return target
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(target.parent / ".lock"):
+                # Another process may have been faster.
+                if not _holds(target, meta["size"]):
+                    self._fetch(name, target, _mark(meta))
+        except OSError as error:
+            raise error if isinstance(error, StorageError) else failure("write", str(target), error) from None
+        return target
+
+    def _fetch(self, name: str, target: Path, mark: str) -> None:
+        part = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+        try:
+            if self._download(name, part) != mark:
+                raise StorageError(f"{key_of(f'{self.url}/{name}')} has changed while it was read")
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+_while_waiting: Callable[[], None] | None = None
+
+
+def while_waiting(tell: Callable[[], None]) -> None:
+    """Have ``tell`` called, in this process, before and after each pause of a request that is tried again."""
+    global _while_waiting
+    _while_waiting = tell
+
+
+class _Patience:
+    """How long a request has been tried, and whether it is worth trying on."""
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self._began = time.monotonic()
+        self.tries = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def wait(self, error: Exception) -> bool:
+        """Pause before the next try; False, at once, where there should be none."""
+        if not _is_passing(error):
+            return False
+        self.tries += 1
+        # Those who failed together come back one by one.
+        pause = random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE, _PAUSE * 2**self.tries)  # noqa: S311
+        unknown = self._place not in _reached and _CONNECTING.search(str(error)) is not None
+        if self.seconds + pause > (_GIVE_UP_UNKNOWN if unknown else _GIVE_UP):
+            return False
+        for seconds in (pause, 0.0):
+            if _while_waiting is not None:
+                _while_waiting()
+            time.sleep(seconds)
+        return True
+
+
+_STATUS = re.compile(r"status code: (\d{3})([^:]*)|\(code: (\d{3})\)")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_MESSAGE = re.compile(r"<Message>((?:(?!RequestId:)[^<])*)")
+_CONNECTING = re.compile(r"kind: Connect\b|tcp connect error|dns error")
+_METADATA = re.compile(r"169\.254\.169\.254|metadata\.google\.internal|fd00:ec2::254")
+_BEYOND = re.compile(r"status code: 416|Wanted range starting at")
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
+_TOO_LARGE = "larger than the maximum allowable size for a copy source"
+"""What S3 answers when it is asked to copy more than 5 GiB at once."""
+_NOTHING_LEFT = ("NoSuchUpload", "InvalidBlockList")
+_PASSING_CODES = ("RequestTimeout", "ConditionalRequestConflict", "OperationAborted", "SlowDown")
+_LOCKED_OUT = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthenticationFailed")
+_ADDRESS = {
+    **dict.fromkeys(("s3", "s3a"), "AWS_ENDPOINT"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "AZURE_STORAGE_ENDPOINT"),
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "memory": "nothing",
+}
+
+
+class _Told:
+    """What obstore's text, which is made for its developers, says of an answer."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.text = " ".join(str(error).split("\n\nDebug source", 1)[0].split())
+        status = _STATUS.search(self.text)
+        code, message = _CODE.search(self.text), _MESSAGE.search(self.text)
+        self.status = int(status[1] or status[3]) if status else None
+        self.code = code[1] if code else None
+        if status is not None:
+            reason = f"the service answered {self.status}{(status[2] or '').rstrip()}"
+            if code:
+                reason += (
+                    f" ({code[1]}: {message[1].strip().rstrip('.')})" if message and message[1] else f" ({code[1]})"
+                )
+        elif "HTTP error" in self.text:
+            url = re.search(r"https?://[^/\s]+", self.text)
+            reason = f"the connection to {url[0] if url else 'the service'} failed, or nothing was heard from it"
+        else:
+            reason = self.text or type(error).__name__
+        self.reason = reason
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether trying again may help: the service was busy, or was not reached, or the answer was lost."""
+    from obstore.exceptions import GenericError
+
+    if isinstance(error, _AgainError):
+        return True
+    if not isinstance(error, GenericError):
+        return False
+    told = _Told(error)
+    if told.code in _PASSING_CODES:
+        return True
+    if told.status is not None:
+        return told.status in (408, 429) or (told.status >= 500 and told.status != 501)
+    return "HTTP error" in told.text
+
+
+def _holds(path: Path, size: int) -> bool:
+    """Whether a download is there as a whole; a machine that lost its power may have kept a part of it."""
+    try:
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Held by one thread of one process of this machine."""
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _mark(meta: Mapping[str, Any]) -> str:
+    """What changes with an object's content."""
+    return str(meta.get("e_tag") or meta["last_modified"])
+
+
+def _all_entered(folder: str, start: int, enter: Callable[[str], bool]) -> bool:
+    """Whether ``enter`` agrees to a folder ("a/b/") and to all above it, from character ``start``."""
+    end = folder.find("/", start)
+    while end >= 0:
+        if not enter(folder[:end]):
+            return False
+        end = folder.find("/", end + 1)
+    return True

@@ -1,0 +1,745 @@
+"""Models that come from elsewhere: from buckets, and from where a job's model was carried for other machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.colours import model
+
+from tally.config import settings
+from tally.errors import ModelChangedError, ModelLoadError, ModelNotFoundError, SpecError, StorageError
+from tally.models.registry import open_registry
+from tally.scorers.base import Item, Scorer
+from tally.scorers.keyed import pack
+from tally.scorers.loading import create, load, verify
+from tally.scorers.origin import CONTENTS, carry, fetch, fetched
+from tally.scorers.package import refreshed, resolve
+from tally.scorers.reference import ModelRef
+from tally.storage import ObjectStore, Store, open_store
+
+HOST = platform.node()
+SCRIPT = "def init():\n    pass\n\n\ndef run(mini_batch):\n    return ['{answer}'] * len(mini_batch)\n"
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Work in an empty folder; what loading code changes in this process is undone."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(os.environ, "AZUREML_MODEL_DIR", "")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def bucket() -> str:
+    return f"memory://{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the objects that are fetched from now on."""
+    names: list[str] = []
+    real = ObjectStore.download
+
+    def download(self: ObjectStore, name: str, target: Path) -> None:
+        names.append(name)
+        real(self, name, target)
+
+    monkeypatch.setattr(ObjectStore, "download", download)
+    return names
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[ModelRef], ModelRef]:
+    """The same reference on another machine: nothing was fetched there, and no path is what it is here."""
+
+    def move(ref: ModelRef) -> ModelRef:
+        cache = tmp_path / f"cache-{uuid.uuid4().hex}"
+        monkeypatch.setenv("TALLY_CACHE", str(cache))
+        for place in {ref.location, *(Path(each) for each in ref.files if Path(each).is_absolute())}:
+            if place.exists():
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
+        return ModelRef.from_dict(json.loads(json.dumps(ref.to_dict())))
+
+    return move
+
+
+def label(ref: ModelRef) -> str:
+    """What the classifier calls a red picture."""
+    scorer = load(ref, "cpu")
+    red = np.zeros((8, 8, 3), np.uint8)
+    red[..., 0] = 255
+    (row,) = scorer.score([scorer.prepare(Item("red", red, {"width": 8, "height": 8}))])
+    assert isinstance(row, dict)
+    return str(row["label"])
+
+
+def answers(ref: ModelRef) -> list[Any]:
+    return list(load(ref, "cpu").score(["a", "b"]))
+
+
+def uploaded(folder: Path, url: str) -> Store:
+    store = open_store(url)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.upload(path.relative_to(folder).as_posix(), path)
+    return store
+
+
+def in_cache(kind: str = "models") -> list[str]:
+    folder = Path(os.environ.get("TALLY_CACHE", settings().home / "cache")) / kind
+    return sorted(each.name for each in folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------- models in buckets
+
+
+def test_an_onnx_file_brings_what_belongs_to_it(tmp_path: Path, bucket: str, downloads: list[str]) -> None:
+    path = model(tmp_path / "m" / "colours.onnx", external="colours.weights")
+    (tmp_path / "m" / "colours.onnx.yaml").write_text("labels: names/of.txt\ntop: 1\n")
+    (tmp_path / "m" / "names").mkdir()
+    (tmp_path / "m" / "names" / "of.txt").write_text("red\ngreen\nblue\n")
+    (tmp_path / "m" / "other.onnx").write_bytes(b"no part of it")
+    store = uploaded(tmp_path / "m", f"{bucket}/models")
+
+    ref = resolve(f"{bucket}/models/colours.onnx")
+
+    assert (ref.name, ref.kind, ref.origin) == ("colours", "onnx", f"{bucket}/models")
+    assert ref.hash == resolve(path).hash
+    assert sorted(downloads) == ["colours.onnx", "colours.onnx.yaml", "colours.weights", "names/of.txt"]
+    assert label(ref) == "red"
+    downloads.clear()
+    assert resolve(f"{bucket}/models/colours.onnx") == ref
+    assert downloads == []
+    store.write("names/of.txt", b"rouge\nvert\nbleu\n")
+    assert label(resolve(f"{bucket}/models/colours.onnx")) == "rouge"
+
+
+def test_damage_in_the_cache_is_noticed_by_the_next_use(tmp_path: Path, bucket: str, downloads: list[str]) -> None:
+    uploaded(model(tmp_path / "m" / "colours.onnx").parent, bucket)
+    ref = resolve(f"{bucket}/colours.onnx")
+    kept = ref.location / ref.entry
+    kept.chmod(0o644)
+    kept.write_bytes(kept.read_bytes()[:-9])
+    downloads.clear()
+
+    again = resolve(f"{bucket}/colours.onnx")
+
+    assert again == ref
+    assert downloads == ["colours.onnx"]
+    assert label(again) == "0"
+
+
+@pytest.mark.parametrize("written", ["packages/mine", "packages/mine/", "packages/mine/tally.yaml"])
+def test_a_package_is_fetched_whole(tmp_path: Path, bucket: str, downloads: list[str], written: str) -> None:
+    folder = tmp_path / "p"
+    model(folder / "deep" / "m.onnx")
+    (folder / "tally.yaml").write_text("file: deep/m.onnx\noptions: {labels: names.txt}\n")
+    (folder / "names.txt").write_text("red\ngreen\nblue\n")
+    (folder / ".hidden").write_text("no content")
+    uploaded(folder, f"{bucket}/packages/mine")
+
+    ref = resolve(f"{bucket}/{written}")
+
+    assert (ref.name, ref.files, ref.origin) == ("mine", (".",), f"{bucket}/packages/mine")
+    assert sorted(downloads) == ["deep/m.onnx", "names.txt", "tally.yaml"]
+    assert ref.hash == resolve(folder).hash
+    assert label(ref) == "red"
+
+
+def test_python_files_bring_their_neighbours(tmp_path: Path, bucket: str) -> None:
+    store = open_store(f"{bucket}/code")
+    store.write("score.py", b"import said\ndef init(): ...\ndef run(mini_batch): return [said.WORD] * len(mini_batch)")
+    store.write("said.py", b"WORD = 'from afar'")
+    store.write("below/other.py", b"1 / 0")
+
+    ref = resolve(f"{bucket}/code/score.py")
+
+    assert (ref.kind, ref.files, ref.origin) == ("script", ("score.py", "said.py"), f"{bucket}/code")
+    assert f"assumed {bucket}/code;" in ref.assumed[0]
+    assert answers(ref) == [{"prediction": "from afar"}] * 2
+
+
+def test_labels_and_artifacts_may_be_in_buckets(tmp_path: Path, bucket: str) -> None:
+    store = open_store(bucket)
+    store.write("lists/names.txt", b"red\ngreen\nblue\n")
+    store.write("weights/v1/w.bin", b"w")
+    path = model(tmp_path / "m" / "colours.onnx")
+    (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
+    ref = resolve(path, labels=f"{bucket}/lists/names.txt")
+    assert ref.options["labels"] == ["red", "green", "blue"]
+    assert ref.hash == resolve(path, labels=tmp_path / "names.txt").hash
+    assert ref.origin is None  # nothing holds all of it yet
+    script = tmp_path / "m" / "score.py"
+    script.write_text(SCRIPT.format(answer="x"))
+    ref = resolve(script, artifacts=f"{bucket}/weights/v1/")
+    assert Path(ref.artifacts, "w.bin").read_bytes() == b"w"
+    assert Path(ref.artifacts).name == "v1"
+    with pytest.raises(SpecError, match=r"there is no file 'memory://.*/lists/name\.txt'"):
+        resolve(path, labels=f"{bucket}/lists/name.txt")
+    with pytest.raises(SpecError, match="there is no folder"):
+        resolve(script, artifacts=f"{bucket}/weights/v2")
+
+
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    path = model(tmp_path / "colours.onnx")
+    assert resolve(path.as_uri()) == resolve(path)
+
+
+def test_what_is_not_in_a_bucket(tmp_path: Path, bucket: str) -> None:
+    store = open_store(f"{bucket}/models")
+    store.write("squeezenet.onnx", b"")
+    with pytest.raises(ModelNotFoundError, match=r"no model at '.*/squezenet\.onnx'; did you mean 'squeezenet\.onnx'"):
+        resolve(f"{bucket}/models/squezenet.onnx")
+    with pytest.raises(ModelNotFoundError, match="no model at"):
+        resolve(f"{bucket}/other/")
+    with pytest.raises(ModelLoadError, match=r"models is a folder without a tally\.yaml\n  Give a file in it \(squeez"):
+        resolve(f"{bucket}/models")
+    with pytest.raises(ModelLoadError) as caught:
+        resolve(f"{bucket}/models/squeezenet.onnx")
+    assert str(caught.value).startswith(f"{bucket}/models/squeezenet.onnx is empty (0 bytes)")
+    with pytest.raises(StorageError, match=r"carries credentials") as refused:
+        resolve("s3://me:secret@bucket/m.onnx")
+    assert "secret" not in str(refused.value)
+    with pytest.raises(StorageError, match="ftp:// is no kind of storage"):
+        resolve("ftp://host/m.onnx")
+
+
+# ------------------------------------------------------------------------------------- for each key, one
+
+
+def saved(folder: Path, *keys: str, seed: int = 0) -> None:
+    skops = pytest.importorskip("skops.io")
+    svm = pytest.importorskip("sklearn.svm")
+    folder.mkdir(parents=True, exist_ok=True)
+    for key in keys:
+        values = np.random.default_rng(seed).normal(20, 2, (20, 1))
+        skops.dump(svm.OneClassSVM(nu=0.1).fit(values), folder / f"{key}.skops")
+
+
+def test_a_template_in_a_bucket_and_what_comes_to_it(
+    tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]
+) -> None:
+    saved(tmp_path / "m", "pump", "fan")
+    store = uploaded(tmp_path / "m", f"{bucket}/models")
+    store.write("deeper/other.skops", b"is of no key")
+    template = f"{bucket}/models/{{Device}}.skops"
+
+    ref = resolve(template, by=("Device",))
+
+    assert (ref.name, ref.kind, ref.files) == (template, "keyed", ("fan.skops", "pump.skops"))
+    assert ref.origin == f"{bucket}/models"
+    assert ref.hash == resolve(str(tmp_path / "m" / "{Device}.skops"), by=("Device",)).hash
+    assert create(ref).lacks({"Device": "gate"}) == "there is no model models/gate.skops"
+    far = elsewhere(ref)
+    assert load(far, "cpu").lacks({"Device": "gate"}) == "there is no model models/gate.skops"
+    saved(tmp_path / "more", "gate")
+    store.upload("gate.skops", tmp_path / "more" / "gate.skops")
+    verify(far)
+    new = refreshed(far)
+    assert (new.name, new.files) == (template, ("fan.skops", "gate.skops", "pump.skops"))
+    assert load(new, "cpu").lacks({"Device": "gate"}) is None
+    pack(template, ["Device"], tmp_path / "packed")
+    assert create(resolve(tmp_path / "packed")).lacks({"Device": "gate"}) is None
+    store.write("fan.skops", b"another")
+    with pytest.raises(ModelChangedError):
+        refreshed(far)
+    with pytest.raises(SpecError, match="no columns make keys"):
+        resolve(template)
+    with pytest.raises(SpecError, match="the column Tag of the key chooses no model"):
+        resolve(template, by=("Device", "Tag"))
+    with pytest.raises(ModelNotFoundError, match=r"no model file matches .*\n  memory://.*/none was searched"):
+        resolve(f"{bucket}/none/{{Device}}.skops", by=("Device",))
+
+
+def test_new_keys_of_carried_models_are_carried_too(
+    tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]
+) -> None:
+    saved(tmp_path / "m", "pump", "fan")
+    ref = carry(resolve(str(tmp_path / "m" / "{Device}.skops"), by=("Device",)), f"{bucket}/job")
+    assert refreshed(ref) == ref
+    saved(tmp_path / "m", "gate")
+    new = refreshed(ref)
+    assert len(new.files) == 3
+    assert new.origin == f"{bucket}/job/{new.hash.removeprefix('sha256:')}"
+    far = elsewhere(new)
+    assert load(far, "cpu").lacks({"Device": "gate"}) is None
+    assert refreshed(far) == far
+
+
+# ---------------------------------------------------------------------------------------------- carrying
+
+
+class Doubling(Scorer):
+    input = "bytes"
+
+    def __init__(self, factor: int = 2) -> None:
+        self.factor = factor
+
+    def score(self, batch: Any) -> Any:
+        return [{"value": self.factor * len(each)} for each in batch]
+
+
+def test_a_model_with_parts_elsewhere_is_carried_whole(
+    tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef], downloads: list[str]
+) -> None:
+    path = model(tmp_path / "m" / "colours.onnx", external="colours.weights")
+    (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
+    ref = resolve(path, labels=tmp_path / "names.txt")
+
+    carried = carry(ref, f"{bucket}/work")
+
+    assert carried.origin == f"{bucket}/work/{ref.hash.removeprefix('sha256:')}"
+    assert carry(carried, f"{bucket}/other").origin == carried.origin
+    assert label(carried) == "red"
+    assert downloads == []  # it is here
+    far = elsewhere(carried)
+    assert label(far) == "red"
+    assert sorted(downloads) == ["colours.onnx", "colours.weights", "names.txt"]
+    assert in_cache() == [ref.hash.removeprefix("sha256:")]
+    assert label(far) == "red"
+    assert len(downloads) == 3
+    assert label(carry(far, f"{bucket}/work")) == "red"
+
+
+def test_scripts_with_artifacts(tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
+    script = tmp_path / "code" / "score.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import os, pathlib\ndef init():\n    global word\n"
+        "    word = pathlib.Path(os.environ['AZUREML_MODEL_DIR'], 'word').read_text()\n"
+        "def run(mini_batch): return [word] * len(mini_batch)\n"
+    )
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "word").write_text("hello")
+    far = elsewhere(carry(resolve(script, artifacts=weights), str(tmp_path / "shared")))
+    assert not weights.exists()
+    assert create(far).input == "path"
+    assert answers(far) == [{"prediction": "hello"}] * 2
+
+
+def test_empty_artifacts_are_a_folder_everywhere(
+    tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]
+) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "code" / "it.py").write_text(
+        "from tally import Scorer\nclass It(Scorer):\n    def load(self, artifacts, device):\n"
+        "        self.there = artifacts.is_dir()\n    def score(self, batch): return [{'there': self.there}] * 2\n"
+    )
+    far = elsewhere(carry(resolve(tmp_path / "code" / "it.py", artifacts=tmp_path / "weights"), bucket))
+    assert answers(far) == [{"there": True}] * 2
+
+
+def test_live_objects_are_carried(bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
+    ref = resolve(Doubling(3))
+    assert list(open_store(f"{bucket}/w").list()) == []
+    far = elsewhere(carry(ref, f"{bucket}/w"))
+    assert create(far).input == "bytes"
+    assert load(far, "cpu").score([b"ab"]) == [{"value": 6}]
+    open_store(far.origin or "").write("scorer.pkl", b"something else")
+    with pytest.raises(ModelChangedError):
+        load(elsewhere(far), "cpu")
+
+
+def test_a_packed_file_is_carried(tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
+    saved(tmp_path / "m", "pump", "fan")
+    pack(str(tmp_path / "m" / "{Device}.skops"), ["Device"], tmp_path / "packed")
+    far = elsewhere(carry(resolve(tmp_path / "packed"), bucket))
+    assert create(far).lacks({"Device": "fan"}) is None
+    assert load(far, "cpu").lacks({"Device": "gate"}) == "there is no model for Device=gate"
+
+
+def test_importable_classes(tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
+    """Their own file travels; what it needs has to be installed, and the same."""
+    code = "from tally import Scorer\n{}\nclass It(Scorer):\n    def score(self, batch): return [{{'n': 1}}] * 2\n"
+    here = tmp_path / "here"
+    for name, text in {"alone_for_test.py": "", "package_for_test/part.py": "from package_for_test.b import X"}.items():
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(code.format(text))
+    (here / "package_for_test" / "__init__.py").touch()
+    (here / "package_for_test" / "b.py").write_text("X = 1")
+    sys.path.insert(0, str(here))
+    refs = [carry(resolve(name), bucket) for name in ("alone_for_test:It", "package_for_test.part:It")]
+    shutil.copytree(here, tmp_path / "there")
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if "_for_test" in name]:
+            del sys.modules[name]
+        sys.path[:] = [each for each in sys.path if str(tmp_path) not in each]
+
+    alone, part = (elsewhere(ref) for ref in refs)
+    forget()
+    assert answers(alone) == [{"n": 1}] * 2
+    forget()
+    with pytest.raises(ModelNotFoundError, match=f"no module 'package_for_test.b' on {HOST}\n.*installed there"):
+        load(part, "cpu")
+    forget()
+    sys.path.append(str(tmp_path / "there"))
+    assert answers(part) == [{"n": 1}] * 2
+    forget()
+    sys.path.append(str(tmp_path / "there"))
+    with (tmp_path / "there" / "package_for_test" / "part.py").open("a") as file:
+        file.write("# another version\n")
+    with pytest.raises(ModelChangedError, match=r"part\.py on .* is not what the job began with"):
+        load(part, "cpu")
+
+
+def test_nothing_is_carried_twice_and_halves_are_completed(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads: list[str] = []
+    real = ObjectStore.upload
+
+    def upload(self: ObjectStore, name: str, path: Path) -> None:
+        uploads.append(name)
+        real(self, name, path)
+
+    monkeypatch.setattr(ObjectStore, "upload", upload)
+    ref = resolve(model(tmp_path / "m" / "colours.onnx", external="w"))
+    origin = carry(ref, bucket).origin
+    assert sorted(uploads) == ["colours.onnx", "w"]
+    assert carry(ref, bucket).origin == origin
+    assert len(uploads) == 2
+    assert origin is not None
+    for lost in (CONTENTS, "w"):
+        open_store(origin).delete([lost])
+        uploads.clear()
+        carry(ref, bucket)
+        assert sorted(uploads) == ["colours.onnx", "w"]
+    (tmp_path / "m" / "w").write_bytes(b"changed meanwhile")
+    open_store(origin).delete_tree()
+    with pytest.raises(ModelChangedError, match="it changed while it was copied"):
+        carry(ref, bucket)
+    shutil.rmtree(tmp_path / "m")
+    with pytest.raises(ModelNotFoundError, match=f"is not on this machine \\({HOST}\\)"):
+        carry(ref, bucket)
+
+
+# ---------------------------------------------------------------------------------------------- fetching
+
+
+@pytest.fixture
+def carried(tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> ModelRef:
+    """A script that answers yes, on a machine that has to fetch it."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "score.py").write_text(SCRIPT.format(answer="yes"))
+    return elsewhere(carry(resolve(tmp_path / "code" / "score.py"), bucket))
+
+
+YES = [{"prediction": "yes"}] * 2
+
+
+def test_without_an_origin_the_machine_is_named(tmp_path: Path, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
+    path = model(tmp_path / "m" / "colours.onnx")
+    far = elsewhere(resolve(path))
+    with pytest.raises(ModelNotFoundError) as caught:
+        load(far, "cpu")
+    assert f"model colours: {path} is not on this machine ({HOST})" in str(caught.value)
+    assert "in a bucket (--model s3://...)" in str(caught.value)
+    assert "TALLY_REGISTRY" in str(caught.value)
+
+
+def test_other_content_at_the_path_is_not_used(tmp_path: Path, bucket: str) -> None:
+    script = tmp_path / "score.py"
+    script.write_text(SCRIPT.format(answer="yes"))
+    ref = carry(resolve(script), bucket)
+    script.write_text(SCRIPT.format(answer="no"))
+    assert answers(ref) == YES
+
+
+def test_a_damaged_cache_is_mended(carried: ModelRef, downloads: list[str]) -> None:
+    assert answers(carried) == YES
+    kept = fetched(carried).location / "score.py"
+    kept.chmod(0o644)
+    for damage in (lambda: kept.write_text("no"), kept.unlink, lambda: shutil.rmtree(kept.parent)):
+        damage()
+        downloads.clear()
+        assert answers(carried) == YES
+        assert downloads == ["score.py"]
+        kept.chmod(0o644)
+    (kept.parent / "__pycache__").mkdir(exist_ok=True)
+    assert answers(carried) == YES
+    assert len(downloads) == 1
+
+
+def test_what_a_killed_process_left_is_removed(carried: ModelRef) -> None:
+    digest = carried.hash.removeprefix("sha256:")
+    models = Path(os.environ["TALLY_CACHE"]) / "models"
+    left = models / f".{digest}-abc" / "new"
+    left.mkdir(parents=True)
+    (left / "score.py").write_text("half of")
+    (models / f".{digest}.lock").touch()
+    assert answers(carried) == YES
+    assert in_cache() == [digest]
+
+
+def test_damage_at_the_origin_is_told(carried: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = carried.origin or ""
+    store = open_store(origin)
+    content = store.read("score.py")
+    store.write("score.py", content[:-9])
+    with pytest.raises(ModelChangedError, match=f"model score: what {origin} holds is not its content"):
+        load(carried, "cpu")
+    store.delete(["score.py"])
+    with pytest.raises(ModelNotFoundError, match=f"not, or not all of it, at {origin}: .*no such object"):
+        load(carried, "cpu")
+    store.delete_tree()
+    with pytest.raises(ModelNotFoundError, match=HOST):
+        verify(carried)
+    assert in_cache() == []
+    # Without the list, but whole: as a folder that a user keeps.
+    store.write("score.py", content)
+    assert answers(carried) == YES
+
+
+def test_a_broken_download_is_tried_once_more(carried: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, times = ObjectStore.download, Counter[str]()
+
+    def download(self: ObjectStore, name: str, target: Path) -> None:
+        real(self, name, target)
+        times[name] += 1
+        if times[name] == 1:
+            target.write_bytes(target.read_bytes()[:5])
+
+    monkeypatch.setattr(ObjectStore, "download", download)
+    assert answers(carried) == YES
+    assert times == {"score.py": 2}
+
+
+def test_lists_are_not_believed(carried: ModelRef, tmp_path: Path) -> None:
+    """Whoever can write to the bucket cannot write elsewhere on the machines that read it."""
+    store = open_store(carried.origin or "")
+    store.write(CONTENTS, b"not JSON")
+    assert answers(carried) == YES
+    evil = "../../../../evil"
+    digest = "0" * 64
+    from tally.scorers.content import combined
+
+    wanted = combined([(evil, bytes.fromhex(digest))])
+    store.write(CONTENTS, json.dumps({"hash": wanted, "files": {evil: [1, digest]}}).encode())
+    with pytest.raises(StorageError, match=r"'\.\./\.\./\.\./\.\./evil' cannot be the name of a model's file"):
+        fetch("evil", store.url, (".",), wanted)
+
+
+def test_a_full_disk_is_told(carried: ModelRef, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TALLY_CACHE", str(tmp_path / "file"))
+    with pytest.raises(StorageError, match=r"cannot keep a model in .*\n  TALLY_CACHE names"):
+        load(carried, "cpu")
+
+
+# ----------------------------------------------------------------------------- many processes, one machine
+
+
+@contextmanager
+def web(content: Path, held: threading.Event | None = None) -> Iterator[tuple[str, Counter[str], threading.Event]]:
+    """An S3 that serves a folder's files, counts what is got, and says when it was asked for a file's content.
+
+    held: contents are not given before.
+    """
+    got: Counter[str] = Counter()
+    asked = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            name = self.path.split("?")[0].split("/", 2)[2]
+            got[name] += 1
+            if held is not None and not name.endswith(CONTENTS):
+                asked.set()
+                held.wait(60)
+            path = content / name
+            body = path.read_bytes() if path.is_file() else b""
+            try:
+                self.send_response(200 if path.is_file() else 404)
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("ETag", '"1"')
+                self.send_header("Last-Modified", "Sat, 21 Nov 2026 00:00:00 GMT")
+                self.end_headers()
+                self.wfile.write(body)
+            except OSError:
+                pass  # who asked was killed
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", got, asked
+    finally:
+        if held is not None:
+            held.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+PROGRAM = """
+import json, sys
+from tally.scorers.loading import load
+from tally.scorers.reference import ModelRef
+ref = ModelRef.from_dict(json.loads(sys.argv[1]))
+print("ready", flush=True)
+print(load(ref, "cpu").score(["a", "b"]))
+"""
+
+
+@contextmanager
+def process(ref: ModelRef) -> Iterator[subprocess.Popen[str]]:
+    """Another process that loads a model; it has said "ready", and then says what is scored."""
+    command = [sys.executable, "-c", PROGRAM, json.dumps(ref.to_dict())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def said(running: subprocess.Popen[str]) -> str:
+    assert running.stdout is not None
+    return running.stdout.readline().strip()
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Callable[[ModelRef], ModelRef]) -> ModelRef:
+    """A carried script whose origin is in the S3 that :func:`web` serves from ``bucket/``."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "score.py").write_text(SCRIPT.format(answer="yes"))
+    ref = carry(resolve(tmp_path / "code" / "score.py"), str(tmp_path / "bucket"))
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    digest = ref.hash.removeprefix("sha256:")
+    return ModelRef.from_dict({**elsewhere(ref).to_dict(), "origin": f"s3://bucket/{digest}"})
+
+
+def test_ten_processes_of_a_machine_fetch_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: ModelRef
+) -> None:
+    held = threading.Event()
+    with web(tmp_path / "bucket", held) as (url, got, asked), ExitStack() as stack:
+        monkeypatch.setenv("AWS_ENDPOINT", url)
+        running = [stack.enter_context(process(served)) for _ in range(10)]
+        assert [said(each) for each in running] == ["ready"] * 10
+        assert asked.wait(60)
+        held.set()
+        assert [said(each) for each in running] == [str(YES)] * 10
+    digest = served.hash.removeprefix("sha256:")
+    assert got == {f"{digest}/{CONTENTS}": 1, f"{digest}/score.py": 1}
+    assert in_cache() == [digest]
+
+
+def test_when_the_fetching_process_is_killed_another_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: ModelRef
+) -> None:
+    held = threading.Event()
+    with web(tmp_path / "bucket", held) as (url, got, asked):
+        monkeypatch.setenv("AWS_ENDPOINT", url)
+        with process(served) as first:
+            assert asked.wait(60)
+            with process(served) as second:
+                assert said(second) == "ready"
+                first.kill()
+                first.wait(60)
+                held.set()
+                assert said(second) == str(YES)
+    digest = served.hash.removeprefix("sha256:")
+    assert got[f"{digest}/score.py"] == 2
+    assert in_cache() == [digest]
+
+
+# --------------------------------------------------------------------------------- the registry of a team
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "code" / "score.py"
+    path.parent.mkdir()
+    path.write_text(SCRIPT.format(answer="yes"))
+    return path
+
+
+def test_a_registry_in_a_bucket(
+    bucket: str,
+    script: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    downloads: list[str],
+    elsewhere: Callable[[ModelRef], ModelRef],
+) -> None:
+    monkeypatch.setenv("TALLY_REGISTRY", f"{bucket}/registry")
+    added = open_registry().add("faces", script, alias="production")
+    assert added.location == f"{bucket}/registry/sha256/{added.hash.removeprefix('sha256:')}"
+    assert added.added_on == HOST
+    ref = resolve("models:/faces@production")
+    assert (ref.name, ref.version, ref.origin, ref.hash) == ("faces", 1, added.location, added.hash)
+    assert carry(ref, f"{bucket}/other") == ref
+    assert sorted(downloads) == ["score.py", "tally.yaml"]
+    assert answers(ref) == YES
+    assert resolve("models:/faces") == ref
+    assert len(downloads) == 2
+    far = elsewhere(ref)
+    assert answers(far) == YES
+    assert len(downloads) == 4
+    open_store(added.location).delete(["score.py"])
+    with pytest.raises(ModelNotFoundError, match="not all of it"):
+        load(elsewhere(far), "cpu")
+    with pytest.raises(ModelChangedError, match="models:/faces/1: the registry's copy was changed"):
+        resolve("models:/faces")
+
+
+def test_a_registry_that_others_do_not_see(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    """A database for all, and content in one's own home."""
+    monkeypatch.setattr(platform, "node", lambda: "laptop")
+    open_registry().add("faces", script)
+    monkeypatch.undo()
+    monkeypatch.setenv("TALLY_HOME", str(tmp_path / "another"))
+    monkeypatch.setenv("TALLY_DATABASE", f"sqlite:///{home}/tally.db")
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve("models:/faces")
+    text = str(caught.value)
+    assert f"models:/faces/1: its content is not on this machine ({HOST})" in text
+    assert "it was added on laptop" in text
+    assert "Set TALLY_REGISTRY, on all machines" in text
+    monkeypatch.setenv("TALLY_REGISTRY", str(home / "models"))
+    assert resolve("models:/faces").version == 1
+
+
+def test_settings_of_the_registry(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings().registry == str(home / "models")
+    monkeypatch.setenv("TALLY_REGISTRY", "team")
+    assert settings().registry == str(tmp_path / "team")
+    monkeypatch.setenv("TALLY_REGISTRY", "s3://bucket/team=1/x")
+    assert settings().registry == "s3://bucket/team=1/x"
+    assert "registry='s3://bucket/team=1/x'" in repr(settings())
+    for secret in ("s3://me:hunter2@bucket/x", "az://bucket/x?sig=hunter2"):
+        monkeypatch.setenv("TALLY_REGISTRY", secret)
+        with pytest.raises(SpecError, match="TALLY_REGISTRY must be a URL without credentials") as caught:
+            settings()
+        assert "hunter2" not in str(caught.value)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TALLY_REGISTRY", str(tmp_path / "file"))
+    with pytest.raises(SpecError, match=r"TALLY_REGISTRY must name a folder or a bucket, but .* is a file"):
+        settings()
