@@ -360,7 +360,7 @@ def world(
                 one.process.wait()
 
 
-def rage(one: World, command: list[str], faults: Sequence[Fault], *, seed: int, seconds: float = 900) -> Weather:
+def rage(one: World, command: list[str], faults: Sequence[Fault], *, seed: int, seconds: float) -> Weather:
     """Run a job to its end while all these faults happen to it.
 
     A command that was killed is followed by ``tally jobs resume JOB``, as its user would go on. Fails if the job does

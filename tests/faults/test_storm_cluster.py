@@ -28,6 +28,10 @@ PHOTOS = 2000 if FULL else 240
 FRAMES = 600 if FULL else 200
 COPIES = 6 if FULL else 1
 FAULTS = 30
+SECONDS = 900 if FULL else 300
+"""For each job."""
+pytestmark = pytest.mark.timeout(4 * SECONDS)
+
 # By default, each job is hurt in some ways, and together they are hurt in all.
 BY_PHOTOS = ("head", "coordinator", "worker", "503", "cut", "stall")
 BY_VIDEO = ("node", "command line", "database restart", "500", "stall-body")
@@ -173,7 +177,7 @@ def disturbed(
     one: World, source: str, out: str, options: Sequence[object], faults: Sequence[Any], items: int
 ) -> Weather:
     place = (f"s3://{BUCKET}/{source}", "--out", f"s3://{BUCKET}/{out}", "--workers", 2)
-    weather = rage(one, tally("score", *place, *options), faults, seed=SEED)
+    weather = rage(one, tally("score", *place, *options), faults, seed=SEED, seconds=SECONDS)
     print(f"\n{out}: {weather}; at the proxy, so far: {dict(one.proxy.injected)}")
     assert not weather.gave_up, "\n".join(weather.gave_up)
     job = weather.job

@@ -5,6 +5,7 @@ The first is stopped (SIGSTOP) for longer than its lease lasts, the second takes
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -65,17 +66,12 @@ def everything(store: JobStore) -> list[list[tuple[Any, ...]]]:
 
 def halt(process: subprocess.Popen[bytes], store: JobStore) -> None:
     """Stop it, but on SQLite not inside of a transaction, which would hold up everybody for good."""
-    while True:
+    with ExitStack() as stack:
+        if store.engine.dialect.name == "sqlite":
+            connection = stack.enter_context(closing(sqlite3.connect(str(store.engine.url.database), timeout=60)))
+            connection.execute("BEGIN IMMEDIATE")  # while this one may write, the other does not
         process.send_signal(signal.SIGSTOP)
-        if store.engine.dialect.name != "sqlite":
-            return
-        try:
-            with closing(sqlite3.connect(str(store.engine.url.database), timeout=0.2)) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.rollback()
-                return
-        except sqlite3.OperationalError:
-            process.send_signal(signal.SIGCONT)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 @pytest.mark.parametrize("over", [False, True], ids=["while-it-runs", "when-it-is-finished"])
