@@ -149,6 +149,7 @@ class Hands(Engine):
         self.sizes: list[int] = []
         self.tasks: queue.SimpleQueue[tuple[Future[Any], Chunk, str]] = queue.SimpleQueue()
         self.why: str | None = None
+        self.asked = 0
 
     def start(
         self, setup: Callable[..., Any], args: tuple[Any, ...], *, slots: int, limits: Limits, log: Path | None = None
@@ -171,7 +172,12 @@ class Hands(Engine):
             output = Output([f"{attempt}.parquet"], rows=chunk.count)
             future.set_result(work.Outcome(output, [], Timings(), 0.01))
 
+    def lose(self, error: WorkerError) -> None:
+        """Lose the worker that has the oldest task."""
+        self.tasks.get(timeout=DEADLINE)[0].set_exception(error)
+
     def remark(self) -> str | None:
+        self.asked += 1
         return self.why
 
     def default_slots(self) -> int:
@@ -379,6 +385,40 @@ def test_the_engine_says_why_nothing_happens(drive: Callable[..., Driven], monke
     assert it.end() == "finished"
     assert it.said.count("there is no room for a worker") == 1
     assert it.store.get(it.job).remarks == ["there is no room for a worker"]
+
+
+def test_what_is_slow_is_run_a_second_time(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STRAGGLER_SECONDS", 0.0)
+    monkeypatch.setattr(module, "STRAGGLER_FACTOR", 0.0)
+    it = drive(2)
+    it.engine.end()
+    slow = it.engine.tasks.get(timeout=DEADLINE)
+    it.engine.end()
+    assert it.end() == "finished"
+    assert not slow[0].done()
+    assert len(it.sink.files) == 2
+
+
+@pytest.mark.parametrize(("kind", "rounds"), [(WorkerTimeoutError, 1), (WorkerCrashedError, 3)])
+def test_what_hangs_with_idle_workers_beside_it_ends(
+    drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, kind: type[WorkerError], rounds: int
+) -> None:
+    """When an attempt is lost, the next one has begun already: it is not followed by another before its end."""
+    monkeypatch.setattr(module, "STRAGGLER_SECONDS", 0.0)
+    monkeypatch.setattr(module, "STRAGGLER_FACTOR", 0.0)
+    monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
+    it = drive(2)
+    it.engine.end()
+    for _ in range(rounds):
+        it.until(lambda: it.engine.tasks.qsize() == 2)
+        it.engine.lose(kind("lost", suspects=(0, 1)))
+        seen = it.engine.asked
+        it.until(lambda: it.engine.asked > seen + 2)  # noqa: B023 - it has looked round
+        assert it.engine.tasks.qsize() == 1
+        it.engine.lose(kind("lost", suspects=(0, 1)))
+    assert it.end() == "finished"
+    record = it.store.get(it.job)
+    assert (record.done, record.dead) == (2, 1)
 
 
 def test_more_chunks_than_one_commit_hands_out(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch) -> None:

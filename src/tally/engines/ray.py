@@ -47,6 +47,8 @@ KNOCK_SECONDS = 2.0
 """How often the head is looked for."""
 ENDING_SECONDS = 10.0
 """How long a worker on another node may take to end in order."""
+LEAVING_SECONDS = 120.0
+"""How long Ray may take to disconnect, before this process can be connected to a cluster again."""
 ROOM_SECONDS = 5.0
 """After which a worker that does not start is worth a remark."""
 FALSE_STARTS = 3
@@ -224,7 +226,12 @@ class RayEngine(SupervisedEngine[_Slot]):
         require()
         ray = _import()
         if _leaving is not None:
-            _leaving.join()
+            _leaving.join(LEAVING_SECONDS)
+            if _leaving.is_alive():
+                raise ClusterLostError(
+                    f"Ray does not let go of its former cluster: waited for {LEAVING_SECONDS:g} s",
+                    hint="Start a new process: tally jobs resume JOB",
+                )
         if not ray.is_initialized():
             _initialize(ray)
             self._ours = True

@@ -95,11 +95,12 @@ class Progress:
 
 @dataclass(slots=True)
 class _Running:
-    """A chunk in the engine's hands: one future per live attempt."""
+    """A chunk in the engine's hands: one future per live attempt. hurt: whether an attempt was lost."""
 
     stored: StoredChunk
     since: float
     futures: list[Future[Any]] = field(default_factory=list)
+    hurt: bool = False
 
 
 class Coordinator:
@@ -432,6 +433,7 @@ class Coordinator:
             self._durations.append(outcome.seconds)
             done.append(self._done_from(stored, attempt, outcome))
         elif running.futures:
+            running.hurt = True
             return  # another attempt is still at it
         else:
             del self._running[stored.id]
@@ -504,13 +506,17 @@ class Coordinator:
         return [self._source.slice(chunk, 0, cut), self._source.slice(chunk, cut, chunk.count)]
 
     def _run_stragglers_again(self) -> None:
-        """Near the end, idle slots run what takes longest a second time; the first commit wins."""
+        """Near the end, idle slots run what takes longest a second time; the first commit wins.
+
+        Not what has cost a worker: where each attempt begins before the last one ends, none would ever count.
+        """
         idle = self._engine.slots - sum(len(each.futures) for each in self._running.values())
         if idle <= 0 or not (self._planned and self._starved) or not self._durations:
             return
         patience = max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * statistics.median(self._durations))
         now = time.monotonic()
-        slow = [each for each in self._running.values() if len(each.futures) == 1 and now - each.since > patience]
+        alone = [each for each in self._running.values() if len(each.futures) == 1 and not each.hurt]
+        slow = [each for each in alone if now - each.since > patience]
         for each in sorted(slow, key=lambda running: running.since)[:idle]:
             self._doubled = True
             self._submit(each.stored, self._again(each.stored.id))
