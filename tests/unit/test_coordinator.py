@@ -21,6 +21,7 @@ from tests.services import CUT_LISTENERS, postgres_database, private_postgres
 from tally.engines.base import Engine, Limits
 from tally.errors import (
     DatabaseAwayError,
+    ModelError,
     OwnershipLostError,
     WorkerCrashedError,
     WorkerError,
@@ -59,7 +60,8 @@ def coordinator(*, rate: float = 10, **state: Any) -> Any:
         "_source": Names(),
         **state,
     }
-    return SimpleNamespace(_engine=SimpleNamespace(slots=2), _spec=SimpleNamespace(attempts=3), **given)
+    engine, spec = SimpleNamespace(slots=2), SimpleNamespace(attempts=3)
+    return SimpleNamespace(_engine=engine, _spec=spec, _may_load_again=lambda error, most: True, **given)
 
 
 def too_large(count: int, *, attempts: int = 1, losses: int = 0, **state: Any) -> bool:
@@ -419,6 +421,25 @@ def test_what_hangs_with_idle_workers_beside_it_ends(
     assert it.end() == "finished"
     record = it.store.get(it.job)
     assert (record.done, record.dead) == (2, 1)
+
+
+def test_workers_that_cannot_load_any_more_end_the_job(
+    drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few are an accident."""
+    monkeypatch.setattr(module, "LOADING_LOSSES", 3)
+    it = drive(3, workers=(1, 1), slots=1)
+    for _ in range(2):
+        it.engine.lose(WorkerCrashedError("killed by SIGSEGV"))
+        it.engine.lose(WorkerCrashedError("killed by SIGSEGV"))
+        it.engine.end()
+    for _ in range(3):
+        it.engine.lose(WorkerCrashedError("killed by SIGSEGV"))
+    error = it.end()
+    assert isinstance(error, ModelError)
+    assert "3 workers in a row were lost while they started or loaded the model, the last: killed by" in error.message
+    record = it.store.get(it.job)
+    assert (record.state, record.done, record.dead) == ("failed", 2, 0)
 
 
 def test_more_chunks_than_one_commit_hands_out(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch) -> None:

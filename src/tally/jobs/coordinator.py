@@ -79,6 +79,8 @@ COLLECTION_THRESHOLDS = (50_000, 20, 20)
 thousands of workers, and Python's own thresholds, a quarter of the time went into looking at them."""
 UNSETTLED_ATTEMPTS = 10
 """Handed out so often without any outcome, a chunk is halved: it may be what kills its coordinator."""
+LOADING_LOSSES = 10
+"""So many workers for each slot, lost one after the other while they started or loaded the model, end the job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,16 +380,24 @@ class Coordinator:
         if isinstance(error, ClusterLostError):
             raise error
         if self._stop is None:
-            if isinstance(error, WorkerError):
-                self._loading_losses += 1
-                if self._loading_losses < self._spec.attempts:
-                    self._load()
-                    return False
-                error = ModelError(
-                    f"loading the model killed {self._loading_losses} workers, the last: {error.message}",
-                    hint=f"It left this stack:\n{error.trace}" if error.trace else "Check the memory that it needs.",
-                )
-            self._fail(error)
+            if not isinstance(error, WorkerError):
+                self._fail(error)
+            elif self._may_load_again(error, self._spec.attempts):
+                self._load()
+        return False
+
+    def _may_load_again(self, error: WorkerError, most: int) -> bool:
+        """Count a worker that was lost while it started or loaded the model; that many in a row are no accident."""
+        self._loading_losses += 1
+        if self._loading_losses < most:
+            return True
+        self._fail(
+            ModelError(
+                f"{self._loading_losses} workers in a row were lost while they started or loaded the model, "
+                f"the last: {error.message}",
+                hint=f"It left this stack:\n{error.trace}" if error.trace else "Check the memory that it needs.",
+            )
+        )
         return False
 
     # -- handing out, and what comes back ----------------------------------------------------------
@@ -428,6 +438,7 @@ class Coordinator:
         error = CancelledError() if future.cancelled() else future.exception()
         if error is None:
             outcome: work.Outcome = future.result()
+            self._loading_losses = 0
             del self._running[stored.id]
             self._sizer.observe(stored.chunk.count, outcome.seconds)
             self._durations.append(outcome.seconds)
@@ -456,9 +467,12 @@ class Coordinator:
     ) -> None:
         chunk, losses = stored.chunk, stored.losses + 1
         log.info("chunk %d+%d: %s", chunk.first, chunk.count, error)
-        if isinstance(error, WorkerError) and not _had_begun(error) and stored.attempts <= UNSETTLED_ATTEMPTS:
+        if isinstance(error, WorkerError) and _had_begun(error):
+            self._loading_losses = 0
+        elif isinstance(error, WorkerError) and stored.attempts <= UNSETTLED_ATTEMPTS:
             # It was lost while it started or loaded the model: no item is to blame.
-            lost.append(Lost(stored.id, [(chunk, stored.losses)]))
+            if self._may_load_again(error, LOADING_LOSSES * max(1, self._engine.slots)):
+                lost.append(Lost(stored.id, [(chunk, stored.losses)]))
             return
         if isinstance(error, ClusterLostError):
             raise error  # nothing can be run any more, and nothing is wrong with the job
