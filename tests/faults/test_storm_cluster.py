@@ -28,7 +28,7 @@ PHOTOS = 2000 if FULL else 240
 FRAMES = 600 if FULL else 200
 COPIES = 6 if FULL else 1
 FAULTS = 30
-SECONDS = 700 if FULL else 220
+SECONDS = 700 if FULL else 300
 """For each job."""
 pytestmark = pytest.mark.timeout(4 * SECONDS)
 
