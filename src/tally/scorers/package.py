@@ -95,12 +95,16 @@ def resolve(
         raise SpecError(f"there is no file {given.labels!r}", hint="--labels names a text file, one label per line.")
     if not isinstance(model, (str, Path)):
         return _from_object(model, given)
-    text = str(model)
+    return _from_text(str(model), given)
+
+
+def _from_text(text: str, given: _Given) -> ModelRef:
+    """A model by what the user wrote."""
     if text.startswith("models:/"):
         return _from_registry(text, given)
     if _URL.match(text):
         return _from_url(text, given)
-    path = _absolute(model)
+    path = _absolute(text)
     if path.exists():
         return _from_path(path, given)
     if _PLACEHOLDER.search(text):
@@ -141,15 +145,7 @@ def _from_url(url: str, given: _Given) -> ModelRef:
     if scheme in ("http", "https"):
         return _from_path(download(url), given)
     if scheme == "file":
-        return resolve(
-            local_of(url),
-            task=given.task,
-            labels=given.labels,
-            artifacts=given.artifacts,
-            settings=given.settings,
-            by=given.by,
-            trust=given.trust,
-        )
+        return _from_text(local_of(url), given)
     if _PLACEHOLDER.search(url):
         return _keyed(url, given)
     path, origin = model(url)
