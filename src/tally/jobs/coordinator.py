@@ -97,12 +97,12 @@ class Progress:
 
 @dataclass(slots=True)
 class _Running:
-    """A chunk in the engine's hands: one future per live attempt. hurt: whether an attempt was lost."""
+    """A chunk in the engine's hands: one future per live attempt. doubled: whether there has been a second."""
 
     stored: StoredChunk
     since: float
     futures: list[Future[Any]] = field(default_factory=list)
-    hurt: bool = False
+    doubled: bool = False
 
 
 class Coordinator:
@@ -436,15 +436,15 @@ class Coordinator:
             return  # the other attempt at a straggler was first
         running.futures.remove(future)
         error = CancelledError() if future.cancelled() else future.exception()
+        if error is None or (isinstance(error, WorkerError) and _had_begun(error)):
+            self._loading_losses = 0
         if error is None:
             outcome: work.Outcome = future.result()
-            self._loading_losses = 0
             del self._running[stored.id]
             self._sizer.observe(stored.chunk.count, outcome.seconds)
             self._durations.append(outcome.seconds)
             done.append(self._done_from(stored, attempt, outcome))
         elif running.futures:
-            running.hurt = True
             return  # another attempt is still at it
         else:
             del self._running[stored.id]
@@ -467,9 +467,7 @@ class Coordinator:
     ) -> None:
         chunk, losses = stored.chunk, stored.losses + 1
         log.info("chunk %d+%d: %s", chunk.first, chunk.count, error)
-        if isinstance(error, WorkerError) and _had_begun(error):
-            self._loading_losses = 0
-        elif isinstance(error, WorkerError) and stored.attempts <= UNSETTLED_ATTEMPTS:
+        if isinstance(error, WorkerError) and not _had_begun(error) and stored.attempts <= UNSETTLED_ATTEMPTS:
             # It was lost while it started or loaded the model: no item is to blame.
             if self._may_load_again(error, LOADING_LOSSES * max(1, self._engine.slots)):
                 lost.append(Lost(stored.id, [(chunk, stored.losses)]))
@@ -522,17 +520,16 @@ class Coordinator:
     def _run_stragglers_again(self) -> None:
         """Near the end, idle slots run what takes longest a second time; the first commit wins.
 
-        Not what has cost a worker: where each attempt begins before the last one ends, none would ever count.
+        Not a third time: where each attempt begins before the last one is lost, no loss would ever count.
         """
         idle = self._engine.slots - sum(len(each.futures) for each in self._running.values())
         if idle <= 0 or not (self._planned and self._starved) or not self._durations:
             return
         patience = max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * statistics.median(self._durations))
         now = time.monotonic()
-        alone = [each for each in self._running.values() if len(each.futures) == 1 and not each.hurt]
-        slow = [each for each in alone if now - each.since > patience]
+        slow = [each for each in self._running.values() if not each.doubled and now - each.since > patience]
         for each in sorted(slow, key=lambda running: running.since)[:idle]:
-            self._doubled = True
+            each.doubled = self._doubled = True
             self._submit(each.stored, self._again(each.stored.id))
 
     def _again(self, chunk_id: int) -> str:
