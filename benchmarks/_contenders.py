@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from tally.media.images import decode
 from tally.scorers.base import Item
-from tally.scorers.vision import Preprocess, Preprocessor, probabilities
-from tally.sources.images import decode
+from tally.scorers.vision.processing import Preprocess, Preprocessor, probabilities
 
 REDIS = "redis://127.0.0.1:6379/9"
 

@@ -30,7 +30,7 @@ from PIL import Image
 
 from _contenders import Progress, cores
 from tally.scorers.base import Item
-from tally.scorers.vision import Preprocess, Preprocessor, restore_image
+from tally.scorers.vision.processing import Preprocess, Preprocessor, restore_image
 
 MP4 = {"movflags": "faststart"}
 

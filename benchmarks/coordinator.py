@@ -27,14 +27,14 @@ import numpy as np
 import psutil
 
 from _machine import REPOSITORY, introduce, scratch
+from tally.database.connect import connect
 from tally.engines.base import Engine, Limits
-from tally.jobs import work
+from tally.jobs import worker
 from tally.jobs.coordinator import Coordinator
-from tally.jobs.database import connect
-from tally.jobs.keeper import LEASE_SECONDS
+from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import Done, JobStore, Lease, StoredChunk
-from tally.jobs.work import Outcome
+from tally.jobs.worker import Outcome
 from tally.sinks.base import Output, Sink
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
 
@@ -74,7 +74,7 @@ class Simulated(Engine):
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        if function is work.describe:
+        if function is worker.describe:
             future.set_result("simulated workers")
             return future
         with self._changed:

@@ -33,7 +33,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import OneClassSVM
 
 from _machine import TALLY, environment, introduce, scratch, show, take_turns
-from tally.scorers import packed
+from tally.scorers.per_key import packed
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

@@ -33,12 +33,12 @@ from _machine import (
     show,
     take_turns,
 )
-from tally.scorers.loading import create
-from tally.scorers.package import resolve
+from tally.models.load import create
+from tally.models.resolve import resolve
 
 HERE = Path(__file__).resolve().parent
 CAVEATS = """
-Every contender reads, decodes (tally.sources.images.decode), preprocesses and batches alike, and runs ONNX Runtime
+Every contender reads, decodes (tally.media.images.decode), preprocesses and batches alike, and runs ONNX Runtime
 with one thread in one process per core. The files are in the page cache.
 
 Only Tally writes its results durably while it runs, and could be killed and resumed at any moment. The others hold

@@ -24,9 +24,9 @@ from _contenders import Model, Progress, save
 from _machine import DATA, TALLY, cores, environment, follow, introduce, scratch, show, take_turns
 from photos import compare, describe, material, read
 from tally.engines.base import Engine, Limits
+from tally.media.images import decode
 from tally.scorers.base import Item
-from tally.scorers.vision import probabilities
-from tally.sources.images import decode
+from tally.scorers.vision.processing import probabilities
 from tally.testing import tasks
 
 HERE = Path(__file__).resolve().parent
@@ -34,7 +34,7 @@ CAVEATS = """
 Everything runs on this one machine: no network is between the workers and what they read. Each contender that uses
 Ray starts one of its own (without a dashboard) and ends it; nothing else runs beside.
 
-All read the same files from the page cache, decode (tally.sources.images.decode), preprocess and batch alike, and run
+All read the same files from the page cache, decode (tally.media.images.decode), preprocess and batch alike, and run
 ONNX Runtime with one thread in one process per core.
 
 Only Tally writes its results durably while it runs. Ray Data and the bare loop hold them in memory until the end.
@@ -123,7 +123,7 @@ def main() -> None:
 def as_tasks(engine: str, count: int) -> None:
     """Print how many empty tasks the engine runs per second."""
     from tally.engines.local import LocalEngine
-    from tally.engines.ray import RayEngine
+    from tally.engines.ray.engine import RayEngine
 
     one: Engine = RayEngine() if engine == "ray" else LocalEngine()
     one.start(tasks.setup, (), slots=cores(), limits=Limits())

@@ -44,9 +44,9 @@ from _machine import (
 )
 from _video_contenders import Job
 from tally.jobs.launch import open_store
-from tally.scorers.loading import create
-from tally.scorers.package import resolve
-from tally.video.encode import DEFAULTS, _settings
+from tally.media.video.encode import DEFAULTS, _settings
+from tally.models.load import create
+from tally.models.resolve import resolve
 
 HERE = Path(__file__).resolve().parent
 CAVEATS = """

@@ -122,7 +122,7 @@ def _role(process: psutil.Process, root: psutil.Process) -> str | None:
     if process == root:
         return "coordinator"
     line = " ".join(process.cmdline())
-    return "helper" if "tally.video.probe" in line else "worker" if "spawn_main" in line else None
+    return "helper" if "tally.media.video.probe" in line else "worker" if "spawn_main" in line else None
 
 
 def report(job: Job, frames: int, made: str) -> None:

@@ -41,7 +41,7 @@ def score(
     Raises TallyError with the next step; JobExistsError when the same was asked for before. Ctrl-C stops
     the job cleanly and raises KeyboardInterrupt; the same call with ``resume=True`` goes on.
     """
-    from tally import foreground
+    from tally import terminal
 
     sources = [source] if isinstance(source, (str, Path)) else source
     live = None if isinstance(model, (str, Path)) else model
@@ -54,7 +54,7 @@ def score(
     )
     store = launch.open_store()
     record = launch.submit(store, spec, model=live, resume=resume, overwrite=overwrite)
-    record = foreground.run(store, record.id, quiet=quiet)
+    record = terminal.run(store, record.id, quiet=quiet)
     if record.state == "interrupted":
         raise KeyboardInterrupt(f"job {record.id} was interrupted; the same call with resume=True goes on")
     return Job(record.id)
@@ -123,16 +123,16 @@ class Job:
 
     def resume(self, *, quiet: bool = False) -> Job:
         """Go on with a job that was interrupted, paused or failed."""
-        from tally import foreground
+        from tally import terminal
 
-        foreground.run(self._store, self.id, quiet=quiet)
+        terminal.run(self._store, self.id, quiet=quiet)
         return self
 
     def retry(self, *, quiet: bool = False) -> Job:
         """Replay the dead items."""
-        from tally import foreground
+        from tally import terminal
 
-        foreground.run(self._store, self.id, quiet=quiet, retry_dead=True)
+        terminal.run(self._store, self.id, quiet=quiet, retry_dead=True)
         return self
 
     def delete(self) -> None:

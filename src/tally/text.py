@@ -1,8 +1,10 @@
-"""Text that may go anywhere, and what people write for quantities."""
+"""Text that every database takes, quantities as people write them, and suggestions for mistyped words."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 _DURATION = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*(ms|s|sec|m|min|h|d)?\s*")
 _SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
@@ -19,3 +21,14 @@ def seconds(text: str) -> float:
 def storable(text: str) -> str:
     """Text that every database takes: what is no character (bytes of a file's name, say) is written as an escape."""
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is most like ``word``, if any is close."""
+    return next(iter(get_close_matches(word, list(known), n=1)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` to end a message with, or nothing."""
+    found = closest(word, known)
+    return f"; did you mean {found!r}?" if found is not None else ""

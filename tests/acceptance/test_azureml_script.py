@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tally.models.load import load
+from tally.models.resolve import resolve
 from tally.scorers.base import Item
-from tally.scorers.loading import load
-from tally.scorers.package import resolve
 
 DETECTOR = """
 import io

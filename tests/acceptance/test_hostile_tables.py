@@ -11,7 +11,7 @@ import pytest
 from tally.errors import SourceNotFoundError, SpecError, StorageError
 from tally.scorers.base import Scorer
 from tally.sources.base import ChunkLimit, Timings
-from tally.sources.tables import TableSource
+from tally.sources.tables.source import TableSource
 
 SCORER = Scorer()
 SCORER.input, SCORER.batch_size = "table", 1024

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import compute, parquet
 
-from tally.scorers import packed
+from tally.scorers.per_key import packed
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'tally-scoring[sklearn]'")
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv
 
-from tally.scorers.loading import load
-from tally.scorers.package import resolve
+from tally.models.load import load
+from tally.models.resolve import resolve
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_packed_models_of_real_readings_decide_as_sklearn(
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import OneClassSVM
 
-    from tally.scorers.packed import Model, write
+    from tally.scorers.per_key.packed import Model, write
 
     values = readings.column("Value").to_numpy()[:, None]
     models = {}

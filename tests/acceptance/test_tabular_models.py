@@ -19,9 +19,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import OneClassSVM
 
-from tally.scorers.onnx_table import OnnxTableScorer, inspect, takes_table
-from tally.scorers.sklearn import SklearnScorer
-from tally.scorers.sklearn import inspect as inspect_sklearn
+from tally.scorers.tabular.onnx import OnnxTableScorer, inspect, takes_table
+from tally.scorers.tabular.sklearn import SklearnScorer
+from tally.scorers.tabular.sklearn import inspect as inspect_sklearn
 
 
 @pytest.fixture(scope="module")

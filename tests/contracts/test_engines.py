@@ -15,7 +15,7 @@ import pytest
 
 from tally.engines.base import Engine, Limits
 from tally.engines.local import LocalEngine, _Slot
-from tally.engines.ray import RayEngine
+from tally.engines.ray.engine import RayEngine
 from tally.errors import StorageError, TallyError, WorkerCrashedError
 from tally.testing import tasks
 from tally.testing.engines import DEADLINE, EngineContract, Gate, ended, until
@@ -139,7 +139,7 @@ def cluster() -> Iterator[str]:
 
 
 class TestRayEngine(EngineContract):
-    making = "from tally.engines.ray import RayEngine\nengine = RayEngine()"
+    making = "from tally.engines.ray.engine import RayEngine\nengine = RayEngine()"
 
     @pytest.fixture(autouse=True)
     def address(self, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ import pytest
 import sqlalchemy as sa
 from tests.services import postgres_database
 
-from tally.jobs.database import connect
+from tally.database.connect import connect
+from tally.database.tables import metadata
 from tally.jobs.store import JobStore
-from tally.jobs.tables import metadata
 from tally.testing.jobs import JobStoreContract
 
 

@@ -9,10 +9,10 @@ import pytest
 import sqlalchemy as sa
 from tests.services import postgres_database
 
-from tally.jobs.database import connect
+from tally.database.connect import connect
+from tally.database.tables import metadata
 from tally.testing.schedules import ScheduleStoreContract
 from tally.triggers.store import ScheduleStore
-from tally.triggers.tables import metadata
 
 
 class TestSqliteSchedules(ScheduleStoreContract):

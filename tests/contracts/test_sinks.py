@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from tests.videos import write_clip
 
+from tally.media.video.facts import Colour, Video, pack
 from tally.sinks import merge
 from tally.sinks.base import Output, Sink
-from tally.sinks.choose import choose
+from tally.sinks.factory import choose
 from tally.sinks.video import VideoSink
 from tally.sources.base import Chunk
 from tally.testing.sinks import FACTS, SinkContract, key
-from tally.video.facts import Colour, Video, pack
 
 
 class _Rows(SinkContract):

@@ -21,7 +21,7 @@ from tally.scorers.base import Input, Item, Scorer
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
 from tally.sources.files import FileSource
 from tally.sources.reading import AHEAD, LOCAL_THREADS
-from tally.sources.tables import TableSource
+from tally.sources.tables.source import TableSource
 from tally.sources.video import VideoSource
 from tally.storage import open_store
 from tally.testing.sources import Recorder, SourceContract, TableSourceContract, chunks_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from tally.cli.main import main
-from tally.jobs import keeper, launch
+from tally.jobs import launch, lease_renewer
 
-keeper.LEASE_SECONDS = launch.LEASE_SECONDS = 2.0
-keeper.LOOK_SECONDS = 0.2
+lease_renewer.LEASE_SECONDS = launch.LEASE_SECONDS = 2.0
+lease_renewer.LOOK_SECONDS = 0.2
 if __name__ == "__main__":
     sys.exit(main())

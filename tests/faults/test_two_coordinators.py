@@ -21,9 +21,9 @@ from tests.faults.storms import SCORERS, rows, start, write_items
 from tests.services import postgres_database
 from tests.waiting import wait_for
 
+from tally.database.tables import chunks, dead_items, jobs
 from tally.jobs.launch import open_store
 from tally.jobs.store import JobStore
-from tally.jobs.tables import chunks, dead_items, jobs
 
 ITEMS = 160
 

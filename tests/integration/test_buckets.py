@@ -21,11 +21,11 @@ from tests.objectstores import Service, azurite, moto_s3
 from tests.videos import assert_same_video
 
 from tally.errors import SourceNotFoundError, StorageError
+from tally.media.video.probe import Prober, probe
 from tally.sources.base import Timings
-from tally.sources.tables import TableSource
+from tally.sources.tables.source import TableSource
 from tally.storage import open_store
 from tally.testing.sources import Recorder, chunks_of
-from tally.video.probe import Prober, probe
 
 Cli = Callable[..., Any]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 from tally.errors import ItemError
-from tally.sources.images import decode
+from tally.media.images import decode
 outcomes = {}
 for file in sorted(Path(sys.argv[1]).iterdir()):
     for size in (None, (64, 64)):

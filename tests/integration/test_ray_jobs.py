@@ -17,9 +17,9 @@ from tests.clusters import Cluster, alive
 from tests.conftest import Ran
 from tests.waiting import wait_for
 
-from tally.engines.cluster import find
+from tally.engines.ray.cluster import find
 from tally.errors import ClusterLostError, SpecError, TallyError
-from tally.jobs import remote
+from tally.jobs import cluster as remote
 from tally.jobs.launch import open_store
 from tally.jobs.spec import make
 from tally.jobs.store import JobRecord

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tests.clusters import Cluster
 
-from tally.engines import ray as engine_file
 from tally.engines.base import Limits
-from tally.engines.ray import RayEngine
+from tally.engines.ray import engine as engine_file
+from tally.engines.ray.engine import RayEngine
 from tally.errors import ClusterLostError, TallyError, WorkerCrashedError
 from tally.testing import tasks
 from tally.testing.engines import DEADLINE, Gate, until

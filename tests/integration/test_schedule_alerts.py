@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import tally
-from tally.jobs import alerts
+from tally.alerts import delivery
 from tally.jobs.launch import open_store
 from tally.triggers.loop import Loop
 from tally.triggers.store import ScheduleStore
@@ -89,8 +89,8 @@ def test_an_interval_without_data_is_told(cli: Cli, scorer: Path, tmp_path: Path
 
 
 def test_the_loop_sends_what_was_not_delivered(scorer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alerts, "PATIENCE", 0.1)
-    monkeypatch.setattr(alerts, "FIRST_DELAY", 0.1)
+    monkeypatch.setattr(delivery, "PATIENCE", 0.1)
+    monkeypatch.setattr(delivery, "FIRST_DELAY", 0.1)
     with socket.socket() as held:  # nobody listens
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
@@ -104,7 +104,7 @@ def test_the_loop_sends_what_was_not_delivered(scorer: Path, tmp_path: Path, mon
             quiet=True,
         )
     store = open_store()
-    [alert] = alerts.of(store, job.id)
+    [alert] = delivery.of(store, job.id)
     assert (alert.state, alert.value) == ("pending", 2.0)
     with receiver(port) as (_, messages):
         loop = Loop(ScheduleStore(store.engine))

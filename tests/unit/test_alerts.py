@@ -26,18 +26,18 @@ import pytest
 import sqlalchemy as sa
 from tests.services import postgres_database
 
+from tally.alerts import delivery, rules, webhook
+from tally.alerts.delivery import check, conclude, deliver, evaluate, of, reopen, unevaluated
 from tally.api import Job
 from tally.config import settings
+from tally.database.connect import now
+from tally.database.tables import alerts as table
+from tally.database.tables import jobs
 from tally.errors import JobError, SourceNotFoundError, SpecError
-from tally.jobs import alerts, rules, webhook
-from tally.jobs.alerts import check, conclude, deliver, evaluate, of, reopen, unevaluated
-from tally.jobs.database import now
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobRecord, JobStore, connect
-from tally.jobs.tables import alerts as table
-from tally.jobs.tables import jobs
 from tally.sinks.base import Sink
-from tally.sinks.choose import choose
+from tally.sinks.factory import choose
 from tally.sources.base import Chunk
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "alerts.md"
@@ -572,7 +572,7 @@ def test_the_tries_spread_over_a_day_and_end(store: JobStore, receiver: Receiver
     record = ended(store, "dead > 1", hook=receiver.url)
     evaluate(store, record, sink)
     waits = []
-    for tried in range(1, alerts.TRIES + 1):
+    for tried in range(1, delivery.TRIES + 1):
         deliver(store)
         (alert,) = of(store, record.id)
         assert alert.attempts == tried
@@ -582,20 +582,20 @@ def test_the_tries_spread_over_a_day_and_end(store: JobStore, receiver: Receiver
             waits.append(alert.next_at - clock)
             alter(store, next_at=now())
     assert alert.state == "failed"
-    assert len(receiver.got) == alerts.TRIES
+    assert len(receiver.got) == delivery.TRIES
     assert len(set(receiver.ids)) == 1
     nominal = [2.0, 6.0, 18.0, 54.0, 162.0, 486.0, 1458.0, 4374.0, 13122.0, 28800.0, 28800.0]
     assert all(0.8 * n - 1.5 <= wait <= 1.2 * n for n, wait in zip(nominal, waits, strict=True))
     assert 20 * 3600 < sum(nominal) < 24 * 3600
     deliver(store)
-    assert len(receiver.got) == alerts.TRIES
+    assert len(receiver.got) == delivery.TRIES
 
 
 def test_the_end_of_a_job_waits_a_little(
     store: JobStore, receiver: Receiver, sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alerts, "FIRST_DELAY", 0.01)
-    monkeypatch.setattr(alerts, "PATIENCE", DEADLINE)
+    monkeypatch.setattr(delivery, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(delivery, "PATIENCE", DEADLINE)
     receiver.answers = [500, 503]
     said: list[str] = []
     record = ended(store, "dead > 1", "failed", hook=receiver.url)
@@ -608,7 +608,7 @@ def test_the_end_of_a_job_waits_a_little(
 def test_the_end_of_a_job_says_who_tries_again(
     store: JobStore, receiver: Receiver, sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alerts, "FIRST_DELAY", 1000.0)
+    monkeypatch.setattr(delivery, "FIRST_DELAY", 1000.0)
     receiver.answers = [500]
     said: list[str] = []
     record = ended(store, "dead > 1", hook=receiver.url)
@@ -718,14 +718,14 @@ def test_who_is_killed_while_sending_is_followed_by_another_with_the_same_id(
     program = (
         "import signal, sys\n"
         "from tally.config import settings\n"
-        "from tally.jobs import alerts, webhook\n"
+        "from tally.alerts import delivery, webhook\n"
         "from tally.jobs.store import JobStore, connect\n"
         "def wait(*arguments):\n"
         "    print('claimed', flush=True)\n"
         "    signal.pause()\n"
         f"if not {sent}:\n"
         "    webhook.post = wait\n"
-        "alerts.deliver(JobStore(connect(settings().database)))\n"
+        "delivery.deliver(JobStore(connect(settings().database)))\n"
     )
     receiver.gate.clear()
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -791,7 +791,7 @@ def test_neither_secret_nor_path_is_ever_shown(
     answers: list[int],
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(alerts, "FIRST_DELAY", 1000.0)
+    monkeypatch.setattr(delivery, "FIRST_DELAY", 1000.0)
     receiver.answers = list(answers)
     said: list[str] = []
     record = ended(store, "dead > 1", "failed", hook=receiver.url)

@@ -18,6 +18,8 @@ import sqlalchemy as sa
 from tests.postgres import PrivatePostgres
 from tests.services import CUT_LISTENERS, postgres_database, private_postgres
 
+from tally.database.connect import connect
+from tally.database.tables import jobs
 from tally.engines.base import Engine, Limits
 from tally.errors import (
     DatabaseAwayError,
@@ -29,14 +31,12 @@ from tally.errors import (
     WorkerTimeoutError,
 )
 from tally.jobs import coordinator as module
-from tally.jobs import keeper as keeper_module
-from tally.jobs import work
+from tally.jobs import lease_renewer as keeper_module
+from tally.jobs import worker
 from tally.jobs.coordinator import UNSETTLED_ATTEMPTS, Coordinator, Progress
-from tally.jobs.database import connect
 from tally.jobs.plan import ChunkSizer
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import Done, JobStore, Lease, Lost, StoredChunk
-from tally.jobs.tables import jobs
 from tally.sinks.base import Output, Sink
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
 
@@ -160,7 +160,7 @@ class Hands(Engine):
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        if function is work.describe:
+        if function is worker.describe:
             future.set_result("hands")
         else:
             future.set_running_or_notify_cancel()
@@ -172,7 +172,7 @@ class Hands(Engine):
         for _ in range(count):
             future, chunk, attempt = self.tasks.get(timeout=DEADLINE)
             output = Output([f"{attempt}.parquet"], rows=chunk.count)
-            future.set_result(work.Outcome(output, [], Timings(), 0.01))
+            future.set_result(worker.Outcome(output, [], Timings(), 0.01))
 
     def lose(self, error: WorkerError) -> None:
         """Lose the worker that has the oldest task."""
@@ -524,7 +524,7 @@ for _name in ("commit", "remark", "mark", "again", "release", "confirm", "get", 
 
 
 def test_answers_that_are_lost(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tally.jobs.database.FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("tally.database.connect.FIRST_PAUSE", 0.001)
     whole = JobStore(connect(f"sqlite:///{tmp_path / 'tally.db'}"))
     it = Driven(f"sqlite:///{tmp_path / 'tally.db'}", 60, workers=(2, 2), slots=2)
     it.coordinator._store = LostAnswers(it.store.engine)

@@ -22,14 +22,13 @@ from alembic.script import ScriptDirectory
 from tests.postgres import PrivatePostgres
 from tests.services import CUT_LISTENERS, postgres_database, private_postgres
 
+from tally.database import connect as database
+from tally.database import tables
+from tally.database.connect import HEAD, LONGEST_PAUSE, Patience, connect, listen, now, pause
 from tally.errors import DatabaseAwayError, StorageError
-from tally.jobs import database, tables
-from tally.jobs.database import HEAD, LONGEST_PAUSE, Patience, connect, listen, now, pause
 from tally.jobs.store import CHANNEL, Done, JobStore
-from tally.models import tables as model_tables
 from tally.models.registry import Registry
 from tally.sinks.base import Output
-from tally.triggers import tables as trigger_tables
 from tally.triggers.store import ScheduleStore
 
 READING = {"reading": True}
@@ -61,11 +60,7 @@ def opened() -> Iterator[Callable[[str], sa.Engine]]:
 def test_the_migrated_schema_is_that_of_the_tables(url: str, opened: Callable[[str], sa.Engine]) -> None:
     with opened(url).connect().execution_options(**READING) as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
-        metadata = sa.MetaData()
-        for each in (tables.metadata, model_tables.metadata, trigger_tables.metadata):
-            for table in each.sorted_tables:
-                table.to_metadata(metadata)
-        assert compare_metadata(context, metadata) == []
+        assert compare_metadata(context, tables.metadata) == []
         assert context.get_current_revision() == HEAD
 
 
@@ -115,7 +110,7 @@ def test_an_earlier_schema_is_brought_up_to_date_with_what_is_in_it(
     url: str, revision: str, opened: Callable[[str], sa.Engine]
 ) -> None:
     made_by(url, revision)
-    line = "import sys; from tally.jobs.database import connect; connect(sys.argv[1]).dispose()"
+    line = "import sys; from tally.database.connect import connect; connect(sys.argv[1]).dispose()"
     processes = [subprocess.Popen([sys.executable, "-c", line, url], stderr=subprocess.PIPE) for _ in range(2)]
     assert [(each.communicate(timeout=60)[1], each.returncode) for each in processes] == [(b"", 0)] * 2
     store = JobStore(opened(url))
@@ -165,7 +160,7 @@ def test_head_is_the_newest_migration() -> None:
 def test_connecting_again_does_without_alembic(url: str, opened: Callable[[str], sa.Engine]) -> None:
     opened(url)
     line = (
-        "import sys; from tally.jobs.database import connect; engine = connect(sys.argv[1]); engine.dispose(); "
+        "import sys; from tally.database.connect import connect; engine = connect(sys.argv[1]); engine.dispose(); "
         "print([name for name in sys.modules if name.split('.')[0] == 'alembic'])"
     )
     run = subprocess.run([sys.executable, "-c", line, url], capture_output=True, text=True, timeout=60, check=True)
@@ -173,7 +168,7 @@ def test_connecting_again_does_without_alembic(url: str, opened: Callable[[str],
 
 
 def test_many_processes_may_be_the_first(url: str, opened: Callable[[str], sa.Engine]) -> None:
-    line = "import sys; from tally.jobs.database import connect; connect(sys.argv[1]).dispose()"
+    line = "import sys; from tally.database.connect import connect; connect(sys.argv[1]).dispose()"
     processes = [
         subprocess.Popen([sys.executable, "-c", line, url], stderr=subprocess.PIPE, text=True) for _ in range(4)
     ]
@@ -428,7 +423,7 @@ def test_urls_that_mean_nothing(url: str) -> None:
 
 
 def test_many_may_open_a_new_database_at_once(tmp_path: Path) -> None:
-    program = "import sys; from tally.jobs.database import connect; connect(sys.argv[1])"
+    program = "import sys; from tally.database.connect import connect; connect(sys.argv[1])"
     for number in range(3):
         url = f"sqlite:///{tmp_path}/{number}.db"
         command = [sys.executable, "-c", program, url]

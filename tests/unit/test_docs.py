@@ -27,10 +27,10 @@ from tally import errors
 from tally.api import Job
 from tally.cli.main import cli
 from tally.jobs.spec import JobSpec
+from tally.models.package import Package, ScriptOptions
 from tally.scorers.base import Scorer
-from tally.scorers.onnx_options import OnnxOptions
-from tally.scorers.package_file import Package, ScriptOptions
-from tally.scorers.vision import Preprocess
+from tally.scorers.onnx.options import OnnxOptions
+from tally.scorers.vision.processing import Preprocess
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"

@@ -24,10 +24,11 @@ from tests.conftest import REPOSITORY
 from tests.objectstores import Service
 from tests.services import postgres_database, require
 
-from tally.cli import checks, doctor, reach
-from tally.cli.checks import Skip, Warn
+from tally.cli import doctor
+from tally.database.connect import HEAD, connect
 from tally.errors import StorageError, TallyError
-from tally.jobs.database import HEAD, connect
+from tally.health import checks, services
+from tally.health.checks import Skip, Warn
 
 Cli = Callable[..., Any]
 NAMES = [
@@ -62,7 +63,7 @@ def nobody() -> str:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reach, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(services, "ANSWER_SECONDS", 0.3)
 
 
 def lines(ran: Any) -> dict[str, tuple[str, str]]:
@@ -159,16 +160,16 @@ def test_extras_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sqlite_is_described_and_not_touched(home: Path) -> None:
     connect(f"sqlite:///{home}/tally.db").dispose()
-    assert re.fullmatch(rf"sqlite:///{home}/tally.db, SQLite [\d.]+, schema current", reach.database())
+    assert re.fullmatch(rf"sqlite:///{home}/tally.db, SQLite [\d.]+, schema current", services.database())
     with closing(sqlite3.connect(home / "tally.db")) as database:
         database.execute("UPDATE alembic_version SET version_num = '0001'")
         database.commit()
-        assert f"schema 0001, will be migrated to {HEAD}" in reach.database()
+        assert f"schema 0001, will be migrated to {HEAD}" in services.database()
         assert database.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
         database.execute("UPDATE alembic_version SET version_num = '9999'")
         database.commit()
     with pytest.raises(StorageError, match=r"schema '9999'.*\n.*upgrade Tally"):
-        reach.database()
+        services.database()
 
 
 def test_a_database_that_another_process_keeps_locked(home: Path, hasty: None) -> None:
@@ -176,14 +177,14 @@ def test_a_database_that_another_process_keeps_locked(home: Path, hasty: None) -
     with closing(sqlite3.connect(home / "tally.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StorageError, match="locked"):
-            reach.database()
+            services.database()
 
 
 def test_sqlite_on_a_network_file_system(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connect(f"sqlite:///{home}/tally.db").dispose()
-    monkeypatch.setattr(reach, "_network", lambda path: "nfs4")  # which file systems there are is the machine's
+    monkeypatch.setattr(services, "_network", lambda path: "nfs4")  # which file systems there are is the machine's
     with pytest.raises(Warn, match=r"network file system \(nfs4\).*TALLY_DATABASE=postgresql"):
-        reach.database()
+        services.database()
 
 
 def test_file_systems_are_told_by_the_innermost_mount(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,27 +196,27 @@ def test_file_systems_are_told_by_the_innermost_mount(monkeypatch: pytest.Monkey
 
     mounts = [Mount("/", "ext4"), Mount("/nowhere", "nfs4"), Mount("/nowhere/inner", "ext4"), Mount("/f", "fuse.sshfs")]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)  # noqa: A006
-    assert reach._network(Path("/nowhere/tally.db")) == "nfs4"
-    assert reach._network(Path("/nowhere/inner/tally.db")) is None
-    assert reach._network(Path("/f/tally.db")) == "fuse.sshfs"
-    assert reach._network(Path("/nowhere-else/tally.db")) is None
+    assert services._network(Path("/nowhere/tally.db")) == "nfs4"
+    assert services._network(Path("/nowhere/inner/tally.db")) is None
+    assert services._network(Path("/f/tally.db")) == "fuse.sshfs"
+    assert services._network(Path("/nowhere-else/tally.db")) is None
 
 
 def test_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
     with postgres_database() as url:
         monkeypatch.setenv("TALLY_DATABASE", url)
-        assert reach.database().endswith("no schema yet: it is made at first use")
+        assert services.database().endswith("no schema yet: it is made at first use")
         engine = connect(url)
         try:
-            assert re.search(r", PostgreSQL [\d.]+, schema current$", reach.database())
-            monkeypatch.setattr(reach, "CLOCK_SECONDS", -1.0)
+            assert re.search(r", PostgreSQL [\d.]+, schema current$", services.database())
+            monkeypatch.setattr(services, "CLOCK_SECONDS", -1.0)
             with pytest.raises(Warn, match=r"its clock is 0 s (ahead of|behind) this machine's"):
-                reach.database()
+                services.database()
             name = sa.make_url(url).database
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
             with pytest.raises(StorageError, match="cannot be written to: it is read-only"):
-                reach.database()
+                services.database()
         finally:
             engine.dispose()
 
@@ -223,7 +224,7 @@ def test_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_postgresql_that_is_not_there(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TALLY_DATABASE", f"postgresql://somebody:geheim@{nobody}/tally")
     with pytest.raises(StorageError, match="refused") as raised:
-        reach.database()
+        services.database()
     assert "somebody:***@" in str(raised.value)
     assert "geheim" not in str(raised.value)
 
@@ -235,23 +236,23 @@ UNTRIED = "write: not tried without --write"
 
 def enter(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     service.enter(monkeypatch)
-    assert [name for name, _ in reach.object_stores()] == [f"{service.scheme}://"]
+    assert [name for name, _ in services.object_stores()] == [f"{service.scheme}://"]
 
 
 def look_around(service: Service) -> None:
     from tally.storage import open_store
 
     url = service.make(f"tally-doctor-{uuid.uuid4().hex}")
-    ((_, check),) = reach.object_stores()
-    assert check() == f"{reach._endpoint(service.scheme)} answers and accepts the credentials"
-    assert reach.place(f"{url}/new") == f"{url}/new: list: ok, read: not tried, nothing is there, {UNTRIED}"
-    assert reach.place(f"{url}/new", write=True).endswith("write: ok (written, read, deleted)")
+    ((_, check),) = services.object_stores()
+    assert check() == f"{services._endpoint(service.scheme)} answers and accepts the credentials"
+    assert services.place(f"{url}/new") == f"{url}/new: list: ok, read: not tried, nothing is there, {UNTRIED}"
+    assert services.place(f"{url}/new", write=True).endswith("write: ok (written, read, deleted)")
     assert not list(open_store(url).list()), "nothing is left"
     open_store(url).write("photos/a.jpg", b"a")
-    assert reach.place(f"{url}/photos") == f"{url}/photos: list: ok, read: ok (a.jpg), {UNTRIED}"
-    assert reach.place(f"{url}/photos/a.jpg") == f"{url}/photos/a.jpg: list: ok, read: ok (a.jpg), {UNTRIED}"
+    assert services.place(f"{url}/photos") == f"{url}/photos: list: ok, read: ok (a.jpg), {UNTRIED}"
+    assert services.place(f"{url}/photos/a.jpg") == f"{url}/photos/a.jpg: list: ok, read: ok (a.jpg), {UNTRIED}"
     with pytest.raises(StorageError) as raised:
-        reach.place(f"{service.scheme}://tally-no-such-bucket", write=True)
+        services.place(f"{service.scheme}://tally-no-such-bucket", write=True)
     assert re.search(r"no right to list, write, or it is not there\n  list .*\n  read .*\n  write ", str(raised.value))
 
 
@@ -264,7 +265,7 @@ def test_azure(azure_server: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(azure_server, monkeypatch)
     look_around(azure_server)
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "bm90IHRoZSBrZXk=")
-    ((_, check),) = reach.object_stores()
+    ((_, check),) = services.object_stores()
     with pytest.raises(StorageError, match=r"answers, and refuses the credentials \(Auth"):
         check()
 
@@ -272,7 +273,7 @@ def test_azure(azure_server: Service, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_service_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering({}, status=503) as url:
         monkeypatch.setenv("AWS_ENDPOINT", url)
-        ((_, check),) = reach.object_stores()
+        ((_, check),) = services.object_stores()
         with pytest.raises(StorageError, match="answers with HTTP status 503"):
             check()
 
@@ -283,13 +284,13 @@ def test_a_service_without_conditional_writes_is_told(monkeypatch: pytest.Monkey
     store = open_store("memory://doctor")
     write = store.write
     monkeypatch.setattr(store, "write", lambda name, data, exclusive: write(name, data))
-    assert reach._write(store) == (False, reach._TWICE)
+    assert services._write(store) == (False, services._TWICE)
     assert not list(store.list())
 
 
 def test_google_credentials_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/no/such/key.json")
-    ((name, check),) = reach.object_stores()
+    ((name, check),) = services.object_stores()
     assert name == "gs://"
     with pytest.raises(StorageError, match=r"names '/no/such/key.json', which cannot be read"):
         check()
@@ -297,30 +298,31 @@ def test_google_credentials_that_are_not_there(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_azure_place_without_an_account() -> None:
     with pytest.raises(StorageError, match="AZURE_STORAGE_ACCOUNT_NAME is not set"):
-        reach.place("az://container/photos")
+        services.place("az://container/photos")
 
 
 def test_places_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    assert reach.place(str(tmp_path)) == f"{tmp_path}: list: ok, read: ok (a.txt), {UNTRIED}"
-    assert reach.place(str(tmp_path / "a.txt")) == f"{tmp_path}/a.txt is a file, and can be read"
+    assert services.place(str(tmp_path)) == f"{tmp_path}: list: ok, read: ok (a.txt), {UNTRIED}"
+    assert services.place(str(tmp_path / "a.txt")) == f"{tmp_path}/a.txt is a file, and can be read"
     with pytest.raises(Warn, match="is not there; as an output it would be made"):
-        reach.place(str(tmp_path / "new"))
-    assert reach.place(str(tmp_path), write=True).endswith("write: ok (written, read, deleted)")
+        services.place(str(tmp_path / "new"))
+    assert services.place(str(tmp_path), write=True).endswith("write: ok (written, read, deleted)")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_the_registry_of_a_team(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
-        reach.registry(write=False) == f"{home}/models, which is not there yet: the first model that is added makes it"
+        services.registry(write=False)
+        == f"{home}/models, which is not there yet: the first model that is added makes it"
     )
     (home / "models").mkdir(parents=True)
-    assert reach.registry(write=False) == f"{home}/models can be read and written"
+    assert services.registry(write=False) == f"{home}/models can be read and written"
     monkeypatch.setenv("TALLY_DATABASE", "postgresql://host/tally")
     with pytest.raises(Warn, match="only this machine's, while the database is shared: see TALLY_REGISTRY"):
-        reach.registry(write=False)
+        services.registry(write=False)
     monkeypatch.setenv("TALLY_REGISTRY", "memory://team/models")
-    assert reach.registry(write=True).startswith("memory://team/models: list: ok")
+    assert services.registry(write=True).startswith("memory://team/models: list: ok")
 
 
 # -- cluster -----------------------------------------------------------------------------------------------------------
@@ -372,14 +374,14 @@ def test_a_cluster_that_answers() -> None:
     ours = checks.version_of("ray")
     assert ours is not None
     with answering(cluster_of(ours)) as url:
-        text = reach.ray(url, needed=True)
+        text = services.ray(url, needed=True)
     assert f"{ours}; {url} answers and runs the same; 2 nodes, 12 CPUs, 1 GPUs, 24.0 GiB memory" in text
     assert "is seen when a job begins" in text
 
 
 def test_a_cluster_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(cluster_of("2.1.0")) as url, pytest.raises(TallyError, match=r"runs Ray 2\.1\.0"):
-        reach.ray(url, needed=True)
+        services.ray(url, needed=True)
 
 
 def test_a_cluster_that_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,21 +390,21 @@ def test_a_cluster_that_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
         answering({}, token="geheim") as url,
         pytest.raises(TallyError, match="does not let this command in") as raised,
     ):
-        reach.ray(url, needed=True)
+        services.ray(url, needed=True)
     assert "RAY_AUTH_TOKEN" in str(raised.value)
 
 
 def test_a_cluster_that_is_not_there(nobody: str, mute: str, hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match=rf"http://{nobody} cannot be reached: connection refused"):
-        reach.ray(f"http://{nobody}", needed=False)
+        services.ray(f"http://{nobody}", needed=False)
     with pytest.raises(StorageError, match=rf"http://{mute} does not answer within"):
-        reach.ray(f"http://{mute}", needed=False)
+        services.ray(f"http://{mute}", needed=False)
     monkeypatch.setenv("RAY_ADDRESS", nobody)
     with pytest.raises(StorageError, match=rf"{nobody} cannot be reached"):
-        reach.ray(None, needed=False)
+        services.ray(None, needed=False)
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     with pytest.raises(TallyError, match="Ray Client is not used"):
-        reach.ray(None, needed=False)
+        services.ray(None, needed=False)
 
 
 def test_a_cluster_that_was_not_stopped_and_is_gone(
@@ -413,9 +415,9 @@ def test_a_cluster_that_was_not_stopped_and_is_gone(
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(Warn, match=rf"a cluster was started on this machine, but: {nobody} cannot be reached"):
-        reach.ray(None, needed=False)
+        services.ray(None, needed=False)
     with pytest.raises(TallyError, match=rf"{nobody} cannot be reached"):
-        reach.ray(None, needed=True)
+        services.ray(None, needed=True)
 
 
 def test_a_real_cluster_that_wants_a_token(tmp_path: Path) -> None:
@@ -426,7 +428,7 @@ def test_a_real_cluster_that_wants_a_token(tmp_path: Path) -> None:
         """In a process of its own: Ray's library reads its settings once."""
         given = {} if token is None else {"RAY_AUTH_TOKEN": token}
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        program = "import sys; from tally.cli import reach; print(reach.ray(sys.argv[1], needed=True))"
+        program = "import sys; from tally.health import services; print(services.ray(sys.argv[1], needed=True))"
         done = subprocess.run(
             [sys.executable, "-c", program, cluster.dashboard],
             env={**kept, **given, "HOME": str(tmp_path)},
@@ -446,9 +448,9 @@ def test_a_real_cluster_that_wants_a_token(tmp_path: Path) -> None:
 
 
 def test_no_cluster_and_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no cluster is found" in reach.ray(None, needed=True)
-    monkeypatch.setattr(reach, "version_of", lambda name: None)
+    assert "no cluster is found" in services.ray(None, needed=True)
+    monkeypatch.setattr(services, "version_of", lambda name: None)
     with pytest.raises(Skip, match=r"pip install 'tally-scoring\[ray\]'"):
-        reach.ray(None, needed=False)
+        services.ray(None, needed=False)
     with pytest.raises(TallyError, match="Ray is not installed"):
-        reach.ray(None, needed=True)
+        services.ray(None, needed=True)

@@ -7,14 +7,14 @@ import subprocess
 import sys
 import threading
 
-from tally.foreground import stop_signals
+from tally.terminal import stop_signals
 
 PRINTING = """
 import signal
 import threading
 
 from rich.console import Console
-from tally.foreground import stop_signals
+from tally.terminal import stop_signals
 
 console = Console(stderr=True)
 stopped = []

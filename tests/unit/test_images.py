@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from tally.errors import ItemError
-from tally.sources.images import decode, suffixes
+from tally.media.images import decode, suffixes
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -25,10 +25,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import OneClassSVM
 
 from tally.errors import ModelLoadError, ModelNotFoundError, SpecError, UntrustedModelError
-from tally.scorers import keyed
-from tally.scorers.keyed import KeyedScorer, find, inspect, pack, read_key
-from tally.scorers.loading import load
-from tally.scorers.package import resolve
+from tally.models.load import load
+from tally.models.resolve import resolve
+from tally.scorers.per_key import files as keyed
+from tally.scorers.per_key.files import KeyedScorer, find, inspect, pack, read_key
 
 NAMES = "{Device}_{Tag}.skops"
 

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError
 from tally.scorers.base import Item
-from tally.scorers.onnx import OnnxOptions, OnnxVisionScorer, inspect
-from tally.scorers.onnx_session import choose_providers, open_session, plain_reason
+from tally.scorers.onnx.scorer import OnnxOptions, OnnxVisionScorer, inspect
+from tally.scorers.onnx.session import choose_providers, open_session, plain_reason
 
 Make = Callable[..., Path]
 
@@ -523,7 +523,7 @@ def test_a_gpu_that_does_not_start(make: Make, monkeypatch: pytest.MonkeyPatch) 
         sessions.append(providers)
         return open_session(path, [CPU], **settings)
 
-    monkeypatch.setattr("tally.scorers.onnx.open_session", without_gpu)
+    monkeypatch.setattr("tally.scorers.onnx.scorer.open_session", without_gpu)
     with pytest.raises(ModelLoadError, match="cuda was asked for, but ONNX Runtime could not start it"):
         scorer.load(path.parent, "cuda")
     scorer.load(path.parent, "auto")
@@ -532,5 +532,5 @@ def test_a_gpu_that_does_not_start(make: Make, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
-    code = "import sys, tally.scorers.onnx; sys.exit('onnxruntime' in sys.modules)"
+    code = "import sys, tally.scorers.onnx.scorer; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError
 from tally.scorers.base import TableResult
-from tally.scorers.onnx_table import OnnxTableScorer, inspect, takes_table
+from tally.scorers.tabular.onnx import OnnxTableScorer, inspect, takes_table
 
 FLOAT, DOUBLE, INT, TEXT = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64, TensorProto.STRING
 Info = tuple[str, int, list[Any]]

@@ -23,13 +23,13 @@ from tests.colours import model
 
 from tally.config import settings
 from tally.errors import ModelChangedError, ModelLoadError, ModelNotFoundError, SpecError, StorageError
+from tally.models.load import create, load, verify
+from tally.models.mirror import CONTENTS, carry, fetch, fetched
+from tally.models.reference import ModelRef
 from tally.models.registry import open_registry
+from tally.models.resolve import refreshed, resolve
 from tally.scorers.base import Item, Scorer
-from tally.scorers.keyed import pack
-from tally.scorers.loading import create, load, verify
-from tally.scorers.origin import CONTENTS, carry, fetch, fetched
-from tally.scorers.package import refreshed, resolve
-from tally.scorers.reference import ModelRef
+from tally.scorers.per_key.files import pack
 from tally.storage import ObjectStore, Store, open_store
 
 HOST = platform.node()
@@ -529,7 +529,7 @@ def test_lists_are_not_believed(carried: ModelRef, tmp_path: Path) -> None:
     assert answers(carried) == YES
     evil = "../../../../evil"
     digest = "0" * 64
-    from tally.scorers.content import combined
+    from tally.models.hashing import combined
 
     wanted = combined([(evil, bytes.fromhex(digest))])
     store.write(CONTENTS, json.dumps({"hash": wanted, "files": {evil: [1, digest]}}).encode())
@@ -596,8 +596,8 @@ def web(content: Path, held: threading.Event | None = None) -> Iterator[tuple[st
 
 PROGRAM = """
 import json, sys
-from tally.scorers.loading import load
-from tally.scorers.reference import ModelRef
+from tally.models.load import load
+from tally.models.reference import ModelRef
 ref = ModelRef.from_dict(json.loads(sys.argv[1]))
 print("ready", flush=True)
 print(load(ref, "cpu").score(["a", "b"]))

@@ -11,7 +11,7 @@ import pytest
 
 from tally.errors import ItemError, SpecError
 from tally.scorers.base import Item, Result, Scorer
-from tally.scorers.overlay import Overlay, colour_of, draw
+from tally.scorers.vision.overlay import Overlay, colour_of, draw
 
 GRAY = np.full((120, 160, 3), 90, np.uint8)  # lines are one pixel wide on it, tags 12 high
 
@@ -172,7 +172,7 @@ def test_text_is_black_or_white_by_luminance() -> None:
 
 def test_colours_are_distinct_and_the_same_in_every_process() -> None:
     assert len({colour_of(f"class {i}") for i in range(200)}) > 40
-    code = "from tally.scorers.overlay import colour_of; print(colour_of('dog'))"
+    code = "from tally.scorers.vision.overlay import colour_of; print(colour_of('dog'))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == str(colour_of("dog"))
 

@@ -31,10 +31,10 @@ from tally.errors import (
     SpecError,
     UntrustedModelError,
 )
+from tally.models.load import create, load
+from tally.models.reference import ModelRef
+from tally.models.resolve import resolve
 from tally.scorers.base import Item, Scorer
-from tally.scorers.loading import create, load
-from tally.scorers.package import resolve
-from tally.scorers.reference import ModelRef
 
 
 @pytest.fixture(autouse=True)
@@ -389,7 +389,7 @@ def test_live_objects_that_cannot_be_used() -> None:
 def test_classes_of_a_program_keep_their_hash_from_run_to_run(tmp_path: Path, home: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "import tally\nfrom tally.scorers.loading import load\nfrom tally.scorers.package import resolve\n"
+        "import tally\nfrom tally.models.load import load\nfrom tally.models.resolve import resolve\n"
         "class Mine(tally.Scorer):\n"
         "    def score(self, batch): return [{'n': 1, 'text': 'd41d8cd98f00b204e9800998ecf8427e'}] * len(batch)\n"
         "ref = resolve(Mine())\nprint(ref.hash, load(ref, 'cpu').score([1]))\n"

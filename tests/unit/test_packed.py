@@ -25,11 +25,11 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import OneClassSVM
 
 from tally.errors import ModelLoadError, SpecError, UntrustedModelError
-from tally.scorers import packed, stacked
+from tally.models.load import create, load
+from tally.models.resolve import resolve
 from tally.scorers.base import TableResult
-from tally.scorers.loading import create, load
-from tally.scorers.package import resolve
-from tally.scorers.packed import FILE, Model, PackedScorer, inspect, write
+from tally.scorers.per_key import batched_svms, packed
+from tally.scorers.per_key.packed import FILE, Model, PackedScorer, inspect, write
 
 READINGS = np.random.default_rng(0)
 
@@ -393,7 +393,7 @@ def test_loading_opens_no_estimator(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pumps(tmp_path)
     monkeypatch.setattr("skops.io.load", lambda *_, **__: pytest.fail("an estimator was opened"))
     made = []
-    monkeypatch.setattr(packed, "Stack", lambda svms: made.append(svms) or stacked.Stack(svms))
+    monkeypatch.setattr(packed, "Stack", lambda svms: made.append(svms) or batched_svms.Stack(svms))
 
     found = opened(tmp_path).score(readings([0, 1], [1.0, 2.0]))
 

@@ -14,7 +14,7 @@ import pytest
 
 from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError, TallyError, UntrustedModelError
 from tally.scorers.base import TableResult
-from tally.scorers.pyfunc import PyfuncScorer, inspect
+from tally.scorers.tabular.pyfunc import PyfuncScorer, inspect
 
 FRAME = pd.DataFrame({"a": [1.5, -2.5, 3.5], "b": [0.0, 1.0, 2.0], "n": [1, 2, 3]})
 TABLE = pa.table({"a": [1.5, -2.5, 3.5], "b": [0.0, 1.0, 2.0], "n": [1, 2, 3]})

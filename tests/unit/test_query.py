@@ -10,7 +10,7 @@ import pytest
 
 from tally.errors import SpecError
 from tally.sinks.base import Output
-from tally.sinks.choose import choose
+from tally.sinks.factory import choose
 from tally.sinks.query import query, rows
 from tally.sinks.staging import StagedSink
 from tally.sources.base import Chunk

@@ -10,10 +10,9 @@ from contextlib import closing
 
 import pytest
 
-from tally import ranges
 from tally.errors import SourceNotFoundError, StorageError
-from tally.ranges import RangeFile
-from tally.storage import ObjectStore, open_store
+from tally.storage import ObjectStore, open_store, ranges
+from tally.storage.ranges import RangeFile
 
 BLOCK = 64
 CONTENT = random.Random(0).randbytes(200 * BLOCK + 7)

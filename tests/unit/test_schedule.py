@@ -20,8 +20,9 @@ from cronsim import CronSim
 from tests.conftest import Ran
 from tests.waiting import wait_for
 
+from tally.database.connect import now
+from tally.database.tables import schedule_runs
 from tally.errors import SpecError
-from tally.jobs.database import now
 from tally.jobs.launch import drive as drive_job
 from tally.jobs.launch import open_store, submit
 from tally.jobs.store import JobStore
@@ -30,7 +31,6 @@ from tally.triggers.cron import Cron, Interval, zone
 from tally.triggers.drive import drive
 from tally.triggers.loop import Loop
 from tally.triggers.store import Run, ScheduleStore
-from tally.triggers.tables import schedule_runs
 
 BERLIN = "Europe/Berlin"
 FORWARD, BACK = "2026-03-29", "2026-10-25"

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tally import scratch
 from tally.errors import StorageError
+from tally.storage import temporary as scratch
 
 HOLD = """
 import sys
-from tally import scratch
+from tally.storage import temporary as scratch
 folder = scratch.make("held")
 (folder / "inner").mkdir()
 (folder / "inner" / "file").write_text("x")

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 
 from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError, TallyError
-from tally.scorers.azureml import AMLRequest, AMLResponse, Model
 from tally.scorers.base import Item
-from tally.scorers.script import ScriptScorer, form_of, result_of
+from tally.scorers.scripts.azureml import AMLRequest, AMLResponse, Model
+from tally.scorers.scripts.script import ScriptScorer, form_of, result_of
 
 
 @pytest.fixture(autouse=True)

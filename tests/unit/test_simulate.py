@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 from pyarrow import csv, parquet
 
-from tally import simulate
 from tally.cli.simulate import simulate as command
 from tally.errors import OutputExistsError, SpecError
-from tally.simulate import KINDS, Readings
+from tally.training import simulate
+from tally.training.simulate import KINDS, Readings
 
 OUT = Path("nowhere")
 

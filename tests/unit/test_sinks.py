@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 from tally.errors import ItemError, OutputExistsError, SpecError, StorageError
+from tally.media.video.encode import Encoding
 from tally.sinks import columns, merge
 from tally.sinks import rows as rows_module
 from tally.sinks.base import Output, Sink
-from tally.sinks.choose import choose
+from tally.sinks.factory import choose
 from tally.sinks.files import FilesSink, file_for
 from tally.sinks.query import rows
 from tally.sinks.rows import RowsSink
@@ -28,7 +29,6 @@ from tally.sinks.staging import StagedSink
 from tally.sinks.video import VideoSink
 from tally.sources.base import Chunk
 from tally.testing.sinks import DEAD, FACTS, Crash, CrashingStore, files_under
-from tally.video.encode import Encoding
 
 
 def attempt(sink: Sink, name: str, results: dict[str, Any]) -> Output:

@@ -41,7 +41,7 @@ from sklearn.svm import SVC, OneClassSVM
 
 from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError, UntrustedModelError
 from tally.scorers.base import TableResult
-from tally.scorers.sklearn import SklearnScorer, inspect, open_estimator
+from tally.scorers.tabular.sklearn import SklearnScorer, inspect, open_estimator
 
 RANDOM = np.random.default_rng(7)
 X = RANDOM.normal(size=(120, 3))
@@ -460,7 +460,8 @@ def test_what_was_loaded_is_described(tmp_path: Path) -> None:
 
 
 def test_a_model_that_was_looked_at_before_is_not_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tally.scorers import package, sklearn
+    from tally.models import resolve
+    from tally.scorers.tabular import sklearn
 
     path = tmp_path / "model.skops"
     skops.io.dump(LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]), path)
@@ -472,10 +473,10 @@ def test_a_model_that_was_looked_at_before_is_not_opened_again(tmp_path: Path, m
         return real(*given, **more)
 
     monkeypatch.setattr(sklearn, "inspect", inspect)
-    first = package.resolve(path)
-    assert package.resolve(path) == first
+    first = resolve.resolve(path)
+    assert resolve.resolve(path) == first
     assert len(opened) == 1
-    assert package.resolve(path, settings={"batch_size": 7}).options["batch_size"] == 7
+    assert resolve.resolve(path, settings={"batch_size": 7}).options["batch_size"] == 7
     skops.io.dump(LinearRegression().fit([[0.0, 1.0], [1.0, 0.0]], [0.0, 1.0]), path)
-    assert package.resolve(path).options["count"] == 2
+    assert resolve.resolve(path).options["count"] == 2
     assert len(opened) == 3

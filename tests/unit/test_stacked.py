@@ -16,8 +16,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import RobustScaler, StandardScaler
 from sklearn.svm import OneClassSVM
 
-from tally.scorers import stacked
-from tally.scorers.stacked import Stack, Svms, parameters
+from tally.scorers.per_key import batched_svms
+from tally.scorers.per_key.batched_svms import Stack, Svms, parameters
 
 KERNELS: dict[str, dict[str, Any]] = {
     "rbf": {},
@@ -75,7 +75,7 @@ def reach(svms: Svms, number: int, rows: np.ndarray) -> Any:
     """What the absolute values of a decision's terms can add up to, for each row."""
     mine = slice(svms.offsets[number], svms.offsets[number + 1])
     weight = np.abs(svms.coefs[mine]).sum()
-    kernel = stacked.KERNELS[svms.kernel[number]]
+    kernel = batched_svms.KERNELS[svms.kernel[number]]
     if kernel in ("rbf", "sigmoid"):
         return weight
     lengths = np.linalg.norm((rows - svms.mean[number]) / svms.scale[number], axis=1)
@@ -120,8 +120,8 @@ def test_all_kernels_meet_in_one_call() -> None:
 
 @pytest.mark.parametrize(("tile", "block"), [(1, 1), (3, 64), (128, 1 << 18)])
 def test_cutting_into_tiles_and_blocks_changes_nothing(tile: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stacked, "_TILE", tile)
-    monkeypatch.setattr(stacked, "_BLOCK", block)
+    monkeypatch.setattr(batched_svms, "_TILE", tile)
+    monkeypatch.setattr(batched_svms, "_BLOCK", block)
     models = [fitted(rows, 2, "scaled", "rbf", seed=rows) for rows in (3, 17, 60)]
 
     assert_like_sklearn(models, *probes(models, 2, "scaled", 333))
@@ -143,7 +143,7 @@ def test_what_lies_on_the_boundary_is_computed_in_libsvms_own_order() -> None:
             model = fitted(200, features, "scaled", kernel)
             svms = Svms.of([parameters(model)])  # type: ignore[list-item]
             rows = np.random.default_rng(1).normal(20, 2, (40, features))
-            found = [stacked._as_libsvm(svms, 0, row) for row in rows]
+            found = [batched_svms._as_libsvm(svms, 0, row) for row in rows]
 
             # The compiler of libsvm may fuse a product and a sum where the machine can.
             np.testing.assert_allclose(found, model.decision_function(rows), rtol=1e-12)

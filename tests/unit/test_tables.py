@@ -22,9 +22,9 @@ from tally.errors import ItemError, SourceNotFoundError, SpecError, StorageError
 from tally.scorers.base import Scorer
 from tally.sources.base import Chunk, ChunkLimit, Timings
 from tally.sources.listing import is_table
-from tally.sources.tables import TableSource
+from tally.sources.tables.ingest import Input, Made, make
+from tally.sources.tables.source import TableSource
 from tally.storage import LocalStore
-from tally.tables.ingest import Input, Made, make
 from tally.testing.sources import chunks_of
 
 SCORER = Scorer()
@@ -384,8 +384,8 @@ def test_a_title_above_the_columns_is_explained(tmp_path: Path) -> None:
 
 
 def test_fractions_after_whole_numbers_are_no_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tally.tables.schema.SAMPLE_ROWS", 2)
-    monkeypatch.setattr("tally.tables.schema.SAMPLE_CELLS", 2)
+    monkeypatch.setattr("tally.sources.tables.schema.SAMPLE_ROWS", 2)
+    monkeypatch.setattr("tally.sources.tables.schema.SAMPLE_CELLS", 2)
     found = outcome(tmp_path, text(tmp_path / "a.csv", "k,v\n1,1\n2,2\n3,3\n4,4.5\n"), features=["v"], by=["k"])
     assert list(found.rows.values())[2:] == [{"k": 3, "v": 3.0}, {"k": 4, "v": 4.5}]
 
@@ -532,7 +532,7 @@ def test_what_tells_of_models_stays_with_the_planner(tmp_path: Path) -> None:
 
 
 def test_a_key_that_has_a_model_by_now_is_cut_to_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tally.sources.tables._COMBINE", 4)
+    monkeypatch.setattr("tally.sources.tables.source._COMBINE", 4)
     place = readings(tmp_path / "a.parquet", {1: 10, 2: 1})
     source = prepared(tmp_path, place, by=["device"], lacks=lambda key: "none" if key["device"] == 1 else None)
     [chunk] = plan(source)
@@ -620,7 +620,7 @@ def test_a_row_without_a_time_is_in_no_window_and_that_is_said(tmp_path: Path) -
 def test_work_files_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = prepared(tmp_path, readings(tmp_path / "a.parquet", {1: 3}), by=["device"])
     expected = Outcome(source).rows
-    monkeypatch.setattr("tally.sources.tables.make", None)
+    monkeypatch.setattr("tally.sources.tables.source.make", None)
     again = prepared(tmp_path, str(tmp_path / "a.parquet"), by=["device"])
     assert Outcome(again).rows == expected
 
@@ -653,7 +653,7 @@ def test_of_several_that_make_them_at_once_one_counts(tmp_path: Path, monkeypatc
         both.wait(30)
         return made
 
-    monkeypatch.setattr("tally.sources.tables.make", together)
+    monkeypatch.setattr("tally.sources.tables.source.make", together)
     threads = [threading.Thread(target=source.prepare) for _ in range(2)]
     for thread in threads:
         thread.start()

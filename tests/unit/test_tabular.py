@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tally.scorers import tabular
+from tally.scorers.tabular import tables
 
 MIXED = pa.table(
     {
@@ -26,7 +26,7 @@ MIXED = pa.table(
 
 
 def test_a_dataframe_has_the_types_that_models_know() -> None:
-    found = tabular.frame(MIXED)
+    found = tables.frame(MIXED)
     assert {name: str(kind) for name, kind in found.dtypes.items()} == {
         **dict.fromkeys(("text", "view", "coded"), "object"),
         "whole": "int64",
@@ -36,24 +36,24 @@ def test_a_dataframe_has_the_types_that_models_know() -> None:
     assert found["text"].tolist() == ["a", None]
     assert found["truth"].isna().tolist() == [False, True]
     assert found["money"].tolist() == [1.0, 2.0]
-    assert tabular.frame(MIXED.slice(0, 0)).shape == (0, 9)
+    assert tables.frame(MIXED.slice(0, 0)).shape == (0, 9)
 
 
 def test_a_matrix_has_nan_where_values_are_missing() -> None:
     table = MIXED.select(["whole", "gaps", "truth", "none"])
-    assert tabular.is_numeric(table)
-    assert not tabular.is_numeric(MIXED)
+    assert tables.is_numeric(table)
+    assert not tables.is_numeric(MIXED)
     expected = [[1.0, 1.0, 1.0, np.nan], [2.0, np.nan, np.nan, np.nan]]
-    assert np.array_equal(tabular.matrix(table), expected, equal_nan=True)
-    assert tabular.matrix(table.slice(0, 0)).shape == (0, 4)
+    assert np.array_equal(tables.matrix(table), expected, equal_nan=True)
+    assert tables.matrix(table.slice(0, 0)).shape == (0, 4)
 
 
 def test_missing_values_are_found_in_columns_of_any_type() -> None:
-    found = tabular.unusable(MIXED.drop_columns(["none"]), None, nan=False)
+    found = tables.unusable(MIXED.drop_columns(["none"]), None, nan=False)
     assert {row: str(error) for row, error in found.items()} == {1: "text is null, which the model does not take"}
-    assert tabular.unusable(MIXED, None, nan=True) == {}
+    assert tables.unusable(MIXED, None, nan=True) == {}
     infinite = pa.table({"text": ["a", "b"], "value": [1.0, float("-inf")]})
-    assert list(tabular.unusable(infinite, None, nan=True)) == [1]
+    assert list(tables.unusable(infinite, None, nan=True)) == [1]
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def test_missing_values_are_found_in_columns_of_any_type() -> None:
     ],
 )
 def test_values_become_a_column(values: Any, kind: pa.DataType, expected: list[Any]) -> None:
-    found = tabular.column(values)
+    found = tables.column(values)
     assert found.type == kind
     assert found.to_pylist() == expected
 
 
 def test_results_of_good_rows_stand_at_their_positions() -> None:
     errors = {0: ValueError("first"), 2: ValueError("third")}
-    found: Any = tabular.results(pa.table({"score": [1.0, float("nan")]}), errors, 4)
+    found: Any = tables.results(pa.table({"score": [1.0, float("nan")]}), errors, 4)
     assert found.rows["score"].to_pylist()[1] == 1.0
     assert found.rows.num_rows == 4
     assert {row: str(error) for row, error in found.errors.items()} == {

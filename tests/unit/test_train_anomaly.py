@@ -19,7 +19,7 @@ from tally.engines.base import Engine
 from tally.engines.local import LocalEngine
 from tally.errors import ModelError, OutputExistsError, SourceNotFoundError, SpecError, WorkerCrashedError
 from tally.scorers.base import TableResult
-from tally.scorers.packed import PackedScorer, inspect
+from tally.scorers.per_key.packed import PackedScorer, inspect
 from tally.training import anomaly
 from tally.training.anomaly import FEWEST, Group, Recipe, Step, Trained, Training, fit_key, sample
 

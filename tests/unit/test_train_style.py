@@ -18,9 +18,9 @@ import yaml
 from PIL import Image
 
 from tally.errors import ModelLoadError, OutputExistsError, SourceNotFoundError, SpecError
+from tally.models.load import load
+from tally.models.resolve import resolve
 from tally.scorers.base import Item
-from tally.scorers.loading import load
-from tally.scorers.package import resolve
 from tally.training import style
 from tally.training.drawn import draw
 from tally.training.style import Step, Training, registry_name

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from tests.videos import number_in, picture, write_clip
 
-from tally import ranges
 from tally.errors import JobError, StorageError
-from tally.storage import ObjectStore, open_store
-from tally.video.encode import Encoder, Encoding
-from tally.video.facts import Colour, Video
-from tally.video.join import Segment, join
+from tally.media.video.encode import Encoder, Encoding
+from tally.media.video.facts import Colour, Video
+from tally.media.video.join import Segment, join
+from tally.storage import ObjectStore, open_store, ranges
 
 LOSSLESS = Encoding("libx264", 0)
 COUNT = 30

@@ -15,13 +15,13 @@ import pytest
 from tests.videos import number_in, picture, write_clip
 
 from tally.errors import SpecError, StorageError
+from tally.media.video.facts import Colour, Video, pack
 from tally.sinks.base import Output
-from tally.sinks.choose import choose
+from tally.sinks.factory import choose
 from tally.sinks.query import query
 from tally.sinks.video import VideoSink
 from tally.sources.base import Chunk
 from tally.testing.sinks import DEAD, FACTS, files_under
-from tally.video.facts import Colour, Video, pack
 
 
 @pytest.fixture

@@ -18,16 +18,15 @@ import numpy as np
 import pytest
 from tests.videos import HEIGHT, WIDTH, number_in, write_clip
 
-from tally import ranges
 from tally.errors import ItemError, SourceNotFoundError, StorageError
+from tally.media.video import container as containers
+from tally.media.video import probe as probing
+from tally.media.video.facts import Colour, Video, pack, unpack
+from tally.media.video.probe import Prober
 from tally.sources.base import Chunk, ChunkLimit, Timings
 from tally.sources.video import VideoSource
-from tally.storage import ObjectStore, Store, open_store
+from tally.storage import ObjectStore, Store, open_store, ranges
 from tally.testing.sources import Recorder, chunks_of
-from tally.video import container as containers
-from tally.video import probe as probing
-from tally.video.facts import Colour, Video, pack, unpack
-from tally.video.probe import Prober
 
 
 def frames(source: VideoSource, items: int = 7) -> dict[str, Any]:

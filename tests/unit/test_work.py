@@ -12,8 +12,8 @@ import pytest
 
 from tally.engines import progress
 from tally.errors import ItemError, StorageError, TallyError
-from tally.jobs import work
-from tally.jobs.work import Worker, run_chunk
+from tally.jobs import worker
+from tally.jobs.worker import Worker, run_chunk
 from tally.scorers.base import Result, Results, Scorer, TableResult
 from tally.sinks.base import Output, Sink, Writer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
@@ -126,7 +126,7 @@ class Memory(Writer):
         self.state = "aborted"
 
 
-def run(scorer: Scorer, count: int, source: Numbers | None = None, writer: Memory | None = None) -> work.Outcome:
+def run(scorer: Scorer, count: int, source: Numbers | None = None, writer: Memory | None = None) -> worker.Outcome:
     class OneSink(Sink):
         claim = holder = finalize = release = withdraw = committed = manifest = None  # type: ignore[assignment]
 
@@ -141,7 +141,7 @@ def run(scorer: Scorer, count: int, source: Numbers | None = None, writer: Memor
 
 def score(scorer: Scorer, values: Any, count: int) -> list[Any]:
     """The results that come one by one."""
-    return [result for part in work.score(scorer, values, count) for result in part.results]
+    return [result for part in worker.score(scorer, values, count) for result in part.results]
 
 
 # score() ---------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def flagging(*bad: int) -> Callable[[pa.Table], TableResult]:
 
 
 def test_a_table_as_the_result_stays_one() -> None:
-    [part] = work.score(Given(lambda table: table), pa.table({"n": [1, 2]}), 2)
+    [part] = worker.score(Given(lambda table: table), pa.table({"n": [1, 2]}), 2)
     assert (part.count, part.results.to_pydict(), part.errors) == (2, {"n": [1, 2]}, {})
 
 

@@ -9,9 +9,9 @@ from functools import partial
 
 import click
 
-from tally.cli import checks, reach
-from tally.cli.checks import Skip, Warn
 from tally.errors import TallyError
+from tally.health import checks, services
+from tally.health.checks import Skip, Warn
 
 LOCAL_SECONDS = 30.0
 """How long a check of this machine may take: it imports libraries, and a busy machine is slow at that."""
@@ -36,11 +36,11 @@ def _checks(places: Sequence[str], *, write: bool, engine: str | None, address: 
         Check("extras", checks.extras),
         Check("home", checks.home),
         Check("temporary files", checks.temporary),
-        Check("database", reach.database, remote=True),
-        Check("registry", partial(reach.registry, write=write), remote=True),
-        *(Check(name, run, remote=True) for name, run in reach.object_stores()),
-        *(Check("place", partial(reach.place, place, write=write), remote=True) for place in places),
-        Check("ray", partial(reach.ray, address, needed=engine == "ray"), remote=True),
+        Check("database", services.database, remote=True),
+        Check("registry", partial(services.registry, write=write), remote=True),
+        *(Check(name, run, remote=True) for name, run in services.object_stores()),
+        *(Check("place", partial(services.place, place, write=write), remote=True) for place in places),
+        Check("ray", partial(services.ray, address, needed=engine == "ray"), remote=True),
         Check("models", checks.models),
         Check("pictures", checks.pictures),
         Check("videos", checks.videos),

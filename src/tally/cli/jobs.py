@@ -51,7 +51,7 @@ def list_(limit: int, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(job: str, as_json: bool) -> None:
     """Everything about a job: progress, timings per stage, cost, alerts, error, where the results are."""
-    from tally.jobs.alerts import of
+    from tally.alerts.delivery import of
 
     store, record = _open(job)
     judged = of(store, record.id)
@@ -68,7 +68,7 @@ def show(job: str, as_json: bool) -> None:
 @click.argument("job")
 def watch(job: str) -> int:
     """Follow a job until it ends. Ctrl-C stops following, not the job."""
-    from tally.jobs.database import Patience
+    from tally.database.connect import Patience
 
     store, record = _open(job)
     patience = Patience(lambda line: click.echo(line, err=True), what="watching")
@@ -103,7 +103,7 @@ def pause(job: str) -> None:
 def resume(job: str, quiet: bool) -> int:
     """Go on with a job that was paused, interrupted, killed or has failed; follow one that a cluster does."""
     from tally.cli.score import see_through
-    from tally.jobs.remote import cluster_for
+    from tally.jobs.cluster import cluster_for
     from tally.jobs.spec import JobSpec
 
     store, record = _open(job)
@@ -119,8 +119,8 @@ def resume(job: str, quiet: bool) -> int:
 @click.argument("job")
 def cancel(job: str) -> None:
     """Stop a job for good, and remove what it had not finished writing."""
-    from tally.jobs.keeper import LEASE_SECONDS
     from tally.jobs.launch import release
+    from tally.jobs.lease_renewer import LEASE_SECONDS
 
     store, record = _open(job)
     store.want(record.id, "cancel")
@@ -174,7 +174,7 @@ def dead(job: str, limit: int, as_json: bool) -> None:
 @click.option("--send", is_flag=True, help="Send those that are not delivered, now; given up ones too.")
 def alerts(job: str, send: bool) -> int:
     """The rules of a job that has ended, what was measured, and whether the webhook was told."""
-    from tally.jobs.alerts import PATIENCE, deliver, evaluate, of, reopen
+    from tally.alerts.delivery import PATIENCE, deliver, evaluate, of, reopen
     from tally.jobs.launch import sink_of
 
     store, record = _open(job)
@@ -229,8 +229,8 @@ def summary(record: JobRecord) -> str:
 
 
 def _facts(record: JobRecord) -> list[tuple[str, str]]:
+    from tally.alerts.webhook import shown
     from tally.jobs.launch import log_of, when
-    from tally.jobs.webhook import shown
 
     usage = record.usage
     seconds = usage.get("seconds", 0.0)
@@ -304,7 +304,7 @@ def _running(record: JobRecord) -> None:
 
 
 def _json(record: JobRecord, **more: Any) -> str:
-    from tally.jobs.webhook import shown
+    from tally.alerts.webhook import shown
 
     shows = asdict(record) | more
     if hook := record.spec.get("webhook"):

@@ -58,7 +58,7 @@ def add(
     tally models add faces face_rfb320.onnx --task detect --alias production
     tally score photos/ --model models:/faces@production --out boxes/
     """
-    from tally.scorers.package import resolve
+    from tally.models.resolve import resolve
 
     metadata: dict[str, Any] = pairs("--note", notes)
     if measured := pairs("--metric", metrics):
@@ -93,7 +93,7 @@ def pack(template: str, by: tuple[str, ...], out: Path, name: str | None, trust:
     tally models pack 'models/{Device}_{Tag}.skops' --by Device,Tag --out models/pumps --name pumps
     tally score readings.parquet --model models:/pumps --out predictions/
     """
-    from tally.scorers.keyed import pack as pack_models
+    from tally.scorers.per_key.files import pack as pack_models
 
     place = template if "://" in template else str(Path(template).expanduser().absolute())
     packed = pack_models(place, by, out, name=name, trusted=trust)
@@ -108,7 +108,7 @@ def pack(template: str, by: tuple[str, ...], out: Path, name: str | None, trust:
         )
     use = str(out)
     if name is not None:
-        from tally.scorers.package import resolve
+        from tally.models.resolve import resolve
 
         added = _registry().add(name, resolve(out, trust=trust))
         click.echo(f"{added} has this content already" if added.existed else f"added {added} ({added.hash[:19]})")

@@ -181,9 +181,9 @@ def package(name: str, model: str | None, task: str | None, labels: str | None) 
 
 
 def _from_onnx(folder: Path, model: str, task: str | None, labels: str | None) -> None:
-    from tally.scorers.content import content_files
-    from tally.scorers.package import resolve
-    from tally.scorers.vision import read_labels
+    from tally.models.hashing import content_files
+    from tally.models.resolve import resolve
+    from tally.scorers.vision.processing import read_labels
 
     ref = resolve(model, task=task, labels=labels)
     if ref.kind != "onnx" or not model.lower().endswith(".onnx"):

@@ -321,7 +321,7 @@ class _Report:
 @contextmanager
 def _signals(loop: Loop) -> Iterator[None]:
     """Ctrl-C and SIGTERM stop the loop cleanly."""
-    from tally.foreground import stop_signals
+    from tally.terminal import stop_signals
 
     def stop(count: int) -> None:
         if count == 1:
@@ -374,7 +374,7 @@ def _listed(value: Any) -> list[str]:
 
 def _open() -> ScheduleStore:
     from tally.config import settings
-    from tally.jobs.database import connect
+    from tally.database.connect import connect
     from tally.triggers.store import ScheduleStore
 
     return ScheduleStore(connect(settings().database))

@@ -23,7 +23,7 @@ def _resume_options(command: Any) -> Any:
 def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     if value == "list" and not ctx.resilient_parsing:
         from tally.cli.console import table
-        from tally.video.encode import encoders
+        from tally.media.video.encode import encoders
 
         table(("CODEC", "WHAT"), sorted({**encoders("mp4"), **encoders("mkv")}.items()))
         ctx.exit()
@@ -156,9 +156,9 @@ def run(file: str, resume: bool, overwrite: bool, quiet: bool) -> int:
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def coordinate(job: str, dead: bool, quiet: bool) -> int:
     """Drive JOB, which exists already, in this process."""
-    from tally.jobs.database import Patience
+    from tally.database.connect import Patience
+    from tally.jobs.cluster import check_versions
     from tally.jobs.launch import open_store
-    from tally.jobs.remote import check_versions
 
     check_versions()
     store = Patience(lambda line: click.echo(line, err=True))(open_store)  # nobody is there to try again
@@ -166,8 +166,8 @@ def coordinate(job: str, dead: bool, quiet: bool) -> int:
 
 
 def _start(spec: Any, *, resume: bool, overwrite: bool, quiet: bool) -> int:
-    from tally.foreground import interactive
     from tally.jobs.launch import open_store, submit
+    from tally.terminal import interactive
 
     def say(line: str) -> None:
         if not quiet:
@@ -189,11 +189,11 @@ def _start(spec: Any, *, resume: bool, overwrite: bool, quiet: bool) -> int:
 
 def see_through(store: Any, job_id: str, *, quiet: bool, retry_dead: bool = False, here: bool = False) -> int:
     """Drive the job in the foreground, and say how it ended; the exit code. here: in this process in any case."""
-    from tally import foreground
+    from tally import terminal
     from tally.cli.jobs import summary
 
     try:
-        record = foreground.run(store, job_id, quiet=quiet, retry_dead=retry_dead, here=here)
+        record = terminal.run(store, job_id, quiet=quiet, retry_dead=retry_dead, here=here)
     except TallyError as error:
         record = store.get(job_id)
         if record.state in ("failed", "interrupted") and record.id not in (error.hint or ""):

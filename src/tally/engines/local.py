@@ -33,7 +33,6 @@ from typing import Any
 import psutil
 from pebble import ProcessPool
 
-from tally import scratch
 from tally.engines import progress
 from tally.engines.base import Limits
 from tally.engines.supervised import Slot, SupervisedEngine
@@ -43,6 +42,7 @@ from tally.errors import (
     WorkerMemoryError,
     WorkerTimeoutError,
 )
+from tally.storage import temporary
 
 ENDING_SECONDS = 3.0
 """How long a worker that is asked to end may take to clean up."""
@@ -273,7 +273,7 @@ class LocalEngine(SupervisedEngine[_Slot]):
         running = self._thread is not None
         super().stop(kill=kill)
         if running:
-            scratch.remove(self._folder)
+            temporary.remove(self._folder)
 
     # In the supervisor's thread.
 
@@ -368,7 +368,7 @@ class LocalEngine(SupervisedEngine[_Slot]):
 
 def new_folder() -> Path:
     """A temporary folder for the files of one engine's workers."""
-    return scratch.make("workers")
+    return temporary.make("workers")
 
 
 def _hand_on(future: Future[Any], ok: bool, data: bytes, text: str) -> None:

@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from itertools import islice, pairwise
 from typing import Any, TypeVar
 
+from tally.database.connect import Patience
 from tally.engines.base import Engine
 from tally.errors import (
     ClusterLostError,
@@ -39,9 +40,8 @@ from tally.errors import (
     WorkerMemoryError,
     WorkerTimeoutError,
 )
-from tally.jobs import work
-from tally.jobs.database import Patience
-from tally.jobs.keeper import Keeper
+from tally.jobs import worker
+from tally.jobs.lease_renewer import Keeper
 from tally.jobs.plan import ChunkSizer, Planner
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import Dead, Done, JobRecord, JobStore, Lease, Lost, StoredChunk, new_nonce
@@ -210,7 +210,7 @@ class Coordinator:
         """Have a worker load the model, before anything is handed out."""
         if self._engine.slots == 0:
             self._engine.resize(1)
-        future = self._engine.submit(work.describe)
+        future = self._engine.submit(worker.describe)
         future.add_done_callback(lambda done: self._events.put(("ready", done)))
 
     def _plan(self) -> None:
@@ -424,7 +424,7 @@ class Coordinator:
         return self._planned and fresh and large and count * LAST_SHARES * self._engine.slots > left
 
     def _submit(self, stored: StoredChunk, attempt: str) -> None:
-        future = self._engine.submit(work.run_chunk, stored.chunk, attempt)
+        future = self._engine.submit(worker.run_chunk, stored.chunk, attempt)
         self._running[stored.id].futures.append(future)
         future.add_done_callback(lambda done: self._events.put(("done", stored, attempt, done)))
 
@@ -439,7 +439,7 @@ class Coordinator:
         if error is None or (isinstance(error, WorkerError) and _had_begun(error)):
             self._loading_losses = 0
         if error is None:
-            outcome: work.Outcome = future.result()
+            outcome: worker.Outcome = future.result()
             del self._running[stored.id]
             self._sizer.observe(stored.chunk.count, outcome.seconds)
             self._durations.append(outcome.seconds)
@@ -454,7 +454,7 @@ class Coordinator:
             self._sizer.observe(stored.chunk.count, time.monotonic() - running.since)
             self._retry(stored, attempt, error, done, lost)
 
-    def _done_from(self, stored: StoredChunk, attempt: str, outcome: work.Outcome) -> Done:
+    def _done_from(self, stored: StoredChunk, attempt: str, outcome: worker.Outcome) -> Done:
         dead = [
             Dead(each.key, each.stage, each.error, self._source.slice(stored.chunk, each.position, each.position + 1))
             for each in outcome.dead

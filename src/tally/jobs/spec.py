@@ -12,11 +12,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from tally.alerts.rules import checked as alert_rule
+from tally.alerts.webhook import checked as web_address
 from tally.errors import SpecError, StorageError
-from tally.jobs.rules import checked as alert_rule
-from tally.jobs.webhook import checked as web_address
-from tally.suggest import did_you_mean
-from tally.text import seconds
+from tally.text import did_you_mean, seconds
 
 _DEVICE = re.compile(r"auto|cpu|(cuda|tensorrt)(:\d+)?")
 _RANGE = re.compile(r"\s*(\d+)\s*\.\.\s*(\d+)\s*")

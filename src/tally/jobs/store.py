@@ -25,9 +25,9 @@ from typing import Any
 import psutil
 import sqlalchemy as sa
 
+from tally.database.connect import connect, now
+from tally.database.tables import chunks, dead_items, jobs
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError
-from tally.jobs.database import connect, now
-from tally.jobs.tables import chunks, dead_items, jobs
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 from tally.text import storable

@@ -23,14 +23,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from tally.database.tables import model_alias_history, model_aliases, model_versions
 from tally.errors import ModelError, ModelNotFoundError, SpecError, StorageError
-from tally.models.shelf import open_shelf
-from tally.models.tables import model_alias_history, model_aliases, model_versions
-from tally.scorers.content import content_files, content_hash
-from tally.scorers.origin import fetched
-from tally.scorers.package import resolve
-from tally.scorers.reference import ModelRef
-from tally.suggest import did_you_mean
+from tally.models.blobs import open_shelf
+from tally.models.hashing import content_files, content_hash
+from tally.models.mirror import fetched
+from tally.models.reference import ModelRef
+from tally.models.resolve import resolve
+from tally.text import did_you_mean
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))?")
@@ -126,7 +126,7 @@ def open_registry() -> Registry:
 
 
 class Registry:
-    """engine: a database that has the tables of ``tally.models.tables``. root: of the content, a folder or a bucket's
+    """engine: a database that has the tables of ``tally.database.tables``. root: of the content, a folder or a bucket's
     URL."""
 
     def __init__(self, engine: sa.Engine, root: str | Path) -> None:
@@ -144,7 +144,7 @@ class Registry:
     ) -> ModelVersion:
         """Copy a model into the registry as the next version of ``name``.
 
-        model: a path or a registry name, as :func:`tally.scorers.package.resolve` takes it, or its result.
+        model: a path or a registry name, as :func:`tally.models.resolve.resolve` takes it, or its result.
         metadata: anything JSON can hold; ``metrics`` in it is shown by ``tally models show``.
         Content that ``name`` already has is not added again: that version is returned, with ``existed``.
         """
@@ -532,7 +532,7 @@ def _said(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_labels(labels: Sequence[str], folder: Path) -> str | builtins.list[str]:
     """Labels as the name of a new file, or themselves where a file could not hold them."""
-    from tally.scorers.vision import read_labels
+    from tally.scorers.vision.processing import read_labels
 
     path = folder / "labels.txt"
     if path.exists():

@@ -14,11 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tally import scratch
 from tally.sinks import columns
 from tally.sinks.columns import KEY
 from tally.sinks.staging import File, Place
-from tally.storage import failure
+from tally.storage import failure, temporary
 
 PART_ROWS = 1_000_000
 PART_BYTES = 128 * 1024**2
@@ -96,7 +95,7 @@ def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBa
 
     target = pa.schema([field for field in given if field.name != by])
     found: Any
-    with scratch.folder("sort") as folder, duckdb.connect(":memory:") as connection:
+    with temporary.folder("sort") as folder, duckdb.connect(":memory:") as connection:
         connection.execute(f"SET memory_limit = '{_SORT_BYTES}B'; SET temp_directory = {_quoted(Path(folder))}")
         connection.execute("SET enable_progress_bar = false")
         connection.register("batches", pa.RecordBatchReader.from_batches(given, iter(batches)))
@@ -224,7 +223,7 @@ def _widen(source: Path, target: Path, names: Sequence[str]) -> None:
     import duckdb
 
     extra = "".join(f', NULL AS "{name.replace(chr(34), chr(34) * 2)}"' for name in names)
-    with duckdb.connect(":memory:", config={"threads": 1}) as connection, scratch.folder("merge") as folder:
+    with duckdb.connect(":memory:", config={"threads": 1}) as connection, temporary.folder("merge") as folder:
         given = _quoted(plain_path(source, folder))
         try:
             connection.execute(

@@ -10,13 +10,12 @@ from typing import Any, TypeAlias
 import duckdb
 import pyarrow as pa
 
-from tally import scratch
 from tally.errors import SpecError, StorageError
 from tally.sinks.base import Output, Sink
 from tally.sinks.columns import KEY, printable, schema_of, type_named
 from tally.sinks.merge import CSV, plain_path
 from tally.sinks.staging import StagedSink
-from tally.storage import failure, is_url, open_store
+from tally.storage import failure, is_url, open_store, temporary
 
 Dead: TypeAlias = "pa.Table | Iterable[Mapping[str, Any]]"
 
@@ -48,7 +47,7 @@ def rows(sink: Sink, outputs: Iterable[Output]) -> pa.Table:
 def _query(sink: Sink, outputs: list[Output], sql: str, dead: pa.Table) -> pa.Table:
     kind, places = sink.committed(outputs)
     manifest = sink.manifest() if isinstance(sink, StagedSink) else None
-    with scratch.folder("query") as spill, duckdb.connect(":memory:") as connection:
+    with temporary.folder("query") as spill, duckdb.connect(":memory:") as connection:
         paths = [str(plain_path(_local(place), spill, number)) for number, place in enumerate(places)]
         connection.execute(f"SET temp_directory = {_text(str(spill))}")
         connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")

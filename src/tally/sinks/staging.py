@@ -25,10 +25,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tally import scratch
 from tally.errors import OutputExistsError, StorageError
 from tally.sinks.base import Output, Sink
-from tally.storage import TEMPORARY, LocalStore, failure, key_of, open_store
+from tally.storage import TEMPORARY, LocalStore, failure, key_of, open_store, temporary
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -113,7 +112,7 @@ class Place:
             except OSError as error:
                 raise error if isinstance(error, StorageError) else failure("write", str(path), error) from None
             return
-        with scratch.folder("final") as folder:
+        with temporary.folder("final") as folder:
             path = Path(folder, name.rpartition("/")[2])
             try:
                 yield path

@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tally import scratch
 from tally.errors import ItemError, SpecError
+from tally.media.video.encode import Encoder, Encoding, check
+from tally.media.video.facts import Video, unpack
 from tally.scorers.base import Result
 from tally.sinks.base import Output, Writer
 from tally.sinks.files import marked, named, picture
 from tally.sinks.rows import write_dead
 from tally.sinks.staging import File, Place, StagedSink, staged_name
 from tally.sources.base import Chunk
-from tally.storage import LocalStore, ObjectStore
-from tally.video.encode import Encoder, Encoding, check
-from tally.video.facts import Video, unpack
+from tally.storage import LocalStore, ObjectStore, temporary
 
 if TYPE_CHECKING:
-    from tally.video.join import Segment
+    from tally.media.video.join import Segment
 
 KINDS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "mkv", ".webm": "webm"}
 """Suffixes of videos that can be written, and the kind that each means."""
@@ -93,7 +92,7 @@ class VideoSink(StagedSink):
         return marked(name, key) if name in taken else name
 
     def _joined(self, name: str, parts: _Parts, before: File | None) -> tuple[File, list[str]]:
-        from tally.video.join import join
+        from tally.media.video.join import join
 
         with self._at_hand(parts, before) as segments, self.place.create(name) as path:
             said = join(path, self.format, parts.video, segments, audio=self.audio)
@@ -107,7 +106,7 @@ class VideoSink(StagedSink):
 
         Those of a bucket are fetched to a temporary folder, which holds as much as the finished video does.
         """
-        from tally.video.join import Segment
+        from tally.media.video.join import Segment
 
         place, store = self.place, self.place.store
         wanted: list[tuple[str, int | None]] = [(place.staging + name, start) for name, start in parts.segments]
@@ -117,7 +116,7 @@ class VideoSink(StagedSink):
             yield [Segment(store.local_path(name), start) for name, start in wanted]
             return
         assert isinstance(store, ObjectStore)
-        with scratch.folder("video") as folder:
+        with temporary.folder("video") as folder:
             paths = [folder / f"{number}.{name.rpartition('.')[2]}" for number, (name, _) in enumerate(wanted)]
             with ThreadPoolExecutor(_DOWNLOADS) as pool:
                 try:

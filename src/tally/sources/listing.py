@@ -11,8 +11,8 @@ from itertools import chain, islice
 from typing import Literal
 
 from tally.errors import SpecError
-from tally.sources import images
-from tally.sources.places import (
+from tally.media import images
+from tally.sources.locations import (
     Place,
     both,
     compile_glob,
@@ -23,8 +23,8 @@ from tally.sources.places import (
     not_the_output,
     nothing,
 )
+from tally.sources.tables.formats import SUFFIXES as TABLES
 from tally.storage import Entry, LocalStore, Store, is_url, key_of, open_store
-from tally.tables.formats import SUFFIXES as TABLES
 
 Kind = Literal["image", "video", "table"]
 

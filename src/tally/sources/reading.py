@@ -12,12 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, overload
 
-from tally import scratch
 from tally.errors import ItemError, StorageAwayError, TallyError
+from tally.media import images
 from tally.scorers.base import Input, Item, Scorer
-from tally.sources import images
 from tally.sources.base import Batch, Timings
-from tally.storage import ObjectStore, Store, file_name
+from tally.storage import ObjectStore, Store, file_name, temporary
 
 LOCAL_THREADS = 2
 REMOTE_THREADS = 16
@@ -51,7 +50,7 @@ class Reader:
     def open(self) -> None:
         """Make ready what :meth:`close` removes: remote files that are wanted as paths are downloaded."""
         if self._input == "path" and isinstance(self._store, ObjectStore):
-            self._folder = scratch.make("items")
+            self._folder = temporary.make("items")
 
     def run(self, start: int, stop: int) -> tuple[list[Any], float, float, int]:
         """Values (or the ItemError) of a run of positions, seconds of reading and of decoding, bytes held."""
@@ -110,7 +109,7 @@ class Reader:
 
     def close(self) -> None:
         if self._folder is not None:
-            scratch.remove(self._folder)
+            temporary.remove(self._folder)
 
 
 _Run = tuple[int, int, "Future[tuple[list[Any], float, float, int]]"]

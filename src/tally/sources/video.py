@@ -18,15 +18,15 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 from tally.errors import ItemError, StorageAwayError, TallyError
+from tally.media.video.decode import decode
+from tally.media.video.facts import Video, pack, unpack
+from tally.media.video.probe import Key, Prober, Timeline
 from tally.scorers.base import Item, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing
-from tally.sources.places import nothing
+from tally.sources.locations import nothing
 from tally.sources.reading import AHEAD, AHEAD_BYTES, prepare
 from tally.storage import key_of, name_from_json, name_to_json
-from tally.video.decode import decode
-from tally.video.facts import Video, pack, unpack
-from tally.video.probe import Key, Prober, Timeline
 
 _SNAP = 0.6
 """The share of a chunk that may be left out to end it before a keyframe."""

@@ -27,8 +27,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from tally import scratch
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageAwayError, StorageError
+from tally.storage import temporary
 from tally.storage.base import CREDENTIALS, TEMPORARY, Entry, Store, cache_folder, failure, file_name, key_of
 
 if TYPE_CHECKING:
@@ -361,7 +361,7 @@ class ObjectStore(Store):
         except StorageError as error:
             if _TOO_LARGE not in str(error):
                 raise
-            with scratch.folder("move") as folder:
+            with temporary.folder("move") as folder:
                 self.download(source, folder / "content")
                 self.upload(target, folder / "content")
         self.delete([source])

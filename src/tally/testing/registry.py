@@ -13,10 +13,10 @@ import pytest
 import sqlalchemy as sa
 
 from tally.errors import ModelChangedError, ModelError, ModelNotFoundError, SpecError
+from tally.models.load import load
 from tally.models.registry import Registry
+from tally.models.resolve import resolve
 from tally.scorers.base import Scorer
-from tally.scorers.loading import load
-from tally.scorers.package import resolve
 from tally.storage import open_store
 
 SCRIPT = "def init():\n    pass\n\n\ndef run(mini_batch):\n    return [{number}] * len(mini_batch)\n"

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tally.database.connect import connect, now
+from tally.database.tables import schedule_runs
 from tally.errors import JobStateError, OwnershipLostError, SpecError
-from tally.jobs.database import connect, now
 from tally.triggers.cron import Cron, Interval
 from tally.triggers.store import BACK_OFF, BEGINNINGS, PARALLEL, TRIES, Run, Schedule, ScheduleStore
-from tally.triggers.tables import schedule_runs
 
 BEGIN = 1_767_225_600
 """1 January 2026 in UTC."""

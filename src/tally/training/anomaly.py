@@ -25,8 +25,8 @@ from tally.errors import ModelError, OutputExistsError, SpecError, StorageError,
 from tally.scorers.base import Window
 
 if TYPE_CHECKING:
-    from tally.scorers.packed import Model
-    from tally.sources.tables import TableSource
+    from tally.scorers.per_key.packed import Model
+    from tally.sources.tables.source import TableSource
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -96,7 +96,7 @@ class Group:
     rows: int
 
     def __str__(self) -> str:
-        from tally.scorers.keys import shown
+        from tally.scorers.per_key.keys import shown
 
         return shown([*self.key], [*self.key.values()])
 
@@ -207,9 +207,9 @@ class Training:
 
     def _run(self, partial: Path, listen: Callable[[Step], None], say: Callable[[str], None]) -> Trained:
         from tally.engines.local import LocalEngine
-        from tally.scorers.keys import key_of
-        from tally.scorers.packed import write
-        from tally.sources.tables import TableSource
+        from tally.scorers.per_key.keys import key_of
+        from tally.scorers.per_key.packed import write
+        from tally.sources.tables.source import TableSource
 
         begun = monotonic()
         source = TableSource.describe(
@@ -262,7 +262,7 @@ class Training:
         listen: Callable[[Step], None],
     ) -> Iterator[Model]:
         """The models among the outcomes, which are counted."""
-        from tally.scorers.packed import Model
+        from tally.scorers.per_key.packed import Model
 
         for fitted in outcomes:
             totals["rows"] += fitted.group.rows

@@ -28,7 +28,7 @@ from tally.errors import (
     SpecError,
     StorageError,
 )
-from tally.sources.images import decode, suffixes
+from tally.media.images import decode, suffixes
 from tally.training.drawn import Pixels, draw
 from tally.training.style_network import SMALLEST_STYLE, initial, restyle, to_onnx
 

@@ -23,7 +23,7 @@ from zoneinfo import ZoneInfo
 from cronsim import CronSim, CronSimError
 
 from tally.errors import SpecError
-from tally.suggest import did_you_mean
+from tally.text import did_you_mean
 
 _DAY = 86_400
 _SPANS = (_DAY, 8 * _DAY, 70 * _DAY, 1500 * _DAY, 30_000 * _DAY)

@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from tally import foreground
+from tally import terminal
+from tally.database.connect import Patience
 from tally.errors import (
     DatabaseAwayError,
     JobExistsError,
@@ -29,7 +30,6 @@ from tally.errors import (
     TallyError,
     UntrustedModelError,
 )
-from tally.jobs.database import Patience
 from tally.jobs.launch import open_store, submit, submit_failed
 from tally.jobs.store import JobRecord, JobStore
 from tally.triggers.store import LEASE_SECONDS, Run, ScheduleStore
@@ -80,7 +80,7 @@ def _see_through(jobs: JobStore, store: ScheduleStore, run: Run, token: str, pat
             record = look()
             continue
         try:
-            return foreground.run(jobs, record.id, quiet=True).state
+            return terminal.run(jobs, record.id, quiet=True).state
         except DatabaseAwayError:  # before the job was taken, or after it was put down: its coordinator waits itself
             record = look()
         except JobStateError:  # another process was faster

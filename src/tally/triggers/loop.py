@@ -19,10 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tally.alerts import delivery
 from tally.config import settings
+from tally.database.connect import Patience
 from tally.errors import DatabaseAwayError, OwnershipLostError, SpecError, TallyError
-from tally.jobs import alerts
-from tally.jobs.database import Patience
 from tally.jobs.launch import sink_of
 from tally.jobs.store import JobStore
 from tally.triggers.cron import Cron, Interval
@@ -118,9 +118,9 @@ class Loop:
         jobs = JobStore(self._store.engine)
         while not self.stopped:
             try:
-                for record in alerts.unevaluated(jobs):
-                    alerts.evaluate(jobs, record, sink_of(record))
-                alerts.deliver(jobs)
+                for record in delivery.unevaluated(jobs):
+                    delivery.evaluate(jobs, record, sink_of(record))
+                delivery.deliver(jobs)
             except DatabaseAwayError:
                 pass  # the loop says so
             except (OSError, TallyError) as error:

@@ -16,14 +16,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from tally.database.connect import now
+from tally.database.tables import schedule_runs as runs
+from tally.database.tables import schedules
 from tally.errors import JobStateError, OwnershipLostError, SpecError
-from tally.jobs.database import now
 from tally.jobs.store import here, is_alive
-from tally.suggest import did_you_mean
-from tally.text import storable
+from tally.text import did_you_mean, storable
 from tally.triggers.cron import Cron, Interval
-from tally.triggers.tables import schedule_runs as runs
-from tally.triggers.tables import schedules
 
 LEASE_SECONDS = 30.0
 PARALLEL = 4

@@ -15,7 +15,7 @@ from typing import Any
 from tally.errors import SpecError
 from tally.jobs.spec import JobSpec, make
 from tally.jobs.spec import read as read_spec
-from tally.suggest import did_you_mean
+from tally.text import did_you_mean
 from tally.triggers.cron import Cron, Interval
 
 NAMES = ("interval_start", "interval_end", "interval_start_utc", "interval_end_utc")

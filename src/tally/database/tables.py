@@ -1,0 +1,203 @@
+"""Every table: of jobs, of the model registry, of schedules and their runs.
+
+Times are seconds since the epoch by the database's own clock; those of a schedule's intervals are whole ones.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+
+# SQLite makes only INTEGER PRIMARY KEY columns count up by themselves.
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("fingerprint", String(64), nullable=False, index=True),
+    Column("spec", JSON, nullable=False),
+    Column("model", JSON, nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("wanted", String(16), nullable=False),
+    Column("error", Text),
+    Column("remarks", JSON, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("started_at", Double),
+    Column("finished_at", Double),
+    # Who drives the job; the lease runs out by the database's clock.
+    Column("owner", String(32)),
+    Column("owner_host", String(255)),
+    Column("owner_pid", Integer),
+    Column("lease_until", Double),
+    # How far planning has come.
+    Column("plan_cursor", Text),
+    Column("planned", Integer, nullable=False),
+    Column("items", BigInteger, nullable=False),
+    # What has been committed.
+    Column("done", BigInteger, nullable=False),
+    Column("dead", BigInteger, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("usage", JSON, nullable=False),
+    Column("manifest", JSON),
+    # Of the coordinator's last change: tried again because its answer was lost, it is not made twice.
+    Column("nonce", String(32)),
+)
+
+chunks = Table(
+    "chunks",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("job_id", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("first", BigInteger, nullable=False),
+    Column("count", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("losses", Integer, nullable=False),
+    # What the source needs to read the items: JSON, compressed if it is long; emptied when the chunk is done.
+    Column("payload", LargeBinary),
+    Column("attempt", String(64)),
+    Column("output", JSON),
+    # Of the commit that handed it out, or by which it was done.
+    Column("nonce", String(32)),
+    Index("chunks_by_state", "job_id", "state", "first"),
+)
+
+dead_items = Table(
+    "dead_items",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("job_id", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("key", Text, nullable=False),
+    Column("stage", String(16), nullable=False),
+    Column("error", Text, nullable=False),
+    Column("first", BigInteger, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Index("dead_items_by_job", "job_id", "first"),
+)
+
+alerts = Table(
+    "alerts",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("job_id", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("position", Integer, nullable=False),  # of the rule in the job's spec
+    Column("rule", Text, nullable=False),
+    Column("value", Double),
+    # quiet (the rule does not hold), pending (to be sent), delivered, failed (given up).
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("error", Text),
+    Column("created_at", Double, nullable=False),
+    Column("next_at", Double),
+    Column("delivered_at", Double),
+    # Whoever is sending it now.
+    Column("token", String(32)),
+    Column("lease_until", Double),
+    UniqueConstraint("job_id", "generation", "position"),
+)
+
+
+# A removed version keeps its row: its number is never given to other content.
+model_versions = Table(
+    "model_versions",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("hash", String(71), nullable=False, index=True),
+    Column("kind", String(16), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("facts", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("removed_at", Double),
+)
+
+model_aliases = Table(
+    "model_aliases",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("alias", String(128), primary_key=True),
+    Column("version", Integer, nullable=False),
+    ForeignKeyConstraint(["name", "version"], ["model_versions.name", "model_versions.version"]),
+)
+
+model_alias_history = Table(
+    "model_alias_history",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("name", String(128), nullable=False),
+    Column("alias", String(128), nullable=False),
+    Column("version", Integer, nullable=False),
+    # set or rollback
+    Column("action", String(16), nullable=False),
+    Column("at", Double, nullable=False),
+    Index("model_alias_history_by_alias", "name", "alias", "id"),
+)
+
+
+schedules = Table(
+    "schedules",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    # The fields of the job file, with absolute places, and where the file was.
+    Column("template", JSON, nullable=False),
+    Column("file", Text, nullable=False),
+    Column("cron", String(255), nullable=False),
+    Column("timezone", String(128), nullable=False),
+    Column("overlap", String(16), nullable=False),
+    Column("catch_up", String(16), nullable=False),
+    Column("paused", Integer, nullable=False),
+    Column("created_at", Double, nullable=False),
+    # Ticks up to here have become runs, or were passed over.
+    Column("planned_until", Double, nullable=False),
+)
+
+schedule_runs = Table(
+    "schedule_runs",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("schedule", String(128), ForeignKey("schedules.name", ondelete="CASCADE"), nullable=False),
+    Column("interval_start", BigInteger, nullable=False),
+    Column("interval_end", BigInteger, nullable=False),
+    # pending, running, finished, failed or skipped
+    Column("state", String(16), nullable=False),
+    # cron, catch-up or backfill
+    Column("reason", String(16), nullable=False),
+    Column("again", Integer, nullable=False),  # over the results of an earlier run
+    Column("job_id", String(32)),
+    Column("attempts", Integer, nullable=False),  # how often it was begun
+    Column("failures", Integer, nullable=False),  # how often it ended with an error
+    Column("error", Text),
+    Column("created_at", Double, nullable=False),
+    Column("next_at", Double),  # not to be begun before
+    Column("started_at", Double),
+    Column("finished_at", Double),
+    # Who is at it; the lease runs out by the database's clock.
+    Column("token", String(32)),
+    Column("owner_host", String(255)),
+    Column("owner_pid", Integer),
+    Column("lease_until", Double),
+    # Both ends: another cron expression makes other intervals from the same beginnings.
+    UniqueConstraint("schedule", "interval_start", "interval_end"),
+    Index("schedule_runs_by_state", "schedule", "state", "interval_start"),
+)

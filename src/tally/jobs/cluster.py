@@ -1,0 +1,258 @@
+"""A job whose coordinator runs inside a Ray cluster, as a Ray job: started from here, and followed from here.
+
+The command line is only an onlooker. It may be killed; the job goes on, and whoever follows it next finds it by the
+database. The other way round, when the coordinator was lost (with the cluster's head, say), who follows the job
+starts another, which goes on where the lost one was.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import shlex
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from tally.config import settings
+from tally.errors import ClusterLostError, DatabaseAwayError, JobError, TallyError
+from tally.jobs.coordinator import Progress
+from tally.jobs.spec import JobSpec
+from tally.jobs.store import JobRecord, JobStore
+from tally.storage import LocalStore, mask
+
+if TYPE_CHECKING:
+    from tally.engines.ray.cluster import Cluster, State
+
+SUBMITTED_BY = "TALLY_SUBMITTED_BY"
+"""Names, in the coordinator's environment, the versions of the command line that started it."""
+
+LOOK_SECONDS = 0.5
+LOSSES = 5
+"""So many coordinators in a row that end without having done anything are no accident."""
+
+
+def cluster_for(spec: JobSpec) -> Cluster | None:
+    """The cluster in which the job's coordinator is to run; None: in this process."""
+    if spec.engine != "ray":
+        return None
+    from tally.engines.ray.cluster import find
+
+    return find(spec.address)
+
+
+def see_through(
+    store: JobStore,
+    job_id: str,
+    cluster: Cluster,
+    *,
+    listen: Callable[[Progress], None],
+    say: Callable[[str], None],
+    retry_dead: bool = False,
+) -> JobRecord:
+    """Have the job driven in the cluster until it is finished or stopped; returns it as it then is.
+
+    KeyboardInterrupt ends the looking on, which the job does not notice. Raises what made the job fail.
+    """
+    follower = _Follower(store, job_id, cluster, listen, say, retry_dead)
+    try:
+        follower.wait_for_cluster()
+        _keep_address(store, _carry(store, store.get(job_id)), cluster)
+        return follower.run()
+    except KeyboardInterrupt:
+        return store.get(job_id)
+
+
+class _Follower:
+    def __init__(
+        self,
+        store: JobStore,
+        job_id: str,
+        cluster: Cluster,
+        listen: Callable[[Progress], None],
+        say: Callable[[str], None],
+        retry_dead: bool,
+    ) -> None:
+        self._store, self._job, self._cluster = store, job_id, cluster
+        self._listen, self._say, self._retry_dead = listen, say, retry_dead
+        self._name: str | None = None
+        self._driven = False  # by a coordinator, since we look
+        self._before = store.get(job_id)
+        self._losses, self._done_before = 0, -1
+        self._away: str | None = None
+        self._rates: deque[tuple[float, int]] = deque(maxlen=64)
+        self._remarks = len(self._before.remarks)
+
+    def wait_for_cluster(self) -> None:
+        """Until the cluster is there, if the job has begun in it; a new job is not begun where there is none."""
+        while True:
+            try:
+                self._cluster.check()
+            except ClusterLostError as error:
+                if self._before.started_at is None:
+                    raise
+                self._wait_for(error)
+            else:
+                return self._is_back()
+
+    def run(self) -> JobRecord:
+        while True:
+            try:
+                record = self._store.get(self._job)
+                if record.alive and record.state != "created":
+                    self._driven = True
+                    self._is_back()
+                    self._show(record)
+                elif self._driven and _over(record) and record.state != "interrupted":
+                    self._show(record)
+                    return _concluded(record)
+                elif (ended := self._go_on(record)) is not None:
+                    return ended
+                else:
+                    self._is_back()
+            except (ClusterLostError, DatabaseAwayError) as error:
+                self._wait_for(error)
+            time.sleep(LOOK_SECONDS)
+
+    def _go_on(self, record: JobRecord) -> JobRecord | None:
+        """Nobody drives the job: wait for its coordinator, or start another. Returns the job if it has ended."""
+        state: State = "unknown" if self._name is None else self._cluster.state(self._name)
+        if state in ("waiting", "running"):
+            return None
+        record = self._store.get(self._job)  # what the coordinator did last comes before its end
+        if record.alive and record.state != "created":
+            return None
+        before = self._before
+        self._driven |= (record.state, record.error, record.usage) != (before.state, before.error, before.usage)
+        if state != "unknown" and self._driven and _over(record):
+            return _concluded(record)
+        if state == "stopped":
+            return record  # somebody stopped it by Ray's own means
+        self._losses = self._losses + 1 if record.done == self._done_before else 1
+        self._done_before = record.done
+        no_accident = state == "ended" and not self._driven
+        if no_accident or (state in ("ended", "killed") and self._losses >= LOSSES):
+            assert self._name is not None
+            raise JobError(
+                f"the coordinator of job {record.id} ended inside the cluster at {mask(self._cluster.address)}"
+                + ("" if self._driven else " before it had the job")
+                + f"; the last that it printed:\n{self._cluster.said(self._name) or '(nothing)'}",
+                hint=_same_database(),
+            )
+        lost = self._name is not None
+        self._start(record)
+        if lost:
+            self._say("the coordinator was lost; another one goes on")
+        return None
+
+    def _start(self, record: JobRecord) -> None:
+        name = f"tally-{record.id}-{secrets.token_hex(3)}"
+        command = f"-m tally coordinate {record.id} --quiet"
+        if self._retry_dead and record.dead == self._before.dead:  # none of them is being replayed yet
+            command += " --dead"
+        # Whoever began a cluster on this machine may not have its Python first on the path.
+        ours = shlex.quote(sys.executable)
+        self._cluster.submit(
+            f'p={ours}; "$p" -c \'import tally\' 2>/dev/null || p=python; exec "$p" {command}', name, _environment()
+        )
+        self._name = name
+
+    def _show(self, record: JobRecord) -> None:
+        now = time.monotonic()
+        self._rates.append((now, record.done))
+        (then, done) = self._rates[0]
+        rate = (record.done - done) / (now - then) if now > then else 0.0
+        for line in record.remarks[self._remarks :]:
+            self._say(line)
+        self._remarks = len(record.remarks)
+        self._listen(
+            Progress(
+                state=record.state, items=record.items, planned=record.planned,
+                done=record.done, dead=record.dead, rate=rate,
+            )
+        )  # fmt: skip
+
+    def _wait_for(self, error: TallyError) -> None:
+        if self._away is None:
+            self._say(f"{error.message}; waiting until it is back (Ctrl-C stops waiting, not the job)")
+        self._away = error.message
+        time.sleep(random.uniform(0.5, 2.0))  # noqa: S311 - so that not everybody knocks at once
+
+    def _is_back(self) -> None:
+        if self._away is not None:
+            self._say("it is back")
+            self._away = None
+
+
+def _over(record: JobRecord) -> bool:
+    """Whether the coordinator has put the job down, for good or until somebody resumes it."""
+    return not record.alive and record.owner is None and record.state != "created"
+
+
+def _concluded(record: JobRecord) -> JobRecord:
+    if record.state == "failed":
+        raise JobError(record.error or "the job failed")
+    return record
+
+
+def _environment() -> dict[str, str]:
+    """What the coordinator is told beside what is set in the cluster. Ray shows it on its pages: no secrets."""
+    from tally.engines.ray.cluster import versions
+
+    told = {SUBMITTED_BY: versions()}
+    database = os.environ.get("TALLY_DATABASE")
+    if database is None or sa.make_url(database).get_backend_name() == "sqlite":
+        told["TALLY_HOME"] = str(settings().home)
+    if database is not None and sa.make_url(database).password is None and "password" not in database:
+        told["TALLY_DATABASE"] = database
+    registry = os.environ.get("TALLY_REGISTRY")
+    if registry is not None:
+        told["TALLY_REGISTRY"] = registry
+    return told
+
+
+def check_versions() -> None:
+    """In the coordinator: raises TallyError unless the command line that started it has the same versions."""
+    from tally.engines.ray.cluster import versions
+
+    theirs, ours = os.environ.get(SUBMITTED_BY), None
+    if theirs is not None and theirs != (ours := versions()):
+        raise TallyError(
+            f"the cluster has {ours}, and the command that started the job has {theirs}",
+            hint="Install the same versions on both sides: in the cluster's image, or where the command runs.",
+        )
+
+
+def _carry(store: JobStore, record: JobRecord) -> JobRecord:
+    """Put a model that only this machine has where the cluster's nodes can fetch it: beside the output."""
+    from tally.jobs.launch import sink_of
+    from tally.models.mirror import carry
+    from tally.models.reference import ModelRef
+
+    place = sink_of(record).place  # type: ignore[attr-defined]
+    if isinstance(place.store, LocalStore):
+        return record  # who can write the output sees this machine's files, or the same at the same paths
+    ref = ModelRef.from_dict(record.model)
+    carried = carry(ref, place.address(place.work + "model"))
+    return record if carried == ref else store.respec(record.id, record.spec, model=carried.to_dict())
+
+
+def _keep_address(store: JobStore, record: JobRecord, cluster: Cluster) -> JobRecord:
+    """A job that is gone on with elsewhere, where Ray's rules may lead to another cluster, stays in its own."""
+    if record.spec.get("address") is not None:
+        return record
+    return store.respec(record.id, {**record.spec, "address": cluster.address})
+
+
+def _same_database() -> str:
+    database: Any = sa.make_url(settings().database)
+    shown = database.render_as_string(hide_password=True)
+    return (
+        f"It needs, in the cluster: Tally of the same version, this database ({shown}) in TALLY_DATABASE, and the "
+        "credentials of the storage. 'ray job logs' shows all that it printed."
+    )

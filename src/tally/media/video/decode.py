@@ -1,0 +1,188 @@
+"""Decoding exactly the frames that are wanted, from the keyframe before them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from tally.errors import ItemError
+from tally.media.video.colour import matrix_for, range_for
+from tally.media.video.container import Input, open_video, plain
+from tally.media.video.facts import Video
+from tally.media.video.probe import Key
+
+if TYPE_CHECKING:
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+
+Picture: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
+
+BEGINNING = Key(0, 0, None, None)
+_FULL_RANGE = 2
+
+
+def decode(video: Video, packets: Sequence[int], keys: Sequence[Key]) -> Iterator[Picture | ItemError]:
+    """One picture, or why there is none, for each of the wanted frames, in order.
+
+    packets: positions of their packets in the video stream (see ``Timeline``), in the order of presentation.
+    keys: the keyframes to begin at, at or before the first of them: the nearest last. Those before it are tried
+        where the nearest one leads to a damaged picture: some streams need a run-up. None: the stream's beginning.
+    Pictures are ``uint8[height, width, 3]`` RGB, upright, of the video's size.
+    Raises what :func:`open_video` raises, and StorageError when the storage fails.
+    """
+    *others, last = [*reversed(keys)] or [BEGINNING]
+    for key in others:
+        found = _decode(video, packets, key)
+        first = next(found)
+        if not isinstance(first, ItemError):
+            yield first
+            yield from found
+            return
+        found.close()
+    yield from _decode(video, packets, last)
+
+
+def _decode(video: Video, packets: Sequence[int], key: Key) -> Generator[Picture | ItemError]:
+    wanted = {position: index for index, position in enumerate(packets)}
+    failed: dict[int, str] = {}
+    due = 0
+    container, found = _open_at(video, key)
+    with container:
+        for position, frame in _frames(container, video, found, max(packets), failed):
+            index = wanted.get(position, -1)
+            if index < due:
+                continue  # before the wanted ones, or between them
+            for lost in range(due, index):
+                yield _lost(failed.get(packets[lost]))
+            due = index + 1
+            yield _damaged() if frame.is_corrupt else _picture(frame, video)
+    for lost in range(due, len(packets)):
+        yield _lost(failed.get(packets[lost]))
+
+
+def _frames(
+    container: Input,
+    video: Video,
+    packets: Iterator[tuple[int, Packet[Any]]],
+    last: int,
+    failed: dict[int, str],
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames as the decoder gives them, with their packet's position: a position travels through the decoder in
+    place of the presentation time, so that no frame can be taken for another."""
+    import av
+
+    context: Any = container.streams[video.stream].codec_context
+    position = -1
+    try:
+        for position, packet in packets:
+            if position > last:
+                break  # what a frame needs comes before it
+            packet.pts = packet.dts = position
+            try:
+                decoded = context.decode(packet)
+            except (av.FFmpegError, ValueError) as error:
+                failed[position] = plain(error)
+                continue
+            for frame in decoded:
+                yield frame.pts, frame
+    except av.FFmpegError as error:  # the file ends here for us
+        failed.update((lost, f"reading it failed: {plain(error)}") for lost in range(position + 1, last + 1))
+    try:
+        for frame in context.decode(None):
+            yield frame.pts, frame
+    except av.FFmpegError:
+        return
+
+
+def _open_at(video: Video, key: Key) -> tuple[Input, Iterator[tuple[int, Packet[Any]]]]:
+    """The container, and the video stream's packets from the keyframe's on, with their positions."""
+    container = _open(video)
+    if key.packet and key.dts is not None:
+        _prime(container, video)
+        first = _seek(container, video, key)
+        packets = _real(container.packets(container.streams[video.stream]))
+        if first is not None:
+            return container, enumerate(chain([first], packets), key.packet)
+        container.close()  # this container cannot be trusted to find a place: from its beginning
+        container = _open(video)
+    packets = _real(container.packets(container.streams[video.stream]))
+    return container, ((position, packet) for position, packet in enumerate(packets) if position >= key.packet)
+
+
+def _open(video: Video) -> Input:
+    container = open_video(video.root, video.name, (video.size, video.mark) if video.mark else None)
+    if video.stream >= len(container.streams):
+        container.close()
+        raise ItemError("the file has changed since the job began", stage="read")
+    container.streams[video.stream].codec_context.thread_count = 1  # there is a worker for every core
+    return container
+
+
+def _prime(container: Input, video: Video) -> None:
+    """Show the decoder the stream's first packet where later ones cannot be decoded rightly without: only there
+    x264 says who it is, and FFmpeg knows how old versions of it went wrong in 4:4:4."""
+    import av
+
+    stream: Any = container.streams[video.stream]
+    if video.codec != "h264" or "444" not in (stream.codec_context.pix_fmt or ""):
+        return
+    try:
+        stream.codec_context.decode(next(_real(container.packets(stream))))
+    except (av.FFmpegError, StopIteration):
+        return
+
+
+def _seek(container: Input, video: Video, key: Key) -> Packet[Any] | None:
+    """The keyframe's packet, if seeking leads to it; the next packet is the one that follows it."""
+    import av
+
+    assert key.dts is not None
+    stream = container.streams[video.stream]
+    try:
+        container.seek(key.dts, stream=stream)
+        for packet in container.packets(stream):
+            if (packet.pts, packet.dts) == (key.pts, key.dts):
+                return packet
+            if packet.dts is not None and packet.dts > key.dts:
+                return None
+    except av.FFmpegError:
+        pass
+    return None
+
+
+def _real(packets: Iterable[Packet[Any]]) -> Iterator[Packet[Any]]:
+    """Without the empty one at the end."""
+    return (packet for packet in packets if packet.size or packet.dts is not None or packet.pts is not None)
+
+
+def _picture(frame: VideoFrame, video: Video) -> Picture | ItemError:
+    turns = video.turns
+    width, height = (video.height, video.width) if turns % 2 else (video.width, video.height)
+    try:
+        array: Any = frame.reformat(
+            width=width,
+            height=height,
+            format="rgb24",
+            src_colorspace=matrix_for(video.colour, frame.height),
+            src_color_range=range_for(video.colour),
+            dst_color_range=_FULL_RANGE,
+            interpolation="BICUBIC",
+            threads=1,
+        ).to_ndarray()
+    except (OSError, ValueError) as error:
+        return ItemError(f"its picture cannot be converted to RGB: {plain(error)}", stage="decode")
+    return np.ascontiguousarray(np.rot90(array, turns)) if turns else array
+
+
+def _damaged() -> ItemError:
+    return ItemError("it is damaged: the decoder had to guess at parts of it", stage="decode")
+
+
+def _lost(reason: str | None) -> ItemError:
+    return ItemError(
+        f"it cannot be decoded: {reason or 'the decoder gave no picture for it; a keyframe before it is missing'}",
+        stage="decode",
+    )

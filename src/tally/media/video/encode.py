@@ -1,0 +1,339 @@
+"""From pictures to a segment: a run of frames as an MP4 that needs nothing before it to be decoded.
+
+Encoders see frames at even steps; each packet gets its frame's own time afterwards. So any time base and any
+spacing of frames come out exactly, whatever an encoder can count in.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tally.errors import ItemError, SpecError
+from tally.media.video.colour import matrix_for, range_for
+from tally.media.video.container import plain
+from tally.media.video.facts import Colour, Video
+from tally.text import did_you_mean
+
+if TYPE_CHECKING:
+    from av.video.stream import VideoStream
+
+FORMATS = {"mp4": "mp4", "mov": "mov", "mkv": "matroska", "webm": "webm"}
+"""Kinds of videos that can be written, and FFmpeg's name of the container."""
+
+DEFAULTS = {"mp4": "libx264", "mov": "libx264", "mkv": "libx264", "webm": "libvpx-vp9"}
+"""The encoder for each kind of video."""
+
+_SEGMENTS = ("mp4", "mov")
+_GOP_SECONDS = 10
+_GOP_FRAMES = 250
+_FULL_RANGE = 2
+_RGB, _UNSPECIFIED = 0, 2
+_BITS_PER_PIXEL = 0.15  # for encoders that have no scale of quality
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How pictures become video. codec: FFmpeg's name of an encoder. crf: its quality; None takes the default."""
+
+    codec: str
+    crf: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """An encoder's scale of quality: name of its option, best and worst value, and the one that is taken."""
+
+    option: str
+    low: float
+    high: float
+    default: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    scale: _Scale | None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+# Speed and size were weighed at one thread, for there is a worker on every core: docs/discussion/measurements.md
+_SETTINGS = {
+    "libx264": _Settings(_Scale("crf", 0, 51, 20), {"preset": "veryfast"}),
+    "libx264rgb": _Settings(_Scale("crf", 0, 51, 20), {"preset": "veryfast"}),
+    "libx265": _Settings(
+        _Scale("crf", 0, 51, 23),
+        {"preset": "veryfast", "x265-params": "log-level=none:info=0:open-gop=0:pools=none:frame-threads=1"},
+    ),
+    "libsvtav1": _Settings(_Scale("crf", 1, 63, 30), {"preset": "10", "svtav1-params": "lp=1"}),
+    "libvpx-vp9": _Settings(_Scale("crf", 0, 63, 30), {"deadline": "realtime", "cpu-used": "5"}),
+}
+_HARDWARE = {
+    "_nvenc": _Settings(_Scale("cq", 1, 51, 23), {"rc": "vbr"}),
+    "_qsv": _Settings(_Scale("global_quality", 1, 51, 23)),
+    "_amf": _Settings(_Scale("qp", 0, 51, 22), {"rc": "cqp"}),
+}
+HARDWARE = (*_HARDWARE, "_videotoolbox", "_v4l2m2m")
+"""How the names of encoders end that need hardware."""
+
+_OLD = frozenset({"mpeg1video", "mpeg2video", "mpeg4", "msmpeg4", "mjpeg"})
+
+
+def _settings(codec: str) -> _Settings:
+    if codec in _OLD:
+        return _Settings(_Scale("q", 1, 31, 3))
+    hardware = next((found for suffix, found in _HARDWARE.items() if codec.endswith(suffix)), None)
+    return hardware or _SETTINGS.get(codec, _Settings(None))
+
+
+def encoders(kind: str) -> dict[str, str]:
+    """The encoders that work on this machine for a kind of video (a key of :data:`FORMATS`): name to description."""
+    return {codec: name for codec, name in _candidates(kind).items() if _trial(codec) is None}
+
+
+def check(encoding: Encoding, kind: str) -> None:
+    """Raises SpecError where the encoder cannot be used here for that kind of video, or has no such quality."""
+    codec, scale = encoding.codec, _settings(encoding.codec).scale
+    if codec not in _candidates(kind):
+        problem = f"no encoder {codec!r} is there for .{kind}"
+    elif (reason := _trial(codec)) is not None:
+        problem = f"the encoder {codec!r} does not work on this machine: {reason}"
+    elif encoding.crf is None or (scale is not None and scale.low <= encoding.crf <= scale.high):
+        return
+    elif scale is None:
+        raise SpecError(f"the encoder {codec!r} has no scale of quality", hint="Leave --crf out.")
+    else:
+        raise SpecError(
+            f"the quality {encoding.crf:g} is not on the scale of {codec!r}",
+            hint=f"Its --crf goes from {scale.low:g} (best) to {scale.high:g}; without it, {scale.default:g} is taken.",
+        )
+    known = encoders(kind)
+    raise SpecError(problem + did_you_mean(codec, known), hint=f"There are {', '.join(known)}.")
+
+
+def _candidates(kind: str) -> dict[str, str]:
+    import av
+
+    with av.open(io.BytesIO(), "w", format=FORMATS[kind]) as container:
+        allowed = {name for name in container.supported_codecs if _segment_format(name)}
+    found = {}
+    for name in sorted(allowed & av.codecs_available):
+        with suppress(ValueError):  # decoders
+            codec = av.Codec(name, "w")
+            if codec.name == name and codec.type == "video" and not codec.experimental:
+                found[name] = codec.long_name
+    return found
+
+
+def _segment_format(codec: str) -> str | None:
+    return next((format_ for format_ in _SEGMENTS if codec in _supported(format_)), None)
+
+
+_known: dict[str, set[str]] = {}
+
+
+def _supported(container: str) -> set[str]:
+    if container not in _known:
+        import av
+
+        with av.open(io.BytesIO(), "w", format=container) as opened:
+            _known[container] = opened.supported_codecs
+    return _known[container]
+
+
+@cache
+def _trial(codec: str) -> str | None:
+    """Why the encoder does not work here, or None."""
+    import av
+
+    rate = Fraction(25)
+    video = Video("", "", "", 0, 0, "", 1 / rate, 0, rate, 256, 144, (), Fraction(1), Colour(), 2)
+    try:
+        encoder = Encoder(Encoding(codec), video, (256, 144))
+        for tick in range(2):
+            encoder.add(np.zeros((144, 256, 3), np.uint8), tick)
+        encoder.close()
+    except ItemError as error:
+        return error.message
+    except (av.FFmpegError, ValueError) as error:
+        return plain(error)
+    return None
+
+
+class Encoder:
+    """Encodes one segment. Used by one thread.
+
+    size: width and height of the pictures, upright.
+    note: what had to be done to them, or None.
+    Raises ItemError where the encoder cannot take pictures of that size.
+    """
+
+    def __init__(self, encoding: Encoding, video: Video, size: tuple[int, int]) -> None:
+        import av
+        from av.video.reformatter import VideoReformatter
+
+        self._video, self._encoding = video, encoding
+        self._reformatter = VideoReformatter()
+        width, height = reversed(size) if video.turns % 2 else size
+        self.note: str | None = None
+        self._pad = (0, 0)
+        try:
+            self._stream = self._open(width, height)
+        except (av.FFmpegError, ValueError) as error:
+            self._pad = (width % 2, height % 2)
+            if not any(self._pad):
+                raise self._refused(width, height, error) from None
+            try:
+                self._stream = self._open(width + self._pad[0], height + self._pad[1])
+            except (av.FFmpegError, ValueError) as again:
+                raise self._refused(width, height, again) from None
+            self.note = (
+                f"{video.key}: {encoding.codec} holds even sizes only: pictures of {width}x{height} were made "
+                f"{width + self._pad[0]}x{height + self._pad[1]} by repeating the last row or column"
+            )
+        self._ticks: list[int] = []
+        self._packets: list[Any] = []
+
+    def add(self, picture: np.ndarray[Any, np.dtype[np.uint8]], tick: int) -> None:
+        """Encode a picture, ``uint8[h, w, 3]`` RGB or ``uint8[h, w]``, upright, to be shown at ``tick``."""
+        import av
+        from av.video.reformatter import Interpolation
+
+        if picture.ndim == 2:
+            picture = np.repeat(picture[:, :, None], 3, axis=2)
+        if self._video.turns:
+            picture = np.rot90(picture, -self._video.turns)
+        if any(self._pad):
+            picture = np.pad(picture, ((0, self._pad[1]), (0, self._pad[0]), (0, 0)), mode="edge")
+        frame = self._reformatter.reformat(
+            av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24"),
+            format=self._format,
+            dst_colorspace=self._matrix,
+            src_color_range=_FULL_RANGE,
+            dst_color_range=self._range,
+            interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,  # or all gets a little darker
+            threads=1,
+        )
+        context = self._stream.codec_context
+        frame.colorspace, frame.color_range = context.colorspace, context.color_range
+        frame.pts, frame.time_base = len(self._ticks), context.time_base
+        self._ticks.append(tick)
+        self._packets += self._stream.encode(frame)
+
+    def close(self) -> bytes:
+        """The segment as a file's content. Its times count from the first frame's."""
+        self._packets += self._stream.encode(None)
+        ticks = [self._ticks[packet.pts] - self._ticks[0] for packet in self._packets]
+        with self._container as container:
+            for packet, tick, dts in zip(self._packets, ticks, decoding_times(ticks), strict=True):
+                packet.pts, packet.dts, packet.duration = tick, dts, 0
+                packet.time_base = self._video.time_base
+                container.mux(packet)
+        return self._buffer.getvalue()
+
+    def _open(self, width: int, height: int) -> VideoStream:
+        import av
+        from av.codec.context import Flags
+
+        self._buffer = io.BytesIO()
+        self._container = av.open(
+            self._buffer,
+            "w",
+            format=_segment_format(self._encoding.codec) or _SEGMENTS[0],
+            container_options={"video_track_timescale": str(self._video.time_base.denominator)},
+        )
+        settings, codec = _settings(self._encoding.codec), self._encoding.codec
+        os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 would tell its settings for every segment
+        scale, options = settings.scale, dict(settings.options)
+        quality = self._encoding.crf if self._encoding.crf is not None else scale and scale.default
+        if scale is not None and scale.option in ("crf", "cq"):
+            options[scale.option] = f"{quality:g}"
+        elif scale is not None and scale.option == "qp":
+            options |= {"qp_i": f"{quality:g}", "qp_p": f"{quality:g}"}
+        rate = self._rate()
+        stream: VideoStream = self._container.add_stream(codec, rate=rate, options=options)  # type: ignore[assignment]
+        context, colour = stream.codec_context, self._video.colour
+        stream.width, stream.height = width, height
+        stream.pix_fmt = self._format = _pixel_format(codec)
+        context.time_base, context.framerate = 1 / rate, rate
+        context.thread_count = 1
+        context.gop_size = max(1, min(_GOP_FRAMES, round(rate * _GOP_SECONDS)))
+        if codec not in _OLD:  # those make no B-frames unless asked to
+            context.flags |= Flags.closed_gop
+        if scale is None:
+            context.bit_rate = int(width * height * rate * _BITS_PER_PIXEL)
+        elif scale.option == "q":
+            context.qmin = context.qmax = round(quality or scale.low)
+        elif scale.option == "global_quality":
+            context.global_quality = round(quality or 0)
+        self._matrix, self._range = matrix_for(colour, height), range_for(colour)
+        if self._format.startswith("yuvj") or av.VideoFormat(self._format).is_rgb:
+            self._range = _FULL_RANGE
+        context.sample_aspect_ratio = self._video.aspect
+        # What the source leaves open stays open, except where the pictures are no longer what it was.
+        stated = colour.matrix in (_UNSPECIFIED, self._matrix)
+        context.colorspace = colour.matrix if stated else self._matrix
+        context.color_range = self._range if self._range == _FULL_RANGE else colour.range
+        context.color_primaries, context.color_trc = colour.primaries, colour.transfer
+        context.open()
+        return stream
+
+    def _rate(self) -> Fraction:
+        """Frames per second, as far as encoders take it; it guides the spending of bits, and times no frame."""
+        import av
+
+        rate = min(max(self._video.rate, Fraction(1)), Fraction(240))
+        if allowed := av.Codec(self._encoding.codec, "w").frame_rates:
+            known = [Fraction(each.numerator, each.denominator) for each in allowed]
+            return min(known, key=lambda each: abs(each - rate))
+        return 1 / (1 / rate).limit_denominator(60_000)  # MPEG-4 counts to 65,535
+
+    def _refused(self, width: int, height: int, error: Exception) -> ItemError:
+        return ItemError(
+            f"{self._encoding.codec} cannot encode pictures of {width}x{height}: {plain(error)}",
+            stage="write",
+            hint="Choose another encoder with --codec, or another size.",
+        )
+
+
+def _pixel_format(codec: str) -> str:
+    import av
+    from av.codec.codec import find_best_pix_fmt_of_list
+
+    known = [each.name for each in av.Codec(codec, "w").video_formats or []]
+    for name in ("yuvj420p",) if codec == "mjpeg" else ("yuv420p", "nv12", "yuv422p10le"):
+        if name in known or not known:
+            return name
+    best, _ = find_best_pix_fmt_of_list(known, "rgb24")
+    return best.name if best is not None else known[0]
+
+
+def decoding_times(ticks: Sequence[int], end: int | None = None) -> list[int]:
+    """Decoding times for packets in the order of decoding that are shown at ``ticks``: ascending, none after its tick.
+
+    Each is the time of the frame that is shown as many frames earlier as the two orders differ at most.
+    end: when the last frame's time ends. The packets last until then in both orders: MP4 adds up the one of decoding.
+    Those before the first frame's time are a tick apart, and frames should be further apart than :func:`delay` ticks:
+    FFmpeg's MP4 muxer takes the smallest distance between a negative decoding time and its tick for the first one's.
+    """
+    order, late = sorted(ticks), delay(ticks)
+    if not late:
+        return order
+    rest = order[: len(order) - late]
+    last = order.index(ticks[-1])
+    shown = [*order[1:], order[-1] + 1 if end is None else end]
+    ahead = max(late, shown[-1] - (shown[last] - order[last]) - rest[-1])
+    return [order[0] - ahead + index for index in range(late)] + rest
+
+
+def delay(ticks: Sequence[int]) -> int:
+    """By how many packets the order of decoding is behind that of showing, at most."""
+    rank = {tick: index for index, tick in enumerate(sorted(ticks))}
+    return max((index - rank[tick] for index, tick in enumerate(ticks)), default=0)

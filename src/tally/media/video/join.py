@@ -1,0 +1,290 @@
+"""Joining segments into the finished video: their packets as they are, with the sound of the source.
+
+Segments, and a video that an earlier generation finished, are runs of groups of pictures that need nothing outside
+themselves. They are put in order by the time of their first picture, and all decoding times are set anew: those that
+a segment has know nothing of its neighbours. Two passes are made over the packets, for times and then for content,
+so that memory does not grow with the length of the video, apart from some numbers per frame.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tally.errors import ItemError, JobError, StorageAwayError, StorageError
+from tally.media.video.container import Input, open_video, plain
+from tally.media.video.encode import FORMATS, decoding_times, delay
+from tally.media.video.facts import Video
+from tally.media.video.tracks import Timed, Track, describe_stream, tracks
+from tally.storage import key_of, open_store
+
+if TYPE_CHECKING:
+    from av.container import InputContainer, OutputContainer
+    from av.packet import Packet
+    from av.video.stream import VideoStream
+
+_MOV = ("mp4", "mov")
+_ASPECT = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")  # carry the shape of their pixels themselves
+_TIMESCALE = 2**31 - 1  # what MP4 holds at most
+# Of the file, not of what it shows.
+_TECHNICAL = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "duration"})
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Encoded frames in a file of this machine. start: the tick of its first frame; None: its own times count."""
+
+    path: Path
+    start: int | None = None
+
+
+class _Group(NamedTuple):
+    """A group of pictures: where it is, and the ticks of its packets in the order of decoding."""
+
+    tick: int
+    segment: int
+    ticks: list[int]
+
+
+def join(target: Path, kind: str, video: Video, segments: Sequence[Segment], *, audio: bool = True) -> list[str]:
+    """Write the video to ``target``; returns notes on what is not as it was in the source.
+
+    kind: a key of :data:`FORMATS`. audio: False leaves the sound out.
+    Raises StorageError where the source has changed or cannot be read (without audio it may), JobError where the
+    segments do not fit together.
+    """
+    import av
+
+    notes: list[str] = []
+    groups = _groups(segments, video)
+    fine = _fineness(groups)
+    with ExitStack() as stack:
+        reading = _source(stack, video, notes, needed=audio)
+        source = reading.container if reading is not None else None
+        options = _options(kind, video.time_base.denominator * fine, source)
+        out = stack.enter_context(av.open(str(target), "w", format=FORMATS[kind], container_options=options))
+        first = stack.enter_context(_open(segments[0]))
+        stream = _video_stream(out, first, video, source)
+        if (lost := _square(kind, video, stream)) is not None:
+            notes.append(lost)
+        others: list[Track] = []
+        if source is not None:
+            shift = video.start * video.time_base
+            others = tracks(source, out, kind, video, shift, notes, audio=audio)
+            _describe(out, source, shift)
+        pictures = _pictures(segments, groups, fine, video, stream)
+        for _, packet in heapq.merge(
+            pictures, _packets(reading, others, notes, needed=audio), key=lambda each: each[0]
+        ):
+            out.mux(packet)
+    return [f"{video.key}: {note}" for note in notes]
+
+
+# -- pictures ------------------------------------------------------------------------------------------
+
+
+def _open(segment: Segment) -> InputContainer:
+    import av
+
+    # A segment's times count from its first frame, whatever its edit list says.
+    options = {} if segment.start is None else {"ignore_editlist": "1"}
+    try:
+        return av.open(str(segment.path), options=options)
+    except (av.FFmpegError, ValueError) as error:
+        raise StorageError(f"cannot read {segment.path}: {plain(error)}") from None
+
+
+def _demux(container: InputContainer) -> Iterator[Packet[Any]]:
+    return (packet for packet in container.demux(container.streams.video[0]) if packet.size)
+
+
+def _groups(segments: Sequence[Segment], video: Video) -> list[_Group]:
+    """All groups of pictures, in the order of their times."""
+    found: list[_Group] = []
+    headers: dict[bytes, Path] = {}
+    sizes = set()
+    for index, segment in enumerate(segments):
+        begin = len(found)
+        with _open(segment) as container:
+            context = container.streams.video[0].codec_context
+            sizes.add((context.width, context.height))
+            if context.extradata:
+                headers.setdefault(bytes(context.extradata), segment.path)
+            for packet in _demux(container):
+                assert packet.pts is not None
+                tick = round(packet.pts * packet.time_base / video.time_base)
+                if packet.is_keyframe:
+                    found.append(_Group(tick, index, []))
+                if len(found) == begin:
+                    raise StorageError(f"{segment.path} is damaged: it does not begin with a keyframe")
+                found[-1].ticks.append(tick)
+        if segment.start is not None and len(found) > begin:
+            ahead = segment.start - min(min(group.ticks) for group in found[begin:])
+            found[begin:] = [
+                _Group(tick + ahead, index, [each + ahead for each in ticks]) for tick, _, ticks in found[begin:]
+            ]
+    if len(sizes) > 1:
+        listed = " and ".join(f"{width}x{height}" for width, height in sorted(sizes))
+        raise JobError(
+            f"the pictures of {video.key} differ in size ({listed}), and a video has one size",
+            hint="Return pictures of one size from the scorer, or write frames as pictures: --frames png",
+        )
+    if len(headers) > 1:
+        raise JobError(
+            f"the parts of {video.key} were encoded with different settings (the headers of "
+            f"{' and '.join(str(path.name) for path in list(headers.values())[:2])} differ)",
+            hint="Encoders of different machines or versions do not mix: score it again with --overwrite.",
+        )
+    found.sort()
+    for group, following in pairwise(found):
+        if max(group.ticks) >= min(following.ticks):
+            raise JobError(
+                f"two parts of {video.key} hold the frame at {float(following.tick * video.time_base):.3f} s"
+            )
+    return found
+
+
+def _fineness(groups: Sequence[_Group]) -> int:
+    """Into how many parts a tick is divided, so that decoding times have room; see :func:`decoding_times`."""
+    ticks = [tick for group in groups for tick in group.ticks]
+    gap = min((after - before for before, after in pairwise(sorted(ticks))), default=1)
+    return delay(ticks) // gap + 1
+
+
+def _pictures(
+    segments: Sequence[Segment], groups: Sequence[_Group], fine: int, video: Video, stream: VideoStream
+) -> Iterator[Timed]:
+    base = video.time_base / fine
+    ticks = [tick * fine for group in groups for tick in group.ticks]
+    ordered = sorted(ticks)
+    end = max(video.end * fine, ordered[-1] + 1)
+    ends = dict(zip(ordered, [*ordered[1:], end], strict=True))
+    times = iter(zip(ticks, decoding_times(ticks, end), strict=True))
+    last = {group.segment: position for position, group in enumerate(groups)}
+    with ExitStack() as stack:
+        opened: dict[int, tuple[InputContainer, Iterator[Packet[Any]]]] = {}
+        for position, group in enumerate(groups):
+            if group.segment not in opened:
+                container = stack.enter_context(_open(segments[group.segment]))
+                opened[group.segment] = container, _demux(container)
+            container, packets = opened[group.segment]
+            for _ in group.ticks:
+                packet = next(packets)
+                packet.pts, packet.dts = next(times)
+                packet.time_base, packet.duration = base, ends[packet.pts] - packet.pts
+                packet.stream = stream
+                yield float(packet.dts * base), packet
+            if last[group.segment] == position:
+                container.close()
+                del opened[group.segment]
+
+
+def _video_stream(
+    out: OutputContainer, first: InputContainer, video: Video, source: InputContainer | None
+) -> VideoStream:
+    template = first.streams.video[0]
+    stream = out.add_stream_from_template(template, opaque=True)
+    stream.time_base = video.time_base
+    stream.codec_context.framerate = video.rate
+    stream.codec_context.sample_aspect_ratio = video.aspect
+    if template.codec_context.name == "hevc" and out.format.name in _MOV:
+        stream.codec_context.codec_tag = "hvc1"  # players of one maker know no other
+    if video.matrix:
+        stream.set_display_matrix(video.matrix)
+    if source is not None:
+        describe_stream(stream, source.streams[video.stream])
+    return stream
+
+
+def _square(kind: str, video: Video, stream: VideoStream) -> str | None:
+    """What is lost where neither the codec nor this muxer can say that pixels are not square."""
+    if video.aspect == 1 or kind in _MOV or stream.codec_context.name in _ASPECT:
+        return None
+    return (
+        f"pixels of {video.aspect.numerator}:{video.aspect.denominator} are shown as squares: "
+        f".{kind} files with this codec cannot say otherwise"
+    )
+
+
+# -- the source ----------------------------------------------------------------------------------------
+
+
+def _source(stack: ExitStack, video: Video, notes: list[str], *, needed: bool) -> Input | None:
+    place = f"{key_of(video.root)}/{key_of(video.name)}"
+    hint = "The sound comes from it: restore it and resume the job, or score it again."
+    try:
+        size, mark = open_store(video.root).marked(video.name)
+        if size != video.size:
+            raise StorageError(
+                f"{place} has changed since it was scored: it had {video.size:,} bytes, and has {size:,} now", hint=hint
+            )
+        if video.mark and mark != video.mark:
+            raise StorageError(f"{place} has changed since it was scored: it was written anew", hint=hint)
+        return stack.enter_context(open_video(video.root, video.name, (size, mark)))
+    except (StorageError, ItemError) as error:
+        if not needed:
+            notes.append(f"titles, chapters and subtitles are missing, for the source cannot be read ({error.message})")
+            return None
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"the sound of {video.key} cannot be read: {error.message}",
+            hint="Restore the file and resume the job.",
+        ) from None
+
+
+def _options(kind: str, scale: int, source: InputContainer | None) -> dict[str, str]:
+    """Options of the container: every time exact, the index first, the same bytes in every run."""
+    options = {"fflags": "+bitexact", "avoid_negative_ts": "disabled"}  # sound may begin before the pictures do
+    if kind in _MOV:
+        rates = [stream.codec_context.sample_rate for stream in source.streams.audio] if source is not None else []
+        whole = math.lcm(scale, *(rate for rate in rates if rate))
+        options |= {
+            "movflags": "+faststart",
+            "video_track_timescale": str(scale),
+            "movie_timescale": str(whole if whole <= _TIMESCALE else scale),
+        }
+    return options
+
+
+def _describe(out: OutputContainer, source: InputContainer, shift: Fraction) -> None:
+    """Titles and chapters."""
+    out.metadata.update({name: text for name, text in source.metadata.items() if name not in _TECHNICAL})
+    chapters = source.chapters()
+    for chapter in chapters:
+        base = chapter["time_base"]
+        if base is not None:
+            chapter["start"] -= round(shift / base)
+            chapter["end"] -= round(shift / base)
+    if chapters:
+        out.set_chapters(chapters)
+
+
+def _packets(source: Input | None, others: Sequence[Track], notes: list[str], *, needed: bool) -> Iterator[Timed]:
+    """The other streams' packets, as far as the source can be read."""
+    import av
+
+    if source is None or not others:
+        return
+    by_stream = {track.source.index: track for track in others}
+    for stream in source.streams:
+        if stream.index not in by_stream:
+            stream.discard = av.stream.Discard.all
+    try:
+        for packet in source.packets([track.source for track in others]):
+            yield from by_stream[packet.stream.index].take(packet)
+    except StorageError as error:
+        if needed or isinstance(error, StorageAwayError):
+            raise
+        notes.append(f"subtitles end where the source could not be read any more ({error.message})")
+    except (av.FFmpegError, OSError) as error:
+        notes.append(f"the file is damaged: sound and subtitles end where reading failed ({plain(error)})")
+    for track in others:
+        yield from track.end()

@@ -1,0 +1,221 @@
+"""What stands beside the pictures in a video: sound and subtitles, copied, or converted where they have to be."""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tally.media.video.container import plain
+from tally.media.video.encode import FORMATS
+from tally.media.video.facts import Video
+
+if TYPE_CHECKING:
+    from av.audio.frame import AudioFrame
+    from av.container import InputContainer, OutputContainer
+    from av.packet import Packet
+
+_SOUND = {"mp4": "aac", "mov": "aac", "mkv": "aac", "webm": "libopus"}
+_BITS_PER_CHANNEL = 96_000
+# Sound that is missing for longer becomes silence; shorter jumps are the container's rounding.
+_RESAMPLER = {"async": "1", "min_hard_comp": "0.05"}
+_TAGS = ("language", "title", "handler_name")
+
+Timed: TypeAlias = "tuple[float, Packet[Any]]"
+"""A packet, and the second at which it is to be decoded."""
+
+
+def tracks(
+    source: InputContainer,
+    out: OutputContainer,
+    kind: str,
+    video: Video,
+    shift: Fraction,
+    notes: list[str],
+    *,
+    audio: bool,
+) -> list[Track]:
+    """Streams of ``out`` for those of the source that it can hold; the others are noted.
+
+    shift: seconds to take off all times.
+    """
+    from av.stream import Disposition
+
+    found: list[Track] = []
+    stream: Any
+    for stream in source.streams:
+        name = f"{stream.type} stream {stream.index} ({_codec(stream)})"
+        if stream.index == video.stream or (stream.type == "audio" and not audio):
+            continue
+        if name.endswith("(bin_data)") and source.chapters():
+            continue  # the chapters' names
+        if stream.type == "video":
+            reason = "is a cover picture" if stream.disposition & Disposition.attached_pic else "was not scored"
+            notes.append(f"{name} was left out: it {reason}")
+        elif stream.type not in ("audio", "subtitle") or stream.codec_context is None:
+            notes.append(f"{name} was left out")
+        elif _fits(stream, kind):
+            found.append(Copied(stream, out, shift, notes))
+        elif stream.type == "subtitle":
+            notes.append(f"{name} was left out: .{kind} files cannot hold it")
+        elif not stream.codec_context.sample_rate:
+            notes.append(f"{name} was left out: .{kind} files cannot hold it, and it cannot be decoded")
+        else:
+            found.append(Converted(stream, out, _SOUND[kind], shift, notes))
+            notes.append(f"{name} was converted to {_codec(found[-1].stream)}: .{kind} files cannot hold it")
+    return found
+
+
+def describe_stream(stream: Any, original: Any) -> None:
+    """Give a stream the language, title and role of the one that it stands for."""
+    stream.metadata.update({name: original.metadata[name] for name in _TAGS if name in original.metadata})
+    stream.disposition = original.disposition
+
+
+def _codec(stream: Any) -> str:
+    context = stream.codec_context
+    return str(context.codec.canonical_name) if context is not None else str(stream.name or "unknown")
+
+
+def _fits(stream: Any, kind: str) -> bool:
+    """Whether that kind of file takes the stream: tried out, for a format's list of codecs promises too much."""
+    import av
+
+    if kind == "mp4" and _codec(stream).startswith("pcm_"):
+        return False  # the standard has it since 2020; hardly a player does
+    try:
+        with av.open(io.BytesIO(), "w", format=FORMATS[kind]) as container:
+            container.add_stream_from_template(stream, opaque=True)
+            container.start_encoding()
+    except (av.FFmpegError, ValueError):
+        return False
+    return True
+
+
+class Track(ABC):
+    """One stream on its way from the source to the finished video."""
+
+    def __init__(self, source: Any, stream: Any, shift: Fraction, notes: list[str]) -> None:
+        self.source, self.stream = source, stream
+        self._shift, self._notes = shift, notes
+        describe_stream(stream, source)
+
+    @abstractmethod
+    def take(self, packet: Packet[Any]) -> Iterator[Timed]:
+        """What is to be written for a packet of the source."""
+
+    def end(self) -> Iterator[Timed]:
+        """What is left to be written."""
+        return iter(())
+
+    def _timed(self, packet: Packet[Any]) -> Timed:
+        assert packet.dts is not None
+        packet.stream = self.stream
+        return float(packet.dts * packet.time_base), packet
+
+
+class Copied(Track):
+    """Packets as they are.
+
+    Where the source counts time more coarsely than in samples (Matroska: in milliseconds), sound is timed by its
+    samples, or it would stutter; no packet moves by more than the source's rounding.
+    """
+
+    def __init__(self, source: Any, out: OutputContainer, shift: Fraction, notes: list[str]) -> None:
+        super().__init__(source, out.add_stream_from_template(source, opaque=True), shift, notes)
+        context = source.codec_context
+        rate = context.sample_rate if source.type == "audio" else 0
+        self._samples = context.frame_size if rate and source.time_base != Fraction(1, rate) else 0
+        self._base = Fraction(1, rate) if self._samples else source.time_base
+        self._next: int | None = None
+        self._last: int | None = None
+        # Where MP4 cuts the last packet short, the packet itself does not say so.
+        exact = "mp4" in source.container.format.name and None not in (source.start_time, source.duration)
+        self._end = source.start_time + source.duration if exact and not self._samples else None
+
+    def take(self, packet: Packet[Any]) -> Iterator[Timed]:
+        """See :meth:`Track.take`."""
+        given = packet.pts if packet.pts is not None else packet.dts
+        if not packet.size or (given is None and self._next is None):
+            return
+        tick = self._next
+        if given is not None:
+            exact = (given * packet.time_base - self._shift) / self._base
+            if not self._samples or tick is None or abs(exact - tick) > packet.time_base / self._base:
+                tick = round(exact)
+        assert tick is not None
+        if self._last is not None and tick <= self._last:
+            tick = self._last + 1  # a clock that went back
+        packet.pts = packet.dts = self._last = tick
+        packet.duration = self._samples or packet.duration
+        if self._end is not None and tick < self._end:
+            packet.duration = min(packet.duration, self._end - tick)
+        packet.time_base = self._base
+        self._next = tick + (packet.duration or 1)
+        yield self._timed(packet)
+
+
+class Converted(Track):
+    """Sound that is decoded and encoded again."""
+
+    def __init__(self, source: Any, out: OutputContainer, codec: str, shift: Fraction, notes: list[str]) -> None:
+        import av
+
+        given = source.codec_context
+        rates = av.Codec(codec, "w").audio_rates or [given.sample_rate]
+        rate = min((each for each in rates if each >= given.sample_rate), default=max(rates))
+        stream: Any = out.add_stream(codec, rate=rate)
+        super().__init__(source, stream, shift, notes)
+        context = stream.codec_context
+        context.layout = _layout(codec, rate, given.layout)
+        context.bit_rate = _BITS_PER_CHANNEL * context.layout.nb_channels
+        context.time_base = Fraction(1, rate)
+        context.thread_count = given.thread_count = 1
+        context.open()
+        self._resampler = av.AudioResampler(
+            context.format, context.layout, rate, context.frame_size or None, options=_RESAMPLER
+        )
+        self._failed = False
+
+    def take(self, packet: Packet[Any]) -> Iterator[Timed]:
+        """See :meth:`Track.take`."""
+        import av
+
+        try:
+            frames = packet.decode()
+        except (av.FFmpegError, ValueError) as error:
+            if not self._failed:
+                self._notes.append(f"audio stream {self.source.index} is damaged: {plain(error)}")
+            self._failed = True
+            return
+        for frame in frames:
+            yield from self._encoded(self._resampler.resample(frame))  # type: ignore[arg-type]
+
+    def end(self) -> Iterator[Timed]:
+        """See :meth:`Track.end`."""
+        yield from self._encoded(self._resampler.resample(None))
+        yield from self._encoded([None])
+
+    def _encoded(self, frames: Sequence[AudioFrame | None]) -> Iterator[Timed]:
+        for frame in frames:
+            for packet in self.stream.encode(frame):
+                late = round(self._shift / packet.time_base)
+                packet.pts, packet.dts = packet.pts - late, packet.dts - late
+                yield self._timed(packet)
+
+
+def _layout(codec: str, rate: int, layout: Any) -> str:
+    """The source's channels, or two where the encoder does not take them."""
+    import av
+
+    if layout.nb_channels <= 2:
+        return "mono" if layout.nb_channels == 1 else "stereo"
+    trial: Any = av.CodecContext.create(codec, "w")
+    try:
+        trial.sample_rate, trial.layout = rate, layout.name
+        trial.open()
+    except (av.FFmpegError, ValueError):
+        return "stereo"
+    return str(layout.name)

@@ -1,0 +1,186 @@
+"""Where the registry keeps the content of its versions: a folder, or a bucket that a whole team sees.
+
+Content stands under its hash and never changes. In a folder it gets its name when all of it is there; in a bucket its
+list of files is written last (see :mod:`tally.models.mirror`), and removed first.
+"""
+
+from __future__ import annotations
+
+import errno
+import platform
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+from tally.errors import ModelChangedError, ModelNotFoundError, StorageError
+from tally.models import mirror as origin
+from tally.models.hashing import check_content, content_files
+from tally.storage import Store, is_url, local_of, open_store
+
+_CHANGED = "the registry's copy was changed"
+
+
+class Shelf(ABC):
+    """Content under its hash (``sha256:...``). ``name``, for messages, is what it is content of."""
+
+    @abstractmethod
+    def address(self, digest: str) -> str:
+        """The path or URL of the content's folder."""
+
+    @abstractmethod
+    def origin(self, digest: str) -> str | None:
+        """From where other machines fetch it; None if they do not."""
+
+    @abstractmethod
+    def making(self) -> AbstractContextManager[Path]:
+        """A folder in which content can be made before it is put."""
+
+    @abstractmethod
+    def put(self, package: Path, digest: str) -> None:
+        """Keep what is in a folder that :meth:`making` gave. What is there already stays, unless it is damaged."""
+
+    @abstractmethod
+    def has(self, digest: str) -> bool:
+        """Whether all of it is there; it is not read."""
+
+    @abstractmethod
+    def check(self, digest: str, name: str) -> None:
+        """Compare what is kept with its hash. Raises ModelChangedError, ModelNotFoundError, StorageError."""
+
+    @abstractmethod
+    def fetch(self, digest: str, name: str) -> Path:
+        """A folder of this machine with the content, checked. Raises as :meth:`check` does."""
+
+    @abstractmethod
+    def remove(self, digest: str) -> None:
+        """Remove it, as far as it is there."""
+
+
+def open_shelf(root: str | Path) -> Shelf:
+    """The shelf in a folder, or in a bucket given as a URL."""
+    text = str(root)
+    if is_url(text) and not text.lower().startswith("file:"):
+        return BucketShelf(text)
+    return FolderShelf(Path(local_of(text) if is_url(text) else text))
+
+
+def _mend(name: str) -> str:
+    model = name.removeprefix("models:/").rpartition("/")[0] or "NAME"
+    return f"Add the original again, and it is mended: tally models add {model} MODEL"
+
+
+class FolderShelf(Shelf):
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def _folder(self, digest: str) -> Path:
+        return self.root / "sha256" / digest.removeprefix("sha256:")
+
+    def address(self, digest: str) -> str:
+        return str(self._folder(digest))
+
+    def origin(self, digest: str) -> str | None:
+        return None  # those that see the folder need not fetch it
+
+    @contextmanager
+    def making(self) -> Iterator[Path]:
+        parent = self.root / "sha256"
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".adding-") as temporary:
+            yield Path(temporary)
+
+    def put(self, package: Path, digest: str) -> None:
+        kept = self._folder(digest)
+        try:
+            package.rename(kept)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        try:
+            check_content(digest, kept, (".",), digest)
+        except ModelChangedError:  # what was just made is right
+            kept.rename(package.with_name("damaged"))
+            package.rename(kept)
+
+    def has(self, digest: str) -> bool:
+        return self._folder(digest).is_dir()
+
+    def check(self, digest: str, name: str) -> None:
+        folder = self._folder(digest)
+        if not folder.is_dir():
+            raise ModelNotFoundError(
+                f"{name}: its content is not on this machine ({platform.node()}): there is no {folder}"
+            )
+        check_content(name, folder, (".",), digest, what=_CHANGED, hint=_mend(name))
+
+    def fetch(self, digest: str, name: str) -> Path:
+        self.check(digest, name)
+        return self._folder(digest)
+
+    def remove(self, digest: str) -> None:
+        shutil.rmtree(self._folder(digest), ignore_errors=True)
+
+
+class BucketShelf(Shelf):
+    def __init__(self, root: str) -> None:
+        self.root = open_store(root).url
+
+    def _store(self, digest: str) -> Store:
+        return open_store(self.address(digest))
+
+    def address(self, digest: str) -> str:
+        return f"{self.root}/sha256/{digest.removeprefix('sha256:')}"
+
+    def origin(self, digest: str) -> str | None:
+        return self.address(digest)
+
+    @contextmanager
+    def making(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="tally-adding-") as temporary:
+            yield Path(temporary)
+
+    def put(self, package: Path, digest: str) -> None:
+        with suppress(ModelChangedError, ModelNotFoundError):
+            self.check(digest, digest)
+            return
+        origin.put(digest, self._store(digest), content_files(package, (".",)), digest)
+
+    def has(self, digest: str) -> bool:
+        return origin.is_whole(self._store(digest), digest)
+
+    def check(self, digest: str, name: str) -> None:
+        self._whole(digest, name)
+        with tempfile.TemporaryDirectory(prefix="tally-checking-") as temporary:
+            try:
+                origin.copy(name, self._store(digest), (".",), digest, Path(temporary))
+            except ModelChangedError as error:
+                raise self._changed(digest, name) from error
+
+    def fetch(self, digest: str, name: str) -> Path:
+        self._whole(digest, name)
+        try:
+            return origin.fetch(name, self.address(digest), (".",), digest)
+        except ModelChangedError as error:
+            raise self._changed(digest, name) from error
+
+    def _whole(self, digest: str, name: str) -> None:
+        if self.has(digest):
+            return
+        store = self._store(digest)
+        if store.exists(origin.CONTENTS):
+            raise self._changed(digest, name)
+        raise ModelNotFoundError(f"{name}: its content is not, or not all of it, at {store.url}")
+
+    def _changed(self, digest: str, name: str) -> ModelChangedError:
+        return ModelChangedError(f"{name}: {_CHANGED}: {self.address(digest)}", hint=_mend(name))
+
+    def remove(self, digest: str) -> None:
+        try:
+            origin.discard(self._store(digest))
+        except StorageError as error:
+            error.message = f"the version is removed, its content is not: {error.message}"
+            raise

@@ -1,0 +1,126 @@
+"""What users write in ``tally.yaml`` and in options, checked: every problem is reported, with close matches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tally.errors import SpecError
+from tally.models.reference import BATCH_LIMIT, FILES
+from tally.text import did_you_mean
+
+
+class Package(BaseModel):
+    """The fields of a ``tally.yaml``.
+
+    file: a model whose name ends as ``FILES`` says; or entry: ``file.py``, ``file.py:Class`` or ``module:Class``. All
+    paths are relative to the package. artifacts: folder handed to ``Scorer.load``; the package itself if left out.
+    options: of the scorer. requires_trust: the model runs code that its artifacts carry (pickles).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = Field(default=None, min_length=1)
+    description: str | None = None
+    kind: Literal["onnx", "onnx_table", "sklearn", "pyfunc", "packed", "script", "python"] | None = None
+    file: str | None = None
+    entry: str | None = None
+    artifacts: str | None = None
+    batch_size: int | None = Field(default=None, ge=1, le=BATCH_LIMIT)
+    options: dict[str, Any] = {}
+    requires_trust: bool = False
+
+
+class ScriptOptions(BaseModel):
+    """Options of a script; see :class:`tally.scorers.scripts.script.ScriptScorer`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    form: Literal["auto", "mini_batch", "raw", "bytes", "json", "dataframe"] = "auto"
+    features: list[str] | None = None
+    batch_size: int | None = Field(default=None, ge=1, le=BATCH_LIMIT)
+    arguments: list[str] = []
+    columns: dict[str, str] | None = None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises SpecError."""
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise SpecError(f"{path} must hold fields (name: value), not {type(values).__name__}")
+    return values
+
+
+def sidecar(path: Path) -> dict[str, Any]:
+    """The options declared beside a model, in ``model.onnx.yaml``."""
+    declared = path.with_name(path.name + ".yaml")
+    return read_yaml(declared) if declared.is_file() else {}
+
+
+def read_package(path: Path) -> Package:
+    """A ``tally.yaml``, checked, also that what it names is there. Raises SpecError with every problem."""
+    raw = read_yaml(path)
+    problems: list[str] = []
+    try:
+        package = Package.model_validate(raw)
+    except ValidationError as error:
+        problems += problems_of(error, list(Package.model_fields))
+    if (raw.get("file") is None) == (raw.get("entry") is None):
+        problems.append("name the model with either file (an .onnx file, say) or entry (a .py file, or module:Class)")
+    for name in ("file", "entry", "artifacts"):
+        if isinstance(value := raw.get(name), str):
+            problems += _misplaced(path.parent, name, value)
+    if problems:
+        raise SpecError([f"{path}: {problem}" for problem in problems])
+    return package
+
+
+def _misplaced(folder: Path, name: str, value: str) -> list[str]:
+    """What is wrong with a path that a package names."""
+    place = value
+    if name == "entry":
+        file, separator, _ = value.rpartition(".py:")
+        if separator:
+            place = f"{file}.py"
+        elif ":" in value:
+            return []  # module:Class
+    suffixes = {"file": FILES, "entry": (".py",)}.get(name, ())
+    if suffixes and not place.endswith(suffixes) and not place.lower().endswith(suffixes):
+        return [f"{name}: {value!r} does not end in {' or '.join(suffixes)}"]
+    if os.path.isabs(place) or os.path.normpath(place).startswith(".."):  # noqa: PTH117
+        return [f"{name}: {value!r} lies outside the package"]
+    if (folder / place).is_dir() if name == "artifacts" else (folder / place).is_file():
+        return []
+    there = sorted(each.name for each in folder.iterdir())
+    return [f"{name}: there is no {place!r} in the package{did_you_mean(place, there)}"]
+
+
+def script_options(path: Path, options: Mapping[str, Any]) -> ScriptOptions:
+    """Options given for the script at ``path``. Raises SpecError with every problem."""
+    try:
+        return ScriptOptions.model_validate(dict(options))
+    except ValidationError as error:
+        found = problems_of(error, list(ScriptOptions.model_fields))
+        raise SpecError([f"{path.name}: {each}" for each in found]) from None
+
+
+def problems_of(error: ValidationError, known: Sequence[str]) -> list[str]:
+    """One line for each of pydantic's findings."""
+    found = []
+    for each in error.errors():
+        where = ".".join(str(part) for part in each["loc"])
+        if each["type"] == "extra_forbidden":
+            found.append(f"{where}: there is no such field{did_you_mean(where, known)}")
+        else:
+            found.append(f"{where}: {each['msg'][0].lower()}{each['msg'][1:]} (given: {each['input']!r})")
+    return found

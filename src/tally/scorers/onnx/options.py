@@ -1,0 +1,396 @@
+"""Options of ONNX vision scorers: validated, and completed from what the model file says about itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from tally.errors import ModelLoadError, SpecError
+from tally.scorers.onnx.session import open_session
+from tally.scorers.vision import processing
+from tally.scorers.vision.detection import DECODERS
+from tally.scorers.vision.processing import Preprocess, Size
+
+Task = Literal["classify", "detect", "restyle", "embed", "segment"]
+
+TENSOR_TYPES = {"tensor(uint8)": "uint8", "tensor(float16)": "float16", "tensor(float)": "float32"}
+BATCH_SIZES = {"classify": 32, "embed": 32, "detect": 8, "segment": 8, "restyle": 1}
+"""For models that take any number of pictures at once; whole pictures out are large, so one at a time."""
+
+
+def _as_labels(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise ValueError("give the name of a file in the artifacts folder, or a list of names")
+
+
+class OnnxOptions(BaseModel):
+    """Options of an ONNX vision scorer, as written under ``options:`` in ``tally.yaml``.
+
+    file: the model's file name inside the artifacts folder.
+    labels: a file there (see :func:`tally.scorers.vision.processing.read_labels`), or the names themselves.
+    top: how many classes to report (classify). softmax: see :func:`tally.scorers.vision.processing.probabilities`.
+    output: ``rows`` (pixels of each class) or ``image`` (the label map), for segment.
+    threads: of ONNX Runtime, in each worker. batch_size: pictures scored at once.
+    classes, batch, assumed: found by :func:`inspect`: the number of classes, the batch size that the model is
+        fixed to, and one sentence for each thing that was inferred.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    task: Task | None = None
+    labels: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_labels)] = None
+    preprocess: Preprocess = Preprocess()
+    top: Annotated[int, Field(ge=1)] = 1
+    softmax: Literal["auto", "always", "never"] = "auto"
+    decoder: Literal["auto", "yolox", "fastestdet", "ssd"] = "auto"
+    score_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    iou_threshold: Annotated[float, Field(ge=0, le=1)] = 0.45
+    output: Literal["rows", "image"] = "rows"
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    classes: int | None = None
+    batch: int | None = None
+    assumed: tuple[str, ...] = ()
+
+    @field_validator("file", "labels")
+    @classmethod
+    def _inside(cls, value: Any) -> Any:
+        if isinstance(value, str) and (not value or Path(value).is_absolute() or ".." in Path(value).parts):
+            raise ValueError("must be a file inside the artifacts folder")
+        return value
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> OnnxOptions:
+        """Validate. Raises SpecError with every problem."""
+        try:
+            return cls.model_validate(dict(options))
+        except ValidationError as error:
+            raise SpecError(_readable(error)) from None
+
+
+def _readable(error: ValidationError, prefix: str = "") -> list[str]:
+    """pydantic's findings as ``preprocess.size: what is wrong, not 'value'``."""
+    problems = []
+    for found in error.errors(include_url=False):
+        names = [*filter(None, [prefix]), *(str(part) for part in found["loc"])]
+        where, message = ".".join(names), found["msg"].removeprefix("Value error, ")
+        if found["type"] == "extra_forbidden":
+            known = list((Preprocess if names[0] == "preprocess" else OnnxOptions).model_fields)
+            near = get_close_matches(names[-1], known, n=1)
+            problems.append(f"{where}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
+        elif found["type"] == "missing":
+            problems.append(f"{where}: is required")
+        elif isinstance(found["input"], (dict, BaseModel)):  # checks across fields name them themselves
+            problems += [f"{where}.{part}" for part in message.split("; ")]
+        else:
+            problems.append(f"{where}: {message[:1].lower()}{message[1:]}, not {found['input']!r}")
+    return problems
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What a model file says about itself. Dimensions are numbers, or None where they vary."""
+
+    path: Path
+    dims: tuple[int | None, ...]
+    dtype: str
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int | None, ...], ...]
+    metadata: Mapping[str, str]
+
+
+def _dims(shape: Sequence[Any] | None) -> tuple[int | None, ...]:
+    return tuple(n if isinstance(n, int) and n > 0 else None for n in shape or ())
+
+
+def _show(dims: Sequence[int | None]) -> str:
+    if not dims:
+        return "unknown shape"
+    return "[" + ", ".join("any" if n is None else str(n) for n in dims) + "]"
+
+
+def _examine(path: Path) -> _Facts:
+    """Read the facts. Raises ModelLoadError unless the model takes pictures and gives tensors."""
+    session = open_session(path, ["CPUExecutionProvider"], optimise=False)
+    try:
+        return _read_facts(path, session)
+    except UnicodeDecodeError:
+        raise ModelLoadError(f"{path}: the model is damaged (its names are no text)", hint="Fetch it again.") from None
+
+
+def _read_facts(path: Path, session: Any) -> _Facts:
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1:
+        names = ", ".join(i.name for i in inputs) or "none"
+        raise ModelLoadError(f"{path}: a vision model takes one picture, this one has {len(inputs)} inputs ({names})")
+    picture = inputs[0]
+    dims = _dims(picture.shape)
+    if len(dims) != 4 or picture.type not in TENSOR_TYPES:
+        raise ModelLoadError(
+            f"{path}: a vision model takes a picture, a tensor of four axes in uint8, float16 or float; "
+            f"this one takes {picture.name}: {picture.type.removeprefix('tensor').strip('()')} {_show(dims)}"
+        )
+    for output in outputs:
+        if not output.type.startswith("tensor(") or output.type == "tensor(string)":
+            raise ModelLoadError(f"{path}: its output {output.name} is {output.type}; only numbers can be used")
+    return _Facts(
+        path,
+        dims,
+        TENSOR_TYPES[picture.type],
+        tuple(o.name for o in outputs),
+        tuple(_dims(o.shape) for o in outputs),
+        session.get_modelmeta().custom_metadata_map,
+    )
+
+
+def inspect(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Look at a model and fill in every option that was left out.
+
+    Returns options (JSON-able) for :class:`~tally.scorers.onnx.scorer.OnnxVisionScorer`; ``assumed`` in them has one
+    sentence for each thing that was neither said nor found in the file. A labels file is looked for beside
+    the model.
+    Raises SpecError with every problem, ModelNotFoundError, ModelLoadError.
+    """
+    declared = OnnxOptions.parse({"file": path.name, **options})
+    return _Resolver(declared, _examine(path)).resolve().model_dump(mode="json")
+
+
+class _Resolver:
+    """Works out what was left out of the options. Collects problems and assumptions on the way."""
+
+    def __init__(self, declared: OnnxOptions, facts: _Facts) -> None:
+        self.declared, self.facts, self.given = declared, facts, declared.preprocess
+        self.problems: list[str] = []
+        self.assumed = list(declared.assumed)
+        self.labels = self._labels()
+
+    def resolve(self) -> OnnxOptions:
+        layout, count = self._layout()
+        height, width = self.facts.dims[2:] if layout == "nchw" else self.facts.dims[1:3]
+        task, decoder, size = self._task((width, height))
+        score_threshold = self.declared.score_threshold
+        if decoder and score_threshold is None:
+            score_threshold = DECODERS[decoder].score_threshold
+        classes = self._classes(task, decoder, layout, size)
+        if self.labels and classes and len(self.labels) != classes:
+            background = decoder == "ssd" and len(self.labels) == classes + 1
+            if not background:
+                self.problems.append(f"labels: {len(self.labels)} names, but the model has {classes} classes")
+        if not self.labels and task in ("classify", "detect", "segment"):
+            self._assume("labels were not given: classes are called by their number")
+        if classes and task == "classify" and self.declared.top > classes:
+            self.problems.append(f"top: {self.declared.top}, but the model has only {classes} classes")
+        if task == "segment" and self.declared.output == "image" and (classes or 0) > 256:
+            self.problems.append(f"output: a label map holds up to 256 classes, the model has {classes}; use rows")
+        preprocess = self._preprocess(task, decoder, layout, count, size)
+        if self.problems:
+            raise SpecError(self.problems)
+        return self.declared.model_copy(
+            update={
+                "task": task,
+                "decoder": decoder or "auto",
+                "score_threshold": score_threshold,
+                "preprocess": preprocess,
+                "classes": classes,
+                "batch": self.facts.dims[0],
+                "batch_size": self.declared.batch_size or self.facts.dims[0] or BATCH_SIZES[task],
+                "assumed": tuple(self.assumed),
+            }
+        )
+
+    def _assume(self, sentence: str) -> None:
+        if sentence not in self.assumed:
+            self.assumed.append(sentence)
+
+    def _labels(self) -> Sequence[str] | None:
+        labels = self.declared.labels
+        if not isinstance(labels, str):
+            return labels
+        try:
+            return processing.read_labels(self.facts.path.parent / labels)
+        except SpecError as error:
+            self.problems += error.problems
+            return None
+
+    def _layout(self) -> tuple[Literal["nchw", "nhwc"], int]:
+        """Layout, and number of channels."""
+        dims, layout = self.facts.dims, self.given.layout
+        if layout is None:
+            layout = "nhwc" if dims[3] in (1, 3) and dims[1] not in (1, 3) else "nchw"
+        count = dims[1] if layout == "nchw" else dims[3]
+        if count not in (1, 3, None):
+            self.problems.append(
+                f"preprocess.layout: {_show(dims)}, which the model takes, is no picture of 1 or 3 channels in {layout}"
+            )
+        return layout, count or (1 if self.given.channels == "gray" else 3)
+
+    def _task(self, size: tuple[int | None, int | None]) -> tuple[Task, str | None, Size | None]:
+        task = self.declared.task or self._guess(size)
+        side = self._size(task, size)
+        if task != "detect":
+            return task, None, side
+        if self.declared.decoder != "auto":
+            return task, self.declared.decoder, side
+        for name, decoder in DECODERS.items():
+            if side and decoder.classes(self.facts.shapes, side):
+                self._assume(f"boxes are decoded as {name}, recognised by the shape of the outputs")
+                return task, name, side
+        if side:
+            shapes = " and ".join(map(_show, self.facts.shapes))
+            self.problems.append(f"decoder: outputs of {shapes} fit none of {', '.join(DECODERS)}")
+        return task, None, side
+
+    def _guess(self, size: tuple[int | None, int | None]) -> Task:
+        shapes = self.facts.shapes
+        first = shapes[0]
+        width, height = size
+        side = self.given.size or ((width, height) if width and height else None)
+        task: Task | None = None
+        if side and any(d.classes(shapes, side) for d in DECODERS.values()):
+            task = "detect"
+        elif len(first) >= 2 and sum(n != 1 for n in first[1:]) == 1:
+            words = re.search(r"feature|embed|pool", self.facts.names[0], re.IGNORECASE)
+            task = "embed" if words and not self.labels else "classify"
+        elif len(first) == 4:
+            task = "restyle" if 3 in (first[1], first[3]) else "segment"
+        elif len(first) == 3:
+            task = "segment"
+        if task is None:
+            self.problems.append(f"task: cannot be guessed from an output of {_show(first)}; say which")
+            raise SpecError(self.problems)
+        self._assume(f"task was not given: {task} fits the output {_show(first)}")
+        return task
+
+    def _size(self, task: Task, size: tuple[int | None, int | None]) -> Size | None:
+        given, (width, height) = self.given.size, size
+        if given:
+            for side, fixed in zip(given, size, strict=True):
+                if fixed and side != fixed:
+                    want = f"{width or 'any'}x{height or 'any'}"
+                    self.problems.append(f"preprocess.size: the model takes {want} pixels, not {given[0]}x{given[1]}")
+                    break
+            return given
+        if width and height:
+            return (width, height)
+        if width or height or task == "detect":
+            self.problems.append("preprocess.size: the model takes several sizes; say which, for instance 640x640")
+            return None
+        return (224, 224) if task in ("classify", "embed") else None
+
+    def _classes(self, task: Task, decoder: str | None, layout: str, size: Size | None) -> int | None:
+        """How many classes there are, if the shapes say so; a problem if they do not fit the task."""
+        shapes, first = self.facts.shapes, self.facts.shapes[0]
+        fits, classes = True, None
+        if task == "classify":
+            axes = [n for n in first[1:] if n != 1]
+            fits, classes = len(axes) <= 1, (axes or [1])[0] if first else None
+        elif task == "detect" and decoder and size:
+            classes = DECODERS[decoder].classes(shapes, size)
+            fits = classes is not None
+        elif task == "restyle":
+            fits = len(first) in (0, 4) and (not first or bool({1, 3, None} & {first[1], first[3]}))
+        elif task == "segment":
+            fits = len(first) in (0, 3, 4)
+            classes = (first[3] if layout == "nhwc" else first[1]) if len(first) == 4 else None
+            if size and len(first) == 4 and first[1:3] == (size[1], size[0]):
+                classes = first[3]
+            classes = 2 if classes == 1 else classes
+        if not fits:
+            name = decoder or task
+            self.problems.append(f"task: outputs of {' and '.join(map(_show, shapes))} are not those of {name}")
+        return classes
+
+    def _preprocess(self, task: Task, decoder: str | None, layout: str, count: int, size: Size | None) -> Preprocess:
+        given = self.given.model_dump(exclude_none=True)
+        pixel_format = self.facts.metadata.get("Image.BitmapPixelFormat", "")
+        values: dict[str, Any] = {"interpolation": "bilinear", "channels": "rgb", "resize": "squash"}
+        values |= self._range(task, layout, gray=count == 1 or self.given.channels == "gray")
+        if task in ("classify", "embed") and size and max(size) >= 96:
+            # photographs; smaller inputs (CIFAR, MNIST) are thumbnails, filled by their subject
+            values |= {"resize": "crop", "shorter": round(max(size) * 256 / 224)}
+        elif task == "restyle" and size:
+            values |= {"resize": "letterbox", "anchor": "center"}
+        elif task == "segment":
+            values["interpolation"] = "bicubic"
+        if decoder:
+            family = dict(DECODERS[decoder].preprocess)
+            if self.facts.dtype == "uint8":
+                family = {k: v for k, v in family.items() if k not in ("scale", "mean", "std")}
+            values |= family
+        declared_format = {"Rgb8": "rgb", "Bgr8": "bgr", "Gray8": "gray"}.get(pixel_format)
+        if declared_format:
+            values["channels"] = declared_format
+        if count == 1:
+            values["channels"] = "gray"
+        self._tell(values, given, colour_known=count == 1 or bool(declared_format), size=size)
+        if {"scale", "mean", "std"} & given.keys():
+            values = {k: v for k, v in values.items() if k not in ("scale", "mean", "std")}
+        values |= given | {"layout": layout, "size": size}
+        if given.get("dtype", self.facts.dtype) != self.facts.dtype:
+            self.problems.append(f"preprocess.dtype: the model takes {self.facts.dtype}, not {given['dtype']}")
+        if (values["channels"] == "gray") != (count == 1):
+            self.problems.append(f"preprocess.channels: {values['channels']}, but the model takes {count}")
+        if values["resize"] == "crop":
+            values.setdefault("shorter", round(max(size) * 256 / 224) if size else None)
+            if task in ("restyle", "segment"):
+                self.problems.append(f"preprocess.resize: crop would lose the borders in {task}; use letterbox")
+        values = {"scale": 1.0} | values | {"dtype": self.facts.dtype}
+        try:
+            return Preprocess.model_validate(values)
+        except ValidationError as error:
+            self.problems += _readable(error, "preprocess")
+            return self.given
+
+    def _range(self, task: Task, layout: str, *, gray: bool) -> dict[str, Any]:
+        """Pixel values that a model of this kind usually takes."""
+        zero_to_one, minus_one_to_one = {"scale": 1 / 255}, {"scale": 1 / 127.5, "mean": 1.0}
+        nominal = self.facts.metadata.get("Image.NominalPixelRange", "")
+        if self.facts.dtype == "uint8" or nominal == "NominalRange_0_255" or task in ("restyle", "detect"):
+            return {}
+        if nominal in ("Normalized_0_1", "Normalized_1_1"):
+            return zero_to_one if nominal == "Normalized_0_1" else minus_one_to_one
+        if layout == "nhwc":
+            return minus_one_to_one if task == "segment" else {}
+        if gray:
+            return zero_to_one
+        return zero_to_one | {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+    def _tell(
+        self, values: Mapping[str, Any], given: Mapping[str, Any], *, colour_known: bool, size: Size | None
+    ) -> None:
+        """Say what was assumed about preprocessing, leaving out what was declared or is in the file."""
+        parts = []
+        if "channels" not in given and not colour_known:
+            parts.append(values["channels"].upper())
+        range_known = self.facts.dtype == "uint8" or "Image.NominalPixelRange" in self.facts.metadata
+        if not {"scale", "mean", "std"} & given.keys() and not range_known:
+            parts.append(_range_name(values))
+        if "resize" not in given:
+            to = f"{size[0]}x{size[1]}" if size else ""
+            how = {"squash": "squash to", "letterbox": "letterbox to"}.get(values["resize"])
+            if values["resize"] == "crop":
+                how = f"shorter side to {given.get('shorter', values['shorter'])}, centre crop"
+            parts.append(f"{how} {to}" if size else "the picture's own size")
+        if parts:
+            self._assume(
+                f"preprocessing was not {'fully ' if given else ''}declared: assumed {', '.join(parts)} "
+                "(set preprocess.* with --set or in tally.yaml)"
+            )
+
+
+def _range_name(values: Mapping[str, Any]) -> str:
+    if isinstance(values.get("mean"), list):
+        return "0..1 with ImageNet mean and deviation"
+    if values.get("mean"):
+        return "-1..1"
+    return "0..1" if "scale" in values else "0..255"

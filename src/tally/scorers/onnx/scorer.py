@@ -1,0 +1,194 @@
+"""Scores pictures with ONNX vision models.
+
+:func:`inspect` looks at a model once, when a job is described, and fills in every option that was left out.
+:class:`OnnxVisionScorer` takes those options to the workers and scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tally.errors import ItemError, ModelLoadError, SpecError
+from tally.scorers.base import Item, Result, Scorer
+from tally.scorers.onnx.options import OnnxOptions, Task, inspect
+from tally.scorers.onnx.session import choose_providers, open_session, plain_reason
+from tally.scorers.vision import processing
+from tally.scorers.vision.detection import detect_rows
+from tally.scorers.vision.processing import Array, Prepared
+
+__all__ = ["OnnxOptions", "OnnxVisionScorer", "inspect"]
+
+_SHORT_NAMES = {
+    "CPUExecutionProvider": "CPU",
+    "CUDAExecutionProvider": "CUDA",
+    "TensorrtExecutionProvider": "TensorRT",
+}
+
+
+class OnnxVisionScorer(Scorer):
+    """Scores pictures with an ONNX model; options as :func:`inspect` returns them.
+
+    classify: ``label, index, score``, and ``rank`` when ``top`` > 1. embed: ``embedding``.
+    detect: ``xmin, ymin, xmax, ymax, label, score``, in pixels of the original, not clipped to it.
+    segment: ``label, index, pixels, share``, or with ``output: image`` the label map ``uint8[h, w]``.
+    restyle: ``uint8[h, w, 3]``. Pictures have the original's size. NaN or infinity makes the item dead.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = OnnxOptions.parse(options)
+        task, preprocess = self.options.task, self.options.preprocess
+        if task is None or self.options.batch_size is None or preprocess.dtype is None:
+            raise SpecError("the options are not complete", hint="Pass them through tally.scorers.onnx.scorer.inspect.")
+        self.task: Task = task
+        self.batch_size = self.options.batch_size
+        self.preprocessor = processing.Preprocessor(preprocess)
+        self.size = preprocess.size
+        if preprocess.resize == "crop" and self.size:
+            self.size = (self.preprocessor.shorter, self.preprocessor.shorter)
+        self.output = "rows"
+        if task == "restyle" or (task == "segment" and self.options.output == "image"):
+            self.output = "image"
+        self.columns = None if self.output == "image" else _columns(self.options)
+
+    def load(self, artifacts: Path, device: str) -> None:
+        """Open the model on the device. Raises ModelLoadError."""
+        import onnxruntime
+
+        providers = choose_providers(device, onnxruntime.get_available_providers())
+        wants_gpu = len(providers) > 1
+        if wants_gpu and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()
+        path = artifacts / self.options.file
+        arena = self.options.preprocess.size is not None
+        try:
+            self._session = open_session(path, providers, threads=self.options.threads, arena=arena)
+        except ModelLoadError:
+            if not wants_gpu or device != "auto":
+                raise
+            self._session = open_session(path, providers[-1:], threads=self.options.threads, arena=arena)
+        self._provider = self._session.get_providers()[0]
+        if wants_gpu and self._provider == "CPUExecutionProvider" and device != "auto":
+            raise ModelLoadError(
+                f"device {device} was asked for, but ONNX Runtime could not start it",
+                hint="Check the driver with nvidia-smi and that the CUDA and cuDNN libraries are installed.",
+            )
+        self._input = self._session.get_inputs()[0].name
+        count = 2 if self.options.decoder == "ssd" and self.task == "detect" else 1
+        self._outputs = [output.name for output in self._session.get_outputs()[:count]]
+        labels = self.options.labels
+        self._names = processing.read_labels(artifacts / labels) if isinstance(labels, str) else list(labels or ())
+        if self.options.decoder == "ssd" and len(self._names) == (self.options.classes or 0) + 1:
+            del self._names[0]  # the background
+
+    def prepare(self, item: Item) -> Prepared:
+        """Resize and normalise one picture."""
+        return self.preprocessor(item)
+
+    def score(self, batch: Sequence[Prepared]) -> Sequence[Result]:
+        """Run the model on pictures of equal size together, and turn its outputs into results."""
+        results: dict[int, Result] = {}
+        for indices in self._groups(batch):
+            group = [batch[i] for i in indices]
+            results.update(zip(indices, self._score(group), strict=True))
+        return [results[i] for i in range(len(batch))]
+
+    def _groups(self, batch: Sequence[Prepared]) -> Iterator[list[int]]:
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, prepared in enumerate(batch):
+            by_shape.setdefault(prepared.tensor.shape, []).append(i)
+        step = self.options.batch or self.batch_size
+        for indices in by_shape.values():
+            for start in range(0, len(indices), step):
+                yield indices[start : start + step]
+
+    def _score(self, group: Sequence[Prepared]) -> list[Result]:
+        try:
+            outputs = self._run([prepared.tensor for prepared in group])
+        except Exception as error:
+            if len(group) > 1:
+                return [self._score([prepared])[0] for prepared in group]
+            reason = plain_reason(str(error)) if str(error) else type(error).__name__
+            return [ItemError(f"{group[0].key}: the model failed: {reason}")]
+        return [self._finish(p, [output[i] for output in outputs]) for i, p in enumerate(group)]
+
+    def _run(self, tensors: list[Array]) -> list[Array]:
+        count = len(tensors)
+        if self.options.batch:
+            tensors = tensors + tensors[-1:] * (self.options.batch - count)
+        stacked = tensors[0][None] if len(tensors) == 1 else np.stack(tensors)
+        outputs: list[Array] = self._session.run(self._outputs, {self._input: stacked})
+        for output in outputs:
+            if output.ndim == 0 or len(output) != len(tensors):
+                raise ItemError(f"an output of shape {list(output.shape)} for {len(tensors)} pictures")
+        return outputs
+
+    def _finish(self, prepared: Prepared, outputs: list[Array]) -> Result:
+        """One picture's outputs to its result; an error is the item's alone."""
+        if any(o.dtype.kind == "f" and not np.isfinite(o).all() for o in outputs):
+            return ItemError(f"{prepared.key}: the model's output holds NaN or infinity")
+        try:
+            return self._postprocess(prepared, outputs)
+        except ItemError as error:
+            return error
+        except Exception as error:
+            return ItemError(f"{prepared.key}: the model's output cannot be used: {error}")
+
+    def _postprocess(self, prepared: Prepared, outputs: list[Array]) -> Result:
+        options, first, shape = self.options, outputs[0], prepared.tensor.shape
+        height, width = shape[1:] if self.preprocessor.nchw else shape[:2]
+        size = (width, height)
+        if self.task == "classify":
+            return processing.classify_rows(first, self._name, top=options.top, softmax=options.softmax)
+        if self.task == "embed":
+            return {"embedding": first.reshape(-1).astype(np.float32).tolist()}
+        if self.task == "detect":
+            return detect_rows(
+                outputs,
+                prepared,
+                self._name,
+                decoder=options.decoder,
+                size=size,
+                score_threshold=options.score_threshold or 0.0,
+                iou_threshold=options.iou_threshold,
+            )
+        if self.task == "restyle":
+            return processing.restore_image(self.preprocessor.pixels(first), prepared, size)
+        classes = processing.label_map(first, (height, width), channels_last=not self.preprocessor.nchw)
+        if self.output == "image":
+            return processing.restore_map(classes, prepared, size).astype(np.uint8)
+        return processing.segment_rows(classes, prepared, size, self._name)
+
+    def _name(self, index: int) -> str:
+        return self._names[index] if index < len(self._names) else str(index)
+
+    def describe(self) -> str:
+        options = self.options
+        where = _SHORT_NAMES.get(self._provider, self._provider)
+        if where == "CPU":
+            where += f" ({options.threads} thread{'s' if options.threads > 1 else ''})"
+        task = f"detect ({options.decoder})" if self.task == "detect" else self.task
+        size = options.preprocess.size
+        shown = f"{size[0]}x{size[1]}" if size else "any size"
+        return f"{options.file} on {where}, {task}, {shown}, batch {self.batch_size}"
+
+    def close(self) -> None:
+        self.__dict__.pop("_session", None)
+
+
+def _columns(options: OnnxOptions) -> dict[str, str]:
+    if options.task == "embed":
+        return {"embedding": "list<float32>"}
+    if options.task == "detect":
+        return {
+            **dict.fromkeys(("xmin", "ymin", "xmax", "ymax"), "float32"),
+            "label": "string",
+            "score": "float32",
+        }
+    if options.task == "segment":
+        return {"label": "string", "index": "int64", "pixels": "int64", "share": "float32"}
+    rank = {"rank": "int64"} if options.top > 1 else {}
+    return {"label": "string", "index": "int64", "score": "float32", **rank}

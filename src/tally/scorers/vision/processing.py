@@ -1,0 +1,392 @@
+"""Everything around a vision model that is not the model, in numpy and Pillow: preprocessing, and turning
+outputs into rows and pictures. Boxes are decoded in :mod:`tally.scorers.vision.detection`.
+
+Pictures are ``uint8[height, width, 3]`` RGB. Sizes are ``(width, height)`` in pixels. A *tensor* is what the
+model is given for one picture, ``[channels, height, width]`` or ``[height, width, channels]``. All functions
+are pure and thread-safe.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from tally.errors import ItemError, SpecError
+from tally.scorers.base import Item, Row
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+Size: TypeAlias = tuple[int, int]
+
+MAX_SIDE = 16384
+"""Pixels. A larger input is a mistake, and would not fit into memory."""
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def _as_size(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [int(part) if part.strip().isdigit() else part for part in value.lower().split("x")]
+    if isinstance(value, int):
+        value = [value]
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or len(value) not in (1, 2):
+        raise ValueError("give one number of pixels, or width and height")
+    if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in value):
+        raise ValueError(f"width and height must be whole numbers from 1 to {MAX_SIDE}")
+    return (value[0], value[-1])
+
+
+def _as_numbers(value: Any) -> Any:
+    """A number stands for all channels."""
+    if value is None:
+        return None
+    values = value if isinstance(value, (list, tuple)) else [value]
+    try:
+        numbers = tuple(float(v) for v in values)
+    except (TypeError, ValueError):
+        raise ValueError("give a number, or a list with one number for each channel") from None
+    if len(numbers) not in (1, 3) or not all(math.isfinite(n) for n in numbers):
+        raise ValueError("give one finite number, or three")
+    return numbers
+
+
+def _as_colour(value: Any) -> Any:
+    numbers = _as_numbers(value)
+    if numbers is None:
+        return None
+    if not all(0 <= n <= 255 and n == int(n) for n in numbers):
+        raise ValueError("a colour is one or three whole numbers from 0 to 255")
+    return tuple(int(n) for n in numbers) * (3 if len(numbers) == 1 else 1)
+
+
+Numbers = Annotated[tuple[float, ...] | None, BeforeValidator(_as_numbers)]
+
+
+class Preprocess(BaseModel):
+    """How a picture becomes the model's tensor. What is left out is inferred from the model.
+
+    size: (width, height) in pixels, or one number for a square; None: the picture as it is.
+    resize: ``squash`` to the size; ``crop``: the shorter side to ``shorter`` pixels, then the centre;
+        ``letterbox``: fit inside, the rest is ``fill`` (RGB), the picture at ``anchor``.
+    scale, mean, std: a pixel x in 0..255 becomes ``(x * scale - mean) / std``. Mean and std are one number or
+        one for each channel, in the model's channel order (blue first for ``bgr``).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: Annotated[Size | None, BeforeValidator(_as_size)] = None
+    resize: Literal["squash", "crop", "letterbox"] | None = None
+    shorter: Annotated[int, Field(ge=1, le=MAX_SIDE)] | None = None
+    fill: Annotated[tuple[int, int, int] | None, BeforeValidator(_as_colour)] = None
+    anchor: Literal["top-left", "center"] | None = None
+    interpolation: Literal["bilinear", "nearest", "bicubic"] | None = None
+    layout: Literal["nchw", "nhwc"] | None = None
+    channels: Literal["rgb", "bgr", "gray"] | None = None
+    dtype: Literal["uint8", "float16", "float32"] | None = None
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    mean: Numbers = None
+    std: Numbers = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Preprocess:
+        problems = []
+        if self.std and 0.0 in self.std:
+            problems.append("std: must not be 0")
+        if self.resize == "crop" and self.size and self.shorter and self.shorter < max(self.size):
+            problems.append(f"shorter: {self.shorter} is less than the {max(self.size)} pixels to be cut out")
+        if self.channels == "gray" and 3 in (len(self.mean or ()), len(self.std or ())):
+            problems.append("mean, std: three numbers given, but gray has one channel")
+        if self.dtype == "uint8" and not self.identity:
+            problems.append("dtype: uint8 takes pixels as they are; scale, mean and std do not go with it")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def identity(self) -> bool:
+        """Whether pixels keep their values 0..255."""
+        return self.scale in (None, 1.0) and not any(self.mean or ()) and set(self.std or ()) <= {1.0}
+
+
+# ----------------------------------------------------------------------------------------- preprocessing
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One picture, ready for the model, and how to get from the tensor back to the original.
+
+    width, height: of the original, in pixels. scale: tensor pixels per original pixel, in x and y.
+    offset: where the original's top-left corner lies, in tensor pixels.
+    region: left, top, right, bottom of the part of the tensor that shows the picture.
+    """
+
+    key: str
+    tensor: Array
+    width: int
+    height: int
+    scale: tuple[float, float]
+    offset: tuple[float, float]
+    region: tuple[int, int, int, int]
+
+    def original(self, boxes: Array) -> Array:
+        """Boxes in tensor pixels to boxes in pixels of the original, not clipped to it."""
+        moved: Array = (boxes - np.array(self.offset * 2, np.float32)) / np.array(self.scale * 2, np.float32)
+        return moved
+
+
+class Preprocessor:
+    """Applies one :class:`Preprocess`; what that leaves out is plain: RGB, 0..255, NCHW, squash."""
+
+    def __init__(self, spec: Preprocess) -> None:
+        self.size = spec.size
+        self.resize = spec.resize or "squash"
+        self.shorter = spec.shorter or (round(max(spec.size) * 256 / 224) if spec.size else 0)
+        self.fill = spec.fill or (114, 114, 114)
+        self.anchor = spec.anchor or "top-left"
+        self.filter = _FILTERS[spec.interpolation or "bilinear"]
+        self.nchw = spec.layout != "nhwc"
+        self.channels = spec.channels or "rgb"
+        self.dtype = np.dtype(spec.dtype or "float32")
+        self.identity = spec.identity
+        mean, std = np.array(spec.mean or (0.0,)), np.array(spec.std or (1.0,))
+        count = 1 if self.channels == "gray" else 3
+        # (x * scale - mean) / std as x * gain + shift, in one pass
+        self.gain = np.broadcast_to(((spec.scale or 1.0) / std).astype(np.float32), count)
+        self.shift = np.broadcast_to((-mean / std).astype(np.float32), count)
+
+    def __call__(self, item: Item) -> Prepared:
+        """Resize and normalise one picture ``uint8[h, w, 3]``. Raises ItemError for anything else."""
+        value = item.value
+        if not (isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3):
+            raise ItemError(f"{item.key}: not a decoded picture (uint8[height, width, 3])", stage="prepare")
+        image = Image.fromarray(value)
+        width = int(item.info.get("width", image.width))
+        height = int(item.info.get("height", image.height))
+        if self.channels == "gray":
+            image = image.convert("L")
+        image, scale, offset, region = self._fit(image, width, height)
+        return Prepared(item.key, self.tensor(image), width, height, scale, offset, region)
+
+    def _fit(
+        self, image: Image.Image, width: int, height: int
+    ) -> tuple[Image.Image, tuple[float, float], tuple[float, float], tuple[int, int, int, int]]:
+        # Proportions come from the original's size: the picture may have been decoded at a reduced scale.
+        target_width, target_height = self.size or (width, height)
+        whole = (0, 0, target_width, target_height)
+        if self.resize == "crop" and self.size:
+            factor = self.shorter / min(width, height)
+            wide, high = round(width * factor), round(height * factor)
+            left, top = (wide - target_width) // 2, (high - target_height) // 2
+            cut = (left, top, left + target_width, top + target_height)
+            if max(wide, high) <= 8 * self.shorter:
+                # Resizing only what is cut out (below) would save half the time, but rounds differently from
+                # what models are trained and checked with: probabilities move by 0.01.
+                image = image.resize((wide, high), self.filter).crop(cut)
+            else:  # a ribbon: as a whole it might not fit into memory
+                x, y = image.width / wide, image.height / high
+                box = (cut[0] * x, cut[1] * y, cut[2] * x, cut[3] * y)
+                image = image.resize(self.size, self.filter, box=box)
+            return image, (wide / width, high / height), (-left, -top), whole
+        if self.resize == "letterbox" and self.size:
+            factor = min(target_width / width, target_height / height)
+            wide, high = max(1, int(width * factor)), max(1, int(height * factor))
+            centred = self.anchor == "center"
+            left = (target_width - wide) // 2 if centred else 0
+            top = (target_height - high) // 2 if centred else 0
+            canvas = Image.new(image.mode, self.size, self.fill if image.mode == "RGB" else self.fill[0])
+            canvas.paste(image.resize((wide, high), self.filter), (left, top))
+            return canvas, (factor, factor), (left, top), (left, top, left + wide, top + high)
+        if self.size and image.size != self.size:
+            image = image.resize(self.size, self.filter)
+        return image, (image.width / width, image.height / height), (0.0, 0.0), (0, 0, *image.size)
+
+    def tensor(self, image: Image.Image) -> Array:
+        """The normalised tensor of an image that has its final size."""
+        pixels: Array = np.asarray(image)
+        if pixels.ndim == 2:
+            pixels = pixels[:, :, None]
+        if self.channels == "bgr":
+            pixels = pixels[:, :, ::-1]
+        if self.nchw:
+            pixels = pixels.transpose(2, 0, 1)
+        if self.dtype == np.uint8 or self.identity:
+            return np.ascontiguousarray(pixels, dtype=self.dtype)
+        out: Array = np.empty(pixels.shape, np.float32)
+        out[...] = pixels
+        if self.nchw:
+            out *= self.gain[:, None, None]
+            out += self.shift[:, None, None]
+        else:
+            # whole rows at once: numpy is six times slower on an innermost axis of three
+            rows = out.reshape(out.shape[0], -1)
+            rows *= np.tile(self.gain, out.shape[1])
+            rows += np.tile(self.shift, out.shape[1])
+        return out.astype(self.dtype, copy=False)
+
+    def pixels(self, tensor: Array) -> Array:
+        """The inverse of :meth:`tensor` for a model's output in the same value range and channel order:
+        ``uint8[h, w, 3]`` RGB, clipped."""
+        values = tensor.astype(np.float32)
+        if values.shape[0] in (1, 3) and (self.nchw or values.shape[-1] not in (1, 3)):
+            values = values.transpose(1, 2, 0)
+        if not self.identity:
+            values = (values - self.shift) / self.gain
+        if self.channels == "bgr":
+            values = values[:, :, ::-1]
+        picture: Array = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        return np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
+
+
+# -------------------------------------------------------------------------------------------- classify
+
+
+def probabilities(scores: Array, softmax: str = "auto") -> Array:
+    """One picture's class scores, any shape with one axis longer than 1, as ``float32[classes]``.
+
+    softmax: ``auto`` applies it unless the scores are probabilities already (not negative, sum about 1);
+    ``always``; ``never``. uint8 scores are probabilities in units of 1/256.
+    """
+    if scores.dtype == np.uint8 and softmax != "always":
+        return scores.reshape(-1).astype(np.float32) / 256
+    values: Array = scores.reshape(-1).astype(np.float32)
+    if softmax == "never" or (softmax == "auto" and values.min() >= 0 and abs(float(values.sum()) - 1) < 0.01):
+        return values
+    values = np.exp(values - values.max())
+    values /= values.sum()
+    return values
+
+
+def classify_rows(scores: Array, name: Callable[[int], str], *, top: int, softmax: str) -> Row | list[Row]:
+    """The best class as ``label, index, score``; the best ``top`` ones, with their ``rank`` from 1, when
+    that is more than one. Equal scores are ranked by index."""
+    values = probabilities(scores, softmax)
+    if top == 1:
+        best = int(values.argmax())
+        return {"label": name(best), "index": best, "score": float(values[best])}
+    order = np.argsort(-values, kind="stable")[:top].tolist()
+    return [
+        {"label": name(i), "index": i, "score": float(values[i]), "rank": rank} for rank, i in enumerate(order, start=1)
+    ]
+
+
+# ------------------------------------------------------------------------------------ segment and restyle
+
+
+def label_map(output: Array, spatial: tuple[int, int], *, channels_last: bool) -> Array:
+    """Class index of every output pixel, ``int64[h, w]``.
+
+    output: class scores ``[h, w, classes]`` or ``[classes, h, w]`` (told apart by ``spatial``, the tensor's
+        height and width, else by ``channels_last``), one foreground score, or class indices ``[h, w]``.
+    """
+    if output.ndim == 3 and 1 not in (output.shape[0], output.shape[-1]):
+        if output.shape[:2] == spatial:
+            channels_last = True
+        elif output.shape[1:] == spatial:
+            channels_last = False
+        return np.asarray(output.argmax(axis=-1 if channels_last else 0))
+    flat = output
+    if output.ndim == 3:
+        last = output.shape[-1] == 1 and (channels_last or output.shape[0] != 1)
+        flat = output.squeeze(-1 if last else 0)
+    if np.issubdtype(flat.dtype, np.integer):
+        return flat.astype(np.int64)
+    # one channel: foreground, as a probability or as a logit
+    probability = flat.min() >= 0 and flat.max() <= 1
+    return (flat > (0.5 if probability else 0.0)).astype(np.int64)
+
+
+def segment_rows(classes: Array, prepared: Prepared, tensor_size: Size, name: Callable[[int], str]) -> list[Row]:
+    """``label, index, pixels, share`` of every class in a label map of the whole tensor, letterbox borders left
+    out. Shares add up to 1; pixels are those of the original, in proportion."""
+    left, top, right, bottom = _region(prepared, tensor_size, (classes.shape[1], classes.shape[0]))
+    shown = classes[round(top) : round(bottom), round(left) : round(right)]
+    indices, counts = np.unique(shown, return_counts=True)
+    shares = counts / shown.size
+    pixels = np.rint(shares * (prepared.width * prepared.height))
+    return [
+        {"label": name(int(i)), "index": int(i), "pixels": int(n), "share": float(share)}
+        for i, n, share in zip(indices, pixels, shares, strict=True)
+    ]
+
+
+def restore_map(classes: Array, prepared: Prepared, tensor_size: Size) -> Array:
+    """A label map of the whole tensor to the original's size (nearest), letterbox borders cut off."""
+    left, top, right, bottom = _region(prepared, tensor_size, (classes.shape[1], classes.shape[0]))
+    columns = left + (np.arange(prepared.width) + 0.5) * ((right - left) / prepared.width)
+    rows = top + (np.arange(prepared.height) + 0.5) * ((bottom - top) / prepared.height)
+    restored: Array = classes[rows.astype(np.intp)][:, columns.astype(np.intp)]
+    return restored
+
+
+def restore_image(picture: Array, prepared: Prepared, tensor_size: Size) -> Array:
+    """A picture of the whole tensor to the original's size, letterbox borders cut off."""
+    height, width = picture.shape[:2]
+    extra = (width - tensor_size[0], height - tensor_size[1])
+    if max(extra) < 32 and min(extra) >= 0:
+        # rounded up to a multiple of the model's stride: the surplus is at the right and at the bottom
+        picture = picture[: tensor_size[1], : tensor_size[0]]
+    left, top, right, bottom = map(round, _region(prepared, tensor_size, (picture.shape[1], picture.shape[0])))
+    # cut first: a filter that is given a box still looks at the border's colour around it
+    picture = np.ascontiguousarray(picture[top : max(bottom, top + 1), left : max(right, left + 1)])
+    if picture.shape[:2] == (prepared.height, prepared.width):
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((prepared.width, prepared.height), Image.Resampling.BICUBIC))
+
+
+def _region(prepared: Prepared, tensor_size: Size, output_size: Size) -> tuple[float, float, float, float]:
+    x, y = output_size[0] / tensor_size[0], output_size[1] / tensor_size[1]
+    left, top, right, bottom = prepared.region
+    return left * x, top * y, right * x, bottom * y
+
+
+# ---------------------------------------------------------------------------------------------- labels
+
+
+def read_labels(path: Path) -> list[str]:
+    """The class names in a file: a text file with one on each line, up to the first empty line; or a list,
+    or a mapping of index to name, in JSON or as Python prints it. Raises SpecError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except OSError as error:
+        raise SpecError(f"labels: {path} cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise SpecError(f"labels: {path} is not text in UTF-8") from None
+    if not text.startswith(("{", "[")):
+        lines = [line.strip() for line in text.splitlines()]
+        names = lines[: lines.index("")] if "" in lines else lines
+        if not text:
+            raise SpecError(f"labels: {path} is empty")
+        return names
+    try:
+        value = json.loads(text)
+    except ValueError:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise SpecError(f"labels: {path} is neither JSON nor one name on each line") from None
+    if isinstance(value, dict):
+        try:
+            value = {int(index): str(label) for index, label in value.items()}
+            return [value[i] for i in range(len(value))]
+        except (KeyError, ValueError, TypeError):
+            raise SpecError(f"labels: {path} must map the indices 0, 1, 2 ... to names") from None
+    if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
+        raise SpecError(f"labels: {path} must hold a list of names")
+    return value

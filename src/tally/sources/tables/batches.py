@@ -1,0 +1,200 @@
+"""Batches of rows out of a chunk's pieces, made ahead of the consumer."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tally.errors import ItemError, StorageAwayError, StorageError, TallyError
+from tally.sources.base import Batch
+from tally.sources.tables.formats import plain_type
+from tally.sources.tables.parquet import DECODED, Stream
+from tally.sources.tables.row_ranges import Piece, length
+from tally.storage import key_of, name_from_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tally.sources.tables.source import TableSource
+
+READY = 1
+"""Batches that wait while one is scored; one more is being made."""
+
+
+class Reader:
+    """Makes the batches of one chunk."""
+
+    def __init__(self, source: TableSource, pieces: Sequence[Piece], size: int) -> None:
+        self._source, self._pieces, self._size = source, pieces, size
+        query = source.query
+        self._values = list(dict.fromkeys([*source.by, *source.features]))
+        self._info = list(source.columns)
+        self._types = dict(query.selection.inputs)
+        self._stream: tuple[Any, Stream] | None = None
+        self._window = _Window(0, size)
+
+    def batches(self) -> Iterator[Batch]:
+        count = sum(map(length, self._pieces))
+        self._window = _Window(0, min(self._size, count))
+        try:
+            for piece in self._pieces:
+                for start, rows, found in self._found(piece):
+                    done = 0
+                    while done < rows:
+                        taken = min(rows - done, self._window.room)
+                        self._add(piece, start + done, taken, found, done)
+                        done += taken
+                        if not self._window.room:
+                            batch = self._window.batch(self._values, self._info)
+                            self._window = _Window(batch.stop, min(self._size, count - batch.stop))
+                            yield batch
+        finally:
+            self._close()
+
+    def _found(self, piece: Piece) -> Iterator[tuple[int, int, Any]]:
+        """Runs of the piece's items: the first item, their number, and a record batch or their errors."""
+        if piece[0] == "key":
+            yield 0, 1, [ItemError(piece[2])]
+        elif piece[0] == "bad":
+            for start in range(piece[1], piece[2], DECODED):
+                stop = min(start + DECODED, piece[2])
+                lines = self._source.bad_lines(start, stop)
+                yield start, stop - start, [ItemError(row["error"], stage="read") for row in lines]
+        else:
+            at = piece[3]
+            try:
+                for batch in self._open(piece).read(at, piece[4]):
+                    yield at, batch.num_rows, batch
+                    at += batch.num_rows
+            except StorageAwayError:
+                raise
+            except (TallyError, OSError, ValueError, StopIteration, RuntimeError) as error:
+                self._close()
+                failed = _unreadable(piece, error)
+                yield at, piece[4] - at, [failed] * (piece[4] - at)
+
+    def _open(self, piece: Piece) -> Stream:
+        if self._stream is None or self._stream[0] != piece[1:3]:
+            self._close()
+            file = self._source.open_rows(piece)
+            columns = list(dict.fromkeys([*self._values, *self._info, *self._source.key_columns(piece)]))
+            if missing := set(columns).difference(file.schema_arrow.names):
+                raise StorageError(f"{key_of(name_from_json(piece[2]))} has changed: it lacks {min(missing)!r}")
+            self._stream = (list(piece[1:3]), Stream(file, columns, max(DECODED, self._size)))
+        return self._stream[1]
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            self._stream[1].close()
+            self._stream = None
+
+    def _add(self, piece: Piece, start: int, count: int, found: Any, offset: int) -> None:
+        window = self._window
+        if isinstance(found, list):
+            window.dead += list(zip(range(window.at, window.at + count), found[offset : offset + count], strict=True))
+        else:
+            import pyarrow as pa
+
+            rows = pa.Table.from_batches([found.slice(offset, count)])
+            window.tables.append(plain(rows, self._types))
+            window.keys.append(self._source.keys_of(piece, start, rows, count))
+            window.runs.append((window.at, window.at + count))
+        window.at += count
+
+
+@dataclass(slots=True)
+class _Window:
+    """A batch that is being filled, up to position ``stop`` of its chunk."""
+
+    start: int
+    size: int
+    at: int = field(init=False)
+    tables: list[Any] = field(default_factory=list)
+    keys: list[Any] = field(default_factory=list)
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    dead: list[tuple[int, ItemError]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.at = self.start
+
+    @property
+    def room(self) -> int:
+        return self.start + self.size - self.at
+
+    def batch(self, values: Sequence[str], info: Sequence[str]) -> Batch:
+        batch = Batch(self.start, self.start + self.size, dead=self.dead)
+        if not self.tables:
+            return batch
+        import numpy as np
+        import pyarrow as pa
+
+        table = pa.concat_tables(self.tables)
+        batch.keys = self.keys[0] if len(self.keys) == 1 else pa.concat_arrays(self.keys)
+        batch.positions = np.concatenate([np.arange(*run, dtype=np.int64) for run in self.runs])
+        batch.values = table.select(values)
+        batch.info = table.select(info) if info else None
+        return batch
+
+
+def plain(table: pa.Table, types: Mapping[str, pa.DataType]) -> pa.Table:
+    """The table with the columns' plain types; of a file among others, with the types that they have in common."""
+    for index, name in enumerate(table.schema.names):
+        kind = table.schema.field(index).type
+        wanted = types.get(name) or plain_type(kind)
+        if kind != wanted:
+            table = table.set_column(index, name, table.column(index).cast(wanted, safe=False))
+    return table
+
+
+def _unreadable(piece: Piece, error: BaseException) -> ItemError:
+    if isinstance(error, TallyError):
+        return ItemError(error.message, stage="read", hint=error.hint)
+    reason = " ".join(str(error).split()) or "it ends too early"
+    return ItemError(f"{key_of(name_from_json(piece[2]))} cannot be read: {reason}", stage="read")
+
+
+class Ahead(threading.Thread):
+    """Makes batches while the consumer is busy with the one before."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        super().__init__(name="tally-table", daemon=True)
+        self.seconds = 0.0  # that making them took
+        self._batches = batches
+        self._ready: queue.Queue[Any] = queue.Queue(READY)
+        self._stopping = threading.Event()
+        self.start()
+
+    def next(self) -> Batch | None:
+        """The next batch; None after the last."""
+        found = self._ready.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found  # type: ignore[no-any-return]
+
+    def stop(self) -> None:
+        """Stop working; returns when nothing runs any more."""
+        self._stopping.set()
+        while self.is_alive():
+            with suppress(queue.Empty):
+                self._ready.get_nowait()
+            self.join(0.005)
+
+    def run(self) -> None:
+        began = time.perf_counter()
+        try:
+            for batch in self._batches:
+                self.seconds += time.perf_counter() - began
+                self._ready.put(batch)
+                if self._stopping.is_set():
+                    return
+                began = time.perf_counter()
+            self._ready.put(None)
+        except BaseException as error:
+            self._ready.put(error)
+        finally:
+            self._batches.close()  # type: ignore[attr-defined]

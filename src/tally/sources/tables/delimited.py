@@ -1,0 +1,437 @@
+"""CSV and its relatives: how a file is written, and its rows by DuckDB.
+
+What DuckDB guesses about a file depends on faults in it; here, how it is written is found out first, from its
+beginning, and DuckDB is told all of it. A line that does not fit is then a fault of that line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from tally.errors import StorageError
+from tally.sources.tables.type_inference import Guess, Text, guess, identifier, literal
+from tally.text import did_you_mean
+
+T = TypeVar("T")
+
+OPTIONS = (
+    "delim",
+    "quote",
+    "escape",
+    "header",
+    "encoding",
+    "nullstr",
+    "decimal_separator",
+    "skip",
+    "comment",
+    "timestampformat",
+    "dateformat",
+    "types",
+)
+_DELIMITERS = ",;\t|"
+_HEAD_BYTES = 1 << 20
+_HEAD_RECORDS = 500
+_LINE_BYTES = 16 << 20
+_BUFFER_BYTES = 32 << 20
+_NEWLINES = 1 << 22
+
+_BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_VALUE = re.compile(r"[-+]?[\d.,]*\d[\d.,]*([eE][-+]?\d+)?%?|\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[./]\d\d?[./]\d{2,4}.*")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one file is written. names: of all its columns, in order."""
+
+    names: tuple[str, ...]
+    delim: str = ","
+    quote: str = '"'
+    escape: str = '"'
+    header: bool = True
+    encoding: str = "utf-8"
+    skip: int = 0
+    comment: str = ""
+    nullstr: tuple[str, ...] = ("",)
+    decimal: str = "."
+    timestampformat: str | None = None
+    dateformat: str | None = None
+
+    def remark(self) -> str | None:
+        """What was assumed, where that is not the usual."""
+        said = []
+        if self.delim != ",":
+            said.append(f"the delimiter is {_DELIMITER_NAMES.get(self.delim, repr(self.delim))}")
+        if not self.header:
+            last = f"to {self.names[-1]}" if len(self.names) > 1 else ""
+            said.append(f"there is no header (columns are called {self.names[0]} {last}".rstrip() + ")")
+        return " and ".join(said) or None
+
+
+_DELIMITER_NAMES = {";": "a semicolon", "\t": "a tab", "|": "a vertical bar", " ": "a space"}
+
+
+def check_options(options: Mapping[str, Any]) -> list[str]:
+    """Every problem with the options for CSV that are given."""
+    problems = []
+    for name, value in options.items():
+        if name not in OPTIONS:
+            problems.append(f"csv: there is no option {name!r}{did_you_mean(name, OPTIONS)}")
+        elif name == "types":
+            if not isinstance(value, Mapping):
+                problems.append(f"csv: types must map columns to types, not {value!r}")
+        elif name == "header":
+            if not isinstance(value, bool):
+                problems.append(f"csv: header must be true or false, not {value!r}")
+        elif name == "skip":
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                problems.append(f"csv: skip must be a number of lines, not {value!r}")
+        elif name == "nullstr":
+            if not isinstance(value, (str, list, tuple)) or not all(isinstance(each, str) for each in value):
+                problems.append(f"csv: nullstr must be a text or several, not {value!r}")
+        elif not isinstance(value, str):
+            problems.append(f"csv: {name} must be a text, not {value!r}")
+        elif name in ("delim", "quote", "escape", "comment", "decimal_separator") and len(value) > 1:
+            problems.append(f"csv: {name} must be one character, not {value!r}")
+        elif name == "delim" and not value:
+            problems.append("csv: delim must be one character, not ''")
+        elif name == "encoding":
+            try:
+                codecs.lookup(value)
+            except LookupError:
+                problems.append(f"csv: there is no encoding {value!r}; examples are utf-8, utf-16, latin-1, cp1252")
+    return problems
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """The file's bytes, unpacked."""
+    return cast("BinaryIO", gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb"))
+
+
+def look(path: Path, name: str, options: Mapping[str, Any]) -> Dialect | None:
+    """How the file is written; None if it holds nothing. Raises StorageError when that cannot be told.
+
+    name: what to call the file in messages.
+    """
+    try:
+        with open_plain(path) as file:
+            head = file.read(_HEAD_BYTES)
+    except (OSError, EOFError, ValueError) as error:
+        raise StorageError(f"cannot read {name}: {error}") from None
+    bom = next((encoding for mark, encoding in _BOMS if head.startswith(mark)), None)
+    encoding = str(options.get("encoding") or bom or "utf-8")
+    text = _decoded(head, encoding, name)
+    records = _cut_first(text, int(options.get("skip", 0)), options.get("comment", ""))
+    if not records.strip():
+        return None
+    quote = str(options.get("quote", '"'))
+    escape = str(options.get("escape", quote))
+    delim = options.get("delim") or _delimiter(records, quote, escape)
+    rows = _parse(records, delim, quote, escape, complete=len(head) < _HEAD_BYTES)
+    if not rows:
+        raise StorageError(
+            f"{name}, line 1: the line is too long to be one of CSV, or a quote is never closed",
+            hint="if quotes mean nothing in this file, say so with csv quote=''",
+        )
+    header = options.get("header")
+    if header is None:
+        header = not any(_VALUE.fullmatch(cell.strip()) for cell in rows[0])
+    names = _names(rows[0]) if header else tuple(f"column{index}" for index in range(_width(rows)))
+    _check_width(name, names, rows, delim, bool(header))
+    nullstr = options.get("nullstr", "")
+    return Dialect(
+        names,
+        delim,
+        quote,
+        escape,
+        bool(header),
+        "utf-8" if _is_utf8(encoding) else encoding,
+        int(options.get("skip", 0)),
+        str(options.get("comment", "")),
+        (nullstr,) if isinstance(nullstr, str) else tuple(nullstr),
+        str(options.get("decimal_separator", ".")),
+        options.get("timestampformat"),
+        options.get("dateformat"),
+    )
+
+
+def _is_utf8(encoding: str) -> bool:
+    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig", "ascii")
+
+
+def _decoded(head: bytes, encoding: str, name: str) -> str:
+    """The beginning as text. The first line has to be right: it may name the columns."""
+    text = head.decode(encoding, "replace").removeprefix("\ufeff")
+    if "\0" in text[:4096]:
+        raise StorageError(
+            f"{name}, line 1, column 1: zero bytes: this is no text, or not in {encoding}",
+            hint="name its encoding, as in csv encoding=utf-16",
+        )
+    if _is_utf8(encoding):
+        line = head.split(b"\n", 1)[0]
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if error.end < len(head):
+                column = line[: error.start].count(b",") + 1
+                raise StorageError(
+                    f"{name}, line 1, column {column}: byte 0x{line[error.start]:02x} is not valid UTF-8",
+                    hint="name the file's encoding, as in csv encoding=latin-1",
+                ) from None
+    return text
+
+
+def _cut_first(text: str, skip: int, comment: str) -> str:
+    lines = text.splitlines(keepends=True)[skip:]
+    return "".join(line for line in lines if not comment or not line.startswith(comment))
+
+
+def _delimiter(text: str, quote: str, escape: str) -> str:
+    """The delimiter that cuts most of the records into equally many parts."""
+    best, chosen = (0.5, 1), ","
+    for each in _DELIMITERS:
+        rows = _parse(text, each, quote, escape, complete=True)
+        widths = Counter(len(row) for row in rows if row)
+        if not widths:
+            continue
+        width, count = max(widths.items(), key=lambda item: (item[1], item[0]))
+        rank = (round(count / sum(widths.values()), 2), width)
+        if width > 1 and rank > best:
+            best, chosen = rank, each
+    return chosen
+
+
+def _parse(text: str, delim: str, quote: str, escape: str, *, complete: bool) -> list[list[str]]:
+    """The first records. complete: the text is not cut off within its last one."""
+    style: dict[str, Any] = {"delimiter": delim, "quoting": csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE}
+    if quote:
+        style |= {"quotechar": quote, "doublequote": escape == quote}
+        if escape and escape != quote:
+            style["escapechar"] = escape
+    rows: list[list[str]] = []
+    reader = csv.reader(io.StringIO(text, newline=""), **style)
+    try:
+        for row in reader:
+            if row:
+                rows.append(row)
+            if len(rows) > _HEAD_RECORDS:
+                break
+        else:
+            if not complete:
+                rows = rows[:-1]
+    except csv.Error:  # a field of endless length
+        pass
+    return rows
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    return Counter(map(len, rows)).most_common(1)[0][0]
+
+
+def _names(cells: Sequence[str]) -> tuple[str, ...]:
+    """Column names: those without one are numbered, those that come again too."""
+    names: list[str] = []
+    lower: set[str] = set()
+    for index, cell in enumerate(cells):
+        name = cell.strip() or f"column{index}"
+        unique, number = name, 0
+        while unique.lower() in lower:
+            number += 1
+            unique = f"{name}_{number}"
+        lower.add(unique.lower())
+        names.append(unique)
+    return tuple(names)
+
+
+def _check_width(name: str, names: Sequence[str], rows: Sequence[Sequence[str]], delim: str, header: bool) -> None:
+    data = rows[1:] if header else rows
+    fitting = sum(len(row) == len(names) for row in data)
+    if len(data) >= 2 and fitting * 2 < len(data):
+        raise StorageError(
+            f"{name}, line 1, column {min(len(names), _width(data)) + 1}: the first line has {len(names)} "
+            f"columns, and most of the others have {_width(data)} (delimiter {delim!r})",
+            hint="say how many lines to pass over with csv skip=N, or what it is cut at with csv delim=';'",
+        )
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+def readable(path: Path, dialect: Dialect, folder: Path, name: str) -> Path:
+    """A file for DuckDB: the path itself (packed or not), or a copy in UTF-8 made in the folder.
+
+    Raises StorageError naming the line that is not in the encoding.
+    """
+    if _is_utf8(dialect.encoding):
+        return path
+    target = folder / f"{path.name.removesuffix('.gz')}.utf8"
+    with open_plain(path) as raw, target.open("w", encoding="utf-8", newline="") as out:
+        decoder = codecs.getincrementaldecoder(dialect.encoding)()
+        lines, before = 1, ""
+        while True:
+            block = raw.read(_NEWLINES)
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                good = error.object[: error.start].decode(dialect.encoding, "replace")
+                line = (before + good).rsplit("\n", 1)[-1]
+                raise StorageError(
+                    f"{name}, line {lines + good.count(chr(10))}, column {line.count(dialect.delim) + 1}: "
+                    f"{error.reason} (read as {dialect.encoding})",
+                    hint="name the encoding that the file is in, as in csv encoding=cp1252",
+                ) from None
+            out.write(text.removeprefix("\ufeff"))
+            lines += text.count("\n")
+            before = (before + text).rsplit("\n", 1)[-1]
+            if not block:
+                return target
+
+
+def relation(path: Path, dialect: Dialect, types: Mapping[str, str], *, strict: bool = True) -> str:
+    """The file as an SQL relation of all its columns; those without a type are text. Faults are noted by DuckDB."""
+    columns = ", ".join(f"{literal(name)}: {literal(types.get(name, 'VARCHAR'))}" for name in dialect.names)
+    nulls = ", ".join(map(literal, dict.fromkeys(["", *dialect.nullstr])))
+    parts = [
+        literal(str(path)),
+        "auto_detect = false",
+        f"columns = {{{columns}}}",
+        f"delim = {literal(dialect.delim)}",
+        f"quote = {literal(dialect.quote)}",
+        f"escape = {literal(dialect.escape)}",
+        f"header = {str(dialect.header).lower()}",
+        f"skip = {dialect.skip}",
+        f"nullstr = [{nulls}]",
+        f"max_line_size = {_LINE_BYTES}",
+        f"buffer_size = {_BUFFER_BYTES}",
+        "store_rejects = true",
+        f"strict_mode = {str(strict).lower()}",
+    ]
+    if path.suffix.lower() == ".gz":
+        parts.append("compression = 'gzip'")
+    if dialect.comment:
+        parts.append(f"comment = {literal(dialect.comment)}")
+    if dialect.decimal != ".":
+        parts.append(f"decimal_separator = {literal(dialect.decimal)}")
+    if dialect.timestampformat:
+        parts.append(f"timestampformat = {literal(dialect.timestampformat)}")
+    if dialect.dateformat:
+        parts.append(f"dateformat = {literal(dialect.dateformat)}")
+    return f"read_csv({', '.join(parts)})"
+
+
+def guess_types(connection: Any, path: Path, dialect: Dialect, rows: int) -> tuple[dict[str, Guess], bool]:
+    """The types of the file's columns by its first rows, and whether these are all that there are."""
+    columns = {name: Text(identifier(name), identifier(name)) for name in dialect.names}
+
+    def sampled(strict: bool) -> tuple[dict[str, Guess], bool]:
+        given = relation(path, dialect, {}, strict=strict)
+        connection.execute(f"CREATE OR REPLACE TEMP TABLE sample AS FROM {given} LIMIT {rows}")
+        found = guess(
+            connection,
+            "sample",
+            columns,
+            decimal=dialect.decimal,
+            timestampformat=dialect.timestampformat,
+            dateformat=dialect.dateformat,
+        )
+        count = connection.execute("SELECT count(*) FROM sample").fetchone()[0]
+        connection.execute("DROP TABLE sample")
+        forget_faults(connection)
+        return found, count < rows
+
+    return lenient(sampled)
+
+
+def lenient(run: Callable[[bool], T]) -> T:
+    """What ``run(strict=True)`` gives; of a file that mixes line endings, which DuckDB refuses, ``run(False)``."""
+    import duckdb
+
+    try:
+        return run(True)
+    except duckdb.InvalidInputException as error:
+        if "state" not in str(error):
+            raise
+        return run(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A line that could not be read. before: how many good rows stand before it."""
+
+    line: int
+    before: int
+    message: str
+
+
+def faults(connection: Any, path: Path, dialect: Dialect, name: str) -> Iterator[Fault]:
+    """The lines that DuckDB noted while it read the file, in order; afterwards they are forgotten."""
+    if not _has_faults(connection):
+        return
+    found = connection.execute(
+        "SELECT line, min(line_byte_position), arg_min(column_idx, column_idx), arg_min(column_name, column_idx), "
+        "arg_min(error_type::VARCHAR, column_idx), arg_min(error_message, column_idx) "
+        "FROM reject_errors GROUP BY line ORDER BY line"
+    ).fetchall()
+    forget_faults(connection)
+    if not found:
+        return
+    first = dialect.skip + int(dialect.header) + 1
+    lines = _line_numbers(path, [int(row[1]) for row in found])
+    for index, ((record, _, column, title, kind, message), line) in enumerate(zip(found, lines, strict=True)):
+        if match := re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", message):
+            wanted, given = int(match[1]), int(match[2])
+            column, title = min(wanted, given) + 1, None
+            fewer = f"the line has {given} column{'s' if given > 1 else ''}, not {wanted}"
+            told = fewer if given < wanted else f"the line has more than {wanted} columns"
+        else:
+            told = _told(kind, message)
+        where = f"{name}, line {line}, column {column}" + (f" ({title})" if title else "")
+        yield Fault(line, max(0, record - first - index), f"{where}: {told}")
+
+
+def _told(kind: str, message: str) -> str:
+    """DuckDB's words in ours."""
+    if match := re.search(r"Could not convert string \"(.*)\" to '(.*)'", message, re.DOTALL):
+        return f"could not convert {match[1][:100]!r} to {match[2]}"
+    return {
+        "UNQUOTED VALUE": "a quote is never closed, or text follows after it; what it opens is lost up to its end",
+        "INVALID ENCODING": "not valid UTF-8; name the file's encoding, as in csv encoding=latin-1",
+        "LINE SIZE OVER MAXIMUM": f"the line is longer than {_LINE_BYTES:,} bytes",
+    }.get(kind, " ".join(message.split()))
+
+
+def _line_numbers(path: Path, positions: Sequence[int]) -> list[int]:
+    """The lines in which bytes stand; positions ascend and count from 1."""
+    numbers: list[int] = []
+    with open_plain(path) as file:
+        at, line = 0, 1
+        block = b""
+        for position in positions:
+            target = position - 1
+            while True:
+                step = min(len(block), target - at)
+                line += block.count(b"\n", 0, step)
+                at, block = at + step, block[step:]
+                if at >= target or not (block := file.read(_NEWLINES)):
+                    break
+            # DuckDB may point at the line feed before the line.
+            numbers.append(line + (block[:1] == b"\n"))
+    return numbers
+
+
+def _has_faults(connection: Any) -> bool:
+    return bool(
+        connection.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = 'reject_errors'").fetchone()[0]
+    )
+
+
+def forget_faults(connection: Any) -> None:
+    connection.execute("DROP TABLE IF EXISTS reject_errors; DROP TABLE IF EXISTS reject_scans")

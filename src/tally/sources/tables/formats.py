@@ -1,0 +1,217 @@
+"""What a file of rows is: its format by its name, its columns, and how its Parquet is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from tally.errors import SourceNotFoundError, SpecError, StorageError
+from tally.storage import LocalStore, Store, failure, key_of
+from tally.storage.ranges import Seekable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+Format = Literal["parquet", "csv", "jsonl", "arrow"]
+
+SUFFIXES: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".psv": "csv",
+    ".ssv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+    ".csv.gz": "csv",
+    ".tsv.gz": "csv",
+    ".psv.gz": "csv",
+    ".jsonl.gz": "jsonl",
+    ".ndjson.gz": "jsonl",
+}
+"""Format by a file name's suffix, lower case, with the dot."""
+
+_SPREADSHEETS = frozenset({".xls", ".xlsx", ".xlsm", ".xlsb", ".ods", ".numbers"})
+_ARCHIVES = frozenset({".zip", ".7z", ".tar", ".rar", ".tgz", ".bz2", ".xz", ".zst"})
+
+
+def format_of(name: str) -> Format | None:
+    """The format of a file by its name (``.csv.gz`` and ``.jsonl.gz`` too), or None."""
+    stem, suffix = os.path.splitext(name.lower())  # noqa: PTH122
+    if suffix == ".gz":
+        suffix = os.path.splitext(stem)[1] + suffix  # noqa: PTH122
+    return SUFFIXES.get(suffix)
+
+
+def known_format(name: str, *, csv: bool) -> Format:
+    """As :func:`format_of`. csv: options for CSV are given: any other name is taken for such a file.
+
+    Raises SpecError for a file that is no table by its name.
+    """
+    found = format_of(name)
+    if found is not None:
+        return found
+    suffix = os.path.splitext(name.lower())[1]  # noqa: PTH122
+    shown = key_of(name)
+    if suffix in _SPREADSHEETS:
+        raise SpecError(f"{shown} is a spreadsheet, which is not read; save its sheet as CSV")
+    if suffix in _ARCHIVES:
+        raise SpecError(f"{shown} is packed; unpack it first (gzip alone is read, as in readings.csv.gz)")
+    if csv:
+        return "csv"
+    raise SpecError(
+        f"{shown} is not a table by its name (.parquet, .csv, .tsv, .jsonl, .arrow ...); "
+        "with options for CSV, such as its delimiter, it is read as CSV"
+    )
+
+
+# -- types --------------------------------------------------------------------------------------------
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type without how it is stored: no dictionaries, no large or view variants."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_run_end_encoded(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return pa.binary()
+    return kind
+
+
+def is_numeric(kind: pa.DataType) -> bool:
+    """Integers, floats and decimals; truth values are none."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+
+
+def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
+    """The type that holds the values of both (integers and floats: float64), or None."""
+    import pyarrow as pa
+
+    if first == second:
+        return first
+    if is_numeric(first) and is_numeric(second):
+        if pa.types.is_integer(first) and pa.types.is_integer(second):
+            return pa.int64()
+        return pa.float64()
+    try:
+        schemas = [pa.schema([("column", kind)]) for kind in (first, second)]
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return None
+
+
+def unify(schemas: Sequence[tuple[str, pa.Schema]]) -> tuple[pa.Schema, list[str]]:
+    """One schema for files that must agree in their columns by name, and the problems that there are.
+
+    schemas: name of each file, and its schema with plain types.
+    """
+    import pyarrow as pa
+
+    reference, first = schemas[0]
+    kinds = dict(zip(first.names, first.types, strict=True))
+    origin = dict.fromkeys(kinds, reference)
+    problems: list[str] = []
+    clashing: set[str] = set()
+    for name, schema in schemas[1:]:
+        if missing := [each for each in first.names if each not in schema.names]:
+            problems.append(f"{name} lacks {_listed(missing)}, which {reference} has")
+        if extra := [each for each in schema.names if each not in kinds]:
+            problems.append(f"{name} has {_listed(extra)}, which {reference} lacks")
+        for column, kind in zip(schema.names, schema.types, strict=True):
+            if column not in kinds or column in clashing:
+                continue
+            common = common_type(kinds[column], kind)
+            if common is None:
+                clashing.add(column)
+                problems.append(f"column {column!r} is {kinds[column]} in {origin[column]} and {kind} in {name}")
+            elif common != kinds[column]:
+                kinds[column], origin[column] = common, name
+    return pa.schema(list(kinds.items())), problems
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"column{'s' if len(names) > 1 else ''} {shown}{more}"
+
+
+# -- opening ------------------------------------------------------------------------------------------
+
+
+class _Ranges(Seekable):
+    """A remote object as a file: each read is a request, as Parquet is read in few and large pieces. Of one thread."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        size, self._mark = store.marked(name)
+        super().__init__(size)
+        self._store, self._name = store, name
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self.size - self.at)
+        length = left if size is None or size < 0 else min(size, left)
+        data = self._store.read_range(self._name, self.at, length, mark=self._mark) if length else b""
+        self.at += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+
+def open_parquet(store: Store, name: str) -> pq.ParquetFile:
+    """Open a Parquet file; of one in a bucket, only the parts that are asked for are fetched.
+
+    Raises SourceNotFoundError or StorageError.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if isinstance(store, LocalStore):
+            return pq.ParquetFile(store.local_path(name))
+        return pq.ParquetFile(pa.PythonFile(_Ranges(store, name), mode="r"), pre_buffer=True)
+    except SourceNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise failure("read", f"{store.url}/{name}", _first_line(error, "it is no Parquet file")) from None
+
+
+def arrow_schema(store: Store, name: str) -> pa.Schema:
+    """The schema of an Arrow IPC file or stream. Raises StorageError."""
+    with open_arrow(store, name) as reader:
+        return reader.schema
+
+
+def open_arrow(store: Store, name: str) -> pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader:
+    """Open an Arrow IPC file or stream. Raises StorageError."""
+    import pyarrow as pa
+
+    path = store.local_path(name)
+    try:
+        with path.open("rb") as file:
+            seekable = file.read(6) == b"ARROW1"
+        opened = pa.memory_map(os.fspath(path)) if path.stat().st_size else pa.BufferReader(b"")
+        return pa.ipc.open_file(opened) if seekable else pa.ipc.open_stream(opened)
+    except (pa.ArrowException, OSError) as error:
+        raise failure("read", f"{store.url}/{name}", _first_line(error, "it is no Arrow file")) from None
+
+
+def _first_line(error: BaseException, what: str) -> BaseException:
+    """The error as one line that begins with what is wrong in plain words; system errors as they are."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    text = str(error).split("\n", 1)[0].strip().rstrip(".")
+    return ValueError(f"{what} ({text})")

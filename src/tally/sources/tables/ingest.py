@@ -1,0 +1,377 @@
+"""Bringing tables into work files: Parquet whose rows are converted, chosen, gathered and grouped, out of core.
+
+First every file that is not Parquet becomes one, row for row. Then, where rows are chosen, grouped by key or gathered
+over windows, one sorted Parquet file is made of all. Lines that cannot be read are listed beside.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import psutil
+
+from tally.errors import StorageError
+from tally.sources.tables import delimited, jsonlines
+from tally.sources.tables.formats import Format, open_arrow, plain_type
+from tally.sources.tables.select import ORDER, Selection, Wanted
+from tally.sources.tables.type_inference import identifier, literal
+from tally.storage import Store, failure, temporary
+from tally.text import did_you_mean
+
+if TYPE_CHECKING:
+    import duckdb
+    import pyarrow as pa
+
+ROWS, KEYS, BAD = "rows.parquet", "keys.parquet", "bad.parquet"
+FIRST, COUNT = "_first", "_rows"
+_MEMORY = 4 * 1024**3
+"""Bytes that DuckDB may hold; what has no room there is put on disk."""
+_GROUP_ROWS = 122_880
+_BATCH_ROWS = 65_536
+_ORIGIN = "make_timestamp(2000, 1, 3, 0, 0, 0)"
+"""A Monday: windows of days and of weeks begin at midnight, those of weeks with a Monday."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is to be made of the files. types: of the columns of CSV and JSON Lines, as DuckDB calls them."""
+
+    wanted: Wanted
+    selection: Selection
+    csv: Mapping[str, Any] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sorts(self) -> bool:
+        """Whether one file is made of all, not one of each."""
+        return bool(self.wanted.by or self.wanted.where or self.wanted.window is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One file. key: what its rows' keys begin with."""
+
+    key: str
+    store: Store
+    name: str
+    format: Format
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was made: JSON-able.
+
+    kind: ``files`` (one table for each file), ``rows`` (one table, each row with its place in the whole input) or
+    ``windows``. files: key of each file and its number of rows. tables: their names and numbers of rows. bad: number
+    of lines that could not be read. keys: number of keys. timeless: rows without a time, which are in no window.
+    """
+
+    kind: str
+    files: list[tuple[str, int]]
+    tables: list[tuple[str, int]]
+    bad: int = 0
+    keys: int = 0
+    timeless: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Made:
+        pairs = {name: [(each[0], each[1]) for each in fields[name]] for name in ("files", "tables")}
+        return cls(**{**fields, **pairs})
+
+
+def make(inputs: Iterable[Input], query: Query, folder: Path) -> Made:
+    """Make the work files in a folder of this machine. Raises StorageError."""
+    import duckdb
+
+    spill = folder / "spill"
+    with temporary.folder("tables") as links, connect(spill) as connection:
+        try:
+            files, tables = _convert(connection, inputs, query, folder, Path(links))
+            if not query.sorts:
+                return Made("files", files, [(path.name, rows) for path, rows in tables], _count(folder / BAD))
+            return _arrange(connection, query, files, tables, folder, Path(links))
+        except duckdb.Error as error:
+            raise failure("prepare", str(folder), _first_line(error)) from None
+        except OSError as error:
+            raise error if isinstance(error, StorageError) else failure("write", str(folder), error) from None
+        finally:
+            shutil.rmtree(spill, ignore_errors=True)
+
+
+@contextmanager
+def connect(spill: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB that stays within a share of the memory. spill: where it may put what has no room there."""
+    import duckdb
+
+    config: dict[str, Any] = {"threads": os.cpu_count() or 1}
+    if spill is not None:
+        config["temp_directory"] = str(spill)
+    with duckdb.connect(":memory:", config=config) as connection:
+        limit = min(psutil.virtual_memory().total // 4, _MEMORY)
+        connection.execute(f"SET memory_limit = '{limit}B'; SET TimeZone = 'UTC'; SET enable_progress_bar = false")
+        connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")
+        yield connection
+
+
+def link(path: Path, folder: Path, number: int, suffix: str) -> Path:
+    """The file under a name that DuckDB takes for no pattern."""
+    target = folder / f"{number:06d}{suffix}"
+    target.symlink_to(path)
+    return target
+
+
+# -- every file as Parquet ----------------------------------------------------------------------------
+
+
+def _convert(
+    connection: Any, inputs: Iterable[Input], query: Query, folder: Path, links: Path
+) -> tuple[list[tuple[str, int]], list[tuple[Path, int]]]:
+    """Every file as Parquet: key and number of rows of each, and path and number of rows of its table."""
+    import duckdb
+
+    files: list[tuple[str, int]] = []
+    tables: list[tuple[Path, int]] = []
+    with _Bad(folder / BAD) as bad:
+        for number, each in enumerate(inputs):
+            path = each.store.local_path(each.name)
+            target = folder / f"{number:06d}.parquet"
+            if each.format == "parquet":
+                table, rows = path, _count(path)
+            elif each.format == "arrow":
+                table, rows = target, _from_arrow(each, query, target)
+            else:
+                packed = ".gz" if path.suffix.lower() == ".gz" else ""
+                plain = link(path, links, number, f".text{packed}")
+                bring = _from_csv if each.format == "csv" else _from_jsonl
+                try:
+                    bad.add(number, each.key, bring(connection, plain, each, query, target, links))
+                except duckdb.Error as error:
+                    raise failure("read", each.key, _first_line(error)) from None
+                table, rows = target, _count(target) if target.exists() else 0
+            files.append((each.key, rows))
+            tables.append((table, rows))
+    return files, tables
+
+
+def _columns(query: Query) -> list[str]:
+    """The columns that are brought along: a condition may be about any."""
+    return list(query.types) if query.wanted.where is not None else list(query.selection.inputs)
+
+
+def _from_csv(
+    connection: Any, path: Path, each: Input, query: Query, target: Path, folder: Path
+) -> Iterable[delimited.Fault]:
+    dialect = delimited.look(path, each.key, query.csv)
+    if dialect is None:
+        return []
+    columns = _columns(query)
+    for name in columns:
+        if name not in dialect.names:
+            raise StorageError(
+                f"{each.key} lacks the column {name!r}{did_you_mean(name, dialect.names)}",
+                hint="all files have to have the same columns",
+            )
+    plain = delimited.readable(path, dialect, folder, each.key)
+    types = {name: query.types[name] for name in columns}
+    chosen = ", ".join(map(identifier, columns)) or "1 AS one"
+
+    def copy(strict: bool) -> None:
+        delimited.forget_faults(connection)
+        given = delimited.relation(plain, dialect, types, strict=strict)
+        _copy(connection, f"SELECT {chosen} FROM {given}", target)  # noqa: S608
+
+    delimited.lenient(copy)
+    return delimited.faults(connection, plain, dialect, each.key)
+
+
+def _from_jsonl(
+    connection: Any, path: Path, each: Input, query: Query, target: Path, folder: Path
+) -> Iterable[delimited.Fault]:
+    types = {name: query.types[name] for name in _columns(query)}
+    _copy(connection, jsonlines.rows(path, types), target)
+    return jsonlines.faults(connection, path, types, each.key)
+
+
+def _from_arrow(each: Input, query: Query, target: Path) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open_arrow(each.store, each.name) as reader:
+        names = reader.schema.names if query.wanted.where is not None else list(query.selection.inputs)
+        if missing := [name for name in names if name not in reader.schema.names]:
+            raise StorageError(f"{each.key} lacks the column {missing[0]!r}")
+        schema = pa.schema([(name, plain_type(reader.schema.field(name).type)) for name in names])
+        rows = 0
+        with pq.ParquetWriter(target, schema) as writer:
+            for batch in _batches(reader):
+                table = pa.Table.from_batches([batch]).select(names).cast(schema)
+                writer.write_table(table, row_group_size=_GROUP_ROWS)
+                rows += table.num_rows
+    return rows
+
+
+def _batches(reader: Any) -> Iterator[pa.RecordBatch]:
+    if hasattr(reader, "num_record_batches"):
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)
+    else:
+        yield from reader
+
+
+# -- chosen, gathered, grouped ------------------------------------------------------------------------
+
+
+def _arrange(
+    connection: Any,
+    query: Query,
+    files: list[tuple[str, int]],
+    tables: Sequence[tuple[Path, int]],
+    folder: Path,
+    links: Path,
+) -> Made:
+    """One table of all rows that are wanted, with an index of its keys."""
+    wanted = query.wanted
+    bad = _count(folder / BAD)
+    kind = "rows" if wanted.window is None else "windows"
+    offsets, paths = [], []
+    total = 0
+    for number, (path, rows) in enumerate(tables):
+        if rows:
+            paths.append(link(path, links, number, ".rows.parquet"))
+            offsets.append(total)
+        total += rows
+    if not paths:
+        return Made(kind, files, [], bad)
+    connection.execute(f"SET VARIABLE offsets = {offsets}::BIGINT[]")
+    # A condition is the user's SQL: it has no business with other files.
+    listed = ", ".join(literal(str(path)) for path in paths)
+    allowed = ", ".join(literal(os.path.realpath(path)) for path in paths)
+    connection.execute(
+        f"SET allowed_directories = [{literal(f'{links}/')}, {literal(f'{folder}/')}]; "
+        f"SET allowed_paths = [{allowed}]; SET enable_external_access = false; SET lock_configuration = true"
+    )
+    where = f"WHERE (\n{wanted.where}\n)" if wanted.where is not None else ""
+    source = (
+        f"(SELECT *, file_row_number + getvariable('offsets')[file_index::BIGINT + 1] AS {ORDER} "  # noqa: S608
+        f"FROM (SELECT *, file_index FROM read_parquet([{listed}], union_by_name = true, file_row_number = true)) "
+        f"{where})"
+    )
+    timeless = 0
+    if wanted.window is None:
+        _copy(connection, _rows_of(query, source), folder / ROWS)
+    else:
+        assert wanted.time is not None
+        _copy(connection, _windows_of(query, source), folder / ROWS)
+        missing = f"SELECT count(*) FROM {source} WHERE {identifier(wanted.time)} IS NULL"  # noqa: S608
+        timeless = int(connection.execute(missing).fetchone()[0])
+    for path, _ in tables:
+        if path.parent == folder:
+            path.unlink(missing_ok=True)
+    keys = 0
+    if wanted.by:
+        by = ", ".join(map(identifier, wanted.by))
+        _copy(
+            connection,
+            f"SELECT {by}, min(file_row_number) AS {FIRST}, count(*) AS {COUNT} "  # noqa: S608
+            f"FROM read_parquet({literal(str(folder / ROWS))}, file_row_number = true) GROUP BY {by} ORDER BY {FIRST}",
+            folder / KEYS,
+        )
+        keys = _count(folder / KEYS)
+    return Made(kind, files, [(ROWS, _count(folder / ROWS))], bad, keys, timeless)
+
+
+def _rows_of(query: Query, source: str) -> str:
+    columns = ", ".join([*map(identifier, query.selection.inputs), ORDER])
+    by = "".join(f"{identifier(name)}, " for name in query.wanted.by)
+    return f"SELECT {columns} FROM {source} ORDER BY {by}{ORDER}"  # noqa: S608
+
+
+def _windows_of(query: Query, source: str) -> str:
+    wanted, time = query.wanted, identifier(query.wanted.time or "")
+    by = "".join(f"{identifier(name)}, " for name in wanted.by)
+    zoned = "TIMESTAMPTZ" if "tz=" in str(query.selection.inputs[query.wanted.time or ""]) else "TIMESTAMP"
+    plain = f"{time}::{zoned}::TIMESTAMP"
+    begin = f"time_bucket(to_microseconds({wanted.window}), {plain}, {_ORIGIN})"
+    # In the order of time, and of the input where times are equal.
+    latest = f"epoch_us({plain})::HUGEINT * 1000000000000 + {ORDER}"
+    made = []
+    for name, (column, how) in query.selection.aggregates.items():
+        value = identifier(column)
+        expression = {
+            "mean": f"avg({value}::DOUBLE)",
+            "min": f"min({value})",
+            "max": f"max({value})",
+            "last": f"arg_max({value}, {latest})",
+            "count": "count(*)",
+        }[how]
+        made.append(f"{expression} AS {identifier(name)}")
+    chosen = ", ".join([f"({begin})::{zoned} AS {time}", *made])
+    # Numbered, as a name that the result shares with the input would mean the input's column.
+    groups = ", ".join(str(index + 1) for index in range(len(wanted.by) + 1))
+    return f"SELECT {by}{chosen} FROM {source} WHERE {time} IS NOT NULL GROUP BY {groups} ORDER BY {groups}"  # noqa: S608
+
+
+def _copy(connection: Any, query: str, target: Path) -> None:
+    connection.execute(f"COPY ({query}) TO {literal(str(target))} (FORMAT parquet, ROW_GROUP_SIZE {_GROUP_ROWS})")
+
+
+def _count(path: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(path).num_rows) if path.exists() else 0
+
+
+def _first_line(error: Exception) -> Exception:
+    return ValueError(str(error).strip().split("\n", 1)[0])
+
+
+# -- lines that cannot be read ------------------------------------------------------------------------
+
+
+class _Bad:
+    """Writes the lines that cannot be read, as they are found; no file if there are none."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self._path = path
+        self._writer: Any = None
+        self._schema = pa.schema(
+            [("file", pa.int64()), ("before", pa.int64()), ("key", pa.string()), ("error", pa.string())]
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def add(self, file: int, key: str, faults: Iterable[delimited.Fault]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pending: list[dict[str, Any]] = []
+        for fault in faults:
+            pending.append(
+                {"file": file, "before": fault.before, "key": f"{key} line {fault.line}", "error": fault.message}
+            )
+            if len(pending) >= _BATCH_ROWS:
+                self._write(pa.Table.from_pylist(pending, self._schema), pq)
+                pending = []
+        if pending:
+            self._write(pa.Table.from_pylist(pending, self._schema), pq)
+
+    def _write(self, table: pa.Table, pq: Any) -> None:
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, self._schema)
+        self._writer.write_table(table)

@@ -1,0 +1,207 @@
+"""The columns of many files as one table: looked at once, with every problem that there is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tally.errors import SourceNotFoundError, StorageError
+from tally.sources.tables import delimited, jsonlines
+from tally.sources.tables.formats import arrow_schema, open_parquet, plain_type, unify
+from tally.sources.tables.ingest import Input, connect, link
+from tally.sources.tables.select import Wanted
+from tally.sources.tables.type_inference import SAMPLE_CELLS, SAMPLE_ROWS, Guess, arrow_type
+from tally.storage import temporary
+from tally.text import did_you_mean
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_THREADS = 16
+_LOOKED_AT = 64
+"""Files of text that are looked at; of more, the others have to be alike."""
+_TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*(\(\d+(, *\d+)?\))?")
+
+
+@dataclass
+class Found:
+    """One schema for all files. types: of the columns of CSV and JSON Lines, as DuckDB calls them. assumed: what was
+    taken for granted of CSV files, in words."""
+
+    schema: pa.Schema
+    problems: list[str]
+    types: dict[str, str] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
+
+    def alike(self) -> list[str]:
+        """Problems with names that differ only in capitals, which DuckDB does not tell apart."""
+        seen: dict[str, str] = {}
+        problems = []
+        for name in self.schema.names:
+            other = seen.setdefault(name.lower(), name)
+            if other != name:
+                problems.append(f"columns {other!r} and {name!r} differ only in capitals; rename one of them")
+        return problems
+
+    def check_where(self, where: str) -> list[str]:
+        """What DuckDB says against a condition."""
+        import duckdb
+
+        with connect() as connection:
+            connection.register("rows", self.schema.empty_table())
+            connection.execute("SET enable_external_access = false")
+            try:
+                connection.execute(f"SELECT 1 FROM rows WHERE (\n{where}\n) LIMIT 0")  # noqa: S608
+            except duckdb.Error as error:
+                return [f"where: {where!r}: {str(error).strip().splitlines()[0]}"]
+        return []
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """One file of text. names: all its columns; those of JSON Lines need not be in every file."""
+
+    key: str
+    names: tuple[str, ...]
+    guesses: Mapping[str, Guess]
+    whole: bool
+    dialect: delimited.Dialect | None = None
+
+
+def inspect(inputs: Sequence[Input], wanted: Wanted, csv: Mapping[str, Any]) -> Found:
+    """The schema of all files. Raises StorageError when one cannot be read, SourceNotFoundError if all are empty."""
+    import pyarrow as pa
+
+    binary = [each for each in inputs if each.format in ("parquet", "arrow")]
+    texts = [each for each in inputs if each.format in ("csv", "jsonl")]
+    schemas: list[tuple[str, pa.Schema]] = []
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="tally-footer") as pool:
+        for each, found in zip(binary, pool.map(_schema, binary), strict=True):
+            if found.names:  # a file without columns has no rows either
+                schemas.append((each.key, found))
+    problems: list[str] = []
+    types: dict[str, str] = {}
+    looked: list[_Looked] = []
+    if texts:
+        looked = _look_at(texts, csv)
+        with connect() as connection:
+            types = _settle(looked, wanted, csv, problems, connection)
+            kinds = {name: arrow_type(connection, kind) for name, kind in types.items()}
+        optional = [name for each in looked if each.dialect is None for name in each.names]
+        for seen in looked:
+            names = seen.names if seen.dialect is not None else tuple(dict.fromkeys(optional))
+            schemas.append((seen.key, pa.schema([(name, kinds[name]) for name in names])))
+    if not schemas:
+        named = ", ".join(each.key for each in inputs[:3])
+        raise SourceNotFoundError(f"nothing to score: {named} {'is' if len(inputs) == 1 else 'are'} empty")
+    schema, differing = unify(schemas)
+    assumed = dict.fromkeys(
+        f"{each.key}: {said}" for each in looked if each.dialect is not None and (said := each.dialect.remark())
+    )
+    shown = tuple(assumed)[:1]
+    if len(assumed) > 1:
+        shown = (f"{shown[0]}; so or similarly in {len(assumed) - 1:,} more",)
+    return Found(schema, [*problems, *differing], types, shown)
+
+
+def _schema(each: Input) -> pa.Schema:
+    import pyarrow as pa
+
+    if each.format == "arrow":
+        schema = arrow_schema(each.store, each.name)
+    else:
+        with open_parquet(each.store, each.name) as file:
+            schema = file.schema_arrow
+    if len(set(schema.names)) < len(schema.names):
+        twice = next(name for name in schema.names if schema.names.count(name) > 1)
+        raise StorageError(f"{each.key} has two columns of the name {twice!r}")
+    return pa.schema([(item.name, plain_type(item.type)) for item in schema])
+
+
+def _look_at(texts: Sequence[Input], csv: Mapping[str, Any]) -> list[_Looked]:
+    import duckdb
+
+    looked: list[_Looked] = []
+    with temporary.folder("schema") as folder, connect() as connection:
+        for number, each in enumerate(texts):
+            if len(looked) >= _LOOKED_AT:
+                break
+            path = each.store.local_path(each.name)
+            packed = ".gz" if path.suffix.lower() == ".gz" else ""
+            plain = link(path, Path(folder), number, f".text{packed}")
+            rows = max(SAMPLE_ROWS, SAMPLE_CELLS // min(len(texts), _LOOKED_AT) // 4)
+            try:
+                if each.format == "jsonl":
+                    guesses, whole = jsonlines.guess_types(connection, plain, rows)
+                    if guesses:
+                        looked.append(_Looked(each.key, tuple(guesses), guesses, whole))
+                    continue
+                dialect = delimited.look(plain, each.key, csv)
+                if dialect is None:
+                    continue
+                rows = max(SAMPLE_ROWS, rows * 4 // len(dialect.names))
+                text = delimited.readable(plain, dialect, Path(folder), each.key)
+                guesses, whole = delimited.guess_types(connection, text, dialect, rows)
+            except duckdb.Error as error:
+                raise StorageError(f"cannot read {each.key}: {str(error).strip().splitlines()[0]}") from None
+            looked.append(_Looked(each.key, dialect.names, guesses, whole, dialect))
+    return looked
+
+
+def _settle(
+    looked: Sequence[_Looked], wanted: Wanted, csv: Mapping[str, Any], problems: list[str], connection: Any
+) -> dict[str, str]:
+    """The type of every column of the files of text."""
+    import duckdb
+
+    names = list(dict.fromkeys(name for each in looked for name in each.names))
+    guesses = {name: [each.guesses[name] for each in looked if name in each.guesses] for name in names}
+    whole = all(each.whole for each in looked) and len(looked) < _LOOKED_AT
+    types = {name: _type(name, guesses[name], wanted, whole=whole) for name in names}
+    if isinstance(wanted.features, int):
+        numbers = [n for n in names if types[n] in ("BIGINT", "DOUBLE") and n not in (*wanted.by, wanted.time)]
+        if len(numbers) < wanted.features:  # a kept column is one that the model takes
+            types = {name: _type(name, guesses[name], replace(wanted, keep=()), whole=whole) for name in names}
+    for name, kind in csv.get("types", {}).items():
+        if name not in types:
+            problems.append(f"csv: types: there is no column {name!r}{did_you_mean(name, types)}")
+            continue
+        try:
+            if not _TYPE.fullmatch(str(kind)):
+                raise ValueError(kind)
+            arrow_type(connection, str(kind).upper())
+        except (ValueError, duckdb.Error):
+            problems.append(f"csv: types: {name}: there is no type {kind!r}; examples are BIGINT, DOUBLE, VARCHAR")
+            continue
+        types[name] = str(kind).upper()
+    return types
+
+
+def _type(name: str, guesses: Sequence[Guess], wanted: Wanted, *, whole: bool) -> str:
+    known = [each for each in guesses if each.strict]
+    kinds = {each.strict for each in known}
+    kind = "VARCHAR"
+    if len(kinds) == 1:
+        [kind] = kinds
+    elif kinds and kinds <= {"BIGINT", "DOUBLE"}:
+        kind = "DOUBLE"
+    elif kinds and kinds <= {"DATE", "TIMESTAMP"}:
+        kind = "TIMESTAMP"
+    if name in wanted.by:
+        return kind
+    if kind == "BIGINT" and not whole:
+        return "DOUBLE"  # what was not looked at may have fractions
+    named = not isinstance(wanted.features, int) and name in (wanted.features or ())
+    if not known and named:
+        return "DOUBLE"  # no value at all: a model that names its columns takes numbers
+    if kind != "VARCHAR" or not known:
+        return kind
+    mostly = {each.mostly or "VARCHAR" for each in known}
+    if name == wanted.time and len(mostly) == 1 and mostly <= {"TIMESTAMP", "TIMESTAMPTZ"}:
+        return mostly.pop()
+    number = isinstance(wanted.features, int) or wanted.window is not None or named
+    return "DOUBLE" if mostly == {"DOUBLE"} and (named or (number and name not in wanted.keep)) else kind

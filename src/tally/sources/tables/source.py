@@ -1,0 +1,548 @@
+"""Items that are rows of tables: Parquet, CSV, JSON Lines and Arrow, in one file or many.
+
+Parquet is read in place. Everything else, and rows that are chosen, grouped by key or gathered over windows, are first
+brought into work files (:mod:`tally.sources.tables.ingest`) and read from there, by any process that sees these.
+
+Chunks are lists of pieces: see :mod:`tally.sources.tables.row_ranges`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, overload
+
+from tally.errors import SourceNotFoundError, SpecError, StorageError
+from tally.scorers.base import Scorer
+from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
+from tally.sources.listing import Listing
+from tally.sources.locations import nothing
+from tally.sources.tables import delimited
+from tally.sources.tables.batches import READY, Ahead, Reader, plain
+from tally.sources.tables.formats import known_format, open_parquet
+from tally.sources.tables.ingest import BAD, COUNT, FIRST, KEYS, ROWS, Input, Made, Query, make
+from tally.sources.tables.parquet import DECODED, Stream, layout
+from tally.sources.tables.row_ranges import MOST, Packer, Piece, append, length, part
+from tally.sources.tables.schema import inspect
+from tally.sources.tables.select import ORDER, Wanted, select
+from tally.sources.tables.work_files import Work, WorkFiles
+from tally.storage import LocalStore, key_of, name_from_json, name_to_json, open_store
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from tally.sources.tables.keys import Rows
+
+_COMBINE = 65_536
+
+_LOOKED_UP = ("_work", "_index", "_rows")
+
+Lacks = Callable[[Mapping[str, Any]], "str | None"]
+
+
+@dataclass(frozen=True)
+class TableSource(Source):
+    """Rows of tables. Make it with :meth:`describe`; small, immutable, picklable.
+
+    features: names of the columns that a scorer is given after those of ``by``, in order. columns: what results carry:
+    key columns, then kept columns. order: see :class:`Source`; set where rows are grouped by key.
+    scratch: where work files are kept.
+    """
+
+    chunk_seconds: ClassVar[float] = 2.0
+    chunk_items: ClassVar[int] = 4_194_304
+
+    listing: Listing
+    query: Query
+    assumed: tuple[str, ...] = ()
+    in_place: bool = True
+    scratch: str | None = None
+    lacks: Lacks | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def describe(
+        cls,
+        uris: Sequence[str],
+        *,
+        features: Sequence[str] | int | None,
+        by: Sequence[str] = (),
+        keep: Sequence[str] = (),
+        where: str | None = None,
+        time: str | None = None,
+        window: float | None = None,
+        aggregate: Sequence[str] = ("mean",),
+        csv: Mapping[str, Any] | None = None,
+        lacks: Lacks | None = None,
+        without: str | None = None,
+    ) -> TableSource:
+        """The source of all rows of the tables at ``uris``: folders, files and globs, paths or URLs.
+
+        features: the columns that the model takes: names; n: the n numeric columns that there are besides key, time
+        and (if there are too many) kept ones; None: all columns. With a window they are called as what is made of
+        them, such as ``Value_mean``; ``count`` counts the window's rows.
+        by: columns whose values make a key. Rows of one key follow each other, in input order.
+        keep: columns that results carry besides the key; ``*`` stands for all.
+        where: a condition in DuckDB's SQL. time: the column of timestamps.
+        window: seconds; readings are gathered over windows of this length, which begin at multiples of it from
+        Monday, 2000-01-03 00:00 (UTC, or the time that the column is in). Nulls are ignored; a window without a
+        reading gives no row, and a row without a time is in no window.
+        csv: see :data:`tally.sources.tables.delimited.OPTIONS`.
+        lacks: tells why there is no model for a key, if there is none: its rows are then one dead item.
+        without: as of files: the job's own output.
+
+        Raises SpecError with every problem that there is, SourceNotFoundError when one of the places is not there or
+        gives no table, StorageError when a file cannot be read.
+        """
+        listing = Listing.of(uris, "table", without=without)
+        options = dict(csv or {})
+        wanted = Wanted(
+            features if features is None or isinstance(features, int) else tuple(features),
+            tuple(by),
+            tuple(keep),
+            where,
+            time,
+            None if window is None else round(window * 1_000_000),
+            tuple(aggregate),
+        )
+        problems = delimited.check_options(options)
+        inputs = list(_inputs(listing, options, problems))
+        if problems:
+            raise SpecError(problems)
+        if not inputs:
+            raise nothing(listing.places[0], listing.passed, listing.kind)
+        in_place = all(each.format == "parquet" for each in inputs) and not (by or where or window)
+        found = inspect(inputs, wanted, options)
+        if found.problems:
+            raise SpecError(found.problems)
+        selection, problems = select(found.schema, wanted)
+        if not in_place:
+            problems += found.alike()
+        if where is not None:
+            problems += found.check_where(where)
+        if problems:
+            raise SpecError(problems)
+        query = Query(wanted, selection, options, found.types)
+        return cls(listing, query, found.assumed, in_place, None, lacks)
+
+    def at(self, scratch: str) -> TableSource:
+        """The same source, which keeps its work files at ``scratch``: a folder's path, or a URL."""
+        return replace(self, scratch=scratch)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return self.query.selection.features
+
+    @property
+    def by(self) -> tuple[str, ...]:
+        return self.query.wanted.by
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        return {**self.query.selection.info, ORDER: "int64"} if self.order else self.query.selection.info
+
+    @property
+    def order(self) -> str | None:
+        return ORDER if self.by and self.query.wanted.window is None else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What tells of models stays with whoever plans; what was looked up is looked up again.
+        kept = {name: value for name, value in self.__dict__.items() if name not in _LOOKED_UP}
+        return {**kept, "lacks": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    # -- work files --------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Make the work files, if any are needed and they are not there.
+
+        Raises StorageError when that fails, or when they were made from the source as it was before it changed.
+        """
+        if self.in_place:
+            return
+        inputs = list(_inputs(self.listing, self.query.csv, []))
+        WorkFiles(self._scratch()).ensure(_fingerprint(inputs, self.query), lambda folder: self._make(inputs, folder))
+        for name in _LOOKED_UP:
+            self.__dict__.pop(name, None)
+
+    def _make(self, inputs: Sequence[Input], folder: Path) -> Made:
+        return make(inputs, self.query, folder)
+
+    def _scratch(self) -> str:
+        if self.scratch is None:
+            raise TypeError("a place for the work files is needed: source.at(place)")
+        return self.scratch
+
+    @cached_property
+    def _work(self) -> Work:
+        return WorkFiles(self._scratch()).open()
+
+    @cached_property
+    def _index(self) -> pa.Table:
+        """The keys, in the order of their rows: the columns of ``by``, the first row, and how many there are."""
+        return self._work.parquet(KEYS).read()
+
+    def _open(self, place: int, name: str) -> pq.ParquetFile:
+        if place < 0:
+            return self._work.parquet(name)
+        return open_parquet(open_store(self.listing.places[place].root), name)
+
+    @property
+    def unread(self) -> int:
+        """How many lines could not be read. After :meth:`prepare`."""
+        return 0 if self.in_place else self._work.made.bad
+
+    # -- groups ------------------------------------------------------------------------------------
+
+    def groups(self) -> list[tuple[dict[str, Any], int, int]]:
+        """Each key of a source that is grouped by ``by``: its values by column, its first row, and how many it has.
+
+        After :meth:`prepare`. Rows that could not be read are in none.
+        """
+        if not self._work.made.keys:
+            return []
+        values = self._index.to_pylist()
+        return [({name: row[name] for name in self.by}, row[FIRST], row[COUNT]) for row in values]
+
+    def group_table(self, first: int, rows: int) -> pa.Table:
+        """A run of rows of a grouped source, such as one key's: the columns of ``by``, then the features."""
+        import pyarrow as pa
+
+        names = list(dict.fromkeys([*self.by, *self.features]))
+        stream = Stream(self._work.parquet(ROWS), names, DECODED)
+        try:
+            batches = list(stream.read(first, first + rows))
+        finally:
+            stream.close()
+        return plain(pa.Table.from_batches(batches), self.query.selection.inputs)
+
+    # -- planning ----------------------------------------------------------------------------------
+
+    def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
+        self.listing.passed.clear()
+        packer = Packer(first, limit)
+        cursor = None if after is None else json.loads(after)
+        if self.in_place:
+            yield from self._plan_files(packer, cursor)
+        elif self._work.made.keys:
+            yield from self._plan_keys(packer, cursor)
+            yield from self._plan_bad(packer, cursor)
+        else:
+            yield from self._plan_work(packer, cursor)
+            yield from self._plan_bad(packer, cursor)
+        yield from packer.flush()
+        if after is None and not packer.any:
+            raise self._nothing()
+
+    def _nothing(self) -> SourceNotFoundError:
+        place = self.listing.places[0]
+        shown = ", ".join(map(key_of, self.listing.uris[:3]))
+        if self.query.wanted.where is not None:
+            return SourceNotFoundError(
+                f"nothing to score: no row of {shown} meets the condition {self.query.wanted.where!r}"
+            )
+        if self.query.wanted.window is not None and not self.in_place and self._work.made.timeless:
+            return SourceNotFoundError(f"nothing to score: no row of {shown} has a time")
+        if next(iter(self.listing.entries(0)), None) is None and len(self.listing.places) == 1:
+            return nothing(place, self.listing.passed, self.listing.kind)
+        return SourceNotFoundError(f"nothing to score: {shown} holds no rows")
+
+    def _plan_files(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
+        began, last, row = (0, None, 0) if cursor is None else cursor
+        name = None if last is None else name_from_json(last)
+        needed = self._needed()
+        for index in range(began, len(self.listing.places)):
+            if index == began and name is not None:
+                yield from self._plan_file(packer, index, name, row, needed)
+            for entry in self.listing.entries(index, name if index == began else None):
+                yield from self._plan_file(packer, index, entry.name, 0, needed)
+
+    def _plan_file(self, packer: Packer, place: int, name: str, start: int, needed: set[str]) -> Iterator[Chunk]:
+        with self._open(place, name) as file:
+            ends, weight = layout(file, needed)
+        packed = name_to_json(name)
+        yield from packer.cut(["rows", place, packed], start, ends, weight, lambda stop: [place, packed, stop])
+
+    def _plan_work(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
+        """Tables whose rows are items in their order."""
+        if cursor is not None and cursor[0] != "rows":
+            return
+        began, row = (0, 0) if cursor is None else cursor[1:]
+        needed = self._needed()
+        for number, (name, rows) in enumerate(self._work.made.tables[began:], began):
+            if not rows:
+                continue
+            with self._work.parquet(name) as file:
+                ends, weight = layout(file, needed)
+            start = row if number == began else 0
+            yield from packer.cut(["rows", -1, name], start, ends, weight, partial(_after_rows, number))
+
+    def _plan_keys(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
+        """Whole keys, as far as a chunk may hold them."""
+        if cursor is not None and cursor[0] != "keys":
+            return
+        ordinal, inside = (0, 0) if cursor is None else cursor[1:]
+        rows = self._work.made.tables[0][1]
+        with self._work.parquet(ROWS) as file:
+            _, weight = layout(file, self._needed())
+        firsts, counts = (self._index[name].to_pylist() for name in (FIRST, COUNT))
+        while ordinal < len(firsts):
+            reason = self._reason(ordinal) if self.lacks is not None and not inside else None
+            if reason is not None:
+                yield from packer.make_room(1, 0)
+                packer.add(["key", ordinal, reason], 1, 0, ["keys", ordinal + 1, 0])
+            else:
+                yield from packer.make_room(counts[ordinal] - inside, weight)
+                while inside < counts[ordinal]:
+                    taken = min(packer.room(weight), counts[ordinal] - inside)
+                    if not taken:
+                        yield from packer.flush()
+                        continue
+                    start = firsts[ordinal] + inside
+                    inside += taken
+                    after = ["keys", ordinal, inside] if inside < counts[ordinal] else ["keys", ordinal + 1, 0]
+                    packer.add(["rows", -1, ROWS, start, start + taken, rows], taken, weight, after)
+            ordinal, inside = ordinal + 1, 0
+
+    def _plan_bad(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
+        at = cursor[1] if cursor is not None and cursor[0] == "bad" else 0
+        while at < self._work.made.bad:
+            taken = min(packer.room(0), self._work.made.bad - at)
+            if not taken:
+                yield from packer.flush()
+                continue
+            packer.add(["bad", at, at + taken], taken, 0, ["bad", at + taken])
+            at += taken
+
+    def _reason(self, ordinal: int) -> str | None:
+        """Why the key has no model, with how many rows that concerns."""
+        assert self.lacks is not None
+        reason = self.lacks(self.key_values(ordinal))
+        rows = self._index[COUNT][ordinal].as_py()
+        return None if reason is None else f"{reason} ({'1 row' if rows == 1 else f'{rows:,} rows'})"
+
+    def _needed(self) -> set[str]:
+        return {*self.by, *self.features, *self.columns}
+
+    def remark(self) -> str | None:
+        said = [self.listing.remark(), *self.assumed]
+        if not self.in_place and self._work.made.timeless:
+            lost = self._work.made.timeless
+            said.append(f"{'1 row is' if lost == 1 else f'{lost:,} rows are'} in no window: without a time")
+        return "; ".join(each for each in said if each) or None
+
+    # -- chunks ------------------------------------------------------------------------------------
+
+    def keys(self, chunk: Chunk) -> Sequence[str]:
+        return _Keys(self, chunk.payload["pieces"])
+
+    def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
+        pieces: list[Piece] = []
+        at = 0
+        for piece in chunk.payload["pieces"]:
+            count = length(piece)
+            low, high = max(start - at, 0), min(stop - at, count)
+            if low < high:
+                pieces.append(part(piece, low, high))
+            at += count
+        return Chunk(chunk.first + start, stop - start, {"pieces": pieces}, chunk.cursor)
+
+    def combine(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Fewer chunks with the same items; a key that has a model by now is its rows instead."""
+        combined: list[Chunk] = []
+        pieces: list[Piece] = []
+        count = first = 0
+        for chunk in chunks:
+            for piece in (each for given in chunk.payload["pieces"] for each in _bounded(self._revived(given))):
+                items = length(piece)
+                if pieces and (count + items > _COMBINE or len(pieces) >= MOST):
+                    combined.append(Chunk(first, count, {"pieces": pieces}, chunk.cursor))
+                    pieces, count = [], 0
+                if not pieces:
+                    first = chunk.first
+                append(pieces, piece)
+                count += items
+        if pieces:
+            combined.append(Chunk(first, count, {"pieces": pieces}, chunks[-1].cursor))
+        return combined
+
+    def _revived(self, piece: Piece) -> Piece:
+        if piece[0] != "key" or self.lacks is None:
+            return piece
+        reason = self._reason(piece[1])
+        if reason is not None:
+            return ["key", piece[1], reason]
+        row = self._index.slice(piece[1], 1).to_pylist()[0]
+        return ["rows", -1, ROWS, row[FIRST], row[FIRST] + row[COUNT], self._work.made.tables[0][1]]
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def ahead(self, batch_size: int) -> int:
+        return (READY + 1) * batch_size + max(DECODED, batch_size)
+
+    def read(self, chunk: Chunk, scorer: Scorer, timings: Timings) -> Iterator[Batch]:
+        ahead = Ahead(Reader(self, chunk.payload["pieces"], scorer.batch_size).batches())
+        told = 0.0
+        try:
+            while (batch := ahead.next()) is not None:
+                timings.decode += ahead.seconds - told
+                told = ahead.seconds
+                yield batch
+        finally:
+            ahead.stop()
+
+    # Of pieces ------------------------------------------------------------------------------------
+
+    def open_rows(self, piece: Piece) -> pq.ParquetFile:
+        """The file of a piece of rows. Raises StorageError when it is not what it was."""
+        name = name_from_json(piece[2])
+        file = self._open(piece[1], name)
+        if file.metadata.num_rows != piece[5]:
+            raise StorageError(
+                f"{key_of(name)} has changed: it had {piece[5]:,} rows, and now has {file.metadata.num_rows:,}",
+                hint="score it again with --overwrite",
+            )
+        return file
+
+    def key_values(self, ordinal: int) -> dict[str, Any]:
+        """The values of a key by column."""
+        row = self._index.slice(ordinal, 1).to_pylist()[0]
+        return {name: row[name] for name in self.by}
+
+    def bad_lines(self, start: int, stop: int) -> list[dict[str, Any]]:
+        """``key`` and ``error`` of lines that could not be read."""
+        stream = Stream(self._work.parquet(BAD), ["key", "error"], DECODED)
+        try:
+            return [row for batch in stream.read(start, stop) for row in batch.to_pylist()]
+        finally:
+            stream.close()
+
+    def key_columns(self, piece: Piece) -> list[str]:
+        """The columns of a piece's file that its keys are made of."""
+        if piece[1] >= 0 or self._work.made.kind == "files":
+            return []
+        return [ORDER] if self._work.made.kind == "rows" else [*self.by, self.query.wanted.time or ""]
+
+    def keys_of(self, piece: Piece, start: int, rows: Any, count: int) -> pa.StringArray:
+        """The keys of ``count`` rows from row ``start`` of a piece's file on. rows: their :meth:`key_columns`."""
+        from tally.sources.tables.keys import joined, numbered, times
+
+        place, name = piece[1], name_from_json(piece[2])
+        if place >= 0:
+            return numbered(self.listing.places[place].prefix + key_of(name), start, count)
+        made = self._work.made
+        if made.kind == "files":
+            return self._rows.of_file(int(name.removesuffix(".parquet")), start, count)
+        if made.kind == "rows":
+            return self._rows.at(rows[ORDER].to_numpy())
+        time = self.query.wanted.time or ""
+        return joined([*(rows[each] for each in self.by), times(rows[time], self.query.wanted.window or 0)])
+
+    @cached_property
+    def _rows(self) -> Rows:
+        from tally.sources.tables.keys import Rows
+
+        return Rows(self._work)
+
+
+def _after_rows(number: int, stop: int) -> list[Any]:
+    """The cursor after so many rows of a work file."""
+    return ["rows", number, stop]
+
+
+def _bounded(piece: Piece) -> Iterator[Piece]:
+    """The piece in parts that are not too large for one chunk."""
+    for start in range(0, length(piece), _COMBINE):
+        yield part(piece, start, min(start + _COMBINE, length(piece)))
+
+
+def _inputs(listing: Listing, csv: Mapping[str, Any], problems: list[str]) -> Iterator[Input]:
+    """The files, in order. Those that are no tables by their name are problems."""
+    for index, place in enumerate(listing.places):
+        store = open_store(place.root)
+        for entry in listing.entries(index):
+            key = place.prefix + key_of(entry.name)
+            try:
+                yield Input(key, store, entry.name, known_format(entry.name, csv=bool(csv)))
+            except SpecError as error:
+                problems += error.problems
+
+
+def _fingerprint(inputs: Sequence[Input], query: Query) -> str:
+    """Of the files as they are, and of what is made of them."""
+    digest = hashlib.sha256(repr(query).encode())
+    for each in inputs:
+        size, version = each.store.marked(each.name)
+        if isinstance(each.store, LocalStore):
+            version = str(each.store.local_path(each.name).stat().st_mtime_ns)
+        digest.update(json.dumps([each.key, f"{size} {version}"]).encode())
+    return digest.hexdigest()
+
+
+class _Keys(Sequence[str]):
+    """The keys of a chunk's items, made when asked for."""
+
+    def __init__(self, source: TableSource, pieces: Sequence[Piece]) -> None:
+        self._source, self._pieces = source, pieces
+        self._ends = list(accumulate(map(length, pieces)))
+        self._streams: dict[str, Stream] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                return [self[at] for at in range(start, stop, step)]
+            return [key for keys in self._between(start, stop) for key in keys]
+        at = index + len(self) if index < 0 else index
+        if not 0 <= at < len(self):
+            raise IndexError(index)
+        return next(iter(self._between(at, at + 1)))[0]
+
+    def __iter__(self) -> Iterator[str]:
+        for keys in self._between(0, len(self)):
+            yield from keys
+
+    def _between(self, start: int, stop: int) -> Iterator[list[str]]:
+        while start < stop:
+            at = bisect.bisect_right(self._ends, start)
+            piece = self._pieces[at]
+            began = self._ends[at] - length(piece)
+            taken = min(stop, self._ends[at], start + DECODED)
+            yield self._of(part(piece, start - began, taken - began))
+            start = taken
+
+    def _of(self, piece: Piece) -> list[str]:
+        if piece[0] == "key":
+            values = self._source.key_values(piece[1]).items()
+            return [",".join(f"{name}={'null' if value is None else value}" for name, value in values)]
+        if piece[0] == "bad":
+            return [str(row["key"]) for row in self._source.bad_lines(piece[1], piece[2])]
+        needed = self._source.key_columns(piece)
+        found: list[str] = []
+        start = piece[3]
+        for batch in self._batches(piece, needed):
+            found += self._source.keys_of(piece, start, batch, batch.num_rows).to_pylist()
+            start += batch.num_rows
+        return found or self._source.keys_of(piece, start, None, piece[4] - start).to_pylist()
+
+    def _batches(self, piece: Piece, needed: Sequence[str]) -> Iterator[Any]:
+        if not needed:
+            return
+        if piece[2] not in self._streams:
+            self._streams = {piece[2]: Stream(self._source.open_rows(piece), needed, DECODED)}
+        yield from self._streams[piece[2]].read(piece[3], piece[4])

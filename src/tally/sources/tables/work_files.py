@@ -1,0 +1,130 @@
+"""Where a table job's work files are kept, so that they are made once and whole.
+
+Whoever makes them does so in a folder of a random name, and then writes the marker, which names that folder. Of several
+that do so at once the first marker counts, and the other folders are removed; so are those that a crash left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
+from tally.sources.tables.formats import open_parquet
+from tally.sources.tables.ingest import Made
+from tally.storage import LocalStore, Store, failure, open_store, temporary
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pyarrow.parquet as pq
+
+MARKER = "table.json"
+_PREFIX = "table-"
+"""What the folders' names begin with."""
+
+
+class WorkFiles:
+    """The work files at a place: a folder's path, or a URL."""
+
+    def __init__(self, place: str) -> None:
+        self._store: Store = open_store(place)
+
+    def ensure(self, fingerprint: str, make: Callable[[Path], Made]) -> None:
+        """Make them unless they are there. make: makes them in a new folder of this machine.
+
+        fingerprint: of the source and of what is made of it. Raises StorageError if they were made of another.
+        """
+        if self._known(fingerprint):
+            return
+        name = _PREFIX + secrets.token_hex(8)
+        try:
+            with self._folder(name) as folder:
+                made = make(folder)
+            marker = {"folder": name, "fingerprint": fingerprint, "made": made.to_json()}
+            self._store.write(MARKER, json.dumps(marker).encode(), exclusive=True)
+        except OutputExistsError:
+            self._store.delete_tree(name)
+        except StorageError:
+            # Another may have been faster, and have removed this folder.
+            if not self._known(fingerprint):
+                self._store.delete_tree(name)
+                raise
+        except BaseException:
+            self._store.delete_tree(name)
+            raise
+        self._known(fingerprint)
+        self._sweep()
+
+    @contextmanager
+    def _folder(self, name: str) -> Iterator[Path]:
+        """An empty folder whose files are in the store under ``name`` in the end."""
+        if isinstance(self._store, LocalStore):
+            folder = Path(self._store.url, name)
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise failure("write", str(folder), error) from None
+            yield folder
+            return
+        folder = temporary.make("tables")
+        try:
+            yield folder
+            for path in sorted(folder.iterdir()):
+                self._store.upload(f"{name}/{path.name}", path)
+        finally:
+            temporary.remove(folder)
+
+    def _known(self, fingerprint: str) -> bool:
+        marker = self._marker()
+        if marker is None:
+            return False
+        if marker["fingerprint"] != fingerprint:
+            raise StorageError(
+                "the source has changed since its rows were made ready for scoring",
+                hint="score it again with --overwrite",
+            )
+        return True
+
+    def _marker(self) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads(self._store.read(MARKER))
+        except SourceNotFoundError:
+            return None
+        return found
+
+    def _sweep(self) -> None:
+        """Remove what others made, or left behind."""
+        marker = self._marker()
+        assert marker is not None
+        others = {entry.name.split("/", 1)[0] for entry in self._store.list(sizes=False)}
+        if isinstance(self._store, LocalStore):  # whose listing shows no empty folders
+            others |= {path.name for path in Path(self._store.url).iterdir() if path.is_dir()}
+        for name in others - {marker["folder"]}:
+            if name.startswith(_PREFIX):
+                self._store.delete_tree(name)
+
+    def open(self) -> Work:
+        """The files. Raises StorageError when they were not made."""
+        marker = self._marker()
+        if marker is None:
+            raise StorageError(
+                f"the work files of the table are not at {self._store.url}", hint="score it again with --overwrite"
+            )
+        return Work(self._store, marker["folder"], Made.from_json(marker["made"]))
+
+
+class Work:
+    """Work files that are there."""
+
+    def __init__(self, store: Store, folder: str, made: Made) -> None:
+        self.made = made
+        self._store, self._folder = store, folder
+
+    def parquet(self, name: str) -> pq.ParquetFile:
+        """Open one of them. Raises StorageError."""
+        return open_parquet(self._store, f"{self._folder}/{name}")
