@@ -72,7 +72,7 @@ class Outcome:
 
 def prepared(tmp_path: Path, uris: str | list[str], **options: Any) -> TableSource:
     options.setdefault("features", None)
-    source = TableSource.describe([uris] if isinstance(uris, str) else uris, **options).at(str(tmp_path / "work"))
+    source = TableSource.describe([uris] if isinstance(uris, str) else uris, **options).located(str(tmp_path / "work"))
     source.prepare()
     return source
 
@@ -459,7 +459,7 @@ def test_files_of_json_need_not_have_the_same_columns(tmp_path: Path) -> None:
 def test_a_condition_chooses_rows_by_any_column(tmp_path: Path) -> None:
     place = text(tmp_path / "a.csv", "a,b\n1,x\n2,y\n3,x\n")
     assert outcome(tmp_path, place, features=["a"], where="b = 'x'").rows == {"a.csv#1": {"a": 1}, "a.csv#3": {"a": 3}}
-    source = TableSource.describe([place], features=["a"], where="b = 'z'").at(str(tmp_path / "other"))
+    source = TableSource.describe([place], features=["a"], where="b = 'z'").located(str(tmp_path / "other"))
     source.prepare()
     with pytest.raises(SourceNotFoundError, match=r"no row of .* meets the condition \"b = 'z'\""):
         plan(source)
@@ -494,10 +494,10 @@ def test_a_key_without_a_model_is_one_dead_item(tmp_path: Path) -> None:
     place = readings(tmp_path / "a.parquet", {1: 3, 2: 4, 3: 1})
     missing = {2, 3}
 
-    def lacks(key: Mapping[str, Any]) -> str | None:
+    def reason(key: Mapping[str, Any]) -> str | None:
         return f"there is no model for device {key['device']}" if key["device"] in missing else None
 
-    source = prepared(tmp_path, place, features=["value"], by=["device"], lacks=lacks)
+    source = prepared(tmp_path, place, features=["value"], by=["device"], missing_reason=reason)
     found = Outcome(source)
     assert len(found.rows) == 3
     assert found.messages == {
@@ -516,27 +516,29 @@ def test_a_key_without_a_model_is_one_dead_item(tmp_path: Path) -> None:
 
 def test_planning_goes_on_with_the_keys_that_had_no_model_then(tmp_path: Path) -> None:
     place = readings(tmp_path / "a.parquet", {1: 2, 2: 2, 3: 2})
-    source = prepared(tmp_path, place, by=["device"], lacks=lambda key: "none" if key["device"] == 2 else None)
+    source = prepared(tmp_path, place, by=["device"], missing_reason=lambda key: "none" if key["device"] == 2 else None)
     first, *_ = chunks = plan(source, items=3)
     assert [chunk.count for chunk in chunks] == [3, 2]
-    rest = prepared(tmp_path, place, by=["device"], lacks=lambda key: None)
+    rest = prepared(tmp_path, place, by=["device"], missing_reason=lambda key: None)
     assert list(rest.plan(first.cursor, 3, lambda: ChunkLimit(3, 1 << 30))) == chunks[1:]
 
 
 def test_what_tells_of_models_stays_with_the_planner(tmp_path: Path) -> None:
-    source = prepared(tmp_path, readings(tmp_path / "a.parquet", {1: 2}), by=["device"], lacks=lambda key: None)
+    source = prepared(
+        tmp_path, readings(tmp_path / "a.parquet", {1: 2}), by=["device"], missing_reason=lambda key: None
+    )
     chunks = plan(source)
     there = pickle.loads(pickle.dumps(source))
-    assert there.lacks is None
+    assert there.missing_reason is None
     assert Outcome(there, chunks).rows == Outcome(source).rows
 
 
 def test_a_key_that_has_a_model_by_now_is_cut_to_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tally.sources.tables.source._COMBINE", 4)
     place = readings(tmp_path / "a.parquet", {1: 10, 2: 1})
-    source = prepared(tmp_path, place, by=["device"], lacks=lambda key: "none" if key["device"] == 1 else None)
+    source = prepared(tmp_path, place, by=["device"], missing_reason=lambda key: "none" if key["device"] == 1 else None)
     [chunk] = plan(source)
-    again = prepared(tmp_path, place, by=["device"], lacks=lambda key: None)
+    again = prepared(tmp_path, place, by=["device"], missing_reason=lambda key: None)
     combined = again.combine([source.slice(chunk, 0, 1)])
     assert [each.count for each in combined] == [4, 4, 2]
     assert [row["value"] for row in Outcome(again, combined).rows.values()] == list(range(10))
@@ -544,7 +546,9 @@ def test_a_key_that_has_a_model_by_now_is_cut_to_chunks(tmp_path: Path, monkeypa
 
 def test_a_key_may_be_null(tmp_path: Path) -> None:
     place = parquet(tmp_path / "a.parquet", {"device": [None, "a", None], "value": [1, 2, 3]})
-    source = prepared(tmp_path, place, by=["device"], lacks=lambda key: "none" if key["device"] is None else None)
+    source = prepared(
+        tmp_path, place, by=["device"], missing_reason=lambda key: "none" if key["device"] is None else None
+    )
     assert Outcome(source).messages == {"device=null": "none (2 rows)"}
 
 
@@ -640,12 +644,12 @@ def test_what_was_never_made_cannot_be_planned(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"at\(place\)"):
         plan(source)
     with pytest.raises(StorageError, match="the work files of the table are not at"):
-        plan(source.at(str(tmp_path / "work")))
+        plan(source.located(str(tmp_path / "work")))
 
 
 def test_of_several_that_make_them_at_once_one_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = TableSource.describe([readings(tmp_path / "a.parquet", {1: 3})], features=None, by=["device"])
-    source = source.at(str(tmp_path / "work"))
+    source = source.located(str(tmp_path / "work"))
     both = threading.Barrier(2)
 
     def together(inputs: list[Input], query: Any, folder: Path) -> Made:
@@ -668,7 +672,7 @@ def _killed(place: str, scratch: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     LocalStore.write = die  # type: ignore[method-assign, assignment]
-    TableSource.describe([place], features=None, by=["device"]).at(scratch).prepare()
+    TableSource.describe([place], features=None, by=["device"]).located(scratch).prepare()
 
 
 def test_what_a_killed_process_left_behind_is_removed(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.videos import number_in, picture, write_clip
 from tally.errors import SpecError, StorageError
 from tally.media.video.facts import Colour, Video, pack
 from tally.sinks.base import Output
-from tally.sinks.factory import choose
+from tally.sinks.factory import sink_for
 from tally.sinks.query import query
 from tally.sinks.video import VideoSink
 from tally.sources.base import Chunk
@@ -36,7 +36,7 @@ def clip(tmp_path: Path) -> Video:
 
 
 def sink_at(out: Path, **options: Any) -> VideoSink:
-    sink = choose(str(out), output="video", **options)
+    sink = sink_for(str(out), output="video", **options)
     assert isinstance(sink, VideoSink)
     return sink
 

@@ -17,7 +17,7 @@ from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
 from tally.scorers.base import Scorer
 from tally.sinks.base import Sink
-from tally.sinks.factory import choose
+from tally.sinks.factory import sink_for
 from tally.sinks.staging import StagedSink
 from tally.sinks.video import VideoSink
 from tally.sources.base import Source
@@ -53,10 +53,10 @@ def assemble(spec: JobSpec, model: ModelRef) -> Parts:
             )
     sink = output_sink(spec, scorer, columns, source.order, video=isinstance(source, VideoSource))
     if isinstance(source, TableSource):
-        source = source.at(sink.place.address(sink.place.work))
+        source = source.located(sink.layout.address(sink.layout.work))
     if isinstance(sink, VideoSink) and isinstance(source, VideoSource):
         sink.check()
-        if sink.place.merged and source.listing.several():
+        if sink.layout.merged and source.listing.several():
             raise SpecError(
                 f"the source holds several videos, and {spec.out} is one file", hint="Give a folder: --out videos/"
             )
@@ -93,7 +93,7 @@ def _source(spec: JobSpec, scorer: Scorer) -> Source:
             window=own.seconds if own else spec.window,
             aggregate=own.aggregate if own else spec.aggregate,
             csv=spec.csv,
-            lacks=scorer.lacks if scorer.by else None,
+            missing_reason=scorer.lacks if scorer.by else None,
             without=spec.out,
         )
     if tabular is not None:
@@ -143,8 +143,8 @@ def output_sink(
             hint="--overlay draws boxes and labels onto the frames; for rows give a folder, .csv, .parquet or .jsonl.",
         )
     if written:
-        return choose(spec.out, output="video", format=spec.format, codec=spec.codec, crf=spec.crf, audio=spec.audio)
-    return choose(spec.out, output=scorer.output, format=spec.frames or spec.format, columns=columns, order=order)
+        return sink_for(spec.out, output="video", format=spec.format, codec=spec.codec, crf=spec.crf, audio=spec.audio)
+    return sink_for(spec.out, output=scorer.output, format=spec.frames or spec.format, columns=columns, order=order)
 
 
 MEDIA: dict[type[Source], Literal["video", "table"]] = {VideoSource: "video", TableSource: "table"}

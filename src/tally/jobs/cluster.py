@@ -234,7 +234,7 @@ def _carry(store: JobStore, record: JobRecord) -> JobRecord:
     from tally.models.mirror import carry
     from tally.models.reference import ModelRef
 
-    place = sink_of(record).place  # type: ignore[attr-defined]
+    place = sink_of(record).layout  # type: ignore[attr-defined]
     if isinstance(place.store, LocalStore):
         return record  # who can write the output sees this machine's files, or the same at the same paths
     ref = ModelRef.from_dict(record.model)

@@ -9,8 +9,9 @@ from typing import Literal
 from tally.errors import SpecError
 from tally.media.video.encode import DEFAULTS, Encoding
 from tally.sinks.files import KINDS, FilesSink
+from tally.sinks.layout import OutputLayout
 from tally.sinks.rows import RowsSink
-from tally.sinks.staging import Place, StagedSink
+from tally.sinks.staging import StagedSink
 from tally.sinks.video import KINDS as VIDEOS
 from tally.sinks.video import VideoSink
 from tally.storage import is_url, key_of, local_of
@@ -31,7 +32,7 @@ _FILES = frozenset(
 )
 
 
-def choose(
+def sink_for(
     out: str,
     *,
     output: Literal["rows", "image", "video"],
@@ -63,18 +64,18 @@ def choose(
     merged = one.get(suffix)
     _check(out, local, suffix, output, wanted)
     if merged is None:
-        place = Place(path)
+        layout = OutputLayout(path)
     elif local is not None:
-        place = Place(str(local.absolute().parent), local.name)
+        layout = OutputLayout(str(local.absolute().parent), local.name)
     else:
         root, _, name = path.rpartition("/")
-        place = Place(root, name)
+        layout = OutputLayout(root, name)
     if output == "image":
-        return FilesSink(place, wanted, columns)
+        return FilesSink(layout, wanted, columns)
     if output == "video":
         kind = merged or wanted or "mp4"
-        return VideoSink(place, kind, Encoding(codec or DEFAULTS[kind], crf), audio=audio)
-    return RowsSink(place, merged or wanted or "parquet", columns, order)
+        return VideoSink(layout, kind, Encoding(codec or DEFAULTS[kind], crf), audio=audio)
+    return RowsSink(layout, merged or wanted or "parquet", columns, order)
 
 
 def _check(out: str, local: Path | None, suffix: str, output: str, wanted: str | None) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from tally.errors import ItemError
 from tally.scorers.base import Result
 from tally.sinks.base import Output, Writer
+from tally.sinks.layout import File, OutputLayout, attempt_of
 from tally.sinks.rows import RowsSink
-from tally.sinks.staging import File, Place, attempt_of
 from tally.sources.base import Chunk
 from tally.storage import TEMPORARY
 
@@ -50,13 +50,15 @@ class FilesSink(RowsSink):
     ``file, width, height, bytes``.
     """
 
-    def __init__(self, place: Place, pictures: str | None = None, columns: Mapping[str, str] | None = None) -> None:
-        super().__init__(place, "parquet", {**(columns or {}), **_COLUMNS})
+    def __init__(
+        self, layout: OutputLayout, pictures: str | None = None, columns: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(layout, "parquet", {**(columns or {}), **_COLUMNS})
         self.pictures = pictures
 
     def open(self, attempt: str, chunk: Chunk) -> Writer:
         """See :meth:`Sink.open`."""
-        return PictureWriter(self.place, attempt, super().open(attempt, chunk), self.pictures)
+        return PictureWriter(self.layout, attempt, super().open(attempt, chunk), self.pictures)
 
     def _assemble(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
@@ -75,21 +77,21 @@ class FilesSink(RowsSink):
                 yield table
 
     def _publish(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
-        place = self.place
-        staged = [place.staging + name for output in outputs for name in output.files]
+        layout = self.layout
+        staged = [layout.staging + name for output in outputs for name in output.files]
         earlier = self.manifest()
         renamed = self._renamed(staged, [] if earlier is None else [file["path"] for file in earlier["files"]])
 
         def moves() -> Iterator[tuple[str, str]]:
             for name in staged:
-                folder = place.attempts + attempt_of(name.removeprefix(place.staging))
-                for file in place.table(name, ["file"])["file"].to_pylist():
+                folder = layout.attempts + attempt_of(name.removeprefix(layout.staging))
+                for file in layout.table(name, ["file"])["file"].to_pylist():
                     yield f"{folder}/{file}", renamed.get((name, file), file)
 
         todo = moves()
         with ThreadPoolExecutor(_MOVES, thread_name_prefix="tally-move") as pool:
             while some := list(islice(todo, 1000)):
-                list(pool.map(lambda each: place.move(*each), some))
+                list(pool.map(lambda each: layout.move(*each), some))
         super()._publish(plan, outputs)
 
     def _renamed(self, staged: Sequence[str], kept: Sequence[str]) -> dict[tuple[str, str], str]:
@@ -101,7 +103,7 @@ class FilesSink(RowsSink):
         from tally.sinks import merge
 
         def files(name: str) -> list[str]:
-            return list(self.place.table(name, ["file"])["file"].to_pylist())
+            return list(self.layout.table(name, ["file"])["file"].to_pylist())
 
         def hashes(name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
             return np.fromiter(map(hash, files(name)), np.int64)
@@ -114,7 +116,7 @@ class FilesSink(RowsSink):
         taken = {file for name in kept for file in files(name) if hash(file) in doubtful}
         renamed = {}
         for name in staged:
-            rows = self.place.table(name, ["key", "file"])
+            rows = self.layout.table(name, ["key", "file"])
             for key, file in zip(rows["key"].to_pylist(), rows["file"].to_pylist(), strict=True):
                 if file in taken:
                     renamed[name, file] = marked(file, key)
@@ -123,11 +125,11 @@ class FilesSink(RowsSink):
         return renamed
 
     def _listed(self, manifest: dict[str, Any]) -> Iterator[str]:
-        place = self.place
+        layout = self.layout
         for file in manifest["files"]:
-            for name in (file["path"], place.final + file["path"]):
-                if place.store.exists(name):
-                    yield from place.table(name, ["file"])["file"].to_pylist()
+            for name in (file["path"], layout.final + file["path"]):
+                if layout.store.exists(name):
+                    yield from layout.table(name, ["file"])["file"].to_pylist()
                     break
         yield from super()._listed(manifest)
 
@@ -135,8 +137,8 @@ class FilesSink(RowsSink):
 class PictureWriter(Writer):
     """Encodes each picture at once; only the list of them waits for the end."""
 
-    def __init__(self, place: Place, attempt: str, rows: Writer, pictures: str | None) -> None:
-        self._store, self._folder = place.store, place.attempts + attempt
+    def __init__(self, layout: OutputLayout, attempt: str, rows: Writer, pictures: str | None) -> None:
+        self._store, self._folder = layout.store, layout.attempts + attempt
         self._rows, self._pictures = rows, pictures
         self._names: Counter[str] = Counter()
         self._bytes = 0

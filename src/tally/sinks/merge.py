@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from tally.sinks import columns
 from tally.sinks.columns import KEY
-from tally.sinks.staging import File, Place
+from tally.sinks.layout import File, OutputLayout
 from tally.storage import failure, temporary
 
 PART_ROWS = 1_000_000
@@ -35,11 +35,11 @@ Batches = Iterable[pa.RecordBatch]
 # -- reading ------------------------------------------------------------------------------------------
 
 
-def schema(place: Place, names: Iterable[str], first: Iterable[pa.Schema] = ()) -> columns.Unified:
+def schema(layout: OutputLayout, names: Iterable[str], first: Iterable[pa.Schema] = ()) -> columns.Unified:
     """The schema that holds the rows of all these Parquet files, and those of the schemas before them."""
 
     def one(name: str) -> pa.Schema:
-        with place.parquet(name) as file:
+        with layout.parquet(name) as file:
             return file.schema_arrow
 
     return columns.unify(chain(first, ahead(one, names)))
@@ -70,17 +70,20 @@ def ahead(read: Callable[[str], Any], names: Iterable[str]) -> Iterator[Any]:
 # -- writing ------------------------------------------------------------------------------------------
 
 
-def write(place: Place, batches: Batches, target: pa.Schema, suffix: str, first: int, *, empty: bool) -> list[File]:
+def write(
+    layout: OutputLayout, batches: Batches, target: pa.Schema, suffix: str, first: int, *, empty: bool
+) -> list[File]:
     """Write rows as the final parts ``first``, ``first + 1`` ...; as one file if the output is merged.
 
     empty: write a part without rows when there are none, so that the columns are there.
     """
-    parts: Iterable[Batches] = [batches] if place.merged else cut(batches)
+    parts: Iterable[Batches] = [batches] if layout.merged else cut(batches)
     files = [
-        write_file(place, place.part(number, suffix), part, target, suffix) for number, part in enumerate(parts, first)
+        write_file(layout, layout.part(number, suffix), part, target, suffix)
+        for number, part in enumerate(parts, first)
     ]
     if empty and not files:
-        files.append(write_file(place, place.part(first, suffix), (), target, suffix))
+        files.append(write_file(layout, layout.part(first, suffix), (), target, suffix))
     return files
 
 
@@ -105,21 +108,23 @@ def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBa
             yield columns.conform(batch, target)
 
 
-def write_file(place: Place, name: str, batches: Batches, target: pa.Schema, suffix: str) -> File:
+def write_file(layout: OutputLayout, name: str, batches: Batches, target: pa.Schema, suffix: str) -> File:
     """Write rows as one final file."""
-    with place.create(name) as path:
+    with layout.create(name) as path:
         rows = _write(path, batches, target, suffix)
         size = path.stat().st_size
     return {"path": name, "rows": rows, "bytes": size}
 
 
-def extend(place: Place, old: File, batches: Batches, target: pa.Schema, known: Sequence[str], suffix: str) -> File:
+def extend(
+    layout: OutputLayout, old: File, batches: Batches, target: pa.Schema, known: Sequence[str], suffix: str
+) -> File:
     """Rewrite a merged CSV or JSON Lines file with more rows at its end.
 
     known: the columns that it has; the target schema begins with them.
     """
-    source = place.store.local_path(old["path"])
-    with place.create(old["path"]) as path:
+    source = layout.store.local_path(old["path"])
+    with layout.create(old["path"]) as path:
         if suffix == "csv" and len(target) > len(known):
             _widen(source, path, target.names[len(known) :])
         else:

@@ -16,8 +16,9 @@ from tally.media.video.facts import Video, unpack
 from tally.scorers.base import Result
 from tally.sinks.base import Output, Writer
 from tally.sinks.files import marked, named, picture
+from tally.sinks.layout import File, OutputLayout, staged_name
 from tally.sinks.rows import write_dead
-from tally.sinks.staging import File, Place, StagedSink, staged_name
+from tally.sinks.staging import StagedSink
 from tally.sources.base import Chunk
 from tally.storage import LocalStore, ObjectStore, temporary
 
@@ -38,8 +39,8 @@ class VideoSink(StagedSink):
     Segments are runs of frames without a hole, so that frames which are scored later fit between them.
     """
 
-    def __init__(self, place: Place, format: str, encoding: Encoding, *, audio: bool = True) -> None:  # noqa: A002
-        super().__init__(place, format)
+    def __init__(self, layout: OutputLayout, format: str, encoding: Encoding, *, audio: bool = True) -> None:  # noqa: A002
+        super().__init__(layout, format)
         self.encoding, self.audio = encoding, audio
 
     def check(self) -> None:
@@ -48,12 +49,12 @@ class VideoSink(StagedSink):
 
     def open(self, attempt: str, chunk: Chunk) -> Writer:
         """See :meth:`Sink.open`."""
-        return VideoWriter(self.place, attempt, chunk, self.encoding)
+        return VideoWriter(self.layout, attempt, chunk, self.encoding)
 
     def committed(self, outputs: Iterable[Output]) -> tuple[str, list[str]]:
         """There are no rows to read. Raises SpecError."""
         raise SpecError(
-            f"{self.place} holds video, and no rows that could be read",
+            f"{self.layout} holds video, and no rows that could be read",
             hint="Its manifest lists the files; 'tally jobs dead' lists frames that failed.",
         )
 
@@ -63,16 +64,16 @@ class VideoSink(StagedSink):
         files: dict[str, File] = {file["key"]: file for file in (earlier or {}).get("files", [])}
         notes = list((earlier or {}).get("notes", []))
         found = _by_video(outputs)
-        if self.place.merged and len(keys := [*files, *(key for key in found if key not in files)]) > 1:
+        if self.layout.merged and len(keys := [*files, *(key for key in found if key not in files)]) > 1:
             raise SpecError(
-                f"the source holds {len(keys):,} videos ({keys[0]!r}, {keys[1]!r} ...), and {self.place} is one file",
+                f"the source holds {len(keys):,} videos ({keys[0]!r}, {keys[1]!r} ...), and {self.layout} is one file",
                 hint="Give a folder: --out videos/",
             )
         for key, parts in found.items():
             name = files[key]["path"] if key in files else self._name(key, {file["path"] for file in files.values()})
             files[key], said = self._joined(name, parts, files.get(key))
             notes += [*parts.notes, *said]
-        dead_file = write_dead(self.place, dead, "parquet")
+        dead_file = write_dead(self.layout, dead, "parquet")
         return {
             "output": "video",
             "format": self.format,
@@ -88,13 +89,13 @@ class VideoSink(StagedSink):
         }
 
     def _name(self, key: str, taken: set[str]) -> str:
-        name = self.place.merged or named(key, self.format, KINDS)
+        name = self.layout.merged or named(key, self.format, KINDS)
         return marked(name, key) if name in taken else name
 
     def _joined(self, name: str, parts: _Parts, before: File | None) -> tuple[File, list[str]]:
         from tally.media.video.join import join
 
-        with self._at_hand(parts, before) as segments, self.place.create(name) as path:
+        with self._at_hand(parts, before) as segments, self.layout.create(name) as path:
             said = join(path, self.format, parts.video, segments, audio=self.audio)
             size = path.stat().st_size
         rows = parts.frames + (before["rows"] if before else 0)
@@ -108,8 +109,8 @@ class VideoSink(StagedSink):
         """
         from tally.media.video.join import Segment
 
-        place, store = self.place, self.place.store
-        wanted: list[tuple[str, int | None]] = [(place.staging + name, start) for name, start in parts.segments]
+        layout, store = self.layout, self.layout.store
+        wanted: list[tuple[str, int | None]] = [(layout.staging + name, start) for name, start in parts.segments]
         if before is not None:
             wanted.insert(0, (before["path"], None))
         if isinstance(store, LocalStore):
@@ -127,7 +128,7 @@ class VideoSink(StagedSink):
             yield [Segment(path, start) for path, (_, start) in zip(paths, wanted, strict=True)]
 
     def _dead_names(self) -> list[str]:
-        return [self.place.dead("parquet")]
+        return [self.layout.dead("parquet")]
 
 
 @dataclass(slots=True)
@@ -155,8 +156,8 @@ def _by_video(outputs: Iterable[Output]) -> dict[str, _Parts]:
 class VideoWriter(Writer):
     """Encodes each picture at once; a segment is kept in memory until a hole or the chunk's end."""
 
-    def __init__(self, place: Place, attempt: str, chunk: Chunk, encoding: Encoding) -> None:
-        self._place, self._attempt, self._encoding = place, attempt, encoding
+    def __init__(self, layout: OutputLayout, attempt: str, chunk: Chunk, encoding: Encoding) -> None:
+        self._layout, self._attempt, self._encoding = layout, attempt, encoding
         self._payload = chunk.payload
         self._video: Video | None = None
         self._ticks: dict[int, int] = {}
@@ -213,7 +214,7 @@ class VideoWriter(Writer):
         self._encoder = None
         name = staged_name(self._attempt, len(self._files), "mp4")
         self._files.append(name)
-        self._place.store.write(self._place.staging + name, data)
+        self._layout.store.write(self._layout.staging + name, data)
         self._bytes += len(data)
 
     def close(self) -> Output:
@@ -227,4 +228,4 @@ class VideoWriter(Writer):
     def abort(self) -> None:
         """See :meth:`Writer.abort`."""
         self._encoder = None
-        self._place.store.delete([self._place.staging + name for name in self._files])
+        self._layout.store.delete([self._layout.staging + name for name in self._files])

@@ -15,7 +15,7 @@ from tally.errors import SpecError
 from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Kind, Listing
-from tally.sources.locations import Place, nothing
+from tally.sources.locations import Location, nothing
 from tally.sources.reading import AHEAD, LOCAL_THREADS, REMOTE_THREADS, Reader, read_ahead, read_paths
 from tally.storage import LocalStore, key_of, name_from_json, name_to_json, open_store
 
@@ -56,15 +56,15 @@ class FileSource(Source):
         return cls(Listing.of(uris, kind, without=without, sizes=input != "path"), input)
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def locations(self) -> tuple[Location, ...]:
         """Where the files are; a chunk's payload names one of them by its index."""
-        return self.listing.places
+        return self.listing.locations
 
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
         self.listing.passed.clear()
         began, last = (0, None) if after is None else _parse_cursor(after)
         found = after is not None
-        for index in range(began, len(self.places)):
+        for index in range(began, len(self.locations)):
             entries = self.listing.entries(index, last if index == began else None)
             names: list[str] = []
             total = 0
@@ -88,13 +88,13 @@ class FileSource(Source):
                 yield _chunk(index, first, names)
                 first += len(names)
         if not found:
-            raise nothing(self.places[0], self.listing.passed, self.listing.kind)
+            raise nothing(self.locations[0], self.listing.passed, self.listing.kind)
 
     def ahead(self, batch_size: int) -> int:
         return AHEAD * max(batch_size, LOCAL_THREADS if self.listing.local else REMOTE_THREADS)
 
     def keys(self, chunk: Chunk) -> list[str]:
-        return _keys(self.places[chunk.payload["place"]].prefix, _unpack(chunk.payload["names"]))
+        return _keys(self.locations[chunk.payload["place"]].prefix, _unpack(chunk.payload["names"]))
 
     def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
         names = chunk.payload["names"][start:stop]
@@ -119,13 +119,13 @@ class FileSource(Source):
         return self.listing.remark()
 
     def read(self, chunk: Chunk, scorer: Scorer, timings: Timings) -> Iterator[Batch]:
-        place = self.places[chunk.payload["place"]]
+        location = self.locations[chunk.payload["place"]]
         names = _unpack(chunk.payload["names"])
-        keys = _keys(place.prefix, names)
-        store = open_store(place.root)
+        keys = _keys(location.prefix, names)
+        store = open_store(location.root)
         local = isinstance(store, LocalStore)
         if self.input == "path" and local and type(scorer).prepare is Scorer.prepare:
-            return read_paths(place.within, names, keys, scorer.batch_size)
+            return read_paths(location.within, names, keys, scorer.batch_size)
         reader = Reader(store, names, keys, self.input, scorer)
         return read_ahead(reader, scorer.batch_size, LOCAL_THREADS if local else REMOTE_THREADS, timings)
 

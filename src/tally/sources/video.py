@@ -82,7 +82,7 @@ class VideoSource(Source):
         found = after is not None
         prober = Prober()
         try:
-            for index in range(began, len(self.listing.places)):
+            for index in range(began, len(self.listing.locations)):
                 entries = self.listing.entries(index, name if index == began else None)
                 if index == began and name is not None and frame is not None:
                     for chunk in self._video(prober, index, name, frame, first, limit):
@@ -96,20 +96,20 @@ class VideoSource(Source):
         finally:
             prober.close()
         if not found:
-            raise nothing(self.listing.places[0], self.listing.passed, self.listing.kind)
+            raise nothing(self.listing.locations[0], self.listing.passed, self.listing.kind)
 
     def _video(
         self, prober: Prober, index: int, name: str, start: int, first: int, limit: Callable[[], ChunkLimit]
     ) -> Iterator[Chunk]:
         """The chunks of one video from the frame ``start`` on."""
-        place = self.listing.places[index]
-        key = place.prefix + key_of(name)
+        location = self.listing.locations[index]
+        key = location.prefix + key_of(name)
 
         def cursor(frame: int | None) -> str:
             return json.dumps([index, name_to_json(name), frame])
 
         try:
-            timeline = prober(key, place.root, name)
+            timeline = prober(key, location.root, name)
         except StorageAwayError:
             raise
         except TallyError as error:

@@ -273,7 +273,7 @@ class SinkContract:
         sink = make(tmp_path / "place")
         if not isinstance(sink, StagedSink):
             pytest.skip("it keeps no files of its own")
-        place = sink.place
+        place = sink.layout
         for generation, name in enumerate("abc"):
             sink.claim("job-1")
             attempt(sink, f"lost-{name}", 0, 2)
@@ -336,7 +336,7 @@ class SinkContract:
         self, make: Callable[[Path], Any], tmp_path: Path, attempt: Any, keys: Any, late: bool, generation: int
     ) -> None:
         base = make(tmp_path / "base")
-        if not isinstance(base, StagedSink) or not isinstance(base.place.store, LocalStore):
+        if not isinstance(base, StagedSink) or not isinstance(base.layout.store, LocalStore):
             pytest.skip("crashes are simulated in a local store")
         base.claim("job-1")
         if generation:
@@ -352,18 +352,18 @@ class SinkContract:
 
         facts = {**FACTS, "generation": generation}
         sink = prepare("whole")
-        counter = CrashingStore(sink.place.store.url, None)
-        sink.place.store = counter
+        counter = CrashingStore(sink.layout.store.url, None)
+        sink.layout.store = counter
         manifest = sink.finalize(outputs, [], facts)
         expected, steps = files_under(tmp_path / "whole"), counter.calls
         assert steps > 5
         for step in range(steps):
             sink = prepare(f"step-{step}")
-            whole = sink.place.store
-            sink.place.store = CrashingStore(whole.url, step, late=late)
+            whole = sink.layout.store
+            sink.layout.store = CrashingStore(whole.url, step, late=late)
             with pytest.raises(Crash):
                 sink.finalize(outputs, [], facts)
-            sink.place.store = whole
+            sink.layout.store = whole
             shown = keys(sink, outputs)
             sink.claim("job-1")
             assert sink.finalize(outputs, [], facts) == manifest
@@ -373,20 +373,20 @@ class SinkContract:
 
     def test_a_full_disk_is_said_and_can_be_mended(self, make: Any, tmp_path: Path, attempt: Any, keys: Any) -> None:
         sink = make(tmp_path / "place")
-        if not isinstance(sink, StagedSink) or not isinstance(sink.place.store, LocalStore):
+        if not isinstance(sink, StagedSink) or not isinstance(sink.layout.store, LocalStore):
             pytest.skip("a full disk is simulated in a local store")
         sink.claim("job-1")
-        whole = sink.place.store
+        whole = sink.layout.store
         full = StorageError(f"cannot write {whole.url}: the disk is full")
-        sink.place.store = CrashingStore(whole.url, 0, raised=full)
+        sink.layout.store = CrashingStore(whole.url, 0, raised=full)
         with pytest.raises(StorageError, match="disk is full"):
             attempt(sink, "a", 0, 3)
-        sink.place.store = whole
+        sink.layout.store = whole
         output = attempt(sink, "b", 0, 3)
-        sink.place.store = CrashingStore(whole.url, 0, raised=full)
+        sink.layout.store = CrashingStore(whole.url, 0, raised=full)
         with pytest.raises(StorageError, match="disk is full"):
             sink.finalize([output], [], FACTS)
-        sink.place.store = whole
+        sink.layout.store = whole
         sink.finalize([output], [], FACTS)
         assert keys(sink, []) == [key(0), key(1), key(2)]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from tally.errors import StorageError
-from tally.sources.tables.type_inference import Guess, Text, guess, identifier, literal
+from tally.sources.tables.type_inference import InferredType, Text, identifier, infer, literal
 from tally.text import did_you_mean
 
 T = TypeVar("T")
@@ -327,14 +327,14 @@ def relation(path: Path, dialect: Dialect, types: Mapping[str, str], *, strict: 
     return f"read_csv({', '.join(parts)})"
 
 
-def guess_types(connection: Any, path: Path, dialect: Dialect, rows: int) -> tuple[dict[str, Guess], bool]:
+def infer_types(connection: Any, path: Path, dialect: Dialect, rows: int) -> tuple[dict[str, InferredType], bool]:
     """The types of the file's columns by its first rows, and whether these are all that there are."""
     columns = {name: Text(identifier(name), identifier(name)) for name in dialect.names}
 
-    def sampled(strict: bool) -> tuple[dict[str, Guess], bool]:
+    def sampled(strict: bool) -> tuple[dict[str, InferredType], bool]:
         given = relation(path, dialect, {}, strict=strict)
         connection.execute(f"CREATE OR REPLACE TEMP TABLE sample AS FROM {given} LIMIT {rows}")
-        found = guess(
+        found = infer(
             connection,
             "sample",
             columns,
@@ -387,10 +387,10 @@ def faults(connection: Any, path: Path, dialect: Dialect, name: str) -> Iterator
     lines = _line_numbers(path, [int(row[1]) for row in found])
     for index, ((record, _, column, title, kind, message), line) in enumerate(zip(found, lines, strict=True)):
         if match := re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", message):
-            wanted, given = int(match[1]), int(match[2])
-            column, title = min(wanted, given) + 1, None
-            fewer = f"the line has {given} column{'s' if given > 1 else ''}, not {wanted}"
-            told = fewer if given < wanted else f"the line has more than {wanted} columns"
+            expected, given = int(match[1]), int(match[2])
+            column, title = min(expected, given) + 1, None
+            fewer = f"the line has {given} column{'s' if given > 1 else ''}, not {expected}"
+            told = fewer if given < expected else f"the line has more than {expected} columns"
         else:
             told = _told(kind, message)
         where = f"{name}, line {line}, column {column}" + (f" ({title})" if title else "")

@@ -19,7 +19,7 @@ import psutil
 from tally.errors import StorageError
 from tally.sources.tables import delimited, jsonlines
 from tally.sources.tables.formats import Format, open_arrow, plain_type
-from tally.sources.tables.select import ORDER, Selection, Wanted
+from tally.sources.tables.select import ORDER, Selection, TableRequest
 from tally.sources.tables.type_inference import identifier, literal
 from tally.storage import Store, failure, temporary
 from tally.text import did_you_mean
@@ -42,7 +42,7 @@ _ORIGIN = "make_timestamp(2000, 1, 3, 0, 0, 0)"
 class Query:
     """What is to be made of the files. types: of the columns of CSV and JSON Lines, as DuckDB calls them."""
 
-    wanted: Wanted
+    request: TableRequest
     selection: Selection
     csv: Mapping[str, Any] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Query:
     @property
     def sorts(self) -> bool:
         """Whether one file is made of all, not one of each."""
-        return bool(self.wanted.by or self.wanted.where or self.wanted.window is not None)
+        return bool(self.request.by or self.request.where or self.request.window is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ def _convert(
 
 def _columns(query: Query) -> list[str]:
     """The columns that are brought along: a condition may be about any."""
-    return list(query.types) if query.wanted.where is not None else list(query.selection.inputs)
+    return list(query.types) if query.request.where is not None else list(query.selection.inputs)
 
 
 def _from_csv(
@@ -206,7 +206,7 @@ def _from_arrow(each: Input, query: Query, target: Path) -> int:
     import pyarrow.parquet as pq
 
     with open_arrow(each.store, each.name) as reader:
-        names = reader.schema.names if query.wanted.where is not None else list(query.selection.inputs)
+        names = reader.schema.names if query.request.where is not None else list(query.selection.inputs)
         if missing := [name for name in names if name not in reader.schema.names]:
             raise StorageError(f"{each.key} lacks the column {missing[0]!r}")
         schema = pa.schema([(name, plain_type(reader.schema.field(name).type)) for name in names])
@@ -239,9 +239,9 @@ def _arrange(
     links: Path,
 ) -> Made:
     """One table of all rows that are wanted, with an index of its keys."""
-    wanted = query.wanted
+    request = query.request
     bad = _count(folder / BAD)
-    kind = "rows" if wanted.window is None else "windows"
+    kind = "rows" if request.window is None else "windows"
     offsets, paths = [], []
     total = 0
     for number, (path, rows) in enumerate(tables):
@@ -259,26 +259,26 @@ def _arrange(
         f"SET allowed_directories = [{literal(f'{links}/')}, {literal(f'{folder}/')}]; "
         f"SET allowed_paths = [{allowed}]; SET enable_external_access = false; SET lock_configuration = true"
     )
-    where = f"WHERE (\n{wanted.where}\n)" if wanted.where is not None else ""
+    where = f"WHERE (\n{request.where}\n)" if request.where is not None else ""
     source = (
         f"(SELECT *, file_row_number + getvariable('offsets')[file_index::BIGINT + 1] AS {ORDER} "  # noqa: S608
         f"FROM (SELECT *, file_index FROM read_parquet([{listed}], union_by_name = true, file_row_number = true)) "
         f"{where})"
     )
     timeless = 0
-    if wanted.window is None:
+    if request.window is None:
         _copy(connection, _rows_of(query, source), folder / ROWS)
     else:
-        assert wanted.time is not None
+        assert request.time is not None
         _copy(connection, _windows_of(query, source), folder / ROWS)
-        missing = f"SELECT count(*) FROM {source} WHERE {identifier(wanted.time)} IS NULL"  # noqa: S608
+        missing = f"SELECT count(*) FROM {source} WHERE {identifier(request.time)} IS NULL"  # noqa: S608
         timeless = int(connection.execute(missing).fetchone()[0])
     for path, _ in tables:
         if path.parent == folder:
             path.unlink(missing_ok=True)
     keys = 0
-    if wanted.by:
-        by = ", ".join(map(identifier, wanted.by))
+    if request.by:
+        by = ", ".join(map(identifier, request.by))
         _copy(
             connection,
             f"SELECT {by}, min(file_row_number) AS {FIRST}, count(*) AS {COUNT} "  # noqa: S608
@@ -291,16 +291,16 @@ def _arrange(
 
 def _rows_of(query: Query, source: str) -> str:
     columns = ", ".join([*map(identifier, query.selection.inputs), ORDER])
-    by = "".join(f"{identifier(name)}, " for name in query.wanted.by)
+    by = "".join(f"{identifier(name)}, " for name in query.request.by)
     return f"SELECT {columns} FROM {source} ORDER BY {by}{ORDER}"  # noqa: S608
 
 
 def _windows_of(query: Query, source: str) -> str:
-    wanted, time = query.wanted, identifier(query.wanted.time or "")
-    by = "".join(f"{identifier(name)}, " for name in wanted.by)
-    zoned = "TIMESTAMPTZ" if "tz=" in str(query.selection.inputs[query.wanted.time or ""]) else "TIMESTAMP"
+    request, time = query.request, identifier(query.request.time or "")
+    by = "".join(f"{identifier(name)}, " for name in request.by)
+    zoned = "TIMESTAMPTZ" if "tz=" in str(query.selection.inputs[query.request.time or ""]) else "TIMESTAMP"
     plain = f"{time}::{zoned}::TIMESTAMP"
-    begin = f"time_bucket(to_microseconds({wanted.window}), {plain}, {_ORIGIN})"
+    begin = f"time_bucket(to_microseconds({request.window}), {plain}, {_ORIGIN})"
     # In the order of time, and of the input where times are equal.
     latest = f"epoch_us({plain})::HUGEINT * 1000000000000 + {ORDER}"
     made = []
@@ -316,7 +316,7 @@ def _windows_of(query: Query, source: str) -> str:
         made.append(f"{expression} AS {identifier(name)}")
     chosen = ", ".join([f"({begin})::{zoned} AS {time}", *made])
     # Numbered, as a name that the result shares with the input would mean the input's column.
-    groups = ", ".join(str(index + 1) for index in range(len(wanted.by) + 1))
+    groups = ", ".join(str(index + 1) for index in range(len(request.by) + 1))
     return f"SELECT {by}{chosen} FROM {source} WHERE {time} IS NOT NULL GROUP BY {groups} ORDER BY {groups}"  # noqa: S608
 
 

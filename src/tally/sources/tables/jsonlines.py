@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tally.sources.tables.delimited import Fault, forget_faults
-from tally.sources.tables.type_inference import Guess, Text, guess, identifier, literal
+from tally.sources.tables.type_inference import InferredType, Text, identifier, infer, literal
 
 _LINE_BYTES = 16 << 20
 _BUFFER_BYTES = 32 << 20
@@ -35,7 +35,7 @@ def _path(name: str) -> str:
     return literal(f'$."{escaped}"')
 
 
-def guess_types(connection: Any, path: Path, rows: int) -> tuple[dict[str, Guess], bool]:
+def infer_types(connection: Any, path: Path, rows: int) -> tuple[dict[str, InferredType], bool]:
     """The file's columns, in the order in which they come first, and their types by its first rows; and whether these
     are all that there are."""
     connection.execute(
@@ -62,7 +62,7 @@ def guess_types(connection: Any, path: Path, rows: int) -> tuple[dict[str, Guess
         )
         for name in names
     }
-    found = guess(connection, "sample", columns) if names else {}
+    found = infer(connection, "sample", columns) if names else {}
     connection.execute("DROP TABLE sample")
     return found, count < rows
 

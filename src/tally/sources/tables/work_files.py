@@ -28,11 +28,11 @@ _PREFIX = "table-"
 """What the folders' names begin with."""
 
 
-class WorkFiles:
+class WorkFolder:
     """The work files at a place: a folder's path, or a URL."""
 
-    def __init__(self, place: str) -> None:
-        self._store: Store = open_store(place)
+    def __init__(self, location: str) -> None:
+        self._store: Store = open_store(location)
 
     def ensure(self, fingerprint: str, make: Callable[[Path], Made]) -> None:
         """Make them unless they are there. make: makes them in a new folder of this machine.
@@ -108,17 +108,17 @@ class WorkFiles:
             if name.startswith(_PREFIX):
                 self._store.delete_tree(name)
 
-    def open(self) -> Work:
+    def open(self) -> WorkFiles:
         """The files. Raises StorageError when they were not made."""
         marker = self._marker()
         if marker is None:
             raise StorageError(
                 f"the work files of the table are not at {self._store.url}", hint="score it again with --overwrite"
             )
-        return Work(self._store, marker["folder"], Made.from_json(marker["made"]))
+        return WorkFiles(self._store, marker["folder"], Made.from_json(marker["made"]))
 
 
-class Work:
+class WorkFiles:
     """Work files that are there."""
 
     def __init__(self, store: Store, folder: str, made: Made) -> None:
