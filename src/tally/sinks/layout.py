@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tally.errors import StorageError
-from tally.storage import TEMPORARY, LocalStore, failure, key_of, open_store, temporary
+from tally.storage import failure, key_of, open_store, temporary
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,7 +82,7 @@ class OutputLayout:
     def create(self, name: str) -> Iterator[Path]:
         """A path of this machine to write a final file to. On leaving it is durable, and waits to be published."""
         self._confirm()
-        if isinstance(self.store, LocalStore):
+        if self.store.is_local:
             path = Path(self.address(self.final + name))
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ class OutputLayout:
         import pyarrow.parquet as pq
 
         try:
-            if isinstance(self.store, LocalStore):
+            if self.store.is_local:
                 return pq.ParquetFile(self.address(name))
             return pq.ParquetFile(pa.BufferReader(self.store.read(name)))
         except StorageError:
@@ -152,10 +152,8 @@ class OutputLayout:
         store = self.store
         self._clear()
         store.delete([self.plan])
-        if isinstance(store, LocalStore):  # what killed writers left half written
-            for folder in [self.staging] if self.merged else ["", self.staging]:
-                for path in Path(self.address(folder)).glob(f"{TEMPORARY}*"):
-                    path.unlink(missing_ok=True)
+        for folder in [self.staging] if self.merged else ["", self.staging]:
+            store.remove_partial(folder)
         store.delete([self.claim])
         self._close()
 
@@ -170,9 +168,7 @@ class OutputLayout:
             self.store.delete_tree(folder)
 
     def _close(self) -> None:
-        if isinstance(self.store, LocalStore):
-            with suppress(OSError):  # it is gone, or somebody else may have claimed it meanwhile
-                Path(self.address(self.staging)).rmdir()
+        self.store.remove_folder(self.staging)
 
 
 def staged_name(attempt: str, number: int = 0, suffix: str = "parquet") -> str:

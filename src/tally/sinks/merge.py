@@ -18,6 +18,7 @@ from tally.sinks import columns
 from tally.sinks.columns import KEY
 from tally.sinks.layout import File, OutputLayout
 from tally.storage import failure, temporary
+from tally.text import sql_name, sql_text
 
 PART_ROWS = 1_000_000
 PART_BYTES = 128 * 1024**2
@@ -99,11 +100,11 @@ def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBa
     target = pa.schema([field for field in given if field.name != by])
     found: Any
     with temporary.folder("sort") as folder, duckdb.connect(":memory:") as connection:
-        connection.execute(f"SET memory_limit = '{_SORT_BYTES}B'; SET temp_directory = {_quoted(Path(folder))}")
+        connection.execute(f"SET memory_limit = '{_SORT_BYTES}B'; SET temp_directory = {sql_text(folder)}")
         connection.execute("SET enable_progress_bar = false")
         connection.register("batches", pa.RecordBatchReader.from_batches(given, iter(batches)))
-        name = by.replace('"', '""')
-        found = connection.sql(f'SELECT * EXCLUDE ("{name}") FROM batches ORDER BY "{name}"')  # noqa: S608
+        name = sql_name(by)
+        found = connection.sql(f"SELECT * EXCLUDE ({name}) FROM batches ORDER BY {name}")  # noqa: S608
         for batch in found.to_arrow_reader(_GROUP_ROWS):
             yield columns.conform(batch, target)
 
@@ -217,7 +218,7 @@ def _write_text(path: Path, batches: Batches, target: pa.Schema, suffix: str, he
     with duckdb.connect(":memory:", config={"threads": 1}) as connection:
         connection.register("batches", pa.RecordBatchReader.from_batches(plain, prepared()))
         try:
-            found = connection.execute(f"COPY (FROM batches) TO {_quoted(path)} ({options})").fetchone()
+            found = connection.execute(f"COPY (FROM batches) TO {sql_text(path)} ({options})").fetchone()
         except duckdb.Error as error:
             raise (raised[0] if raised else failure("write", str(path), error)) from None
     return int(found[0]) if found else 0
@@ -227,13 +228,13 @@ def _widen(source: Path, target: Path, names: Sequence[str]) -> None:
     """Copy a CSV file with empty columns added."""
     import duckdb
 
-    extra = "".join(f', NULL AS "{name.replace(chr(34), chr(34) * 2)}"' for name in names)
+    extra = "".join(f", NULL AS {sql_name(name)}" for name in names)
     with duckdb.connect(":memory:", config={"threads": 1}) as connection, temporary.folder("merge") as folder:
-        given = _quoted(plain_path(source, folder))
+        given = sql_text(plain_path(source, folder))
         try:
             connection.execute(
                 f"COPY (SELECT *{extra} FROM read_csv({given}, {CSV}, all_varchar = true)) "  # noqa: S608
-                f"TO {_quoted(target)} (FORMAT csv, HEADER true)"
+                f"TO {sql_text(target)} (FORMAT csv, HEADER true)"
             )
         except duckdb.Error as error:
             raise failure("write", str(target), error) from None
@@ -250,10 +251,6 @@ def plain_path(path: Path, folder: Path, number: int = 0) -> Path:
     link = folder.joinpath(f"{number:06d}{path.suffix}")
     link.symlink_to(path)
     return link
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
 
 
 def _textual(batch: pa.RecordBatch, suffix: str) -> pa.RecordBatch:

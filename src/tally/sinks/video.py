@@ -20,7 +20,7 @@ from tally.sinks.layout import File, OutputLayout, staged_name
 from tally.sinks.rows import write_dead
 from tally.sinks.staging import StagedSink
 from tally.sources.base import Chunk
-from tally.storage import LocalStore, ObjectStore, temporary
+from tally.storage import temporary
 
 if TYPE_CHECKING:
     from tally.media.video.join import Segment
@@ -113,10 +113,9 @@ class VideoSink(StagedSink):
         wanted: list[tuple[str, int | None]] = [(layout.staging + name, start) for name, start in parts.segments]
         if before is not None:
             wanted.insert(0, (before["path"], None))
-        if isinstance(store, LocalStore):
+        if store.is_local:
             yield [Segment(store.local_path(name), start) for name, start in wanted]
             return
-        assert isinstance(store, ObjectStore)
         with temporary.folder("video") as folder:
             paths = [folder / f"{number}.{name.rpartition('.')[2]}" for number, (name, _) in enumerate(wanted)]
             with ThreadPoolExecutor(_DOWNLOADS) as pool:

@@ -17,7 +17,7 @@ from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Kind, Listing
 from tally.sources.locations import Location, nothing
 from tally.sources.reading import AHEAD, LOCAL_THREADS, REMOTE_THREADS, Reader, read_ahead, read_paths
-from tally.storage import LocalStore, key_of, name_from_json, name_to_json, open_store
+from tally.storage import key_of, name_from_json, name_to_json, open_store
 
 _COMBINE = 4096
 
@@ -123,7 +123,7 @@ class FileSource(Source):
         names = _unpack(chunk.payload["names"])
         keys = _keys(location.prefix, names)
         store = open_store(location.root)
-        local = isinstance(store, LocalStore)
+        local = store.is_local
         if self.input == "path" and local and type(scorer).prepare is Scorer.prepare:
             return read_paths(location.within, names, keys, scorer.batch_size)
         reader = Reader(store, names, keys, self.input, scorer)

@@ -24,7 +24,7 @@ from tally.sources.locations import (
     nothing,
 )
 from tally.sources.tables.formats import SUFFIXES as TABLES
-from tally.storage import Entry, LocalStore, Store, is_url, key_of, open_store
+from tally.storage import Entry, Store, is_url, key_of, open_store
 
 Kind = Literal["image", "video", "table"]
 
@@ -137,7 +137,7 @@ class Listing:
         store = open_store(location.root)
         if location.names:
             start = 0 if after is None else bisect_right(location.names, after)
-            known = self.sizes and isinstance(store, LocalStore)
+            known = self.sizes and store.is_local
             for name in location.names[start:]:
                 yield Entry(name, _size(store, name) if known else 0)
             return

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from tally.errors import StorageError
-from tally.sources.tables.type_inference import InferredType, Text, identifier, infer, literal
-from tally.text import did_you_mean
+from tally.sources.tables.type_inference import InferredType, Text, infer
+from tally.text import did_you_mean, sql_name, sql_text
 
 T = TypeVar("T")
 
@@ -297,15 +297,15 @@ def readable(path: Path, dialect: Dialect, folder: Path, name: str) -> Path:
 
 def relation(path: Path, dialect: Dialect, types: Mapping[str, str], *, strict: bool = True) -> str:
     """The file as an SQL relation of all its columns; those without a type are text. Faults are noted by DuckDB."""
-    columns = ", ".join(f"{literal(name)}: {literal(types.get(name, 'VARCHAR'))}" for name in dialect.names)
-    nulls = ", ".join(map(literal, dict.fromkeys(["", *dialect.nullstr])))
+    columns = ", ".join(f"{sql_text(name)}: {sql_text(types.get(name, 'VARCHAR'))}" for name in dialect.names)
+    nulls = ", ".join(map(sql_text, dict.fromkeys(["", *dialect.nullstr])))
     parts = [
-        literal(str(path)),
+        sql_text(path),
         "auto_detect = false",
         f"columns = {{{columns}}}",
-        f"delim = {literal(dialect.delim)}",
-        f"quote = {literal(dialect.quote)}",
-        f"escape = {literal(dialect.escape)}",
+        f"delim = {sql_text(dialect.delim)}",
+        f"quote = {sql_text(dialect.quote)}",
+        f"escape = {sql_text(dialect.escape)}",
         f"header = {str(dialect.header).lower()}",
         f"skip = {dialect.skip}",
         f"nullstr = [{nulls}]",
@@ -317,19 +317,19 @@ def relation(path: Path, dialect: Dialect, types: Mapping[str, str], *, strict: 
     if path.suffix.lower() == ".gz":
         parts.append("compression = 'gzip'")
     if dialect.comment:
-        parts.append(f"comment = {literal(dialect.comment)}")
+        parts.append(f"comment = {sql_text(dialect.comment)}")
     if dialect.decimal != ".":
-        parts.append(f"decimal_separator = {literal(dialect.decimal)}")
+        parts.append(f"decimal_separator = {sql_text(dialect.decimal)}")
     if dialect.timestampformat:
-        parts.append(f"timestampformat = {literal(dialect.timestampformat)}")
+        parts.append(f"timestampformat = {sql_text(dialect.timestampformat)}")
     if dialect.dateformat:
-        parts.append(f"dateformat = {literal(dialect.dateformat)}")
+        parts.append(f"dateformat = {sql_text(dialect.dateformat)}")
     return f"read_csv({', '.join(parts)})"
 
 
 def infer_types(connection: Any, path: Path, dialect: Dialect, rows: int) -> tuple[dict[str, InferredType], bool]:
     """The types of the file's columns by its first rows, and whether these are all that there are."""
-    columns = {name: Text(identifier(name), identifier(name)) for name in dialect.names}
+    columns = {name: Text(sql_name(name), sql_name(name)) for name in dialect.names}
 
     def sampled(strict: bool) -> tuple[dict[str, InferredType], bool]:
         given = relation(path, dialect, {}, strict=strict)

@@ -20,9 +20,8 @@ from tally.errors import StorageError
 from tally.sources.tables import delimited, jsonlines
 from tally.sources.tables.formats import Format, open_arrow, plain_type
 from tally.sources.tables.select import ORDER, Selection, TableRequest
-from tally.sources.tables.type_inference import identifier, literal
 from tally.storage import Store, failure, temporary
-from tally.text import did_you_mean
+from tally.text import did_you_mean, sql_name, sql_text
 
 if TYPE_CHECKING:
     import duckdb
@@ -182,7 +181,7 @@ def _from_csv(
             )
     plain = delimited.readable(path, dialect, folder, each.key)
     types = {name: query.types[name] for name in columns}
-    chosen = ", ".join(map(identifier, columns)) or "1 AS one"
+    chosen = ", ".join(map(sql_name, columns)) or "1 AS one"
 
     def copy(strict: bool) -> None:
         delimited.forget_faults(connection)
@@ -253,10 +252,10 @@ def _arrange(
         return Made(kind, files, [], bad)
     connection.execute(f"SET VARIABLE offsets = {offsets}::BIGINT[]")
     # A condition is the user's SQL: it has no business with other files.
-    listed = ", ".join(literal(str(path)) for path in paths)
-    allowed = ", ".join(literal(os.path.realpath(path)) for path in paths)
+    listed = ", ".join(sql_text(path) for path in paths)
+    allowed = ", ".join(sql_text(os.path.realpath(path)) for path in paths)
     connection.execute(
-        f"SET allowed_directories = [{literal(f'{links}/')}, {literal(f'{folder}/')}]; "
+        f"SET allowed_directories = [{sql_text(f'{links}/')}, {sql_text(f'{folder}/')}]; "
         f"SET allowed_paths = [{allowed}]; SET enable_external_access = false; SET lock_configuration = true"
     )
     where = f"WHERE (\n{request.where}\n)" if request.where is not None else ""
@@ -271,18 +270,18 @@ def _arrange(
     else:
         assert request.time is not None
         _copy(connection, _windows_of(query, source), folder / ROWS)
-        missing = f"SELECT count(*) FROM {source} WHERE {identifier(request.time)} IS NULL"  # noqa: S608
+        missing = f"SELECT count(*) FROM {source} WHERE {sql_name(request.time)} IS NULL"  # noqa: S608
         timeless = int(connection.execute(missing).fetchone()[0])
     for path, _ in tables:
         if path.parent == folder:
             path.unlink(missing_ok=True)
     keys = 0
     if request.by:
-        by = ", ".join(map(identifier, request.by))
+        by = ", ".join(map(sql_name, request.by))
         _copy(
             connection,
             f"SELECT {by}, min(file_row_number) AS {FIRST}, count(*) AS {COUNT} "  # noqa: S608
-            f"FROM read_parquet({literal(str(folder / ROWS))}, file_row_number = true) GROUP BY {by} ORDER BY {FIRST}",
+            f"FROM read_parquet({sql_text(folder / ROWS)}, file_row_number = true) GROUP BY {by} ORDER BY {FIRST}",
             folder / KEYS,
         )
         keys = _count(folder / KEYS)
@@ -290,14 +289,14 @@ def _arrange(
 
 
 def _rows_of(query: Query, source: str) -> str:
-    columns = ", ".join([*map(identifier, query.selection.inputs), ORDER])
-    by = "".join(f"{identifier(name)}, " for name in query.request.by)
+    columns = ", ".join([*map(sql_name, query.selection.inputs), ORDER])
+    by = "".join(f"{sql_name(name)}, " for name in query.request.by)
     return f"SELECT {columns} FROM {source} ORDER BY {by}{ORDER}"  # noqa: S608
 
 
 def _windows_of(query: Query, source: str) -> str:
-    request, time = query.request, identifier(query.request.time or "")
-    by = "".join(f"{identifier(name)}, " for name in request.by)
+    request, time = query.request, sql_name(query.request.time or "")
+    by = "".join(f"{sql_name(name)}, " for name in request.by)
     zoned = "TIMESTAMPTZ" if "tz=" in str(query.selection.inputs[query.request.time or ""]) else "TIMESTAMP"
     plain = f"{time}::{zoned}::TIMESTAMP"
     begin = f"time_bucket(to_microseconds({request.window}), {plain}, {_ORIGIN})"
@@ -305,7 +304,7 @@ def _windows_of(query: Query, source: str) -> str:
     latest = f"epoch_us({plain})::HUGEINT * 1000000000000 + {ORDER}"
     made = []
     for name, (column, how) in query.selection.aggregates.items():
-        value = identifier(column)
+        value = sql_name(column)
         expression = {
             "mean": f"avg({value}::DOUBLE)",
             "min": f"min({value})",
@@ -313,7 +312,7 @@ def _windows_of(query: Query, source: str) -> str:
             "last": f"arg_max({value}, {latest})",
             "count": "count(*)",
         }[how]
-        made.append(f"{expression} AS {identifier(name)}")
+        made.append(f"{expression} AS {sql_name(name)}")
     chosen = ", ".join([f"({begin})::{zoned} AS {time}", *made])
     # Numbered, as a name that the result shares with the input would mean the input's column.
     groups = ", ".join(str(index + 1) for index in range(len(request.by) + 1))
@@ -321,7 +320,7 @@ def _windows_of(query: Query, source: str) -> str:
 
 
 def _copy(connection: Any, query: str, target: Path) -> None:
-    connection.execute(f"COPY ({query}) TO {literal(str(target))} (FORMAT parquet, ROW_GROUP_SIZE {_GROUP_ROWS})")
+    connection.execute(f"COPY ({query}) TO {sql_text(target)} (FORMAT parquet, ROW_GROUP_SIZE {_GROUP_ROWS})")
 
 
 def _count(path: Path) -> int:

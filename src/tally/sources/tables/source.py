@@ -32,7 +32,7 @@ from tally.sources.tables.row_ranges import MOST, Packer, RowRange, append, leng
 from tally.sources.tables.schema import inspect
 from tally.sources.tables.select import ORDER, TableRequest, select
 from tally.sources.tables.work_files import WorkFiles, WorkFolder
-from tally.storage import LocalStore, key_of, name_from_json, name_to_json, open_store
+from tally.storage import key_of, name_from_json, name_to_json, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -482,10 +482,7 @@ def _fingerprint(inputs: Sequence[Input], query: Query) -> str:
     described = repr(query).replace("request=TableRequest(", "wanted=Wanted(", 1)
     digest = hashlib.sha256(described.encode())
     for each in inputs:
-        size, version = each.store.marked(each.name)
-        if isinstance(each.store, LocalStore):
-            version = str(each.store.local_path(each.name).stat().st_mtime_ns)
-        digest.update(json.dumps([each.key, f"{size} {version}"]).encode())
+        digest.update(json.dumps([each.key, each.store.version(each.name)]).encode())
     return digest.hexdigest()
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tally.text import sql_text
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -78,16 +80,16 @@ def _kind(column: Text, decimal: str, timestampformat: str | None, dateformat: s
     locations = {
         "text": text,
         "plain": plain,
-        "number": plain if decimal == "." else f"replace({plain}, {literal(decimal)}, '.')",
-        "date": f"try_strptime({text}, {literal(dateformat)})"
+        "number": plain if decimal == "." else f"replace({plain}, {sql_text(decimal)}, '.')",
+        "date": f"try_strptime({text}, {sql_text(dateformat)})"
         if dateformat
         else f"CASE WHEN length({text}) <= 10 THEN TRY_CAST({text} AS DATE) END",
-        "time": f"try_strptime({text}, {literal(timestampformat)})"
+        "time": f"try_strptime({text}, {sql_text(timestampformat)})"
         if timestampformat
         else f"TRY_CAST({text} AS TIMESTAMP)",
         "zoned": "false" if timestampformat else _ZONED.format(text=text),
     }
-    tests = " ".join(f"WHEN {test.format_map(locations)} THEN {literal(kind)}" for kind, test in _KINDS.items())
+    tests = " ".join(f"WHEN {test.format_map(locations)} THEN {sql_text(kind)}" for kind, test in _KINDS.items())
     return f"CASE WHEN {column.text} IS NULL THEN NULL {tests} ELSE 'VARCHAR' END"
 
 
@@ -120,13 +122,3 @@ def arrow_type(connection: Any, kind: str) -> pa.DataType:
     if kind in simple:
         return simple[kind]
     return connection.sql(f"SELECT CAST(NULL AS {kind}) AS x").to_arrow_table().schema.field(0).type
-
-
-def identifier(name: str) -> str:
-    """The name as SQL."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """The text as SQL."""
-    return "'" + str(text).replace("'", "''") + "'"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
 from tally.sources.tables.formats import open_parquet
 from tally.sources.tables.ingest import Made
-from tally.storage import LocalStore, Store, failure, open_store, temporary
+from tally.storage import Store, failure, open_store, temporary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,7 @@ class WorkFolder:
     @contextmanager
     def _folder(self, name: str) -> Iterator[Path]:
         """An empty folder whose files are in the store under ``name`` in the end."""
-        if isinstance(self._store, LocalStore):
+        if self._store.is_local:
             folder = Path(self._store.url, name)
             try:
                 folder.mkdir(parents=True)
@@ -101,10 +101,7 @@ class WorkFolder:
         """Remove what others made, or left behind."""
         marker = self._marker()
         assert marker is not None
-        others = {entry.name.split("/", 1)[0] for entry in self._store.list(sizes=False)}
-        if isinstance(self._store, LocalStore):  # whose listing shows no empty folders
-            others |= {path.name for path in Path(self._store.url).iterdir() if path.is_dir()}
-        for name in others - {marker["folder"]}:
+        for name in self._store.folders() - {marker["folder"]}:
             if name.startswith(_PREFIX):
                 self._store.delete_tree(name)
 
