@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import stat
 from pathlib import Path
 
@@ -11,6 +10,10 @@ from tally.storage.base import TEMPORARY
 from tally.storage.publish import make_folder, whole, write_whole
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_a_file_appears_at_the_end_and_whole(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_bytes(b"old")
@@ -19,7 +22,7 @@ def test_a_file_appears_at_the_end_and_whole(tmp_path: Path) -> None:
         assert target.read_bytes() == b"old"
         assert Path(temporary).parent == tmp_path
     assert target.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]
 
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
@@ -29,7 +32,7 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
         Path(temporary).write_bytes(b"half")
         raise ZeroDivisionError
     assert target.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]
 
 
 def test_an_exclusive_file_replaces_none(tmp_path: Path) -> None:
@@ -41,13 +44,13 @@ def test_an_exclusive_file_replaces_none(tmp_path: Path) -> None:
         except FileExistsError:
             assert content == b"second"
     assert target.read_bytes() == b"first"
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_private_file_is_so_from_the_beginning(tmp_path: Path) -> None:
     target = tmp_path / "file"
     with whole(target, private=True) as temporary:
-        assert stat.S_IMODE(os.stat(temporary).st_mode) == 0o600
+        assert stat.S_IMODE(Path(temporary).stat().st_mode) == 0o600
         Path(temporary).write_bytes(b"secret")
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
     write_whole(target, b"another", private=True)
@@ -61,7 +64,7 @@ def test_folders_that_were_made_in_vain_are_removed(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(NotADirectoryError):
         make_folder(f"{tmp_path}/file/d")
-    assert sorted(os.listdir(tmp_path)) == ["a", "file"]
+    assert names(tmp_path) == ["a", "file"]
 
 
 def test_half_written_files_are_removed_and_no_others(tmp_path: Path) -> None:
@@ -71,10 +74,10 @@ def test_half_written_files_are_removed_and_no_others(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x")
     store.remove_partial()
-    assert sorted(os.listdir(tmp_path)) == ["inner", "keep"]
+    assert names(tmp_path) == ["inner", "keep"]
     store.remove_folder("inner/")
     assert (tmp_path / "inner").is_dir()
     store.remove_partial("inner/")
     store.remove_folder("inner/")
     store.remove_folder("inner/")
-    assert os.listdir(tmp_path) == ["keep"]
+    assert names(tmp_path) == ["keep"]
