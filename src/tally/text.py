@@ -1,4 +1,4 @@
-"""Text that every database takes, quoting for SQL, quantities as people write them, and suggestions for mistyped words."""
+"""Text that every database takes, quoted SQL, quantities as people write them, suggestions for mistyped words."""
 
 from __future__ import annotations
 

@@ -28,9 +28,14 @@ def test_a_file_appears_at_the_end_and_whole(tmp_path: Path) -> None:
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), whole(target) as temporary:
-        Path(temporary).write_bytes(b"half")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with whole(target) as temporary:
+            Path(temporary).write_bytes(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert target.read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
 

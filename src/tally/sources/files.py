@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tally.errors import SpecError
 from tally.scorers.base import Input, Scorer
@@ -25,6 +25,8 @@ _COMBINE = 4096
 @dataclass(frozen=True)
 class FileSource(Source):
     """Files as images, bytes or paths. Make it with :meth:`describe`; small, immutable, picklable."""
+
+    accepts: ClassVar = frozenset[Input]({"image", "bytes", "path"})
 
     listing: Listing
     input: Input
@@ -50,7 +52,7 @@ class FileSource(Source):
         Raises SourceNotFoundError when one of the places is not there or gives nothing, StorageError
         when it cannot be read, SpecError when files cannot be given as ``input``.
         """
-        if input not in ("image", "bytes", "path"):
+        if input not in cls.accepts:
             raise SpecError(f"files can be scored as image, bytes or path, not as {input}")
         kind: Kind | None = "image" if input == "image" else None
         return cls(Listing.of(uris, kind, without=without, sizes=input != "path"), input)
@@ -114,6 +116,9 @@ class FileSource(Source):
             else:
                 combined.append(chunk)
         return combined
+
+    def several(self) -> bool:
+        return self.listing.several()
 
     def remark(self) -> str | None:
         return self.listing.remark()

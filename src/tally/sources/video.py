@@ -21,7 +21,7 @@ from tally.errors import ItemError, StorageAwayError, TallyError
 from tally.media.video.decode import decode
 from tally.media.video.facts import Video, pack, unpack
 from tally.media.video.probe import Key, Prober, Timeline
-from tally.scorers.base import Item, Scorer
+from tally.scorers.base import Input, Item, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing
 from tally.sources.locations import nothing
@@ -45,6 +45,9 @@ class VideoSource(Source):
     size: (width, height) in pixels, upright, that frames are scaled to; None: as they are.
     """
 
+    accepts: ClassVar = frozenset[Input]({"image", "frame"})
+    unit: ClassVar = "frames"
+    media: ClassVar = "video"
     chunk_seconds: ClassVar = 4.0  # decoding begins at a keyframe, which may be far before the chunk
 
     listing: Listing
@@ -172,6 +175,9 @@ class VideoSource(Source):
         stretch = Fraction(video.width, width) / Fraction(video.height, height)
         aspect = video.aspect / stretch if video.turns % 2 else video.aspect * stretch
         return replace(video, width=width, height=height, aspect=aspect)
+
+    def several(self) -> bool:
+        return self.listing.several()
 
     def remark(self) -> str | None:
         return self.listing.remark()

@@ -40,6 +40,7 @@ __all__ = [
     "cache_folder",
     "failure",
     "file_name",
+    "foreign_scheme",
     "is_url",
     "key_of",
     "local_of",
@@ -49,6 +50,14 @@ __all__ = [
     "open_store",
     "while_waiting",
 ]
+
+
+def foreign_scheme(place: str) -> str | None:
+    """The scheme of a URL that is of no kind of storage, such as an installed package may know; else None."""
+    scheme, separator, _ = place.partition("://")
+    if not separator or not is_url(place) or scheme.lower() in (*KINDS, "file"):
+        return None
+    return scheme.lower()
 
 
 def open_store(place: str | os.PathLike[str]) -> Store:

@@ -1,7 +1,7 @@
 """Folders of this machine."""
 
 # A million names pass through here, and pathlib costs more than the system calls do.
-# ruff: noqa: PTH100, PTH105, PTH108, PTH110, PTH116, PTH120
+# ruff: noqa: PTH100, PTH105, PTH106, PTH108, PTH110, PTH116, PTH120
 
 from __future__ import annotations
 

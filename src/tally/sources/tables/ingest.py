@@ -53,7 +53,7 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
+class TableFile:
     """One file. key: what its rows' keys begin with."""
 
     key: str
@@ -87,7 +87,7 @@ class Made:
         return cls(**{**fields, **pairs})
 
 
-def make(inputs: Iterable[Input], query: Query, folder: Path) -> Made:
+def make(inputs: Iterable[TableFile], query: Query, folder: Path) -> Made:
     """Make the work files in a folder of this machine. Raises StorageError."""
     import duckdb
 
@@ -132,7 +132,7 @@ def link(path: Path, folder: Path, number: int, suffix: str) -> Path:
 
 
 def _convert(
-    connection: Any, inputs: Iterable[Input], query: Query, folder: Path, links: Path
+    connection: Any, inputs: Iterable[TableFile], query: Query, folder: Path, links: Path
 ) -> tuple[list[tuple[str, int]], list[tuple[Path, int]]]:
     """Every file as Parquet: key and number of rows of each, and path and number of rows of its table."""
     import duckdb
@@ -167,7 +167,7 @@ def _columns(query: Query) -> list[str]:
 
 
 def _from_csv(
-    connection: Any, path: Path, each: Input, query: Query, target: Path, folder: Path
+    connection: Any, path: Path, each: TableFile, query: Query, target: Path, folder: Path
 ) -> Iterable[delimited.Fault]:
     dialect = delimited.look(path, each.key, query.csv)
     if dialect is None:
@@ -193,14 +193,14 @@ def _from_csv(
 
 
 def _from_jsonl(
-    connection: Any, path: Path, each: Input, query: Query, target: Path, folder: Path
+    connection: Any, path: Path, each: TableFile, query: Query, target: Path, folder: Path
 ) -> Iterable[delimited.Fault]:
     types = {name: query.types[name] for name in _columns(query)}
     _copy(connection, jsonlines.rows(path, types), target)
     return jsonlines.faults(connection, path, types, each.key)
 
 
-def _from_arrow(each: Input, query: Query, target: Path) -> int:
+def _from_arrow(each: TableFile, query: Query, target: Path) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

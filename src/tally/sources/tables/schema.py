@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tally.errors import SourceNotFoundError, StorageError
 from tally.sources.tables import delimited, jsonlines
 from tally.sources.tables.formats import arrow_schema, open_parquet, plain_type, unify
-from tally.sources.tables.ingest import Input, connect, link
+from tally.sources.tables.ingest import TableFile, connect, link
 from tally.sources.tables.select import TableRequest
 from tally.sources.tables.type_inference import SAMPLE_CELLS, SAMPLE_ROWS, InferredType, arrow_type
 from tally.storage import temporary
@@ -72,7 +72,7 @@ class _Looked:
     dialect: delimited.Dialect | None = None
 
 
-def inspect(inputs: Sequence[Input], request: TableRequest, csv: Mapping[str, Any]) -> Found:
+def inspect(inputs: Sequence[TableFile], request: TableRequest, csv: Mapping[str, Any]) -> Found:
     """The schema of all files. Raises StorageError when one cannot be read, SourceNotFoundError if all are empty."""
     import pyarrow as pa
 
@@ -108,7 +108,7 @@ def inspect(inputs: Sequence[Input], request: TableRequest, csv: Mapping[str, An
     return Found(schema, [*problems, *differing], types, shown)
 
 
-def _schema(each: Input) -> pa.Schema:
+def _schema(each: TableFile) -> pa.Schema:
     import pyarrow as pa
 
     if each.format == "arrow":
@@ -122,7 +122,7 @@ def _schema(each: Input) -> pa.Schema:
     return pa.schema([(item.name, plain_type(item.type)) for item in schema])
 
 
-def _look_at(texts: Sequence[Input], csv: Mapping[str, Any]) -> list[_Looked]:
+def _look_at(texts: Sequence[TableFile], csv: Mapping[str, Any]) -> list[_Looked]:
     import duckdb
 
     looked: list[_Looked] = []

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from tally.errors import SourceNotFoundError, SpecError, StorageError
-from tally.scorers.base import Scorer
+from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing
 from tally.sources.locations import nothing
 from tally.sources.tables import delimited
 from tally.sources.tables.batches import READY, Ahead, Reader, plain
 from tally.sources.tables.formats import known_format, open_parquet
-from tally.sources.tables.ingest import BAD, COUNT, FIRST, KEYS, ROWS, Input, Made, Query, make
+from tally.sources.tables.ingest import BAD, COUNT, FIRST, KEYS, ROWS, Made, Query, TableFile, make
 from tally.sources.tables.parquet import DECODED, Stream, layout
 from tally.sources.tables.row_ranges import MOST, Packer, RowRange, append, length, part
 from tally.sources.tables.schema import inspect
@@ -56,7 +56,9 @@ class TableSource(Source):
     scratch: where work files are kept.
     """
 
-    chunk_seconds: ClassVar[float] = 2.0
+    accepts: ClassVar = frozenset[Input]({"table"})
+    unit: ClassVar = "rows"
+    media: ClassVar = "table"
     chunk_items: ClassVar[int] = 4_194_304
 
     listing: Listing
@@ -131,9 +133,14 @@ class TableSource(Source):
         query = Query(request, selection, options, found.types)
         return cls(listing, query, found.assumed, in_place, None, missing_reason)
 
-    def located(self, scratch: str) -> TableSource:
-        """The same source, which keeps its work files at ``scratch``: a folder's path, or a URL."""
-        return replace(self, scratch=scratch)
+    def located(self, work: str | None) -> TableSource:
+        """The same source, which keeps its work files at ``work``: a folder's path, or a URL."""
+        if work is None and not self.in_place:
+            raise SpecError(
+                "these rows have to be prepared before they are scored, and the output has no room for that",
+                hint="Write to a folder, or give Parquet files, without by, where and window.",
+            )
+        return replace(self, scratch=work)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -173,7 +180,7 @@ class TableSource(Source):
         for name in _LOOKED_UP:
             self.__dict__.pop(name, None)
 
-    def _make(self, inputs: Sequence[Input], folder: Path) -> Made:
+    def _make(self, inputs: Sequence[TableFile], folder: Path) -> Made:
         return make(inputs, self.query, folder)
 
     def _scratch(self) -> str:
@@ -464,19 +471,19 @@ def _bounded(row_range: RowRange) -> Iterator[RowRange]:
         yield part(row_range, start, min(start + _COMBINE, length(row_range)))
 
 
-def _inputs(listing: Listing, csv: Mapping[str, Any], problems: list[str]) -> Iterator[Input]:
+def _inputs(listing: Listing, csv: Mapping[str, Any], problems: list[str]) -> Iterator[TableFile]:
     """The files, in order. Those that are no tables by their name are problems."""
     for index, location in enumerate(listing.locations):
         store = open_store(location.root)
         for entry in listing.entries(index):
             key = location.prefix + key_of(entry.name)
             try:
-                yield Input(key, store, entry.name, known_format(entry.name, csv=bool(csv)))
+                yield TableFile(key, store, entry.name, known_format(entry.name, csv=bool(csv)))
             except SpecError as error:
                 problems += error.problems
 
 
-def _fingerprint(inputs: Sequence[Input], query: Query) -> str:
+def _fingerprint(inputs: Sequence[TableFile], query: Query) -> str:
     """Identifies the files as they are, and what is made of them."""
     # As it was written when jobs that may still be resumed were begun.
     described = repr(query).replace("request=TableRequest(", "wanted=Wanted(", 1)
