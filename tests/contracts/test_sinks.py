@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from tests.videos import write_clip
 
-from tally.media.video.facts import Colour, Video, pack
+from tally.media.video.facts import Colour, Video
+from tally.media.video.frame import FrameInfo
 from tally.sinks import merge
 from tally.sinks.base import Output, Sink
 from tally.sinks.factory import sink_for
 from tally.sinks.video import VideoSink
-from tally.sources.base import Chunk
 from tally.testing.sinks import FACTS, SinkContract, key
 
 
@@ -175,17 +175,8 @@ class _Video(SinkContract):
         )  # fmt: skip
 
     @pytest.fixture
-    def chunk(self, video: Video) -> Callable[[int, int], Chunk]:
-        def make(start: int, stop: int) -> Chunk:
-            numbers = pack(range(start, stop))
-            payload = {"video": video.to_json(), "numbers": numbers, "ticks": numbers, "step": 1}
-            return Chunk(start, stop - start, payload)
-
-        return make
-
-    @pytest.fixture
     def info(self, video: Video) -> Callable[[int], dict[str, Any] | None]:
-        return lambda number: {"video": video.key, "frame": number, "time": number / 25}
+        return lambda number: FrameInfo(video, number, number)
 
     @pytest.fixture
     def result(self) -> Callable[[int], Any]:

@@ -37,7 +37,7 @@ from tally.jobs.coordinator import UNSETTLED_ATTEMPTS, Coordinator, Progress
 from tally.jobs.plan import ChunkSizer
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import Done, JobStore, Lease, Lost, StoredChunk
-from tally.sinks.base import Output, Sink
+from tally.sinks.base import Output, OutputDescription, Sink
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
 
 
@@ -230,6 +230,9 @@ class Memory(Sink):
         self.files: list[str] = []
         self.released = self.withdrawn = False
         self.between: Callable[[], None] = lambda: None
+
+    def describe(self) -> OutputDescription:
+        return OutputDescription("rows", "memory")
 
     def claim(self, job_id: str, *, overwrite: bool = False) -> None: ...
     def holder(self) -> str | None: ...

@@ -21,7 +21,7 @@ from tally.errors import (
     TallyError,
 )
 from tally.jobs import worker
-from tally.jobs.assemble import MEDIA, assemble, describe_model, make_scorer, output_sink
+from tally.jobs.assemble import assemble, describe_model, make_scorer, output_sink
 from tally.jobs.coordinator import Coordinator, Progress
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec, absolute
@@ -30,7 +30,6 @@ from tally.models.load import verify
 from tally.models.reference import ModelRef
 from tally.models.resolve import refreshed
 from tally.sinks.base import Sink
-from tally.sinks.rows import RowsSink
 
 _HALTED = {"interrupted": "was interrupted", "paused": "was paused", "failed": "failed"}
 
@@ -58,9 +57,9 @@ def submit(
     """
     ref = describe_model(spec, model)
     parts = assemble(spec, ref)
-    delivery.check(spec.alerts, spec.webhook, parts.sink.columns if isinstance(parts.sink, RowsSink) else ())
+    delivery.check(spec.alerts, spec.webhook, parts.sink.describe().columns)
     # What a folder is taken for stays, whatever is put into it later.
-    spec = spec.model_copy(update={"media": MEDIA.get(type(parts.source), spec.media)})
+    spec = spec.model_copy(update={"media": parts.source.media or spec.media})
     for line in ref.assumed:
         say(line)
     fingerprint = spec.fingerprint(ref.hash)

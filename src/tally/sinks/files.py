@@ -16,7 +16,7 @@ import numpy as np
 
 from tally.errors import ItemError
 from tally.scorers.base import Result
-from tally.sinks.base import Output, Writer
+from tally.sinks.base import Output, OutputDescription, Writer
 from tally.sinks.layout import File, OutputLayout, attempt_of
 from tally.sinks.rows import RowsSink
 from tally.sources.base import Chunk
@@ -56,14 +56,18 @@ class FilesSink(RowsSink):
         super().__init__(layout, "parquet", {**(columns or {}), **_COLUMNS})
         self.pictures = pictures
 
+    def describe(self) -> OutputDescription:
+        """See :meth:`Sink.describe`."""
+        return OutputDescription("images", str(self.layout), False, self.pictures, self.columns)
+
     def open(self, attempt: str, chunk: Chunk) -> Writer:
         """See :meth:`Sink.open`."""
         return PictureWriter(self.layout, attempt, super().open(attempt, chunk), self.pictures)
 
-    def _assemble(
+    def assemble(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
     ) -> dict[str, Any]:
-        return {**super()._assemble(outputs, dead, earlier), "output": "image"}
+        return {**super().assemble(outputs, dead, earlier), "output": "image"}
 
     def _tables(self, staged: Sequence[str], kept: Sequence[File]) -> Iterator[pa.Table]:
         import pyarrow as pa
@@ -76,7 +80,7 @@ class FilesSink(RowsSink):
             else:
                 yield table
 
-    def _publish(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
+    def _move_files(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
         layout = self.layout
         staged = [layout.staging + name for output in outputs for name in output.files]
         earlier = self.manifest()
@@ -92,7 +96,7 @@ class FilesSink(RowsSink):
         with ThreadPoolExecutor(_MOVES, thread_name_prefix="tally-move") as pool:
             while some := list(islice(todo, 1000)):
                 list(pool.map(lambda each: layout.move(*each), some))
-        super()._publish(plan, outputs)
+        super()._move_files(plan, outputs)
 
     def _renamed(self, staged: Sequence[str], kept: Sequence[str]) -> dict[tuple[str, str], str]:
         """``(staged rows, file)`` to another file name, for pictures whose name an earlier one has already.
@@ -124,14 +128,19 @@ class FilesSink(RowsSink):
                     taken.add(file)
         return renamed
 
-    def _listed(self, manifest: dict[str, Any]) -> Iterator[str]:
+    def _retire(self, staged: Sequence[str]) -> None:
+        super()._retire(staged)
+        for attempt in dict.fromkeys(map(attempt_of, staged)):
+            self.layout.store.delete_tree(self.layout.attempts + attempt)
+
+    def listed(self, manifest: dict[str, Any]) -> Iterator[str]:
         layout = self.layout
         for file in manifest["files"]:
             for name in (file["path"], layout.final + file["path"]):
                 if layout.store.exists(name):
                     yield from layout.table(name, ["file"])["file"].to_pylist()
                     break
-        yield from super()._listed(manifest)
+        yield from super().listed(manifest)
 
 
 class PictureWriter(Writer):

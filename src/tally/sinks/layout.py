@@ -27,7 +27,8 @@ class OutputLayout:
     file, or None. Picklable.
     """
 
-    _confirm: Callable[[], None] = staticmethod(lambda: None)
+    confirm: Callable[[], None] = staticmethod(lambda: None)
+    """Raises if the output is not ours any more; see :meth:`confirmed`."""
 
     def __init__(self, root: str, merged: str | None = None) -> None:
         self.store = open_store(root)
@@ -81,7 +82,7 @@ class OutputLayout:
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
         """A path of this machine to write a final file to. On leaving it is durable, and waits to be published."""
-        self._confirm()
+        self.confirm()
         if self.store.is_local:
             path = Path(self.address(self.final + name))
             try:
@@ -98,7 +99,7 @@ class OutputLayout:
                 yield path
             except OSError as error:
                 raise error if isinstance(error, StorageError) else failure("write", str(path), error) from None
-            self._confirm()
+            self.confirm()
             self.store.upload(self.final + name, path)
 
     def publish(self, name: str) -> None:
@@ -108,15 +109,15 @@ class OutputLayout:
     @contextmanager
     def confirmed(self, confirm: Callable[[], None]) -> Iterator[None]:
         """Meanwhile, this is called before each file that is built or moved; it raises if the place is not ours."""
-        self._confirm = confirm
+        self.confirm = confirm
         try:
             yield
         finally:
-            del self._confirm
+            del self.confirm
 
     def move(self, source: str, target: str) -> None:
         """Move a file that may have been moved already."""
-        self._confirm()
+        self.confirm()
         try:
             self.store.move(source, target)
         except FileNotFoundError:

@@ -14,7 +14,6 @@ from tally.errors import SpecError, StorageError
 from tally.sinks.base import Output, Sink
 from tally.sinks.columns import KEY, printable, schema_of, type_named
 from tally.sinks.merge import CSV, plain_path
-from tally.sinks.staging import StagedSink
 from tally.storage import failure, is_url, open_store, temporary
 from tally.text import sql_text
 
@@ -47,7 +46,7 @@ def rows(sink: Sink, outputs: Iterable[Output]) -> pa.Table:
 
 def _query(sink: Sink, outputs: list[Output], sql: str, dead: pa.Table) -> pa.Table:
     kind, places = sink.committed(outputs)
-    manifest = sink.manifest() if isinstance(sink, StagedSink) else None
+    manifest = sink.manifest()
     with temporary.folder("query") as spill, duckdb.connect(":memory:") as connection:
         paths = [str(plain_path(_local(place), spill, number)) for number, place in enumerate(places)]
         connection.execute(f"SET temp_directory = {sql_text(spill)}")

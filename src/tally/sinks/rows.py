@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tally.errors import ItemError, SpecError
 from tally.scorers.base import Result
-from tally.sinks.base import Output, Writer
+from tally.sinks.base import Output, OutputDescription, Writer
 from tally.sinks.layout import File, OutputLayout, staged_name
 from tally.sinks.staging import StagedSink
 from tally.sources.base import Chunk
@@ -38,22 +38,34 @@ class RowsSink(StagedSink):
         order: str | None = None,
     ) -> None:
         super().__init__(layout, format)
-        self.order = order if layout.merged else None
-        self._left_out = None if layout.merged else order
-        self.columns = None if columns is None else {n: kind for n, kind in columns.items() if n != self._left_out}
+        self.order = order
+        self.columns = None if columns is None else {n: kind for n, kind in columns.items() if n != order}
         if columns is not None:
             self._schema()
 
+    def describe(self) -> OutputDescription:
+        """See :meth:`Sink.describe`."""
+        return OutputDescription(
+            "rows", str(self.layout), bool(self.layout.merged), self.format, self.columns, self.order
+        )
+
     def open(self, attempt: str, chunk: Chunk) -> Writer:
         """See :meth:`Sink.open`."""
-        return RowsWriter(self.layout, attempt, self._schema(), self._left_out)
+        return RowsWriter(self.layout, attempt, self._schema(), None if self._sorts else self.order)
+
+    @property
+    def _sorts(self) -> bool:
+        """Whether the rows are sorted by ``order`` in the end: those of a merged file."""
+        return self.order is not None and self.layout.merged is not None
 
     def _schema(self) -> pa.Schema | None:
         from tally.sinks.columns import schema_of
 
-        return schema_of(self.columns)
+        if self.columns is None or not self._sorts:
+            return schema_of(self.columns)
+        return schema_of({**self.columns, str(self.order): "int64"})
 
-    def _assemble(
+    def assemble(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
     ) -> dict[str, Any]:
         from tally.sinks import columns, merge
@@ -104,7 +116,7 @@ class RowsSink(StagedSink):
 
         from tally.sinks import merge
 
-        if self.order is None or target.get_field_index(self.order) < 0:
+        if self.order is None or not self._sorts or target.get_field_index(self.order) < 0:
             return batches, target
         return merge.ordered(batches, target, self.order), pa.schema([f for f in target if f.name != self.order])
 
@@ -140,10 +152,10 @@ class RowsSink(StagedSink):
             put_together(empty=not files)
         return files, moves
 
-    def _publish(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
+    def _move_files(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
         for part, name in plan.get("moves", {}).items():
             self.layout.move(self.layout.staging + name, part)
-        super()._publish(plan, outputs)
+        super()._move_files(plan, outputs)
 
     def _tables(self, staged: Sequence[str], kept: Sequence[File]) -> Iterator[pa.Table]:
         """The rows of the staged files, in order. kept: files of earlier generations."""

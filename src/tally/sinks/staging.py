@@ -29,6 +29,8 @@ from tally.storage import key_of
 
 _BYSTANDERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _MANY = 1000
+_PLAN_ONLY = ("moves", "staged")
+"""What a plan says besides the manifest that it becomes."""
 
 
 class StagedSink(Sink):
@@ -47,7 +49,7 @@ class StagedSink(Sink):
     # -- what subclasses supply ---------------------------------------------------------------------
 
     @abstractmethod
-    def _assemble(
+    def assemble(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Build the final files; return what the manifest says of them (see docs/reference/output.md).
@@ -55,16 +57,29 @@ class StagedSink(Sink):
         ``moves`` in it, which the manifest does not say: final files that are staged ones (name to name).
         """
 
-    def _publish(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
+    def _move_files(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
         """Move the plan's files to their places. Repeatable."""
         for name in _files_of(plan):
             self.layout.publish(name)
 
-    def _listed(self, manifest: dict[str, Any]) -> Iterator[str]:
+    def listed(self, manifest: dict[str, Any]) -> Iterator[str]:
         """The names of all files that a manifest stands for."""
         return iter(_files_of(manifest))
 
+    def _retire(self, staged: Sequence[str]) -> None:
+        """Remove what attempts staged, as it is published. Repeatable."""
+        self.layout.store.delete([self.layout.staging + name for name in staged])
+
     # -- the contract -------------------------------------------------------------------------------
+
+    @property
+    def work(self) -> str:
+        return self.layout.address(self.layout.work).rstrip("/")
+
+    @property
+    def rolling(self) -> bool:
+        """A folder gains files; one file would have to be written anew each time."""
+        return self.layout.merged is None
 
     def manifest(self) -> dict[str, Any] | None:
         """``_manifest.json`` as it is, or None while nothing has been published."""
@@ -101,35 +116,80 @@ class StagedSink(Sink):
     ) -> dict[str, Any]:
         """See :meth:`Sink.finalize`. ``outputs`` are those committed since the generation published last."""
         layout = self.layout
-        earlier = self.manifest()
-        generation = int(manifest.get("generation", 0))
         with layout.confirmed(confirm):
-            if earlier is None or earlier["generation"] < generation:
-                outputs = list(outputs)
-                plan = layout.read_json(layout.plan)
-                if plan is None or plan["generation"] != generation:
-                    claim = layout.read_json(layout.claim) or {}
-                    plan = {
-                        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                        "job": claim.get("job"),
-                        **manifest,
-                        "generation": generation,
-                        "layout": 1,
-                        **self._assemble(outputs, dead, earlier),
-                    }
-                    confirm()
-                    layout.write_json(layout.plan, plan)
-                self._publish(plan, outputs)
-                confirm()
-                layout.store.delete(set(self._dead_names()) - set(self._listed(plan)))
-                layout.write_json(layout.manifest, {name: value for name, value in plan.items() if name != "moves"})
-                earlier = layout.read_json(layout.manifest)
+            published = self._carry_out(outputs, dead, manifest)
         confirm()
         if layout.success:
             layout.store.write(layout.success, b"")
         layout.sweep()
-        assert earlier is not None
-        return earlier
+        return published
+
+    def publish(
+        self,
+        outputs: Iterable[Output],
+        dead: Iterable[dict[str, Any]],
+        manifest: dict[str, Any],
+        *,
+        confirm: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """See :meth:`Sink.publish`."""
+        if not self.rolling:
+            return super().publish(outputs, dead, manifest, confirm=confirm)
+        with self.layout.confirmed(confirm):
+            self._tidy_up(confirm)  # after a publication that was cut
+            published = self._carry_out(outputs, dead, manifest)
+            self._tidy_up(confirm)
+        return published
+
+    def _carry_out(
+        self, outputs: Iterable[Output], dead: Iterable[dict[str, Any]], manifest: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Assemble and publish a generation, unless that is done. Returns the manifest as it then is."""
+        layout = self.layout
+        earlier = self.manifest()
+        generation = int(manifest.get("generation", 0))
+        if earlier is not None and earlier["generation"] >= generation:
+            return earlier
+        outputs = list(outputs)
+        plan = layout.read_json(layout.plan)
+        if plan is None or plan["generation"] != generation:
+            claim = layout.read_json(layout.claim) or {}
+            plan = {
+                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "job": claim.get("job"),
+                **manifest,
+                "generation": generation,
+                "layout": 1,
+                **self.assemble(outputs, dead, earlier),
+                "staged": [name for output in outputs for name in output.files],
+            }
+            layout.confirm()
+            layout.write_json(layout.plan, plan)
+        self._move_files(plan, outputs)
+        layout.confirm()
+        layout.store.delete(set(self._dead_names()) - set(self.listed(plan)))
+        layout.write_json(layout.manifest, {name: value for name, value in plan.items() if name not in _PLAN_ONLY})
+        published = self.manifest()
+        assert published is not None
+        return published
+
+    def _tidy_up(self, confirm: Callable[[], None]) -> None:
+        """Remove what a published generation left in the staging folder, and note in the claim that it is published.
+
+        The claim comes after the staged files: until then, readers take nothing but what is published.
+        """
+        layout = self.layout
+        plan, manifest = layout.read_json(layout.plan), self.manifest()
+        if plan is None or manifest is None or plan["generation"] > manifest["generation"]:
+            return
+        confirm()
+        self._retire(plan.get("staged", []))
+        layout.store.delete_tree(layout.final)
+        claim = layout.read_json(layout.claim)
+        if claim is not None and claim.get("published") != manifest["generation"]:
+            confirm()
+            layout.write_json(layout.claim, {**claim, "published": manifest["generation"]})
+        layout.store.delete([layout.plan])
 
     def holder(self) -> str | None:
         """See :meth:`Sink.holder`."""
@@ -144,8 +204,8 @@ class StagedSink(Sink):
         manifest = self.manifest()
         plan = layout.read_json(layout.plan)
         if plan is not None:  # publishing had begun
-            kept = set() if manifest is None else set(self._listed(manifest))
-            layout.store.delete(name for name in list(self._listed(plan)) if name not in kept)
+            kept = set() if manifest is None else set(self.listed(manifest))
+            layout.store.delete(name for name in list(self.listed(plan)) if name not in kept)
         if manifest is not None and layout.success:
             layout.store.write(layout.success, b"")
         layout.sweep()
@@ -173,7 +233,7 @@ class StagedSink(Sink):
             for output in outputs
             for name in output.files
         ]
-        there |= set(moved.values())
+        there |= set(moved.values()) - set(final)
         return "parquet", [layout.address(name) for name in (*final, *(name for name in staged if name in there))]
 
     # -- claiming -----------------------------------------------------------------------------------
@@ -215,7 +275,7 @@ class StagedSink(Sink):
                     f"finished on {_day(manifest.get('finished_at'))}",
                     hint="Choose another output, or replace those results with --overwrite.",
                 )
-        ours = set() if manifest is None else set(self._listed(manifest))
+        ours = set() if manifest is None else set(self.listed(manifest))
         foreign = list(islice((name for name in self._present() if name not in ours), _MANY))
         if foreign:
             if self.layout.merged:
@@ -250,7 +310,7 @@ class StagedSink(Sink):
         layout = self.layout
         if layout.success:
             layout.store.delete([layout.success])
-        layout.store.delete(list(self._listed(manifest)))
+        layout.store.delete(list(self.listed(manifest)))
         layout.store.delete([layout.manifest])
 
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from tally.errors import ItemError, StorageAwayError, TallyError
 from tally.media.video.decode import decode
 from tally.media.video.facts import Video, pack, unpack
+from tally.media.video.frame import FrameInfo
 from tally.media.video.probe import Key, Prober, Timeline
 from tally.scorers.base import Input, Item, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
@@ -232,9 +233,10 @@ class VideoSource(Source):
                 yield Batch(start, stop, dead=[(position, error) for position in range(start, stop)])
             return
         video, numbers = Video.from_json(chunk.payload["video"]), unpack(chunk.payload["numbers"])
-        seconds = [float(tick * video.time_base) for tick in unpack(chunk.payload["ticks"])]
+        step = chunk.payload["step"]
+        infos = [FrameInfo(video, *each, step) for each in zip(numbers, unpack(chunk.payload["ticks"]), strict=True)]
         room = AHEAD_BYTES // (3 * video.width * video.height)
-        ahead = _Ahead(chunk, scorer, keys, numbers, seconds, max(1, min(self.ahead(size), room)))
+        ahead = _Ahead(chunk, scorer, keys, infos, max(1, min(self.ahead(size), room)))
         decoding = 0.0
         try:
             for start in range(0, chunk.count, size):
@@ -248,7 +250,7 @@ class VideoSource(Source):
                     batch.keys.append(keys[position])
                     batch.values.append(value)
                     batch.positions.append(position)
-                    batch.info.append({"video": video.key, "frame": numbers[position], "time": seconds[position]})
+                    batch.info.append(infos[position])
                 timings.decode += ahead.decoding - decoding
                 decoding = ahead.decoding
                 yield batch
@@ -264,14 +266,13 @@ class _Ahead(threading.Thread):
         chunk: Chunk,
         scorer: Scorer,
         keys: Sequence[str],
-        numbers: Sequence[int],
-        seconds: Sequence[float],
+        infos: Sequence[FrameInfo],
         ahead: int,
     ) -> None:
         super().__init__(name="tally-decode", daemon=True)
         self.decoding = 0.0  # seconds, of reading too
         self._chunk, self._scorer = chunk, scorer
-        self._keys, self._numbers, self._seconds = keys, numbers, seconds
+        self._keys, self._infos = keys, infos
         self._values: queue.Queue[Any] = queue.Queue(ahead)
         self._stopping = threading.Event()
         self.start()
@@ -304,7 +305,7 @@ class _Ahead(threading.Thread):
         packets = unpack(self._chunk.payload["packets"])
         keys = [Key(*key) for key in self._chunk.payload["keys"]]
         video = Video.from_json(self._chunk.payload["video"])
-        begin = bisect_right([key.number for key in keys], self._numbers[0])
+        begin = bisect_right([key.number for key in keys], self._infos[0].number)
         began = time.perf_counter()
         done = 0
         try:
@@ -324,12 +325,8 @@ class _Ahead(threading.Thread):
 
     def _prepare(self, position: int, picture: Any) -> Any:
         height, width = picture.shape[:2]
-        info = {
-            "width": width,
-            "height": height,
-            "frame": self._numbers[position],
-            "time": self._seconds[position],
-        }
+        frame = self._infos[position]
+        info = {"width": width, "height": height, "frame": frame["frame"], "time": frame["time"]}
         try:
             return prepare(self._scorer, Item(self._keys[position], picture, info))
         except ItemError as error:
