@@ -5,8 +5,10 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -22,8 +24,9 @@ from tally.errors import ItemError, SourceNotFoundError, SpecError, StorageError
 from tally.scorers.base import Scorer
 from tally.sources.base import Chunk, ChunkLimit, Timings
 from tally.sources.listing import is_table
-from tally.sources.tables.ingest import Input, Made, make
-from tally.sources.tables.source import TableSource
+from tally.sources.tables.ingest import Made, Query, TableFile, make
+from tally.sources.tables.select import Selection, TableRequest
+from tally.sources.tables.source import TableSource, fingerprint
 from tally.storage import LocalStore
 from tally.testing.sources import chunks_of
 
@@ -652,7 +655,7 @@ def test_of_several_that_make_them_at_once_one_counts(tmp_path: Path, monkeypatc
     source = source.located(str(tmp_path / "work"))
     both = threading.Barrier(2)
 
-    def together(inputs: list[Input], query: Any, folder: Path) -> Made:
+    def together(inputs: list[TableFile], query: Any, folder: Path) -> Made:
         made = make(inputs, query, folder)
         both.wait(30)
         return made
@@ -771,3 +774,44 @@ def test_faults_in_a_column_that_is_scored_and_kept_cost_their_lines(tmp_path: P
     dead = [key for chunk in chunks for key in source.keys(chunk) if "line" in key]
     assert dead == ["readings.csv line 4"]
     assert sum(chunk.count for chunk in chunks) == 9
+
+
+def test_each_footer_is_read_once_by_who_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: Counter[str] = Counter()
+
+    def counting(real: Any) -> Any:
+        def count(where: Any, *args: Any, **options: Any) -> Any:
+            if Path(where).parent == tmp_path / "in":
+                opened[Path(where).name] += 1
+            return real(where, *args, **options)
+
+        return count
+
+    monkeypatch.setattr(pq, "ParquetFile", counting(pq.ParquetFile))
+    monkeypatch.setattr(pq, "read_metadata", counting(pq.read_metadata))
+    for number in range(5):
+        readings(tmp_path / f"in/{number}.parquet", {1: 2, 2: 3})
+    once = {f"{number}.parquet": 1 for number in range(5)}
+    for options in ({}, {"by": ["device"]}, {"where": "device = 2"}):
+        opened.clear()
+        source = prepared(tmp_path / str(len(options)), str(tmp_path / "in"), features=["value"], **options)
+        chunks = plan(source)
+        assert sum(chunk.count for chunk in chunks) == (15 if "where" in options else 25)
+        assert opened == once
+        shutil.rmtree(tmp_path / str(len(options)), ignore_errors=True)
+
+
+def test_a_file_that_changed_since_it_was_looked_at_is_planned_as_it_is(tmp_path: Path) -> None:
+    source = prepared(tmp_path, readings(tmp_path / "in/a.parquet", {1: 2}), features=["value"])
+    readings(tmp_path / "in/a.parquet", {1: 700, 2: 50})
+    assert sum(chunk.count for chunk in plan(source)) == 750
+
+
+def test_jobs_begun_by_earlier_versions_know_their_work_files(tmp_path: Path) -> None:
+    """The fingerprint in their marker was made of the names that things had then."""
+    request = TableRequest(("value",), ("device",), ("at",), "value > 1", None, None, ("mean",))
+    selection = Selection(
+        ("value",), {"device": "int64"}, {"device": pa.int64(), "value": pa.float64(), "at": pa.timestamp("us")}
+    )
+    query = Query(request, selection, {}, {"device": "BIGINT"})
+    assert fingerprint([], query) == "dc45f66edb929eab506316a648472592dcf70334683daf486e10d6e4a3632d06"

@@ -54,12 +54,16 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """One file. key: what its rows' keys begin with."""
+    """One file. key: what its rows' keys begin with. location: index of the place that lists it. size: in bytes, as
+    it was listed. rows: how many it has, where that is known."""
 
     key: str
     store: Store
     name: str
     format: Format
+    location: int
+    size: int
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def _convert(
             path = each.store.local_path(each.name)
             target = folder / f"{number:06d}.parquet"
             if each.format == "parquet":
-                table, rows = path, _count(path)
+                table, rows = path, _count(path) if each.rows is None else each.rows
             elif each.format == "arrow":
                 table, rows = target, _from_arrow(each, query, target)
             else:

@@ -20,6 +20,7 @@ from tally.text import did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _THREADS = 16
 _LOOKED_AT = 64
@@ -29,13 +30,17 @@ _TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*(\(\d+(, *\d+)?\))?")
 
 @dataclass
 class Found:
-    """One schema for all files. types: of the columns of CSV and JSON Lines, as DuckDB calls them. assumed: what was
-    taken for granted of CSV files, in words."""
+    """One schema for all files.
+
+    types: of the columns of CSV and JSON Lines, as DuckDB calls them. assumed: what was taken for granted of CSV
+    files, in words. metadata: of each Parquet file, by its location and name.
+    """
 
     schema: pa.Schema
     problems: list[str]
     types: dict[str, str] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
+    metadata: dict[tuple[int, str], pq.FileMetaData] = field(default_factory=dict)
 
     def alike(self) -> list[str]:
         """Problems with names that differ only in capitals, which DuckDB does not tell apart."""
@@ -79,10 +84,13 @@ def inspect(inputs: Sequence[TableFile], request: TableRequest, csv: Mapping[str
     binary = [each for each in inputs if each.format in ("parquet", "arrow")]
     texts = [each for each in inputs if each.format in ("csv", "jsonl")]
     schemas: list[tuple[str, pa.Schema]] = []
+    metadata: dict[tuple[int, str], pq.FileMetaData] = {}
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="tally-footer") as pool:
-        for each, found in zip(binary, pool.map(_schema, binary), strict=True):
+        for each, (found, meta) in zip(binary, pool.map(_schema, binary), strict=True):
             if found.names:  # a file without columns has no rows either
                 schemas.append((each.key, found))
+            if meta is not None:
+                metadata[each.location, each.name] = meta
     problems: list[str] = []
     types: dict[str, str] = {}
     looked: list[_Looked] = []
@@ -105,21 +113,23 @@ def inspect(inputs: Sequence[TableFile], request: TableRequest, csv: Mapping[str
     shown = tuple(assumed)[:1]
     if len(assumed) > 1:
         shown = (f"{shown[0]}; so or similarly in {len(assumed) - 1:,} more",)
-    return Found(schema, [*problems, *differing], types, shown)
+    return Found(schema, [*problems, *differing], types, shown, metadata)
 
 
-def _schema(each: TableFile) -> pa.Schema:
+def _schema(each: TableFile) -> tuple[pa.Schema, pq.FileMetaData | None]:
+    """The file's schema, with plain types; of a Parquet file, its metadata, too."""
     import pyarrow as pa
 
+    meta = None
     if each.format == "arrow":
         schema = arrow_schema(each.store, each.name)
     else:
         with open_parquet(each.store, each.name) as file:
-            schema = file.schema_arrow
+            schema, meta = file.schema_arrow, file.metadata
     if len(set(schema.names)) < len(schema.names):
         twice = next(name for name in schema.names if schema.names.count(name) > 1)
         raise StorageError(f"{each.key} has two columns of the name {twice!r}")
-    return pa.schema([(item.name, plain_type(item.type)) for item in schema])
+    return pa.schema([(item.name, plain_type(item.type)) for item in schema]), meta
 
 
 def _look_at(texts: Sequence[TableFile], csv: Mapping[str, Any]) -> list[_Looked]:

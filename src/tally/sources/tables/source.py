@@ -27,7 +27,7 @@ from tally.sources.tables import delimited
 from tally.sources.tables.batches import READY, Ahead, Reader, plain
 from tally.sources.tables.formats import known_format, open_parquet
 from tally.sources.tables.ingest import BAD, COUNT, FIRST, KEYS, ROWS, Made, Query, TableFile, make
-from tally.sources.tables.parquet import DECODED, Stream, layout
+from tally.sources.tables.parquet import DECODED, Footer, Stream, footer_of
 from tally.sources.tables.row_ranges import MOST, Packer, RowRange, append, length, part
 from tally.sources.tables.schema import inspect
 from tally.sources.tables.select import ORDER, TableRequest, select
@@ -67,6 +67,8 @@ class TableSource(Source):
     in_place: bool = True
     scratch: str | None = None
     missing_reason: MissingReason | None = field(default=None, compare=False, repr=False)
+    footers: Mapping[tuple[int, str], tuple[int, Footer]] = field(default_factory=dict, compare=False, repr=False)
+    """Of Parquet files, by location and name, as they were looked at: size in bytes, and footer."""
 
     @classmethod
     def describe(
@@ -131,7 +133,11 @@ class TableSource(Source):
         if problems:
             raise SpecError(problems)
         query = Query(request, selection, options, found.types)
-        return cls(listing, query, found.assumed, in_place, None, missing_reason)
+        source = cls(listing, query, found.assumed, in_place, None, missing_reason)
+        sizes = {(each.location, each.name): each.size for each in inputs}
+        needed = source._needed()
+        footers = {file: (sizes[file], footer_of(meta, needed)) for file, meta in found.metadata.items()}
+        return replace(source, footers=footers)
 
     def located(self, work: str | None) -> TableSource:
         """The same source, which keeps its work files at ``work``: a folder's path, or a URL."""
@@ -159,9 +165,9 @@ class TableSource(Source):
         return ORDER if self.by and self.query.request.window is None else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # What tells of models stays with whoever plans; what was looked up is looked up again.
+        # What only planning takes stays with whoever plans; what was looked up is looked up again.
         kept = {name: value for name, value in self.__dict__.items() if name not in _LOOKED_UP}
-        return {**kept, "missing_reason": None}
+        return {**kept, "missing_reason": None, "footers": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -175,10 +181,15 @@ class TableSource(Source):
         """
         if self.in_place:
             return
-        inputs = list(_inputs(self.listing, self.query.csv, []))
-        WorkFolder(self._scratch()).ensure(_fingerprint(inputs, self.query), lambda folder: self._make(inputs, folder))
+        inputs = [self._known(each) for each in _inputs(self.listing, self.query.csv, [])]
+        WorkFolder(self._scratch()).ensure(fingerprint(inputs, self.query), lambda folder: self._make(inputs, folder))
         for name in _LOOKED_UP:
             self.__dict__.pop(name, None)
+
+    def _known(self, file: TableFile) -> TableFile:
+        """The file with its number of rows, where its footer was read."""
+        size, footer = self.footers.get((file.location, file.name), (None, None))
+        return replace(file, rows=footer.rows) if footer is not None and size == file.size else file
 
     def _make(self, inputs: Sequence[TableFile], folder: Path) -> Made:
         return make(inputs, self.query, folder)
@@ -268,15 +279,20 @@ class TableSource(Source):
         needed = self._needed()
         for index in range(began, len(self.listing.locations)):
             if index == began and name is not None:
-                yield from self._plan_file(packer, index, name, row, needed)
+                yield from self._plan_file(packer, index, name, row, needed, None)
             for entry in self.listing.entries(index, name if index == began else None):
-                yield from self._plan_file(packer, index, entry.name, 0, needed)
+                yield from self._plan_file(packer, index, entry.name, 0, needed, entry.size)
 
-    def _plan_file(self, packer: Packer, location: int, name: str, start: int, needed: set[str]) -> Iterator[Chunk]:
-        with self._open(location, name) as file:
-            ends, weight = layout(file, needed)
+    def _plan_file(
+        self, packer: Packer, location: int, name: str, start: int, needed: set[str], size: int | None
+    ) -> Iterator[Chunk]:
+        """The chunks of a file from a row on. size: as it is listed now; None if it is not listed."""
+        seen, footer = self.footers.get((location, name), (None, None))
+        if footer is None or size not in (None, seen):  # it was added or changed since
+            with self._open(location, name) as file:
+                footer = footer_of(file.metadata, needed)
         packed = name_to_json(name)
-        yield from packer.cut(["rows", location, packed], start, ends, weight, lambda stop: [location, packed, stop])
+        yield from packer.cut(["rows", location, packed], start, *footer, lambda stop: [location, packed, stop])
 
     def _plan_work(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
         """Tables whose rows are items in their order."""
@@ -288,9 +304,9 @@ class TableSource(Source):
             if not rows:
                 continue
             with self._work.parquet(name) as file:
-                ends, weight = layout(file, needed)
+                footer = footer_of(file.metadata, needed)
             start = row if number == began else 0
-            yield from packer.cut(["rows", -1, name], start, ends, weight, partial(_after_rows, number))
+            yield from packer.cut(["rows", -1, name], start, *footer, partial(_after_rows, number))
 
     def _plan_keys(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
         """Whole keys, as far as a chunk may hold them."""
@@ -299,7 +315,7 @@ class TableSource(Source):
         ordinal, inside = (0, 0) if cursor is None else cursor[1:]
         rows = self._work.made.tables[0][1]
         with self._work.parquet(ROWS) as file:
-            _, weight = layout(file, self._needed())
+            weight = footer_of(file.metadata, self._needed()).weight
         firsts, counts = (self._index[name].to_pylist() for name in (FIRST, COUNT))
         while ordinal < len(firsts):
             reason = self._reason(ordinal) if self.missing_reason is not None and not inside else None
@@ -478,12 +494,12 @@ def _inputs(listing: Listing, csv: Mapping[str, Any], problems: list[str]) -> It
         for entry in listing.entries(index):
             key = location.prefix + key_of(entry.name)
             try:
-                yield TableFile(key, store, entry.name, known_format(entry.name, csv=bool(csv)))
+                yield TableFile(key, store, entry.name, known_format(entry.name, csv=bool(csv)), index, entry.size)
             except SpecError as error:
                 problems += error.problems
 
 
-def _fingerprint(inputs: Sequence[TableFile], query: Query) -> str:
+def fingerprint(inputs: Sequence[TableFile], query: Query) -> str:
     """Identifies the files as they are, and what is made of them."""
     # As it was written when jobs that may still be resumed were begun.
     described = repr(query).replace("request=TableRequest(", "wanted=Wanted(", 1)
