@@ -1,4 +1,5 @@
-"""Text that every database takes, quantities and times as people write them, suggestions for mistyped words."""
+"""Text that every database takes, quoted SQL, quantities and times as people write them, and suggestions for
+mistyped words."""
 
 from __future__ import annotations
 
@@ -32,6 +33,16 @@ def iso_time(at: float | None) -> str | None:
 def storable(text: str) -> str:
     """Text that every database takes: what is no character (bytes of a file's name, say) is written as an escape."""
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def sql_name(name: str) -> str:
+    """The name of a column or table, quoted for SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def sql_text(text: object) -> str:
+    """The text as a literal of SQL; a path, say, is written as it is."""
+    return "'" + str(text).replace("'", "''") + "'"
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

@@ -41,7 +41,7 @@ from tally.jobs.events import (
 )
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobStore, Lease
-from tally.sinks.base import Output, Sink
+from tally.sinks.base import Output, OutputDescription, Sink
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
 
 # The loop ---------------------------------------------------------------------------------------------
@@ -136,6 +136,9 @@ class Memory(Sink):
         self.files: list[str] = []
         self.released = self.withdrawn = False
         self.between: Callable[[], None] = lambda: None
+
+    def describe(self) -> OutputDescription:
+        return OutputDescription("rows", "memory")
 
     def claim(self, job_id: str, *, overwrite: bool = False) -> None: ...
     def holder(self) -> str | None: ...

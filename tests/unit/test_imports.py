@@ -29,7 +29,7 @@ LAYERS = (
     ("media",),
     ("database",),
     ("storage",),
-    ("config", "errors", "text"),
+    ("config", "errors", "extensions", "text"),
 )
 """From the top to the bottom, as ``docs/discussion/map.md`` draws them."""
 
@@ -75,7 +75,7 @@ GRAPH = {name: sorted(set(imported(path)) - {name, "tally"}) for name, path in M
 
 
 def part(module: str) -> str:
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def test_the_layers_are_those_that_there_are() -> None:

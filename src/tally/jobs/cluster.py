@@ -22,7 +22,7 @@ from tally.jobs.follow import Follower, is_driven
 from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord, JobStore
-from tally.storage import LocalStore, mask
+from tally.storage import is_url, mask
 
 if TYPE_CHECKING:
     from tally.engines.ray.cluster import Cluster, State
@@ -189,11 +189,11 @@ def _carry(store: JobStore, record: JobRecord) -> JobRecord:
     from tally.models.mirror import carry
     from tally.models.reference import ModelRef
 
-    place = sink_of(record).place  # type: ignore[attr-defined]
-    if isinstance(place.store, LocalStore):
+    work = sink_of(record).work
+    if work is None or not is_url(work):
         return record  # who can write the output sees this machine's files, or the same at the same paths
     ref = ModelRef.from_dict(record.model)
-    carried = carry(ref, place.address(place.work + "model"))
+    carried = carry(ref, f"{work}/model")
     return record if carried == ref else store.respec(record.id, record.spec, model=carried.to_dict())
 
 

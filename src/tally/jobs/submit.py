@@ -6,14 +6,13 @@ from typing import Any
 
 from tally.alerts import delivery
 from tally.errors import JobExistsError, TallyError
-from tally.jobs.assemble import MEDIA, Parts, assemble, describe_model
+from tally.jobs.assemble import Parts, assemble, describe_model
 from tally.jobs.events import Events
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobRecord, JobStore
 from tally.jobs.tidy import discard, sink_of
 from tally.sinks.base import Sink
-from tally.sinks.rows import RowsSink
 from tally.text import local_time
 
 _HALTED = {"interrupted": "was interrupted", "paused": "was paused", "failed": "failed"}
@@ -32,9 +31,9 @@ def submit(
     """
     ref = describe_model(spec, model)
     parts = assemble(spec, ref)
-    delivery.check(spec.alerts, spec.webhook, parts.sink.columns if isinstance(parts.sink, RowsSink) else ())
+    delivery.check(spec.alerts, spec.webhook, parts.sink.describe().columns)
     # What a folder is taken for stays, whatever is put into it later.
-    spec = spec.model_copy(update={"media": MEDIA.get(type(parts.source), spec.media)})
+    spec = spec.model_copy(update={"media": parts.source.media or spec.media})
     for line in ref.assumed:
         events.note(line)
     fingerprint = spec.fingerprint(ref.hash)
