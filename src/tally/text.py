@@ -1,4 +1,4 @@
-"""Text that every database takes, quantities as people write them, and suggestions for mistyped words."""
+"""Text that every database takes, durations as people write them, errors in a line, suggestions for mistyped words."""
 
 from __future__ import annotations
 
@@ -32,3 +32,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` to end a message with, or nothing."""
     found = closest(word, known)
     return f"; did you mean {found!r}?" if found is not None else ""
+
+
+def error_line(error: BaseException) -> str:
+    """An exception in one line: ``ValueError: what it says``."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -16,6 +16,7 @@ from tally.models.load import create
 from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
 from tally.scorers.base import Scorer
+from tally.scorers.run import configured
 from tally.sinks.base import Sink
 from tally.sinks.factory import choose
 from tally.sinks.staging import StagedSink
@@ -40,8 +41,6 @@ class Parts:
 def assemble(spec: JobSpec, model: ModelRef) -> Parts:
     """Make the parts that the spec describes; raises what makes them impossible."""
     scorer = make_scorer(spec, model)
-    if spec.batch_size is not None:
-        scorer.batch_size = spec.batch_size
     source = _source(spec, scorer)
     columns: Mapping[str, str] | None = source.columns
     if scorer.output == "rows":
@@ -65,12 +64,7 @@ def assemble(spec: JobSpec, model: ModelRef) -> Parts:
 
 def make_scorer(spec: JobSpec, model: ModelRef) -> Scorer:
     """The scorer, not loaded."""
-    scorer = create(model)
-    if spec.overlay:
-        from tally.scorers.vision.overlay import Overlay
-
-        return Overlay(scorer)
-    return scorer
+    return configured(create(model), overlay=spec.overlay, batch_size=spec.batch_size)
 
 
 def _source(spec: JobSpec, scorer: Scorer) -> Source:

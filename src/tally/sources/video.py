@@ -22,10 +22,11 @@ from tally.media.video.decode import decode
 from tally.media.video.facts import Video, pack, unpack
 from tally.media.video.probe import Key, Prober, Timeline
 from tally.scorers.base import Item, Scorer
+from tally.scorers.run import prepare
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing
 from tally.sources.locations import nothing
-from tally.sources.reading import AHEAD, AHEAD_BYTES, prepare
+from tally.sources.reading import AHEAD, AHEAD_BYTES
 from tally.storage import key_of, name_from_json, name_to_json
 
 _SNAP = 0.6
@@ -324,10 +325,7 @@ class _Ahead(threading.Thread):
             "frame": self._numbers[position],
             "time": self._seconds[position],
         }
-        try:
-            return prepare(self._scorer, Item(self._keys[position], picture, info))
-        except ItemError as error:
-            return error.bare()
+        return prepare(self._scorer, Item(self._keys[position], picture, info))
 
 
 @dataclass(frozen=True, slots=True)
