@@ -21,7 +21,7 @@ from tally.errors import ItemError, SpecError, TallyError
 from tally.media import images
 from tally.scorers.base import Item, Result, Scorer, TableResult
 from tally.storage import file_name, temporary
-from tally.text import did_you_mean, error_line
+from tally.text import did_you_mean, error_line, raised_at
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -143,21 +143,8 @@ def item_error(error: Exception) -> ItemError:
         return error.bare()
     if isinstance(error, TallyError):
         return ItemError(error.message, hint=error.hint)
-    place = line_of(error)
+    place = raised_at(error)
     return ItemError(f"{error_line(error)} ({place})" if place else error_line(error))
-
-
-def line_of(error: BaseException, *, file: Path | None = None) -> str | None:
-    """``score.py, line 7``: where it was raised; with ``file``, the last line of that file on the way there, if any."""
-    lines = []
-    trace = error.__traceback__
-    while trace is not None:
-        lines.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
-        trace = trace.tb_next
-    if not lines:
-        return None
-    name, line = next((each for each in reversed(lines) if each[0] == str(file)), lines[-1])
-    return f"{name.rsplit('/', 1)[-1]}, line {line}"
 
 
 def _results(scorer: Scorer, values: Any, count: int) -> list[Result]:
