@@ -33,11 +33,17 @@ from tally.jobs import lease_renewer as keeper_module
 from tally.jobs import policy, scaling, worker
 from tally.jobs.coordinator import Coordinator
 from tally.jobs.events import (
+    ChunkDone,
     Event,
     Events,
+    Finished,
+    ItemDead,
     Note,
     Progress,
+    Started,
+    StateChanged,
     Waiting,
+    WorkerLost,
 )
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobStore, Lease
@@ -270,6 +276,7 @@ def test_a_paused_job_gives_its_workers_back(drive: Callable[..., Driven], monke
     it.until(lambda: it.engine.slots == 4)
     it.store.want(it.job, "pause")
     it.until(lambda: it.store.get(it.job).state == "paused")
+    assert StateChanged("paused") in it.events
     running = it.store.counts(it.job)["running"]
     it.engine.end(running)
     it.until(lambda: it.engine.slots == 0)
@@ -352,6 +359,45 @@ def test_workers_that_cannot_load_any_more_end_the_job(
     assert "3 workers in a row were lost while they started or loaded the model, the last: killed by" in error.message
     record = it.store.get(it.job)
     assert (record.state, record.done, record.dead) == ("failed", 2, 0)
+
+
+def test_events_tell_what_happens_in_order(drive: Callable[..., Driven]) -> None:
+    it = drive(2, workers=(1, 1), slots=1)
+    it.engine.end()
+    for _ in range(3):
+        it.engine.lose(WorkerCrashedError("killed by SIGSEGV", suspects=(0, 1)))
+    assert it.end() == "finished"
+    told = [event for event in it.events if not isinstance(event, Note)]
+    assert told[0] == Started(it.job, "items")
+    assert told[-1] == Finished(it.job, "finished")
+    lost = WorkerLost(1, 1, "killed by SIGSEGV")
+    dead = ItemDead("1", "score", "killed by SIGSEGV while scoring this item alone")
+    assert [event for event in told if isinstance(event, WorkerLost | ItemDead)] == [lost, lost, lost, dead]
+    chunks = [(event.first, event.count, event.dead, event.rows) for event in told if isinstance(event, ChunkDone)]
+    assert chunks == [(0, 1, 0, 1), (1, 1, 1, 0)]
+
+
+def test_a_job_that_fails_says_why_in_its_last_event(
+    drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOADING_LOSSES", 1)
+    it = drive(1, workers=(1, 1), slots=1)
+    it.engine.lose(WorkerCrashedError("killed by SIGSEGV"))
+    error = it.end()
+    assert isinstance(error, ModelError)
+    assert it.events[-1] == Finished(it.job, "failed", error)
+
+
+def test_a_subscriber_that_raises_harms_nobody(drive: Callable[..., Driven], caplog: pytest.LogCaptureFixture) -> None:
+    it = drive(2)
+
+    def raises(event: Event) -> None:
+        raise ZeroDivisionError
+
+    it.coordinator._events.subscribe(raises)
+    it.engine.end(2)
+    assert it.end() == "finished"
+    assert "a subscriber failed" in caplog.text
 
 
 def test_more_chunks_than_one_commit_hands_out(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch) -> None:
