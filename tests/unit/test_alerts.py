@@ -30,12 +30,13 @@ from tally.alerts import delivery, rules, webhook
 from tally.alerts.delivery import check, conclude, deliver, evaluate, of, reopen, unevaluated
 from tally.api import Job
 from tally.config import settings
-from tally.database.connect import now
+from tally.database.clock import now
+from tally.database.connect import connect
 from tally.database.tables import alerts as table
 from tally.database.tables import jobs
 from tally.errors import JobError, SourceNotFoundError, SpecError
 from tally.jobs.spec import JobSpec
-from tally.jobs.store import JobRecord, JobStore, connect
+from tally.jobs.store import JobRecord, JobStore
 from tally.sinks.base import Sink
 from tally.sinks.factory import choose
 from tally.sources.base import Chunk
@@ -719,7 +720,8 @@ def test_who_is_killed_while_sending_is_followed_by_another_with_the_same_id(
         "import signal, sys\n"
         "from tally.config import settings\n"
         "from tally.alerts import delivery, webhook\n"
-        "from tally.jobs.store import JobStore, connect\n"
+        "from tally.database.connect import connect\n"
+        "from tally.jobs.store import JobStore\n"
         "def wait(*arguments):\n"
         "    print('claimed', flush=True)\n"
         "    signal.pause()\n"

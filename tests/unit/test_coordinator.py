@@ -524,7 +524,7 @@ for _name in ("commit", "remark", "mark", "again", "release", "confirm", "get", 
 
 
 def test_answers_that_are_lost(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tally.database.connect.FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("tally.database.waiting.FIRST_PAUSE", 0.001)
     whole = JobStore(connect(f"sqlite:///{tmp_path / 'tally.db'}"))
     it = Driven(f"sqlite:///{tmp_path / 'tally.db'}", 60, workers=(2, 2), slots=2)
     it.coordinator._store = LostAnswers(it.store.engine)

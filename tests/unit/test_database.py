@@ -22,9 +22,13 @@ from alembic.script import ScriptDirectory
 from tests.postgres import PrivatePostgres
 from tests.services import CUT_LISTENERS, postgres_database, private_postgres
 
-from tally.database import connect as database
-from tally.database import tables
-from tally.database.connect import HEAD, LONGEST_PAUSE, Patience, connect, listen, now, pause
+from tally.database import connect as connecting
+from tally.database import migrate, tables
+from tally.database.clock import now
+from tally.database.connect import connect
+from tally.database.migrate import HEAD
+from tally.database.notify import listen
+from tally.database.waiting import LONGEST_PAUSE, Patience, pause
 from tally.errors import DatabaseAwayError, StorageError
 from tally.jobs.store import CHANNEL, Done, JobStore
 from tally.models.registry import Registry
@@ -67,7 +71,7 @@ def test_the_migrated_schema_is_that_of_the_tables(url: str, opened: Callable[[s
 def made_by(url: str, revision: str) -> None:
     """A database as an earlier version of Tally left it: a job with chunks, half done, and a registered model."""
     config = Config()
-    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(Path(migrate.__file__).parent / "migrations"))
     if url.startswith("sqlite"):
         Path(str(sa.make_url(url).database)).parent.mkdir(parents=True)
     earlier = sa.create_engine(url)
@@ -153,7 +157,7 @@ def test_fresh_equals_migrated(url: str, revision: str, tmp_path: Path, opened: 
 
 def test_head_is_the_newest_migration() -> None:
     config = Config()
-    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(Path(migrate.__file__).parent / "migrations"))
     assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
 
 
@@ -312,7 +316,7 @@ def test_too_many_clients(private: PrivatePostgres, opened: Callable[[str], sa.E
 def test_who_is_stopped_in_a_transaction_holds_up_nobody(
     private: PrivatePostgres, opened: Callable[[str], sa.Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(connecting, "IDLE_SECONDS", 0.5)
     store, other = JobStore(opened(private.url)), JobStore(opened(private.url))
     job = store.create(fingerprint="f", spec={}, model={})
     with store.engine.connect() as connection:
@@ -365,15 +369,15 @@ def test_what_is_notified_is_heard(url: str, opened: Callable[[str], sa.Engine])
         assert listener is None
         return
     assert listener is not None
-    assert listener.heard() == []
+    assert listener.received() == []
     store.want(job.id, "pause")
     assert connection_wait([listener], 30) == [listener]
-    assert listener.heard() == [job.id]
+    assert listener.received() == [job.id]
     with store.engine.begin() as connection:
         connection.exec_driver_sql(CUT_LISTENERS)
     with pytest.raises(Exception, match="terminat"):  # noqa: PT012 - its end comes after what the server says of it
         while connection_wait([listener], 30):
-            assert listener.heard() == []
+            assert listener.received() == []
     listener.close()
 
 

@@ -20,7 +20,7 @@ from cronsim import CronSim
 from tests.conftest import Ran
 from tests.waiting import wait_for
 
-from tally.database.connect import now
+from tally.database.clock import now
 from tally.database.tables import schedule_runs
 from tally.errors import SpecError
 from tally.jobs.launch import drive as drive_job

@@ -24,7 +24,7 @@ import sqlalchemy as sa
 import tally
 from tally.alerts import rules, webhook
 from tally.alerts.rules import Rule
-from tally.database.connect import now
+from tally.database.clock import now
 from tally.database.tables import alerts, jobs
 from tally.errors import JobNotFoundError, SourceNotFoundError, SpecError, TallyError
 from tally.jobs.store import JobRecord, JobStore

@@ -68,7 +68,7 @@ def show(job: str, as_json: bool) -> None:
 @click.argument("job")
 def watch(job: str) -> int:
     """Follow a job until it ends. Ctrl-C stops following, not the job."""
-    from tally.database.connect import Patience
+    from tally.database.waiting import Patience
 
     store, record = _open(job)
     patience = Patience(lambda line: click.echo(line, err=True), what="watching")

@@ -156,7 +156,7 @@ def run(file: str, resume: bool, overwrite: bool, quiet: bool) -> int:
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def coordinate(job: str, dead: bool, quiet: bool) -> int:
     """Drive JOB, which exists already, in this process."""
-    from tally.database.connect import Patience
+    from tally.database.waiting import Patience
     from tally.jobs.cluster import check_versions
     from tally.jobs.launch import open_store
 

@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from itertools import islice, pairwise
 from typing import Any, TypeVar
 
-from tally.database.connect import Patience
+from tally.database.waiting import Patience
 from tally.engines.base import Engine
 from tally.errors import (
     ClusterLostError,

@@ -11,7 +11,8 @@ from typing import Any
 import tally
 from tally.alerts import delivery
 from tally.config import settings
-from tally.database.connect import Patience, connect
+from tally.database.connect import connect
+from tally.database.waiting import Patience
 from tally.engines.base import Engine, Limits
 from tally.errors import (
     ClusterLostError,

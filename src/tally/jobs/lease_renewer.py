@@ -11,7 +11,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from tally.database.connect import Listener, Patience, listen, pause
+from tally.database.notify import Listener, listen
+from tally.database.waiting import Patience, pause
 from tally.errors import DatabaseAwayError, OwnershipLostError
 from tally.jobs.store import CHANNEL, JobStore, Lease
 
@@ -86,7 +87,7 @@ class Keeper(threading.Thread):
     def _heard(self, selector: selectors.BaseSelector) -> bool:
         assert self._listener is not None
         try:
-            return self._lease.job_id in self._listener.heard()
+            return self._lease.job_id in self._listener.received()
         except Exception as error:  # it was cut off
             log.debug("not told about job %s any more: %s", self._lease.job_id, error)
             self._deafen(selector)

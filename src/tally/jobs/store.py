@@ -25,14 +25,12 @@ from typing import Any
 import psutil
 import sqlalchemy as sa
 
-from tally.database.connect import connect, now
+from tally.database.clock import now
 from tally.database.tables import chunks, dead_items, jobs
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 from tally.text import storable
-
-__all__ = ["Dead", "Done", "JobRecord", "JobStore", "Lease", "Lost", "StoredChunk", "connect"]
 
 ENDED = ("finished", "cancelled")
 """Job states that nothing leads out of, except ``jobs retry``."""

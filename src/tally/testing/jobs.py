@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from tally.database.connect import now
+from tally.database.clock import now
+from tally.database.connect import connect
 from tally.database.tables import chunks, dead_items, jobs
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError
-from tally.jobs.store import Dead, Done, JobRecord, JobStore, Lease, Lost, StoredChunk, connect, new_token
+from tally.jobs.store import Dead, Done, JobRecord, JobStore, Lease, Lost, StoredChunk, new_token
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 

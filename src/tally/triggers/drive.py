@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from tally import terminal
-from tally.database.connect import Patience
+from tally.database.waiting import Patience
 from tally.errors import (
     DatabaseAwayError,
     JobExistsError,

@@ -16,7 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tally.database.connect import now
+from tally.database.clock import now
 from tally.database.tables import schedule_runs as runs
 from tally.database.tables import schedules
 from tally.errors import JobStateError, OwnershipLostError, SpecError
