@@ -133,7 +133,7 @@ def ended(store: JobStore, *texts: str, hook: str = "https://nowhere.invalid/", 
     """A job with these rules that has come to its end."""
     model = {"name": "pumps", "version": 3, "kind": "sklearn", "hash": "sha256:0", "assumed": []}
     spec = {"source": ["in"], "model": "m", "out": "out", "alerts": list(texts), "webhook": hook}
-    record = store.create(fingerprint="f", spec=spec, model=model)
+    record = store.create(fingerprint="f", spec=spec, model=model, output={"place": "out"})
     done = {"state": "finished", "planned": 1, "items": 200, "done": 200, "dead": 14, "rows": 186}
     return change(store, record, **{**done, "usage": {"seconds": 12.5}, "finished_at": now(), **values})
 
@@ -346,7 +346,7 @@ def test_a_job_that_nobody_judged_is_found(database: str, sink: Sink) -> None:
     failed = ended(store, "failed", state="failed", finished_at=None, started_at=now())
     ended(store)
     ended(store, "failed", finished_at=now() - 30 * 86_400)
-    plain = store.create(fingerprint="f", spec={"out": "out"}, model={})
+    plain = store.create(fingerprint="f", spec={"out": "out"}, model={}, output={"place": "out"})
     change(store, plain, state="finished", finished_at=now())
     assert {each.id for each in unevaluated(store)} == {record.id, failed.id}
     for each in unevaluated(store):
@@ -703,7 +703,7 @@ def test_a_sender_whose_claim_ran_out_says_nothing_more(store: JobStore, receive
     late = threading.Thread(target=deliver, args=(store,))
     late.start()
     assert receiver.arrived.acquire(timeout=DEADLINE)
-    alter(store, token="another's", lease_until=now() + 1000)
+    alter(store, owner="another's", lease_until=now() + 1000)
     receiver.gate.set()
     late.join(DEADLINE)
     (alert,) = of(store, record.id)

@@ -19,6 +19,7 @@ from tests.postgres import PrivatePostgres
 from tests.services import CUT_LISTENERS, postgres_database, private_postgres
 
 from tally.database.connect import connect
+from tally.database.renewer import LeaseRenewer
 from tally.database.tables import jobs
 from tally.engines.base import Engine, Limits
 from tally.errors import (
@@ -31,12 +32,12 @@ from tally.errors import (
     WorkerTimeoutError,
 )
 from tally.jobs import coordinator as module
-from tally.jobs import lease_renewer as keeper_module
-from tally.jobs import worker
+from tally.jobs import lease_renewer, worker
+from tally.jobs.chunks import Done, Lost, StoredChunk
 from tally.jobs.coordinator import UNSETTLED_ATTEMPTS, Coordinator, Progress
 from tally.jobs.plan import ChunkSizer
 from tally.jobs.spec import JobSpec
-from tally.jobs.store import Done, JobStore, Lease, Lost, StoredChunk
+from tally.jobs.store import JobStore, Lease
 from tally.sinks.base import Output, Sink
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
 
@@ -269,7 +270,7 @@ class Driven:
             Numbers(chunks),
             Memory(),
         )
-        self.job = self.store.create(fingerprint="f", spec={"out": "o"}, model={}).id
+        self.job = self.store.create(fingerprint="f", spec={"out": "o"}, model={}, output={"place": "o"}).id
         lease = self.store.acquire(self.job, seconds=600)
         assert lease is not None
         self.lease: Lease = lease
@@ -356,12 +357,12 @@ def test_a_paused_job_gives_its_workers_back(drive: Callable[..., Driven], monke
     monkeypatch.setattr(module, "IDLE_SECONDS", 0.0)
     it = drive(20, workers=(1, 4), slots=1)
     it.until(lambda: it.engine.slots == 4)
-    it.store.want(it.job, "pause")
+    it.store.request(it.job, "pause")
     it.until(lambda: it.store.get(it.job).state == "paused")
     running = it.store.counts(it.job)["running"]
     it.engine.end(running)
     it.until(lambda: it.engine.slots == 0)
-    it.store.want(it.job, "run")
+    it.store.request(it.job, "run")
     it.engine.end(20 - running)
     assert it.end() == "finished"
 
@@ -490,7 +491,7 @@ def test_who_lost_the_job_publishes_nothing(drive: Callable[..., Driven]) -> Non
 
 
 def test_who_lost_the_job_removes_nothing(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper_module, "LOOK_SECONDS", 600.0)  # it does not notice before it is to cancel
+    monkeypatch.setattr(lease_renewer, "RENEW_SECONDS", 600.0)  # it does not notice before it is to cancel
     it = drive(20)
     it.until(lambda: it.store.counts(it.job)["running"] == 4)
     it.coordinator._obey("pause")
@@ -519,7 +520,7 @@ def forgetful(name: str) -> Callable[..., Any]:
     return change
 
 
-for _name in ("commit", "remark", "mark", "again", "release", "confirm", "get", "counts"):
+for _name in ("commit", "remark", "mark", "second_attempt", "release", "confirm", "get", "counts"):
     setattr(LostAnswers, _name, forgetful(_name))
 
 
@@ -571,30 +572,30 @@ def test_told_to_stop_while_the_database_is_away(drive: Callable[..., Driven], p
     assert it.store.get(it.job).done <= 2
 
 
-@pytest.mark.parametrize("heard", [True, False])
-def test_what_is_wanted_is_heard_or_seen(
-    drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, heard: bool
+@pytest.mark.parametrize("notified", [True, False])
+def test_a_request_is_noticed_by_notification_or_without(
+    drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, notified: bool
 ) -> None:
     with ExitStack() as stack:
         url = stack.enter_context(postgres_database())
         it = drive(20, url=url)
-        keepers: list[Any] = []
+        renewers: list[Any] = []
 
-        def hears() -> bool:
-            keepers[:] = [each for each in threading.enumerate() if isinstance(each, keeper_module.Keeper)]
-            return any(each._listener is not None for each in keepers)
+        def listens() -> bool:
+            renewers[:] = [each for each in threading.enumerate() if isinstance(each, LeaseRenewer)]
+            return any(each._listener is not None for each in renewers)
 
-        it.until(hears)
-        (keeper,) = keepers
-        if heard:
-            monkeypatch.setattr(keeper_module, "LOOK_SECONDS", 600.0)
-            it.store.want(it.job, "pause")
+        it.until(listens)
+        (renewer,) = renewers
+        if notified:
+            monkeypatch.setattr(renewer, "_every", 600.0)
+            it.store.request(it.job, "pause")
             it.until(lambda: it.store.get(it.job).state == "paused")  # the next look is ten minutes away
         else:
             with it.store.engine.begin() as connection:
                 connection.exec_driver_sql(CUT_LISTENERS)
-            it.until(lambda: keeper._listener is None)
-        it.store.want(it.job, "cancel")
+            it.until(lambda: renewer._listener is None)
+        it.store.request(it.job, "cancel")
         assert it.end() == "cancelled"
         assert it.sink.released
         it.store.engine.dispose()

@@ -30,7 +30,8 @@ from tally.database.migrate import HEAD
 from tally.database.notify import listen
 from tally.database.waiting import LONGEST_PAUSE, Patience, pause
 from tally.errors import DatabaseAwayError, StorageError
-from tally.jobs.store import CHANNEL, Done, JobStore
+from tally.jobs.chunks import Done
+from tally.jobs.store import CHANNEL, JobStore
 from tally.models.registry import Registry
 from tally.sinks.base import Output
 from tally.triggers.store import ScheduleStore
@@ -273,7 +274,7 @@ def test_connections_that_were_cut_are_replaced(
     private: PrivatePostgres, end: str, opened: Callable[[str], sa.Engine]
 ) -> None:
     store = JobStore(opened(private.url))
-    job = store.create(fingerprint="f", spec={}, model={})
+    job = store.create(fingerprint="f", spec={}, model={}, output={"place": "out"})
     with store.engine.begin() as one, store.engine.begin() as other:
         one.execute(sa.select(1)), other.execute(sa.select(1))  # two in the pool
     getattr(private, end)()
@@ -285,7 +286,7 @@ def test_connections_that_were_cut_are_replaced(
     private.start()
     assert store.get(job.id).id == job.id
     private.restart()
-    store.want(job.id, "pause")
+    store.request(job.id, "pause")
     assert store.get(job.id).wanted == "pause"
 
 
@@ -318,10 +319,10 @@ def test_who_is_stopped_in_a_transaction_holds_up_nobody(
 ) -> None:
     monkeypatch.setattr(connecting, "IDLE_SECONDS", 0.5)
     store, other = JobStore(opened(private.url)), JobStore(opened(private.url))
-    job = store.create(fingerprint="f", spec={}, model={})
+    job = store.create(fingerprint="f", spec={}, model={}, output={"place": "out"})
     with store.engine.connect() as connection:
         connection.execute(sa.select(tables.jobs.c.id).where(tables.jobs.c.id == job.id).with_for_update())
-        other.want(job.id, "cancel")  # waits until the server has ended it
+        other.request(job.id, "cancel")  # waits until the server has ended it
         with pytest.raises(DatabaseAwayError):
             connection.execute(sa.select(1))
 
@@ -363,14 +364,14 @@ def test_pauses_grow_and_differ() -> None:
 
 def test_what_is_notified_is_heard(url: str, opened: Callable[[str], sa.Engine]) -> None:
     store = JobStore(opened(url))
-    job = store.create(fingerprint="f", spec={}, model={})
+    job = store.create(fingerprint="f", spec={}, model={}, output={"place": "out"})
     listener = listen(store.engine, CHANNEL)
     if url.startswith("sqlite"):
         assert listener is None
         return
     assert listener is not None
     assert listener.received() == []
-    store.want(job.id, "pause")
+    store.request(job.id, "pause")
     assert connection_wait([listener], 30) == [listener]
     assert listener.received() == [job.id]
     with store.engine.begin() as connection:

@@ -93,7 +93,7 @@ def pause(job: str) -> None:
     """Stop handing out work; what runs is finished and saved. The model stays loaded."""
     store, record = _open(job)
     _running(record)
-    store.want(record.id, "pause")
+    store.request(record.id, "pause")
     click.echo(f"job {record.id} is pausing; go on with: tally jobs resume {record.id}")
 
 
@@ -108,7 +108,7 @@ def resume(job: str, quiet: bool) -> int:
 
     store, record = _open(job)
     if record.alive:
-        store.want(record.id, "run")
+        store.request(record.id, "run")
         if cluster_for(JobSpec(**record.spec)) is None:
             click.echo(f"job {record.id} goes on where it runs; follow it with: tally jobs watch {record.id}")
             return 0
@@ -123,7 +123,7 @@ def cancel(job: str) -> None:
     from tally.jobs.lease_renewer import LEASE_SECONDS
 
     store, record = _open(job)
-    store.want(record.id, "cancel")
+    store.request(record.id, "cancel")
     if record.alive:
         click.echo(f"job {record.id} is being cancelled")
         return

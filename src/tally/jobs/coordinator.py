@@ -1,7 +1,7 @@
 """The coordinator: drives one job from the first chunk to the finished output.
 
 One thread runs the loop below. Three others feed its queue: the planner (new chunks), the engine
-(finished futures), and the lease's keeper (what the user wants; that the job was lost). Each turn of the
+(finished futures), and the lease renewer (the user's requests; that the job was lost). Each turn of the
 loop drains the queue and puts everything that has come up into one transaction, together with the next
 hand-outs; only then are those handed to the engine. So an attempt is counted before it can do harm, and a
 kill at any moment loses at most work that was not committed, never a committed row.
@@ -41,10 +41,11 @@ from tally.errors import (
     WorkerTimeoutError,
 )
 from tally.jobs import worker
-from tally.jobs.lease_renewer import Keeper
+from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
+from tally.jobs.lease_renewer import lease_renewer
 from tally.jobs.plan import ChunkSizer, Planner
 from tally.jobs.spec import JobSpec
-from tally.jobs.store import Dead, Done, JobRecord, JobStore, Lease, Lost, StoredChunk, new_nonce
+from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.sinks.base import Output, Sink
 from tally.sources.base import Chunk, Source
 
@@ -178,8 +179,8 @@ class Coordinator:
                 raise
 
     def _drive(self) -> str:
-        keeper = Keeper(self._store, self._lease, self._events, self._patience)
-        keeper.start()
+        renewer = lease_renewer(self._store, self._lease, self._events, self._patience)
+        renewer.start()
         try:
             counts = self._patience(lambda: self._store.counts(self._lease.job_id))
             self._open = counts["pending"] + counts["running"]
@@ -201,7 +202,7 @@ class Coordinator:
                     self._store.release(self._lease, state, error=str(error))
             raise
         finally:
-            keeper.stop()
+            renewer.stop()
             if self._planner is not None:
                 self._planner.stop()
             self._engine.stop(kill=True)
@@ -534,7 +535,7 @@ class Coordinator:
 
     def _again(self, chunk_id: int) -> str:
         nonce = new_nonce()
-        return self._patience(lambda: self._store.again(self._lease, chunk_id, nonce=nonce))
+        return self._patience(lambda: self._store.second_attempt(self._lease, chunk_id, nonce=nonce))
 
     # -- stopping ----------------------------------------------------------------------------------
 

@@ -23,15 +23,18 @@ from tally.errors import (
 )
 from tally.jobs import worker
 from tally.jobs.assemble import MEDIA, assemble, describe_model, make_scorer, output_sink
+from tally.jobs.chunks import new_nonce
 from tally.jobs.coordinator import Coordinator, Progress
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec, absolute
-from tally.jobs.store import JobRecord, JobStore, new_nonce, new_token
+from tally.jobs.store import JobRecord, JobStore, new_token
 from tally.models.load import verify
 from tally.models.reference import ModelRef
 from tally.models.resolve import refreshed
 from tally.sinks.base import Sink
+from tally.sinks.files import FilesSink
 from tally.sinks.rows import RowsSink
+from tally.sinks.video import VideoSink
 
 _HALTED = {"interrupted": "was interrupted", "paused": "was paused", "failed": "failed"}
 
@@ -93,7 +96,11 @@ def submit(
                 hint="Do it again with --overwrite, or write to another place with --out.",
             )
     record = store.create(
-        fingerprint=fingerprint, spec=spec.model_dump(mode="json"), model=ref.to_dict(), hold=LEASE_SECONDS
+        fingerprint=fingerprint,
+        spec=spec.model_dump(mode="json"),
+        model=ref.to_dict(),
+        output=_output(spec, parts.sink),
+        hold=LEASE_SECONDS,
     )
     try:
         parts.sink.claim(record.id, overwrite=overwrite)
@@ -110,6 +117,7 @@ def submit_failed(store: JobStore, spec: JobSpec, error: TallyError) -> JobRecor
         fingerprint=spec.fingerprint(ref.hash),
         spec=spec.model_dump(mode="json"),
         model=ref.to_dict(),
+        output=_output(spec, output_sink(spec, make_scorer(spec, ref), None, video=spec.media == "video")),
         hold=LEASE_SECONDS,
     )
     lease = store.acquire(record.id, seconds=LEASE_SECONDS)
@@ -224,10 +232,9 @@ def release(record: JobRecord) -> None:
 def find(store: JobStore, job: str) -> JobRecord:
     """A job by its id, the beginning of it, or the place that it writes to (the newest one that does)."""
     if "/" in job or Path(job).exists():
-        place = absolute(job).rstrip("/")
-        for record in store.newest(limit=10_000):
-            if record.spec["out"].rstrip("/") == place and record.state != "cancelled":
-                return record
+        record = store.at(absolute(job))
+        if record is not None:
+            return record
     return store.get(job)
 
 
@@ -265,6 +272,17 @@ def when(seconds: float | None) -> str:
 def _still_there(record: JobRecord, sink: Sink) -> bool:
     """Whether the output still belongs to that job; a user may have removed it, and then it is forgotten."""
     return record.alive or sink.holder() == record.id
+
+
+def _output(spec: JobSpec, sink: Sink) -> dict[str, Any]:
+    kind = "video" if isinstance(sink, VideoSink) else "images" if isinstance(sink, FilesSink) else "rows"
+    return {
+        "kind": kind,
+        "format": sink.pictures if isinstance(sink, FilesSink) else sink.format,  # type: ignore[attr-defined]
+        "columns": dict(sink.columns) if isinstance(sink, RowsSink) and sink.columns is not None else None,
+        "unit": {"video": "frames", "table": "rows"}.get(spec.media or "", "items"),
+        "place": spec.out,
+    }
 
 
 def _facts(spec: JobSpec, model: ModelRef) -> dict[str, Any]:
