@@ -30,10 +30,11 @@ from _machine import REPOSITORY, introduce, scratch
 from tally.database.connect import connect
 from tally.engines.base import Engine, Limits
 from tally.jobs import worker
+from tally.jobs.chunks import Done, StoredChunk
 from tally.jobs.coordinator import Coordinator
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
-from tally.jobs.store import Done, JobStore, Lease, StoredChunk
+from tally.jobs.store import JobStore, Lease
 from tally.jobs.worker import Outcome
 from tally.sinks.base import Output, OutputDescription, Sink
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
@@ -195,7 +196,7 @@ class Measured(JobStore):
 def measure(name: str, url: str, given: argparse.Namespace) -> None:
     engine = Simulated(given.workers, given.workers / given.offered)
     store = Measured(url, engine.ended, given.chunks)
-    job = store.create(fingerprint="benchmark", spec={"out": "nowhere"}, model={})
+    job = store.create(fingerprint="benchmark", spec={"out": "nowhere"}, model={}, output={"place": "nowhere"})
     lease = store.acquire(job.id, seconds=LEASE_SECONDS)
     assert lease is not None
     spec = JobSpec(source=["s3://bucket/photos/"], model="model.onnx", out="s3://bucket/out/")

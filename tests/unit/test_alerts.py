@@ -30,12 +30,13 @@ from tally.alerts import delivery, rules, webhook
 from tally.alerts.delivery import check, conclude, deliver, evaluate, of, reopen, unevaluated
 from tally.api import Job
 from tally.config import settings
-from tally.database.connect import now
+from tally.database.clock import now
+from tally.database.connect import connect
 from tally.database.tables import alerts as table
 from tally.database.tables import jobs
 from tally.errors import JobError, SourceNotFoundError, SpecError
 from tally.jobs.spec import JobSpec
-from tally.jobs.store import JobRecord, JobStore, connect
+from tally.jobs.store import JobRecord, JobStore
 from tally.sinks.base import Sink
 from tally.sinks.factory import sink_for
 from tally.sources.base import Chunk
@@ -132,7 +133,7 @@ def ended(store: JobStore, *texts: str, hook: str = "https://nowhere.invalid/", 
     """A job with these rules that has come to its end."""
     model = {"name": "pumps", "version": 3, "kind": "sklearn", "hash": "sha256:0", "assumed": []}
     spec = {"source": ["in"], "model": "m", "out": "out", "alerts": list(texts), "webhook": hook}
-    record = store.create(fingerprint="f", spec=spec, model=model)
+    record = store.create(fingerprint="f", spec=spec, model=model, output={"place": "out"})
     done = {"state": "finished", "planned": 1, "items": 200, "done": 200, "dead": 14, "rows": 186}
     return change(store, record, **{**done, "usage": {"seconds": 12.5}, "finished_at": now(), **values})
 
@@ -345,7 +346,7 @@ def test_a_job_that_nobody_judged_is_found(database: str, sink: Sink) -> None:
     failed = ended(store, "failed", state="failed", finished_at=None, started_at=now())
     ended(store)
     ended(store, "failed", finished_at=now() - 30 * 86_400)
-    plain = store.create(fingerprint="f", spec={"out": "out"}, model={})
+    plain = store.create(fingerprint="f", spec={"out": "out"}, model={}, output={"place": "out"})
     change(store, plain, state="finished", finished_at=now())
     assert {each.id for each in unevaluated(store)} == {record.id, failed.id}
     for each in unevaluated(store):
@@ -702,7 +703,7 @@ def test_a_sender_whose_claim_ran_out_says_nothing_more(store: JobStore, receive
     late = threading.Thread(target=deliver, args=(store,))
     late.start()
     assert receiver.arrived.acquire(timeout=DEADLINE)
-    alter(store, token="another's", lease_until=now() + 1000)
+    alter(store, owner="another's", lease_until=now() + 1000)
     receiver.gate.set()
     late.join(DEADLINE)
     (alert,) = of(store, record.id)
@@ -719,7 +720,8 @@ def test_who_is_killed_while_sending_is_followed_by_another_with_the_same_id(
         "import signal, sys\n"
         "from tally.config import settings\n"
         "from tally.alerts import delivery, webhook\n"
-        "from tally.jobs.store import JobStore, connect\n"
+        "from tally.database.connect import connect\n"
+        "from tally.jobs.store import JobStore\n"
         "def wait(*arguments):\n"
         "    print('claimed', flush=True)\n"
         "    signal.pause()\n"

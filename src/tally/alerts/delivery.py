@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
@@ -24,7 +23,8 @@ import sqlalchemy as sa
 import tally
 from tally.alerts import rules, webhook
 from tally.alerts.rules import Rule
-from tally.database.connect import now
+from tally.database import lease
+from tally.database.clock import now
 from tally.database.tables import alerts, jobs
 from tally.errors import JobNotFoundError, SourceNotFoundError, SpecError, TallyError
 from tally.jobs.store import JobRecord, JobStore
@@ -288,24 +288,18 @@ def reopen(store: JobStore, job_id: str) -> int:
 
 def _claim(engine: sa.Engine, job_id: str | None) -> tuple[Alert, str] | None:
     """Take what has been due longest, and the token that says so; None if nothing is due."""
-    free = sa.or_(alerts.c.lease_until.is_(None), alerts.c.lease_until < now())
-    due = [alerts.c.state == "pending", alerts.c.next_at <= now(), free]
-    query = _select().where(*due).order_by(alerts.c.next_at, alerts.c.id).limit(1)
+    due = (alerts.c.state == "pending", alerts.c.next_at <= now())
+    query = _select().where(*due, lease.is_expired(alerts)).order_by(alerts.c.next_at, alerts.c.id).limit(1)
     if job_id is not None:
         query = query.where(alerts.c.job_id == job_id)
-    token = secrets.token_hex(16)
+    token = lease.new_token()
     while True:
         with engine.begin() as connection:
             row = connection.execute(query).mappings().first()
             if row is None:
                 return None
             # Looked at once more: on PostgreSQL another may have claimed it since.
-            taken = connection.execute(
-                sa.update(alerts)
-                .where(alerts.c.id == row["id"], *due)
-                .values(token=token, lease_until=now() + LEASE_SECONDS)
-            )
-            if taken.rowcount:
+            if lease.acquire(connection, alerts, alerts.c.id == row["id"], *due, token=token, seconds=LEASE_SECONDS):
                 return Alert(**row), token
 
 
@@ -349,11 +343,7 @@ def _send(store: JobStore, alert: Alert, token: str) -> None:
 def _settle(engine: sa.Engine, alert: Alert, token: str, **values: Any) -> None:
     """Say what came of it, unless the claim had run out and it is somebody else's to say."""
     with engine.begin() as connection:
-        connection.execute(
-            sa.update(alerts)
-            .where(alerts.c.id == alert.id, alerts.c.token == token)
-            .values(token=None, lease_until=None, **values)
-        )
+        lease.release(connection, alerts, alerts.c.id == alert.id, token=token, **values)
 
 
 def _delay(attempts: int) -> float:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from tally.alerts import delivery
 from tally.config import settings
-from tally.database.connect import Patience, connect
+from tally.database.connect import connect
+from tally.database.waiting import Patience
 from tally.errors import DatabaseAwayError, JobStateError, TallyError
 from tally.jobs import tidy
+from tally.jobs.chunks import Dead
 from tally.jobs.cluster import cluster_for, drive_in_cluster
 from tally.jobs.events import Events, write_to_log
 from tally.jobs.follow import LOOK_SECONDS, Follower, is_driven
@@ -18,7 +20,7 @@ from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.run import drive
 from tally.jobs.spec import JobSpec, absolute
 from tally.jobs.stop import Stop
-from tally.jobs.store import ENDED, Dead, JobRecord, JobStore
+from tally.jobs.store import ENDED, JobRecord, JobStore
 from tally.jobs.submit import submit, submit_failed
 from tally.sinks.base import Output, Sink
 
@@ -139,14 +141,14 @@ class Jobs:
             raise JobStateError(
                 f"job {record.id} is not running: it is {record.state}", hint=None if record.state in ENDED else go_on
             )
-        self.store.want(record.id, "pause")
+        self.store.request(record.id, "pause")
         return record
 
     def unpause(self, job: str) -> JobRecord:
         """Ask whoever drives the job to hand out again; the job's record. Without a driver, :meth:`run` goes on."""
         record = self.get(job)
         if record.alive:
-            self.store.want(record.id, "run")
+            self.store.request(record.id, "run")
         return record
 
     def cancel(self, job: str) -> JobRecord:
@@ -155,7 +157,7 @@ class Jobs:
         Returns the job as it is: ``alive`` where its coordinator has been told, and is going to do that.
         """
         record = self.get(job)
-        self.store.want(record.id, "cancel")
+        self.store.request(record.id, "cancel")
         if record.alive:
             return record
         lease = self.store.acquire(record.id, seconds=LEASE_SECONDS)
@@ -190,10 +192,9 @@ class Jobs:
     def get(self, job: str) -> JobRecord:
         """The job. Of several that wrote to one place, the newest that was not cancelled."""
         if "/" in job or Path(job).exists():
-            place = absolute(job).rstrip("/")
-            for record in self.store.newest(limit=10_000):
-                if record.spec["out"].rstrip("/") == place and record.state != "cancelled":
-                    return record
+            record = self.store.at(absolute(job))
+            if record is not None:
+                return record
         return self.store.get(job)
 
     def list(self, *, limit: int = 50) -> list[JobRecord]:

@@ -8,17 +8,19 @@ from typing import Any
 import tally
 from tally.alerts import delivery
 from tally.config import settings
-from tally.database.connect import Patience
+from tally.database.lease import new_token
+from tally.database.waiting import Patience
 from tally.engines.base import Engine, Limits
 from tally.errors import ClusterLostError, DatabaseAwayError, JobStateError
 from tally.jobs import worker
 from tally.jobs.assemble import Parts, assemble
+from tally.jobs.chunks import new_nonce
 from tally.jobs.coordinator import Coordinator
 from tally.jobs.events import Events
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
-from tally.jobs.store import JobRecord, JobStore, Lease, new_nonce, new_token
+from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.models.load import verify
 from tally.models.reference import ModelRef
 from tally.models.resolve import refreshed

@@ -6,7 +6,7 @@ from typing import Any
 
 from tally.alerts import delivery
 from tally.errors import JobExistsError, TallyError
-from tally.jobs.assemble import Parts, assemble, describe_model
+from tally.jobs.assemble import Parts, assemble, describe_model, output_without_source
 from tally.jobs.events import Events
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
@@ -43,7 +43,11 @@ def submit(
             return store.respec(earlier.id, spec.model_dump(mode="json")), parts
         _make_way(store, earlier, spec, overwrite=overwrite)
     record = store.create(
-        fingerprint=fingerprint, spec=spec.model_dump(mode="json"), model=ref.to_dict(), hold=LEASE_SECONDS
+        fingerprint=fingerprint,
+        spec=spec.model_dump(mode="json"),
+        model=ref.to_dict(),
+        output=parts.describe_output(),
+        hold=LEASE_SECONDS,
     )
     try:
         parts.sink.claim(record.id, overwrite=overwrite)
@@ -88,6 +92,7 @@ def submit_failed(store: JobStore, spec: JobSpec, error: TallyError) -> JobRecor
         fingerprint=spec.fingerprint(ref.hash),
         spec=spec.model_dump(mode="json"),
         model=ref.to_dict(),
+        output=output_without_source(spec, ref),
         hold=LEASE_SECONDS,
     )
     lease = store.acquire(record.id, seconds=LEASE_SECONDS)

@@ -119,7 +119,7 @@ class RegisteredModel:
 def open_registry() -> Registry:
     """The registry of this installation, as the environment's settings say."""
     from tally.config import settings
-    from tally.jobs.store import connect
+    from tally.database.connect import connect
 
     where = settings()
     return Registry(connect(where.database), where.registry)

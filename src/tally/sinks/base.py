@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as fields_of
 from typing import Any, Literal, Self
 
 from tally.errors import ItemError, SpecError
@@ -54,9 +55,10 @@ class OutputDescription:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_json`."""
-        columns = fields.get("columns")
-        return cls(**{**fields, "columns": None if columns is None else dict(columns)})
+        """The inverse of :meth:`to_json`; other fields are passed over."""
+        known = {each.name: fields[each.name] for each in fields_of(cls) if each.name in fields}
+        columns = known.get("columns")
+        return cls(**{**known, "columns": None if columns is None else dict(columns)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from tally.database.connect import Patience
+from tally.database.waiting import Patience
 from tally.errors import (
     JobExistsError,
     JobNotFoundError,

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tally.alerts import delivery
 from tally.config import settings
-from tally.database.connect import Patience
+from tally.database.waiting import Patience
 from tally.errors import DatabaseAwayError, OwnershipLostError, SpecError, TallyError
 from tally.jobs.store import JobStore
 from tally.jobs.tidy import sink_of

@@ -9,18 +9,17 @@ portable between SQLite and PostgreSQL.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
-from tally.database.connect import now
+from tally.database import lease
+from tally.database.clock import now
 from tally.database.tables import schedule_runs as runs
 from tally.database.tables import schedules
 from tally.errors import JobStateError, OwnershipLostError, SpecError
-from tally.jobs.store import here, is_alive
 from tally.text import did_you_mean, storable
 from tally.triggers.cron import Cron, Interval
 
@@ -205,7 +204,7 @@ class ScheduleStore:
                 sa.select(runs, now().label("clock")).where(runs.c.schedule == name, runs.c.state == "running")
             )
             for row in rows.mappings():
-                if is_alive(row):
+                if lease.is_held(row):
                     raise JobStateError(
                         f"schedule {name!r} is running its interval of {schedule.clock().text(row['interval_start'])}",
                         hint=f"Stop it first: tally jobs cancel {row['job_id']}" if row["job_id"] else None,
@@ -313,7 +312,7 @@ class ScheduleStore:
             running = connection.execute(query.where(runs.c.state == "running")).mappings().all()
             idle = row["paused"] and within is None
             for each in running:
-                lost = not is_alive(each) and _is_within(each["interval_start"], within)
+                lost = not lease.is_held(each) and _is_within(each["interval_start"], within)
                 if lost and not idle and (taken := self._take(connection, each)) is not None:
                     return taken
             for lane in _LANES:
@@ -333,20 +332,20 @@ class ScheduleStore:
 
     def begin(self, run_id: int, token: str) -> Run:
         """This process holds the run from now on. Raises OwnershipLostError if it is another's."""
-        self._own(run_id, token, **here(LEASE_SECONDS), started_at=now())
+        self._change(run_id, token, **lease.granted(token, LEASE_SECONDS), started_at=now())
         return self.run(run_id)
 
     def renew(self, run_id: int, token: str) -> None:
         """Extend the lease. Raises OwnershipLostError."""
-        self._own(run_id, token, lease_until=now() + LEASE_SECONDS)
+        self._change(run_id, token, **lease.granted(token, LEASE_SECONDS))
 
     def assign(self, run_id: int, token: str, job_id: str) -> None:
         """The run is done by this job. Raises OwnershipLostError."""
-        self._own(run_id, token, job_id=job_id)
+        self._change(run_id, token, job_id=job_id)
 
     def finish(self, run_id: int, token: str) -> None:
         """The interval is done. Raises OwnershipLostError."""
-        self._own(run_id, token, **_free("finished"), error=None, finished_at=now())
+        self._change(run_id, token, **_free("finished"), error=None, finished_at=now())
 
     def fail(self, run_id: int, token: str, error: str, *, for_good: bool = False) -> None:
         """The run ended with an error: it is tried again later, unless that was the last time or ``for_good``.
@@ -359,20 +358,20 @@ class ScheduleStore:
             values |= {**_free("failed"), "finished_at": now()}
         else:
             values |= {**_free("pending"), "next_at": now() + BACK_OFF * 6 ** (failures - 1)}
-        self._own(run_id, token, **values)
+        self._change(run_id, token, **values)
 
     def put_back(self, run_id: int, token: str, *, counted: bool) -> None:
         """The run was stopped before its end. counted: as one of the times that it was begun, as nobody stopped it
         on purpose. Raises OwnershipLostError."""
         attempts = runs.c.attempts if counted else runs.c.attempts - 1
-        self._own(run_id, token, **_free("pending"), attempts=attempts)
+        self._change(run_id, token, **_free("pending"), attempts=attempts)
 
     # -- inside transactions -----------------------------------------------------------------------
 
-    def _own(self, run_id: int, token: str, /, **values: Any) -> None:
+    def _change(self, run_id: int, token: str, /, **values: Any) -> None:
         with self.engine.begin() as connection:
-            it = (runs.c.id == run_id, runs.c.token == token, runs.c.state == "running")
-            if connection.execute(sa.update(runs).where(*it).values(**values)).rowcount == 0:
+            running = (runs.c.id == run_id, runs.c.state == "running")
+            if not lease.change(connection, runs, *running, token=token, **values):
                 raise OwnershipLostError("the run of this interval has been taken over by another process")
 
     def _lock(self, connection: sa.Connection, name: str) -> sa.RowMapping | None:
@@ -398,10 +397,14 @@ class ScheduleStore:
                 .values(**_free("failed"), error=error, finished_at=now())
             )  # fmt: skip
             return None
-        token = secrets.token_hex(16)
-        values = {"state": "running", "token": token, "attempts": row["attempts"] + 1, **here(LEASE_SECONDS)}
-        connection.execute(sa.update(runs).where(runs.c.id == row["id"]).values(**values))
-        return _run({**row, "state": "running", "attempts": row["attempts"] + 1}, token)
+        token, seen = lease.new_token(), {"state": "running", "attempts": row["attempts"] + 1}
+        acquired = lease.acquire(
+            connection, runs, runs.c.id == row["id"],
+            token=token, seconds=LEASE_SECONDS, instead_of=row["owner"], **seen,
+        )  # fmt: skip
+        if not acquired:
+            return None
+        return _run({**row, **seen}, token)
 
     def _insert(
         self,
@@ -468,7 +471,7 @@ def _lane(row: sa.RowMapping) -> str:
 def _free(state: str) -> dict[str, Any]:
     """Nobody holds the run any more."""
     return {
-        "state": state, "token": None, "owner_host": None, "owner_pid": None, "lease_until": None, "next_at": None,
+        "state": state, **lease.RETURNED, "next_at": None,
     }  # fmt: skip
 
 
@@ -478,5 +481,5 @@ def _schedule(row: sa.RowMapping) -> Schedule:
 
 
 def _run(row: Mapping[Any, Any], token: str | None = None) -> Run:
-    values = {name: row[name] for name in Run.__slots__}
+    values = {name: row[name] for name in Run.__slots__ if name != "token"}
     return Run(**values | {"again": bool(row["again"]), "token": token})
