@@ -1,9 +1,10 @@
-"""Text that every database takes, quoted SQL, quantities as people write them, suggestions for mistyped words."""
+"""Text that every database takes, quoted SQL, quantities and times as people write them, mistyped words."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from difflib import get_close_matches
 
 _DURATION = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*(ms|s|sec|m|min|h|d)?\s*")
@@ -16,6 +17,16 @@ def seconds(text: str) -> float:
     if match is None:
         raise ValueError("should be a duration such as 30s, 5m, 1h or 1d")
     return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
+
+
+def local_time(at: float | None) -> str:
+    """Seconds since the epoch as people write a time, in their own zone; ``-`` for None."""
+    return "-" if at is None else datetime.fromtimestamp(at, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def iso_time(at: float | None) -> str | None:
+    """Seconds since the epoch in ISO 8601, UTC, to the second."""
+    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
 
 
 def storable(text: str) -> str:
