@@ -1,4 +1,4 @@
-"""Text that every database takes, quoted SQL, quantities and times as people write them, mistyped words."""
+"""Text that every database takes, quoted SQL, errors in a line, quantities and times as people write them."""
 
 from __future__ import annotations
 
@@ -53,3 +53,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` to end a message with, or nothing."""
     found = closest(word, known)
     return f"; did you mean {found!r}?" if found is not None else ""
+
+
+def error_line(error: BaseException) -> str:
+    """An exception in one line: ``ValueError: what it says``."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def raised_at(error: BaseException, file: str | None = None) -> str | None:
+    """``score.py, line 7``: where an exception was raised, or the last line of ``file`` on the way there, if any."""
+    found = None
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if file is None or name == file:
+            found = f"{name.rsplit('/', 1)[-1]}, line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return found

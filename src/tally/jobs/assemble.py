@@ -12,6 +12,7 @@ from tally.models.load import create
 from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
 from tally.scorers.base import Input, Scorer
+from tally.scorers.run import configured
 from tally.sinks.base import Sink
 from tally.sinks.factory import sink_for
 from tally.sources.base import Media, Source
@@ -32,8 +33,6 @@ class Parts:
 def assemble(spec: JobSpec, model: ModelRef) -> Parts:
     """Make the parts that the spec describes; raises what makes them impossible."""
     scorer = make_scorer(spec, model)
-    if spec.batch_size is not None:
-        scorer.batch_size = spec.batch_size
     _check_options(spec, scorer.input)
     source = source_for(
         SourceRequest(
@@ -51,12 +50,7 @@ def assemble(spec: JobSpec, model: ModelRef) -> Parts:
 
 def make_scorer(spec: JobSpec, model: ModelRef) -> Scorer:
     """The scorer, not loaded."""
-    scorer = create(model)
-    if spec.overlay:
-        from tally.scorers.vision.overlay import Overlay
-
-        return Overlay(scorer)
-    return scorer
+    return configured(create(model), overlay=spec.overlay, batch_size=spec.batch_size)
 
 
 def _check_options(spec: JobSpec, input: Input) -> None:  # noqa: A002  # the scorer's word

@@ -23,10 +23,11 @@ from tally.media.video.facts import Video, pack, unpack
 from tally.media.video.frame import FrameInfo
 from tally.media.video.probe import Key, Prober, Timeline
 from tally.scorers.base import Input, Item, Scorer
+from tally.scorers.run import prepare
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing
 from tally.sources.locations import nothing
-from tally.sources.reading import AHEAD, AHEAD_BYTES, prepare
+from tally.sources.reading import AHEAD, AHEAD_BYTES
 from tally.storage import key_of, name_from_json, name_to_json
 
 _SNAP = 0.6
@@ -327,10 +328,7 @@ class _Ahead(threading.Thread):
         height, width = picture.shape[:2]
         frame = self._infos[position]
         info = {"width": width, "height": height, "frame": frame["frame"], "time": frame["time"]}
-        try:
-            return prepare(self._scorer, Item(self._keys[position], picture, info))
-        except ItemError as error:
-            return error.bare()
+        return prepare(self._scorer, Item(self._keys[position], picture, info))
 
 
 @dataclass(frozen=True, slots=True)
