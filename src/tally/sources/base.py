@@ -7,15 +7,17 @@ An endless source (``bounded = False``: a queue, say) has no end to plan up to. 
 
 - :meth:`Source.plan` waits for messages, and returns soon after :meth:`Source.close` was called.
 - A message is acknowledged after its chunk is committed, never before, so that a crash loses none.
-- A crash makes the broker deliver again what was not acknowledged. A message is known by its key: the source
-  does not plan again what it was told of by :meth:`Source.recover`, and acknowledges the newest delivery of a key.
+- After a crash the broker delivers again what was not acknowledged, and the source plans it again. Messages are known
+  by their keys, which the job keeps: the coordinator drops what was planned before, and has it acknowledged if it is
+  done. So a source acknowledges by key, whatever chunk the key came in: every delivery of it that it has in hand.
+- A message whose key is in hand already is not planned once more.
 - A chunk's payload holds the messages themselves: workers cannot ask the broker for them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -168,17 +170,11 @@ class Source(ABC):
 
     # -- endless sources only ----------------------------------------------------------------------
 
-    def recover(self, chunks: Iterable[Chunk]) -> None:  # noqa: B027
-        """Before :meth:`plan`, when a job is gone on with: these chunks are planned already and not done.
-
-        Their messages come again, and are not planned again.
-        """
-
     def acknowledge(self, chunks: Sequence[Chunk]) -> None:  # noqa: B027
         """The results of these chunks, or parts of chunks, are committed: the broker may forget their messages.
 
-        Called in the coordinator, from another thread than :meth:`plan`. After a crash, it is called again, before
-        :meth:`plan`, for chunks of which is not known whether it had been.
+        Called in the coordinator, maybe from another thread than :meth:`plan`; after a crash, again for the same
+        chunks. Keys that are not in hand are passed over.
         """
 
     def close(self) -> None:  # noqa: B027

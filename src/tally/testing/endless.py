@@ -197,20 +197,11 @@ class MemoryQueueSource(Source):
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._consumer: Consumer | None = None
-        self._taken: set[str] = set()
-        """Keys that are planned, by this process or before it."""
-        self._done: set[str] = set()
-        """Keys whose results are committed."""
-        self._deliveries: dict[str, list[Delivery]] = {}
+        self._in_hand: dict[str, list[Delivery]] = {}
         """By key, what was delivered to this process and is not acknowledged."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._path,)
-
-    def recover(self, chunks: Iterable[Chunk]) -> None:
-        """See :meth:`Source.recover`."""
-        with self._lock:
-            self._taken.update(key for chunk in chunks for key in chunk.payload["keys"])
 
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
         """See :meth:`Source.plan`. The cursor says nothing: the broker knows what is left."""
@@ -225,32 +216,23 @@ class MemoryQueueSource(Source):
             first += len(fresh)
 
     def _receive(self, most: int) -> list[Delivery]:
-        """What is new of the messages that are there, at most so many. What is done already is acknowledged."""
+        """What is new of the messages that are there, at most so many."""
         with self._lock:
             if self._closed.is_set():
                 return []
             if self._consumer is None:
                 self._consumer = Broker(self._path).consume()
-            fresh = []
-            done = []
-            for each in self._consumer.receive(most):
-                if each.key in self._done:
-                    done.append(each)
-                    continue
-                self._deliveries.setdefault(each.key, []).append(each)
-                if each.key not in self._taken:
-                    self._taken.add(each.key)
-                    fresh.append(each)
-            if done:
-                self._consumer.acknowledge(done)
-            return fresh
+            received = self._consumer.receive(most)
+            fresh = {each.key: each for each in received if each.key not in self._in_hand}
+            for each in received:
+                self._in_hand.setdefault(each.key, []).append(each)
+            return list(fresh.values())
 
     def acknowledge(self, chunks: Sequence[Chunk]) -> None:
-        """See :meth:`Source.acknowledge`. What has not been delivered again is acknowledged as soon as it is."""
+        """See :meth:`Source.acknowledge`."""
         with self._lock:
-            keys = [key for chunk in chunks for key in chunk.payload["keys"]]
-            self._done.update(keys)
-            deliveries = [each for key in keys for each in self._deliveries.pop(key, ())]
+            keys = [key for chunk in chunks for key in self.keys(chunk)]
+            deliveries = [each for key in keys for each in self._in_hand.pop(key, ())]
             if deliveries and self._consumer is not None:
                 self._consumer.acknowledge(deliveries)
 
