@@ -1,4 +1,4 @@
-"""Which columns of a table a job takes, and as what: features, key, kept, time."""
+"""Which columns of a table a job uses, and for what: features, key, kept columns, time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ORDER = "_order"
-"""The column that tells where in the whole input a row stood, from 0."""
+"""The column that holds a row's position in the whole input, from 0."""
 
 RESERVED = (ORDER, "_first", "_rows")
 
@@ -22,9 +22,9 @@ AGGREGATES = ("mean", "min", "max", "last", "count")
 
 @dataclass(frozen=True)
 class TableRequest:
-    """What is asked for. features: names; n: the n numeric columns that there are; None: all columns.
+    """The columns asked for. features: names; n: the only n numeric columns; None: all columns.
 
-    window: microseconds that a window takes; None: rows are scored as they are.
+    window: the length of windows in microseconds; None: rows are scored as they are.
     """
 
     features: tuple[str, ...] | int | None = None
@@ -38,11 +38,11 @@ class TableRequest:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was found for it.
+    """The columns found for a request.
 
-    features: their names, in order. info: columns that results carry, name to Arrow type name. inputs: the columns
-    that are read, name to plain type, but for those that only ``where`` names. aggregates: with a window, feature
-    name to (column, what is made of it).
+    features: their names, in order. info: the columns that results carry, name to Arrow type name. inputs: the columns
+    that are read, name to plain type, without those that only ``where`` names. aggregates: with a window, feature name
+    to (column, aggregate).
     """
 
     features: tuple[str, ...]
@@ -75,7 +75,7 @@ def select(schema: pa.Schema, request: TableRequest) -> tuple[Selection, list[st
 
 
 class _Columns:
-    """The columns that there are, and the problems found with what is asked of them."""
+    """The columns of the table, and the problems found with a request."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self.names: list[str] = schema.names
@@ -83,7 +83,7 @@ class _Columns:
         self.problems: list[str] = []
 
     def has(self, option: str, name: str) -> bool:
-        """Whether there is such a column; if not, that is a problem with the option."""
+        """Whether there is such a column. If not, that is a problem of the option."""
         if name in self.kinds:
             return True
         suggestion = did_you_mean(name, self.names)
@@ -91,12 +91,12 @@ class _Columns:
         return False
 
     def numeric(self, *, besides: Sequence[str | None]) -> list[str]:
-        """The columns of numbers, without some."""
+        """The numeric columns, without those in ``besides``."""
         return [name for name in self.names if is_numeric(self.kinds[name]) and name not in besides]
 
 
 def _key(columns: _Columns, request: TableRequest) -> list[str]:
-    """The columns that make a key. Checks, too, that none is named twice, here or in ``keep``."""
+    """The columns that make a key. Checks also that none is named twice, in ``by`` or in ``keep``."""
     for option, given in (("by", request.by), ("keep", request.keep)):
         twice = dict.fromkeys(name for name in given if given.count(name) > 1)
         columns.problems += [f"{option}: {name!r} is named twice" for name in twice]
@@ -137,7 +137,7 @@ def _kept(columns: _Columns, request: TableRequest, by: Sequence[str]) -> list[s
 def _kept_of_windows(
     columns: _Columns, request: TableRequest, by: Sequence[str], time: str | None, keep: Sequence[str]
 ) -> list[str]:
-    """What results of windows carry besides the key: the time at which each begins."""
+    """The columns that results of windows carry besides the key: the time at which each begins."""
     if "*" not in request.keep and (others := [name for name in keep if name != time]):
         columns.problems.append(
             f"keep: {_listed(others)}: a window has many values of it; with 'window', only keys are kept"
@@ -156,7 +156,7 @@ def _features_of_rows(
 def _features_of_windows(
     columns: _Columns, request: TableRequest, by: Sequence[str], time: str | None
 ) -> dict[str, tuple[str, str]]:
-    """Feature to column and what is made of its values in a window."""
+    """Feature name to column and aggregate."""
     made = {
         f"{name}_{how}": (name, how)
         for name in columns.numeric(besides=[*by, time])
@@ -175,7 +175,7 @@ def _features(
     numeric: Sequence[str],
     keep: Sequence[str],
 ) -> list[str]:
-    """The features among ``names``: those asked for by name, or as many numeric ones as there have to be."""
+    """The features among ``names``: those asked for by name, or the numeric ones if their number is right."""
     if asked is None:
         return list(names)
     if not isinstance(asked, int):
