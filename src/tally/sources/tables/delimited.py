@@ -351,7 +351,7 @@ def infer_types(connection: Any, path: Path, dialect: Dialect, rows: int) -> tup
 
 
 def lenient(run: Callable[[bool], T]) -> T:
-    """The result of ``run(True)``; of ``run(False)`` for a file with mixed line endings, which strict DuckDB refuses."""
+    """The result of ``run(True)``; of ``run(False)`` for mixed line endings, which DuckDB refuses if strict."""
     import duckdb
 
     try:
