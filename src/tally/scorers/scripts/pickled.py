@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +13,7 @@ import cloudpickle
 from tally.config import settings
 from tally.errors import ModelLoadError, SpecError, StorageError
 from tally.scorers.base import Scorer
+from tally.storage.publish import write_whole
 
 PICKLED = "scorer.pkl"
 
@@ -71,10 +70,7 @@ def _write_private(path: Path, content: bytes) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # mode 0600
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(temporary).replace(path)
+        write_whole(path, content, private=True)
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror}",
