@@ -1,9 +1,11 @@
-"""Text that every database takes, durations as people write them, errors in a line, suggestions for mistyped words."""
+"""Text that every database takes, quoted SQL, quantities and times as people write them, errors in a line, and
+suggestions for mistyped words."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from difflib import get_close_matches
 
 _DURATION = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*(ms|s|sec|m|min|h|d)?\s*")
@@ -18,9 +20,29 @@ def seconds(text: str) -> float:
     return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
 
 
+def local_time(at: float | None) -> str:
+    """Seconds since the epoch as people write a time, in their own zone; ``-`` for None."""
+    return "-" if at is None else datetime.fromtimestamp(at, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def iso_time(at: float | None) -> str | None:
+    """Seconds since the epoch in ISO 8601, UTC, to the second."""
+    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+
+
 def storable(text: str) -> str:
     """Text that every database takes: what is no character (bytes of a file's name, say) is written as an escape."""
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def sql_name(name: str) -> str:
+    """The name of a column or table, quoted for SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def sql_text(text: object) -> str:
+    """The text as a literal of SQL; a path, say, is written as it is."""
+    return "'" + str(text).replace("'", "''") + "'"
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

@@ -16,7 +16,7 @@ from tally.errors import ItemError, StorageAwayError, TallyError
 from tally.scorers.base import Input, Item, Scorer
 from tally.scorers.run import prepare
 from tally.sources.base import Batch, Timings
-from tally.storage import ObjectStore, Store, file_name, temporary
+from tally.storage import Store, file_name, temporary
 from tally.text import error_line
 
 LOCAL_THREADS = 2
@@ -50,7 +50,7 @@ class Reader:
 
     def open(self) -> None:
         """Make ready what :meth:`close` removes: remote files that are wanted as paths are downloaded."""
-        if self._input == "path" and isinstance(self._store, ObjectStore):
+        if self._input == "path" and not self._store.is_local:
             self._folder = temporary.make("items")
 
     def run(self, start: int, stop: int) -> tuple[list[Any], float, float, int]:
@@ -82,7 +82,6 @@ class Reader:
                 return self._store.read(name)
             if self._folder is None:
                 return self._store.local_path(name)
-            assert isinstance(self._store, ObjectStore)
             target = Path(self._folder, str(position), file_name(name))
             target.parent.mkdir()
             self._store.download(name, target)
