@@ -488,7 +488,7 @@ def test_downloads(tmp_path: Path, home: Path, web: dict[str, bytes]) -> None:
     ("url", "message"),
     [
         ("http://example.org/m.onnx", "come from https:// URLs, not http://"),
-        ("https://example.org/m.zip", r"must name an \.onnx or \.py file, not 'm\.zip'"),
+        ("https://example.org/m.zip", r"must name a model file \(\.onnx, .*\.py\), not 'm\.zip'"),
         ("https://example.org/m.onnx#sha256=12", "64 hexadecimal digits"),
     ],
 )

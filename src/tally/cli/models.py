@@ -98,7 +98,7 @@ def pack(template: str, by: tuple[str, ...], out: Path, name: str | None, trust:
     place = template if "://" in template else str(Path(template).expanduser().absolute())
     packed = pack_models(place, by, out, name=name, trusted=trust)
     kinds = [
-        f"{count:,} {kind}" for count, kind in ((packed.stacked, "stacked"), (packed.whole, "kept whole")) if count
+        f"{count:,} {kind}" for count, kind in ((packed.batched, "batched SVMs"), (packed.whole, "kept whole")) if count
     ]
     size = sum(each.stat().st_size for each in out.iterdir() if each.is_file())
     click.echo(f"packed {packed.models:,} models into {out}: {', '.join(kinds)}; {_size(size)}")

@@ -93,7 +93,7 @@ def _source(spec: JobSpec, scorer: Scorer) -> Source:
             window=own.seconds if own else spec.window,
             aggregate=own.aggregate if own else spec.aggregate,
             csv=spec.csv,
-            missing_reason=scorer.lacks if scorer.by else None,
+            missing_reason=scorer.missing_reason if scorer.by else None,
             without=spec.out,
         )
     if tabular is not None:
