@@ -33,9 +33,9 @@ class Traits:
     """What is known of a kind without importing its framework.
 
     claims: what the names of its models end in (``.onnx``, lower case), or the file that makes a folder one
-        (``MLmodel``).
+        (``model.json``).
     flags: the user's options that it takes.
-    extra: what pip installs for it (``tally-scoring[mlflow]``).
+    extra: what pip installs for it (``tally-scoring[sklearn]``).
     runs_code: opening a model may run code that the model carries, which takes the user's trust.
     pickles: those of ``claims`` that are pickles, and refused unopened without trust.
     entry: it is code, which ``tally.yaml`` names under ``entry:``, not under ``file:``.

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -100,12 +100,12 @@ def model(url: str) -> tuple[Path, str]:
     """
     above, name = _parted(url)
     if name and open_store(above).exists(name):
-        if name == "tally.yaml" or name in kinds.markers():
+        if name == "tally.yaml" or ((claimed := kinds.claiming(name)) is not None and name in claimed.markers):
             return folder(above) / name, above
         return _beside(above, name) / name, above
     place = url.rstrip("/")
     store = open_store(place)
-    if not any(store.exists(each) for each in ("tally.yaml", *kinds.markers())):
+    if not any(store.exists(each) for each in chain(["tally.yaml"], kinds.markers())):
         there = [entry.name for entry in islice(store.list(), 1000)]
         if not there:
             raise _not_there(url, above, name)

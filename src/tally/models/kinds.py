@@ -155,9 +155,9 @@ def of_name(name: str) -> Kind | None:
     return next((get(each) for each, traits in table() if traits.claims_name(name)), None)
 
 
-def markers() -> list[str]:
+def markers() -> Iterator[str]:
     """The files that make a folder a model."""
-    return [marker for _, traits in table() for marker in traits.markers]
+    return (marker for _, traits in table() for marker in traits.markers)
 
 
 def taking(flag: Flag) -> list[str]:

@@ -44,10 +44,10 @@ def resolve(
 ) -> ModelRef:
     """Find a model, check it without scoring anything, and name it by its content.
 
-    model: a file of one of the :mod:`~tally.models.kinds` of model, a folder with ``tally.yaml`` or ``MLmodel``,
-        ``package.module:Class``, ``models:/name``, ``models:/name/3``, ``models:/name@alias``, a file or folder in
-        a bucket, an ``https://`` URL that ends in ``#sha256=...``, or a Scorer (an object or a class); with ``by``,
-        columns of a table, also one file for each key, ``models/{column}.skops``.
+    model: a file of one of the :mod:`~tally.models.kinds` of model, a folder with ``tally.yaml`` or one that a
+        framework made, ``package.module:Class``, ``models:/name``, ``models:/name/3``, ``models:/name@alias``, a file
+        or folder in a bucket, an ``https://`` URL that ends in ``#sha256=...``, or a Scorer (an object or a class);
+        with ``by``, columns of a table, also one file for each key, ``models/{column}.skops``.
     labels, artifacts: paths, or URLs in a bucket.
     settings: options that override what the package declares; keys may be dotted
         (``{"preprocess.channels": "bgr"}``).
@@ -153,10 +153,10 @@ def _not_found(text: str, path: Path) -> ModelNotFoundError:
 def _from_path(path: Path, request: ModelRequest) -> ModelRef:
     if path.is_dir():
         return _from_folder(path, request)
-    if path.name == "tally.yaml" or path.name in kinds.markers():
+    claimed = None if path.name == "tally.yaml" else kinds.claiming(path.name)
+    if path.name == "tally.yaml" or (claimed is not None and path.name in claimed.markers):
         return _from_folder(path.parent, request)
     check_readable(path, trusted=request.trust)
-    claimed = kinds.claiming(path.name)
     if claimed is not None and claimed.entry:
         return _from_code(Candidate(f"the Python file {path.name}", path.name, path.parent), request)
     return _from_file(Candidate(f"the model {path.name}", path.name, path.parent, declared=sidecar(path)), request)
