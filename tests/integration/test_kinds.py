@@ -130,3 +130,17 @@ def test_a_framework_of_another_package(
         create(ref)
     with pytest.raises(SpecError, match="kind: there is no kind 'abacus'"):
         tally.score(items, "models:/ten", tmp_path / "again", workers=1, quiet=True)
+
+
+def test_the_framework_of_the_how_to_works(
+    tmp_path: Path, items: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/add-a-framework.md").read_text("utf-8")
+    source = page.partition("```python file=abacus.py\n")[2].partition("```")[0]
+    entry = page.partition('[project.entry-points."tally.scorers"]\nabacus = "')[2].partition('"')[0]
+    assert entry == "abacus:AbacusKind"
+    install(tmp_path / "site", monkeypatch, "tally.scorers", {"abacus": entry}, abacus=source)
+    job = tally.score(items, model, tmp_path / "out", settings={"plus": 2}, workers=1, quiet=True)
+    assert products(job) == [12, 22, 32]
+    with pytest.raises(tally.TallyError, match="an abacus has no option 'minus'"):
+        tally.score(items, model, tmp_path / "no", settings={"minus": 2}, quiet=True)

@@ -1,7 +1,7 @@
 """Where the registry keeps the content of its versions: a folder, or a bucket that a whole team sees.
 
-Content stands under its hash and never changes. In a folder it gets its name when all of it is there; in a bucket its
-list of files is written last (see :mod:`tally.models.mirror`), and removed first.
+Content is named by its hash and never changes. A folder gets that name only when it is complete; in a bucket, the list
+of files is written last (see :mod:`tally.models.mirror`) and removed first.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class BlobStore(ABC):
         """The folder that other machines fetch the content from; None if they need not."""
 
     @abstractmethod
-    def making(self) -> AbstractContextManager[Path]:
-        """A folder in which content can be made before it is put."""
+    def building(self) -> AbstractContextManager[Path]:
+        """A temporary folder to build content in, for :meth:`put`."""
 
     @abstractmethod
     def put(self, package: Path, digest: str) -> None:
-        """Keep what is in a folder that :meth:`making` gave. What is there already stays, unless it is damaged."""
+        """Keep the content of a folder in what :meth:`building` gave. Existing content stays, unless it is damaged."""
 
     @abstractmethod
     def has(self, digest: str) -> bool:
-        """Whether all of it is there; it is not read."""
+        """Whether the content is complete, without reading it."""
 
     @abstractmethod
     def check(self, digest: str, name: str) -> None:
@@ -59,7 +59,7 @@ class BlobStore(ABC):
 
     @abstractmethod
     def remove(self, digest: str) -> None:
-        """Remove it, as far as it is there."""
+        """Remove the content, or what is left of it."""
 
 
 def open_blobs(root: str | Path) -> BlobStore:
@@ -70,9 +70,9 @@ def open_blobs(root: str | Path) -> BlobStore:
     return FolderBlobs(Path(local_of(text) if is_url(text) else text))
 
 
-def _mend(name: str) -> str:
+def _repair(name: str) -> str:
     model = name.removeprefix("models:/").rpartition("/")[0] or "NAME"
-    return f"Add the original again, and it is mended: tally models add {model} MODEL"
+    return f"Add the original again to repair it: tally models add {model} MODEL"
 
 
 class FolderBlobs(BlobStore):
@@ -89,7 +89,7 @@ class FolderBlobs(BlobStore):
         return None  # those that see the folder need not fetch it
 
     @contextmanager
-    def making(self) -> Iterator[Path]:
+    def building(self) -> Iterator[Path]:
         parent = self.root / "sha256"
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix=".adding-") as temporary:
@@ -121,7 +121,7 @@ class FolderBlobs(BlobStore):
             raise ModelNotFoundError(
                 f"{name}: its content is not on this machine ({platform.node()}): there is no {folder}"
             )
-        check_content(name, folder, (".",), digest, reread=reread, what=_CHANGED, hint=_mend(name))
+        check_content(name, folder, (".",), digest, reread=reread, what=_CHANGED, hint=_repair(name))
 
     def fetch(self, digest: str, name: str) -> Path:
         self._compare(digest, name, reread=False)
@@ -145,7 +145,7 @@ class BucketBlobs(BlobStore):
         return self.address(digest)
 
     @contextmanager
-    def making(self) -> Iterator[Path]:
+    def building(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="tally-adding-") as temporary:
             yield Path(temporary)
 
@@ -182,7 +182,7 @@ class BucketBlobs(BlobStore):
         raise ModelNotFoundError(f"{name}: its content is not, or not all of it, at {store.url}")
 
     def _changed(self, digest: str, name: str) -> ModelChangedError:
-        return ModelChangedError(f"{name}: {_CHANGED}: {self.address(digest)}", hint=_mend(name))
+        return ModelChangedError(f"{name}: {_CHANGED}: {self.address(digest)}", hint=_repair(name))
 
     def remove(self, digest: str) -> None:
         try:

@@ -1,7 +1,7 @@
 """Models on the web and in buckets, fetched once.
 
-From the web they are kept under their checksum. In a bucket, objects carry a mark that changes with their content:
-what was fetched counts as long as the marks are the same there, and the checksums here.
+Models from the web are kept under their checksum. A bucket's objects have a mark that changes with their content: a
+fetched copy is used again while the marks in the bucket and the checksums here stay the same.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def _listed(store: Store, wanted: str) -> Mapping[str, tuple[int, str]] | None:
         return files if listed["hash"] == combined(digests) == wanted else None
     except SourceNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError):  # not what anybody wrote
+    except (ValueError, KeyError, TypeError, AttributeError):  # not a list that Tally wrote
         return None
 
 
@@ -274,9 +274,9 @@ def _harmless(name: str) -> str:
 
 
 def build(folder: Path, right: Callable[[Path], bool], fill: Callable[[Path], None]) -> Path:
-    """The folder, filled unless it is there and right. It gets its name when all of it is there.
+    """The folder, filled unless a right one is there. It gets its name only when it is complete.
 
-    Of the processes that want it at the same time one fills it, and the others wait.
+    If several processes want it at the same time, one fills it and the others wait.
     """
     if right(folder):
         return folder
@@ -297,7 +297,7 @@ def build(folder: Path, right: Callable[[Path], bool], fill: Callable[[Path], No
 
 def _fill(folder: Path, right: Callable[[Path], bool], fill: Callable[[Path], None], *, alone: bool) -> None:
     prefix = f".{folder.name}-"
-    if alone:  # left by those that were killed
+    if alone:  # left by killed processes
         for each in folder.parent.glob(f"{prefix}*"):
             shutil.rmtree(each, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))

@@ -47,7 +47,7 @@ class ModelVersion:
     """One version of one model.
 
     location: path or URL of the package's folder. bytes: size of its files.
-    added_on: the machine, None if that is not known. metadata: what was said when it was added.
+    added_on: the machine, None if that is not known. metadata: given when it was added.
     existed: :meth:`Registry.add` found this very content, and added nothing.
     assumed: lines for the user: what was guessed about the model when it was added.
     """
@@ -454,7 +454,7 @@ class Registry:
     def _store(self, ref: ModelRef) -> tuple[str, int]:
         """Copy the model's package to where its hash says; the hash and its size in bytes."""
         try:
-            with self._blobs.making() as folder:
+            with self._blobs.building() as folder:
                 package = folder / "package"
                 write_package(ref, package)
                 digest = content_hash(package)

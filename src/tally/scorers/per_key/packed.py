@@ -12,7 +12,6 @@ the features, and the columns of results.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -32,6 +31,7 @@ from tally.scorers.per_key.batched_svms import KERNELS, BatchedSvms, Integers, S
 from tally.scorers.per_key.keys import DETECTOR, KeyIndex, ModelPerKey, columns_differ, key_of, shown, whole
 from tally.scorers.tabular import tables
 from tally.scorers.tabular.sklearn import open_estimator, scorer_of
+from tally.storage import publish
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -89,9 +89,10 @@ def write(
 ) -> Written:
     """Write a model package of many models; they are taken from ``models`` and written as they come.
 
-    by: the columns of the key. features: names of the columns that every model takes, or how many there are; found
-    from the first model if left out. window: what readings are gathered over first; features are what is made of it.
-    name: of the package; the folder's if left out.
+    by: the columns of the key. features: names of the columns that every model takes, or how many there are;
+    taken from the first model by default.
+    window: what readings are gathered over first; features are what is made of it.
+    name: of the package; the folder's by default.
     trusted: models may hold types that do more than compute; scoring then needs trust too.
     Nothing is written unless all is well. Raises SpecError (a key twice, models that do not fit together),
     UntrustedModelError, StorageError.
@@ -99,17 +100,14 @@ def write(
     there = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{FILE}.{os.getpid()}.part"
         try:
-            written = _write(part, folder, iter(models), _Packer(tuple(by), features, window, trusted))
+            with publish.whole(folder / FILE) as part:
+                written = _write(Path(part), folder, iter(models), _Packer(tuple(by), features, window, trusted))
             described: dict[str, Any] = {"name": name or folder.absolute().name, "file": FILE}
             if written.requires_trust:
                 described["requires_trust"] = True
-            part.replace(folder / FILE)
             (folder / "tally.yaml").write_text(yaml.safe_dump(described, sort_keys=False), "utf-8")
         finally:
-            with suppress(OSError):
-                part.unlink()
             if not there:
                 with suppress(OSError):
                     folder.rmdir()  # if nothing is in it
