@@ -107,7 +107,7 @@ def _rows(request: SourceRequest) -> Source:
         time=given.get("time") or (own.time if own else None),
         window=own.seconds if own else given.get("window"),
         aggregate=own.aggregate if own else given.get("aggregate", ("mean",)),
-        missing_reason=scorer.lacks if scorer.by else None,
+        missing_reason=scorer.missing_reason if scorer.by else None,
         without=request.without,
         **options,
     )
