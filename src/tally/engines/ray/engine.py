@@ -30,10 +30,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tally.engines.base import Limits
-from tally.engines.local import MEMORY_SHARE, LocalEngine, new_folder
+from tally.engines.base import Limits, Reports
+from tally.engines.local import MEMORY_SHARE, LocalEngine, PackedTask, new_folder
+from tally.engines.mailbox import Inbox
 from tally.engines.ray.cluster import require
-from tally.engines.supervised import Slot, SupervisedEngine
+from tally.engines.supervised import Slot, SupervisedEngine, Task
 from tally.errors import ClusterLostError, TallyError, WorkerCrashedError, WorkerError
 from tally.storage import mask
 
@@ -63,9 +64,40 @@ _Answer = tuple[bool, bytes, str | None, bytes]
 """Whether it went well; the pickled result or exception; the latter's traceback, or None where the worker was lost;
 what it printed meanwhile."""
 
+_News = tuple[list[bytes], _Answer | None]
+"""Pickled reports of a task, and its answer once it has ended."""
+
+
+class _Run:
+    """A task on its node. Used by one thread, except for :meth:`wake`."""
+
+    def __init__(self, task: bytes, reports: Reports | None) -> None:
+        self.task = PackedTask(Future(), task, reports, on_reports=self.wake)
+        self.task.future.add_done_callback(self.wake)
+        self._inbox: Inbox | None = None
+        self._woken = threading.Event()
+
+    def wake(self, cause: Inbox | Future[Any]) -> None:
+        """There may be reports, or it has ended."""
+        if isinstance(cause, Inbox):
+            self._inbox = cause
+        self._woken.set()
+
+    def news(self) -> tuple[list[bytes], bool]:
+        """Wait until there are reports, or it has ended; those that were given before are received by now."""
+        while True:
+            if self._inbox is not None:
+                self._inbox.release()
+            self._woken.wait()
+            self._woken.clear()
+            ended = self.task.future.done()  # looked at first: after it, nothing comes
+            reports = self._inbox.read() if self._inbox is not None else []
+            if reports or ended:
+                return reports, ended
+
 
 class _Host:
-    """The actor: a local engine of one slot. ``end`` may be called while ``run`` runs."""
+    """The actor: a local engine of one slot. ``end`` and ``stop`` may be called while ``run`` or ``more`` runs."""
 
     def facts(self) -> dict[str, str]:
         """The first call, and one that has to be understood by every version: what is here."""
@@ -82,11 +114,36 @@ class _Host:
         self._engine = LocalEngine()
         self._engine.start_packed(setup, folder, threads, slots=1, limits=Limits(memory=memory), log=self._log)
 
-    def run(self, task: bytes) -> _Answer:
+        self._lock = threading.Lock()  # calls that run at once may overtake each other
+        self._number = 0
+        self._to_stop = (0, 0.0)
+
+    def run(self, number: int, task: bytes, reports: bool, backlog: int | None) -> _News:
+        """Run a task, until it reports something or ends. number: of the tasks that this worker is given."""
+        with self._lock:
+            self._run = _Run(task, Reports(_not_here, backlog) if reports else None)
+            self._engine.submit_packed(self._run.task)
+            self._number = number
+            if self._to_stop[0] == number:
+                self._engine.stop_task(self._run.task.future, seconds=self._to_stop[1])
+        return self.more()
+
+    def more(self) -> _News:
+        """Go on with the task, until it reports something or ends; what it reported before is received."""
+        reports, ended = self._run.news()
+        if not ended:
+            return reports, None
         try:
-            return (*self._engine.submit_packed(task).result(), self._said())
+            return reports, (*self._run.task.future.result(), self._said())
         except Exception as error:
-            return False, pickle.dumps(error), None, self._said()
+            return reports, (False, pickle.dumps(error), None, self._said())
+
+    def stop(self, number: int, seconds: float) -> None:
+        """Stop that task, if it has not ended."""
+        with self._lock:
+            self._to_stop = (number, seconds)
+            if self._number == number:
+                self._engine.stop_task(self._run.task.future, seconds=seconds)
 
     def end(self, kill: bool) -> bytes:
         log, self._log = self._log, None
@@ -103,6 +160,10 @@ class _Host:
         with self._log.open("rb") as file:
             said, self._read = _tail(file.fileno(), self._read)
         return said
+
+
+def _not_here(report: Any) -> None:
+    raise AssertionError("reports are received where the task was submitted")
 
 
 def _tail(file: int, start: int) -> tuple[bytes, int]:
@@ -134,6 +195,8 @@ class _Slot(Slot):
         self.begun = False
         self.over = False
         """Whether nothing is wanted of it any more."""
+        self.tasks = 0
+        """How many it was given."""
 
     @property
     def ready(self) -> bool:
@@ -240,7 +303,7 @@ class RayEngine(SupervisedEngine[_Slot]):
     # In the supervisor's thread.
 
     def _fit(self) -> None:
-        idle = sorted((slot for slot in self._slots if slot.future is None), key=lambda slot: slot.begun)
+        idle = sorted((slot for slot in self._slots if slot.task is None), key=lambda slot: slot.begun)
         for slot in idle[: max(0, len(self._slots) - self._wanted)]:
             self._remove(slot)
         if time.monotonic() < self._not_before:
@@ -260,8 +323,20 @@ class RayEngine(SupervisedEngine[_Slot]):
         else:
             self._calls.put(partial(self._destroy, slot))
 
-    def _give(self, slot: _Slot, task: bytes) -> None:
-        self._call("answer", slot, "run", task)
+    def _give(self, slot: _Slot, task: Task) -> None:
+        slot.tasks += 1
+        backlog = None if task.reports is None else task.reports.backlog
+        self._call("news", slot, "run", slot.tasks, task.packed, task.reports is not None, backlog)
+
+    def _ask_to_stop(self, slot: _Slot) -> None:
+        self._call("asked", slot, "stop", slot.tasks, slot.stop_seconds)
+        assert slot.stop_by is not None
+        slot.stop_by += ENDING_SECONDS  # the node kills its worker itself, if it can
+
+    def _kill(self, slot: _Slot) -> None:
+        if (task := slot.vacate()) is not None:
+            task.future.set_exception(slot.stopped())
+        self._remove(slot, lost=True)
 
     def _handle(self, event: tuple[Any, ...]) -> None:
         match event:
@@ -277,7 +352,7 @@ class RayEngine(SupervisedEngine[_Slot]):
                     slot.begun, self._false_starts = True, 0
                 else:
                     self._missed(slot, error)
-            case ("answer", slot, outcome):
+            case ("news", slot, outcome):
                 self._settle(slot, outcome)
             case ("ended", slot, outcome):
                 if self._ending.pop(slot, None) is not None:
@@ -293,22 +368,28 @@ class RayEngine(SupervisedEngine[_Slot]):
     def _threads(self) -> int:
         return max(1, int(self._cpus))
 
-    def _settle(self, slot: _Slot, outcome: Future[_Answer]) -> None:
-        future, slot.future = slot.future, None
+    def _settle(self, slot: _Slot, outcome: Future[_News]) -> None:
         if (error := outcome.exception()) is not None:
-            if future is not None:
-                future.set_exception(self._explain(slot, error))
+            if (task := slot.vacate()) is not None:
+                task.future.set_exception(self._explain(slot, error))
             if not slot.over:
                 self._remove(slot, lost=True)
             return
-        ok, data, text, said = outcome.result()
+        reports, answer = outcome.result()
+        if slot.task is not None:
+            slot.task.receive(reports)
+        if answer is None:
+            if slot.task is not None:
+                self._call("news", slot, "more")
+            return
+        ok, data, text, said = answer
         self._note(said)
-        if future is None:
+        if (task := slot.vacate()) is None:
             return
         if text is not None:
-            slot.deliver(future, ok, data, text)
+            task.deliver(task.future, ok, data, text)
         else:
-            future.set_exception(pickle.loads(data))  # noqa: S301 - an error of ours, of the engine on the node
+            task.future.set_exception(pickle.loads(data))  # noqa: S301 - an error of ours, of the engine on the node
 
     def _missed(self, slot: _Slot, error: BaseException) -> None:
         """A worker was lost before it could be given a task: no task's fault, unless it goes on like that."""
@@ -318,7 +399,7 @@ class RayEngine(SupervisedEngine[_Slot]):
         if self._false_starts >= FALSE_STARTS:
             self._not_before = time.monotonic() + 1
             while self._waiting:
-                future, *_ = self._waiting.popleft()
+                future = self._waiting.popleft().future
                 if future.set_running_or_notify_cancel():
                     future.set_exception(self._explain(slot, error))
                     break
@@ -378,18 +459,17 @@ class RayEngine(SupervisedEngine[_Slot]):
 
     def _end(self, *, kill: bool) -> None:
         for slot in list(self._slots):
-            if slot.future is not None:
-                slot.future.set_exception(WorkerCrashedError("the engine was stopped"))
-                slot.future = None
+            if (task := slot.vacate()) is not None:
+                task.future.set_exception(WorkerCrashedError("the engine was stopped"))
             self._remove(slot, kill=kill)
         done = threading.Event()
         deadline = time.monotonic() + ENDING_SECONDS  # without a head too: workers answer for themselves
         while self._ending and time.monotonic() < deadline:
             with suppress(queue.Empty):
                 match self._events.get(timeout=max(0, deadline - time.monotonic())):
-                    case ("submit", future, *_):
-                        future.cancel()
-                    case ("ended" | "answer", *_) as event:
+                    case ("submit", submitted):
+                        submitted.future.cancel()
+                    case ("ended" | "news", *_) as event:
                         self._handle(event)
         for slot in self._ending:
             self._calls.put(partial(self._destroy, slot))
@@ -420,7 +500,7 @@ class RayEngine(SupervisedEngine[_Slot]):
             "resources": needs,
             "max_restarts": 0,
             "max_task_retries": 0,
-            "max_concurrency": 2,
+            "max_concurrency": 3,
         }
         try:
             slot.actor = self._ray.remote(_Host).options(**options).remote()
