@@ -30,5 +30,10 @@ def find(group: str, name: str) -> Any | None:
         ) from error
 
 
+def names(group: str) -> set[str]:
+    """The names under which installed packages offer something in ``group``."""
+    return entry_points(group=group).names
+
+
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value

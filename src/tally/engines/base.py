@@ -11,7 +11,7 @@ While it runs, a task may report to its caller and be asked to stop: see :mod:`t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +50,23 @@ class Reports:
 class Engine(ABC):
     """Runs tasks on workers. Methods are called by one thread; futures are resolved by the engine's own.
 
+    cpus, gpus, memory (bytes), resources (amounts by name): what each worker reserves, for engines that place workers
+    on machines by that; others take no notice. None: as the engine sees fit.
+
     A future of a task fails with whatever the task raised, or, when its worker was lost, with a
     :class:`~tally.errors.WorkerError` that says why and with which items it was busy
     (see :func:`tally.engines.progress.busy`). A lost worker is replaced and costs only its own task.
     """
+
+    def __init__(  # noqa: B027 - an engine need not reserve anything
+        self,
+        *,
+        cpus: float | None = None,
+        gpus: float | None = None,
+        memory: int | None = None,
+        resources: Mapping[str, float] | None = None,
+    ) -> None:
+        pass
 
     @abstractmethod
     def start(

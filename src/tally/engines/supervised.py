@@ -101,7 +101,8 @@ S = TypeVar("S", bound=Slot)
 class SupervisedEngine(Engine, Generic[S]):
     """Override what is abstract here; all of that, and whatever calls it, runs in the supervisor's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, **reservation: Any) -> None:
+        super().__init__(**reservation)
         self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._wanted = 0

@@ -206,7 +206,7 @@ class _Slot(Slot):
 class RayEngine(SupervisedEngine[_Slot]):
     """See :mod:`tally.engines.ray.engine`.
 
-    cpus, gpus, memory (bytes), resources: what each worker reserves; one CPU, if nothing is said.
+    Each worker reserves one CPU, if nothing is said.
 
     The cluster is the one that Ray is connected to in this process, or that Ray's own rules lead to
     (``RAY_ADDRESS``, ``ray start`` on this machine); without any, a Ray is started for this process.
@@ -214,12 +214,13 @@ class RayEngine(SupervisedEngine[_Slot]):
 
     def __init__(
         self,
+        *,
         cpus: float | None = None,
         gpus: float | None = None,
         memory: int | None = None,
         resources: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(cpus=cpus, gpus=gpus, memory=memory, resources=resources)
         self._cpus = 1.0 if cpus is None else cpus
         needs = {"CPU": self._cpus, "GPU": gpus or 0, "memory": memory or 0, **(resources or {})}
         self._needs: dict[str, float] = {name: amount for name, amount in needs.items() if amount}
