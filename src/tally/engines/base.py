@@ -55,7 +55,7 @@ class Engine(ABC):
 
     A future of a task fails with whatever the task raised, or, when its worker was lost, with a
     :class:`~tally.errors.WorkerError` that says why and with which items it was busy
-    (see :func:`tally.engines.progress.busy`). A lost worker is replaced and costs only its own task.
+    (see :func:`tally.engines.watchdog.busy`). A lost worker is replaced and costs only its own task.
     """
 
     def __init__(  # noqa: B027 - an engine need not reserve anything

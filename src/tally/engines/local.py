@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 from pebble import ProcessPool
 
-from tally.engines import progress, worker
+from tally.engines import watchdog, worker
 from tally.engines.base import Limits
 from tally.engines.mailbox import RING_BYTES, Inbox
 from tally.engines.spawn import Context
@@ -59,7 +59,7 @@ class _Slot(Slot):
 
     def __init__(self, folder: Path, number: int, setup: bytes, log: Path | None, threads: int) -> None:
         self.files = worker.Files(*(folder / f"{number}.{name}" for name in worker.Files._fields))
-        progress.create(self.files.board)
+        watchdog.create(self.files.note)
         self.files.stop_flag.write_bytes(b"\0")
         self._mailbox = str(folder / f"{number}.report.")
         self.bell, self._workers_bell = socket.socketpair()
@@ -300,8 +300,8 @@ class LocalEngine(SupervisedEngine[_Slot]):
     def _explain(self, slot: _Slot) -> WorkerError:
         if slot.overdue:
             return slot.stopped()
-        trace, timed_out = progress.stack(slot.files.trace)
-        suspects = progress.read(slot.files.board, timed_out=timed_out)
+        trace, timed_out = watchdog.last_stack(slot.files.trace)
+        suspects = watchdog.suspects(slot.files.note, timed_out=timed_out)
         if slot.over_memory is not None:
             allowed = self._limits.memory or 0
             return WorkerMemoryError(
@@ -325,7 +325,7 @@ class LocalEngine(SupervisedEngine[_Slot]):
         slot.flag_stop(True)
 
     def _kill(self, slot: _Slot) -> None:
-        slot.overdue = not slot.gone
+        slot.overdue = slot.overdue or not slot.gone
         slot.kill()
 
     def _watch(self) -> None:

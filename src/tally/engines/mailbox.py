@@ -14,7 +14,7 @@ from multiprocessing import connection
 from pathlib import Path
 from socket import MSG_DONTWAIT, socket
 
-from tally.engines import progress
+from tally.engines import watchdog
 
 RING_BYTES = 4096
 """How many rings are taken at once."""
@@ -42,7 +42,7 @@ class Outbox:
 
     def _wait_for(self, unreceived: str) -> None:
         while os.path.exists(unreceived):  # noqa: PTH110
-            progress.waiting()  # the time limit is for the task's own work
+            watchdog.reset()  # the time limit is for the task's own work
             if connection.wait([self._bell], 1.0) and not self._bell.recv(RING_BYTES):
                 return  # the engine has gone
 

@@ -121,6 +121,10 @@ class SupervisedEngine(Engine, Generic[S]):
     def _ask_to_stop(self, slot: S) -> None:
         """Tell the slot's task that it should stop, by :attr:`Slot.stop_by` at the latest."""
 
+    def _grace(self) -> float:
+        """Seconds after :attr:`Slot.stop_by` until :meth:`_kill` is called."""
+        return 0.0
+
     @abstractmethod
     def _kill(self, slot: S) -> None:
         """The slot's task did not stop in time: end its worker."""
@@ -187,9 +191,7 @@ class SupervisedEngine(Engine, Generic[S]):
         self._fit()
         while not (stopping and not any(slot.task for slot in self._slots)):
             if (now := time.monotonic()) - watched >= WATCH_SECONDS:
-                for slot in [slot for slot in self._slots if slot.stop_by is not None and now >= slot.stop_by]:
-                    slot.stop_by = None
-                    self._kill(slot)
+                self._kill_overdue(now - self._grace())
                 self._watch()
                 watched = time.monotonic()
             try:
@@ -237,6 +239,11 @@ class SupervisedEngine(Engine, Generic[S]):
             if slot.stop_by is None or stop_by < slot.stop_by:
                 slot.stop_by, slot.stop_seconds = stop_by, seconds
                 self._ask_to_stop(slot)
+
+    def _kill_overdue(self, now: float) -> None:
+        for slot in [slot for slot in self._slots if slot.stop_by is not None and now >= slot.stop_by]:
+            slot.stop_by = None
+            self._kill(slot)
 
     def _drop_waiting(self) -> None:
         for task in self._waiting:

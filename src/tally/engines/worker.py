@@ -20,13 +20,13 @@ from pathlib import Path
 from socket import socket
 from typing import Any, NamedTuple
 
-from tally.engines import progress, task
+from tally.engines import task, watchdog
 
 
 class Files(NamedTuple):
-    """Where a worker notes what its engine reads, and the reverse; see :mod:`progress` and :mod:`task`."""
+    """Where a worker notes what its engine reads, and the reverse; see :mod:`watchdog` and :mod:`task`."""
 
-    board: Path
+    note: Path
     trace: Path
     stop_flag: Path
 
@@ -51,11 +51,11 @@ def begin(setup: bytes, files: Files, bell: socket, log: str | None, threads: in
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(line_buffering=True)
-    progress.attach(files.board, files.trace)
+    watchdog.attach(files.note, files.trace)
     task.attach(files.stop_flag, bell)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_leave_with, args=(parent, files.board.parent), daemon=True).start()
+        threading.Thread(target=_leave_with, args=(parent, files.note.parent), daemon=True).start()
     _setup = setup
 
 
@@ -90,4 +90,4 @@ def call(packed: bytes, mailbox: str | None, backlog: int | None) -> tuple[bool,
             return False, b"", text
     finally:
         task.end()
-        progress.idle()
+        watchdog.idle()

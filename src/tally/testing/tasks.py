@@ -16,7 +16,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tally.engines import progress, task
+from tally.engines import task, watchdog
 
 
 @dataclass
@@ -174,7 +174,7 @@ def run_until_stopped(state: State, address: tuple[str, int] | None = None, erro
 def pass_gate_and_hang(state: State, address: tuple[str, int], how: str) -> NoReturn:
     """Report that it begins, pass the gate, and take no notice of being asked to stop."""
     task.report("begun")
-    progress.busy(2, 3)
+    watchdog.busy(2, 3)
     wait_at(state, address)
     hang(state, how, None, 2, 3)
 
@@ -226,7 +226,7 @@ def unpicklable(state: State, kind: str) -> Any:
 
 def die(state: State, how: str, start: int = 0, stop: int = 0, ahead: int = 0) -> NoReturn:
     """End this worker while it is busy with ``start <= p < stop``: by an exit code or a signal's name."""
-    progress.busy(start, stop, ahead=ahead)
+    watchdog.busy(start, stop, ahead=ahead)
     if how.isdigit():
         os._exit(int(how))
     if how == "SIGSEGV":
@@ -237,7 +237,7 @@ def die(state: State, how: str, start: int = 0, stop: int = 0, ahead: int = 0) -
 
 def hang(state: State, how: str, limit: float | None, start: int = 0, stop: int = 0, ahead: int = 0) -> NoReturn:
     """Never end, except by a time limit: waiting, running Python, or in native code that holds the interpreter."""
-    progress.busy(start, stop, ahead=ahead, limit=limit)
+    watchdog.busy(start, stop, ahead=ahead, limit=limit)
     match how:
         case "wait":
             threading.Event().wait()
@@ -254,14 +254,14 @@ def hang(state: State, how: str, limit: float | None, start: int = 0, stop: int 
 def hurry(state: State, limits: list[float | None]) -> str:
     """Work on one batch after the other, each with its time limit; the last takes twice the first's."""
     for position, limit in enumerate(limits):
-        progress.busy(position, position + 1, limit=limit)
+        watchdog.busy(position, position + 1, limit=limit)
     threading.Event().wait(2 * (limits[0] or 0.0))
     return "in time"
 
 
 def grow(state: State, size: int, start: int = 0, stop: int = 0) -> NoReturn:
     """Hold ``size`` bytes, and never let go."""
-    progress.busy(start, stop)
+    watchdog.busy(start, stop)
     held = bytearray(size)
     for page in range(0, size, 4096):
         held[page] = 1
