@@ -46,7 +46,7 @@ class Here(Engine):
     def start(self, setup: Any, args: Any, *, slots: int, limits: Any, log: Any = None) -> None:
         self._state = setup(*args)
 
-    def submit(self, function: Any, *arguments: Any) -> Any:
+    def submit(self, function: Any, *arguments: Any, reports: Any = None) -> Any:
         future: Future[Any] = Future()
         if any(group.key == self.killer for group in arguments[0]):
             future.set_exception(WorkerCrashedError("the worker was killed"))
@@ -63,6 +63,9 @@ class Here(Engine):
     @property
     def slots(self) -> int:
         return 1
+
+    def stop_task(self, future: Future[Any], *, seconds: float) -> None:
+        raise NotImplementedError
 
     def resize(self, slots: int) -> None:
         raise NotImplementedError

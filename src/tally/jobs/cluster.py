@@ -121,7 +121,7 @@ class _Driver:
             raise JobError(
                 f"the coordinator of job {record.id} ended inside the cluster at {mask(self._cluster.address)}"
                 + ("" if driven else " before it had the job")
-                + f"; the last that it printed:\n{self._cluster.said(self._name) or '(nothing)'}",
+                + f"; the last that it printed:\n{self._cluster.log_tail(self._name) or '(nothing)'}",
                 hint=_same_database(),
             )
         lost = self._name is not None
