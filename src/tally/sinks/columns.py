@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from tally.errors import ItemError, SpecError
 from tally.scorers.base import Result
+from tally.sinks.arrays import plain_array
 from tally.storage import key_of
 
 KEY = "key"
@@ -128,7 +129,7 @@ def _uniform(keys: Sequence[str], rows: Sequence[Any], schema: pa.Schema | None)
 
 def _keys(keys: Sequence[str]) -> pa.Array:
     try:
-        return pa.array(keys, pa.string())
+        return _fit(list(keys), pa.string())
     except UnicodeEncodeError:
         return pa.array([printable(key) for key in keys], pa.string())
 
@@ -143,6 +144,8 @@ def printable(text: str) -> str:
 
 def _fit(values: list[Any], kind: pa.DataType) -> pa.Array:
     """An array of a declared type. Arrow by itself would cut 1.5 to 1 for an integer column."""
+    if (plain := plain_array(values, kind)) is not None:
+        return plain
     inner = kind
     while pa.types.is_list(inner):
         inner = inner.value_type
@@ -153,7 +156,13 @@ def _fit(values: list[Any], kind: pa.DataType) -> pa.Array:
     return array
 
 
+_INFERRED = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+
+
 def _infer(values: list[Any]) -> pa.Array:
+    expected = _INFERRED.get(type(values[0]))
+    if expected is not None and (plain := plain_array(values, expected)) is not None:
+        return plain
     array = pa.array(values)
     kind = array.type
     if pa.types.is_float16(kind):
