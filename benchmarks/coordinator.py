@@ -36,7 +36,7 @@ from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobStore, Lease
 from tally.jobs.worker import Outcome
-from tally.sinks.base import Output, Sink
+from tally.sinks.base import Output, OutputDescription, Sink
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
 
 ITEMS = 64
@@ -149,6 +149,9 @@ class Numbers(Source):
 
 class Nowhere(Sink):
     """Counts what it is given to assemble."""
+
+    def describe(self) -> OutputDescription:
+        return OutputDescription("rows", "nowhere")
 
     def claim(self, job_id: str, *, overwrite: bool = False) -> None: ...
     def release(self) -> None: ...

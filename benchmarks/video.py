@@ -43,7 +43,7 @@ from _machine import (
     take_turns,
 )
 from _video_contenders import Job
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 from tally.media.video.encode import DEFAULTS, _settings
 from tally.models.load import create
 from tally.models.resolve import resolve
@@ -140,7 +140,7 @@ def measure(part: str, given: argparse.Namespace, folder: Path) -> None:
             figures = follow(command, dict(os.environ), frames)
             sizes = [path.stat().st_size for path in work.rglob("*") if path.is_file()]
             if name == "tally":  # its segments are removed already
-                store = open_store()
+                store = Jobs().store
                 for output in store.outputs(store.newest(limit=1)[0].id):
                     sizes += [output.bytes / len(output.files)] * len(output.files)
             shutil.move(job.out, folder / f"{name}.mp4")

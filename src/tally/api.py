@@ -1,60 +1,132 @@
-"""Tally from Python: ``tally.score(...)`` and ``tally.Job``."""
+"""Tally from Python: ``tally.score(...)``, ``tally.Job`` and ``tally.jobs(...)``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol, TypeAlias
 
 from tally.errors import JobStateError
-from tally.jobs import launch
+from tally.jobs.facade import Jobs
 from tally.jobs.spec import make
 from tally.jobs.store import JobRecord
 from tally.scorers.base import Scorer
-from tally.sinks.base import Sink
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+Place: TypeAlias = "str | Path"
+
+
+class Table(Protocol):
+    """What is used most of a ``pyarrow.Table``, which brings no types of its own. Results are real Arrow tables."""
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def num_columns(self) -> int: ...
+    @property
+    def column_names(self) -> list[str]: ...
+    @property
+    def schema(self) -> Any: ...
+    def column(self, i: int | str) -> Any: ...
+    def __getitem__(self, key: int | str) -> Any: ...
+    def slice(self, offset: int = 0, length: int | None = None) -> Table: ...
+    def to_pylist(self) -> list[dict[str, Any]]: ...
+    def to_pydict(self) -> dict[str, list[Any]]: ...
+    def to_pandas(self) -> Any: ...
 
 
 def score(
-    source: str | Path | Sequence[str | Path],
-    model: str | Path | Scorer | type[Scorer],
-    out: str | Path,
+    source: Place | Sequence[Place],
+    model: Place | Scorer | type[Scorer],
+    out: Place,
     *,
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    task: Literal["classify", "detect", "restyle", "embed", "segment", "values"] | None = None,
+    labels: Place | None = None,
+    artifacts: Place | None = None,
     settings: Mapping[str, Any] | None = None,
-    **options: Any,
+    trust: bool = False,
+    format: Literal["parquet", "csv", "jsonl", "jpg", "png", "webp", "mp4", "mov", "mkv", "webm"]  # noqa: A002
+    | None = None,
+    media: Literal["image", "video", "table"] | None = None,
+    overlay: bool = False,
+    every: int = 1,
+    size: tuple[int, int] | str | None = None,
+    frames: Literal["jpg", "png", "webp"] | None = None,
+    codec: str | None = None,
+    crf: float | None = None,
+    audio: bool = True,
+    by: str | Sequence[str] = (),
+    keep: str | Sequence[str] = (),
+    where: str | None = None,
+    time: str | None = None,
+    window: float | str | None = None,
+    aggregate: str | Sequence[str] = ("mean",),
+    csv: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    workers: int | str | tuple[int, int] | None = None,
+    cpus: float | None = None,
+    gpus: float | None = None,
+    resources: Mapping[str, float] | None = None,
+    timeout: float = 120.0,
+    memory: int | str | None = None,
+    attempts: int = 3,
+    max_dead: float | str = 0.5,
+    min_dead: int = 1000,
+    strict: bool = False,
+    price_per_hour: float | None = None,
+    alerts: Sequence[str] = (),
+    webhook: str | None = None,
 ) -> Job:
     """Score a collection and return the finished job.
 
     source: a folder, file, glob or bucket URL, or several.
     model: what ``--model`` takes, or a Scorer (class or object; it may be defined in the same script or
         notebook).
-    out: a folder, a bucket URL, or one ``.csv``, ``.parquet`` or ``.jsonl`` file.
-    resume: go on with the same job if it was not finished. overwrite: do it again.
-    settings: options of the model, dotted (``{"preprocess.channels": "bgr"}``).
-    options: the other fields of :class:`tally.jobs.spec.JobSpec` (task, labels, workers, batch_size ...).
+    out: a folder, a bucket URL, or one ``.csv``, ``.parquet``, ``.jsonl`` or video file.
+    resume: go on with the same job if it was not finished. overwrite: do it again. quiet: show no progress.
+
+    Models of pictures. task: what an ONNX model does; detected by default. labels: a file with the names of its
+        classes. overlay: draw boxes and labels onto the pictures, and write those.
+    Scripts and scorers. artifacts: the folder that they load from. settings: options of the model, dotted
+        (``{"preprocess.channels": "bgr"}``). trust: open models whose opening runs code that they carry.
+    Videos. every: score every N-th frame. size: (width, height) in pixels, or ``"640x360"``. frames: write the frames
+        as files of this format. codec, crf, audio: of the video that is written.
+    Tables. by: columns that make a key. keep: input columns that the results carry. where: a condition in SQL.
+        time: the column of timestamps. window: seconds (or ``"5m"``) that readings are gathered over.
+        aggregate: what is made of each window. csv: how CSV is read.
+    Workers. workers: how many, or ``"4..64"``; one for each core by default. batch_size: items scored together.
+        device: ``auto``, ``cpu``, ``cuda[:N]`` or ``tensorrt[:N]``. timeout: seconds that one batch may take.
+        memory: bytes (or ``"2GiB"``) that one worker may hold. attempts: how often a lost chunk is tried.
+    Ray. engine: ``ray``; address: of the cluster's dashboard; cpus, gpus, resources: what each worker reserves.
+    Limits. max_dead: share of dead items above which the job stops, once min_dead items are done. strict: stop at the
+        first one. price_per_hour: what the machine costs. alerts: rules that are judged at the end; webhook: where
+        it is told that one of them holds.
 
     Raises TallyError with the next step; JobExistsError when the same was asked for before. Ctrl-C stops
     the job cleanly and raises KeyboardInterrupt; the same call with ``resume=True`` goes on.
     """
+    fields = dict(locals())
+    for name in ("source", "model", "out", "resume", "overwrite", "quiet"):
+        del fields[name]
     from tally import terminal
 
     sources = [source] if isinstance(source, (str, Path)) else source
     live = None if isinstance(model, (str, Path)) else model
+    fields |= {name: str(value) for name, value in fields.items() if isinstance(value, Path)}
     spec = make(
         source=[str(each) for each in sources],
         model=str(model) if live is None else _name(live),
         out=str(out),
-        settings=dict(settings or {}),
-        **options,
+        **fields,
     )
-    store = launch.open_store()
-    record = launch.submit(store, spec, model=live, resume=resume, overwrite=overwrite)
-    record = terminal.run(store, record.id, quiet=quiet)
+    all_jobs = Jobs()
+    record = all_jobs.submit(spec, model=live, resume=resume, overwrite=overwrite)
+    record = terminal.run(all_jobs, record.id, quiet=quiet)
     if record.state == "interrupted":
         raise KeyboardInterrupt(f"job {record.id} was interrupted; the same call with resume=True goes on")
     return Job(record.id)
@@ -65,16 +137,19 @@ def _name(scorer: Any) -> str:
 
 
 class Job:
-    """A job in the job store, by its id, the beginning of it, or the place that it writes to."""
+    """A job in the job store, by its id, the beginning of it, or the place that it writes to.
+
+    Looking at it opens no model, runs no code of yours and reads no source.
+    """
 
     def __init__(self, job: str) -> None:
-        self._store = launch.open_store()
-        self.id = launch.find(self._store, job).id
+        self._jobs = Jobs()
+        self.id = self._jobs.get(job).id
 
     @property
     def record(self) -> JobRecord:
         """Everything that the job store knows of it, now."""
-        return self._store.get(self.id)
+        return self._jobs.get(self.id)
 
     @property
     def state(self) -> str:
@@ -89,55 +164,48 @@ class Job:
             raise JobStateError(f"job {self.id} is {self.state}: there is no manifest yet")
         return manifest
 
-    def results(self) -> pa.Table:
+    def results(self) -> Table:
         """All rows as an Arrow table (``.to_pandas()`` for pandas); of a running job, those committed."""
-        from tally.sinks.query import rows
+        found: Table = self._jobs.results(self.id)
+        return found
 
-        return rows(self._sink(), self._store.outputs(self.id))
-
-    def dead(self) -> pa.Table:
+    def dead(self) -> Table:
         """The dead items: ``key``, ``stage``, ``error``."""
-        import pyarrow as pa
+        found: Table = self._jobs.dead_table(self.id)
+        return found
 
-        found = list(self._store.dead(self.id))
-        columns = {"key": [d.key for d in found], "stage": [d.stage for d in found], "error": [d.error for d in found]}
-        return pa.table(columns, schema=pa.schema([(name, pa.string()) for name in columns]))
-
-    def query(self, sql: str) -> pa.Table:
+    def query(self, sql: str) -> Table:
         """SQL (DuckDB's) over the views ``results`` and ``dead``."""
-        from tally.sinks.query import query
+        found: Table = self._jobs.query(self.id, sql)
+        return found
 
-        return query(self._sink(), self._store.outputs(self.id), sql, self.dead())
+    def pause(self) -> None:
+        """Have nothing more handed out; what runs is finished and saved. :meth:`resume` goes on."""
+        self._jobs.pause(self.id)
 
-    def _sink(self) -> Sink:
-        sink = launch.sink_of(self.record)
-        holder = sink.holder()
-        if holder != self.id:
-            place = self.record.spec["out"]
-            now = "are gone" if holder is None else f"were replaced by those of job {holder}"
-            raise JobStateError(
-                f"the results of job {self.id} at {place} {now}",
-                hint=f"Score again to have them back, or forget the job: tally jobs delete {self.id}",
-            )
-        return sink
+    def cancel(self) -> None:
+        """Stop it for good, and remove what it had not finished writing."""
+        self._jobs.cancel(self.id)
 
     def resume(self, *, quiet: bool = False) -> Job:
-        """Go on with a job that was interrupted, paused or failed."""
-        from tally import terminal
-
-        terminal.run(self._store, self.id, quiet=quiet)
+        """Go on with a job that was paused, interrupted or has failed; one that another process drives is told to."""
+        if not self._jobs.unpause(self.id).alive:
+            self._run(quiet=quiet)
         return self
 
     def retry(self, *, quiet: bool = False) -> Job:
         """Replay the dead items."""
-        from tally import terminal
-
-        terminal.run(self._store, self.id, quiet=quiet, retry_dead=True)
+        self._run(quiet=quiet, retry_dead=True)
         return self
 
     def delete(self) -> None:
         """Forget the job; results that are finished stay where they are."""
-        launch.discard(self._store, self.record)
+        self._jobs.delete(self.id)
+
+    def _run(self, *, quiet: bool, retry_dead: bool = False) -> None:
+        from tally import terminal
+
+        terminal.run(self._jobs, self.id, quiet=quiet, retry_dead=retry_dead)
 
     def __repr__(self) -> str:
         record = self.record

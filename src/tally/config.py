@@ -27,6 +27,12 @@ class Settings:
     database: str
     registry: str
 
+    def log_of(self, job_id: str) -> Path:
+        """What the job's workers printed: scripts, native libraries, warnings. Its folder is made."""
+        folder = self.home / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{job_id}.log"
+
     def __repr__(self) -> str:
         database = _PASSWORD.sub(r"\1:***", self.database)
         return f"Settings(home={str(self.home)!r}, database={database!r}, registry={self.registry!r})"

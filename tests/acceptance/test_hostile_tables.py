@@ -19,7 +19,7 @@ SCORER.input, SCORER.batch_size = "table", 1024
 
 def rows_of(tmp_path: Path, place: Path, **options: Any) -> tuple[list[dict[str, Any]], dict[str, str], TableSource]:
     """The rows, the dead items' messages by key, and the source."""
-    source = TableSource.describe([str(place)], features=None, **options).at(str(tmp_path / "work"))
+    source = TableSource.describe([str(place)], features=None, **options).located(str(tmp_path / "work"))
     source.prepare()
     rows: list[dict[str, Any]] = []
     dead: dict[str, str] = {}
@@ -175,7 +175,7 @@ def test_every_hostile_table_has_its_outcome_here(data: Path) -> None:
 def test_readings_of_pumps_are_grouped_by_device_and_tag(tmp_path: Path, data: Path) -> None:
     place = data / "sensors" / "azure_iot" / "sensor_data.csv"
     options: dict[str, Any] = {"by": ["Device", "Tag"], "keep": ["TS"]}
-    source = TableSource.describe([str(place)], features=["Value"], **options).at(str(tmp_path / "work"))
+    source = TableSource.describe([str(place)], features=["Value"], **options).located(str(tmp_path / "work"))
     source.prepare()
     groups = source.groups()
     assert [tuple(key.values()) for key, _, _ in groups] == [
@@ -201,7 +201,7 @@ def test_series_of_sensors_are_read(
     tmp_path: Path, data: Path, place: str, options: dict[str, Any], count: int, features: int
 ) -> None:
     source = TableSource.describe([str(data / "sensors" / place)], features=features, **options)
-    source = source.at(str(tmp_path / "work"))
+    source = source.located(str(tmp_path / "work"))
     source.prepare()
     [chunk] = source.plan(None, 0, lambda: ChunkLimit(1 << 20, 1 << 30))
     batches = list(source.read(chunk, SCORER, Timings()))

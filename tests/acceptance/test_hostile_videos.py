@@ -16,7 +16,7 @@ import pytest
 from tests.videos import frames_of
 
 import tally
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 
 Cli = Callable[..., Any]
 SCORERS = Path(__file__).with_name("scorers")
@@ -181,4 +181,4 @@ def test_strict_refuses(data: Path, tmp_path: Path, name: str) -> None:
     assert "error: stopped, as --strict asks: " in said
     assert f"the first was {name}/" in said
     assert not out.exists()
-    assert open_store().newest(limit=1)[0].state == "failed"
+    assert Jobs().store.newest(limit=1)[0].state == "failed"

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tally
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 
 Cli = Callable[..., Any]
 TEMPLATE = "device{Device}_tag{Tag}.onnx"
@@ -159,7 +159,7 @@ def test_a_job_on_a_table_says_what_is_wrong_at_once(cli: Cli, readings: Path, m
     assert ran.code == 2
     for part in ("'Tga'", "did you mean 'Tag'?", "'Valu'", "did you mean 'Value'?"):
         assert part in ran.err
-    assert open_store().newest() == []
+    assert Jobs().store.newest() == []
 
 
 def test_models_of_windows_are_given_windows(cli: Cli, readings: Path, tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from tests.videos import write_clip
 
-from tally.media.video.facts import Colour, Video, pack
+from tally.media.video.facts import Colour, Video
+from tally.media.video.frame import FrameInfo
 from tally.sinks import merge
 from tally.sinks.base import Output, Sink
-from tally.sinks.factory import choose
+from tally.sinks.factory import sink_for
 from tally.sinks.video import VideoSink
-from tally.sources.base import Chunk
 from tally.testing.sinks import FACTS, SinkContract, key
 
 
@@ -29,7 +29,7 @@ class _Rows(SinkContract):
 
     @pytest.fixture
     def make(self) -> Callable[[Path], Sink]:
-        return lambda folder: choose(str(folder / self.name), output="rows", format=self.format, columns=self.columns)
+        return lambda folder: sink_for(str(folder / self.name), output="rows", format=self.format, columns=self.columns)
 
     @pytest.fixture
     def result(self) -> Callable[[int], Any]:
@@ -54,11 +54,11 @@ class TestLargeParts(TestDeclaredColumns):
     def test_what_is_large_is_not_written_again(self, sink: Sink, attempt: Any, keys: Any) -> None:
         sink.claim("job-1")
         outputs = [attempt(sink, name, *range_) for name, range_ in self.attempts.items()]
-        staged = {(sink.place.address(sink.place.staging + o.files[0])): o for o in outputs}  # type: ignore[attr-defined]
+        staged = {(sink.layout.address(sink.layout.staging + o.files[0])): o for o in outputs}  # type: ignore[attr-defined]
         inodes = [Path(path).stat().st_ino for path in staged]
         manifest = sink.finalize(outputs, [], FACTS)
         assert [file["rows"] for file in manifest["files"]] == [2, 3, 2, 4]
-        parts = [Path(sink.place.address(file["path"])).stat().st_ino for file in manifest["files"]]  # type: ignore[attr-defined]
+        parts = [Path(sink.layout.address(file["path"])).stat().st_ino for file in manifest["files"]]  # type: ignore[attr-defined]
         assert (parts[1], parts[3]) == (inodes[2], inodes[4])
         assert keys(sink, []) == [key(n) for n in range(11)]
         assert "moves" not in manifest
@@ -75,7 +75,7 @@ class TestMergedInOrder(_Rows):
 
     @pytest.fixture
     def make(self) -> Callable[[Path], Sink]:
-        return lambda folder: choose(str(folder / self.name), output="rows", columns=self.columns, order="at")
+        return lambda folder: sink_for(str(folder / self.name), output="rows", columns=self.columns, order="at")
 
     @pytest.fixture
     def info(self) -> Callable[[int], dict[str, Any] | None]:
@@ -129,7 +129,7 @@ class TestSeveralRows(_Rows):
 class TestPictures(SinkContract):
     @pytest.fixture
     def make(self) -> Callable[[Path], Sink]:
-        return lambda folder: choose(str(folder / "out"), output="image")
+        return lambda folder: sink_for(str(folder / "out"), output="image")
 
     @pytest.fixture
     def result(self) -> Callable[[int], Any]:
@@ -141,19 +141,19 @@ class TestBucket(_Rows):
 
     @pytest.fixture
     def make(self, request: pytest.FixtureRequest) -> Callable[[Path], Sink]:
-        return lambda folder: choose(f"memory://{_bucket(request)}/{folder.name}/out", output="rows")
+        return lambda folder: sink_for(f"memory://{_bucket(request)}/{folder.name}/out", output="rows")
 
 
 class TestBucketPictures(TestPictures):
     @pytest.fixture
     def make(self, request: pytest.FixtureRequest) -> Callable[[Path], Sink]:
-        return lambda folder: choose(f"memory://{_bucket(request)}/{folder.name}/out", output="image")
+        return lambda folder: sink_for(f"memory://{_bucket(request)}/{folder.name}/out", output="image")
 
 
 class TestBucketMergedCsv(_Rows):
     @pytest.fixture
     def make(self, request: pytest.FixtureRequest) -> Callable[[Path], Sink]:
-        return lambda folder: choose(f"memory://{_bucket(request)}/{folder.name}/out.csv", output="rows")
+        return lambda folder: sink_for(f"memory://{_bucket(request)}/{folder.name}/out.csv", output="rows")
 
 
 class _Video(SinkContract):
@@ -164,7 +164,7 @@ class _Video(SinkContract):
 
     @pytest.fixture
     def make(self) -> Callable[[Path], Sink]:
-        return lambda folder: choose(str(folder / self.name), output="video")
+        return lambda folder: sink_for(str(folder / self.name), output="video")
 
     @pytest.fixture
     def video(self, tmp_path_factory: pytest.TempPathFactory) -> Video:
@@ -175,17 +175,8 @@ class _Video(SinkContract):
         )  # fmt: skip
 
     @pytest.fixture
-    def chunk(self, video: Video) -> Callable[[int, int], Chunk]:
-        def make(start: int, stop: int) -> Chunk:
-            numbers = pack(range(start, stop))
-            payload = {"video": video.to_json(), "numbers": numbers, "ticks": numbers, "step": 1}
-            return Chunk(start, stop - start, payload)
-
-        return make
-
-    @pytest.fixture
     def info(self, video: Video) -> Callable[[int], dict[str, Any] | None]:
-        return lambda number: {"video": video.key, "frame": number, "time": number / 25}
+        return lambda number: FrameInfo(video, number, number)
 
     @pytest.fixture
     def result(self) -> Callable[[int], Any]:
@@ -195,7 +186,7 @@ class _Video(SinkContract):
     def keys(self, tmp_path: Path) -> Callable[[Sink, Sequence[Output]], list[str]]:
         def read(sink: Sink, outputs: Sequence[Output]) -> list[str]:
             assert isinstance(sink, VideoSink)
-            manifest, place = sink.manifest(), sink.place
+            manifest, place = sink.manifest(), sink.layout
             staged = [place.staging + name for output in outputs for name in output.files]
             names = staged if manifest is None else [file["path"] for file in manifest["files"]]
             found: list[str] = []
@@ -223,7 +214,7 @@ class TestMatroska(_Video):
 class TestBucketVideo(_Video):
     @pytest.fixture
     def make(self, request: pytest.FixtureRequest) -> Callable[[Path], Sink]:
-        return lambda folder: choose(f"memory://{_bucket(request)}/{folder.name}/out", output="video")
+        return lambda folder: sink_for(f"memory://{_bucket(request)}/{folder.name}/out", output="video")
 
 
 class _S3(SinkContract):
@@ -233,7 +224,7 @@ class _S3(SinkContract):
 
     @pytest.fixture
     def make(self, s3: str) -> Callable[[Path], Sink]:
-        return lambda folder: choose(f"{s3}/{folder.name}/{self.name}", output=self.output, format=self.format)
+        return lambda folder: sink_for(f"{s3}/{folder.name}/{self.name}", output=self.output, format=self.format)
 
 
 class _Azure(SinkContract):
@@ -243,7 +234,7 @@ class _Azure(SinkContract):
 
     @pytest.fixture
     def make(self, azure: str) -> Callable[[Path], Sink]:
-        return lambda folder: choose(f"{azure}/{folder.name}/{self.name}", output=self.output, format=self.format)
+        return lambda folder: sink_for(f"{azure}/{folder.name}/{self.name}", output=self.output, format=self.format)
 
 
 class TestS3Parquet(_S3, _Rows):

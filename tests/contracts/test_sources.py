@@ -241,7 +241,7 @@ class TestCsv(TableSourceContract):
         store.write("a*.csv", ("device,value,note\n" + "".join(lines[:5])).encode())
         store.write("b.csv.gz", gzip.compress(b"value,note,device\n2.5,n5,2\n3,n6,0\n"))
         store.write("c.csv", b"")
-        return TableSource.describe([place], features=["value", "device"], keep=["note"]).at(scratch)
+        return TableSource.describe([place], features=["value", "device"], keep=["note"]).located(scratch)
 
 
 class TestRemoteCsv(TestCsv):
@@ -278,7 +278,7 @@ class TestJsonLines(TableSourceContract):
         lines = "".join(json.dumps(row) + "\n" for row in READINGS)
         (tmp_path / "a.jsonl").write_text(lines)
         source = TableSource.describe([str(tmp_path / "a.jsonl")], features=None)
-        return source.at(str(tmp_path / "work"))
+        return source.located(str(tmp_path / "work"))
 
 
 class TestArrow(TestJsonLines):
@@ -295,7 +295,7 @@ class TestArrow(TestJsonLines):
             writer.write_table(table[:7], max_chunksize=2)
         with pa.ipc.new_stream(tmp_path / "b.arrow", table.schema) as writer:
             writer.write_table(table[7:], max_chunksize=2)
-        return TableSource.describe([str(tmp_path / "?.arrow")], features=None).at(str(tmp_path / "work"))
+        return TableSource.describe([str(tmp_path / "?.arrow")], features=None).located(str(tmp_path / "work"))
 
 
 class TestGroupedByKey(TableSourceContract):
@@ -315,7 +315,7 @@ class TestGroupedByKey(TableSourceContract):
         write_parquet(str(tmp_path / "in"), "a.parquet", READINGS[:10])
         write_parquet(str(tmp_path / "in"), "b.parquet", READINGS[10:])
         source = TableSource.describe([str(tmp_path / "in")], features=["value"], by=["device"], keep=["note"])
-        return source.at(str(tmp_path / "work"))
+        return source.located(str(tmp_path / "work"))
 
 
 class TestChosenRows(TestGroupedByKey):
@@ -331,7 +331,7 @@ class TestChosenRows(TestGroupedByKey):
     def source(self, tmp_path: Path) -> Source:
         grouped = super().source.__wrapped__(self, tmp_path)  # type: ignore[attr-defined]
         where = "note IN ('n8', 'n9', 'n10', 'n11') -- the last"
-        return TableSource.describe(grouped.listing.uris, features=["value"], where=where).at(grouped.scratch)
+        return TableSource.describe(grouped.listing.uris, features=["value"], where=where).located(grouped.scratch)
 
 
 class TestWindows(TableSourceContract):
@@ -361,7 +361,7 @@ class TestWindows(TableSourceContract):
             window=300,
             aggregate=["mean", "last", "count"],
         )
-        return source.at(str(tmp_path / "work"))
+        return source.located(str(tmp_path / "work"))
 
 
 # What only files have -------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tests.services import private_postgres
 from tests.waiting import wait_for
 
 from tally.errors import DatabaseAwayError
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 from tally.jobs.store import JobRecord, JobStore
 
 ITEMS = 300
@@ -43,7 +43,7 @@ def score(items: Path, out: Path, *more: object) -> list[str]:
 
 @pytest.fixture
 def store(postgres: PrivatePostgres) -> Iterator[JobStore]:
-    store = open_store()
+    store = Jobs().store
     yield store
     store.engine.dispose()
 

@@ -11,7 +11,7 @@ import pytest
 from tests.faults.storms import SCORERS, rows, start, storm, tally, workers_of, write_items
 from tests.waiting import wait_for
 
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 
 ITEMS = 1000
 KILLS = 50
@@ -38,14 +38,14 @@ def test_fifty_kills_change_nothing(items: Path, tmp_path: Path, seed: int) -> N
 
     assert rows(out) == expected
     assert not (out / "_tally").exists()
-    record = open_store().newest(limit=1)[0]
+    record = Jobs().store.newest(limit=1)[0]
     assert (record.state, record.items, record.done, record.dead) == ("finished", ITEMS, ITEMS, 0)
 
 
 def test_sigterm_drains_and_resume_finishes(items: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     process = start(score(items, out), log)
-    store = open_store()
+    store = Jobs().store
     wait_for(lambda: any(record.done > 0 for record in store.newest(limit=1)), process)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=60)
@@ -64,7 +64,7 @@ def test_sigterm_drains_and_resume_finishes(items: Path, tmp_path: Path) -> None
 def test_workers_end_with_their_coordinator(items: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = start(score(items, tmp_path / "out"), log)
-    store = open_store()
+    store = Jobs().store
     wait_for(lambda: any(record.done > 0 for record in store.newest(limit=1)), process)
     workers = workers_of(process)
     assert workers

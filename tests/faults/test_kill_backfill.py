@@ -18,7 +18,7 @@ import pytest
 from tests.extent import FULL
 from tests.faults.storms import SCORERS, start, tally
 
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 from tally.triggers.store import ScheduleStore
 
 HOURS, KILLS = (24, 15) if FULL else (8, 6)
@@ -84,7 +84,7 @@ def test_every_interval_is_done_once(
         assert len({row["key"] for row in parts}) == len(rows)
         assert (out / name / "_SUCCESS").exists()
         assert not (out / name / "_tally").exists()
-    store = open_store()
+    store = Jobs().store
     jobs = store.newest(limit=1000)
     assert [(job.state, job.dead) for job in jobs] == [("finished", 0)] * HOURS
     assert {Path(job.spec["out"]).name: job.done for job in jobs} == {

@@ -10,7 +10,7 @@ import duckdb
 import pytest
 from tests.faults.storms import SCORERS, storm, tally
 
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 
 ROWS = 60_000
 KILLS = 15
@@ -45,5 +45,5 @@ def test_fifteen_kills_change_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     if out.suffix:
         assert [row[0] for row in rows(out)] == [f"readings.csv#{n}" for n in range(1, ROWS + 1)]
     assert sorted(os.listdir(out.parent)) == sorted(os.listdir(calm.parent))  # no work files are left
-    record = open_store().newest(limit=1)[0]
+    record = Jobs().store.newest(limit=1)[0]
     assert (record.state, record.items, record.done, record.dead) == ("finished", ROWS, ROWS, 0)

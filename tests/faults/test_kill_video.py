@@ -10,7 +10,7 @@ import pytest
 from tests.faults.storms import SCORERS, storm, tally
 from tests.videos import assert_same_video, frames_of, number_in, time_of, write_clip
 
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 
 FRAMES = 500
 KILLS = 20
@@ -36,5 +36,5 @@ def test_twenty_kills_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [number_in(255 - frame.to_ndarray(format="rgb24")) for frame in frames_of(out)] == list(range(FRAMES))
     assert [time_of(frame) for frame in frames_of(out)] == [time_of(frame) for frame in frames_of(clip)]
     assert sorted(os.listdir(out.parent)) == sorted(os.listdir(calm.parent))  # no parts are left
-    record = open_store().newest(limit=1)[0]
+    record = Jobs().store.newest(limit=1)[0]
     assert (record.state, record.items, record.done, record.dead) == ("finished", FRAMES, FRAMES, 0)

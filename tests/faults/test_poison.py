@@ -8,7 +8,7 @@ import pytest
 
 import tally
 from tally.errors import JobError
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 
 SCORERS = Path(__file__).with_name("scorers")
 
@@ -71,7 +71,7 @@ def test_a_stopped_job_is_mended_and_finishes_whole(items: Path, tmp_path: Path)
         (items / f"{number:03}.bin").write_bytes(b"raise")
     with pytest.raises(JobError, match="stopped early"):
         tally.score(items, SCORERS / "poison.py", tmp_path / "out", workers=1, max_dead="10%", min_dead=8, quiet=True)
-    record = open_store().newest(limit=1)[0]
+    record = Jobs().store.newest(limit=1)[0]
     assert 0 < record.dead <= record.done < 60
     for number in range(40):
         (items / f"{number:03}.bin").write_bytes(b"x" * number)
@@ -89,7 +89,7 @@ def test_a_job_in_which_everything_fails_stops_early(tmp_path: Path) -> None:
         (folder / f"{number:05}.bin").touch()
     with pytest.raises(JobError, match=r"stopped early: [\d,]+ of the first [\d,]+ items failed.*model server is away"):
         tally.score(folder, SCORERS / "failing.py", tmp_path / "out", workers=2, quiet=True)
-    record = open_store().newest(limit=1)[0]
+    record = Jobs().store.newest(limit=1)[0]
     assert record.state == "failed"
     assert 1000 <= record.done < 30_000
 

@@ -22,7 +22,7 @@ from tests.services import postgres_database
 from tests.waiting import wait_for
 
 from tally.database.tables import chunks, dead_items, jobs
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 from tally.jobs.store import JobStore
 
 ITEMS = 160
@@ -37,7 +37,7 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     with ExitStack() as stack:
         if request.param == "postgresql":
             monkeypatch.setenv("TALLY_DATABASE", stack.enter_context(postgres_database()))
-        store = open_store()
+        store = Jobs().store
         stack.callback(store.engine.dispose)
         yield store
 

@@ -196,7 +196,7 @@ def test_work_files_of_one_machine_are_read_on_others(
     bucket = make_bucket(service, monkeypatch)
     fill(f"{bucket}/in", readings)
     source = TableSource.describe([f"{bucket}/in"], features=["Value"], by=["Device", "Tag"], keep=["TS"])
-    source = source.at(f"{bucket}/out/_tally/work")
+    source = source.located(f"{bucket}/out/_tally/work")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     subprocess.run(

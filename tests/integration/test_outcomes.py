@@ -19,7 +19,7 @@ from tests.waiting import wait_for
 
 import tally
 from tally.errors import JobExistsError, ModelChangedError
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 from tally.sources.base import ChunkLimit, Timings
 from tally.sources.files import FileSource
 
@@ -179,7 +179,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
 def newest() -> Any:
     """The newest job, once there is one."""
-    return next(iter(open_store().newest(limit=1)), None)
+    return next(iter(Jobs().store.newest(limit=1)), None)
 
 
 def done() -> int:
@@ -236,7 +236,7 @@ def test_a_disk_that_is_read_only(
     refused(cli(*score, earlier, "--overwrite"), "the file system is read-only")
     assert keys(earlier) == names(1)
     assert (earlier / "_SUCCESS").exists()
-    assert [record.spec["out"] for record in open_store().newest()] == [str(earlier)]
+    assert [record.spec["out"] for record in Jobs().store.newest()] == [str(earlier)]
     monkeypatch.setenv("TALLY_HOME", str(disk / "home"))
     refused(cli(*score, tmp_path / "out"), "database", "Read-only file system", "Set TALLY_HOME")
     refused(cli("jobs", "list"), "database", "Read-only file system", "Set TALLY_HOME")
@@ -368,7 +368,7 @@ def test_a_file_that_goes_before_it_is_read(tmp_path: Path, model: Path, gate: P
     assert process.end() == 0, process.output
     assert "60 of 61 items scored" in process.output
     assert keys(tmp_path / "out") == names(60)
-    [dead] = list(open_store().dead(newest().id))
+    [dead] = list(Jobs().store.dead(newest().id))
     assert (dead.key, dead.stage) == ("60.bin", "read")
     assert dead.error == f"cannot read {items}/60.bin: there is no such file or folder"
 
@@ -390,7 +390,7 @@ def test_output_places_that_are_taken(cli: Cli, tmp_path: Path, model: Path) -> 
     assert (tmp_path / "mine.csv").read_text() == "mine"
     refused(cli("score", items, "--model", model, "--out", items / "00.bin"), "is a file", ".csv", code=2)
     assert keys(out) == names(2)
-    assert [record.id for record in open_store().newest()] == [job]
+    assert [record.id for record in Jobs().store.newest()] == [job]
 
     ran = cli("score", other, "--model", model, "--out", out, "--overwrite")
     assert ran.code == 0, ran.err
@@ -426,7 +426,7 @@ def test_two_at_the_same_moment_into_one_place(tmp_path: Path, model: Path, gate
     assert any(words in loser.output for words in known), loser.output
     assert keys(tmp_path / "out") == names(3)
     assert (tmp_path / "out" / "_SUCCESS").exists()
-    assert [record.state for record in open_store().newest()] == ["finished"]
+    assert [record.state for record in Jobs().store.newest()] == ["finished"]
 
 
 def scored(process: Process) -> bool:
@@ -523,7 +523,7 @@ def test_a_stop_before_anything_is_scored_is_in_nobodys_way(
     gate.touch()
     ran = cli("score", items, "--model", model, "--out", tmp_path / "out")
     assert ran.code == 0, ran.err
-    assert [record.state for record in open_store().newest()] == ["finished"]
+    assert [record.state for record in Jobs().store.newest()] == ["finished"]
 
 
 def test_deleting_and_starting_again(cli: Cli, tmp_path: Path, model: Path, gate: Path, running: Process) -> None:
@@ -538,7 +538,7 @@ def test_deleting_and_starting_again(cli: Cli, tmp_path: Path, model: Path, gate
     ran = cli("score", tmp_path / "items", "--model", model, "--out", out, "--overwrite")
     assert ran.code == 0, ran.err
     assert keys(out) == names(20)
-    [record] = open_store().newest()
+    [record] = Jobs().store.newest()
     assert record.id != job
     assert cli("jobs", "delete", out).out == f"job {record.id} is deleted\n"
     assert keys(out) == names(20)  # finished results stay

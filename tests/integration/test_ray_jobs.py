@@ -20,7 +20,7 @@ from tests.waiting import wait_for
 from tally.engines.ray.cluster import find
 from tally.errors import ClusterLostError, SpecError, TallyError
 from tally.jobs import cluster as remote
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 from tally.jobs.spec import make
 from tally.jobs.store import JobRecord
 
@@ -89,7 +89,7 @@ def start(cluster: Cluster, items: Path, out: Path, *options: str) -> subprocess
 
 
 def only_job() -> JobRecord | None:
-    found = open_store().newest()
+    found = Jobs().store.newest()
     assert len(found) <= 1
     return found[0] if found else None
 

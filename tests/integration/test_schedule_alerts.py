@@ -16,7 +16,7 @@ import pytest
 
 import tally
 from tally.alerts import delivery
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 from tally.triggers.loop import Loop
 from tally.triggers.store import ScheduleStore
 
@@ -83,7 +83,7 @@ def test_an_interval_without_data_is_told(cli: Cli, scorer: Path, tmp_path: Path
         ("no_data", "failed"),
         ("rows > 1", "finished"),
     ]
-    failed = next(each for each in open_store().newest() if each.state == "failed")
+    failed = next(each for each in Jobs().store.newest() if each.state == "failed")
     assert "00.csv" in (failed.error or "")
     assert failed.id in cli("schedule", "show", "hourly").out
 
@@ -103,7 +103,7 @@ def test_the_loop_sends_what_was_not_delivered(scorer: Path, tmp_path: Path, mon
             webhook=f"http://127.0.0.1:{port}/hook",
             quiet=True,
         )
-    store = open_store()
+    store = Jobs().store
     [alert] = delivery.of(store, job.id)
     assert (alert.state, alert.value) == ("pending", 2.0)
     with receiver(port) as (_, messages):

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from tests.videos import HEIGHT, WIDTH, assert_same_video, frames_of, number_in, sound_of, time_of, write_clip
 
-from tally.jobs.launch import open_store
+from tally.jobs.facade import Jobs
 
 Cli = Callable[..., Any]
 
@@ -270,7 +270,7 @@ def test_what_cannot_be_done(
     for each in words:
         assert each in ran.err
     assert not (tmp_path / "out").exists()
-    assert open_store().newest() == []
+    assert Jobs().store.newest() == []
 
 
 @pytest.mark.parametrize("given", ["names", "folder", "glob"])
@@ -315,7 +315,7 @@ def test_dead_frames_are_replayed_into_the_video(cli: Cli, score: Cli, model: An
     assert ran.code == 0, ran.err
     assert numbers(out) == list(range(50))
     assert_same_video(out, whole)
-    record = open_store().newest(limit=1)[0]
+    record = Jobs().store.newest(limit=1)[0]
     assert (record.state, record.done, record.dead) == ("finished", 50, 0)
 
 
@@ -333,7 +333,7 @@ def test_interrupted_resumed_and_asked_for_again(cli: Cli, model: Any, clip: Pat
             break  # some are done
     process.send_signal(signal.SIGINT)
     said += process.communicate(timeout=60)[1]
-    record = open_store().newest(limit=1)[0]
+    record = Jobs().store.newest(limit=1)[0]
     assert process.returncode == 130, said
     assert f"tally jobs resume {record.id}" in said
     assert (record.state, 0 < record.done < 50, out.exists()) == ("interrupted", True, False)

@@ -38,7 +38,7 @@ from tally.errors import JobError, SourceNotFoundError, SpecError
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobRecord, JobStore
 from tally.sinks.base import Sink
-from tally.sinks.factory import choose
+from tally.sinks.factory import sink_for
 from tally.sources.base import Chunk
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "alerts.md"
@@ -126,7 +126,7 @@ def database(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def sink(tmp_path: Path) -> Sink:
     """Not yet written to."""
-    return choose(str(tmp_path / "out"), output="rows")
+    return sink_for(str(tmp_path / "out"), output="rows")
 
 
 def ended(store: JobStore, *texts: str, hook: str = "https://nowhere.invalid/", **values: Any) -> JobRecord:
@@ -248,7 +248,7 @@ def test_each_measure_is_judged_by_what_the_job_counted(store: JobStore, sink: S
 def test_anomalies_are_counted_in_the_results(
     store: JobStore, tmp_path: Path, name: str, rows: list[dict[str, Any]], anomalies: int
 ) -> None:
-    sink = choose(str(tmp_path / name), output="rows")
+    sink = sink_for(str(tmp_path / name), output="rows")
     record = ended(store, "anomalies > 1", rows=len(rows))
     write(sink, record, rows)
     evaluate(store, record, sink)
@@ -271,8 +271,8 @@ def test_what_cannot_be_judged_is_said_and_disturbs_nothing(store: JobStore, tmp
     assert first.describe() == "anomalies > 0: cannot be judged: the results have no column 'anomaly'"
     assert second.state == "pending"
     for elsewhere, message in [
-        (choose(str(tmp_path / "gone"), output="rows"), "the results are no longer at out"),
-        (choose(str(tmp_path / "a.mp4"), output="video"), "the results are no longer at out"),
+        (sink_for(str(tmp_path / "gone"), output="rows"), "the results are no longer at out"),
+        (sink_for(str(tmp_path / "a.mp4"), output="video"), "the results are no longer at out"),
     ]:
         evaluate(store, record, elsewhere)
         assert of(store, record.id)[0].error == message

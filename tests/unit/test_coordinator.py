@@ -1,4 +1,4 @@
-"""The coordinator's judgement, apart from its loop; and its loop with workers that are futures of the test's."""
+"""The coordinator's loop, with workers that are futures of the test's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,116 +27,28 @@ from tally.errors import (
     OwnershipLostError,
     WorkerCrashedError,
     WorkerError,
-    WorkerMemoryError,
     WorkerTimeoutError,
 )
 from tally.jobs import coordinator as module
-from tally.jobs import lease_renewer, worker
-from tally.jobs.chunks import Done, Lost, StoredChunk
-from tally.jobs.coordinator import UNSETTLED_ATTEMPTS, Coordinator, Progress
-from tally.jobs.plan import ChunkSizer
+from tally.jobs import lease_renewer, policy, scaling, worker
+from tally.jobs.coordinator import Coordinator
+from tally.jobs.events import (
+    ChunkDone,
+    Event,
+    Events,
+    Finished,
+    ItemDead,
+    Note,
+    Progress,
+    Started,
+    StateChanged,
+    Waiting,
+    WorkerLost,
+)
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobStore, Lease
-from tally.sinks.base import Output, Sink
+from tally.sinks.base import Output, OutputDescription, Sink
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
-
-
-class Names:
-    """A source of which only slices are wanted."""
-
-    def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
-        return Chunk(chunk.first + start, stop - start, {})
-
-
-def coordinator(*, rate: float = 10, **state: Any) -> Any:
-    sizer = ChunkSizer(8, 2)
-    sizer.observe(round(rate * 10), 10.0)
-    given = {
-        "_sizer": sizer,
-        "_items": 1000,
-        "_done": 0,
-        "_planned": True,
-        "_batch_size": 8,
-        "_source": Names(),
-        **state,
-    }
-    engine, spec = SimpleNamespace(slots=2), SimpleNamespace(attempts=3)
-    return SimpleNamespace(_engine=engine, _spec=spec, _may_load_again=lambda error, most: True, **given)
-
-
-def too_large(count: int, *, attempts: int = 1, losses: int = 0, **state: Any) -> bool:
-    stored = StoredChunk(1, Chunk(0, count, {}), attempts, losses, "a")
-    return Coordinator._is_too_large_a_share(coordinator(**state), stored)
-
-
-def test_near_the_end_large_chunks_are_shared_out() -> None:
-    assert not too_large(96)
-    assert too_large(96, _done=900)
-    assert not too_large(96, _done=900, _planned=False), "more may come"
-    assert not too_large(8, _done=990), "a batch is not cut"
-    assert not too_large(96, _done=900, attempts=2), "it has been begun as it is"
-    assert not too_large(96, _done=900, losses=1)
-    assert not too_large(96, _done=900, rate=500), "it is done in no time"
-
-
-@pytest.mark.parametrize(("count", "cut"), [(64, 32), (20, 8), (9, 8), (8, 4), (5, 2), (2, 1)])
-def test_halves_are_cut_between_batches_where_there_are_several(count: int, cut: int) -> None:
-    first, second = Coordinator._halves(coordinator(), Chunk(100, count, {}))
-    assert (first.first, first.count, second.first, second.count) == (100, cut, 100 + cut, count - cut)
-
-
-def bisect(count: int, losses: int, suspects: tuple[int, int] | None, *, certain: bool) -> list[tuple[int, int, int]]:
-    state = coordinator()
-    state._halves = lambda chunk: Coordinator._halves(state, chunk)
-    parts = Coordinator._bisect(state, Chunk(0, count, {}), losses, suspects, certain)
-    return [(part.first, part.count, against) for part, against in parts]
-
-
-def test_suspects_are_cut_out_and_alone_bear_the_loss() -> None:
-    assert bisect(64, 1, (16, 24), certain=False) == [(0, 16, 0), (16, 8, 1), (24, 40, 0)]
-    assert bisect(64, 1, (0, 8), certain=True) == [(0, 8, 1), (8, 56, 0)]
-
-
-def test_a_loss_that_may_come_from_outside_is_tried_again_as_it_was() -> None:
-    assert bisect(8, 1, (0, 8), certain=False) == [(0, 8, 1)]
-    assert bisect(8, 2, None, certain=False) == [(0, 8, 2)]
-    assert bisect(8, 3, None, certain=False) == [(0, 4, 2), (4, 4, 2)]
-
-
-def test_a_certain_cause_is_halved_at_once_and_an_item_alone_has_another_chance() -> None:
-    assert bisect(8, 1, (0, 8), certain=True) == [(0, 4, 2), (4, 4, 2)]
-    assert bisect(2, 3, None, certain=False) == [(0, 1, 1), (1, 1, 1)]
-
-
-def retried(error: WorkerError, *, attempts: int, losses: int = 0, count: int = 1) -> tuple[list[Done], list[int]]:
-    """What is dead after such a loss, and the losses that count against what is run again."""
-    state = coordinator()
-    state._source = SimpleNamespace(keys=lambda chunk: ["item"], slice=Names().slice)
-    state._halves = lambda chunk: Coordinator._halves(state, chunk)
-    state._bisect = lambda *given: Coordinator._bisect(state, *given)
-    done: list[Done] = []
-    lost: list[Lost] = []
-    stored = StoredChunk(1, Chunk(0, count, {}), attempts, losses, "a")
-    Coordinator._retry(state, stored, "a", error, done, lost)
-    return done, [against for each in lost for _, against in each.parts]
-
-
-@pytest.mark.parametrize("suspects", [None, (0, 0)])
-@pytest.mark.parametrize("kind", [WorkerCrashedError, WorkerTimeoutError, WorkerMemoryError])
-def test_a_worker_that_had_not_begun_blames_no_item(kind: type[WorkerError], suspects: tuple[int, int] | None) -> None:
-    error = kind("killed", suspects=suspects)
-    assert retried(error, attempts=UNSETTLED_ATTEMPTS, losses=2) == ([], [2])
-    assert retried(error, attempts=UNSETTLED_ATTEMPTS, losses=2, count=8) == ([], [2])
-
-
-def test_an_item_is_to_blame_when_it_was_being_scored_or_never_comes_to_an_end() -> None:
-    at_it = WorkerCrashedError("killed", suspects=(0, 1))
-    assert retried(at_it, attempts=1, losses=1) == ([], [2])
-    [dead], again = retried(at_it, attempts=3, losses=2)
-    assert (dead.dead[0].key, again) == ("item", [])
-    [dead], again = retried(WorkerCrashedError("killed"), attempts=UNSETTLED_ATTEMPTS + 1, losses=2)
-    assert (dead.dead[0].key, again) == ("item", [])
-
 
 # The loop ---------------------------------------------------------------------------------------------
 
@@ -232,6 +143,9 @@ class Memory(Sink):
         self.released = self.withdrawn = False
         self.between: Callable[[], None] = lambda: None
 
+    def describe(self) -> OutputDescription:
+        return OutputDescription("rows", "memory")
+
     def claim(self, job_id: str, *, overwrite: bool = False) -> None: ...
     def holder(self) -> str | None: ...
     def manifest(self) -> dict[str, Any] | None: ...
@@ -275,17 +189,20 @@ class Driven:
         assert lease is not None
         self.lease: Lease = lease
         self.said: list[str] = []
-        self.progress: Progress | None = None
+        self.events: list[Event] = []
         self.outcome: str | BaseException | None = None
         self.coordinator = Coordinator(
             self.store, self.store.get(self.job), lease,
             spec=JobSpec(source=["s"], model="m", out="o"), source=self.source, sink=self.sink, engine=self.engine,
-            workers=workers, batch_size=1, manifest={}, listen=self._listen, say=self.said.append,
+            workers=workers, batch_size=1, manifest={}, events=Events(self._hear),
         )  # fmt: skip
         self.thread = threading.Thread(target=self._run)
 
-    def _listen(self, progress: Progress) -> None:
-        self.progress = progress
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, Note | Waiting):
+            self.said.append(event.text)
+        if not isinstance(event, Progress):
+            self.events.append(event)
 
     def _run(self) -> None:
         try:
@@ -329,8 +246,8 @@ def drive(tmp_path: Path) -> Iterator[Callable[..., Driven]]:
 
 
 def test_workers_follow_the_backlog(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHRINK_SECONDS", 0.0)
-    monkeypatch.setattr(module, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(scaling, "SHRINK_SECONDS", 0.0)
+    monkeypatch.setattr(scaling, "IDLE_SECONDS", 0.0)
     it = drive(45, workers=(2, 8), slots=2, pause_after=40)
     it.until(lambda: it.engine.slots == 8)
     assert it.engine.sizes == sorted(it.engine.sizes), "it only grows while there is more to do"
@@ -354,11 +271,12 @@ def test_a_job_from_no_workers_at_all(drive: Callable[..., Driven]) -> None:
 
 
 def test_a_paused_job_gives_its_workers_back(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(scaling, "IDLE_SECONDS", 0.0)
     it = drive(20, workers=(1, 4), slots=1)
     it.until(lambda: it.engine.slots == 4)
     it.store.request(it.job, "pause")
     it.until(lambda: it.store.get(it.job).state == "paused")
+    assert StateChanged("paused") in it.events
     running = it.store.counts(it.job)["running"]
     it.engine.end(running)
     it.until(lambda: it.engine.slots == 0)
@@ -368,8 +286,8 @@ def test_a_paused_job_gives_its_workers_back(drive: Callable[..., Driven], monke
 
 
 def test_a_fixed_number_of_workers_stays(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "IDLE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "SHRINK_SECONDS", 0.0)
+    monkeypatch.setattr(scaling, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(scaling, "SHRINK_SECONDS", 0.0)
     it = drive(10, workers=(4, 4), slots=4, pause_after=5)
     it.engine.end(5)
     it.until(lambda: it.store.get(it.job).done == 5)
@@ -391,8 +309,8 @@ def test_the_engine_says_why_nothing_happens(drive: Callable[..., Driven], monke
 
 
 def test_what_is_slow_is_run_a_second_time(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STRAGGLER_SECONDS", 0.0)
-    monkeypatch.setattr(module, "STRAGGLER_FACTOR", 0.0)
+    monkeypatch.setattr(policy, "STRAGGLER_SECONDS", 0.0)
+    monkeypatch.setattr(policy, "STRAGGLER_FACTOR", 0.0)
     it = drive(2)
     it.engine.end()
     slow = it.engine.tasks.get(timeout=DEADLINE)
@@ -407,8 +325,8 @@ def test_what_hangs_with_idle_workers_beside_it_ends(
     drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, kind: type[WorkerError], rounds: int
 ) -> None:
     """When an attempt is lost, the next one has begun already: it is not followed by another before its end."""
-    monkeypatch.setattr(module, "STRAGGLER_SECONDS", 0.0)
-    monkeypatch.setattr(module, "STRAGGLER_FACTOR", 0.0)
+    monkeypatch.setattr(policy, "STRAGGLER_SECONDS", 0.0)
+    monkeypatch.setattr(policy, "STRAGGLER_FACTOR", 0.0)
     monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
     it = drive(2)
     it.engine.end()
@@ -441,6 +359,45 @@ def test_workers_that_cannot_load_any_more_end_the_job(
     assert "3 workers in a row were lost while they started or loaded the model, the last: killed by" in error.message
     record = it.store.get(it.job)
     assert (record.state, record.done, record.dead) == ("failed", 2, 0)
+
+
+def test_events_tell_what_happens_in_order(drive: Callable[..., Driven]) -> None:
+    it = drive(2, workers=(1, 1), slots=1)
+    it.engine.end()
+    for _ in range(3):
+        it.engine.lose(WorkerCrashedError("killed by SIGSEGV", suspects=(0, 1)))
+    assert it.end() == "finished"
+    told = [event for event in it.events if not isinstance(event, Note)]
+    assert told[0] == Started(it.job, "items")
+    assert told[-1] == Finished(it.job, "finished")
+    lost = WorkerLost(1, 1, "killed by SIGSEGV")
+    dead = ItemDead("1", "score", "killed by SIGSEGV while scoring this item alone")
+    assert [event for event in told if isinstance(event, WorkerLost | ItemDead)] == [lost, lost, lost, dead]
+    chunks = [(event.first, event.count, event.dead, event.rows) for event in told if isinstance(event, ChunkDone)]
+    assert chunks == [(0, 1, 0, 1), (1, 1, 1, 0)]
+
+
+def test_a_job_that_fails_says_why_in_its_last_event(
+    drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOADING_LOSSES", 1)
+    it = drive(1, workers=(1, 1), slots=1)
+    it.engine.lose(WorkerCrashedError("killed by SIGSEGV"))
+    error = it.end()
+    assert isinstance(error, ModelError)
+    assert it.events[-1] == Finished(it.job, "failed", error)
+
+
+def test_a_subscriber_that_raises_harms_nobody(drive: Callable[..., Driven], caplog: pytest.LogCaptureFixture) -> None:
+    it = drive(2)
+
+    def raises(event: Event) -> None:
+        raise ZeroDivisionError
+
+    it.coordinator._events.subscribe(raises)
+    it.engine.end(2)
+    assert it.end() == "finished"
+    assert "a subscriber failed" in caplog.text
 
 
 def test_more_chunks_than_one_commit_hands_out(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,7 +453,7 @@ def test_who_lost_the_job_removes_nothing(drive: Callable[..., Driven], monkeypa
     it.until(lambda: it.store.counts(it.job)["running"] == 4)
     it.coordinator._obey("pause")
     taken_over(it)
-    it.coordinator._events.put(("wanted", "cancel"))
+    it.coordinator._inbox.put(("wanted", "cancel"))
     it.engine.end(4)
     assert isinstance(it.end(), OwnershipLostError)
     assert it.sink.withdrawn

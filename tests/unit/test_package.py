@@ -310,7 +310,9 @@ def test_code_that_is_no_model(tmp_path: Path, text: str, error: type[Exception]
 
 def test_script_and_its_hash(tmp_path: Path) -> None:
     script = tmp_path / "score.py"
-    script.write_text("import preparation\ndef init(): ...\ndef run(mini_batch): return mini_batch")
+    script.write_text(
+        "import os, preparation\ndef init(): ...\ndef run(mini_batch): return [os.environ['AZUREML_MODEL_DIR']]"
+    )
     (tmp_path / "preparation.py").write_text("")
     (tmp_path / "photo.jpg").write_bytes(b"not part of the model")
     ref = resolve(script, settings={"batch_size": 10})
@@ -318,8 +320,9 @@ def test_script_and_its_hash(tmp_path: Path) -> None:
     assert ref.options == {"form": "mini_batch", "batch_size": 10, "arguments": []}
     assert ref.assumed[0].startswith("AZUREML_MODEL_DIR: no --artifacts given")
     (tmp_path / "out.csv").write_text("written while the job runs")
-    assert load(ref, "cpu").batch_size == 10
-    assert os.environ["AZUREML_MODEL_DIR"] == str(tmp_path)
+    loaded = load(ref, "cpu")
+    assert loaded.batch_size == 10
+    assert loaded.score(["photo.jpg"]) == [{"prediction": str(tmp_path)}]
     (tmp_path / "preparation.py").write_text("changed = True")
     with pytest.raises(ModelChangedError):
         load(ref, "cpu")

@@ -10,7 +10,7 @@ import pytest
 
 from tally.errors import SpecError
 from tally.sinks.base import Output
-from tally.sinks.factory import choose
+from tally.sinks.factory import sink_for
 from tally.sinks.query import query, rows
 from tally.sinks.staging import StagedSink
 from tally.sources.base import Chunk
@@ -35,7 +35,7 @@ def written(sink: StagedSink, *attempts: list[dict[str, Any]]) -> list[Output]:
 
 @pytest.fixture
 def sink(tmp_path: Path) -> StagedSink:
-    return choose(str(tmp_path / "out"), output="rows")
+    return sink_for(str(tmp_path / "out"), output="rows")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def sink(tmp_path: Path) -> StagedSink:
     ],
 )
 def test_values_come_back_as_they_were(tmp_path: Path, name: str, form: str | None, nested: bool) -> None:
-    sink = choose(str(tmp_path / name), output="rows", format=form)
+    sink = sink_for(str(tmp_path / name), output="rows", format=form)
     outputs = written(sink, RESULTS)
     expected = [{"key": f"0{i}", **row} for i, row in enumerate(RESULTS)]
     assert rows(sink, outputs).to_pylist() == expected
@@ -77,7 +77,7 @@ def test_nothing_yet(sink: StagedSink) -> None:
 
 @pytest.mark.parametrize("form", ["parquet", "csv", "jsonl"])
 def test_a_finished_job_without_rows(tmp_path: Path, form: str) -> None:
-    sink = choose(str(tmp_path / "out"), output="rows", format=form, columns={"label": "string", "n": "int64"})
+    sink = sink_for(str(tmp_path / "out"), output="rows", format=form, columns={"label": "string", "n": "int64"})
     sink.claim("job")
     sink.finalize([], DEAD, {"job": "job"})
     assert rows(sink, []).schema.names == ["key", "label", "n"]
@@ -173,7 +173,7 @@ def test_a_job_that_is_finalized_meanwhile(sink: StagedSink, monkeypatch: pytest
 
 
 def test_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    sink = choose("memory://query/out", output="rows")
+    sink = sink_for("memory://query/out", output="rows")
     outputs = written(sink, RESULTS[:2], RESULTS[2:])
     assert rows(sink, outputs)["label"].to_pylist() == [row["label"] for row in RESULTS]
     sink.finalize(outputs, [], {"job": "job"})

@@ -23,8 +23,7 @@ from tests.waiting import wait_for
 from tally.database.clock import now
 from tally.database.tables import schedule_runs
 from tally.errors import SpecError
-from tally.jobs.launch import drive as drive_job
-from tally.jobs.launch import open_store, submit
+from tally.jobs.facade import Jobs
 from tally.jobs.store import JobStore
 from tally.triggers import template
 from tally.triggers.cron import Cron, Interval, zone
@@ -305,7 +304,7 @@ def add(folder: Path, cli: Callable[..., Ran]) -> Callable[..., ScheduleStore]:
             "schedule", "add", "readings", folder / "job.yaml", *(begin if missed else ("--cron", "0 * * * *")), *more
         )
         assert (ran.code, ran.out[:8]) == (0, "schedule"), ran.err
-        return ScheduleStore(open_store().engine)
+        return ScheduleStore(Jobs().store.engine)
 
     return add
 
@@ -354,7 +353,7 @@ def test_what_is_seen_in_time_runs_whatever_catch_up_says(folder: Path, cli: Cal
         "schedule", "add", "readings", folder / "job.yaml", "--cron", "* * * * *", "--catch-up", "none", "--from", begin
     )
     cli("schedule", "run")
-    store = ScheduleStore(open_store().engine)
+    store = ScheduleStore(Jobs().store.engine)
     early, last = runs(store)[:3], runs(store)[-1]
     assert {run.state for run in early} == {"skipped"}
     assert (last.state, last.reason) == ("finished", "cron")
@@ -424,8 +423,8 @@ def test_a_job_that_was_done_by_hand_is_not_done_again(
     schedule = store.get("readings")
     interval = schedule.clock().ending(schedule.planned_until, store.clock())[0]
     jobs = JobStore(store.engine)
-    by_hand = submit(jobs, template.fill(schedule.template, interval, schedule.clock()))
-    drive_job(jobs, by_hand.id)
+    by_hand = Jobs(jobs).submit(template.fill(schedule.template, interval, schedule.clock()))
+    Jobs(jobs).run(by_hand.id)
     assert cli("schedule", "run").code == 0
     assert [(run.state, run.job_id) for run in runs(store)] == [("finished", by_hand.id)]
     assert len(jobs.newest()) == 1
@@ -471,13 +470,13 @@ def test_a_job_that_fails_is_tried_again_later(folder: Path, add: Callable[..., 
     shutil.copy(SCORERS / "failing.py", folder / "model.py")
     store = add()
     jobs = JobStore(store.engine)
-    run = drive(jobs, *_both(claimed(store)))
+    run = drive(Jobs(jobs), *_both(claimed(store)))
     assert (run.state, run.failures) == ("pending", 1)
     assert "the model server is away" in str(run.error)
     assert jobs.get(run.job_id or "").state == "failed"
     with store.engine.begin() as connection:
         connection.execute(sa.update(schedule_runs).values(next_at=None))
-    again = drive(jobs, *_both(claimed(store)))
+    again = drive(Jobs(jobs), *_both(claimed(store)))
     assert (again.failures, again.job_id) == (2, run.job_id)
 
 
@@ -486,12 +485,12 @@ def test_a_cancelled_job_fails_its_run(add: Callable[..., ScheduleStore]) -> Non
     jobs = JobStore(store.engine)
     run, token = claimed(store)
     schedule = store.get("readings")
-    record = submit(jobs, template.fill(schedule.template, run.interval, schedule.clock()))
+    record = Jobs(jobs).submit(template.fill(schedule.template, run.interval, schedule.clock()))
     store.assign(run.id, token, record.id)
     lease = jobs.acquire(record.id, seconds=30)
     assert lease is not None
     jobs.release(lease, "cancelled")
-    assert (ended := drive(jobs, run.id, token)).state == "failed"
+    assert (ended := drive(Jobs(jobs), run.id, token)).state == "failed"
     assert ended.error == "its job was cancelled"
 
 

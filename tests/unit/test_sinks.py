@@ -21,7 +21,7 @@ from tally.media.video.encode import Encoding
 from tally.sinks import columns, merge
 from tally.sinks import rows as rows_module
 from tally.sinks.base import Output, Sink
-from tally.sinks.factory import choose
+from tally.sinks.factory import sink_for
 from tally.sinks.files import FilesSink, file_for
 from tally.sinks.query import rows
 from tally.sinks.rows import RowsSink
@@ -56,21 +56,21 @@ def picture(value: int = 7, height: int = 4, width: int = 6) -> np.ndarray[Any, 
     ],
 )
 def test_choose_rows(tmp_path: Path, out: str, options: dict[str, Any], place: str, form: str) -> None:
-    sink = choose(f"{tmp_path}/{out}", output="rows", **options)
+    sink = sink_for(f"{tmp_path}/{out}", output="rows", **options)
     assert type(sink) is RowsSink
-    assert str(sink.place) == f"{tmp_path}/{place}"
+    assert str(sink.layout) == f"{tmp_path}/{place}"
     assert sink.format == form
     assert not any(tmp_path.iterdir())
 
 
 def test_choose_urls(tmp_path: Path) -> None:
-    assert str(choose("s3://bucket/a/out.csv", output="rows").place) == "s3://bucket/a/out.csv"
-    assert str(choose("az://bucket", output="rows").place) == "az://bucket"
-    assert str(choose(f"file://{tmp_path}/out.csv", output="rows").place) == f"{tmp_path}/out.csv"
+    assert str(sink_for("s3://bucket/a/out.csv", output="rows").layout) == "s3://bucket/a/out.csv"
+    assert str(sink_for("az://bucket", output="rows").layout) == "az://bucket"
+    assert str(sink_for(f"file://{tmp_path}/out.csv", output="rows").layout) == f"{tmp_path}/out.csv"
 
 
 def test_choose_pictures(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out"), output="image", format="jpeg")
+    sink = sink_for(str(tmp_path / "out"), output="image", format="jpeg")
     assert isinstance(sink, FilesSink)
     assert sink.pictures == "jpg"
 
@@ -87,11 +87,11 @@ def test_choose_pictures(tmp_path: Path) -> None:
     ],
 )
 def test_choose_video(tmp_path: Path, out: str, options: dict[str, Any], place: str, kind: str, codec: str) -> None:
-    sink = choose(f"{tmp_path}/{out}", output="video", **options)
+    sink = sink_for(f"{tmp_path}/{out}", output="video", **options)
     assert isinstance(sink, VideoSink)
-    assert str(sink.place) == f"{tmp_path}/{place}"
+    assert str(sink.layout) == f"{tmp_path}/{place}"
     assert (sink.format, sink.encoding) == (kind, Encoding(codec, options.get("crf")))
-    assert bool(sink.place.merged) == ("." in out)
+    assert bool(sink.layout.merged) == ("." in out)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_choose_refuses(tmp_path: Path, out: str, options: dict[str, Any], messa
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(SpecError) as caught:
-        choose(f"{tmp_path}/{out}", **{"output": "rows", **options})
+        sink_for(f"{tmp_path}/{out}", **{"output": "rows", **options})
     assert message.replace("\\\\", "\\") in caught.value.message
     assert caught.value.hint
 
@@ -234,7 +234,7 @@ def test_mixed_types_do_not_depend_on_how_items_are_cut(
     tmp_path: Path, values: list[Any], expected: list[Any] | None, mixed: bool, split: int
 ) -> None:
     def run(name: str, size: int) -> tuple[list[Any], dict[str, Any]]:
-        sink = choose(str(tmp_path / name), output="rows")
+        sink = sink_for(str(tmp_path / name), output="rows")
         sink.claim("job-1")
         outputs = [
             attempt(sink, f"a{start}", {str(i): {"a": v} for i, v in enumerate(values[start : start + size])})
@@ -252,7 +252,7 @@ def test_mixed_types_do_not_depend_on_how_items_are_cut(
 
 
 def test_large_integers_beside_floats_lose_digits_not_the_job(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out"), output="rows")
+    sink = sink_for(str(tmp_path / "out"), output="rows")
     sink.claim("job-1")
     outputs = [attempt(sink, "a", {"0": {"a": 2**60 + 1}}), attempt(sink, "b", {"1": {"a": 0.5}})]
     sink.finalize(outputs, [], FACTS)
@@ -264,7 +264,7 @@ def test_large_integers_beside_floats_lose_digits_not_the_job(tmp_path: Path) ->
 
 def test_much_is_written_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "_SPILL_BYTES", 100)
-    sink = choose(str(tmp_path / "out"), output="rows")
+    sink = sink_for(str(tmp_path / "out"), output="rows")
     sink.claim("job-1")
     writer = sink.open("a", Chunk(0, 2, {}))
     for n in range(5):
@@ -284,7 +284,7 @@ def test_much_is_written_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("form", ["parquet", "csv"])
 def test_parts_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     monkeypatch.setattr(merge, "PART_ROWS", 4)
-    sink = choose(str(tmp_path / "out"), output="rows", format=form)
+    sink = sink_for(str(tmp_path / "out"), output="rows", format=form)
     sink.claim("job-1")
     outputs = [attempt(sink, f"a{s}", {f"{n:02d}": {"n": n} for n in range(s, s + 3)}) for s in range(0, 9, 3)]
     manifest = sink.finalize(outputs, [], FACTS)
@@ -310,7 +310,7 @@ def test_parts_have_a_limit_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_small_parts_become_large_row_groups(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out"), output="rows", columns={"n": "int32"})
+    sink = sink_for(str(tmp_path / "out"), output="rows", columns={"n": "int32"})
     sink.claim("job-1")
     outputs = [attempt(sink, f"a{n}", {f"{n}": {"n": n}}) for n in range(20)]
     sink.finalize(outputs, [], FACTS)
@@ -321,7 +321,7 @@ def test_small_parts_become_large_row_groups(tmp_path: Path) -> None:
 
 
 def test_csv_as_people_expect_it(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out.csv"), output="rows")
+    sink = sink_for(str(tmp_path / "out.csv"), output="rows")
     sink.claim("job-1")
     results = {
         "a/1.jpg": {"label": 'a "cat", large', "score": 0.5, "box": [1, 2], "more": {"é": None}, "raw": b"\x00\xff"},
@@ -349,7 +349,7 @@ def test_csv_as_people_expect_it(tmp_path: Path) -> None:
 
 
 def test_json_lines_are_valid_json(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out.jsonl"), output="rows")
+    sink = sink_for(str(tmp_path / "out.jsonl"), output="rows")
     sink.claim("job-1")
     results = {
         "1": {"score": float("inf"), "v": [1.5, float("nan")], "m": {"a": float("nan"), "b": "é"}, "raw": b"\xff"},
@@ -368,7 +368,7 @@ def test_json_lines_are_valid_json(tmp_path: Path) -> None:
 
 
 def test_columns_of_the_source_stand_before_the_scorers(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out"), output="rows")
+    sink = sink_for(str(tmp_path / "out"), output="rows")
     sink.claim("job-1")
     writer = sink.open("a", Chunk(0, 2, {}))
     info = [{"frame": 0, "time": 0.0}, {"frame": 1, "time": 0.04}, {"frame": 2, "time": 0.08}]
@@ -385,7 +385,7 @@ def test_columns_of_the_source_stand_before_the_scorers(tmp_path: Path) -> None:
 
 
 def test_the_manifest(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out"), output="rows", columns={"z": "string", "a": "float32"})
+    sink = sink_for(str(tmp_path / "out"), output="rows", columns={"z": "string", "a": "float32"})
     sink.claim("job-1")
     returned = sink.finalize(
         [attempt(sink, "a", {"1": {"z": "x", "a": 0.5}})], DEAD, {**FACTS, "model": {"hash": "abc"}, "items": 2}
@@ -408,7 +408,7 @@ def test_the_manifest(tmp_path: Path) -> None:
 
 
 def test_a_list_of_dead_items_may_be_long(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out"), output="rows")
+    sink = sink_for(str(tmp_path / "out"), output="rows")
     sink.claim("job-1")
     dead = ({"key": f"\udcff{n}", "stage": "read", "error": "x", "first": n} for n in range(25_000))
     manifest = sink.finalize([], dead, FACTS)
@@ -417,7 +417,7 @@ def test_a_list_of_dead_items_may_be_long(tmp_path: Path) -> None:
 
 
 def test_staged_results_that_are_gone(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out"), output="rows")
+    sink = sink_for(str(tmp_path / "out"), output="rows")
     sink.claim("job-1")
     output = attempt(sink, "a", {"1": {"n": 1}})
     (tmp_path / "out/_tally/attempts/a.parquet").unlink()
@@ -435,15 +435,15 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
         (out / name).write_text(name)
     for overwrite in (False, True):
         with pytest.raises(OutputExistsError, match=r"out is not empty: 3 files, e\.g\. 'a\.txt'"):
-            choose(str(out), output="rows").claim("job-1", overwrite=overwrite)
+            sink_for(str(out), output="rows").claim("job-1", overwrite=overwrite)
     assert len(files_under(out)) == 4
     for name in ("a.txt", "sub/b.txt", "z"):
         (out / name).unlink()
-    choose(str(out), output="rows").claim("job-1")
+    sink_for(str(out), output="rows").claim("job-1")
 
 
 def test_other_files_beside_finished_results(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out"), output="rows")
+    sink = sink_for(str(tmp_path / "out"), output="rows")
     sink.claim("job-1")
     sink.finalize([], [], FACTS)
     (tmp_path / "out/notes.md").write_text("mine")
@@ -458,7 +458,7 @@ def test_a_merged_file_of_somebody_else(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     (tmp_path / "unrelated.txt").touch()
     with pytest.raises(OutputExistsError, match=f"{name} exists already, and Tally did not write it"):
-        choose(str(tmp_path / "out.csv"), output="rows").claim("job-1", overwrite=True)
+        sink_for(str(tmp_path / "out.csv"), output="rows").claim("job-1", overwrite=True)
     assert (tmp_path / name).read_text() == "mine"
 
 
@@ -466,15 +466,15 @@ def test_a_merged_file_of_somebody_else(tmp_path: Path, name: str) -> None:
 def test_overwriting_that_was_cut_short_goes_on(tmp_path: Path, output: Any) -> None:
     result: Any = {"n": 1} if output == "rows" else picture()
     for step in range(20):
-        sink = choose(str(tmp_path / f"{step}"), output=output)
+        sink = sink_for(str(tmp_path / f"{step}"), output=output)
         sink.claim("job-1")
         sink.finalize([attempt(sink, "a", {"d/1": result, "d/2": result})], DEAD, FACTS)
-        whole = sink.place.store
-        sink.place.store = CrashingStore(whole.url, step)
+        whole = sink.layout.store
+        sink.layout.store = CrashingStore(whole.url, step)
         try:
             sink.claim("job-2", overwrite=True)
         except Crash:
-            sink.place.store = whole
+            sink.layout.store = whole
             sink.claim("job-2", overwrite=True)
             assert list(files_under(tmp_path / f"{step}")) == ["_tally/job.json"]
         else:
@@ -485,7 +485,7 @@ def test_overwriting_that_was_cut_short_goes_on(tmp_path: Path, output: Any) -> 
 
 
 def test_a_claim_that_came_and_went_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sink, other = (choose(str(tmp_path / "out"), output="rows") for _ in range(2))
+    sink, other = (sink_for(str(tmp_path / "out"), output="rows") for _ in range(2))
     look = sink._check_free
     looks: list[object] = []
 
@@ -505,7 +505,7 @@ def test_a_claim_that_came_and_went_meanwhile(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_retried_job_is_not_finished(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out"), output="rows")
+    sink = sink_for(str(tmp_path / "out"), output="rows")
     assert sink.published() is None
     sink.claim("job-1")
     sink.finalize([], [], FACTS)
@@ -521,18 +521,18 @@ def test_a_retried_job_is_not_finished(tmp_path: Path) -> None:
 def test_release_takes_back_what_was_half_published(tmp_path: Path, output: Any) -> None:
     result: Any = {"n": 1} if output == "rows" else picture()
     for step in range(30):
-        sink = choose(str(tmp_path / f"{step}"), output=output)
+        sink = sink_for(str(tmp_path / f"{step}"), output=output)
         sink.claim("job-1")
-        whole = sink.place.store
+        whole = sink.layout.store
         sink.finalize([attempt(sink, "a", {"d/1": result})], DEAD, FACTS)
         before = files_under(tmp_path / f"{step}")
         sink.claim("job-1")
         staged = [attempt(sink, "b", {"d/2": result})]
-        sink.place.store = CrashingStore(whole.url, step)
+        sink.layout.store = CrashingStore(whole.url, step)
         try:
             sink.finalize(staged, DEAD, {**FACTS, "generation": 1})
         except Crash:
-            sink.place.store = whole
+            sink.layout.store = whole
             published = sink.published()
             sink.release()
             after = files_under(tmp_path / f"{step}")
@@ -550,14 +550,14 @@ def test_a_damaged_claim(tmp_path: Path) -> None:
     (tmp_path / "out/_tally").mkdir(parents=True)
     (tmp_path / "out/_tally/job.json").write_text("{")
     with pytest.raises(StorageError, match=r"job\.json is damaged"):
-        choose(str(tmp_path / "out"), output="rows").claim("job-1")
+        sink_for(str(tmp_path / "out"), output="rows").claim("job-1")
 
 
 @pytest.mark.parametrize("name", ["file/out", "file/out.csv"])
 def test_a_file_where_a_folder_should_be(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="a part of the path is a file, not a folder"):
-        choose(str(tmp_path / name), output="rows").claim("job-1")
+        sink_for(str(tmp_path / name), output="rows").claim("job-1")
 
 
 @pytest.fixture
@@ -586,13 +586,13 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 def test_a_read_only_place(mount: Callable[..., Path], name: str) -> None:
     folder = mount("ro,size=1m")
     with pytest.raises(StorageError, match="the file system is read-only"):
-        choose(str(folder / name), output="rows").claim("job-1")
+        sink_for(str(folder / name), output="rows").claim("job-1")
 
 
 @pytest.mark.parametrize("name", ["out", "out.parquet", "out.csv", "out.jsonl"])
 def test_a_disk_that_is_really_full(mount: Callable[..., Path], name: str) -> None:
     folder = mount("size=1m")
-    sink = choose(str(folder / name), output="rows")
+    sink = sink_for(str(folder / name), output="rows")
     sink.claim("job-1")
     noise, *more = (np.random.default_rng(n).bytes(300_000).hex() for n in range(5))
     with pytest.raises(StorageError, match=r"full|[Nn]o space"):
@@ -662,7 +662,7 @@ def test_names_that_have_to_be_altered(key: str, start: str) -> None:
 
 
 def test_pictures_come_back_as_they_were(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out"), output="image")
+    sink = sink_for(str(tmp_path / "out"), output="image")
     sink.claim("job-1")
     random = np.random.default_rng(0)
     color, labels = random.integers(0, 255, (5, 8, 3), np.uint8), random.integers(0, 20, (5, 8), np.uint8)
@@ -696,7 +696,7 @@ def test_pictures_come_back_as_they_were(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_picture(tmp_path: Path, bad: Any, message: str) -> None:
-    sink = choose(str(tmp_path / "out"), output="image", format="jpg")
+    sink = sink_for(str(tmp_path / "out"), output="image", format="jpg")
     sink.claim("job-1")
     writer = sink.open("a", Chunk(0, 2, {}))
     ((index, error),) = writer.add(["a", "b"], [picture(), bad])
@@ -709,7 +709,7 @@ def test_what_is_no_picture(tmp_path: Path, bad: Any, message: str) -> None:
 
 @pytest.mark.parametrize("together", [True, False])
 def test_two_pictures_of_one_name(tmp_path: Path, together: bool) -> None:
-    sink: StagedSink = choose(str(tmp_path / "out"), output="image")
+    sink: StagedSink = sink_for(str(tmp_path / "out"), output="image")
     sink.claim("job-1")
     first, second = {"a/x.tif": picture(1)}, {"a/x.tif.png": picture(2)}
     if together:
@@ -733,15 +733,15 @@ def test_two_pictures_of_one_name(tmp_path: Path, together: bool) -> None:
 
 
 def test_replacing_pictures_removes_only_them(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out"), output="image")
+    sink = sink_for(str(tmp_path / "out"), output="image")
     sink.claim("job-1")
     sink.finalize([attempt(sink, "a", {f"d/{n}": picture() for n in range(3)})], [], FACTS)
-    choose(str(tmp_path / "out"), output="image").claim("job-2", overwrite=True)
+    sink_for(str(tmp_path / "out"), output="image").claim("job-2", overwrite=True)
     assert list(files_under(tmp_path / "out")) == ["_tally/job.json"]
 
 
 def test_an_aborted_picture_attempt(tmp_path: Path) -> None:
-    sink = choose(str(tmp_path / "out"), output="image")
+    sink = sink_for(str(tmp_path / "out"), output="image")
     sink.claim("job-1")
     writer = sink.open("a", Chunk(0, 2, {}))
     writer.add(["x"], [picture()])

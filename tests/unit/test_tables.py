@@ -5,8 +5,10 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -22,8 +24,9 @@ from tally.errors import ItemError, SourceNotFoundError, SpecError, StorageError
 from tally.scorers.base import Scorer
 from tally.sources.base import Chunk, ChunkLimit, Timings
 from tally.sources.listing import is_table
-from tally.sources.tables.ingest import Input, Made, make
-from tally.sources.tables.source import TableSource
+from tally.sources.tables.ingest import Made, Query, TableFile, make
+from tally.sources.tables.select import Selection, TableRequest
+from tally.sources.tables.source import TableSource, fingerprint
 from tally.storage import LocalStore
 from tally.testing.sources import chunks_of
 
@@ -72,7 +75,7 @@ class Outcome:
 
 def prepared(tmp_path: Path, uris: str | list[str], **options: Any) -> TableSource:
     options.setdefault("features", None)
-    source = TableSource.describe([uris] if isinstance(uris, str) else uris, **options).at(str(tmp_path / "work"))
+    source = TableSource.describe([uris] if isinstance(uris, str) else uris, **options).located(str(tmp_path / "work"))
     source.prepare()
     return source
 
@@ -459,7 +462,7 @@ def test_files_of_json_need_not_have_the_same_columns(tmp_path: Path) -> None:
 def test_a_condition_chooses_rows_by_any_column(tmp_path: Path) -> None:
     place = text(tmp_path / "a.csv", "a,b\n1,x\n2,y\n3,x\n")
     assert outcome(tmp_path, place, features=["a"], where="b = 'x'").rows == {"a.csv#1": {"a": 1}, "a.csv#3": {"a": 3}}
-    source = TableSource.describe([place], features=["a"], where="b = 'z'").at(str(tmp_path / "other"))
+    source = TableSource.describe([place], features=["a"], where="b = 'z'").located(str(tmp_path / "other"))
     source.prepare()
     with pytest.raises(SourceNotFoundError, match=r"no row of .* meets the condition \"b = 'z'\""):
         plan(source)
@@ -494,10 +497,10 @@ def test_a_key_without_a_model_is_one_dead_item(tmp_path: Path) -> None:
     place = readings(tmp_path / "a.parquet", {1: 3, 2: 4, 3: 1})
     missing = {2, 3}
 
-    def lacks(key: Mapping[str, Any]) -> str | None:
+    def reason(key: Mapping[str, Any]) -> str | None:
         return f"there is no model for device {key['device']}" if key["device"] in missing else None
 
-    source = prepared(tmp_path, place, features=["value"], by=["device"], lacks=lacks)
+    source = prepared(tmp_path, place, features=["value"], by=["device"], missing_reason=reason)
     found = Outcome(source)
     assert len(found.rows) == 3
     assert found.messages == {
@@ -516,27 +519,29 @@ def test_a_key_without_a_model_is_one_dead_item(tmp_path: Path) -> None:
 
 def test_planning_goes_on_with_the_keys_that_had_no_model_then(tmp_path: Path) -> None:
     place = readings(tmp_path / "a.parquet", {1: 2, 2: 2, 3: 2})
-    source = prepared(tmp_path, place, by=["device"], lacks=lambda key: "none" if key["device"] == 2 else None)
+    source = prepared(tmp_path, place, by=["device"], missing_reason=lambda key: "none" if key["device"] == 2 else None)
     first, *_ = chunks = plan(source, items=3)
     assert [chunk.count for chunk in chunks] == [3, 2]
-    rest = prepared(tmp_path, place, by=["device"], lacks=lambda key: None)
+    rest = prepared(tmp_path, place, by=["device"], missing_reason=lambda key: None)
     assert list(rest.plan(first.cursor, 3, lambda: ChunkLimit(3, 1 << 30))) == chunks[1:]
 
 
 def test_what_tells_of_models_stays_with_the_planner(tmp_path: Path) -> None:
-    source = prepared(tmp_path, readings(tmp_path / "a.parquet", {1: 2}), by=["device"], lacks=lambda key: None)
+    source = prepared(
+        tmp_path, readings(tmp_path / "a.parquet", {1: 2}), by=["device"], missing_reason=lambda key: None
+    )
     chunks = plan(source)
     there = pickle.loads(pickle.dumps(source))
-    assert there.lacks is None
+    assert there.missing_reason is None
     assert Outcome(there, chunks).rows == Outcome(source).rows
 
 
 def test_a_key_that_has_a_model_by_now_is_cut_to_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tally.sources.tables.source._COMBINE", 4)
     place = readings(tmp_path / "a.parquet", {1: 10, 2: 1})
-    source = prepared(tmp_path, place, by=["device"], lacks=lambda key: "none" if key["device"] == 1 else None)
+    source = prepared(tmp_path, place, by=["device"], missing_reason=lambda key: "none" if key["device"] == 1 else None)
     [chunk] = plan(source)
-    again = prepared(tmp_path, place, by=["device"], lacks=lambda key: None)
+    again = prepared(tmp_path, place, by=["device"], missing_reason=lambda key: None)
     combined = again.combine([source.slice(chunk, 0, 1)])
     assert [each.count for each in combined] == [4, 4, 2]
     assert [row["value"] for row in Outcome(again, combined).rows.values()] == list(range(10))
@@ -544,7 +549,9 @@ def test_a_key_that_has_a_model_by_now_is_cut_to_chunks(tmp_path: Path, monkeypa
 
 def test_a_key_may_be_null(tmp_path: Path) -> None:
     place = parquet(tmp_path / "a.parquet", {"device": [None, "a", None], "value": [1, 2, 3]})
-    source = prepared(tmp_path, place, by=["device"], lacks=lambda key: "none" if key["device"] is None else None)
+    source = prepared(
+        tmp_path, place, by=["device"], missing_reason=lambda key: "none" if key["device"] is None else None
+    )
     assert Outcome(source).messages == {"device=null": "none (2 rows)"}
 
 
@@ -640,15 +647,15 @@ def test_what_was_never_made_cannot_be_planned(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"at\(place\)"):
         plan(source)
     with pytest.raises(StorageError, match="the work files of the table are not at"):
-        plan(source.at(str(tmp_path / "work")))
+        plan(source.located(str(tmp_path / "work")))
 
 
 def test_of_several_that_make_them_at_once_one_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = TableSource.describe([readings(tmp_path / "a.parquet", {1: 3})], features=None, by=["device"])
-    source = source.at(str(tmp_path / "work"))
+    source = source.located(str(tmp_path / "work"))
     both = threading.Barrier(2)
 
-    def together(inputs: list[Input], query: Any, folder: Path) -> Made:
+    def together(inputs: list[TableFile], query: Any, folder: Path) -> Made:
         made = make(inputs, query, folder)
         both.wait(30)
         return made
@@ -668,7 +675,7 @@ def _killed(place: str, scratch: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     LocalStore.write = die  # type: ignore[method-assign, assignment]
-    TableSource.describe([place], features=None, by=["device"]).at(scratch).prepare()
+    TableSource.describe([place], features=None, by=["device"]).located(scratch).prepare()
 
 
 def test_what_a_killed_process_left_behind_is_removed(tmp_path: Path) -> None:
@@ -767,3 +774,44 @@ def test_faults_in_a_column_that_is_scored_and_kept_cost_their_lines(tmp_path: P
     dead = [key for chunk in chunks for key in source.keys(chunk) if "line" in key]
     assert dead == ["readings.csv line 4"]
     assert sum(chunk.count for chunk in chunks) == 9
+
+
+def test_each_footer_is_read_once_by_who_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: Counter[str] = Counter()
+
+    def counting(real: Any) -> Any:
+        def count(where: Any, *args: Any, **options: Any) -> Any:
+            if Path(where).parent == tmp_path / "in":
+                opened[Path(where).name] += 1
+            return real(where, *args, **options)
+
+        return count
+
+    monkeypatch.setattr(pq, "ParquetFile", counting(pq.ParquetFile))
+    monkeypatch.setattr(pq, "read_metadata", counting(pq.read_metadata))
+    for number in range(5):
+        readings(tmp_path / f"in/{number}.parquet", {1: 2, 2: 3})
+    once = {f"{number}.parquet": 1 for number in range(5)}
+    for options in ({}, {"by": ["device"]}, {"where": "device = 2"}):
+        opened.clear()
+        source = prepared(tmp_path / str(len(options)), str(tmp_path / "in"), features=["value"], **options)
+        chunks = plan(source)
+        assert sum(chunk.count for chunk in chunks) == (15 if "where" in options else 25)
+        assert opened == once
+        shutil.rmtree(tmp_path / str(len(options)), ignore_errors=True)
+
+
+def test_a_file_that_changed_since_it_was_looked_at_is_planned_as_it_is(tmp_path: Path) -> None:
+    source = prepared(tmp_path, readings(tmp_path / "in/a.parquet", {1: 2}), features=["value"])
+    readings(tmp_path / "in/a.parquet", {1: 700, 2: 50})
+    assert sum(chunk.count for chunk in plan(source)) == 750
+
+
+def test_jobs_begun_by_earlier_versions_know_their_work_files(tmp_path: Path) -> None:
+    """The fingerprint in their marker was made of the names that things had then."""
+    request = TableRequest(("value",), ("device",), ("at",), "value > 1", None, None, ("mean",))
+    selection = Selection(
+        ("value",), {"device": "int64"}, {"device": pa.int64(), "value": pa.float64(), "at": pa.timestamp("us")}
+    )
+    query = Query(request, selection, {}, {"device": "BIGINT"})
+    assert fingerprint([], query) == "dc45f66edb929eab506316a648472592dcf70334683daf486e10d6e4a3632d06"

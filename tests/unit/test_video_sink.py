@@ -15,12 +15,14 @@ import pytest
 from tests.videos import number_in, picture, write_clip
 
 from tally.errors import SpecError, StorageError
-from tally.media.video.facts import Colour, Video, pack
+from tally.media.video.facts import Colour, Video
+from tally.media.video.frame import FrameInfo
 from tally.sinks.base import Output
-from tally.sinks.factory import choose
+from tally.sinks.factory import sink_for
 from tally.sinks.query import query
 from tally.sinks.video import VideoSink
 from tally.sources.base import Chunk
+from tally.sources.video import VideoSource
 from tally.testing.sinks import DEAD, FACTS, files_under
 
 
@@ -36,22 +38,21 @@ def clip(tmp_path: Path) -> Video:
 
 
 def sink_at(out: Path, **options: Any) -> VideoSink:
-    sink = choose(str(out), output="video", **options)
+    sink = sink_for(str(out), output="video", **options)
     assert isinstance(sink, VideoSink)
     return sink
 
 
-def chunk(video: Video, numbers: range) -> Chunk:
-    payload = {"video": video.to_json(), "numbers": pack(numbers), "ticks": pack(numbers), "step": numbers.step}
-    return Chunk(numbers[0], len(numbers), payload)
+def chunk(numbers: range) -> Chunk:
+    return Chunk(numbers[0], len(numbers), {})
 
 
 def write(sink: VideoSink, name: str, video: Video, numbers: range, dead: tuple[int, ...] = ()) -> Output:
     """Score the frames of these numbers, of which the dead ones never come."""
-    writer = sink.open(name, chunk(video, numbers))
+    writer = sink.open(name, chunk(numbers))
     for number in numbers:
         if number not in dead:
-            info = {"video": video.key, "frame": number, "time": number / 25}
+            info = FrameInfo(video, number, number, numbers.step)
             assert writer.add([f"{video.key}#{number}"], [picture(number)], [info]) == []
     return writer.close()
 
@@ -70,7 +71,7 @@ def numbers_in(path: Path) -> list[int]:
 @pytest.mark.parametrize("out", ["styled.mp4", "styled.mov", "styled.mkv", "styled.m4v", "folder"])
 def test_one_video(tmp_path: Path, clip: Video, out: str) -> None:
     sink = sink_at(tmp_path / "out" / out)
-    sink.check()
+    sink.check(VideoSource.describe([f"{clip.root}/{clip.name}"]))
     sink.claim("job-1")
     outputs = [write(sink, "b", clip, range(12, 30)), write(sink, "a", clip, range(12))]
     assert [output.rows for output in outputs] == [18, 12]
@@ -177,9 +178,9 @@ def test_several_videos_do_not_fit_into_one_file(tmp_path: Path, clip: Video) ->
 def test_wrong_results(tmp_path: Path, clip: Video) -> None:
     sink = sink_at(tmp_path / "out.mp4")
     sink.claim("job-1")
-    writer = sink.open("a", chunk(clip, range(5)))
+    writer = sink.open("a", chunk(range(5)))
     results = [picture(0), {"label": "cat"}, picture(2, 48, 32), picture(3).astype(np.float32), picture(4)]
-    infos = [{"video": clip.key, "frame": n, "time": n / 25} for n in range(5)]
+    infos = [FrameInfo(clip, n, n) for n in range(5)]
     failed = writer.add([str(n) for n in range(5)], results, infos)
     assert [index for index, _ in failed] == [1, 2, 3]
     assert "the scorer returned dict" in failed[0][1].message
@@ -195,8 +196,8 @@ def test_wrong_results(tmp_path: Path, clip: Video) -> None:
 def test_sizes_that_the_encoder_refuses_or_fills_up(tmp_path: Path, clip: Video) -> None:
     sink = sink_at(tmp_path / "small.mp4", codec="libx265")
     sink.claim("job-1")
-    info = [{"video": clip.key, "frame": 0, "time": 0.0}]
-    writer = sink.open("a", chunk(clip, range(2)))
+    info = [FrameInfo(clip, 0, 0)]
+    writer = sink.open("a", chunk(range(2)))
     ((_, error),) = writer.add(["0"], [np.zeros((2, 2, 3), np.uint8)], info)
     assert "libx265 cannot encode pictures of 2x2" in error.message
     assert writer.close() == Output()
@@ -204,7 +205,7 @@ def test_sizes_that_the_encoder_refuses_or_fills_up(tmp_path: Path, clip: Video)
 
     sink = sink_at(tmp_path / "odd.mp4")
     sink.claim("job-1")
-    writer = sink.open("a", chunk(clip, range(2)))
+    writer = sink.open("a", chunk(range(2)))
     assert writer.add(["0"], [np.zeros((33, 35, 3), np.uint8)], info) == []
     (note,) = sink.finalize([writer.close()], [], FACTS)["notes"]
     assert "pictures of 35x33 were made 36x34" in note

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tally.cli.console import table
+from tally.cli.foreground import cost, duration, share
+from tally.text import local_time
 
 if TYPE_CHECKING:
-    from tally.jobs.store import JobRecord, JobStore
+    from tally.jobs.store import JobRecord
 
 
 @click.group()
@@ -29,9 +29,9 @@ def jobs() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(limit: int, as_json: bool) -> None:
     """The newest jobs."""
-    from tally.jobs.launch import open_store, when
+    from tally.jobs.facade import Jobs
 
-    records = open_store().newest(limit=limit)
+    records = Jobs().list(limit=limit)
     if as_json:
         for record in records:
             click.echo(_json(record))
@@ -40,7 +40,15 @@ def list_(limit: int, as_json: bool) -> None:
         click.echo("no jobs yet; start one with: tally score SOURCE --model MODEL --out OUT", err=True)
         return
     rows = [
-        (r.id, r.state, _share(r), f"{r.dead:,}", r.spec["model"].rsplit("/", 1)[-1], r.spec["out"], when(r.created_at))
+        (
+            r.id,
+            r.state,
+            share(r),
+            f"{r.dead:,}",
+            r.spec["model"].rsplit("/", 1)[-1],
+            r.spec["out"],
+            local_time(r.created_at),
+        )
         for r in records
     ]
     table(("JOB", "STATE", "DONE", "DEAD", "MODEL", "OUT", "CREATED"), rows)
@@ -51,10 +59,11 @@ def list_(limit: int, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(job: str, as_json: bool) -> None:
     """Everything about a job: progress, timings per stage, cost, alerts, error, where the results are."""
-    from tally.alerts.delivery import of
+    from tally.jobs.facade import Jobs
 
-    store, record = _open(job)
-    judged = of(store, record.id)
+    jobs = Jobs()
+    record = jobs.get(job)
+    judged = jobs.alerts(record.id)
     if as_json:
         click.echo(_json(record, alerts=[asdict(alert) for alert in judged]))
         return
@@ -68,20 +77,26 @@ def show(job: str, as_json: bool) -> None:
 @click.argument("job")
 def watch(job: str) -> int:
     """Follow a job until it ends. Ctrl-C stops following, not the job."""
-    from tally.database.waiting import Patience
+    from tally.jobs.events import Event, Events, Progress, Waiting
+    from tally.jobs.facade import Jobs
 
-    store, record = _open(job)
-    patience = Patience(lambda line: click.echo(line, err=True), what="watching")
+    jobs = Jobs()
     shown = ""
-    while True:
-        line = f"{record.state}: {_share(record)}, {record.dead:,} failed"
-        if line != shown:
-            click.echo(line)
-            shown = line
-        if not record.alive:
-            break
-        time.sleep(0.5)
-        record = patience(partial(store.get, record.id))
+
+    def show(event: Event) -> None:
+        nonlocal shown
+        match event:
+            case Progress():
+                line = f"{event.state}: {share(event)}, {event.dead:,} failed"
+                if line != shown:
+                    click.echo(line)
+                    shown = line
+            case Waiting(text):
+                click.echo(text, err=True)
+            case _:
+                pass
+
+    record = jobs.follow(job, events=Events(show))
     if record.error:
         click.echo(record.error, err=True)
     return 0 if record.state == "finished" else 1
@@ -91,9 +106,9 @@ def watch(job: str) -> int:
 @click.argument("job")
 def pause(job: str) -> None:
     """Stop handing out work; what runs is finished and saved. The model stays loaded."""
-    store, record = _open(job)
-    _running(record)
-    store.request(record.id, "pause")
+    from tally.jobs.facade import Jobs
+
+    record = Jobs().pause(job)
     click.echo(f"job {record.id} is pausing; go on with: tally jobs resume {record.id}")
 
 
@@ -102,36 +117,25 @@ def pause(job: str) -> None:
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def resume(job: str, quiet: bool) -> int:
     """Go on with a job that was paused, interrupted, killed or has failed; follow one that a cluster does."""
-    from tally.cli.score import see_through
-    from tally.jobs.cluster import cluster_for
-    from tally.jobs.spec import JobSpec
+    from tally.cli.foreground import see_through
+    from tally.jobs.facade import Jobs
 
-    store, record = _open(job)
-    if record.alive:
-        store.request(record.id, "run")
-        if cluster_for(JobSpec(**record.spec)) is None:
-            click.echo(f"job {record.id} goes on where it runs; follow it with: tally jobs watch {record.id}")
-            return 0
-    return see_through(store, record.id, quiet=quiet)
+    jobs = Jobs()
+    record = jobs.unpause(job)
+    if record.alive and not jobs.runs_in_a_cluster(record):
+        click.echo(f"job {record.id} goes on where it runs; follow it with: tally jobs watch {record.id}")
+        return 0
+    return see_through(jobs, record.id, quiet=quiet)
 
 
 @jobs.command(short_help="Stop a job for good.")
 @click.argument("job")
 def cancel(job: str) -> None:
     """Stop a job for good, and remove what it had not finished writing."""
-    from tally.jobs.launch import release
-    from tally.jobs.lease_renewer import LEASE_SECONDS
+    from tally.jobs.facade import Jobs
 
-    store, record = _open(job)
-    store.request(record.id, "cancel")
-    if record.alive:
-        click.echo(f"job {record.id} is being cancelled")
-        return
-    lease = store.acquire(record.id, seconds=LEASE_SECONDS)
-    if lease is not None:
-        release(record)
-        store.release(lease, "cancelled")
-    click.echo(f"job {record.id} is cancelled")
+    record = Jobs().cancel(job)
+    click.echo(f"job {record.id} is being cancelled" if record.alive else f"job {record.id} is cancelled")
 
 
 @jobs.command(short_help="Replay a job's dead items.")
@@ -140,15 +144,17 @@ def cancel(job: str) -> None:
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def retry(job: str, dead: bool, quiet: bool) -> int:
     """Replay a job's dead items, after their cause was mended; what succeeds joins the results."""
-    from tally.cli.score import see_through
+    from tally.cli.foreground import see_through
+    from tally.jobs.facade import Jobs
     from tally.jobs.store import ENDED
 
-    store, record = _open(job)
+    jobs = Jobs()
+    record = jobs.get(job)
     if not record.dead:
         more = "" if record.state in ENDED else f"; it is {record.state}, go on with: tally jobs resume {record.id}"
         click.echo(f"job {record.id} has no dead items{more}")
         return 0
-    return see_through(store, record.id, quiet=quiet, retry_dead=dead)
+    return see_through(jobs, record.id, quiet=quiet, retry_dead=dead)
 
 
 @jobs.command(short_help="The items that failed, and why.")
@@ -157,8 +163,11 @@ def retry(job: str, dead: bool, quiet: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def dead(job: str, limit: int, as_json: bool) -> None:
     """The items that failed for good, each with its reason."""
-    store, record = _open(job)
-    for number, each in enumerate(store.dead(record.id)):
+    from tally.jobs.facade import Jobs
+
+    jobs = Jobs()
+    record = jobs.get(job)
+    for number, each in enumerate(jobs.dead(record.id)):
         if number == limit:
             click.echo(f"... and {record.dead - limit:,} more (-n {record.dead})", err=True)
             break
@@ -174,16 +183,11 @@ def dead(job: str, limit: int, as_json: bool) -> None:
 @click.option("--send", is_flag=True, help="Send those that are not delivered, now; given up ones too.")
 def alerts(job: str, send: bool) -> int:
     """The rules of a job that has ended, what was measured, and whether the webhook was told."""
-    from tally.alerts.delivery import PATIENCE, deliver, evaluate, of, reopen
-    from tally.jobs.launch import sink_of
+    from tally.jobs.facade import Jobs
 
-    store, record = _open(job)
-    if send:
-        if record.spec.get("alerts"):
-            evaluate(store, record, sink_of(record))  # its coordinator may have been killed before it did
-        reopen(store, record.id)
-        deliver(store, job_id=record.id, patience=PATIENCE)
-    judged = of(store, record.id)
+    jobs = Jobs()
+    record = jobs.get(job)
+    judged = jobs.send_alerts(record.id) if send else jobs.alerts(record.id)
     for alert in judged:
         click.echo(alert.describe())
     if not judged:
@@ -197,40 +201,23 @@ def alerts(job: str, send: bool) -> int:
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def delete(job: str, dry_run: bool) -> None:
     """Forget a job. Finished results stay where they are; what was not finished is removed."""
-    from tally.jobs.launch import discard
+    from tally.jobs.facade import Jobs
 
-    store, record = _open(job)
+    jobs = Jobs()
+    record = jobs.get(job)
     unfinished = (
         "" if record.state in ("finished", "cancelled") else f", and its unfinished output at {record.spec['out']}"
     )
     if dry_run:
         click.echo(f"would remove job {record.id} from the list{unfinished}")
         return
-    discard(store, record)
+    jobs.delete(record.id)
     click.echo(f"job {record.id} is deleted{unfinished}")
-
-
-def summary(record: JobRecord) -> str:
-    """How a finished job went, in two or three lines."""
-    seconds = record.usage.get("seconds", 0.0)
-    rate = record.done / seconds if seconds else 0.0
-    scored = record.done - record.dead
-    time_taken = f"{_duration(seconds)} ({rate:,.1f} {record.unit}/s)"
-    lines = [
-        f"job {record.id} finished: {scored:,} of {record.items:,} {record.unit} scored in {time_taken}",
-        f"  results: {record.spec['out']}",
-    ]
-    lines += [f"  note: {note}" for note in (record.manifest or {}).get("notes", [])]
-    if record.dead:
-        lines.append(f"  {record.dead:,} failed; see them with: tally jobs dead {record.id}")
-    if (cost := _cost(record)) is not None:
-        lines.append(f"  cost: {cost}")
-    return "\n".join(lines)
 
 
 def _facts(record: JobRecord) -> list[tuple[str, str]]:
     from tally.alerts.webhook import shown
-    from tally.jobs.launch import log_of, when
+    from tally.config import settings
 
     usage = record.usage
     seconds = usage.get("seconds", 0.0)
@@ -245,21 +232,21 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
         ("model", f"{model['name']}{version} ({model['kind']}), {model['hash'][:19]}"),
         ("out", record.spec["out"]),
         ("items", f"{record.items:,}" + ("" if record.planned else " so far, still listing")),
-        ("done", f"{_share(record)}; {record.dead:,} failed, {record.rows:,} rows, {record.bytes:,} bytes"),
-        ("created", when(record.created_at)),
-        ("finished", when(record.finished_at)),
-        ("time", f"{_duration(seconds)}, {record.done / seconds if seconds else 0:,.1f} {record.unit}/s"),
+        ("done", f"{share(record)}; {record.dead:,} failed, {record.rows:,} rows, {record.bytes:,} bytes"),
+        ("created", local_time(record.created_at)),
+        ("finished", local_time(record.finished_at)),
+        ("time", f"{duration(seconds)}, {record.done / seconds if seconds else 0:,.1f} {record.unit}/s"),
         ("stages", f"{stages} (all workers; {usage.get('worker_seconds', 0.0):.2f} s busy)"),
     ]  # fmt: skip
-    if (cost := _cost(record)) is not None:
-        facts.append(("cost", cost))
+    if (spent := cost(record)) is not None:
+        facts.append(("cost", spent))
     if hook := record.spec.get("webhook"):
         facts.append(("alerts", f"{', '.join(record.spec['alerts'])}; to {shown(hook)}"))
     if record.owner:
         facts.append(
             ("driven by", f"{record.owner_host}, pid {record.owner_pid}" + ("" if record.alive else " (gone)"))
         )
-    log = log_of(record.id)
+    log = settings().log_of(record.id)
     if log.exists() and log.stat().st_size:
         facts.append(("log", str(log)))
     notes = (record.manifest or {}).get("notes", [])
@@ -270,39 +257,6 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
     return facts
 
 
-def _cost(record: JobRecord) -> str | None:
-    price = record.spec.get("price_per_hour")
-    if price is None:
-        return None
-    cost = price * record.usage.get("seconds", 0.0) / 3600
-    each = f", {1000 * cost / record.done:.4f} per thousand items" if record.done else ""
-    return f"{cost:.4f} at {price:g} per hour{each}"
-
-
-def _share(record: JobRecord) -> str:
-    if not record.planned or not record.items:
-        return f"{record.done:,}"
-    return f"{record.done:,}/{record.items:,} ({100 * record.done // record.items}%)"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
-
-
-def _running(record: JobRecord) -> None:
-    from tally.errors import JobStateError
-    from tally.jobs.store import ENDED
-
-    if not record.alive:
-        go_on = f"Go on with: tally jobs resume {record.id}"
-        raise JobStateError(
-            f"job {record.id} is not running: it is {record.state}", hint=None if record.state in ENDED else go_on
-        )
-
-
 def _json(record: JobRecord, **more: Any) -> str:
     from tally.alerts.webhook import shown
 
@@ -310,10 +264,3 @@ def _json(record: JobRecord, **more: Any) -> str:
     if hook := record.spec.get("webhook"):
         shows["spec"] = record.spec | {"webhook": shown(hook)}
     return json.dumps(shows, default=str)
-
-
-def _open(job: str) -> tuple[JobStore, JobRecord]:
-    from tally.jobs.launch import find, open_store
-
-    store = open_store()
-    return store, find(store, job)

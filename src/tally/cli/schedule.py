@@ -321,7 +321,7 @@ class _Report:
 @contextmanager
 def _signals(loop: Loop) -> Iterator[None]:
     """Ctrl-C and SIGTERM stop the loop cleanly."""
-    from tally.terminal import stop_signals
+    from tally.jobs.signals import stop_signals
 
     def stop(count: int) -> None:
         if count == 1:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tally.cli.console import pairs
-from tally.errors import JobExistsError, TallyError
+from tally.errors import JobExistsError
+
+if TYPE_CHECKING:
+    from tally.jobs.spec import JobSpec
 
 
 def _resume_options(command: Any) -> Any:
@@ -40,7 +43,7 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.option(
     "--model-per",
     metavar="COLUMNS=TEMPLATE",
-    help="Of tables: a model for each key, e.g. Device,Tag='models/{Device}_{Tag}.skops'.",
+    help="Tables only: a model for each key, e.g. Device,Tag='models/{Device}_{Tag}.skops'.",
 )
 @click.option(
     "-o",
@@ -48,7 +51,7 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
     required=True,
     help="A folder, a bucket URL, or one file: .csv, .parquet or .jsonl for rows; .mp4, .mov, .mkv or .webm for video.",
 )
-@click.option("-t", "--task", help="classify, detect, restyle, embed or segment; found out if left out.")
+@click.option("-t", "--task", help="classify, detect, restyle, embed or segment; detected by default.")
 @click.option("--labels", help="Names of the classes: a text file with one per line, or JSON.")
 @click.option("--artifacts", help="Folder with what a script loads (AZUREML_MODEL_DIR).")
 @click.option(
@@ -62,9 +65,9 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
     "--format", help="parquet, csv or jsonl for rows; jpg, png or webp for pictures; mp4, mov, mkv or webm for videos."
 )
 @click.option("--overlay", is_flag=True, help="Draw boxes and labels onto the pictures, and write those.")
-@click.option("--every", type=int, help="Of videos: every N-th frame only.")
-@click.option("--size", metavar="WxH", help="Of videos: scale frames to so many pixels first, e.g. 640x360.")
-@click.option("--frames", help="Of videos: write frames as jpg, png or webp files, and not a video.")
+@click.option("--every", type=int, help="Videos only: every N-th frame only.")
+@click.option("--size", metavar="WxH", help="Videos only: scale frames to this size in pixels first, e.g. 640x360.")
+@click.option("--frames", help="Videos only: write frames as jpg, png or webp files, and not a video.")
 @click.option(
     "--codec",
     is_eager=True,
@@ -73,27 +76,29 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
 )
 @click.option("--crf", type=float, help="Quality of the video: lower is better and larger.")
 @click.option("--keep-audio/--no-audio", "audio", default=None, help="Whether video keeps its sound.  [default: keep]")
-@click.option("--by", help="Of tables: columns that make a key; windows are made for each.")
-@click.option("--keep", help="Of tables: input columns to carry into the results, separated by commas; '*' for all.")
-@click.option("--where", help="Of tables: take only rows for which this SQL condition holds.")
-@click.option("--time", help="Of tables: the column of timestamps.")
-@click.option("--window", help="Of tables: gather readings over so much time before scoring, e.g. 5m or 1h.")
-@click.option("--aggregate", help="Of windows: mean, min, max, last, count, or several with commas.  [default: mean]")
+@click.option("--by", help="Tables only: columns that make a key; windows are made for each.")
+@click.option("--keep", help="Tables only: input columns to carry into the results, separated by commas; '*' for all.")
+@click.option("--where", help="Tables only: take only the rows for which this SQL condition holds.")
+@click.option("--time", help="Tables only: the column of timestamps.")
+@click.option("--window", help="Tables only: gather readings over this time before scoring, e.g. 5m or 1h.")
+@click.option("--aggregate", help="Windows only: mean, min, max, last, count, or several with commas.  [default: mean]")
 @click.option(
     "--csv", "csv_options", multiple=True, metavar="KEY=VALUE", help="How to read CSV, e.g. delim=';' or header=false."
 )
 @click.option("-b", "--batch-size", type=int, help="Items that the scorer is given at once.")
-@click.option("-w", "--workers", help="Worker processes: 8, or 4..64 by what is to do; one per core if left out.")
+@click.option("-w", "--workers", help="Worker processes: 8, or 4..64 as the work needs; one per core by default.")
 @click.option("--device", help="auto, cpu, cuda[:N] or tensorrt[:N].  [default: auto]")
 @click.option("--engine", help="Who runs the workers: local, or ray, a cluster.  [default: local]")
-@click.option("--address", help="Of Ray: the cluster, http://HEAD:8265; found by Ray's own rules if left out.")
-@click.option("--cpus", type=float, help="Of Ray: CPUs that each worker reserves.  [default: 1]")
-@click.option("--gpus", type=float, help="Of Ray: GPUs that each worker reserves; 0.25 shares one among four.")
-@click.option("--resource", "resources", multiple=True, metavar="NAME=N", help="Of Ray: a resource of its own nodes.")
+@click.option("--address", help="Ray only: the cluster, http://HEAD:8265; found by Ray's own rules by default.")
+@click.option("--cpus", type=float, help="Ray only: CPUs that each worker reserves.  [default: 1]")
+@click.option("--gpus", type=float, help="Ray only: GPUs that each worker reserves; 0.25 shares one among four.")
+@click.option(
+    "--resource", "resources", multiple=True, metavar="NAME=N", help="Ray only: a resource that its nodes declare."
+)
 @click.option("--timeout", type=float, help="Seconds that one batch may take.  [default: 120]")
 @click.option("--memory", help="Memory that one worker may hold, e.g. 2GiB.")
 @click.option("--max-dead", help="Share of failed items at which the job stops.  [default: 50%]")
-@click.option("--min-dead", type=int, help="... once so many items are finished.  [default: 1000]")
+@click.option("--min-dead", type=int, help="... once this many items are done.  [default: 1000]")
 @click.option(
     "--alert", "alerts", multiple=True, metavar="RULE", help="Tell the webhook if it holds in the end: 'anomalies > 0'."
 )
@@ -156,73 +161,34 @@ def run(file: str, resume: bool, overwrite: bool, quiet: bool) -> int:
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def coordinate(job: str, dead: bool, quiet: bool) -> int:
     """Drive JOB, which exists already, in this process."""
-    from tally.database.waiting import Patience
+    from tally.cli.foreground import see_through
     from tally.jobs.cluster import check_versions
-    from tally.jobs.launch import open_store
+    from tally.jobs.facade import open_jobs
 
     check_versions()
-    store = Patience(lambda line: click.echo(line, err=True))(open_store)  # nobody is there to try again
-    return see_through(store, job, quiet=quiet, retry_dead=dead, here=True)
+    jobs = open_jobs(wait=lambda line: click.echo(line, err=True))  # nobody is there to try again
+    return see_through(jobs, job, quiet=quiet, retry_dead=dead, here=True)
 
 
-def _start(spec: Any, *, resume: bool, overwrite: bool, quiet: bool) -> int:
-    from tally.jobs.launch import open_store, submit
+def _start(spec: JobSpec, *, resume: bool, overwrite: bool, quiet: bool) -> int:
+    from tally.cli.foreground import see_through
+    from tally.jobs.events import Event, Events, Note
+    from tally.jobs.facade import Jobs
     from tally.terminal import interactive
 
-    def say(line: str) -> None:
-        if not quiet:
-            click.secho(line, dim=True, err=True)
+    def show(event: Event) -> None:
+        if isinstance(event, Note) and not quiet:
+            click.secho(event.text, dim=True, err=True)
 
-    store = open_store()
+    jobs = Jobs()
     try:
-        record = submit(store, spec, resume=resume, overwrite=overwrite, say=say)
+        record = jobs.submit(spec, resume=resume, overwrite=overwrite, events=Events(show))
     except JobExistsError as error:
-        earlier = store.get(error.job_id)
+        earlier = jobs.get(error.job_id)
         if earlier.alive or earlier.state == "finished" or not interactive():
             raise
         click.echo(error.message, err=True)
         if not click.confirm(f"Resume job {earlier.id}?", default=True, err=True):
             raise
-        record = submit(store, spec, resume=True)
-    return see_through(store, record.id, quiet=quiet)
-
-
-def see_through(store: Any, job_id: str, *, quiet: bool, retry_dead: bool = False, here: bool = False) -> int:
-    """Drive the job in the foreground, and say how it ended; the exit code. here: in this process in any case."""
-    from tally import terminal
-    from tally.cli.jobs import summary
-
-    try:
-        record = terminal.run(store, job_id, quiet=quiet, retry_dead=retry_dead, here=here)
-    except TallyError as error:
-        record = store.get(job_id)
-        if record.state in ("failed", "interrupted") and record.id not in (error.hint or ""):
-            what_next = f"What is done is saved. After mending the cause, go on with: tally jobs resume {record.id}"
-            error.hint = f"{error.hint}\n  {what_next}" if error.hint else what_next
-        raise
-    except KeyboardInterrupt:  # pressed twice, before there was anything to stop
-        return _interrupted(store.get(job_id))
-    if record.state == "finished":
-        if not quiet:
-            click.echo(summary(record), err=True)
-        return 0
-    if record.state == "interrupted":
-        return _interrupted(record)
-    if record.alive:  # nobody looks any more
-        click.echo(
-            f"job {record.id} goes on in the cluster: {record.done:,} {record.unit} are done\n"
-            f"  Follow it with: tally jobs resume {record.id}   Stop it with: tally jobs cancel {record.id}",
-            err=True,
-        )
-        return 130
-    click.echo(f"job {record.id} is {record.state}", err=True)
-    return 1
-
-
-def _interrupted(record: Any) -> int:
-    click.echo(
-        f"job {record.id} is interrupted: {record.done:,} {record.unit} are done and saved\n"
-        f"  Go on with: tally jobs resume {record.id}",
-        err=True,
-    )
-    return 130
+        record = jobs.submit(spec, resume=True)
+    return see_through(jobs, record.id, quiet=quiet)

@@ -8,23 +8,21 @@ starts another, which goes on where the lost one was.
 from __future__ import annotations
 
 import os
-import random
 import secrets
 import shlex
 import sys
-import time
-from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from tally.config import settings
-from tally.errors import ClusterLostError, DatabaseAwayError, JobError, TallyError
-from tally.jobs.coordinator import Progress
+from tally.errors import ClusterLostError, JobError, TallyError
+from tally.jobs.events import Events
+from tally.jobs.follow import Follower, is_driven
 from tally.jobs.spec import JobSpec
+from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord, JobStore
-from tally.storage import LocalStore, mask
+from tally.storage import is_url, mask
 
 if TYPE_CHECKING:
     from tally.engines.ray.cluster import Cluster, State
@@ -32,9 +30,8 @@ if TYPE_CHECKING:
 SUBMITTED_BY = "TALLY_SUBMITTED_BY"
 """Names, in the coordinator's environment, the versions of the command line that started it."""
 
-LOOK_SECONDS = 0.5
 LOSSES = 5
-"""So many coordinators in a row that end without having done anything are no accident."""
+"""Coordinators in a row that end without having done anything before that counts as no accident."""
 
 
 def cluster_for(spec: JobSpec) -> Cluster | None:
@@ -46,109 +43,99 @@ def cluster_for(spec: JobSpec) -> Cluster | None:
     return find(spec.address)
 
 
-def see_through(
-    store: JobStore,
-    job_id: str,
-    cluster: Cluster,
-    *,
-    listen: Callable[[Progress], None],
-    say: Callable[[str], None],
-    retry_dead: bool = False,
+def drive_in_cluster(
+    store: JobStore, job_id: str, cluster: Cluster, *, events: Events, stop: Stop, retry_dead: bool = False
 ) -> JobRecord:
     """Have the job driven in the cluster until it is finished or stopped; returns it as it then is.
 
-    KeyboardInterrupt ends the looking on, which the job does not notice. Raises what made the job fail.
+    stop ends the looking on, which the job does not notice; so does KeyboardInterrupt. Raises what made the job fail.
     """
-    follower = _Follower(store, job_id, cluster, listen, say, retry_dead)
+    driver = _Driver(store, job_id, cluster, events, stop, retry_dead)
     try:
-        follower.wait_for_cluster()
-        _keep_address(store, _carry(store, store.get(job_id)), cluster)
-        return follower.run()
+        if driver.wait_for_cluster():
+            _keep_address(store, _carry(store, store.get(job_id)), cluster)
+            return driver.run()
     except KeyboardInterrupt:
-        return store.get(job_id)
+        pass
+    return store.get(job_id)
 
 
-class _Follower:
+class _Driver:
+    """Follows a job, and starts a coordinator for it in the cluster whenever it has none."""
+
     def __init__(
-        self,
-        store: JobStore,
-        job_id: str,
-        cluster: Cluster,
-        listen: Callable[[Progress], None],
-        say: Callable[[str], None],
-        retry_dead: bool,
+        self, store: JobStore, job_id: str, cluster: Cluster, events: Events, stop: Stop, retry_dead: bool
     ) -> None:
-        self._store, self._job, self._cluster = store, job_id, cluster
-        self._listen, self._say, self._retry_dead = listen, say, retry_dead
-        self._name: str | None = None
-        self._driven = False  # by a coordinator, since we look
+        self._store, self._cluster, self._events, self._stop = store, cluster, events, stop
+        self._retry_dead = retry_dead
         self._before = store.get(job_id)
+        self._follower = Follower(store, self._before, events, stop)
+        self._name: str | None = None
         self._losses, self._done_before = 0, -1
-        self._away: str | None = None
-        self._rates: deque[tuple[float, int]] = deque(maxlen=64)
-        self._remarks = len(self._before.remarks)
 
-    def wait_for_cluster(self) -> None:
-        """Until the cluster is there, if the job has begun in it; a new job is not begun where there is none."""
-        while True:
+    def wait_for_cluster(self) -> bool:
+        """Until the cluster is there, if the job has begun in it; a new job is not begun where there is none.
+
+        Returns whether it is there: False once we are told to stop.
+        """
+        while not self._stop.asked:
             try:
                 self._cluster.check()
             except ClusterLostError as error:
                 if self._before.started_at is None:
                     raise
-                self._wait_for(error)
+                self._follower.wait_for(error)
             else:
-                return self._is_back()
+                self._follower.is_back()
+                return True
+        return False
 
     def run(self) -> JobRecord:
-        while True:
-            try:
-                record = self._store.get(self._job)
-                if record.alive and record.state != "created":
-                    self._driven = True
-                    self._is_back()
-                    self._show(record)
-                elif self._driven and _over(record) and record.state != "interrupted":
-                    self._show(record)
-                    return _concluded(record)
-                elif (ended := self._go_on(record)) is not None:
-                    return ended
-                else:
-                    self._is_back()
-            except (ClusterLostError, DatabaseAwayError) as error:
-                self._wait_for(error)
-            time.sleep(LOOK_SECONDS)
+        """Raises JobError if the job failed."""
+        record = self._follower.until(self._go_on)
+        if record.state == "failed" and not self._stop.asked:
+            raise JobError(record.error or "the job failed")
+        return record
 
     def _go_on(self, record: JobRecord) -> JobRecord | None:
         """Nobody drives the job: wait for its coordinator, or start another. Returns the job if it has ended."""
+        driven = self._was_driven(record)
+        if driven and _over(record) and record.state != "interrupted":
+            return record
         state: State = "unknown" if self._name is None else self._cluster.state(self._name)
         if state in ("waiting", "running"):
             return None
-        record = self._store.get(self._job)  # what the coordinator did last comes before its end
-        if record.alive and record.state != "created":
+        record = self._store.get(record.id)  # what the coordinator did last comes before its end
+        if is_driven(record):
             return None
-        before = self._before
-        self._driven |= (record.state, record.error, record.usage) != (before.state, before.error, before.usage)
-        if state != "unknown" and self._driven and _over(record):
-            return _concluded(record)
+        driven = self._was_driven(record)
+        if state != "unknown" and driven and _over(record):
+            return record
         if state == "stopped":
             return record  # somebody stopped it by Ray's own means
         self._losses = self._losses + 1 if record.done == self._done_before else 1
         self._done_before = record.done
-        no_accident = state == "ended" and not self._driven
+        no_accident = state == "ended" and not driven
         if no_accident or (state in ("ended", "killed") and self._losses >= LOSSES):
             assert self._name is not None
             raise JobError(
                 f"the coordinator of job {record.id} ended inside the cluster at {mask(self._cluster.address)}"
-                + ("" if self._driven else " before it had the job")
+                + ("" if driven else " before it had the job")
                 + f"; the last that it printed:\n{self._cluster.said(self._name) or '(nothing)'}",
                 hint=_same_database(),
             )
         lost = self._name is not None
         self._start(record)
         if lost:
-            self._say("the coordinator was lost; another one goes on")
+            self._events.note("the coordinator was lost; another one goes on")
         return None
+
+    def _was_driven(self, record: JobRecord) -> bool:
+        """Whether a coordinator has had the job since we look."""
+        before = self._before
+        return self._follower.saw_it_driven or (
+            (record.state, record.error, record.usage) != (before.state, before.error, before.usage)
+        )
 
     def _start(self, record: JobRecord) -> None:
         name = f"tally-{record.id}-{secrets.token_hex(3)}"
@@ -162,42 +149,10 @@ class _Follower:
         )
         self._name = name
 
-    def _show(self, record: JobRecord) -> None:
-        now = time.monotonic()
-        self._rates.append((now, record.done))
-        (then, done) = self._rates[0]
-        rate = (record.done - done) / (now - then) if now > then else 0.0
-        for line in record.remarks[self._remarks :]:
-            self._say(line)
-        self._remarks = len(record.remarks)
-        self._listen(
-            Progress(
-                state=record.state, items=record.items, planned=record.planned,
-                done=record.done, dead=record.dead, rate=rate,
-            )
-        )  # fmt: skip
-
-    def _wait_for(self, error: TallyError) -> None:
-        if self._away is None:
-            self._say(f"{error.message}; waiting until it is back (Ctrl-C stops waiting, not the job)")
-        self._away = error.message
-        time.sleep(random.uniform(0.5, 2.0))  # noqa: S311 - so that not everybody knocks at once
-
-    def _is_back(self) -> None:
-        if self._away is not None:
-            self._say("it is back")
-            self._away = None
-
 
 def _over(record: JobRecord) -> bool:
     """Whether the coordinator has put the job down, for good or until somebody resumes it."""
     return not record.alive and record.owner is None and record.state != "created"
-
-
-def _concluded(record: JobRecord) -> JobRecord:
-    if record.state == "failed":
-        raise JobError(record.error or "the job failed")
-    return record
 
 
 def _environment() -> dict[str, str]:
@@ -230,15 +185,15 @@ def check_versions() -> None:
 
 def _carry(store: JobStore, record: JobRecord) -> JobRecord:
     """Put a model that only this machine has where the cluster's nodes can fetch it: beside the output."""
-    from tally.jobs.launch import sink_of
+    from tally.jobs.tidy import sink_of
     from tally.models.mirror import carry
     from tally.models.reference import ModelRef
 
-    place = sink_of(record).place  # type: ignore[attr-defined]
-    if isinstance(place.store, LocalStore):
+    work = sink_of(record).work
+    if work is None or not is_url(work):
         return record  # who can write the output sees this machine's files, or the same at the same paths
     ref = ModelRef.from_dict(record.model)
-    carried = carry(ref, place.address(place.work + "model"))
+    carried = carry(ref, f"{work}/model")
     return record if carried == ref else store.respec(record.id, record.spec, model=carried.to_dict())
 
 

@@ -15,15 +15,13 @@ from __future__ import annotations
 import gc
 import logging
 import queue
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any, TypeVar
 
 from tally.database.waiting import Patience
@@ -37,17 +35,35 @@ from tally.errors import (
     StorageError,
     TallyError,
     WorkerError,
-    WorkerMemoryError,
     WorkerTimeoutError,
 )
 from tally.jobs import worker
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
+from tally.jobs.events import ChunkDone, Events, Finished, ItemDead, Progress, Started, StateChanged, WorkerLost
+from tally.jobs.intake import Intake
 from tally.jobs.lease_renewer import lease_renewer
 from tally.jobs.plan import ChunkSizer, Planner
+from tally.jobs.policy import (
+    LOADING_LOSSES,
+    UNSETTLED_ATTEMPTS,
+    DeadLimit,
+    ItemIsDead,
+    JobFails,
+    LoadAgain,
+    LoadingLosses,
+    Part,
+    RetryPolicy,
+    RunAgain,
+    Stragglers,
+    had_begun,
+    is_too_large_a_share,
+)
+from tally.jobs.scaling import CHUNKS_PER_SLOT, Scaler
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.sinks.base import Output, Sink
 from tally.sources.base import Chunk, Source
+from tally.text import iso_time
 
 log = logging.getLogger("tally")
 
@@ -57,43 +73,17 @@ GRACE_SECONDS = 20.0
 """How long running chunks may take to finish once the job is told to stop, and a database that is away to be back."""
 CONFIRM_SECONDS = 1.0
 """While the output is published, the job is known to be one's own for so long."""
-STRAGGLER_SECONDS = 10.0
-STRAGGLER_FACTOR = 3.0
-LAST_SHARES = 4
-"""Near the end, a chunk holds at most such a part of what each slot has left to do: all of them end together."""
-SHORT_SECONDS = 0.5
-"""A chunk that takes no longer is not cut to share it out."""
 MOST_TAKEN = 4096
-"""So many chunks are handed out in one transaction, at most."""
+"""Chunks that are handed out in one transaction, at most."""
 MOST_AHEAD = 2048
-"""So many planned chunks wait to be stored, at most."""
-CHUNKS_PER_SLOT = 2
-"""A slot has its next chunk at hand when it is done with one; where slots may be added, so many chunks make up one."""
-SHRINK_SECONDS = 10.0
-"""So long there have been idle slots before some are given back."""
-IDLE_SECONDS = 60.0
-"""So long there has been nothing to hand out before all slots are given back."""
+"""Planned chunks that wait to be stored, at most."""
+PUBLISH_SECONDS = 60.0
+"""Seconds between two generations of results of an endless source."""
 QUIET_SECONDS = 5.0
-"""Nothing has come back for so long: the engine may know why."""
+"""Seconds without any outcome before the engine is asked why."""
 COLLECTION_THRESHOLDS = (50_000, 20, 20)
 """Of Python's garbage collector. It counts objects, and each chunk at hand is twenty or so, none of them garbage: with
 thousands of workers, and Python's own thresholds, a quarter of the time went into looking at them."""
-UNSETTLED_ATTEMPTS = 10
-"""Handed out so often without any outcome, a chunk is halved: it may be what kills its coordinator."""
-LOADING_LOSSES = 10
-"""So many workers for each slot, lost one after the other while they started or loaded the model, end the job."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a job stands. rate: items per second, lately."""
-
-    state: str
-    items: int
-    planned: bool
-    done: int
-    dead: int
-    rate: float
 
 
 @dataclass(slots=True)
@@ -104,6 +94,20 @@ class _Running:
     since: float
     futures: list[Future[Any]] = field(default_factory=list)
     doubled: bool = False
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What has come up since the last commit. settled: the chunks of ``done``, by their number in the store."""
+
+    planned: list[Chunk] = field(default_factory=list)
+    complete: bool = False
+    done: list[Done] = field(default_factory=list)
+    lost: list[Lost] = field(default_factory=list)
+    settled: dict[int, Chunk] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.planned or self.complete or self.done or self.lost)
 
 
 class Coordinator:
@@ -125,24 +129,30 @@ class Coordinator:
         workers: tuple[int, int] | None = None,
         batch_size: int,
         manifest: dict[str, Any],
-        listen: Callable[[Progress], None] = lambda progress: None,
-        say: Callable[[str], None] = lambda line: None,
+        events: Events | None = None,
     ) -> None:
         self._store, self._lease, self._spec = store, lease, spec
         self._source, self._sink, self._engine = source, sink, engine
         self._least, self._most = workers or (engine.slots, engine.slots)
-        self._manifest, self._listen, self._say = manifest, listen, say
-        self._items, self._planned = record.items, record.planned
+        self._manifest, self._events = manifest, events or Events()
+        self._unit, self._items, self._planned = record.unit, record.items, record.planned
         self._done, self._dead = record.done, record.dead
         self._rates: deque[tuple[float, int]] = deque([(time.monotonic(), record.done)], maxlen=64)
-        self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._patience = Patience(self._events.waiting)
+        self._inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._running: dict[int, _Running] = {}
-        self._sizer = ChunkSizer(batch_size, self._most, source.chunk_seconds, source.chunk_items)
         self._batch_size = batch_size
+        self._retry = RetryPolicy(spec.attempts, batch_size)
+        self._dead_limit = DeadLimit(spec.max_dead, spec.min_dead, spec.strict)
+        self._scaler = Scaler(self._least, self._most)
+        self._stragglers = Stragglers()
+        self._loading_losses = LoadingLosses()
+        self._sizer = ChunkSizer(batch_size, self._most, source.chunk_seconds, source.chunk_items)
         self._planner: Planner | None = None
-        self._durations: deque[float] = deque(maxlen=64)
-        self._starved = False
-        self._loading_losses = 0
+        self._intake = None if source.bounded else Intake(store, lease.job_id, source, self._patience, self._events)
+        self._published_at = time.monotonic()
+        self._unpublished = False
+        self._loaded = self._prepared = self._starved = False
         self._doubled = False
         self._state = "running"
         self._stop: str | None = None
@@ -150,10 +160,7 @@ class Coordinator:
         self._deadline: float | None = None
         self._accounted = time.monotonic()
         self._cursor = record.plan_cursor
-        self._patience = Patience(say)
         self._open = 0  # chunks that are planned and not done
-        self._shrinks_since: float | None = None
-        self._idle_since: float | None = None
         self._heard_at = self._asked_at = time.monotonic()
         self._remark: str | None = None
         self._confirmed_at = float("-inf")
@@ -164,26 +171,36 @@ class Coordinator:
         What cannot be saved within that time, as the database is away, is left to whoever goes on with the job.
         """
         self._patience.give_up(0.0 if now else GRACE_SECONDS)
-        self._events.put(("stop", now))
+        self._inbox.put(("stop", now))
 
     # -- the life of a job -------------------------------------------------------------------------
 
     def run(self) -> str:
         """Drive the job; returns its state. Raises what made it fail, after saving that."""
+        job = self._lease.job_id
+        self._events(Started(job, self._unit))
         with _collecting_rarely():
             try:
-                return self._drive()
+                state = self._drive()
             except OwnershipLostError:  # and its workers have ended
                 with suppress(TallyError):
                     self._sink.withdraw()
                 raise
+            except Exception as error:
+                interrupted = isinstance(error, (ClusterLostError, DatabaseAwayError))
+                self._events(Finished(job, "interrupted" if interrupted else "failed", error))
+                raise
+        self._events(Finished(job, state))
+        return state
 
     def _drive(self) -> str:
-        renewer = lease_renewer(self._store, self._lease, self._events, self._patience)
+        renewer = lease_renewer(self._store, self._lease, self._inbox, self._patience)
         renewer.start()
         try:
             counts = self._patience(lambda: self._store.counts(self._lease.job_id))
             self._open = counts["pending"] + counts["running"]
+            if self._intake is not None:
+                self._publish_settled()
             self._load()
             self._plan()
             self._loop()
@@ -205,6 +222,7 @@ class Coordinator:
             renewer.stop()
             if self._planner is not None:
                 self._planner.stop()
+            self._source.close()
             self._engine.stop(kill=True)
 
     def _load(self) -> None:
@@ -212,11 +230,11 @@ class Coordinator:
         if self._engine.slots == 0:
             self._engine.resize(1)
         future = self._engine.submit(worker.describe)
-        future.add_done_callback(lambda done: self._events.put(("ready", done)))
+        future.add_done_callback(lambda done: self._inbox.put(("ready", done)))
 
     def _plan(self) -> None:
         def ended(error: Exception | None) -> None:
-            self._events.put(("planned", error))
+            self._inbox.put(("planned", error))
 
         self._planner = Planner(
             self._source,
@@ -224,102 +242,129 @@ class Coordinator:
             first=self._items,
             planned=self._planned,
             sizer=self._sizer,
-            prepared=lambda: self._events.put(("prepared",)),
-            deliver=lambda chunk: self._events.put(("chunk", chunk)),
+            prepared=lambda: self._inbox.put(("prepared",)),
+            deliver=lambda chunk: self._inbox.put(("chunk", chunk)),
             ended=ended,
             ahead=max(16, min(self._most, MOST_AHEAD)),
         )
         self._planner.start()
 
     def _loop(self) -> None:
-        loaded = prepared = False
-        while True:
-            chunks: list[Chunk] = []
-            done: list[Done] = []
-            lost: list[Lost] = []
-            complete = False
-            for event in self._drain():
-                match event:
-                    case ("ready", future):
-                        self._heard_at = time.monotonic()
-                        loaded = self._greet(future)
-                    case ("prepared",):
-                        prepared = True
-                    case ("chunk", chunk):
-                        chunks.append(chunk)
-                    case ("planned", None):
-                        complete = True
-                    case ("planned", error):
-                        self._fail(error)
-                    case ("done", stored, attempt, future):
-                        self._heard_at = time.monotonic()
-                        self._settle(stored, attempt, future, done, lost)
-                    case ("stop", now):
-                        self._halt("interrupted", grace=0.0 if now else GRACE_SECONDS)
-                    case ("wanted", wanted):
-                        self._obey(wanted)
-                    case ("lost", error):
-                        raise error
-            if loaded:
+        while not self._is_over():
+            turn = _Turn()
+            for message in self._drain():
+                self._take_in(message, turn)
+            if self._loaded:
                 self._scale()
-            self._commit(loaded and prepared, chunks, complete, done, lost)
+            self._commit(turn)
+            self._publish_now_and_then()
             self._ask_why_it_is_quiet()
-            self._listen(self.progress())
+            self._events(self.progress())
             if self._stop is not None:
                 self._drop_waiting()
-                if not self._running or (self._deadline is not None and time.monotonic() > self._deadline):
-                    return
-            elif self._planned and not self._running and self._starved and self._state == "running":
-                return
+
+    def _is_over(self) -> bool:
+        """Whether nothing runs any more, and nothing is to come."""
+        if self._stop is not None:
+            return not self._running or (self._deadline is not None and time.monotonic() > self._deadline)
+        return self._planned and not self._running and self._starved and self._state == "running"
+
+    def _take_in(self, message: tuple[Any, ...], turn: _Turn) -> None:
+        match message:
+            case ("ready", future):
+                self._heard_at = time.monotonic()
+                self._loaded = self._greet(future)
+            case ("prepared",):
+                self._prepared = True
+            case ("chunk", chunk):
+                turn.planned.append(chunk)
+            case ("planned", None):
+                turn.complete = True
+            case ("planned", error):
+                self._fail(error)
+            case ("done", stored, attempt, future):
+                self._heard_at = time.monotonic()
+                self._settle(stored, attempt, future, turn)
+            case ("stop", now):
+                if self._stop is None:
+                    self._events.note("stopping: running chunks are finished and saved (again to kill them)")
+                self._halt("interrupted", grace=0.0 if now else GRACE_SECONDS)
+            case ("wanted", wanted):
+                self._obey(wanted)
+            case ("lost", error):
+                raise error
 
     def _drain(self) -> Sequence[tuple[Any, ...]]:
         """Everything that is in the queue, waiting for the first of it; empty after a while without any."""
         events: list[tuple[Any, ...]] = []
         try:
-            events.append(self._events.get(timeout=0.2))
+            events.append(self._inbox.get(timeout=0.2))
             while len(events) < 4096:
-                events.append(self._events.get_nowait())
+                events.append(self._inbox.get_nowait())
         except queue.Empty:
             pass
         return events
 
-    def _commit(self, ready: bool, chunks: list[Chunk], complete: bool, done: list[Done], lost: list[Lost]) -> None:
+    def _commit(self, turn: _Turn) -> None:
         """One transaction for all that has come up, with the next hand-outs."""
-        handing_out = ready and self._stop is None and self._state == "running"
+        handing_out = self._loaded and self._prepared and self._stop is None and self._state == "running"
         room = max(1, CHUNKS_PER_SLOT * self._engine.slots) - len(self._running)
         take = max(0, min(room, MOST_TAKEN)) if handing_out else 0
-        if chunks or complete or lost:
+        if turn.planned or turn.complete or turn.lost:
             self._starved = False
         if self._starved:
             take = 0
-        if not (chunks or complete or done or lost or take):
+        if not (turn or take):
             if handing_out:
                 self._run_stragglers_again()
             return
         now = time.monotonic()
-        usage = {"seconds": now - self._accounted} if done else {}
-        counted, taken = self._save(planned=chunks, complete=complete, done=done, lost=lost, usage=usage, take=take)
-        if done:
+        usage = {"seconds": now - self._accounted} if turn.done else {}
+        planned: list[Chunk] = turn.planned
+        received: list[list[str]] = []
+        if self._intake is not None:
+            planned, received = self._intake.admit(turn.planned, first=self._items)
+        counted, taken = self._save(
+            planned=planned,
+            received=received,
+            complete=turn.complete,
+            done=turn.done,
+            lost=turn.lost,
+            usage=usage,
+            take=take,
+        )
+        if turn.done:
             self._accounted = now
-        if chunks:
-            self._items = chunks[-1].first + chunks[-1].count
-            if self._planner is not None:
-                self._planner.taken(len(chunks))
-        if complete:
+        if planned:
+            self._items = planned[-1].first + planned[-1].count
+        if turn.planned and self._planner is not None:
+            self._planner.taken(len(turn.planned))
+        if turn.complete:
             self._planned = True
             if remark := self._source.remark():
                 self._note(remark)
         for each in counted:
             self._done += each.count
             self._dead += len(each.dead)
+            self._tell(turn.settled[each.id], each)
         if counted:
             self._rates.append((now, self._done))
+            self._unpublished = True
+        if self._intake is not None:
+            self._intake.acknowledge([turn.settled[each.id] for each in counted])
         if take:
             self._starved = len(taken) < take
             if len(taken) == take < room:
-                self._events.put(("more",))  # look again at once
+                self._inbox.put(("more",))  # look again at once
         self._hand_out(taken)
         self._check_dead()
+
+    def _tell(self, chunk: Chunk, done: Done) -> None:
+        """Tell of a chunk that is committed."""
+        seconds = done.usage.get("worker_seconds", 0.0)
+        self._events(ChunkDone(chunk.first, chunk.count, len(done.dead), done.output.rows, seconds))
+        for dead in done.dead:
+            self._events(ItemDead(dead.key, dead.stage, dead.error))
 
     def _save(
         self, *, planned: Sequence[Chunk] = (), lost: Sequence[Lost] = (), **more: Any
@@ -335,32 +380,24 @@ class Coordinator:
     def _note(self, remark: str) -> None:
         """Tell the user, also one who looks later."""
         self._patience(lambda: self._store.remark(self._lease, remark))
-        self._say(remark)
+        self._events.note(remark)
 
     def _scale(self) -> None:
         """As many slots as there is work for: more at once, fewer after a while, none when there is nothing to do."""
-        if self._least == self._most or self._stop is not None:
+        if self._stop is not None:
             return
-        now, slots = time.monotonic(), self._engine.slots
-        if self._open and self._state == "running":
-            self._idle_since = None
-            wanted = max(1, self._least, min(self._most, -(-self._open // CHUNKS_PER_SLOT)))
-            idle = slots > sum(len(each.futures) for each in self._running.values())
-            if wanted > slots or (wanted < slots and idle and self._has_lasted("_shrinks_since", now, SHRINK_SECONDS)):
-                self._engine.resize(wanted)
-                self._shrinks_since = None
-            elif wanted >= slots or not idle:
-                self._shrinks_since = None
-        elif self._running:
-            self._idle_since = None
-        elif slots and self._has_lasted("_idle_since", now, IDLE_SECONDS):
-            self._engine.resize(0)
+        target = self._scaler.target(
+            time.monotonic(),
+            slots=self._engine.slots,
+            busy=self._attempts_running(),
+            open_chunks=self._open,
+            running=self._state == "running",
+        )
+        if target is not None:
+            self._engine.resize(target)
 
-    def _has_lasted(self, name: str, now: float, seconds: float) -> bool:
-        since: float | None = getattr(self, name)
-        if since is None:
-            setattr(self, name, now)
-        return since is not None and now - since >= seconds
+    def _attempts_running(self) -> int:
+        return sum(len(each.futures) for each in self._running.values())
 
     def _ask_why_it_is_quiet(self) -> None:
         now = time.monotonic()
@@ -376,7 +413,7 @@ class Coordinator:
         """The first worker has loaded the model, or could not."""
         error = future.exception() if not future.cancelled() else CancelledError()
         if error is None:
-            self._say(future.result())
+            self._events.note(future.result())
             return True
         if isinstance(error, ClusterLostError):
             raise error
@@ -387,14 +424,14 @@ class Coordinator:
                 self._load()
         return False
 
-    def _may_load_again(self, error: WorkerError, most: int) -> bool:
+    def _may_load_again(self, error: BaseException, most: int) -> bool:
         """Count a worker that was lost while it started or loaded the model; that many in a row are no accident."""
-        self._loading_losses += 1
-        if self._loading_losses < most:
+        if self._loading_losses.add(most):
             return True
+        assert isinstance(error, WorkerError)
         self._fail(
             ModelError(
-                f"{self._loading_losses} workers in a row were lost while they started or loaded the model, "
+                f"{self._loading_losses.count} workers in a row were lost while they started or loaded the model, "
                 f"the last: {error.message}",
                 hint=f"It left this stack:\n{error.trace}" if error.trace else "Check the memory that it needs.",
             )
@@ -408,43 +445,56 @@ class Coordinator:
         for stored in taken:
             unsettled = stored.attempts > UNSETTLED_ATTEMPTS and stored.chunk.count > 1
             if unsettled or self._is_too_large_a_share(stored):
-                halved.append(Lost(stored.id, [(half, stored.losses) for half in self._halves(stored.chunk)]))
+                halved.append(self._replaced(stored, self._retry.halves(stored.chunk.count, stored.losses)))
                 continue
             self._running[stored.id] = _Running(stored, time.monotonic())
             self._submit(stored, stored.attempt)
         if halved:
             self._save(lost=halved)
             self._starved = False
-            self._events.put(("halved",))  # the halves are waiting: look again at once
+            self._inbox.put(("halved",))  # the halves are waiting: look again at once
 
     def _is_too_large_a_share(self, stored: StoredChunk) -> bool:
-        """Whether, near the end, this chunk would keep one slot busy while the others have run out of work."""
-        count, left = stored.chunk.count, self._items - self._done
         fresh = stored.attempts == 1 and stored.losses == 0
-        large = count > self._batch_size and self._sizer.seconds(count) > SHORT_SECONDS
-        return self._planned and fresh and large and count * LAST_SHARES * self._engine.slots > left
+        return (
+            self._planned
+            and fresh
+            and is_too_large_a_share(
+                stored.chunk.count,
+                left=self._items - self._done,
+                slots=self._engine.slots,
+                batch_size=self._batch_size,
+                seconds=self._sizer.seconds(stored.chunk.count),
+            )
+        )
+
+    def _replaced(self, stored: StoredChunk, parts: Sequence[Part]) -> Lost:
+        """The parts in the place of the chunk."""
+        chunk = stored.chunk
+        if len(parts) == 1:
+            return Lost(stored.id, [(chunk, parts[0].losses)])
+        return Lost(stored.id, [(self._source.slice(chunk, part.start, part.stop), part.losses) for part in parts])
 
     def _submit(self, stored: StoredChunk, attempt: str) -> None:
         future = self._engine.submit(worker.run_chunk, stored.chunk, attempt)
         self._running[stored.id].futures.append(future)
-        future.add_done_callback(lambda done: self._events.put(("done", stored, attempt, done)))
+        future.add_done_callback(lambda done: self._inbox.put(("done", stored, attempt, done)))
 
-    def _settle(
-        self, stored: StoredChunk, attempt: str, future: Future[Any], done: list[Done], lost: list[Lost]
-    ) -> None:
+    def _settle(self, stored: StoredChunk, attempt: str, future: Future[Any], turn: _Turn) -> None:
         running = self._running.get(stored.id)
         if running is None:
             return  # the other attempt at a straggler was first
         running.futures.remove(future)
         error = CancelledError() if future.cancelled() else future.exception()
-        if error is None or (isinstance(error, WorkerError) and _had_begun(error)):
-            self._loading_losses = 0
+        if error is None or (isinstance(error, WorkerError) and had_begun(error)):
+            self._loading_losses.reset()
         if error is None:
             outcome: worker.Outcome = future.result()
             del self._running[stored.id]
             self._sizer.observe(stored.chunk.count, outcome.seconds)
-            self._durations.append(outcome.seconds)
-            done.append(self._done_from(stored, attempt, outcome))
+            self._stragglers.observe(outcome.seconds)
+            turn.done.append(self._done_from(stored, attempt, outcome))
+            turn.settled[stored.id] = stored.chunk
         elif running.futures:
             return  # another attempt is still at it
         else:
@@ -453,7 +503,7 @@ class Coordinator:
                 return  # stays "running" in the store; goes back to pending when the job is released
             # The planner waits for a first measurement: this is one, if a poor one.
             self._sizer.observe(stored.chunk.count, time.monotonic() - running.since)
-            self._retry(stored, attempt, error, done, lost)
+            self._after_loss(stored, attempt, error, turn)
 
     def _done_from(self, stored: StoredChunk, attempt: str, outcome: worker.Outcome) -> Done:
         dead = [
@@ -463,73 +513,31 @@ class Coordinator:
         usage = {**outcome.timings.as_dict(), "worker_seconds": outcome.seconds, "chunks": 1}
         return Done(stored.id, attempt, stored.chunk.count, outcome.output, dead, usage)
 
-    def _retry(
-        self, stored: StoredChunk, attempt: str, error: BaseException, done: list[Done], lost: list[Lost]
-    ) -> None:
-        chunk, losses = stored.chunk, stored.losses + 1
-        log.info("chunk %d+%d: %s", chunk.first, chunk.count, error)
-        if isinstance(error, WorkerError) and not _had_begun(error) and stored.attempts <= UNSETTLED_ATTEMPTS:
-            # It was lost while it started or loaded the model: no item is to blame.
-            if self._may_load_again(error, LOADING_LOSSES * max(1, self._engine.slots)):
-                lost.append(Lost(stored.id, [(chunk, stored.losses)]))
-            return
+    def _after_loss(self, stored: StoredChunk, attempt: str, error: BaseException, turn: _Turn) -> None:
+        chunk = stored.chunk
         if isinstance(error, ClusterLostError):
             raise error  # nothing can be run any more, and nothing is wrong with the job
-        if not isinstance(error, WorkerError):
-            # Not an item's fault and not a lost worker's: the output, the model or Tally itself.
-            if isinstance(error, (ModelError, StorageError)) or losses >= self._spec.attempts:
+        if isinstance(error, WorkerError):
+            self._events(WorkerLost(chunk.first, chunk.count, str(error)))
+        match self._retry.decide(chunk.count, error, losses=stored.losses, handed_out=stored.attempts):
+            case LoadAgain():
+                if self._may_load_again(error, LOADING_LOSSES * max(1, self._engine.slots)):
+                    turn.lost.append(Lost(stored.id, [(chunk, stored.losses)]))
+            case RunAgain(parts):
+                turn.lost.append(self._replaced(stored, parts))
+            case ItemIsDead():
+                dead = Dead(self._source.keys(chunk)[0], "score", _reason(error, self._spec), chunk)
+                turn.done.append(Done(stored.id, attempt, 1, Output(), [dead], {"losses": 1}))
+                turn.settled[stored.id] = chunk
+            case JobFails():
                 self._fail(error)
-            else:
-                lost.append(Lost(stored.id, [(chunk, losses)]))
-            return
-        certain = isinstance(error, (WorkerTimeoutError, WorkerMemoryError))
-        if chunk.count > 1:
-            lost.append(Lost(stored.id, self._bisect(chunk, losses, error.suspects, certain)))
-        elif certain or losses >= self._spec.attempts:
-            key = self._source.keys(chunk)[0]
-            dead = Dead(key, "score", _reason(error, self._spec), chunk)
-            done.append(Done(stored.id, attempt, 1, Output(), [dead], {"losses": 1}))
-        else:
-            lost.append(Lost(stored.id, [(chunk, losses)]))
-
-    def _bisect(
-        self, chunk: Chunk, losses: int, suspects: tuple[int, int] | None, certain: bool
-    ) -> list[tuple[Chunk, int]]:
-        """Cut out what the worker was busy with; if that was all of the chunk already, halve it.
-
-        A loss without a certain cause may have come from outside (kill -9, a lost machine): such suspects
-        are first run again as they were, ``attempts`` times in all.
-        """
-        start, stop = suspects or (0, chunk.count)
-        start, stop = max(0, start), min(stop, chunk.count)
-        if start < stop and (start, stop) != (0, chunk.count):
-            cuts = sorted({0, start, stop, chunk.count})
-            parts = [self._source.slice(chunk, a, b) for a, b in pairwise(cuts)]
-            return [(part, losses if part.first == chunk.first + start else 0) for part in parts]
-        if not certain and losses < self._spec.attempts:
-            return [(chunk, losses)]
-        # From here on every loss halves, and an item alone has to be lost twice.
-        last = self._spec.attempts - 1
-        return [(half, last if half.count > 1 else max(0, last - 1)) for half in self._halves(chunk)]
-
-    def _halves(self, chunk: Chunk) -> list[Chunk]:
-        """Two parts, cut between batches where there are several: items keep the company they had."""
-        batches = -(-chunk.count // self._batch_size)
-        cut = (batches // 2) * self._batch_size if batches > 1 else chunk.count // 2
-        return [self._source.slice(chunk, 0, cut), self._source.slice(chunk, cut, chunk.count)]
 
     def _run_stragglers_again(self) -> None:
-        """Near the end, idle slots run what takes longest a second time; the first commit wins.
-
-        Not a third time: where each attempt begins before the last one is lost, no loss would ever count.
-        """
-        idle = self._engine.slots - sum(len(each.futures) for each in self._running.values())
-        if idle <= 0 or not (self._planned and self._starved) or not self._durations:
+        """Near the end, idle slots run what takes longest a second time; the first commit wins."""
+        if not (self._planned and self._starved):
             return
-        patience = max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * statistics.median(self._durations))
-        now = time.monotonic()
-        slow = [each for each in self._running.values() if not each.doubled and now - each.since > patience]
-        for each in sorted(slow, key=lambda running: running.since)[:idle]:
+        idle = self._engine.slots - self._attempts_running()
+        for each in self._stragglers.pick(self._running.values(), idle=idle, now=time.monotonic()):
             each.doubled = self._doubled = True
             self._submit(each.stored, self._again(each.stored.id))
 
@@ -546,7 +554,7 @@ class Coordinator:
             self._state = "paused" if wanted == "pause" else "running"
             self._accounted = time.monotonic()  # waiting costs nothing
             self._patience(lambda: self._store.mark(self._lease, self._state))
-            self._say("paused; go on with: tally jobs resume " + self._lease.job_id if wanted == "pause" else "resumed")
+            self._events(StateChanged(self._state))
 
     def _halt(self, state: str, *, grace: float) -> None:
         if self._stop is None or state == "cancelled":
@@ -566,23 +574,25 @@ class Coordinator:
                 future.cancel()
 
     def _check_dead(self) -> None:
-        spec = self._spec
-        if self._stop is None and spec.strict and self._dead:
-            self._fail(
-                JobError(
-                    f"stopped, as --strict asks: {self._dead:,} of the first {self._done:,} items failed; "
-                    f"the first was {self._first_dead()}",
-                    hint=f"{_mend(self._lease.job_id)} Without --strict, the rest is scored.",
+        if self._stop is not None:
+            return
+        match self._dead_limit.reached(self._done, self._dead):
+            case "strict":
+                self._fail(
+                    JobError(
+                        f"stopped, as --strict asks: {self._dead:,} of the first {self._done:,} items failed; "
+                        f"the first was {self._first_dead()}",
+                        hint=f"{_mend(self._lease.job_id)} Without --strict, the rest is scored.",
+                    )
                 )
-            )
-        if self._stop is None and self._done >= spec.min_dead and self._dead > spec.max_dead * self._done:
-            self._fail(
-                JobError(
-                    f"stopped early: {self._dead:,} of the first {self._done:,} items failed, over the limit of "
-                    f"{spec.max_dead:.0%}; the first was {self._first_dead()}",
-                    hint=f"{_mend(self._lease.job_id)} To go on regardless, raise --max-dead.",
+            case "share":
+                self._fail(
+                    JobError(
+                        f"stopped early: {self._dead:,} of the first {self._done:,} items failed, over the limit of "
+                        f"{self._spec.max_dead:.0%}; the first was {self._first_dead()}",
+                        hint=f"{_mend(self._lease.job_id)} To go on regardless, raise --max-dead.",
+                    )
                 )
-            )
 
     def _end(self) -> str:
         # What may still run has had its grace, or is the slower attempt at something that is done.
@@ -611,7 +621,7 @@ class Coordinator:
             else:
                 self._release("finished", manifest=manifest)
                 self._state = "finished"
-                self._listen(self.progress())
+                self._events(self.progress())
                 return "finished"
         with suppress(StorageError):  # on a full disk: the error at hand is the one to tell
             self._account()
@@ -633,26 +643,56 @@ class Coordinator:
 
     def _finalize(self) -> dict[str, Any]:
         self._account()
-        store, job_id = self._store, self._lease.job_id
-        record = self._patience(lambda: store.get(job_id))
+        if self._intake is not None:
+            self._publish_settled()
+        record = self._patience(lambda: self._store.get(self._lease.job_id))
+        return self._write_output(self._sink.finalize, record, record.generation)
+
+    def _write_output(self, write: Callable[..., dict[str, Any]], record: JobRecord, generation: int) -> dict[str, Any]:
+        """Have the sink finalize or publish what is committed of one generation."""
+        store, job_id = self._store, record.id
         dead = self._streamed(lambda: store.dead(job_id))
-        return self._sink.finalize(
-            self._streamed(lambda: store.outputs(job_id, generation=record.generation)),
+        return write(
+            self._streamed(lambda: store.outputs(job_id, generation=generation)),
             ({"key": each.key, "stage": each.stage, "error": each.error} for each in dead),
             {
                 **self._manifest,
                 "job": record.id,
-                "generation": record.generation,
+                "generation": generation,
                 "items": record.items,
                 "scored": record.done - record.dead,
                 "dead": record.dead,
                 "rows": record.rows,
-                "created_at": _iso(record.created_at),
-                "started_at": _iso(record.started_at),
+                "created_at": iso_time(record.created_at),
+                "started_at": iso_time(record.started_at),
                 "usage": record.usage,
             },
             confirm=self._confirm,
         )
+
+    # -- endless sources ---------------------------------------------------------------------------
+
+    def _publish_now_and_then(self) -> None:
+        """Results of an endless source are published while the job goes on, a generation at a time."""
+        due = time.monotonic() - self._published_at >= PUBLISH_SECONDS
+        if self._intake is None or not self._unpublished or not due or self._stop is not None:
+            return
+        nonce = new_nonce()
+        self._patience(lambda: self._store.advance(self._lease, nonce=nonce))
+        self._publish_settled()
+        self._unpublished = False
+        self._published_at = time.monotonic()
+
+    def _publish_settled(self) -> None:
+        """Publish the generations that nothing is added to any more, and that are not published yet.
+
+        A generation is settled before it is published: after a crash, the same is published again.
+        """
+        record = self._patience(lambda: self._store.get(self._lease.job_id))
+        manifest = self._sink.manifest() or {}
+        published = manifest["generation"] if manifest.get("job") == record.id else -1
+        for generation in range(published + 1, record.generation):
+            self._write_output(self._sink.publish, record, generation)
 
     def _confirm(self) -> None:
         """Raises OwnershipLostError if another coordinator has taken the job: nothing of its output is ours to change.
@@ -712,16 +752,8 @@ def _collecting_rarely() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _had_begun(error: WorkerError) -> bool:
-    """Whether the lost worker was at items of its chunk."""
-    return error.suspects is not None and error.suspects[0] < error.suspects[1]
-
-
-def _iso(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
-def _reason(error: WorkerError, spec: JobSpec) -> str:
+def _reason(error: BaseException, spec: JobSpec) -> str:
+    assert isinstance(error, WorkerError)
     what = error.message
     if isinstance(error, WorkerTimeoutError):
         what += f" of {spec.timeout:g} s"

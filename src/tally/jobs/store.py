@@ -27,6 +27,7 @@ from tally.jobs import chunks, received_keys
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
+from tally.storage import normalised
 from tally.text import storable
 
 Request: TypeAlias = Literal["run", "pause", "cancel"]
@@ -550,7 +551,7 @@ _SMALL = [column for column in jobs.c if column.name not in ("spec", "model", "m
 
 def _place(out: str) -> str:
     """A place as it is stored and looked for."""
-    return storable(out).rstrip("/") or out[:1]
+    return storable(normalised(out))
 
 
 def _output_columns(output: dict[str, Any]) -> dict[str, Any]:

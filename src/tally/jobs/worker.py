@@ -1,33 +1,38 @@
-"""One chunk, in a worker: read → decode → score → encode → write.
+"""One chunk in a worker: read → decode → score → encode → write.
 
-No database, no credentials for it, and no idea of the job beyond this chunk.
+A worker has no database and no credentials for one, and knows nothing of the job beyond this chunk.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
 from typing import Any
 
 from tally.engines import progress
-from tally.errors import ItemError, TallyError
+from tally.errors import ItemError
 from tally.models.load import load
 from tally.models.reference import ModelRef
-from tally.scorers.base import Scorer, TableResult
+from tally.scorers.base import Scorer
+from tally.scorers.run import Part, configured, score
 from tally.sinks.base import Output, Sink, Writer
 from tally.sources.base import Batch, Chunk, Source, Timings
 from tally.storage import while_waiting
 from tally.text import storable
 
 STARTUP_SECONDS = 600.0
-"""How long loading a model may take before its worker counts as hung."""
+"""Seconds that loading a model may take before its worker counts as hung."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a worker needs once. overlay: results are drawn onto the pictures that they are of."""
+    """What a worker is given once, when it starts.
+
+    batch_size: None leaves it to the scorer. timeout: seconds for one batch. overlay: results are drawn onto the
+    pictures that they are about.
+    """
 
     model: ModelRef
     source: Source
@@ -58,18 +63,6 @@ class Outcome:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Results of ``count`` items that follow each other: a sequence, or a ``pyarrow.Table``.
-
-    errors: those that failed, by position; what ``results`` holds there means nothing.
-    """
-
-    count: int
-    results: Any
-    errors: Mapping[int, Exception] = field(default_factory=dict)
-
-
 @dataclass(slots=True)
 class Worker:
     """A worker's state: the loaded scorer beside its source and sink."""
@@ -84,14 +77,8 @@ class Worker:
 def setup(given: Setup) -> Worker:
     """Load the scorer. Raises ModelError if it cannot be used."""
     progress.busy(0, 0, limit=STARTUP_SECONDS)
-    while_waiting(progress.waiting)  # an item is not to blame for a store that is away
-    scorer = load(given.model, given.device)
-    if given.overlay:
-        from tally.scorers.vision.overlay import Overlay
-
-        scorer = Overlay(scorer)
-    if given.batch_size is not None:
-        scorer.batch_size = given.batch_size
+    while_waiting(progress.waiting)  # time spent waiting for a store does not count against an item
+    scorer = configured(load(given.model, given.device), overlay=given.overlay, batch_size=given.batch_size)
     # Runs when the process is asked to end, not when it is killed.
     Finalize(None, scorer.close, exitpriority=1)
     return Worker(scorer, given.source, given.sink, given.timeout, scorer.describe())
@@ -105,39 +92,38 @@ def describe(worker: Worker) -> str:
 def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
     """Score one chunk and write its results under the attempt's name.
 
-    Bad items end up in ``dead``; only what concerns the whole chunk (the output cannot be written, say)
-    is raised.
+    Bad items end up in ``dead``. Raises only what concerns the whole chunk: the output cannot be written, say.
     """
     began = time.perf_counter()
     timings = Timings()
     dead: list[tuple[int, str, str]] = []  # not the errors themselves: they may hold on to large values
     writer = worker.sink.open(attempt, chunk)
     size = worker.scorer.batch_size
-    # In whole batches, so that what is cut out of the chunk after a crash keeps its batches.
+    # Whole batches, so that the parts into which a crash cuts the chunk keep their batches.
     ahead = -(-worker.source.ahead(size) // size) * size
 
     def busy(start: int, stop: int) -> None:
         stop = min(stop, chunk.count)
         progress.busy(start, stop, ahead=min(ahead, chunk.count - stop), limit=worker.timeout)
 
-    def note(found: Sequence[tuple[int, ItemError]]) -> None:
+    def record(found: Sequence[tuple[int, ItemError]]) -> None:
         dead.extend((position, error.stage, _bounded(str(error))) for position, error in found)
 
-    busy(0, size)  # at once: reading ahead begins before the first batch is there
+    busy(0, size)  # before the first batch is there: reading ahead begins at once
     batches = worker.source.read(chunk, worker.scorer, timings)
     try:
         for batch in batches:
             busy(batch.start, batch.stop)
-            note(batch.dead)
+            record(batch.dead)
             if len(batch.keys):
                 start = time.perf_counter()
                 results = score(worker.scorer, batch.values, len(batch.keys))
                 scored = time.perf_counter()
                 timings.score += scored - start
-                note(_write(writer, batch, results))
+                record(_write(writer, batch, results))
                 timings.write += time.perf_counter() - scored
             busy(batch.stop, batch.stop + size)
-        # Everything is scored: if the worker is lost while closing, no item is to blame.
+        # All items are scored: if the worker is lost while it closes the output, no item is to blame.
         progress.busy(0, chunk.count, limit=worker.timeout)
         start = time.perf_counter()
         output = writer.close()
@@ -156,98 +142,41 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
     )
 
 
-def score(scorer: Scorer, values: Any, count: int) -> list[Part]:
-    """The batch's results in parts, in order; if scoring raises, the items that raise alone have their exception
-    as result.
-
-    values: a sequence of prepared values, or a ``pyarrow.Table``; ``count`` items of it.
-    """
-    try:
-        results: Any = scorer.score(values)
-    except Exception as error:
-        if count == 1:
-            return [Part(1, [error], {0: error})]
-        half = count // 2
-        return [
-            *score(scorer, values[:half], half),
-            *score(scorer, values[half:], count - half),
-        ]
-    errors: Mapping[int, Exception] = {}
-    if isinstance(results, TableResult):
-        results, errors = results.rows, results.errors
-    if hasattr(results, "num_rows"):
-        _check_length(scorer, results.num_rows, count)
-        return [Part(count, results, errors)]
-    # A mapping has a length too: somebody returned one row instead of a list of them.
-    if not hasattr(results, "__len__") or isinstance(results, (Mapping, str, bytes)):
-        raise TallyError(
-            f"{type(scorer).__name__}.score returned {type(results).__name__}, not a sequence with one result per item"
-        )
-    _check_length(scorer, len(results), count)
-    found = {index: result for index, result in enumerate(results) if isinstance(result, Exception)}
-    return [Part(count, results, found)]
-
-
-def _check_length(scorer: Scorer, given: int, count: int) -> None:
-    if given != count:
-        raise TallyError(
-            f"{type(scorer).__name__}.score returned {given} results for {count} items",
-            hint="Return one result per item, in the same order; an exception object for an item that failed.",
-        )
-
-
 def _write(writer: Writer, batch: Batch, parts: Sequence[Part]) -> list[tuple[int, ItemError]]:
-    """Hand the batch's results to the writer; position and error of each item that has none."""
+    """Hand the batch's results to the writer; returns position and error of each item that has none."""
     dead: list[tuple[int, ItemError]] = []
     start = 0
     for part in parts:
-        whole = len(parts) == 1 and not part.errors
-        kept = None if whole else [start + i for i in range(part.count) if i not in part.errors]
-        dead += [(int(batch.positions[start + i]), _item_error(error)) for i, error in part.errors.items()]
-        if kept is None or kept:
-            keys, info = _picked(batch.keys, kept), _picked(batch.info, kept)
-            results = part.results if kept is None else _picked(part.results, [index - start for index in kept])
+        good: Sequence[int] = range(part.count)
+        if part.errors:
+            good = [index for index in good if index not in part.errors]
+        dead += [(int(batch.positions[start + index]), error) for index, error in part.errors.items()]
+        if good:
+            at = [start + index for index in good] if len(parts) > 1 or part.errors else None
+            keys, info = _select(batch.keys, at), _select(batch.info, at)
+            results = _select(part.results, good if part.errors else None)
             if hasattr(results, "num_rows"):
                 refused = writer.add_table(keys, results, info)
             else:
-                refused = writer.add(_plain(keys), results, None if info is None else _plain(info))
-            dead += [(int(batch.positions[index if kept is None else kept[index]]), error) for index, error in refused]
+                refused = writer.add(_as_list(keys), results, None if info is None else _as_list(info))
+            dead += [(int(batch.positions[start + good[index]]), error) for index, error in refused]
         start += part.count
     return dead
 
 
-def _picked(values: Any, indices: Sequence[int] | None) -> Any:
-    """Some of a sequence's, an Arrow array's or a table's values."""
+def _select(values: Any, indices: Sequence[int] | None) -> Any:
+    """Some of a sequence's, an Arrow array's or a table's values; all of them if ``indices`` is None."""
     if indices is None or values is None:
         return values
     return values.take(indices) if hasattr(values, "take") else [values[index] for index in indices]
 
 
-def _plain(values: Any) -> Any:
+def _as_list(values: Any) -> Any:
+    """A sequence as it is, an Arrow array or table as a list."""
     return values.to_pylist() if hasattr(values, "to_pylist") else values
 
 
 def _bounded(text: str) -> str:
-    """The text, storable and not too long."""
+    """The text, storable and of at most 4,000 characters."""
     clean = storable(text)
     return clean if len(clean) <= 4000 else clean[:4000] + " ..."
-
-
-def _item_error(error: Any) -> ItemError:
-    if isinstance(error, ItemError):
-        return error
-    if isinstance(error, TallyError):
-        return ItemError(error.message, hint=error.hint)
-    text = " ".join(str(error).split())
-    where = _where(error)
-    return ItemError(f"{type(error).__name__}: {text}" + (f" ({where})" if where else ""))
-
-
-def _where(error: BaseException) -> str:
-    """File and line in which the user's code raised."""
-    trace = error.__traceback__
-    if trace is None:
-        return ""
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}, line {trace.tb_lineno}"

@@ -217,16 +217,13 @@ def _names(store: Store, files: Sequence[str]) -> list[str]:
 
 def download(store: Store, names: Iterable[str], folder: Path) -> None:
     """Copy objects to files of the same names below a folder, several at a time."""
-    from tally.storage import ObjectStore, failure
+    from tally.storage import failure
 
     def one(name: str) -> None:
         target = folder / _harmless(name)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(store, ObjectStore):
-                store.download(name, target)
-            else:
-                shutil.copyfile(store.local_path(name), target)
+            store.download(name, target)
         except StorageError:
             raise
         except OSError as error:

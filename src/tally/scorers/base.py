@@ -1,8 +1,8 @@
 """The scorer contract: what a model is to Tally.
 
-A scorer loads its artifacts once per worker and then scores batches. It is created in the worker
-process, used by one thread at a time in :meth:`Scorer.load` and :meth:`Scorer.score`, while
-:meth:`Scorer.prepare` may run in several threads at once, ahead of scoring.
+A scorer loads its artifacts once per process and then scores batches. :meth:`Scorer.load`, :meth:`Scorer.score` and
+:meth:`Scorer.respond` are called by one thread at a time; :meth:`Scorer.prepare` may run in several threads at once,
+ahead of scoring.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 Input: TypeAlias = Literal["image", "bytes", "path", "frame", "table"]
 """What one value handed to a scorer is.
 
 image: ``uint8[height, width, 3]`` RGB, upright (EXIF orientation applied).
-bytes: the file's content. path: a local ``pathlib.Path`` (fetched first if the source is remote).
+bytes: the file's content. path: a local ``pathlib.Path`` (downloaded first if the source is remote).
 frame: as image, decoded from a video. table: a ``pyarrow.Table`` of all rows of the batch.
 """
 
 Row: TypeAlias = Mapping[str, Any]
 Result: TypeAlias = "Row | Sequence[Row] | np.ndarray[Any, Any] | Exception"
-"""One item's result: a row, several rows (none is fine too), an image ``uint8[h, w, 3]`` or
-``uint8[h, w]``, or an exception, which makes that item dead and no other."""
+"""One item's result: a row, several rows (or none), an image ``uint8[h, w, 3]`` or ``uint8[h, w]``, or an exception,
+which makes that item dead and no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class TableResult:
     """The results of a table's rows as columns.
 
     rows: one row for each row of the batch, in the same order.
-    errors: position in the batch to what went wrong there; what ``rows`` holds at such a position is dropped.
+    errors: position in the batch to what went wrong there; the row at such a position is dropped.
     """
 
     rows: pa.Table
@@ -51,8 +50,8 @@ Results: TypeAlias = "Sequence[Result] | pa.Table | TableResult"
 class Item:
     """One item of a source, read and decoded.
 
-    ``info`` tells what the value itself does not: for images ``width`` and ``height``, the size in
-    pixels of the original, upright image (the value may have been decoded at a reduced scale).
+    ``info`` says what the value does not: for images ``width`` and ``height``, the size in pixels of the original,
+    upright image (the value may have been decoded at a reduced scale).
     """
 
     key: str
@@ -62,14 +61,38 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Readings are gathered over ``seconds`` each before they are scored; ``time`` is their column of timestamps.
+    """Readings are aggregated over ``seconds`` each before they are scored; ``time`` is their column of timestamps.
 
-    aggregate: what is made of each column: mean, min, max, last, or count of all.
+    aggregate: what is made of each column (mean, min, max, last), and count, the number of readings.
     """
 
     time: str
     seconds: float
     aggregate: tuple[str, ...] = ("mean",)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One HTTP request to a model, whichever server took it.
+
+    method: in capitals. path: without the query. query: as sent, without the question mark (``a=1&b=2``).
+    headers: name to value; of a header that was sent several times, the values joined with commas.
+    """
+
+    body: bytes = b""
+    method: str = "POST"
+    path: str = "/score"
+    query: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What a model answers. headers: name and value of each; a name may come several times."""
+
+    status: int
+    body: bytes
+    headers: Sequence[tuple[str, str]] = ()
 
 
 class Scorer:
@@ -78,16 +101,16 @@ class Scorer:
     Class attributes declare what a batch holds:
 
     input: see :data:`Input`.
-    size: ``(width, height)`` in pixels that the scorer is going to resize to, or None. JPEGs are then
-        decoded at a reduced scale that is still at least twice as large.
-    batch_size: how many items :meth:`score` is given at most.
+    size: ``(width, height)`` in pixels that the scorer resizes to, or None. JPEGs are then decoded at a reduced scale
+        that is still at least twice as large.
+    batch_size: the most items that :meth:`score` is given at once.
     output: ``rows`` (mappings) or ``image`` (arrays, written as picture files).
     columns: column name to Arrow type name (``string``, ``int64``, ``float32`` ...), in order, so that
         every part of the result has one schema; None infers them.
-    features: of tables, the columns wanted: their names; a number n: the n numeric columns that there are besides
-        ``by`` and time; None: all columns.
-    by: of tables, the columns whose values choose a model, where there is one model for each key.
-    window: of tables, what readings are gathered over first, unless the job says otherwise.
+    features: tables only, the columns to score: their names; a number n: the n numeric columns besides ``by`` and
+        time; None: all columns.
+    by: tables only, the columns whose values choose a model, where there is one model per key.
+    window: tables only, how readings are aggregated first, unless the job says otherwise.
 
     The table handed to :meth:`score` has the columns ``by``, then the features in order, and no others.
     """
@@ -109,7 +132,7 @@ class Scorer:
         return None
 
     def load(self, artifacts: Path, device: str) -> None:
-        """Load the model once per worker.
+        """Load the model, once per process.
 
         artifacts: the model package's folder (or the folder given with ``--artifacts``).
         device: ``auto`` (the best there is), ``cpu``, ``cuda``, ``cuda:N``, ``tensorrt`` or ``tensorrt:N``.
@@ -131,8 +154,15 @@ class Scorer:
         """
         raise TypeError(f"{type(self).__name__} must define score(batch)")
 
+    def respond(self, request: Request) -> Response | None:
+        """The answer to a request, where the model itself understands requests; or None.
+
+        Of the others, the endpoint takes the items from the body, scores them, and writes the results as JSON.
+        """
+        return None
+
     def describe(self) -> str:
-        """One line on what was loaded and where it runs, shown to the user when the job starts."""
+        """One line that says what was loaded and where it runs, shown when the job starts."""
         return type(self).__name__
 
     def close(self) -> None:

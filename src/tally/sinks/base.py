@@ -17,12 +17,48 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from dataclasses import fields as fields_of
+from typing import Any, Literal, Self
 
-from tally.errors import ItemError
+from tally.errors import ItemError, SpecError
 from tally.scorers.base import Result
-from tally.sources.base import Chunk
+from tally.sources.base import Chunk, Source
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDescription:
+    """What an output is. Kept with its job, it is all that is needed to find, read or remove the results.
+
+    kind: what the output holds. place: as :func:`tally.storage.normalised` writes it. merged: it is one file.
+    format: of the files; None where each item's name says it.
+    columns: of the rows besides the key, column name to Arrow type name; None where they are known only when rows are
+        there; empty where the output holds no rows.
+    order: a column that comes with the rows and is not written: it tells where in the source a row came from.
+    options: what else the sink was told, JSON-able.
+    """
+
+    kind: Literal["rows", "images", "video"]
+    place: str
+    merged: bool = False
+    format: str | None = None
+    columns: Mapping[str, str] | None = None
+    order: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able. Columns are pairs: not every database keeps the order of an object's names."""
+        return {
+            **asdict(self),
+            "columns": None if self.columns is None else [list(each) for each in self.columns.items()],
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`; other fields are passed over."""
+        known = {each.name: fields[each.name] for each in fields_of(cls) if each.name in fields}
+        columns = known.get("columns")
+        return cls(**{**known, "columns": None if columns is None else dict(columns)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +108,34 @@ class Sink(ABC):
     """Writes a chunk's results, finalizes the whole."""
 
     @abstractmethod
+    def describe(self) -> OutputDescription:
+        """What the output is. :func:`tally.sinks.factory.reopen` makes an equal sink of it."""
+
+    @property
+    def place(self) -> str:
+        """Where the output is, for people and for looking it up: :attr:`OutputDescription.place`."""
+        return self.describe().place
+
+    @property
+    def work(self) -> str | None:
+        """A folder (path or URL) that is the job's own until it ends, for what a source has to prepare, say; None if
+        the output has no room for that."""
+        return None
+
+    @property
+    def rolling(self) -> bool:
+        """Whether results can be published before the job ends: see :meth:`publish`."""
+        return False
+
+    def check(self, source: Source) -> None:
+        """Before a job begins: raises SpecError where the source's results cannot be written here."""
+        if not source.bounded and not self.rolling:
+            raise SpecError(
+                f"the source has no end, and {self.place} can only be written when a job ends",
+                hint="Give a folder for rows or pictures: --out results/",
+            )
+
+    @abstractmethod
     def claim(self, job_id: str, *, overwrite: bool = False) -> None:
         """Take the output place for this job, or find that it already has it.
 
@@ -110,6 +174,23 @@ class Sink(ABC):
         Writes ``_manifest.json``, then ``_SUCCESS``, then removes the staging folder. Repeating it after
         a crash at any point gives the same files. Returns the manifest as written, with ``files``.
         """
+
+    def publish(
+        self,
+        outputs: Iterable[Output],
+        dead: Iterable[dict[str, Any]],
+        manifest: dict[str, Any],
+        *,
+        confirm: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """Publish a generation while the job goes on, as :meth:`finalize` would; only if :attr:`rolling`.
+
+        The claim stays, attempts in flight are left alone, and ``_SUCCESS`` is not written: readers trust
+        ``_manifest.json``. Each generation adds to those before it; :meth:`finalize` adds the last and ends the job.
+        outputs: of this generation only. Which those are has to be settled before: after a crash, the same are given
+        again, and what has been published is not published twice.
+        """
+        raise SpecError(f"{self.place} can only be written when the job ends")
 
     @abstractmethod
     def release(self) -> None:

@@ -1,19 +1,30 @@
-"""From what the user wrote after ``--out`` to the sink that writes it."""
+"""From what the user wrote after ``--out`` to the sink that writes it, and back to it later.
+
+A new kind of output is one file and one line in :data:`BUILT_IN`. An installed package adds another by an entry point
+in the group ``tally.sinks``, whose name is a URL scheme (``mything`` for ``mything://...``) and whose value takes an
+:class:`OutputDescription` and returns a :class:`Sink`, for writing as well as for reading later.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, TypeAlias
 
+from tally import extensions
 from tally.errors import SpecError
 from tally.media.video.encode import DEFAULTS, Encoding
+from tally.sinks.base import OutputDescription, Sink
 from tally.sinks.files import KINDS, FilesSink
+from tally.sinks.layout import OutputLayout
 from tally.sinks.rows import RowsSink
-from tally.sinks.staging import Place, StagedSink
 from tally.sinks.video import KINDS as VIDEOS
 from tally.sinks.video import VideoSink
-from tally.storage import is_url, key_of, local_of
+from tally.storage import foreign_scheme, is_url, key_of, local_of, normalised
+
+GROUP = "tally.sinks"
+"""The entry points of other packages' sinks."""
 
 ROWS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 """Suffixes of a merged file of rows, and the format that each means."""
@@ -31,7 +42,10 @@ _FILES = frozenset(
 )
 
 
-def choose(
+Factory: TypeAlias = Callable[[OutputDescription], Sink]
+
+
+def sink_for(
     out: str,
     *,
     output: Literal["rows", "image", "video"],
@@ -41,40 +55,69 @@ def choose(
     codec: str | None = None,
     crf: float | None = None,
     audio: bool = True,
-) -> StagedSink:
-    """The sink for an output place. Nothing is created or contacted yet.
+) -> Sink:
+    """The sink for what the user wrote after ``--out``. Nothing is created or contacted yet.
 
     out: a folder or a URL of one; for rows also one file that ends in .csv, .parquet, .jsonl or .ndjson, for video
-    one that ends in .mp4, .m4v, .mov, .mkv or .webm.
-    output: what the scorer gives: ``video`` for pictures that are put together. columns: those that it declares, and
-    those of the source. order: of rows; see :class:`RowsSink`.
+    one that ends in .mp4, .m4v, .mov, .mkv or .webm; or a URL with the scheme of an installed package's sink.
+    output: what the scorer gives; ``video`` for pictures that are put together. columns: those that it declares, and
+    those of the source. order: the column of the source that rows are sorted by; see :class:`RowsSink`.
     format: ``parquet``, ``csv`` or ``jsonl`` for rows, ``jpg``, ``png`` or ``webp`` for pictures, ``mp4``, ``mov``,
     ``mkv`` or ``webm`` for video; None takes Parquet, MP4, or the file's own; pictures go by their item's name.
     codec, crf: of video; see :class:`Encoding` and :meth:`VideoSink.check`. audio: whether sound is kept.
     Raises SpecError where these do not fit together.
     """
+    kind: Literal["rows", "images", "video"] = "images" if output == "image" else output
+    wanted = {"jpeg": "jpg", "ndjson": "jsonl"}.get(format or "", format)
+    options = {"codec": codec, "crf": crf, "audio": audio} if output == "video" else {}
+    described = OutputDescription(kind, normalised(out), False, wanted, columns, order, options)
+    if (scheme := foreign_scheme(out)) is not None and (factory := _foreign(scheme)) is not None:
+        return factory(described)
     path = local_of(out) if out.startswith("file://") else out
     if key_of(path) != path:
         raise SpecError(f"the output {key_of(path)!r} is not valid UTF-8", hint="Choose a name that is.")
     suffix = "" if path.endswith("/") else PurePosixPath(path).suffix.lower()
-    local = None if is_url(path) else Path(path)
-    wanted = {"jpeg": "jpg", "ndjson": "jsonl"}.get(format or "", format)
-    one = {"rows": ROWS, "image": {}, "video": VIDEOS}[output]
-    merged = one.get(suffix)
-    _check(out, local, suffix, output, wanted)
-    if merged is None:
-        place = Place(path)
-    elif local is not None:
-        place = Place(str(local.absolute().parent), local.name)
-    else:
-        root, _, name = path.rpartition("/")
-        place = Place(root, name)
-    if output == "image":
-        return FilesSink(place, wanted, columns)
-    if output == "video":
-        kind = merged or wanted or "mp4"
-        return VideoSink(place, kind, Encoding(codec or DEFAULTS[kind], crf), audio=audio)
-    return RowsSink(place, merged or wanted or "parquet", columns, order)
+    merged = {"rows": ROWS, "images": {}, "video": VIDEOS}[kind].get(suffix)
+    _check(out, None if is_url(path) else Path(path), suffix, output, wanted)
+    return reopen(replace(described, merged=merged is not None, format=merged or wanted))
+
+
+def reopen(description: OutputDescription) -> Sink:
+    """The sink of an output that was described once: for reading, releasing or removing, without model and source."""
+    if (scheme := foreign_scheme(description.place)) is not None and (factory := _foreign(scheme)) is not None:
+        return factory(description)
+    return BUILT_IN[description.kind](description)
+
+
+def _foreign(scheme: str) -> Factory | None:
+    """The factory of an installed package for URLs of this scheme, if there is one."""
+    found: Factory | None = extensions.find(GROUP, scheme)
+    return found
+
+
+def _rows(description: OutputDescription) -> Sink:
+    return RowsSink(_layout(description), description.format or "parquet", description.columns, description.order)
+
+
+def _pictures(description: OutputDescription) -> Sink:
+    return FilesSink(_layout(description), description.format, description.columns)
+
+
+def _video(description: OutputDescription) -> Sink:
+    kind, options = description.format or "mp4", description.options
+    encoding = Encoding(options.get("codec") or DEFAULTS[kind], options.get("crf"))
+    return VideoSink(_layout(description), kind, encoding, audio=options.get("audio", True))
+
+
+def _layout(description: OutputDescription) -> OutputLayout:
+    if not description.merged:
+        return OutputLayout(description.place)
+    folder, _, name = description.place.rpartition("/")
+    return OutputLayout(folder or "/", name)
+
+
+BUILT_IN: dict[str, Factory] = {"rows": _rows, "images": _pictures, "video": _video}
+"""By :attr:`OutputDescription.kind`, for folders, files and object stores."""
 
 
 def _check(out: str, local: Path | None, suffix: str, output: str, wanted: str | None) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 
 from tally.errors import ItemError
 from tally.scorers.base import Result
-from tally.sinks.base import Output, Writer
+from tally.sinks.base import Output, OutputDescription, Writer
+from tally.sinks.layout import File, OutputLayout, attempt_of
 from tally.sinks.rows import RowsSink
-from tally.sinks.staging import File, Place, attempt_of
 from tally.sources.base import Chunk
 from tally.storage import TEMPORARY
 
@@ -50,18 +50,24 @@ class FilesSink(RowsSink):
     ``file, width, height, bytes``.
     """
 
-    def __init__(self, place: Place, pictures: str | None = None, columns: Mapping[str, str] | None = None) -> None:
-        super().__init__(place, "parquet", {**(columns or {}), **_COLUMNS})
+    def __init__(
+        self, layout: OutputLayout, pictures: str | None = None, columns: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(layout, "parquet", {**(columns or {}), **_COLUMNS})
         self.pictures = pictures
+
+    def describe(self) -> OutputDescription:
+        """See :meth:`Sink.describe`."""
+        return OutputDescription("images", str(self.layout), False, self.pictures, self.columns)
 
     def open(self, attempt: str, chunk: Chunk) -> Writer:
         """See :meth:`Sink.open`."""
-        return PictureWriter(self.place, attempt, super().open(attempt, chunk), self.pictures)
+        return PictureWriter(self.layout, attempt, super().open(attempt, chunk), self.pictures)
 
-    def _assemble(
+    def assemble(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
     ) -> dict[str, Any]:
-        return {**super()._assemble(outputs, dead, earlier), "output": "image"}
+        return {**super().assemble(outputs, dead, earlier), "output": "image"}
 
     def _tables(self, staged: Sequence[str], kept: Sequence[File]) -> Iterator[pa.Table]:
         import pyarrow as pa
@@ -74,23 +80,23 @@ class FilesSink(RowsSink):
             else:
                 yield table
 
-    def _publish(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
-        place = self.place
-        staged = [place.staging + name for output in outputs for name in output.files]
+    def _move_files(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
+        layout = self.layout
+        staged = [layout.staging + name for output in outputs for name in output.files]
         earlier = self.manifest()
         renamed = self._renamed(staged, [] if earlier is None else [file["path"] for file in earlier["files"]])
 
         def moves() -> Iterator[tuple[str, str]]:
             for name in staged:
-                folder = place.attempts + attempt_of(name.removeprefix(place.staging))
-                for file in place.table(name, ["file"])["file"].to_pylist():
+                folder = layout.attempts + attempt_of(name.removeprefix(layout.staging))
+                for file in layout.table(name, ["file"])["file"].to_pylist():
                     yield f"{folder}/{file}", renamed.get((name, file), file)
 
         todo = moves()
         with ThreadPoolExecutor(_MOVES, thread_name_prefix="tally-move") as pool:
             while some := list(islice(todo, 1000)):
-                list(pool.map(lambda each: place.move(*each), some))
-        super()._publish(plan, outputs)
+                list(pool.map(lambda each: layout.move(*each), some))
+        super()._move_files(plan, outputs)
 
     def _renamed(self, staged: Sequence[str], kept: Sequence[str]) -> dict[tuple[str, str], str]:
         """``(staged rows, file)`` to another file name, for pictures whose name an earlier one has already.
@@ -101,7 +107,7 @@ class FilesSink(RowsSink):
         from tally.sinks import merge
 
         def files(name: str) -> list[str]:
-            return list(self.place.table(name, ["file"])["file"].to_pylist())
+            return list(self.layout.table(name, ["file"])["file"].to_pylist())
 
         def hashes(name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
             return np.fromiter(map(hash, files(name)), np.int64)
@@ -114,7 +120,7 @@ class FilesSink(RowsSink):
         taken = {file for name in kept for file in files(name) if hash(file) in doubtful}
         renamed = {}
         for name in staged:
-            rows = self.place.table(name, ["key", "file"])
+            rows = self.layout.table(name, ["key", "file"])
             for key, file in zip(rows["key"].to_pylist(), rows["file"].to_pylist(), strict=True):
                 if file in taken:
                     renamed[name, file] = marked(file, key)
@@ -122,21 +128,26 @@ class FilesSink(RowsSink):
                     taken.add(file)
         return renamed
 
-    def _listed(self, manifest: dict[str, Any]) -> Iterator[str]:
-        place = self.place
+    def _retire(self, staged: Sequence[str]) -> None:
+        super()._retire(staged)
+        for attempt in dict.fromkeys(map(attempt_of, staged)):
+            self.layout.store.delete_tree(self.layout.attempts + attempt)
+
+    def listed(self, manifest: dict[str, Any]) -> Iterator[str]:
+        layout = self.layout
         for file in manifest["files"]:
-            for name in (file["path"], place.final + file["path"]):
-                if place.store.exists(name):
-                    yield from place.table(name, ["file"])["file"].to_pylist()
+            for name in (file["path"], layout.final + file["path"]):
+                if layout.store.exists(name):
+                    yield from layout.table(name, ["file"])["file"].to_pylist()
                     break
-        yield from super()._listed(manifest)
+        yield from super().listed(manifest)
 
 
 class PictureWriter(Writer):
     """Encodes each picture at once; only the list of them waits for the end."""
 
-    def __init__(self, place: Place, attempt: str, rows: Writer, pictures: str | None) -> None:
-        self._store, self._folder = place.store, place.attempts + attempt
+    def __init__(self, layout: OutputLayout, attempt: str, rows: Writer, pictures: str | None) -> None:
+        self._store, self._folder = layout.store, layout.attempts + attempt
         self._rows, self._pictures = rows, pictures
         self._names: Counter[str] = Counter()
         self._bytes = 0

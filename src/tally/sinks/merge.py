@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from tally.sinks import columns
 from tally.sinks.columns import KEY
-from tally.sinks.staging import File, Place
+from tally.sinks.layout import File, OutputLayout
 from tally.storage import failure, temporary
+from tally.text import sql_name, sql_text
 
 PART_ROWS = 1_000_000
 PART_BYTES = 128 * 1024**2
@@ -35,11 +36,11 @@ Batches = Iterable[pa.RecordBatch]
 # -- reading ------------------------------------------------------------------------------------------
 
 
-def schema(place: Place, names: Iterable[str], first: Iterable[pa.Schema] = ()) -> columns.Unified:
+def schema(layout: OutputLayout, names: Iterable[str], first: Iterable[pa.Schema] = ()) -> columns.Unified:
     """The schema that holds the rows of all these Parquet files, and those of the schemas before them."""
 
     def one(name: str) -> pa.Schema:
-        with place.parquet(name) as file:
+        with layout.parquet(name) as file:
             return file.schema_arrow
 
     return columns.unify(chain(first, ahead(one, names)))
@@ -70,17 +71,20 @@ def ahead(read: Callable[[str], Any], names: Iterable[str]) -> Iterator[Any]:
 # -- writing ------------------------------------------------------------------------------------------
 
 
-def write(place: Place, batches: Batches, target: pa.Schema, suffix: str, first: int, *, empty: bool) -> list[File]:
+def write(
+    layout: OutputLayout, batches: Batches, target: pa.Schema, suffix: str, first: int, *, empty: bool
+) -> list[File]:
     """Write rows as the final parts ``first``, ``first + 1`` ...; as one file if the output is merged.
 
     empty: write a part without rows when there are none, so that the columns are there.
     """
-    parts: Iterable[Batches] = [batches] if place.merged else cut(batches)
+    parts: Iterable[Batches] = [batches] if layout.merged else cut(batches)
     files = [
-        write_file(place, place.part(number, suffix), part, target, suffix) for number, part in enumerate(parts, first)
+        write_file(layout, layout.part(number, suffix), part, target, suffix)
+        for number, part in enumerate(parts, first)
     ]
     if empty and not files:
-        files.append(write_file(place, place.part(first, suffix), (), target, suffix))
+        files.append(write_file(layout, layout.part(first, suffix), (), target, suffix))
     return files
 
 
@@ -96,30 +100,32 @@ def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBa
     target = pa.schema([field for field in given if field.name != by])
     found: Any
     with temporary.folder("sort") as folder, duckdb.connect(":memory:") as connection:
-        connection.execute(f"SET memory_limit = '{_SORT_BYTES}B'; SET temp_directory = {_quoted(Path(folder))}")
+        connection.execute(f"SET memory_limit = '{_SORT_BYTES}B'; SET temp_directory = {sql_text(folder)}")
         connection.execute("SET enable_progress_bar = false")
         connection.register("batches", pa.RecordBatchReader.from_batches(given, iter(batches)))
-        name = by.replace('"', '""')
-        found = connection.sql(f'SELECT * EXCLUDE ("{name}") FROM batches ORDER BY "{name}"')  # noqa: S608
+        name = sql_name(by)
+        found = connection.sql(f"SELECT * EXCLUDE ({name}) FROM batches ORDER BY {name}")  # noqa: S608
         for batch in found.to_arrow_reader(_GROUP_ROWS):
             yield columns.conform(batch, target)
 
 
-def write_file(place: Place, name: str, batches: Batches, target: pa.Schema, suffix: str) -> File:
+def write_file(layout: OutputLayout, name: str, batches: Batches, target: pa.Schema, suffix: str) -> File:
     """Write rows as one final file."""
-    with place.create(name) as path:
+    with layout.create(name) as path:
         rows = _write(path, batches, target, suffix)
         size = path.stat().st_size
     return {"path": name, "rows": rows, "bytes": size}
 
 
-def extend(place: Place, old: File, batches: Batches, target: pa.Schema, known: Sequence[str], suffix: str) -> File:
+def extend(
+    layout: OutputLayout, old: File, batches: Batches, target: pa.Schema, known: Sequence[str], suffix: str
+) -> File:
     """Rewrite a merged CSV or JSON Lines file with more rows at its end.
 
     known: the columns that it has; the target schema begins with them.
     """
-    source = place.store.local_path(old["path"])
-    with place.create(old["path"]) as path:
+    source = layout.store.local_path(old["path"])
+    with layout.create(old["path"]) as path:
         if suffix == "csv" and len(target) > len(known):
             _widen(source, path, target.names[len(known) :])
         else:
@@ -212,7 +218,7 @@ def _write_text(path: Path, batches: Batches, target: pa.Schema, suffix: str, he
     with duckdb.connect(":memory:", config={"threads": 1}) as connection:
         connection.register("batches", pa.RecordBatchReader.from_batches(plain, prepared()))
         try:
-            found = connection.execute(f"COPY (FROM batches) TO {_quoted(path)} ({options})").fetchone()
+            found = connection.execute(f"COPY (FROM batches) TO {sql_text(path)} ({options})").fetchone()
         except duckdb.Error as error:
             raise (raised[0] if raised else failure("write", str(path), error)) from None
     return int(found[0]) if found else 0
@@ -222,13 +228,13 @@ def _widen(source: Path, target: Path, names: Sequence[str]) -> None:
     """Copy a CSV file with empty columns added."""
     import duckdb
 
-    extra = "".join(f', NULL AS "{name.replace(chr(34), chr(34) * 2)}"' for name in names)
+    extra = "".join(f", NULL AS {sql_name(name)}" for name in names)
     with duckdb.connect(":memory:", config={"threads": 1}) as connection, temporary.folder("merge") as folder:
-        given = _quoted(plain_path(source, folder))
+        given = sql_text(plain_path(source, folder))
         try:
             connection.execute(
                 f"COPY (SELECT *{extra} FROM read_csv({given}, {CSV}, all_varchar = true)) "  # noqa: S608
-                f"TO {_quoted(target)} (FORMAT csv, HEADER true)"
+                f"TO {sql_text(target)} (FORMAT csv, HEADER true)"
             )
         except duckdb.Error as error:
             raise failure("write", str(target), error) from None
@@ -245,10 +251,6 @@ def plain_path(path: Path, folder: Path, number: int = 0) -> Path:
     link = folder.joinpath(f"{number:06d}{path.suffix}")
     link.symlink_to(path)
     return link
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
 
 
 def _textual(batch: pa.RecordBatch, suffix: str) -> pa.RecordBatch:

@@ -14,8 +14,8 @@ from tally.errors import SpecError, StorageError
 from tally.sinks.base import Output, Sink
 from tally.sinks.columns import KEY, printable, schema_of, type_named
 from tally.sinks.merge import CSV, plain_path
-from tally.sinks.staging import StagedSink
 from tally.storage import failure, is_url, open_store, temporary
+from tally.text import sql_text
 
 Dead: TypeAlias = "pa.Table | Iterable[Mapping[str, Any]]"
 
@@ -46,10 +46,10 @@ def rows(sink: Sink, outputs: Iterable[Output]) -> pa.Table:
 
 def _query(sink: Sink, outputs: list[Output], sql: str, dead: pa.Table) -> pa.Table:
     kind, places = sink.committed(outputs)
-    manifest = sink.manifest() if isinstance(sink, StagedSink) else None
+    manifest = sink.manifest()
     with temporary.folder("query") as spill, duckdb.connect(":memory:") as connection:
         paths = [str(plain_path(_local(place), spill, number)) for number, place in enumerate(places)]
-        connection.execute(f"SET temp_directory = {_text(str(spill))}")
+        connection.execute(f"SET temp_directory = {sql_text(spill)}")
         connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")
         connection.execute("SET enable_external_file_cache = false")  # a file may be replaced between two queries
         connection.execute(f"SET python_enable_replacements = false; SET allowed_paths = {_list(paths)}")
@@ -148,12 +148,8 @@ def _local(place: str) -> Path:
 
 
 def _list(paths: list[str]) -> str:
-    return "[" + ", ".join(_text(path) for path in paths) + "]"
+    return "[" + ", ".join(sql_text(path) for path in paths) + "]"
 
 
 def _struct(types: dict[str, str]) -> str:
-    return "{" + ", ".join(f"{_text(name)}: {_text(kind)}" for name, kind in types.items()) + "}"
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
+    return "{" + ", ".join(f"{sql_text(name)}: {sql_text(kind)}" for name, kind in types.items()) + "}"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from tally.errors import ItemError, SpecError
 from tally.scorers.base import Result
-from tally.sinks.base import Output, Writer
-from tally.sinks.staging import File, Place, StagedSink, staged_name
+from tally.sinks.base import Output, OutputDescription, Writer
+from tally.sinks.layout import File, OutputLayout, staged_name
+from tally.sinks.staging import StagedSink
 from tally.sources.base import Chunk
 
 if TYPE_CHECKING:
@@ -31,55 +32,67 @@ class RowsSink(StagedSink):
 
     def __init__(
         self,
-        place: Place,
+        layout: OutputLayout,
         format: str = "parquet",  # noqa: A002
         columns: Mapping[str, str] | None = None,
         order: str | None = None,
     ) -> None:
-        super().__init__(place, format)
-        self.order = order if place.merged else None
-        self._left_out = None if place.merged else order
-        self.columns = None if columns is None else {n: kind for n, kind in columns.items() if n != self._left_out}
+        super().__init__(layout, format)
+        self.order = order
+        self.columns = None if columns is None else {n: kind for n, kind in columns.items() if n != order}
         if columns is not None:
             self._schema()
 
+    def describe(self) -> OutputDescription:
+        """See :meth:`Sink.describe`."""
+        return OutputDescription(
+            "rows", str(self.layout), bool(self.layout.merged), self.format, self.columns, self.order
+        )
+
     def open(self, attempt: str, chunk: Chunk) -> Writer:
         """See :meth:`Sink.open`."""
-        return RowsWriter(self.place, attempt, self._schema(), self._left_out)
+        return RowsWriter(self.layout, attempt, self._schema(), None if self._sorts else self.order)
+
+    @property
+    def _sorts(self) -> bool:
+        """Whether the rows are sorted by ``order`` in the end: those of a merged file."""
+        return self.order is not None and self.layout.merged is not None
 
     def _schema(self) -> pa.Schema | None:
         from tally.sinks.columns import schema_of
 
-        return schema_of(self.columns)
+        if self.columns is None or not self._sorts:
+            return schema_of(self.columns)
+        return schema_of({**self.columns, str(self.order): "int64"})
 
-    def _assemble(
+    def assemble(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
     ) -> dict[str, Any]:
         from tally.sinks import columns, merge
 
-        place = self.place
-        staged = [place.staging + name for output in outputs for name in output.files]
+        layout = self.layout
+        staged = [layout.staging + name for output in outputs for name in output.files]
         before = [] if earlier is None else [_schema_in(earlier)]
         declared = self._schema()
         if declared is None:
-            unified = merge.schema(place, staged, before)
+            unified = merge.schema(layout, staged, before)
         else:
             unified = columns.unify([*before, declared])
         kept: list[File] = [] if earlier is None else earlier["files"]
-        if place.merged and kept and self.format == "parquet":
-            staged, kept = [place.merged, *staged], []
+        if layout.merged and kept and self.format == "parquet":
+            staged, kept = [layout.merged, *staged], []
         target = unified.schema
         moves: dict[str, str] = {}
-        if place.merged and kept:
+        if layout.merged and kept:
             known = list((earlier or {})["schema"])
             batches, target = self._sorted(merge.stream(self._tables(staged, kept), target), target)
-            files = [merge.extend(place, kept[0], batches, target, known, self.format)]
-        elif declared is None or place.merged or self.format != "parquet" or type(self) is not RowsSink:
+            files = [merge.extend(layout, kept[0], batches, target, known, self.format)]
+        elif declared is None or layout.merged or self.format != "parquet" or type(self) is not RowsSink:
             batches, target = self._sorted(merge.stream(self._tables(staged, kept), target), target)
-            files = [*kept, *merge.write(place, batches, target, self.format, len(kept), empty=not kept)]
+            files = [*kept, *merge.write(layout, batches, target, self.format, len(kept), empty=not kept)]
         else:
             files, moves = self._parts(outputs, kept, target)
-        dead_file = write_dead(place, dead, self.format)
+        dead_file = write_dead(layout, dead, self.format)
         notes = [f"column {name!r} held values of different types and was written as text" for name in unified.mixed]
         return {
             "output": "rows",
@@ -103,7 +116,7 @@ class RowsSink(StagedSink):
 
         from tally.sinks import merge
 
-        if self.order is None or target.get_field_index(self.order) < 0:
+        if self.order is None or not self._sorts or target.get_field_index(self.order) < 0:
             return batches, target
         return merge.ordered(batches, target, self.order), pa.schema([f for f in target if f.name != self.order])
 
@@ -116,48 +129,50 @@ class RowsSink(StagedSink):
         """
         from tally.sinks import merge
 
-        place, files, moves = self.place, list(kept), {}
+        layout, files, moves = self.layout, list(kept), {}
         small: list[str] = []
 
         def put_together(*, empty: bool = False) -> None:
             batches = merge.stream(self._tables(small, kept), target)
-            files.extend(merge.write(place, batches, target, self.format, len(files), empty=empty))
+            files.extend(merge.write(layout, batches, target, self.format, len(files), empty=empty))
             small.clear()
 
         for output in outputs:
             sizes = output.facts.get("parts") or [[output.rows, output.bytes]] * len(output.files)
             for name, (rows, size) in zip(output.files, sizes, strict=True):
                 if not merge.publishable(rows, size):
-                    small.append(place.staging + name)
+                    small.append(layout.staging + name)
                     continue
                 if small:
                     put_together()
-                part = place.part(len(files), self.format)
+                part = layout.part(len(files), self.format)
                 moves[part] = name
                 files.append({"path": part, "rows": rows, "bytes": size})
         if small or not files:
             put_together(empty=not files)
         return files, moves
 
-    def _publish(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
+    def _move_files(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
         for part, name in plan.get("moves", {}).items():
-            self.place.move(self.place.staging + name, part)
-        super()._publish(plan, outputs)
+            self.layout.move(self.layout.staging + name, part)
+        super()._move_files(plan, outputs)
 
     def _tables(self, staged: Sequence[str], kept: Sequence[File]) -> Iterator[pa.Table]:
         """The rows of the staged files, in order. kept: files of earlier generations."""
         from tally.sinks import merge
 
-        return merge.ahead(self.place.table, staged)
+        return merge.ahead(self.layout.table, staged)
 
 
 class RowsWriter(Writer):
     """Gathers rows in memory; writes them as Parquet when it is closed, or has gathered much."""
 
-    def __init__(self, place: Place, attempt: str, schema: pa.Schema | None, left_out: str | None = None) -> None:
+    def __init__(
+        self, layout: OutputLayout, attempt: str, schema: pa.Schema | None, left_out: str | None = None
+    ) -> None:
         from tally.sinks import columns
 
-        self._place, self._attempt, self._schema, self._left_out = place, attempt, schema, left_out
+        self._layout, self._attempt, self._schema, self._left_out = layout, attempt, schema, left_out
         self._build = columns.build
         self._batches: list[pa.RecordBatch] = []
         self._held = 0
@@ -205,7 +220,7 @@ class RowsWriter(Writer):
     def abort(self) -> None:
         """See :meth:`Writer.abort`."""
         self._batches.clear()
-        self._place.store.delete([self._place.staging + name for name in self._files])
+        self._layout.store.delete([self._layout.staging + name for name in self._files])
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -219,7 +234,7 @@ class RowsWriter(Writer):
         data = memoryview(buffer.getvalue())
         name = staged_name(self._attempt, len(self._files))
         self._files.append(name)
-        self._place.store.write(self._place.staging + name, data)
+        self._layout.store.write(self._layout.staging + name, data)
         self._sizes.append((table.num_rows, len(data)))
         self._batches, self._held = [], 0
 
@@ -244,7 +259,7 @@ def _schema_in(manifest: dict[str, Any]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def write_dead(place: Place, dead: Iterable[dict[str, Any]], suffix: str) -> File | None:
+def write_dead(layout: OutputLayout, dead: Iterable[dict[str, Any]], suffix: str) -> File | None:
     """Write the list of dead items, if there are any."""
     import pyarrow as pa
 
@@ -262,4 +277,4 @@ def write_dead(place: Place, dead: Iterable[dict[str, Any]], suffix: str) -> Fil
 
     stream = batches()
     first = next(stream, None)
-    return None if first is None else write_file(place, place.dead(suffix), chain([first], stream), target, suffix)
+    return None if first is None else write_file(layout, layout.dead(suffix), chain([first], stream), target, suffix)

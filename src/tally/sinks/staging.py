@@ -14,195 +14,23 @@ generation is published already; its files stay as they are until the next plan 
 
 from __future__ import annotations
 
-import json
-import os
 import socket
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tally.errors import OutputExistsError, StorageError
+from tally.errors import OutputExistsError
 from tally.sinks.base import Output, Sink
-from tally.storage import TEMPORARY, LocalStore, failure, key_of, open_store, temporary
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+from tally.sinks.layout import File, OutputLayout
+from tally.storage import key_of
 
 _BYSTANDERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _MANY = 1000
-
-File = dict[str, Any]
-"""A finished file in the manifest: ``path``, ``rows``, ``bytes``."""
-
-
-class Place:
-    """Where everything of one output lies. Names are relative to :attr:`store`.
-
-    root: the output folder; for a merged output the folder that it is in. merged: the name of that one
-    file, or None. Picklable.
-    """
-
-    _confirm: Callable[[], None] = staticmethod(lambda: None)
-
-    def __init__(self, root: str, merged: str | None = None) -> None:
-        self.store = open_store(root)
-        self.merged = merged
-        self.staging = f"{merged}.tally/" if merged else "_tally/"
-        self.manifest = f"{merged}.manifest.json" if merged else "_manifest.json"
-        self.success = None if merged else "_SUCCESS"
-        self.claim = self.staging + "job.json"
-        self.plan = self.staging + "manifest.json"
-        self.attempts = self.staging + "attempts/"
-        self.final = self.staging + "final/"
-        self.work = self.staging + "work/"
-
-    def __str__(self) -> str:
-        return self.address(self.merged) if self.merged else key_of(self.store.url)
-
-    def address(self, name: str) -> str:
-        """The local path or URL of a name."""
-        return f"{self.store.url.rstrip('/')}/{name}"
-
-    def part(self, number: int, suffix: str) -> str:
-        """The name of a final file of rows."""
-        return self.merged or f"part-{number:05d}.{suffix}"
-
-    def dead(self, suffix: str) -> str:
-        """The name of the list of dead items. Readers of a whole folder pass over names that begin with ``_``."""
-        return f"{self.merged.rpartition('.')[0]}.dead.{suffix}" if self.merged else f"_dead.{suffix}"
-
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """The content of a JSON file, or None if it is not there."""
-        try:
-            text = self.store.read(name)
-        except FileNotFoundError:
-            return None
-        try:
-            content = json.loads(text)
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
-            raise StorageError(
-                f"{self.address(name)} is damaged: it holds no JSON object",
-                hint="Restore it, or remove it together with the output it belongs to.",
-            )
-        return content
-
-    def write_json(self, name: str, content: dict[str, Any], *, exclusive: bool = False) -> None:
-        """Write a JSON file: keys sorted (inner ones keep their order, columns have one), indented."""
-        text = json.dumps(dict(sorted(content.items())), indent=2, ensure_ascii=False, default=str)
-        self.store.write(name, f"{text}\n".encode(errors="backslashreplace"), exclusive=exclusive)
-
-    @contextmanager
-    def create(self, name: str) -> Iterator[Path]:
-        """A path of this machine to write a final file to. On leaving it is durable, and waits to be published."""
-        self._confirm()
-        if isinstance(self.store, LocalStore):
-            path = Path(self.address(self.final + name))
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                yield path
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise error if isinstance(error, StorageError) else failure("write", str(path), error) from None
-            return
-        with temporary.folder("final") as folder:
-            path = Path(folder, name.rpartition("/")[2])
-            try:
-                yield path
-            except OSError as error:
-                raise error if isinstance(error, StorageError) else failure("write", str(path), error) from None
-            self._confirm()
-            self.store.upload(self.final + name, path)
-
-    def publish(self, name: str) -> None:
-        """Move a final file to its place, if that has not been done before."""
-        self.move(self.final + name, name)
-
-    @contextmanager
-    def confirmed(self, confirm: Callable[[], None]) -> Iterator[None]:
-        """Meanwhile, this is called before each file that is built or moved; it raises if the place is not ours."""
-        self._confirm = confirm
-        try:
-            yield
-        finally:
-            del self._confirm
-
-    def move(self, source: str, target: str) -> None:
-        """Move a file that may have been moved already."""
-        self._confirm()
-        try:
-            self.store.move(source, target)
-        except FileNotFoundError:
-            if not self.store.exists(target):
-                raise
-
-    def parquet(self, name: str) -> pq.ParquetFile:
-        """Open a Parquet file."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            if isinstance(self.store, LocalStore):
-                return pq.ParquetFile(self.address(name))
-            return pq.ParquetFile(pa.BufferReader(self.store.read(name)))
-        except StorageError:
-            raise
-        except (OSError, pa.ArrowException) as error:
-            raise failure("read", self.address(name), error) from None
-
-    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read a Parquet file."""
-        import pyarrow as pa
-
-        with self.parquet(name) as file:
-            try:
-                return file.read(columns=columns)
-            except (OSError, pa.ArrowException) as error:
-                raise failure("read", self.address(name), error) from None
-
-    def sweep(self) -> None:
-        """Remove the staging folder, the claim last."""
-        store = self.store
-        self._clear()
-        store.delete([self.plan])
-        if isinstance(store, LocalStore):  # what killed writers left half written
-            for folder in [self.staging] if self.merged else ["", self.staging]:
-                for path in Path(self.address(folder)).glob(f"{TEMPORARY}*"):
-                    path.unlink(missing_ok=True)
-        store.delete([self.claim])
-        self._close()
-
-    def sweep_again(self) -> None:
-        """Remove what was staged after the staging folder had been removed; if it is claimed, nothing."""
-        if self.read_json(self.claim) is None:
-            self._clear()
-            self._close()
-
-    def _clear(self) -> None:
-        for folder in (self.final, self.attempts, self.work):
-            self.store.delete_tree(folder)
-
-    def _close(self) -> None:
-        if isinstance(self.store, LocalStore):
-            with suppress(OSError):  # it is gone, or somebody else may have claimed it meanwhile
-                Path(self.address(self.staging)).rmdir()
-
-
-def staged_name(attempt: str, number: int = 0, suffix: str = "parquet") -> str:
-    """The name, inside the staging folder, of an attempt's file of results."""
-    return f"attempts/{attempt}+{number}.{suffix}" if number else f"attempts/{attempt}.{suffix}"
-
-
-def attempt_of(name: str) -> str:
-    """The attempt that wrote the file of that name."""
-    return name.removeprefix("attempts/").removesuffix(".parquet").partition("+")[0]
+_PLAN_ONLY = ("moves", "staged")
+"""What a plan says besides the manifest that it becomes."""
 
 
 class StagedSink(Sink):
@@ -211,17 +39,17 @@ class StagedSink(Sink):
     format: suffix of the final files of rows: ``parquet``, ``csv`` or ``jsonl``.
     """
 
-    def __init__(self, place: Place, format: str) -> None:  # noqa: A002  # the user's word for it
-        self.place = place
+    def __init__(self, layout: OutputLayout, format: str) -> None:  # noqa: A002  # the user's word for it
+        self.layout = layout
         self.format = format
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.place)!r}, format={self.format!r})"
+        return f"{type(self).__name__}({str(self.layout)!r}, format={self.format!r})"
 
     # -- what subclasses supply ---------------------------------------------------------------------
 
     @abstractmethod
-    def _assemble(
+    def assemble(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Build the final files; return what the manifest says of them (see docs/reference/output.md).
@@ -229,20 +57,33 @@ class StagedSink(Sink):
         ``moves`` in it, which the manifest does not say: final files that are staged ones (name to name).
         """
 
-    def _publish(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
+    def _move_files(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
         """Move the plan's files to their places. Repeatable."""
         for name in _files_of(plan):
-            self.place.publish(name)
+            self.layout.publish(name)
 
-    def _listed(self, manifest: dict[str, Any]) -> Iterator[str]:
+    def listed(self, manifest: dict[str, Any]) -> Iterator[str]:
         """The names of all files that a manifest stands for."""
         return iter(_files_of(manifest))
 
+    def _retire(self, staged: Sequence[str]) -> None:
+        """Remove what attempts staged, as it is published. Repeatable."""
+        self.layout.store.delete([self.layout.staging + name for name in staged])
+
     # -- the contract -------------------------------------------------------------------------------
+
+    @property
+    def work(self) -> str:
+        return self.layout.address(self.layout.work).rstrip("/")
+
+    @property
+    def rolling(self) -> bool:
+        """A folder gains files; one file would have to be written anew each time."""
+        return self.layout.merged is None
 
     def manifest(self) -> dict[str, Any] | None:
         """``_manifest.json`` as it is, or None while nothing has been published."""
-        return self.place.read_json(self.place.manifest)
+        return self.layout.read_json(self.layout.manifest)
 
     def published(self) -> int | None:
         """The generation that was published last, or None: what :meth:`finalize` is given was committed later."""
@@ -251,19 +92,19 @@ class StagedSink(Sink):
 
     def claim(self, job_id: str, *, overwrite: bool = False) -> None:
         """See :meth:`Sink.claim`."""
-        place = self.place
-        claim = place.read_json(place.claim) or self._take(job_id, overwrite)
+        layout = self.layout
+        claim = layout.read_json(layout.claim) or self._take(job_id, overwrite)
         if claim["job"] != job_id:
             raise OutputExistsError(
-                f"{place} is being written by job {claim['job']} since {_day(claim.get('claimed_at'))}, "
+                f"{layout} is being written by job {claim['job']} since {_day(claim.get('claimed_at'))}, "
                 "which is not finished",
                 hint=f"Resume or cancel job {claim['job']}, or choose another output.",
             )
         manifest = self.manifest()
         if manifest is not None and manifest["job"] == claim.get("replaces"):
             self._remove(manifest)
-        elif manifest is not None and manifest["generation"] == claim.get("published") and place.success:
-            place.store.delete([place.success])
+        elif manifest is not None and manifest["generation"] == claim.get("published") and layout.success:
+            layout.store.delete([layout.success])
 
     def finalize(
         self,
@@ -274,87 +115,132 @@ class StagedSink(Sink):
         confirm: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """See :meth:`Sink.finalize`. ``outputs`` are those committed since the generation published last."""
-        place = self.place
+        layout = self.layout
+        with layout.confirmed(confirm):
+            published = self._carry_out(outputs, dead, manifest)
+        confirm()
+        if layout.success:
+            layout.store.write(layout.success, b"")
+        layout.sweep()
+        return published
+
+    def publish(
+        self,
+        outputs: Iterable[Output],
+        dead: Iterable[dict[str, Any]],
+        manifest: dict[str, Any],
+        *,
+        confirm: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """See :meth:`Sink.publish`."""
+        if not self.rolling:
+            return super().publish(outputs, dead, manifest, confirm=confirm)
+        with self.layout.confirmed(confirm):
+            self._tidy_up(confirm)  # after a publication that was cut
+            published = self._carry_out(outputs, dead, manifest)
+            self._tidy_up(confirm)
+        return published
+
+    def _carry_out(
+        self, outputs: Iterable[Output], dead: Iterable[dict[str, Any]], manifest: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Assemble and publish a generation, unless that is done. Returns the manifest as it then is."""
+        layout = self.layout
         earlier = self.manifest()
         generation = int(manifest.get("generation", 0))
-        with place.confirmed(confirm):
-            if earlier is None or earlier["generation"] < generation:
-                outputs = list(outputs)
-                plan = place.read_json(place.plan)
-                if plan is None or plan["generation"] != generation:
-                    claim = place.read_json(place.claim) or {}
-                    plan = {
-                        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                        "job": claim.get("job"),
-                        **manifest,
-                        "generation": generation,
-                        "layout": 1,
-                        **self._assemble(outputs, dead, earlier),
-                    }
-                    confirm()
-                    place.write_json(place.plan, plan)
-                self._publish(plan, outputs)
-                confirm()
-                place.store.delete(set(self._dead_names()) - set(self._listed(plan)))
-                place.write_json(place.manifest, {name: value for name, value in plan.items() if name != "moves"})
-                earlier = place.read_json(place.manifest)
+        if earlier is not None and earlier["generation"] >= generation:
+            return earlier
+        outputs = list(outputs)
+        plan = layout.read_json(layout.plan)
+        if plan is None or plan["generation"] != generation:
+            claim = layout.read_json(layout.claim) or {}
+            plan = {
+                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "job": claim.get("job"),
+                **manifest,
+                "generation": generation,
+                "layout": 1,
+                **self.assemble(outputs, dead, earlier),
+                "staged": [name for output in outputs for name in output.files],
+            }
+            layout.confirm()
+            layout.write_json(layout.plan, plan)
+        self._move_files(plan, outputs)
+        layout.confirm()
+        layout.store.delete(set(self._dead_names()) - set(self.listed(plan)))
+        layout.write_json(layout.manifest, {name: value for name, value in plan.items() if name not in _PLAN_ONLY})
+        published = self.manifest()
+        assert published is not None
+        return published
+
+    def _tidy_up(self, confirm: Callable[[], None]) -> None:
+        """Remove what a published generation left in the staging folder, and note in the claim that it is published.
+
+        The claim comes after the staged files: until then, readers take nothing but what is published.
+        """
+        layout = self.layout
+        plan, manifest = layout.read_json(layout.plan), self.manifest()
+        if plan is None or manifest is None or plan["generation"] > manifest["generation"]:
+            return
         confirm()
-        if place.success:
-            place.store.write(place.success, b"")
-        place.sweep()
-        assert earlier is not None
-        return earlier
+        self._retire(plan.get("staged", []))
+        layout.store.delete_tree(layout.final)
+        claim = layout.read_json(layout.claim)
+        if claim is not None and claim.get("published") != manifest["generation"]:
+            confirm()
+            layout.write_json(layout.claim, {**claim, "published": manifest["generation"]})
+        layout.store.delete([layout.plan])
 
     def holder(self) -> str | None:
         """See :meth:`Sink.holder`."""
-        found = self.place.read_json(self.place.claim) or self.manifest()
+        found = self.layout.read_json(self.layout.claim) or self.manifest()
         return None if found is None else str(found["job"])
 
     def release(self) -> None:
         """See :meth:`Sink.release`. A finished output, which has no claim, is left as it is."""
-        place = self.place
-        if place.read_json(place.claim) is None:
+        layout = self.layout
+        if layout.read_json(layout.claim) is None:
             return
         manifest = self.manifest()
-        plan = place.read_json(place.plan)
+        plan = layout.read_json(layout.plan)
         if plan is not None:  # publishing had begun
-            kept = set() if manifest is None else set(self._listed(manifest))
-            place.store.delete(name for name in list(self._listed(plan)) if name not in kept)
-        if manifest is not None and place.success:
-            place.store.write(place.success, b"")
-        place.sweep()
+            kept = set() if manifest is None else set(self.listed(manifest))
+            layout.store.delete(name for name in list(self.listed(plan)) if name not in kept)
+        if manifest is not None and layout.success:
+            layout.store.write(layout.success, b"")
+        layout.sweep()
 
     def withdraw(self) -> None:
         """See :meth:`Sink.withdraw`."""
-        self.place.sweep_again()
+        self.layout.sweep_again()
 
     def committed(self, outputs: Iterable[Output]) -> tuple[str, list[str]]:
         """See :meth:`Sink.committed`. While a CSV or JSON Lines result is being added to, what was finished before."""
-        place = self.place
-        claim = place.read_json(place.claim)
+        layout = self.layout
+        claim = layout.read_json(layout.claim)
         manifest = self.manifest()
         final = [] if manifest is None else [file["path"] for file in manifest["files"]]
         running = claim is not None and (manifest is None or manifest["generation"] == claim.get("published"))
-        if running and final and place.merged and place.store.exists(place.plan):
+        if running and final and layout.merged and layout.store.exists(layout.plan):
             # The plan's file has replaced the one that the manifest tells of once it is gone from here.
-            running = place.store.exists(place.final + place.merged)
+            running = layout.store.exists(layout.final + layout.merged)
         if not running or (final and self.format != "parquet"):
-            return self.format, [place.address(name) for name in final]
-        there = {entry.name for entry in place.store.list(place.attempts, sizes=False)}
-        moved = {name: part for part, name in ((place.read_json(place.plan) or {}).get("moves") or {}).items()}
+            return self.format, [layout.address(name) for name in final]
+        there = {entry.name for entry in layout.store.list(layout.attempts, sizes=False)}
+        moved = {name: part for part, name in ((layout.read_json(layout.plan) or {}).get("moves") or {}).items()}
         staged = [
-            moved[name] if name in moved and place.store.exists(moved[name]) else place.staging + name
+            moved[name] if name in moved and layout.store.exists(moved[name]) else layout.staging + name
             for output in outputs
             for name in output.files
         ]
-        there |= set(moved.values())
-        return "parquet", [place.address(name) for name in (*final, *(name for name in staged if name in there))]
+        there |= set(moved.values()) - set(final)
+        return "parquet", [layout.address(name) for name in (*final, *(name for name in staged if name in there))]
 
     # -- claiming -----------------------------------------------------------------------------------
 
     def _take(self, job_id: str, overwrite: bool) -> dict[str, Any]:
         """Create the claim, or return the one that another was faster to create."""
-        place = self.place
+        layout = self.layout
         manifest = self._check_free(job_id, overwrite)
         claim = {
             "job": job_id,
@@ -364,16 +250,16 @@ class StagedSink(Sink):
             "replaces": manifest["job"] if manifest and manifest["job"] != job_id else None,
         }
         try:
-            place.write_json(place.claim, claim, exclusive=True)
+            layout.write_json(layout.claim, claim, exclusive=True)
         except OutputExistsError:
-            if (winner := place.read_json(place.claim)) is not None:
+            if (winner := layout.read_json(layout.claim)) is not None:
                 return winner
-            raise OutputExistsError(f"{place} has just been taken by another job") from None
+            raise OutputExistsError(f"{layout} has just been taken by another job") from None
         try:  # another job may have come and gone between the look and the claim
             if self._check_free(job_id, overwrite) != manifest:
-                raise OutputExistsError(f"{place} has just been written by another job")
+                raise OutputExistsError(f"{layout} has just been written by another job")
         except BaseException:
-            place.sweep()
+            layout.sweep()
             raise
         return claim
 
@@ -385,18 +271,18 @@ class StagedSink(Sink):
                 return manifest
             if not overwrite:
                 raise OutputExistsError(
-                    f"{self.place} holds the results of job {manifest['job']}, "
+                    f"{self.layout} holds the results of job {manifest['job']}, "
                     f"finished on {_day(manifest.get('finished_at'))}",
                     hint="Choose another output, or replace those results with --overwrite.",
                 )
-        ours = set() if manifest is None else set(self._listed(manifest))
+        ours = set() if manifest is None else set(self.listed(manifest))
         foreign = list(islice((name for name in self._present() if name not in ours), _MANY))
         if foreign:
-            if self.place.merged:
-                message = f"{self.place.address(foreign[0])} exists already, and Tally did not write it"
+            if self.layout.merged:
+                message = f"{self.layout.address(foreign[0])} exists already, and Tally did not write it"
             else:
                 count = f"{_MANY:,} files or more" if len(foreign) == _MANY else _files(len(foreign))
-                message = f"{self.place} is not empty: {count}, e.g. {foreign[0]!r}"
+                message = f"{self.layout} is not empty: {count}, e.g. {foreign[0]!r}"
             raise OutputExistsError(
                 message, hint="Tally leaves other files alone. Choose another output, or move them away."
             )
@@ -404,12 +290,12 @@ class StagedSink(Sink):
 
     def _present(self) -> Iterator[str]:
         """Files in the output place, apart from Tally's own marks."""
-        place = self.place
-        if place.merged:
-            return (name for name in (place.merged, *self._dead_names()) if place.store.exists(name))
-        own = {place.manifest, place.success}
-        staging = place.staging.rstrip("/")
-        entries = place.store.list(enter=lambda folder: folder.rstrip("/") != staging, sizes=False)
+        layout = self.layout
+        if layout.merged:
+            return (name for name in (layout.merged, *self._dead_names()) if layout.store.exists(name))
+        own = {layout.manifest, layout.success}
+        staging = layout.staging.rstrip("/")
+        entries = layout.store.list(enter=lambda folder: folder.rstrip("/") != staging, sizes=False)
         return (
             key_of(entry.name)
             for entry in entries
@@ -417,15 +303,15 @@ class StagedSink(Sink):
         )
 
     def _dead_names(self) -> list[str]:
-        return [self.place.dead(self.format)]
+        return [self.layout.dead(self.format)]
 
     def _remove(self, manifest: dict[str, Any]) -> None:
         """Remove exactly what a manifest stands for, itself last."""
-        place = self.place
-        if place.success:
-            place.store.delete([place.success])
-        place.store.delete(list(self._listed(manifest)))
-        place.store.delete([place.manifest])
+        layout = self.layout
+        if layout.success:
+            layout.store.delete([layout.success])
+        layout.store.delete(list(self.listed(manifest)))
+        layout.store.delete([layout.manifest])
 
 
 def _files_of(manifest: dict[str, Any]) -> list[str]:

@@ -12,14 +12,16 @@ import numpy as np
 
 from tally.errors import ItemError, SpecError
 from tally.media.video.encode import Encoder, Encoding, check
-from tally.media.video.facts import Video, unpack
+from tally.media.video.facts import Video
+from tally.media.video.frame import FrameInfo
 from tally.scorers.base import Result
-from tally.sinks.base import Output, Writer
+from tally.sinks.base import Output, OutputDescription, Writer
 from tally.sinks.files import marked, named, picture
+from tally.sinks.layout import File, OutputLayout, staged_name
 from tally.sinks.rows import write_dead
-from tally.sinks.staging import File, Place, StagedSink, staged_name
-from tally.sources.base import Chunk
-from tally.storage import LocalStore, ObjectStore, temporary
+from tally.sinks.staging import StagedSink
+from tally.sources.base import Chunk, Source
+from tally.storage import temporary
 
 if TYPE_CHECKING:
     from tally.media.video.join import Segment
@@ -38,41 +40,56 @@ class VideoSink(StagedSink):
     Segments are runs of frames without a hole, so that frames which are scored later fit between them.
     """
 
-    def __init__(self, place: Place, format: str, encoding: Encoding, *, audio: bool = True) -> None:  # noqa: A002
-        super().__init__(place, format)
+    def __init__(self, layout: OutputLayout, format: str, encoding: Encoding, *, audio: bool = True) -> None:  # noqa: A002
+        super().__init__(layout, format)
         self.encoding, self.audio = encoding, audio
 
-    def check(self) -> None:
-        """Raises SpecError where this machine cannot encode like that."""
+    def describe(self) -> OutputDescription:
+        """See :meth:`Sink.describe`."""
+        options = {"codec": self.encoding.codec, "crf": self.encoding.crf, "audio": self.audio}
+        return OutputDescription("video", str(self.layout), bool(self.layout.merged), self.format, {}, None, options)
+
+    @property
+    def rolling(self) -> bool:
+        """A video is joined when all of its frames are there."""
+        return False
+
+    def check(self, source: Source) -> None:
+        """See :meth:`Sink.check`. Raises SpecError, too, where this machine cannot encode like that."""
+        super().check(source)
         check(self.encoding, self.format)
+        if self.layout.merged and source.several():
+            raise SpecError(
+                f"the source holds several videos, and {self.place} is one file", hint="Give a folder: --out videos/"
+            )
 
     def open(self, attempt: str, chunk: Chunk) -> Writer:
         """See :meth:`Sink.open`."""
-        return VideoWriter(self.place, attempt, chunk, self.encoding)
+        return VideoWriter(self.layout, attempt, self.encoding)
 
     def committed(self, outputs: Iterable[Output]) -> tuple[str, list[str]]:
         """There are no rows to read. Raises SpecError."""
         raise SpecError(
-            f"{self.place} holds video, and no rows that could be read",
+            f"{self.layout} holds video, and no rows that could be read",
             hint="Its manifest lists the files; 'tally jobs dead' lists frames that failed.",
         )
 
-    def _assemble(
+    def assemble(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
     ) -> dict[str, Any]:
         files: dict[str, File] = {file["key"]: file for file in (earlier or {}).get("files", [])}
         notes = list((earlier or {}).get("notes", []))
         found = _by_video(outputs)
-        if self.place.merged and len(keys := [*files, *(key for key in found if key not in files)]) > 1:
+        if self.layout.merged and len(keys := [*files, *(key for key in found if key not in files)]) > 1:
             raise SpecError(
-                f"the source holds {len(keys):,} videos ({keys[0]!r}, {keys[1]!r} ...), and {self.place} is one file",
+                f"the source holds {len(keys):,} videos ({keys[0]!r}, {keys[1]!r} ...), and {self.layout} is one file",
                 hint="Give a folder: --out videos/",
             )
         for key, parts in found.items():
             name = files[key]["path"] if key in files else self._name(key, {file["path"] for file in files.values()})
             files[key], said = self._joined(name, parts, files.get(key))
             notes += [*parts.notes, *said]
-        dead_file = write_dead(self.place, dead, "parquet")
+        dead_file = write_dead(self.layout, dead, "parquet")
         return {
             "output": "video",
             "format": self.format,
@@ -88,13 +105,13 @@ class VideoSink(StagedSink):
         }
 
     def _name(self, key: str, taken: set[str]) -> str:
-        name = self.place.merged or named(key, self.format, KINDS)
+        name = self.layout.merged or named(key, self.format, KINDS)
         return marked(name, key) if name in taken else name
 
     def _joined(self, name: str, parts: _Parts, before: File | None) -> tuple[File, list[str]]:
         from tally.media.video.join import join
 
-        with self._at_hand(parts, before) as segments, self.place.create(name) as path:
+        with self._at_hand(parts, before) as segments, self.layout.create(name) as path:
             said = join(path, self.format, parts.video, segments, audio=self.audio)
             size = path.stat().st_size
         rows = parts.frames + (before["rows"] if before else 0)
@@ -108,14 +125,13 @@ class VideoSink(StagedSink):
         """
         from tally.media.video.join import Segment
 
-        place, store = self.place, self.place.store
-        wanted: list[tuple[str, int | None]] = [(place.staging + name, start) for name, start in parts.segments]
+        layout, store = self.layout, self.layout.store
+        wanted: list[tuple[str, int | None]] = [(layout.staging + name, start) for name, start in parts.segments]
         if before is not None:
             wanted.insert(0, (before["path"], None))
-        if isinstance(store, LocalStore):
+        if store.is_local:
             yield [Segment(store.local_path(name), start) for name, start in wanted]
             return
-        assert isinstance(store, ObjectStore)
         with temporary.folder("video") as folder:
             paths = [folder / f"{number}.{name.rpartition('.')[2]}" for number, (name, _) in enumerate(wanted)]
             with ThreadPoolExecutor(_DOWNLOADS) as pool:
@@ -127,7 +143,7 @@ class VideoSink(StagedSink):
             yield [Segment(path, start) for path, (_, start) in zip(paths, wanted, strict=True)]
 
     def _dead_names(self) -> list[str]:
-        return [self.place.dead("parquet")]
+        return [self.layout.dead("parquet")]
 
 
 @dataclass(slots=True)
@@ -155,11 +171,9 @@ def _by_video(outputs: Iterable[Output]) -> dict[str, _Parts]:
 class VideoWriter(Writer):
     """Encodes each picture at once; a segment is kept in memory until a hole or the chunk's end."""
 
-    def __init__(self, place: Place, attempt: str, chunk: Chunk, encoding: Encoding) -> None:
-        self._place, self._attempt, self._encoding = place, attempt, encoding
-        self._payload = chunk.payload
+    def __init__(self, layout: OutputLayout, attempt: str, encoding: Encoding) -> None:
+        self._layout, self._attempt, self._encoding = layout, attempt, encoding
         self._video: Video | None = None
-        self._ticks: dict[int, int] = {}
         self._size: tuple[int, int] | None = None
         self._encoder: Encoder | None = None
         self._last = 0
@@ -171,21 +185,19 @@ class VideoWriter(Writer):
     def add(
         self, keys: Sequence[str], results: Sequence[Result], info: Sequence[Mapping[str, Any]] | None = None
     ) -> list[tuple[int, ItemError]]:
-        """See :meth:`Writer.add`. ``info`` holds the number of each frame."""
-        assert info is not None
+        """See :meth:`Writer.add`. ``info`` holds the :class:`FrameInfo` of each frame."""
         failed = []
-        for index, (result, each) in enumerate(zip(results, info, strict=True)):
+        for index, (result, frame) in enumerate(zip(results, info or (), strict=True)):
+            if not isinstance(frame, FrameInfo):
+                raise TypeError("a video is made of frames whose info is FrameInfo")
             try:
-                self._add(picture(result), each["frame"])
+                self._add(picture(result), frame)
             except ItemError as error:
                 failed.append((index, error))
         return failed
 
-    def _add(self, array: np.ndarray[Any, np.dtype[np.uint8]], number: int) -> None:
-        if self._video is None:
-            self._video = Video.from_json(self._payload["video"])
-            numbers, ticks = unpack(self._payload["numbers"]), unpack(self._payload["ticks"])
-            self._ticks = dict(zip(numbers, ticks, strict=True))
+    def _add(self, array: np.ndarray[Any, np.dtype[np.uint8]], frame: FrameInfo) -> None:
+        self._video = frame.source
         size = (array.shape[1], array.shape[0])
         if self._size is not None and self._size != size:
             raise ItemError(
@@ -195,15 +207,15 @@ class VideoWriter(Writer):
                 stage="write",
                 hint="Return pictures of one size, or write frames as pictures: --frames png",
             )
-        if self._encoder is not None and number != self._last + self._payload["step"]:
+        if self._encoder is not None and frame.number != self._last + frame.step:
             self._flush()
         if self._encoder is None:
-            self._encoder = Encoder(self._encoding, self._video, size)
-            self._starts.append(self._ticks[number])
+            self._encoder = Encoder(self._encoding, frame.source, size)
+            self._starts.append(frame.tick)
             if self._encoder.note is not None and self._encoder.note not in self._notes:
                 self._notes.append(self._encoder.note)
-        self._size, self._last = size, number
-        self._encoder.add(array, self._ticks[number])
+        self._size, self._last = size, frame.number
+        self._encoder.add(array, frame.tick)
         self._rows += 1
 
     def _flush(self) -> None:
@@ -213,7 +225,7 @@ class VideoWriter(Writer):
         self._encoder = None
         name = staged_name(self._attempt, len(self._files), "mp4")
         self._files.append(name)
-        self._place.store.write(self._place.staging + name, data)
+        self._layout.store.write(self._layout.staging + name, data)
         self._bytes += len(data)
 
     def close(self) -> Output:
@@ -227,4 +239,4 @@ class VideoWriter(Writer):
     def abort(self) -> None:
         """See :meth:`Writer.abort`."""
         self._encoder = None
-        self._place.store.delete([self._place.staging + name for name in self._files])
+        self._layout.store.delete([self._layout.staging + name for name in self._files])

@@ -2,17 +2,28 @@
 
 A source enumerates items in a stable order, cut into chunks, in the coordinator; and reads one chunk in
 a worker. The object itself is small and picklable: it travels to the workers.
+
+An endless source (``bounded = False``: a queue, say) has no end to plan up to. What holds for it besides:
+
+- :meth:`Source.plan` waits for messages, and returns soon after :meth:`Source.close` was called.
+- A message is acknowledged after its chunk is committed, never before, so that a crash loses none.
+- A crash makes the broker deliver again what was not acknowledged. A message is known by its key: the source
+  does not plan again what it was told of by :meth:`Source.recover`, and acknowledges the newest delivery of a key.
+- A chunk's payload holds the messages themselves: workers cannot ask the broker for them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from tally.errors import ItemError
-from tally.scorers.base import Scorer
+from tally.scorers.base import Input, Scorer
+
+Unit: TypeAlias = Literal["items", "frames", "rows"]
+Media: TypeAlias = Literal["image", "video", "table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +91,17 @@ class Timings:
 class Source(ABC):
     """Enumerates items with stable keys, and reads them.
 
+    accepts: the inputs of scorers (see :data:`tally.scorers.base.Input`) that it can serve.
+    unit: what people call its items.
+    media: what a job records of it, so that it stays what it was taken for; None where that cannot change.
+    bounded: False for a source without an end; see the module.
     chunk_seconds: how long a worker should take for one chunk. chunk_items: how many items one may hold.
     """
 
+    accepts: ClassVar[frozenset[Input]] = frozenset()
+    unit: ClassVar[Unit] = "items"
+    media: ClassVar[Media | None] = None
+    bounded: ClassVar[bool] = True
     chunk_seconds: ClassVar[float] = 2.0
     chunk_items: ClassVar[int] = 8192
 
@@ -96,6 +115,15 @@ class Source(ABC):
         """The one of :attr:`columns` that tells where in the source a row came from, if items are not planned in that
         order: a merged result is sorted by it, and it is not written."""
         return None
+
+    def several(self) -> bool:
+        """Whether it holds more than one file, or whatever makes one file of the output; True unless it knows."""
+        return True
+
+    def located(self, work: str | None) -> Source:
+        """The same source, which keeps what it has to prepare at ``work``: a folder's path or URL that is the job's
+        own; None if the output has no room for that. Raises SpecError if it cannot do without."""
+        return self
 
     def prepare(self) -> None:  # noqa: B027  # most sources have nothing to make ready
         """Make ready what :meth:`plan` and :meth:`read` need; called in the coordinator before either, each time
@@ -137,3 +165,24 @@ class Source(ABC):
     def remark(self) -> str | None:
         """After planning: one line that the user should see (files passed over, say)."""
         return None
+
+    # -- endless sources only ----------------------------------------------------------------------
+
+    def recover(self, chunks: Iterable[Chunk]) -> None:  # noqa: B027
+        """Before :meth:`plan`, when a job is gone on with: these chunks are planned already and not done.
+
+        Their messages come again, and are not planned again.
+        """
+
+    def acknowledge(self, chunks: Sequence[Chunk]) -> None:  # noqa: B027
+        """The results of these chunks, or parts of chunks, are committed: the broker may forget their messages.
+
+        Called in the coordinator, from another thread than :meth:`plan`. After a crash, it is called again, before
+        :meth:`plan`, for chunks of which is not known whether it had been.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Have :meth:`plan` return soon, and release what it holds. Called from any thread; idempotent.
+
+        Messages that are planned and not acknowledged are delivered again to whoever goes on with the job.
+        """

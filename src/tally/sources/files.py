@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tally.errors import SpecError
 from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Kind, Listing
-from tally.sources.locations import Place, nothing
+from tally.sources.locations import Location, nothing
 from tally.sources.reading import AHEAD, LOCAL_THREADS, REMOTE_THREADS, Reader, read_ahead, read_paths
-from tally.storage import LocalStore, key_of, name_from_json, name_to_json, open_store
+from tally.storage import key_of, name_from_json, name_to_json, open_store
 
 _COMBINE = 4096
 
@@ -25,6 +25,8 @@ _COMBINE = 4096
 @dataclass(frozen=True)
 class FileSource(Source):
     """Files as images, bytes or paths. Make it with :meth:`describe`; small, immutable, picklable."""
+
+    accepts: ClassVar = frozenset[Input]({"image", "bytes", "path"})
 
     listing: Listing
     input: Input
@@ -50,21 +52,21 @@ class FileSource(Source):
         Raises SourceNotFoundError when one of the places is not there or gives nothing, StorageError
         when it cannot be read, SpecError when files cannot be given as ``input``.
         """
-        if input not in ("image", "bytes", "path"):
+        if input not in cls.accepts:
             raise SpecError(f"files can be scored as image, bytes or path, not as {input}")
         kind: Kind | None = "image" if input == "image" else None
         return cls(Listing.of(uris, kind, without=without, sizes=input != "path"), input)
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def locations(self) -> tuple[Location, ...]:
         """Where the files are; a chunk's payload names one of them by its index."""
-        return self.listing.places
+        return self.listing.locations
 
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
         self.listing.passed.clear()
         began, last = (0, None) if after is None else _parse_cursor(after)
         found = after is not None
-        for index in range(began, len(self.places)):
+        for index in range(began, len(self.locations)):
             entries = self.listing.entries(index, last if index == began else None)
             names: list[str] = []
             total = 0
@@ -88,13 +90,13 @@ class FileSource(Source):
                 yield _chunk(index, first, names)
                 first += len(names)
         if not found:
-            raise nothing(self.places[0], self.listing.passed, self.listing.kind)
+            raise nothing(self.locations[0], self.listing.passed, self.listing.kind)
 
     def ahead(self, batch_size: int) -> int:
         return AHEAD * max(batch_size, LOCAL_THREADS if self.listing.local else REMOTE_THREADS)
 
     def keys(self, chunk: Chunk) -> list[str]:
-        return _keys(self.places[chunk.payload["place"]].prefix, _unpack(chunk.payload["names"]))
+        return _keys(self.locations[chunk.payload["place"]].prefix, _unpack(chunk.payload["names"]))
 
     def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
         names = chunk.payload["names"][start:stop]
@@ -115,17 +117,20 @@ class FileSource(Source):
                 combined.append(chunk)
         return combined
 
+    def several(self) -> bool:
+        return self.listing.several()
+
     def remark(self) -> str | None:
         return self.listing.remark()
 
     def read(self, chunk: Chunk, scorer: Scorer, timings: Timings) -> Iterator[Batch]:
-        place = self.places[chunk.payload["place"]]
+        location = self.locations[chunk.payload["place"]]
         names = _unpack(chunk.payload["names"])
-        keys = _keys(place.prefix, names)
-        store = open_store(place.root)
-        local = isinstance(store, LocalStore)
+        keys = _keys(location.prefix, names)
+        store = open_store(location.root)
+        local = store.is_local
         if self.input == "path" and local and type(scorer).prepare is Scorer.prepare:
-            return read_paths(place.within, names, keys, scorer.batch_size)
+            return read_paths(location.within, names, keys, scorer.batch_size)
         reader = Reader(store, names, keys, self.input, scorer)
         return read_ahead(reader, scorer.batch_size, LOCAL_THREADS if local else REMOTE_THREADS, timings)
 

@@ -13,7 +13,7 @@ from typing import Literal
 from tally.errors import SpecError
 from tally.media import images
 from tally.sources.locations import (
-    Place,
+    Location,
     both,
     compile_glob,
     count_suffixes,
@@ -24,7 +24,7 @@ from tally.sources.locations import (
     nothing,
 )
 from tally.sources.tables.formats import SUFFIXES as TABLES
-from tally.storage import Entry, LocalStore, Store, is_url, key_of, open_store
+from tally.storage import Entry, Store, is_url, key_of, open_store
 
 Kind = Literal["image", "video", "table"]
 
@@ -62,7 +62,7 @@ class Listing:
     """
 
     uris: tuple[str, ...]
-    places: tuple[Place, ...] = field(repr=False)
+    locations: tuple[Location, ...] = field(repr=False)
     kind: Kind | None = None
     without: str | None = None
     sizes: bool = True
@@ -81,25 +81,25 @@ class Listing:
             raise SpecError("no source is given", hint="name a folder, a file or a glob")
         uris = (uris,) if isinstance(uris, str) else tuple(map(os.fspath, uris))
         listing = cls(uris, locate(uris), kind, without, sizes)
-        for place in listing.places:
+        for location in listing.locations:
             passed: Counter[str] = Counter()
-            if not place.names and next(listing._entries(place, None, passed), None) is None:
-                raise nothing(place, passed, kind)
+            if not location.names and next(listing._entries(location, None, passed), None) is None:
+                raise nothing(location, passed, kind)
         return listing
 
     @property
     def local(self) -> bool:
         """Whether all of it is on this machine."""
-        return all(not is_url(place.root) for place in self.places)
+        return all(not is_url(location.root) for location in self.locations)
 
     def entries(self, index: int, after: str | None = None) -> Iterator[Entry]:
         """The files of one place beyond the name ``after``, without those that an earlier place holds too."""
-        place = self.places[index]
-        entries = self._entries(place, after, self.passed)
+        location = self.locations[index]
+        entries = self._entries(location, after, self.passed)
         earlier = [
             (other.within, self._taker(other))
-            for other in self.places[:index]
-            if other.within.startswith(place.within) or place.within.startswith(other.within)
+            for other in self.locations[:index]
+            if other.within.startswith(location.within) or location.within.startswith(other.within)
         ]
         if not earlier:
             return entries
@@ -107,14 +107,14 @@ class Listing:
             entry
             for entry in entries
             if not any(
-                (whole := place.within + entry.name).startswith(within) and takes(whole[len(within) :])
+                (whole := location.within + entry.name).startswith(within) and takes(whole[len(within) :])
                 for within, takes in earlier
             )
         )
 
     def several(self) -> bool:
         """Whether there is more than one file."""
-        found = chain.from_iterable(self.entries(index) for index in range(len(self.places)))
+        found = chain.from_iterable(self.entries(index) for index in range(len(self.locations)))
         return len(list(islice(found, 2))) > 1
 
     def remark(self) -> str | None:
@@ -122,7 +122,7 @@ class Listing:
         total = sum(self.passed.values())
         if not total:
             return None
-        folder = next(place.root for place in self.places if not place.names and place.pattern is None)
+        folder = next(location.root for location in self.locations if not location.names and location.pattern is None)
         for uri in self.uris:
             if not is_url(uri) and os.path.abspath(uri) == folder:  # noqa: PTH100
                 folder = uri
@@ -132,24 +132,24 @@ class Listing:
             f"a glob such as '{key_of(folder).rstrip('/')}/**/*' takes them all"
         )
 
-    def _entries(self, place: Place, after: str | None, passed: Counter[str]) -> Iterator[Entry]:
+    def _entries(self, location: Location, after: str | None, passed: Counter[str]) -> Iterator[Entry]:
         """The place's files beyond ``after``, in order; counts by suffix those that are not of the kind."""
-        store = open_store(place.root)
-        if place.names:
-            start = 0 if after is None else bisect_right(place.names, after)
-            known = self.sizes and isinstance(store, LocalStore)
-            for name in place.names[start:]:
+        store = open_store(location.root)
+        if location.names:
+            start = 0 if after is None else bisect_right(location.names, after)
+            known = self.sizes and store.is_local
+            for name in location.names[start:]:
                 yield Entry(name, _size(store, name) if known else 0)
             return
-        takes = self._taker(place)
-        enter = not_hidden if place.pattern is None else enters(place.pattern)
-        own = not_the_output(place, self.without)
+        takes = self._taker(location)
+        enter = not_hidden if location.pattern is None else enters(location.pattern)
+        own = not_the_output(location, self.without)
         if own is not None:
             enter = both(enter, own)
         listed = store.list(after=after, enter=enter, sizes=self.sizes)
         if own is not None:
             listed = (entry for entry in listed if own(entry.name))
-        if place.pattern is not None:
+        if location.pattern is not None:
             for entry in listed:
                 if takes(entry.name):
                     yield entry
@@ -169,12 +169,12 @@ class Listing:
                     continue
             yield entry
 
-    def _taker(self, place: Place) -> Callable[[str], bool]:
+    def _taker(self, location: Location) -> Callable[[str], bool]:
         """Tells of a name below the place's root whether the place gives it."""
-        if place.names:
-            return frozenset(place.names).__contains__
-        if place.pattern is not None:
-            match = compile_glob(place.pattern).fullmatch
+        if location.names:
+            return frozenset(location.names).__contains__
+        if location.pattern is not None:
+            match = compile_glob(location.pattern).fullmatch
             return lambda name: match(name) is not None
         suffixes = self._suffixes()
         return lambda name: (

@@ -24,7 +24,7 @@ _SHOWN_SUFFIXES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """One root to list, and which of its files are taken.
 
     root: an absolute path or URL. prefix: what keys begin with. names: exactly these, sorted; or
@@ -42,15 +42,15 @@ class Place:
         return self.root.rstrip("/") + "/"
 
 
-def not_the_output(place: Place, without: str | None) -> Callable[[str], bool] | None:
+def not_the_output(location: Location, without: str | None) -> Callable[[str], bool] | None:
     """Tells names that are not the output's; None where the output cannot be among the place's names.
 
     A merged output ``out.csv`` has its manifest, its dead items and its staging folder beside it, all of
     whose names begin with ``out.``.
     """
-    if without is None or not without.startswith(place.within):
+    if without is None or not without.startswith(location.within):
         return None
-    name = without[len(place.within) :].rstrip("/")
+    name = without[len(location.within) :].rstrip("/")
     if without.endswith("/") or not _suffix(name):
         return lambda other: other != name and not other.startswith(name + "/")
     stem = name[: -len(_suffix(name))]
@@ -73,12 +73,12 @@ def not_hidden(folder: str) -> bool:
 _MAGIC = re.compile(r"[*?\[]")
 
 
-def locate(uris: Sequence[str]) -> tuple[Place, ...]:
+def locate(uris: Sequence[str]) -> tuple[Location, ...]:
     """The places that the uris name, with single files of one folder brought together."""
     return _with_prefixes(_merge_files([_locate(uri) for uri in uris]))
 
 
-def _locate(uri: str) -> Place:
+def _locate(uri: str) -> Location:
     """What a path or URL names. A name that exists is itself, even where it looks like a glob."""
     if is_url(uri) and not uri.lower().startswith("file://"):
         return _locate_remote(uri)
@@ -98,20 +98,20 @@ def _locate(uri: str) -> Place:
         root, pattern = _split(path)
         if not Path(root).is_dir():
             raise _missing(root) from None
-        return Place(root, pattern=pattern)
+        return Location(root, pattern=pattern)
     except OSError as error:
         raise failure("read", path, error) from None
     if stat.S_ISDIR(mode):
-        return Place(path)
+        return Location(path)
     if not stat.S_ISREG(mode):
         raise SourceNotFoundError(
             f"{key_of(path)} is neither a file nor a folder", hint="pipes and devices cannot be read twice"
         )
     folder, _, name = path.rpartition("/")
-    return Place(folder or "/", names=(name,))
+    return Location(folder or "/", names=(name,))
 
 
-def _locate_remote(uri: str) -> Place:
+def _locate_remote(uri: str) -> Location:
     # Checks the kind of URL, and that it carries no secrets.
     open_store(uri)
     scheme, _, rest = uri.partition("://")
@@ -119,18 +119,18 @@ def _locate_remote(uri: str) -> Place:
     bucket = f"{scheme.lower()}://{bucket}"
     whole = name.strip("/")
     if not whole:
-        return Place(bucket)
+        return Location(bucket)
     store = open_store(bucket)
     magic = _MAGIC.search(whole)
     if not magic and (name.endswith("/") or next(store.list(whole), None) is not None):
-        return Place(f"{bucket}/{whole}")
+        return Location(f"{bucket}/{whole}")
     if store.exists(whole):
         folder, _, last = whole.rpartition("/")
-        return Place(f"{bucket}/{folder}".rstrip("/"), names=(last,))
+        return Location(f"{bucket}/{folder}".rstrip("/"), names=(last,))
     if not magic:
         raise SourceNotFoundError(f"there is no object and no folder {uri}", hint="names of objects are case-sensitive")
     root, pattern = _split(whole)
-    return Place(f"{bucket}/{root}".rstrip("/"), pattern=pattern)
+    return Location(f"{bucket}/{root}".rstrip("/"), pattern=pattern)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -162,13 +162,14 @@ def _missing(path: str) -> SourceNotFoundError:
     return SourceNotFoundError(message, hint=f"its folder {key_of(parent) or '/'} is there and holds {names}")
 
 
-def nothing(place: Place, passed: Counter[str], kind: str | None = None) -> SourceNotFoundError:
+def nothing(location: Location, passed: Counter[str], kind: str | None = None) -> SourceNotFoundError:
     """What to say of a place that gives no file. passed: those that are not of the kind, by suffix."""
-    root = key_of(place.root)
-    if place.pattern is not None:
+    root = key_of(location.root)
+    if location.pattern is not None:
         hint = "'*' stays within one folder; '**' crosses folders, as in 'photos/**/*.jpg'"
         return SourceNotFoundError(
-            f"no file matches {root.rstrip('/')}/{key_of(place.pattern)}", hint=None if "**" in place.pattern else hint
+            f"no file matches {root.rstrip('/')}/{key_of(location.pattern)}",
+            hint=None if "**" in location.pattern else hint,
         )
     if passed:
         total = sum(passed.values())
@@ -190,32 +191,35 @@ def count_suffixes(passed: Counter[str]) -> str:
     return ", ".join([*shown, f"others {rest:,}"] if rest else shown)
 
 
-def _merge_files(places: list[Place]) -> list[Place]:
+def _merge_files(locations: list[Location]) -> list[Location]:
     """Neighbouring single files become one place: a shell expands ``*.jpg`` to thousands of them."""
-    merged: list[Place] = []
-    group: list[Place] = []
-    for place in [*places, None]:
-        if group and (place is None or not place.names or _anchor(place.root) != _anchor(group[0].root)):
+    merged: list[Location] = []
+    group: list[Location] = []
+    for location in [*locations, None]:
+        if group and (location is None or not location.names or _anchor(location.root) != _anchor(group[0].root)):
             root = _common([each.root for each in group])
             cut = len(root.rstrip("/")) + 1
             names = {(each.within + name)[cut:] for each in group for name in each.names}
-            merged.append(Place(root, names=tuple(sorted(names))))
+            merged.append(Location(root, names=tuple(sorted(names))))
             group = []
-        if place is not None and place.names:
-            group.append(place)
-        elif place is not None and place not in merged:
-            merged.append(place)
+        if location is not None and location.names:
+            group.append(location)
+        elif location is not None and location not in merged:
+            merged.append(location)
     return merged
 
 
-def _with_prefixes(places: list[Place]) -> tuple[Place, ...]:
+def _with_prefixes(locations: list[Location]) -> tuple[Location, ...]:
     """Keys of several places are relative to their common folder; with none in common, the place is in the key."""
-    if len(places) == 1:
-        return tuple(places)
+    if len(locations) == 1:
+        return tuple(locations)
     common = ""
-    if len({_anchor(place.root) for place in places}) == 1:
-        common = _common([place.root for place in places]).rstrip("/") + "/"
-    return tuple(Place(place.root, key_of(place.within[len(common) :]), place.names, place.pattern) for place in places)
+    if len({_anchor(location.root) for location in locations}) == 1:
+        common = _common([location.root for location in locations]).rstrip("/") + "/"
+    return tuple(
+        Location(location.root, key_of(location.within[len(common) :]), location.names, location.pattern)
+        for location in locations
+    )
 
 
 def _anchor(root: str) -> str:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, overload
 
 from tally.errors import ItemError, StorageAwayError, TallyError
-from tally.media import images
 from tally.scorers.base import Input, Item, Scorer
+from tally.scorers.run import prepare
 from tally.sources.base import Batch, Timings
-from tally.storage import ObjectStore, Store, file_name, temporary
+from tally.storage import Store, file_name, temporary
+from tally.text import error_line
 
 LOCAL_THREADS = 2
 REMOTE_THREADS = 16
@@ -49,7 +50,7 @@ class Reader:
 
     def open(self) -> None:
         """Make ready what :meth:`close` removes: remote files that are wanted as paths are downloaded."""
-        if self._input == "path" and isinstance(self._store, ObjectStore):
+        if self._input == "path" and not self._store.is_local:
             self._folder = temporary.make("items")
 
     def run(self, start: int, stop: int) -> tuple[list[Any], float, float, int]:
@@ -61,15 +62,13 @@ class Reader:
             if self.closed:
                 break
             began = time.perf_counter()
-            read = began
             try:
                 value: Any = self._fetch(position)
                 read = time.perf_counter()
-                value = self._prepare(self.keys[position], value)
+                value = prepare(self._scorer, Item(self.keys[position], value))
             except ItemError as error:
                 value = error.bare()
-                if error.stage == "read":
-                    read = time.perf_counter()
+                read = time.perf_counter()
             values.append(value)
             held += _weight(value)
             reading += read - began
@@ -83,7 +82,6 @@ class Reader:
                 return self._store.read(name)
             if self._folder is None:
                 return self._store.local_path(name)
-            assert isinstance(self._store, ObjectStore)
             target = Path(self._folder, str(position), file_name(name))
             target.parent.mkdir()
             self._store.download(name, target)
@@ -93,13 +91,7 @@ class Reader:
         except TallyError as error:
             raise ItemError(error.message, stage="read", hint=error.hint) from None
         except Exception as error:
-            raise ItemError(_told(error), stage="read") from None
-
-    def _prepare(self, key: str, value: Any) -> Any:
-        info: dict[str, Any] = {}
-        if self._input == "image":
-            value, info = images.decode(value, self._scorer.size)
-        return prepare(self._scorer, Item(key, value, info))
+            raise ItemError(error_line(error), stage="read") from None
 
     def forget(self, start: int, stop: int) -> None:
         """The consumer is done with these positions: downloaded files are removed."""
@@ -234,18 +226,3 @@ def _weight(value: Any) -> int:
         return sum(map(_weight, value.values()))
     size = getattr(value, "nbytes", 0)
     return size if isinstance(size, int) else 0
-
-
-def prepare(scorer: Scorer, item: Item) -> Any:
-    """What the scorer makes of the item. Raises ItemError, whatever the scorer raised."""
-    try:
-        return scorer.prepare(item)
-    except TallyError as error:
-        raise ItemError(error.message, stage="prepare", hint=error.hint) from None
-    except Exception as error:
-        raise ItemError(_told(error), stage="prepare") from None
-
-
-def _told(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -20,12 +20,14 @@ from typing import Any, ClassVar
 from tally.errors import ItemError, StorageAwayError, TallyError
 from tally.media.video.decode import decode
 from tally.media.video.facts import Video, pack, unpack
+from tally.media.video.frame import FrameInfo
 from tally.media.video.probe import Key, Prober, Timeline
-from tally.scorers.base import Item, Scorer
+from tally.scorers.base import Input, Item, Scorer
+from tally.scorers.run import prepare
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing
 from tally.sources.locations import nothing
-from tally.sources.reading import AHEAD, AHEAD_BYTES, prepare
+from tally.sources.reading import AHEAD, AHEAD_BYTES
 from tally.storage import key_of, name_from_json, name_to_json
 
 _SNAP = 0.6
@@ -45,6 +47,9 @@ class VideoSource(Source):
     size: (width, height) in pixels, upright, that frames are scaled to; None: as they are.
     """
 
+    accepts: ClassVar = frozenset[Input]({"image", "frame"})
+    unit: ClassVar = "frames"
+    media: ClassVar = "video"
     chunk_seconds: ClassVar = 4.0  # decoding begins at a keyframe, which may be far before the chunk
 
     listing: Listing
@@ -82,7 +87,7 @@ class VideoSource(Source):
         found = after is not None
         prober = Prober()
         try:
-            for index in range(began, len(self.listing.places)):
+            for index in range(began, len(self.listing.locations)):
                 entries = self.listing.entries(index, name if index == began else None)
                 if index == began and name is not None and frame is not None:
                     for chunk in self._video(prober, index, name, frame, first, limit):
@@ -96,20 +101,20 @@ class VideoSource(Source):
         finally:
             prober.close()
         if not found:
-            raise nothing(self.listing.places[0], self.listing.passed, self.listing.kind)
+            raise nothing(self.listing.locations[0], self.listing.passed, self.listing.kind)
 
     def _video(
         self, prober: Prober, index: int, name: str, start: int, first: int, limit: Callable[[], ChunkLimit]
     ) -> Iterator[Chunk]:
         """The chunks of one video from the frame ``start`` on."""
-        place = self.listing.places[index]
-        key = place.prefix + key_of(name)
+        location = self.listing.locations[index]
+        key = location.prefix + key_of(name)
 
         def cursor(frame: int | None) -> str:
             return json.dumps([index, name_to_json(name), frame])
 
         try:
-            timeline = prober(key, place.root, name)
+            timeline = prober(key, location.root, name)
         except StorageAwayError:
             raise
         except TallyError as error:
@@ -173,6 +178,9 @@ class VideoSource(Source):
         aspect = video.aspect / stretch if video.turns % 2 else video.aspect * stretch
         return replace(video, width=width, height=height, aspect=aspect)
 
+    def several(self) -> bool:
+        return self.listing.several()
+
     def remark(self) -> str | None:
         return self.listing.remark()
 
@@ -226,9 +234,10 @@ class VideoSource(Source):
                 yield Batch(start, stop, dead=[(position, error) for position in range(start, stop)])
             return
         video, numbers = Video.from_json(chunk.payload["video"]), unpack(chunk.payload["numbers"])
-        seconds = [float(tick * video.time_base) for tick in unpack(chunk.payload["ticks"])]
+        step = chunk.payload["step"]
+        infos = [FrameInfo(video, *each, step) for each in zip(numbers, unpack(chunk.payload["ticks"]), strict=True)]
         room = AHEAD_BYTES // (3 * video.width * video.height)
-        ahead = _Ahead(chunk, scorer, keys, numbers, seconds, max(1, min(self.ahead(size), room)))
+        ahead = _Ahead(chunk, scorer, keys, infos, max(1, min(self.ahead(size), room)))
         decoding = 0.0
         try:
             for start in range(0, chunk.count, size):
@@ -242,7 +251,7 @@ class VideoSource(Source):
                     batch.keys.append(keys[position])
                     batch.values.append(value)
                     batch.positions.append(position)
-                    batch.info.append({"video": video.key, "frame": numbers[position], "time": seconds[position]})
+                    batch.info.append(infos[position])
                 timings.decode += ahead.decoding - decoding
                 decoding = ahead.decoding
                 yield batch
@@ -258,14 +267,13 @@ class _Ahead(threading.Thread):
         chunk: Chunk,
         scorer: Scorer,
         keys: Sequence[str],
-        numbers: Sequence[int],
-        seconds: Sequence[float],
+        infos: Sequence[FrameInfo],
         ahead: int,
     ) -> None:
         super().__init__(name="tally-decode", daemon=True)
         self.decoding = 0.0  # seconds, of reading too
         self._chunk, self._scorer = chunk, scorer
-        self._keys, self._numbers, self._seconds = keys, numbers, seconds
+        self._keys, self._infos = keys, infos
         self._values: queue.Queue[Any] = queue.Queue(ahead)
         self._stopping = threading.Event()
         self.start()
@@ -298,7 +306,7 @@ class _Ahead(threading.Thread):
         packets = unpack(self._chunk.payload["packets"])
         keys = [Key(*key) for key in self._chunk.payload["keys"]]
         video = Video.from_json(self._chunk.payload["video"])
-        begin = bisect_right([key.number for key in keys], self._numbers[0])
+        begin = bisect_right([key.number for key in keys], self._infos[0].number)
         began = time.perf_counter()
         done = 0
         try:
@@ -318,16 +326,9 @@ class _Ahead(threading.Thread):
 
     def _prepare(self, position: int, picture: Any) -> Any:
         height, width = picture.shape[:2]
-        info = {
-            "width": width,
-            "height": height,
-            "frame": self._numbers[position],
-            "time": self._seconds[position],
-        }
-        try:
-            return prepare(self._scorer, Item(self._keys[position], picture, info))
-        except ItemError as error:
-            return error.bare()
+        frame = self._infos[position]
+        info = {"width": width, "height": height, "frame": frame["frame"], "time": frame["time"]}
+        return prepare(self._scorer, Item(self._keys[position], picture, info))
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,15 +40,33 @@ __all__ = [
     "cache_folder",
     "failure",
     "file_name",
+    "foreign_scheme",
     "is_url",
     "key_of",
     "local_of",
     "mask",
     "name_from_json",
     "name_to_json",
+    "normalised",
     "open_store",
     "while_waiting",
 ]
+
+
+def foreign_scheme(place: str) -> str | None:
+    """The scheme of a URL that is of no kind of storage, such as an installed package may know; else None."""
+    scheme, separator, _ = place.partition("://")
+    if not separator or not is_url(place) or scheme.lower() in (*KINDS, "file"):
+        return None
+    return scheme.lower()
+
+
+def normalised(place: str) -> str:
+    """The one way to write a place: a path is absolute and has no ``file://``; no slash at the end."""
+    if foreign_scheme(place) is None and (not is_url(place) or place[:7].lower() == "file://"):
+        return os.path.abspath(local_of(place) if is_url(place) else place)  # noqa: PTH100
+    scheme, _, rest = place.partition("://")
+    return f"{scheme}://{rest.rstrip('/')}"
 
 
 def open_store(place: str | os.PathLike[str]) -> Store:

@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
@@ -61,7 +61,13 @@ class Entry(NamedTuple):
 
 
 class Store(ABC):
-    """Objects under names. Implementations supply the primitives; all calls block."""
+    """Objects under names. Implementations supply the primitives; all calls block.
+
+    is_local: the objects are files of this machine. Then :attr:`url` is the path of their folder,
+    :meth:`local_path` the file itself, and asking for a size and moving cost next to nothing.
+    """
+
+    is_local: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -103,8 +109,12 @@ class Store(ABC):
         """In bytes. Raises SourceNotFoundError where there is no such object."""
 
     def marked(self, name: str) -> tuple[int, str]:
-        """The size in bytes, and a mark that another content would not have; it is empty where none is kept."""
+        """The size in bytes, and a mark that changes with the content; empty where the store keeps none."""
         return self.size(name), ""
+
+    def version(self, name: str) -> str:
+        """A text that changes whenever the object is written again."""
+        return "{} {}".format(*self.marked(name))
 
     def exists(self, name: str) -> bool:
         """Whether there is an object of this name (a folder is none)."""
@@ -141,6 +151,20 @@ class Store(ABC):
     @abstractmethod
     def local_path(self, name: str) -> Path:
         """A file of this machine with the object's content: itself, or a cached download. Read only."""
+
+    @abstractmethod
+    def download(self, name: str, target: Path) -> None:
+        """Write the object's content to a local file, a part at a time."""
+
+    def folders(self) -> set[str]:
+        """The names of the folders at the top; of an object store, those that hold something."""
+        return {entry.name.split("/", 1)[0] for entry in self.list(sizes=False) if "/" in entry.name}
+
+    def remove_partial(self, folder: str = "") -> None:  # noqa: B027  # object stores keep no such files
+        """Remove the files in a folder that killed writers left half written; folders below it are not entered."""
+
+    def remove_folder(self, folder: str) -> None:  # noqa: B027  # object stores keep no such folders
+        """Remove a folder if it is empty."""
 
     def _inside(self, name: str) -> str:
         """The name itself. Raises StorageError for one that would lead out of the store."""

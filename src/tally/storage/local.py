@@ -1,13 +1,12 @@
 """Folders of this machine."""
 
 # A million names pass through here, and pathlib costs more than the system calls do.
-# ruff: noqa: PTH100, PTH102, PTH105, PTH108, PTH110, PTH112, PTH116, PTH120
+# ruff: noqa: PTH100, PTH105, PTH106, PTH108, PTH110, PTH116, PTH120
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import stat
 import time
@@ -16,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 from tally.errors import SourceNotFoundError, StorageError
 from tally.storage.base import TEMPORARY, Entry, Store, failure, key_of
+from tally.storage.publish import make_folder, remove_empty, sync_folder, whole
 
 _DELETIONS = 20
 _DELETION_PAUSE = 0.1
@@ -27,6 +27,8 @@ _DELETION_PAUSE = 0.1
 
 class LocalStore(Store):
     """A folder of this machine. Names may hold any bytes of the file system, as ``os.fsdecode`` gives."""
+
+    is_local: ClassVar = True
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = os.path.abspath(root)
@@ -156,39 +158,23 @@ class LocalStore(Store):
 
     def _write(self, name: str, fill: Callable[[BinaryIO], object], exclusive: bool = False) -> None:
         path = self._path(name)
-        folder = os.path.dirname(path)
-        # A short name of its own: the target's may already be as long as the file system allows.
-        temporary = f"{folder}/{TEMPORARY}{secrets.token_hex(8)}"
         made: list[str] = []
         try:
-            _make_folder(folder, made)
-            try:
-                with open(temporary, "xb") as file:
-                    fill(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if exclusive:
-                    _claim(temporary, path)
-                else:
-                    os.replace(temporary, path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-            _sync_folder(folder)
+            made = make_folder(os.path.dirname(path))
+            with whole(path, exclusive=exclusive) as temporary, open(temporary, "wb") as file:
+                fill(file)
         except OSError as error:
-            for each in reversed(made):
-                with suppress(OSError):  # somebody else uses it by now
-                    Path(each).rmdir()
+            remove_empty(made)
             raise failure("write", path, error) from None
 
     def move(self, source: str, target: str) -> None:
         old, new = self._path(source), self._path(target)
         try:
-            _make_folder(os.path.dirname(new))
+            make_folder(os.path.dirname(new))
             os.replace(old, new)
-            _sync_folder(os.path.dirname(new))
+            sync_folder(os.path.dirname(new))
             if os.path.dirname(old) != os.path.dirname(new):
-                _sync_folder(os.path.dirname(old))
+                sync_folder(os.path.dirname(old))
         except OSError as error:
             raise failure(f"move {key_of(old)} to", new, error) from None
 
@@ -221,47 +207,32 @@ class LocalStore(Store):
         self.size(name)
         return Path(self._path(name))
 
-
-def _claim(temporary: str, path: str) -> None:
-    """Give a finished file its name, unless that is taken."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        # No hard links here: the name is taken first, and then given the content.
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        os.replace(temporary, path)
-    else:
-        os.unlink(temporary)
-
-
-def _make_folder(path: str, made: list[str] | None = None) -> None:
-    """Make a folder and its parents, durably. made: gets those that were not there."""
-    missing = []
-    while path and not os.path.isdir(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    for folder in reversed(missing):
+    def download(self, name: str, target: Path) -> None:
+        path = self.local_path(name)
         try:
-            os.mkdir(folder)
-            if made is not None:
-                made.append(folder)
-        except FileExistsError:
-            if not os.path.isdir(folder):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from None
-        _sync_folder(os.path.dirname(folder))
+            shutil.copyfile(path, target)
+        except OSError as error:
+            raise failure(f"copy {key_of(os.fspath(path))} to", os.fspath(target), error) from None
 
+    def version(self, name: str) -> str:
+        return f"{self.size(name)} {os.stat(self._path(name)).st_mtime_ns}"
 
-def _sync_folder(path: str) -> None:
-    descriptor = os.open(path or "/", os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems sync folders on their own and refuse to be asked.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
+    def folders(self) -> set[str]:
+        try:
+            with os.scandir(self._root) as entries:
+                return {entry.name for entry in entries if entry.is_dir()}
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise failure("list", self._root, error) from None
+
+    def remove_partial(self, folder: str = "") -> None:
+        with suppress(OSError), os.scandir(self._prefix + folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(TEMPORARY):
+                    with suppress(FileNotFoundError):
+                        os.unlink(entry.path)
+
+    def remove_folder(self, folder: str) -> None:
+        with suppress(OSError):  # it is gone, or somebody uses it by now
+            os.rmdir(self._prefix + folder)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tally.errors import OutputExistsError, StorageError
+from tally.errors import OutputExistsError, SpecError, StorageError
 from tally.scorers.base import Result
-from tally.sinks.base import Output, Sink, Writer
+from tally.sinks.base import Output, OutputDescription, Sink, Writer
+from tally.sinks.factory import reopen
 from tally.sinks.query import rows
-from tally.sinks.staging import StagedSink
-from tally.sources.base import Chunk
+from tally.sources.base import Batch, Chunk, Source
 from tally.storage import LocalStore
 
 FACTS = {"job": "job-1", "generation": 0, "finished_at": "2024-05-06T07:08:09+00:00"}
@@ -65,6 +66,40 @@ class CrashingStore(LocalStore):
 
     def delete_tree(self, prefix: str = "") -> None:
         self._count(lambda: LocalStore.delete_tree(self, prefix))
+
+
+class Endless(Source):
+    """A source without an end, as far as a sink is told of it."""
+
+    bounded = False
+
+    def plan(self, after: Any, first: int, limit: Any) -> Iterator[Chunk]:
+        return iter(())
+
+    def read(self, chunk: Chunk, scorer: Any, timings: Any) -> Iterator[Batch]:
+        return iter(())
+
+    def keys(self, chunk: Chunk) -> list[str]:
+        return []
+
+    def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
+        return chunk
+
+
+def layout_of(sink: Sink) -> Any:
+    """Where a sink that stages files has them; skips the test for another."""
+    layout = getattr(sink, "layout", None)
+    if layout is None:
+        pytest.skip("it keeps no files of its own")
+    return layout
+
+
+def local_layout_of(sink: Sink) -> Any:
+    """The same; its store is replaced by one that crashes."""
+    layout = layout_of(sink)
+    if not layout.store.is_local:
+        pytest.skip("crashes are simulated in a local store")
+    return layout
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
@@ -271,20 +306,18 @@ class SinkContract:
 
     def test_a_finished_place_holds_what_its_manifest_lists(self, make: Any, tmp_path: Path, attempt: Any) -> None:
         sink = make(tmp_path / "place")
-        if not isinstance(sink, StagedSink):
-            pytest.skip("it keeps no files of its own")
-        place = sink.place
+        layout = layout_of(sink)
         for generation, name in enumerate("abc"):
             sink.claim("job-1")
             attempt(sink, f"lost-{name}", 0, 2)
             outputs = [attempt(sink, name, 3 * generation, 3 * generation + 3)]
             manifest = sink.finalize(outputs, DEAD if generation == 1 else [], {**FACTS, "generation": generation})
-            marks = {place.manifest, *([place.success] if place.success else [])}
-            listed = [*sink._listed(manifest)]
+            marks = {layout.manifest, *([layout.success] if layout.success else [])}
+            listed = [*sink.listed(manifest)]
             assert len(set(listed)) == len(listed)
             assert {file["path"] for file in manifest["files"]} <= set(listed)
-            assert sorted(entry.name for entry in place.store.list()) == sorted({*listed, *marks})
-            assert all(place.store.size(file["path"]) == file["bytes"] for file in manifest["files"])
+            assert sorted(entry.name for entry in layout.store.list()) == sorted({*listed, *marks})
+            assert all(layout.store.size(file["path"]) == file["bytes"] for file in manifest["files"])
 
     def test_finalizing_again_changes_nothing(self, make: Any, tmp_path: Path, attempt: Any) -> None:
         sink = make(tmp_path / "place")
@@ -336,34 +369,31 @@ class SinkContract:
         self, make: Callable[[Path], Any], tmp_path: Path, attempt: Any, keys: Any, late: bool, generation: int
     ) -> None:
         base = make(tmp_path / "base")
-        if not isinstance(base, StagedSink) or not isinstance(base.place.store, LocalStore):
-            pytest.skip("crashes are simulated in a local store")
+        local_layout_of(base)
         base.claim("job-1")
         if generation:
             base.finalize([attempt(base, "a", 0, 2)], DEAD, FACTS)
             base.claim("job-1")
         outputs = [attempt(base, "b", 2, 5), attempt(base, "c", 5, 7)]
 
-        def prepare(name: str) -> StagedSink:
+        def prepare(name: str) -> Any:
             shutil.copytree(tmp_path / "base", tmp_path / name)
-            copy = make(tmp_path / name)
-            assert isinstance(copy, StagedSink)
-            return copy
+            return make(tmp_path / name)
 
         facts = {**FACTS, "generation": generation}
         sink = prepare("whole")
-        counter = CrashingStore(sink.place.store.url, None)
-        sink.place.store = counter
+        counter = CrashingStore(sink.layout.store.url, None)
+        sink.layout.store = counter
         manifest = sink.finalize(outputs, [], facts)
         expected, steps = files_under(tmp_path / "whole"), counter.calls
         assert steps > 5
         for step in range(steps):
             sink = prepare(f"step-{step}")
-            whole = sink.place.store
-            sink.place.store = CrashingStore(whole.url, step, late=late)
+            whole = sink.layout.store
+            sink.layout.store = CrashingStore(whole.url, step, late=late)
             with pytest.raises(Crash):
                 sink.finalize(outputs, [], facts)
-            sink.place.store = whole
+            sink.layout.store = whole
             shown = keys(sink, outputs)
             sink.claim("job-1")
             assert sink.finalize(outputs, [], facts) == manifest
@@ -371,22 +401,144 @@ class SinkContract:
             if manifest["format"] == "parquet" or not generation:
                 assert shown == keys(sink, [])
 
+    # -- publishing while the job goes on -----------------------------------------------------------
+
+    def test_what_cannot_be_published_before_the_end_says_so(self, sink: Sink) -> None:
+        if sink.rolling:
+            sink.check(Endless())
+            return
+        with pytest.raises(SpecError, match="can only be written when a job ends"):
+            sink.check(Endless())
+        sink.claim("job-1")
+        with pytest.raises(SpecError, match="can only be written when the job ends"):
+            sink.publish([], [], FACTS)
+
+    def test_generations_are_published_while_attempts_are_in_flight(
+        self, make: Any, tmp_path: Path, attempt: Any, add: Any, chunk: Any, keys: Any
+    ) -> None:
+        sink = make(tmp_path / "place")
+        if not sink.rolling:
+            pytest.skip("it is published when the job ends")
+        sink.claim("job-1")
+        first, second = attempt(sink, "a", 0, 2), attempt(sink, "b", 2, 3)
+        writer = sink.open("c", chunk(3, 5))
+        assert add(writer, [3]) == []
+        manifest = sink.publish([first, second], DEAD, FACTS)
+        assert (manifest["counts"]["rows"], manifest["counts"]["dead"]) == (3 * self.rows_per_item, 1)
+        assert sink.manifest() == manifest
+        assert sink.holder() == "job-1"
+        with pytest.raises(OutputExistsError, match="job-1"):
+            make(tmp_path / "place").claim("job-2")
+        assert not [name for name in files_under(tmp_path) if name.endswith("_SUCCESS")]
+        assert keys(sink, [first, second]) == [key(0), key(1), key(2)]
+        assert add(writer, [4]) == []
+        third = writer.close()
+        if manifest["format"] == "parquet":
+            assert keys(sink, [first, second, third]) == [key(n) for n in range(5)]
+        sink.claim("job-1")  # another coordinator goes on
+        sink.publish([third], [], {**FACTS, "generation": 1})
+        last = attempt(sink, "d", 5, 6)
+        manifest = sink.finalize([last], DEAD, {**FACTS, "generation": 2})
+        assert keys(sink, [first, second, third, last]) == [key(n) for n in range(6)]
+        assert (manifest["counts"]["rows"], manifest["counts"]["dead"]) == (6 * self.rows_per_item, 1)
+        assert not [name for name in files_under(tmp_path) if "tally/" in name]
+
+    def test_publishing_again_changes_nothing(self, make: Any, tmp_path: Path, attempt: Any, keys: Any) -> None:
+        sink = make(tmp_path / "place")
+        if not sink.rolling:
+            pytest.skip("it is published when the job ends")
+        sink.claim("job-1")
+        outputs = [attempt(sink, "a", 0, 3)]
+        manifest = sink.publish(outputs, DEAD, FACTS)
+        before = files_under(tmp_path)
+        assert sink.publish(outputs, DEAD, {**FACTS, "finished_at": "2025-01-01T00:00:00+00:00"}) == manifest
+        assert files_under(tmp_path) == before
+        assert keys(sink, outputs) == [key(0), key(1), key(2)]
+        sink.finalize([], DEAD, {**FACTS, "generation": 1})
+        assert keys(sink, outputs) == [key(0), key(1), key(2)]
+
+    @pytest.mark.parametrize("late", [False, True])
+    def test_a_crash_while_publishing_costs_nothing(
+        self, make: Callable[[Path], Any], tmp_path: Path, attempt: Any, keys: Any, late: bool
+    ) -> None:
+        base = make(tmp_path / "base")
+        if not base.rolling:
+            pytest.skip("it is published when the job ends")
+        local_layout_of(base)
+        base.claim("job-1")
+        outputs = [attempt(base, "a", 0, 2)]
+        base.publish(outputs, DEAD, FACTS)
+        outputs += [attempt(base, "b", 2, 5), attempt(base, "c", 5, 7), attempt(base, "d", 7, 9)]
+        every = [key(n) for n in range(9)]
+
+        def prepare(name: str, at: int | None) -> Any:
+            shutil.copytree(tmp_path / "base", tmp_path / name)
+            sink = make(tmp_path / name)
+            sink.layout.store = CrashingStore(sink.layout.store.url, at, late=late)
+            return sink
+
+        def publish(sink: Any) -> None:
+            sink.publish(outputs[1:3], [], {**FACTS, "generation": 1})
+
+        def finish(sink: Any, folder: str) -> dict[str, bytes]:
+            manifest = sink.finalize(outputs[3:], DEAD, {**FACTS, "generation": 2})
+            assert manifest["counts"]["rows"] == 9 * self.rows_per_item
+            assert keys(sink, outputs) == every
+            return files_under(tmp_path / folder)
+
+        whole = prepare("whole", None)
+        publish(whole)
+        steps = whole.layout.store.calls
+        assert steps > 5
+        expected = finish(whole, "whole")
+        for step in range(steps):
+            for repeated in (True, False):  # or the next generation follows at once
+                folder = f"step-{step}-{repeated}"
+                sink = prepare(folder, step)
+                with pytest.raises(Crash):
+                    publish(sink)
+                sink = make(tmp_path / folder)
+                shown = keys(sink, outputs)
+                published = (sink.manifest() or {})["generation"] == 1
+                assert shown in (
+                    [every, every[:7]] if published or sink.manifest()["format"] == "parquet" else [every[:2]]
+                )
+                sink.claim("job-1")
+                if repeated or not published:
+                    publish(sink)
+                assert finish(sink, folder) == expected
+
+    # -- describing ---------------------------------------------------------------------------------
+
+    def test_an_output_is_opened_again_by_its_description(self, sink: Sink, attempt: Any, keys: Any) -> None:
+        sink.claim("job-1")
+        outputs = [attempt(sink, "a", 0, 3)]
+        described = OutputDescription.from_json(json.loads(json.dumps(sink.describe().to_json())))
+        assert described == sink.describe()
+        again = reopen(described)
+        assert (again.describe(), again.place) == (described, sink.place)
+        assert not described.place.endswith("/")
+        assert again.holder() == "job-1"
+        assert keys(again, outputs) == [key(0), key(1), key(2)]
+        sink.finalize(outputs, DEAD, FACTS)
+        assert keys(again, []) == [key(0), key(1), key(2)]
+        assert again.manifest() == sink.manifest()
+
     def test_a_full_disk_is_said_and_can_be_mended(self, make: Any, tmp_path: Path, attempt: Any, keys: Any) -> None:
         sink = make(tmp_path / "place")
-        if not isinstance(sink, StagedSink) or not isinstance(sink.place.store, LocalStore):
-            pytest.skip("a full disk is simulated in a local store")
+        local_layout_of(sink)
         sink.claim("job-1")
-        whole = sink.place.store
+        whole = sink.layout.store
         full = StorageError(f"cannot write {whole.url}: the disk is full")
-        sink.place.store = CrashingStore(whole.url, 0, raised=full)
+        sink.layout.store = CrashingStore(whole.url, 0, raised=full)
         with pytest.raises(StorageError, match="disk is full"):
             attempt(sink, "a", 0, 3)
-        sink.place.store = whole
+        sink.layout.store = whole
         output = attempt(sink, "b", 0, 3)
-        sink.place.store = CrashingStore(whole.url, 0, raised=full)
+        sink.layout.store = CrashingStore(whole.url, 0, raised=full)
         with pytest.raises(StorageError, match="disk is full"):
             sink.finalize([output], [], FACTS)
-        sink.place.store = whole
+        sink.layout.store = whole
         sink.finalize([output], [], FACTS)
         assert keys(sink, []) == [key(0), key(1), key(2)]
 

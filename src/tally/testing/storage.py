@@ -164,6 +164,38 @@ class StoreContract:
         store.write("folder/model.onnx", b"another")
         assert store.local_path("folder/model.onnx").read_bytes() == b"another"
 
+    def test_a_download_has_the_content(self, store: Store, tmp_path: Path) -> None:
+        content = os.urandom(3_000_000)
+        store.write("folder/model.onnx", content)
+        store.download("folder/model.onnx", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == store.read("folder/model.onnx") == content
+        with pytest.raises(SourceNotFoundError):
+            store.download("nothing", tmp_path / "none")
+
+    def test_the_version_changes_with_the_content(self, store: Store) -> None:
+        store.write("x", b"one")
+        before = store.version("x")
+        assert store.version("x") == before
+        store.write("x", b"three")
+        assert store.version("x") != before
+
+    def test_folders_are_those_at_the_top(self, filled: Store) -> None:
+        assert filled.folders() == {"a", "b", "ü"}
+        filled.delete_tree()
+        assert filled.folders() == set()
+
+    def test_what_is_local_is_a_file_of_this_machine(self, filled: Store) -> None:
+        if filled.is_local:
+            assert filled.local_path("a/1") == Path(filled.url, "a/1")
+        else:
+            assert "://" in filled.url
+
+    def test_tidying_takes_no_objects(self, filled: Store) -> None:
+        filled.remove_partial()
+        filled.remove_partial("a/")
+        filled.remove_folder("b/")
+        assert [entry.name for entry in filled.list()] == TREE
+
     def test_it_opens_again_by_its_url(self, filled: Store) -> None:
         assert open_store(filled.url).read("b/d") == b"b/d"
 

@@ -222,7 +222,7 @@ class Training:
             aggregate=self.aggregate,
             csv=self.csv,
             without=str(partial.absolute()),
-        ).at(str((partial / "rows").absolute()))
+        ).located(str((partial / "rows").absolute()))
         totals = {"keys": 0, "rows": 0, "rows_left_out": 0, "rows_used": 0, "rows_anomalous": 0}
         engine = LocalEngine()
         slots = self.workers or engine.default_slots()

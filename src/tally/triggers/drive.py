@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from contextlib import suppress
 from functools import partial
 
-from tally import terminal
 from tally.database.renewer import LeaseRenewer
 from tally.database.waiting import Patience
 from tally.errors import (
-    DatabaseAwayError,
     JobExistsError,
     JobNotFoundError,
-    JobStateError,
     ModelChangedError,
     ModelNotFoundError,
     OwnershipLostError,
@@ -29,21 +25,23 @@ from tally.errors import (
     TallyError,
     UntrustedModelError,
 )
-from tally.jobs.launch import open_store, submit, submit_failed
-from tally.jobs.store import JobRecord, JobStore
+from tally.jobs.events import Event, Events, Note
+from tally.jobs.facade import Jobs
+from tally.jobs.signals import stop_on_signals
+from tally.jobs.stop import Stop
+from tally.jobs.store import JobRecord
 from tally.triggers.store import LEASE_SECONDS, Run, ScheduleStore
 from tally.triggers.template import fill
 
 log = logging.getLogger("tally")
 
-LOOK_SECONDS = 0.5
 _FOR_GOOD = (SpecError, SourceNotFoundError, ModelNotFoundError, ModelChangedError, UntrustedModelError)
 """Another try would end the same."""
 
 
-def drive(jobs: JobStore, run_id: int, token: str) -> Run:
+def drive(jobs: Jobs, run_id: int, token: str) -> Run:
     """See the run through in this process; returns it as it then is. Raises OwnershipLostError if it is another's."""
-    store, patiently = ScheduleStore(jobs.engine), Patience(what="the run")
+    store, patiently = ScheduleStore(jobs.store.engine), Patience(what="the run")
     run = patiently(lambda: store.begin(run_id, token))
     renew = partial(store.renew, run_id, token)
     # If the lease is lost, the job goes on here: whoever has the run by then follows it.
@@ -68,31 +66,15 @@ def drive(jobs: JobStore, run_id: int, token: str) -> Run:
     return patiently(lambda: store.run(run_id))
 
 
-def _see_through(jobs: JobStore, store: ScheduleStore, run: Run, token: str, patiently: Patience) -> str:
+def _see_through(jobs: Jobs, store: ScheduleStore, run: Run, token: str, patiently: Patience) -> str:
     """Drive the run's job, or follow whoever does; the state that it ends in."""
     record = patiently(lambda: _job(jobs, store, run, token))
-
-    def look() -> JobRecord:
-        return patiently(lambda: jobs.get(record.id))
-
-    while record.state not in ("finished", "cancelled"):
-        if record.alive and record.state != "created":
-            time.sleep(LOOK_SECONDS)
-            record = look()
-            continue
-        try:
-            return terminal.run(jobs, record.id, quiet=True).state
-        except DatabaseAwayError:  # before the job was taken, or after it was put down: its coordinator waits itself
-            record = look()
-        except JobStateError:  # another process was faster
-            record = look()
-            if not record.alive and record.state not in ("finished", "cancelled"):
-                raise
-            time.sleep(LOOK_SECONDS)
-    return record.state
+    stop = Stop()
+    with stop_on_signals(stop):
+        return jobs.see_through(record.id, stop=stop).state
 
 
-def _job(jobs: JobStore, store: ScheduleStore, run: Run, token: str) -> JobRecord:
+def _job(jobs: Jobs, store: ScheduleStore, run: Run, token: str) -> JobRecord:
     """The job of the interval: the one that this run began, one that did or does exactly that, or a new one."""
     if run.job_id is not None:
         with suppress(JobNotFoundError):
@@ -100,15 +82,21 @@ def _job(jobs: JobStore, store: ScheduleStore, run: Run, token: str) -> JobRecor
     schedule = store.get(run.schedule)
     spec = fill(schedule.template, run.interval, schedule.clock())
     try:
-        record = submit(jobs, spec, resume=True, overwrite=run.again, say=print)
+        record = jobs.submit(spec, resume=True, overwrite=run.again, events=Events(_print))
     except JobExistsError as error:
         record = jobs.get(error.job_id)
     except SourceNotFoundError as error:
         if spec.alerts:
-            store.assign(run.id, token, submit_failed(jobs, spec, error).id)
+            store.assign(run.id, token, jobs.submit_failed(spec, error).id)
         raise
     store.assign(run.id, token, record.id)
     return record
+
+
+def _print(event: Event) -> None:
+    """For the schedule's log."""
+    if isinstance(event, Note):
+        print(event.text)
 
 
 def main() -> int:
@@ -116,7 +104,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     run_id, token = int(sys.argv[1]), sys.argv[2]
     try:
-        jobs = Patience(what="the run")(open_store)
+        jobs = Patience(what="the run")(Jobs)
         run = drive(jobs, run_id, token)
     except OwnershipLostError:
         return 0

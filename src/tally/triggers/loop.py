@@ -23,8 +23,8 @@ from tally.alerts import delivery
 from tally.config import settings
 from tally.database.waiting import Patience
 from tally.errors import DatabaseAwayError, OwnershipLostError, SpecError, TallyError
-from tally.jobs.launch import sink_of
 from tally.jobs.store import JobStore
+from tally.jobs.tidy import sink_of
 from tally.triggers.cron import Cron, Interval
 from tally.triggers.store import Run, Schedule, ScheduleStore
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self
 
 from tally.errors import ItemError, StorageError
-from tally.storage import LocalStore, Store, failure, open_store
+from tally.storage import Store, failure, open_store
 from tally.storage.ranges import RangeFile, changed
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def open_video(
     be read, or is in a bucket and has changed.
     """
     store = open_store(root)
-    if isinstance(store, LocalStore):
+    if store.is_local:
         return Input(_opened(os.fspath(store.local_path(name)), store.size(name)))
     this = _Known(root, name, *(known or store.marked(name)))
     if this in _fetched and _fetched[this].exists():

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tally.errors import ItemError, StorageAwayError, StorageError, TallyError
 from tally.media.video.container import Input, open_video, plain, video_stream
 from tally.media.video.facts import Colour, Video, pack, unpack
-from tally.storage import ObjectStore, open_store
+from tally.storage import open_store
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -361,7 +361,7 @@ class Prober:
         if root.startswith("memory:"):  # which no other process sees
             return probe(key, root, name, (size, mark))
         seconds = PATIENCE_SECONDS + size / PATIENCE_BYTES_PER_SECOND
-        waiting = seconds + (STORAGE_SECONDS if isinstance(store, ObjectStore) else 0)
+        waiting = seconds + (0 if store.is_local else STORAGE_SECONDS)
         if self._process is None:
             # With this very Tally, and nothing of the current folder: a json.py may lie there.
             inherited = dict(os.environ)

@@ -15,23 +15,75 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 from tally.errors import ModelNotFoundError
+from tally.scorers.scripts import forms
 
 Run = TypeVar("Run", bound=Callable[..., Any])
 
 
-class _Upload(io.BytesIO):
+class Headers(MutableMapping[str, str]):
+    """Headers by name, whatever the case of its letters."""
+
+    def __init__(self, headers: Mapping[str, str] | None = None) -> None:
+        self._named: dict[str, tuple[str, str]] = {}
+        self.update(headers or {})
+
+    def __getitem__(self, name: str) -> str:
+        return self._named[name.lower()][1]
+
+    def __setitem__(self, name: str, value: str) -> None:
+        self._named[name.lower()] = (name, str(value))
+
+    def __delitem__(self, name: str) -> None:
+        del self._named[name.lower()]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self._named.values())
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    def add(self, name: str, value: str) -> None:
+        """Set a header, or append to its value, after a comma."""
+        self[name] = f"{self[name]}, {value}" if name in self else value
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class Values(dict[str, Any]):
+    """The fields of a query or form, as scripts know them from Werkzeug: one value by name, or all of them."""
+
+    def __init__(self, pairs: Iterable[tuple[str, Any]] = ()) -> None:
+        self._pairs = list(pairs)
+        super().__init__(reversed(self._pairs))  # the first of several
+
+    def getlist(self, name: str) -> list[Any]:
+        return [value for each, value in self._pairs if each == name]
+
+    def get(self, name: str, default: Any = None, type: Callable[[Any], Any] | None = None) -> Any:  # noqa: A002
+        if name not in self:
+            return default
+        try:
+            return self[name] if type is None else type(self[name])
+        except ValueError:
+            return default
+
+
+class Upload(io.BytesIO):
     """One file of a form; ``save`` and the rest as scripts know them from Werkzeug."""
 
-    def __init__(self, content: bytes, filename: str) -> None:
+    def __init__(self, content: bytes, filename: str, content_type: str = "application/octet-stream") -> None:
         super().__init__(content)
         self.filename = filename
-        self.content_type = self.mimetype = "application/octet-stream"
+        self.content_type = self.mimetype = content_type
 
     @property
     def stream(self) -> io.BytesIO:
@@ -41,14 +93,14 @@ class _Upload(io.BytesIO):
         Path(place).write_bytes(self.getvalue())
 
 
-class _AnyField(dict[str, _Upload]):
+class _AnyField(dict[str, Upload]):
     """A form with one file in it, whatever name the script expects it under."""
 
-    def __init__(self, upload: Callable[[], _Upload]) -> None:
+    def __init__(self, upload: Callable[[], Upload]) -> None:
         super().__init__(file=upload())
         self._upload = upload
 
-    def __missing__(self, name: str) -> _Upload:
+    def __missing__(self, name: str) -> Upload:
         return self.setdefault(name, self._upload())
 
     def __contains__(self, name: object) -> bool:
@@ -61,7 +113,8 @@ class _AnyField(dict[str, _Upload]):
 class AMLRequest:
     """What a ``run`` decorated with :func:`rawhttp` is given: one request.
 
-    data: the body. filename: name under which :attr:`files` hands it out, as if posted as a form.
+    data: the body. args: of the query; left out, they are taken from ``query``.
+    filename: name under which :attr:`files` hands the body out if it is no form: as if it had been posted as one.
     """
 
     def __init__(
@@ -70,6 +123,7 @@ class AMLRequest:
         *,
         method: str = "POST",
         path: str = "/score",
+        query: str = "",
         headers: Mapping[str, str] | None = None,
         args: Mapping[str, str] | None = None,
         filename: str = "file",
@@ -77,9 +131,9 @@ class AMLRequest:
         self.data = data
         self.method = method
         self.path = path
-        self.headers = dict(headers or {})
-        self.args = dict(args or {})
-        self.form: dict[str, str] = {}
+        self.query_string = query.encode()
+        self.headers = Headers(headers)
+        self.args = Values(parse_qsl(query, keep_blank_values=True) if args is None else args.items())
         self.filename = filename
 
     def get_data(self, cache: bool = True, as_text: bool = False, parse_form_data: bool = False) -> Any:
@@ -98,8 +152,22 @@ class AMLRequest:
         return self.get_json()
 
     @property
-    def files(self) -> Mapping[str, _Upload]:
-        return _AnyField(lambda: _Upload(self.data, self.filename))
+    def is_json(self) -> bool:
+        return "json" in (self.content_type or "").partition(";")[0]
+
+    @cached_property
+    def _posted(self) -> forms.Form | None:
+        return forms.parse(self.data, self.content_type)
+
+    @property
+    def form(self) -> Values:
+        return Values(self._posted.fields if self._posted is not None else ())
+
+    @property
+    def files(self) -> Mapping[str, Upload]:
+        if self._posted is None:
+            return _AnyField(lambda: Upload(self.data, self.filename))
+        return Values((name, Upload(f.content, f.filename, f.content_type)) for name, f in self._posted.files)
 
     @property
     def stream(self) -> io.BytesIO:
@@ -111,13 +179,21 @@ class AMLRequest:
 
     @property
     def content_type(self) -> str | None:
-        return next((value for name, value in self.headers.items() if name.lower() == "content-type"), None)
+        return self.headers.get("Content-Type")
 
     mimetype = content_type
 
+    @property
+    def full_path(self) -> str:
+        return f"{self.path}?{self.query_string.decode()}"
+
 
 class AMLResponse:
-    """What a script answers with: a body, a status and headers."""
+    """What a script answers with: a body, a status and headers.
+
+    message: bytes, text, or a value for JSON. Without a Content-Type, text is ``text/plain``: Azure ML says HTML, as
+    which a browser would run what a client has put into a message.
+    """
 
     def __init__(
         self,
@@ -128,16 +204,15 @@ class AMLResponse:
         run_function_failed: bool = False,
     ) -> None:
         self.status_code = int(status_code)
-        self.headers = dict(response_headers or {})
+        self.headers = Headers(response_headers)
         self.run_function_failed = run_function_failed
-        # Scripts hand over bytes, text, or (leniently) anything that JSON can hold.
         if isinstance(message, (bytes, bytearray)) and not json_str:
-            self.data = bytes(message)
+            self.data, kind = bytes(message), "application/octet-stream"
         elif isinstance(message, str) and not json_str:
-            self.data = message.encode()
+            self.data, kind = message.encode(), "text/plain; charset=utf-8"
         else:
-            self.data = json.dumps({} if message is None else message).encode()
-            self.headers.setdefault("Content-Type", "application/json")
+            self.data, kind = json.dumps({} if message is None else message).encode(), "application/json"
+        self.headers.setdefault("Content-Type", kind)
 
     def get_data(self, as_text: bool = False) -> Any:
         return self.data.decode("utf-8", "replace") if as_text else self.data
@@ -156,8 +231,8 @@ class Model:
     def get_model_path(model_name: str, version: int | None = None, _workspace: object = None) -> str:
         """The file or folder of a model below ``AZUREML_MODEL_DIR``.
 
-        Looked for as ``<name>/<version>`` (the newest version if None), ``<name>``, or a file of that
-        name whatever its suffix. Raises ModelNotFoundError.
+        It is ``<name>/<version>`` (the newest version if None), ``<name>``, or the file of that name with any suffix.
+        Raises ModelNotFoundError.
         """
         root = Path(os.environ.get("AZUREML_MODEL_DIR", "."))
         place = root / model_name

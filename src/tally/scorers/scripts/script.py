@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
+import inspect
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
-
-import numpy as np
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tally.errors import ItemError, ModelLoadError, SpecError, TallyError
-from tally.scorers.base import Input, Item, Result, Results, Scorer
-from tally.scorers.scripts import azureml
+from tally.scorers.base import Input, Item, Request, Response, Result, Results, Scorer
+from tally.scorers.scripts import azureml, requests
+from tally.scorers.scripts.answers import answers_of, result_of
+from tally.scorers.scripts.isolation import Surroundings
+from tally.text import raised_at
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+log = logging.getLogger(__name__)
 
 Form: TypeAlias = Literal["mini_batch", "dataframe", "raw", "bytes", "json"]
 """What ``run`` takes.
@@ -30,7 +35,8 @@ Form: TypeAlias = Literal["mini_batch", "dataframe", "raw", "bytes", "json"]
 mini_batch: a list of local file paths (``str``); returns a list, array or DataFrame with one result per file.
 dataframe: a ``pandas.DataFrame`` of rows of a table; returns one result per row in the same manner.
 raw: an ``AMLRequest`` whose body is the item's content (``@rawhttp``). bytes: that content itself.
-json: that content as text. The last three are called once per item.
+json: that content as text; where ``run`` declares its arguments with ``@input_schema``, those in the JSON object, by
+name. The last three are called once per item.
 """
 
 INPUTS: Mapping[str, Input] = {
@@ -56,12 +62,14 @@ class Outline:
     """What a Python file defines, found without running it.
 
     names: bound at top level. parameter: first one of ``run``, if ``run`` is defined here.
-    raw: whether ``run`` is decorated with ``@rawhttp``. frame: whether that parameter is said to be a DataFrame.
+    raw: ``run`` is decorated with ``@rawhttp``. schema: with ``@input_schema`` (of the package inference-schema).
+    frame: that parameter is annotated as a DataFrame.
     """
 
     names: frozenset[str]
     parameter: str | None = None
     raw: bool = False
+    schema: bool = False
     frame: bool = False
 
     @property
@@ -81,7 +89,7 @@ def outline(path: Path) -> Outline:
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} cannot be read as Python: {error}") from None
     names: set[str] = set()
-    parameter, raw, frame = None, False, False
+    parameter, raw, schema, frame = None, False, False, False
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
@@ -92,9 +100,10 @@ def outline(path: Path) -> Outline:
         if isinstance(node, ast.FunctionDef) and node.name == "run":
             arguments = [*node.args.posonlyargs, *node.args.args]
             parameter = arguments[0].arg if arguments else None
-            raw = any(_last_name(each) == "rawhttp" for each in node.decorator_list)
+            decorators = {_last_name(each) for each in node.decorator_list}
+            raw, schema = "rawhttp" in decorators, "input_schema" in decorators
             frame = bool(arguments) and _is_frame(arguments[0].annotation)
-    return Outline(frozenset(names), parameter, raw, frame)
+    return Outline(frozenset(names), parameter, raw, schema, frame)
 
 
 def _is_frame(annotation: ast.expr | None) -> bool:
@@ -123,6 +132,8 @@ def form_of(path: Path) -> Form:
         )
     if found.raw:
         return "raw"
+    if found.schema:
+        return "json"
     if found.frame:
         return "dataframe"
     form = _FORM_OF_PARAMETER.get((found.parameter or "").lower())
@@ -135,65 +146,61 @@ def form_of(path: Path) -> Form:
     return form
 
 
-def load_module(path: Path, *, argv: Sequence[str] = ()) -> ModuleType:
-    """Run a Python file as a module of its own, its folder importable.
-
-    argv: what the file finds in ``sys.argv[1:]`` meanwhile. Raises ModelLoadError when it fails.
+def load_module(path: Path) -> ModuleType:
+    """Run a Python file as a module of its own. Its folder becomes importable for good: what it defines may import
+    whenever it is called. Raises ModelLoadError when it fails.
     """
     folder = str(path.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
+    before, sys.argv = sys.argv, [str(path)]
+    try:
+        return _executed(path)
+    finally:
+        sys.argv = before
+
+
+def _executed(path: Path) -> ModuleType:
     name = f"tally_script_{sha256(os.fsencode(path)).hexdigest()[:12]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ModelLoadError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up
-    with explained(path, "importing it", argv=argv):
+    with explained(path, "importing it"):
         spec.loader.exec_module(module)
     return module
 
 
-class explained:  # noqa: N801 - used like a function
-    """``with explained(path, doing):`` turns what user code raises into a ModelLoadError that names the line."""
-
-    def __init__(self, path: Path, doing: str, *, argv: Sequence[str] = ()) -> None:
-        self.path = path
-        self.doing = doing
-        self.argv = [str(path), *argv]
-
-    def __enter__(self) -> None:
-        self.before, sys.argv = sys.argv, self.argv
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
-        sys.argv = self.before
-        # A script that calls sys.exit() must not end the worker.
-        if not isinstance(error, (Exception, SystemExit)) or isinstance(error, TallyError):
-            return
-        line = None
-        while trace is not None:
-            if trace.tb_frame.f_code.co_filename == str(self.path):
-                line = trace.tb_lineno
-            trace = trace.tb_next
-        where = f"{self.path.name}, line {line}" if line else self.path.name
+@contextmanager
+def explained(path: Path, doing: str) -> Iterator[None]:
+    """Turns what user code raises into a ModelLoadError that names the line."""
+    try:
+        yield
+    except TallyError:
+        raise
+    except (Exception, SystemExit) as error:  # a script that calls sys.exit() must not end the worker
         hint = None
         if isinstance(error, ModuleNotFoundError) and error.name:
             hint = f"Install {error.name.split('.')[0]!r} into the environment that runs Tally ({sys.prefix})."
-        elif isinstance(error, FileNotFoundError) and self.doing == "init()":
+        elif isinstance(error, FileNotFoundError) and doing == "init()":
             hint = f"AZUREML_MODEL_DIR was {os.environ.get('AZUREML_MODEL_DIR')!r}; --artifacts sets it."
-        raise ModelLoadError(
-            f"{self.path}: {self.doing} failed: {type(error).__name__}: {error} ({where})", hint=hint
-        ) from error
+        place = raised_at(error, str(path)) or path.name
+        raise ModelLoadError(f"{path}: {doing} failed: {type(error).__name__}: {error} ({place})", hint=hint) from error
 
 
 class ScriptScorer(Scorer):
     """Scores with a script's ``init()`` and ``run()``.
 
-    form: see :data:`Form`; ``auto`` tells it from the script. arguments: what the script finds in
-    ``sys.argv[1:]`` during ``init()``. columns: as in :class:`Scorer`. features: the columns that a DataFrame has;
-    all of the table's if left out.
+    form: see :data:`Form`; ``auto`` tells it from the script. arguments: what the script finds in ``sys.argv[1:]``.
+    columns: as in :class:`Scorer`. features: the columns that a DataFrame has; all of the table's if left out.
     Raises SpecError when the script is not one.
+
+    The script has surroundings of its own in the process, and waits while another script runs: see
+    :mod:`tally.scorers.scripts.isolation`.
     """
+
+    features: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -220,20 +227,25 @@ class ScriptScorer(Scorer):
             self.batch_size = batch_size
         elif self.form == "dataframe":
             self.batch_size = TABLE_BATCH
+        self._surroundings: Surroundings | None = None
         self._module: ModuleType | None = None
-        self._run: Callable[[Any], Any] | None = None
+        self._by_name = self._with_headers = False
 
     def load(self, artifacts: Path, device: str) -> None:
         """Import the script, and call ``init()`` with ``AZUREML_MODEL_DIR`` set to ``artifacts``."""
         azureml.provide()
-        os.environ["AZUREML_MODEL_DIR"] = str(Path(artifacts).absolute())
-        self._module = load_module(self.script, argv=self.arguments)
-        for name in ("init", "run"):
-            if not callable(getattr(self._module, name, None)):
-                raise ModelLoadError(f"{self.script} defines no {name}()")
-        with explained(self.script, "init()", argv=self.arguments):
-            self._module.init()
-        self._run = self._module.run
+        variables = {"AZUREML_MODEL_DIR": str(Path(artifacts).absolute())}
+        self._surroundings = Surroundings(self.script, arguments=self.arguments, variables=variables)
+        with self._surroundings.entered():
+            module = _executed(self.script)
+            for name in ("init", "run"):
+                if not callable(getattr(module, name, None)):
+                    raise ModelLoadError(f"{self.script} defines no {name}()")
+            with explained(self.script, "init()"):
+                module.init()
+        self._by_name = outline(self.script).schema
+        self._with_headers = "request_headers" in _parameters(module.run)
+        self._module = module
 
     def prepare(self, item: Item) -> Any:
         if self.form == "mini_batch":
@@ -243,32 +255,98 @@ class ScriptScorer(Scorer):
         if self.form == "bytes":
             return item.value
         try:
-            return item.value.decode()
-        except UnicodeDecodeError as error:
+            return requests.text_of(item.value)
+        except requests.RefusedError as error:
             raise ItemError(
-                f"{self.script.name} takes text (JSON), but this is not UTF-8 (byte {error.start})",
+                f"{self.script.name} takes text (JSON), but this is {error}",
                 stage="decode",
                 hint="If run() takes the file's bytes, say so: --set form=bytes, or raw for an AMLRequest.",
             ) from None
 
     def score(self, batch: Any) -> Results:
-        if self._run is None:
-            raise TallyError("load() must come before score()")
-        if self.form == "dataframe":
-            return _frame_results(self._run, batch, self.features)
-        if self.form != "mini_batch":
-            return [_answer(self._run, value) for value in batch]
-        return [_result(each) for each in _answers(_call(self._run, list(batch)), len(batch))]
+        with self._running():
+            if self.form not in ("mini_batch", "dataframe"):
+                return [self._result(value) for value in batch]
+            try:
+                if self.form == "dataframe":
+                    return self._frame_results(batch)
+                return [result_of(each) for each in answers_of(self._run(list(batch)), len(batch))]
+            except SystemExit as error:
+                raise _exited(error) from None
+
+    def respond(self, request: Request) -> Response:
+        """Answer a request with what ``run`` makes of it.
+
+        A script of the forms mini_batch, dataframe and bytes is for POST alone. One that takes JSON is given the
+        fields of the query where the method is GET, as by Azure ML. What it raises is answered with status 500,
+        which names the line and not the message: that may hold secrets, and goes to the log.
+        """
+        with self._running(), ExitStack() as files:
+            try:
+                value = requests.value_of(request, self.form, self.features, files)
+                answer = self._run(value, request.headers)
+            except requests.RefusedError as error:
+                return requests.refusal(error.status, str(error))
+            except (Exception, SystemExit) as error:
+                return self._failed(error)
+            if isinstance(answer, Exception):
+                return self._failed(answer)
+            try:
+                if self.form == "mini_batch":
+                    [answer] = answers_of(answer, 1)
+                return requests.response_of(answer)
+            except (TallyError, TypeError) as error:
+                return requests.failure(str(error))
+
+    def _failed(self, error: BaseException) -> Response:
+        log.error("run() of %s failed", self.script, exc_info=error)
+        place = raised_at(error, str(self.script)) or raised_at(error) or self.script.name
+        return requests.failure(f"{type(error).__name__} in run() ({place})")
 
     def describe(self) -> str:
         return f"{self.script.name}: run() takes {_TAKES[self.form]}"
 
     def close(self) -> None:
-        # Azure ML calls shutdown() of a batch script, if there is one.
-        shutdown = getattr(self._module, "shutdown", None)
-        self._module = self._run = None
-        if callable(shutdown):
-            shutdown()
+        """Call ``shutdown()`` of the script, if there is one, as Azure ML does."""
+        module, self._module = self._module, None
+        shutdown = getattr(module, "shutdown", None)
+        if callable(shutdown) and self._surroundings is not None:
+            with self._surroundings.entered():
+                shutdown()
+
+    def _running(self) -> AbstractContextManager[None]:
+        if self._module is None or self._surroundings is None:
+            raise TallyError("load() must come before score()")
+        return self._surroundings.entered()
+
+    def _run(self, value: Any, headers: Mapping[str, str] | None = None) -> Any:
+        assert self._module is not None
+        more = {"request_headers": dict(headers or {})} if self._with_headers else {}
+        if self._by_name and self.form == "json":
+            return self._module.run(**requests.fields_of(value), **more)
+        return self._module.run(value, **more)
+
+    def _result(self, value: Any) -> Result:
+        """One item's result, or what ``run`` raised."""
+        try:
+            return result_of(self._run(value))
+        except SystemExit as error:
+            return _exited(error)
+        except Exception as error:
+            return error
+
+    def _frame_results(self, table: pa.Table) -> Results:
+        """What ``run`` answers for the rows of a table."""
+        from tally.scorers.tabular import tables
+
+        returned = self._run(tables.frame(tables.features_of(table, self.features)))
+        if (found := tables.answered(returned, table.num_rows)) is not None:
+            return found
+        return [result_of(each) for each in answers_of(returned, table.num_rows, "row")]
+
+
+def _exited(error: SystemExit) -> ItemError:
+    return ItemError(f"the script called sys.exit({error.code!r})")
 
 
 _TAKES: Mapping[Form, str] = {
@@ -280,121 +358,8 @@ _TAKES: Mapping[Form, str] = {
 }
 
 
-def _call(run: Callable[[Any], Any], value: Any) -> Any:
+def _parameters(function: Any) -> Collection[str]:
     try:
-        return run(value)
-    except SystemExit as error:
-        raise ItemError(f"the script called sys.exit({error.code!r})") from None
-
-
-def _answer(run: Callable[[Any], Any], value: Any) -> Result:
-    try:
-        return result_of(_call(run, value))
-    except Exception as error:
-        return error
-
-
-def _result(answer: Any) -> Result:
-    try:
-        return result_of(answer)
-    except ItemError as error:
-        return error
-
-
-def _frame_results(run: Callable[[Any], Any], table: pa.Table, features: Sequence[str] | int | None) -> Results:
-    """What ``run`` answers for the rows of a table."""
-    from tally.scorers.tabular import tables
-
-    returned = _call(run, tables.frame(tables.features_of(table, features)))
-    if (found := tables.answered(returned, table.num_rows)) is not None:
-        return found
-    return [_result(each) for each in _answers(returned, table.num_rows, "row")]
-
-
-def _answers(returned: Any, count: int, what: str = "file") -> Sequence[Any]:
-    """What ``run`` returned for ``count`` files or rows, as ``count`` answers. Raises TallyError if it is not."""
-    given = f"a mini-batch of {count} file" if what == "file" else f"a DataFrame of {count} row"
-    given += "" if count == 1 else "s"
-    several = "Several rows for one file are a list of dicts; an" if what == "file" else "An"
-    hint = (
-        f"Return one result per {what}, in the {what}s' order: a list, an array or a DataFrame. "
-        f"{several} exception object marks a {what} that failed."
-    )
-    if isinstance(returned, str):
-        returned = _parsed(returned)
-    if hasattr(returned, "to_pylist"):  # pyarrow
-        returned = returned.to_pylist()
-    elif hasattr(returned, "iloc"):  # pandas
-        returned = _records(returned)
-    elif isinstance(returned, np.ndarray) and returned.ndim > 0:
-        returned = list(returned)
-    if not isinstance(returned, (list, tuple)):
-        raise TallyError(f"run() returned {_noun(returned)} for {given}", hint=hint)
-    if len(returned) != count:
-        raise TallyError(f"run() returned {len(returned)} results for {given}", hint=hint)
-    return returned
-
-
-def _noun(value: Any) -> str:
-    return "nothing" if value is None else f"a value of type {type(value).__name__}"
-
-
-def _records(frame: Any) -> list[Any]:
-    """Rows of a pandas DataFrame as dicts, or values of a Series. Pandas itself is never imported here."""
-    return cast("list[Any]", frame.to_dict("records") if hasattr(frame, "columns") else frame.tolist())
-
-
-def result_of(answer: Any) -> Result:
-    """A script's answer for one item as a row or rows.
-
-    A dict is a row, a list of dicts are rows; JSON text is parsed first; anything else becomes
-    ``{"prediction": answer}``. Raises ItemError for an answer with status 400 and more, or none at all.
-    """
-    if isinstance(answer, Exception):
-        return answer
-    if hasattr(answer, "status_code") and hasattr(answer, "get_data"):
-        if answer.status_code >= 400:
-            text = " ".join(answer.get_data(as_text=True).split())
-            raise ItemError(f"the script answered {answer.status_code}: {text[:500] or 'without a body'}")
-        answer = answer.get_data()
-    if isinstance(answer, (bytes, bytearray)):
-        try:
-            answer = answer.decode()
-        except UnicodeDecodeError:
-            return {"prediction": bytes(answer)}
-    if isinstance(answer, str):
-        answer = _parsed(answer)
-    elif hasattr(answer, "iloc"):
-        answer = _records(answer)
-    if answer is None:
-        raise ItemError(
-            "run() returned nothing for this item",
-            hint="Return a dict, a list of dicts, a value, or JSON text.",
-        )
-    answer = plain(answer)
-    if isinstance(answer, dict) or (isinstance(answer, list) and all(isinstance(each, dict) for each in answer)):
-        return cast("Result", answer)
-    return {"prediction": answer}
-
-
-def _parsed(text: str) -> Any:
-    # Only what is certainly JSON: a class called "7" or "null" stays the text that it is.
-    if text.lstrip()[:1] in ("{", "[", '"'):
-        try:
-            return json.loads(text)
-        except ValueError:
-            pass
-    return text
-
-
-def plain(value: Any) -> Any:
-    """The same value without NumPy's types, paths and tuples."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some that are written in C
+        return ()

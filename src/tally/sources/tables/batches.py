@@ -14,7 +14,7 @@ from tally.errors import ItemError, StorageAwayError, StorageError, TallyError
 from tally.sources.base import Batch
 from tally.sources.tables.formats import plain_type
 from tally.sources.tables.parquet import DECODED, Stream
-from tally.sources.tables.row_ranges import Piece, length
+from tally.sources.tables.row_ranges import RowRange, length
 from tally.storage import key_of, name_from_json
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ READY = 1
 class Reader:
     """Makes the batches of one chunk."""
 
-    def __init__(self, source: TableSource, pieces: Sequence[Piece], size: int) -> None:
-        self._source, self._pieces, self._size = source, pieces, size
+    def __init__(self, source: TableSource, row_ranges: Sequence[RowRange], size: int) -> None:
+        self._source, self._row_ranges, self._size = source, row_ranges, size
         query = source.query
         self._values = list(dict.fromkeys([*source.by, *source.features]))
         self._info = list(source.columns)
@@ -39,15 +39,15 @@ class Reader:
         self._window = _Window(0, size)
 
     def batches(self) -> Iterator[Batch]:
-        count = sum(map(length, self._pieces))
+        count = sum(map(length, self._row_ranges))
         self._window = _Window(0, min(self._size, count))
         try:
-            for piece in self._pieces:
-                for start, rows, found in self._found(piece):
+            for row_range in self._row_ranges:
+                for start, rows, found in self._found(row_range):
                     done = 0
                     while done < rows:
                         taken = min(rows - done, self._window.room)
-                        self._add(piece, start + done, taken, found, done)
+                        self._add(row_range, start + done, taken, found, done)
                         done += taken
                         if not self._window.room:
                             batch = self._window.batch(self._values, self._info)
@@ -56,36 +56,36 @@ class Reader:
         finally:
             self._close()
 
-    def _found(self, piece: Piece) -> Iterator[tuple[int, int, Any]]:
+    def _found(self, row_range: RowRange) -> Iterator[tuple[int, int, Any]]:
         """Runs of the piece's items: the first item, their number, and a record batch or their errors."""
-        if piece[0] == "key":
-            yield 0, 1, [ItemError(piece[2])]
-        elif piece[0] == "bad":
-            for start in range(piece[1], piece[2], DECODED):
-                stop = min(start + DECODED, piece[2])
+        if row_range[0] == "key":
+            yield 0, 1, [ItemError(row_range[2])]
+        elif row_range[0] == "bad":
+            for start in range(row_range[1], row_range[2], DECODED):
+                stop = min(start + DECODED, row_range[2])
                 lines = self._source.bad_lines(start, stop)
                 yield start, stop - start, [ItemError(row["error"], stage="read") for row in lines]
         else:
-            at = piece[3]
+            at = row_range[3]
             try:
-                for batch in self._open(piece).read(at, piece[4]):
+                for batch in self._open(row_range).read(at, row_range[4]):
                     yield at, batch.num_rows, batch
                     at += batch.num_rows
             except StorageAwayError:
                 raise
             except (TallyError, OSError, ValueError, StopIteration, RuntimeError) as error:
                 self._close()
-                failed = _unreadable(piece, error)
-                yield at, piece[4] - at, [failed] * (piece[4] - at)
+                failed = _unreadable(row_range, error)
+                yield at, row_range[4] - at, [failed] * (row_range[4] - at)
 
-    def _open(self, piece: Piece) -> Stream:
-        if self._stream is None or self._stream[0] != piece[1:3]:
+    def _open(self, row_range: RowRange) -> Stream:
+        if self._stream is None or self._stream[0] != row_range[1:3]:
             self._close()
-            file = self._source.open_rows(piece)
-            columns = list(dict.fromkeys([*self._values, *self._info, *self._source.key_columns(piece)]))
+            file = self._source.open_rows(row_range)
+            columns = list(dict.fromkeys([*self._values, *self._info, *self._source.key_columns(row_range)]))
             if missing := set(columns).difference(file.schema_arrow.names):
-                raise StorageError(f"{key_of(name_from_json(piece[2]))} has changed: it lacks {min(missing)!r}")
-            self._stream = (list(piece[1:3]), Stream(file, columns, max(DECODED, self._size)))
+                raise StorageError(f"{key_of(name_from_json(row_range[2]))} has changed: it lacks {min(missing)!r}")
+            self._stream = (list(row_range[1:3]), Stream(file, columns, max(DECODED, self._size)))
         return self._stream[1]
 
     def _close(self) -> None:
@@ -93,7 +93,7 @@ class Reader:
             self._stream[1].close()
             self._stream = None
 
-    def _add(self, piece: Piece, start: int, count: int, found: Any, offset: int) -> None:
+    def _add(self, row_range: RowRange, start: int, count: int, found: Any, offset: int) -> None:
         window = self._window
         if isinstance(found, list):
             window.dead += list(zip(range(window.at, window.at + count), found[offset : offset + count], strict=True))
@@ -102,7 +102,7 @@ class Reader:
 
             rows = pa.Table.from_batches([found.slice(offset, count)])
             window.tables.append(plain(rows, self._types))
-            window.keys.append(self._source.keys_of(piece, start, rows, count))
+            window.keys.append(self._source.keys_of(row_range, start, rows, count))
             window.runs.append((window.at, window.at + count))
         window.at += count
 
@@ -145,17 +145,17 @@ def plain(table: pa.Table, types: Mapping[str, pa.DataType]) -> pa.Table:
     """The table with the columns' plain types; of a file among others, with the types that they have in common."""
     for index, name in enumerate(table.schema.names):
         kind = table.schema.field(index).type
-        wanted = types.get(name) or plain_type(kind)
-        if kind != wanted:
-            table = table.set_column(index, name, table.column(index).cast(wanted, safe=False))
+        expected = types.get(name) or plain_type(kind)
+        if kind != expected:
+            table = table.set_column(index, name, table.column(index).cast(expected, safe=False))
     return table
 
 
-def _unreadable(piece: Piece, error: BaseException) -> ItemError:
+def _unreadable(row_range: RowRange, error: BaseException) -> ItemError:
     if isinstance(error, TallyError):
         return ItemError(error.message, stage="read", hint=error.hint)
     reason = " ".join(str(error).split()) or "it ends too early"
-    return ItemError(f"{key_of(name_from_json(piece[2]))} cannot be read: {reason}", stage="read")
+    return ItemError(f"{key_of(name_from_json(row_range[2]))} cannot be read: {reason}", stage="read")
 
 
 class Ahead(threading.Thread):

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from tally.errors import StorageError
-from tally.sources.tables.type_inference import Guess, Text, guess, identifier, literal
-from tally.text import did_you_mean
+from tally.sources.tables.type_inference import InferredType, Text, infer
+from tally.text import did_you_mean, sql_name, sql_text
 
 T = TypeVar("T")
 
@@ -297,15 +297,15 @@ def readable(path: Path, dialect: Dialect, folder: Path, name: str) -> Path:
 
 def relation(path: Path, dialect: Dialect, types: Mapping[str, str], *, strict: bool = True) -> str:
     """The file as an SQL relation of all its columns; those without a type are text. Faults are noted by DuckDB."""
-    columns = ", ".join(f"{literal(name)}: {literal(types.get(name, 'VARCHAR'))}" for name in dialect.names)
-    nulls = ", ".join(map(literal, dict.fromkeys(["", *dialect.nullstr])))
+    columns = ", ".join(f"{sql_text(name)}: {sql_text(types.get(name, 'VARCHAR'))}" for name in dialect.names)
+    nulls = ", ".join(map(sql_text, dict.fromkeys(["", *dialect.nullstr])))
     parts = [
-        literal(str(path)),
+        sql_text(path),
         "auto_detect = false",
         f"columns = {{{columns}}}",
-        f"delim = {literal(dialect.delim)}",
-        f"quote = {literal(dialect.quote)}",
-        f"escape = {literal(dialect.escape)}",
+        f"delim = {sql_text(dialect.delim)}",
+        f"quote = {sql_text(dialect.quote)}",
+        f"escape = {sql_text(dialect.escape)}",
         f"header = {str(dialect.header).lower()}",
         f"skip = {dialect.skip}",
         f"nullstr = [{nulls}]",
@@ -317,24 +317,24 @@ def relation(path: Path, dialect: Dialect, types: Mapping[str, str], *, strict: 
     if path.suffix.lower() == ".gz":
         parts.append("compression = 'gzip'")
     if dialect.comment:
-        parts.append(f"comment = {literal(dialect.comment)}")
+        parts.append(f"comment = {sql_text(dialect.comment)}")
     if dialect.decimal != ".":
-        parts.append(f"decimal_separator = {literal(dialect.decimal)}")
+        parts.append(f"decimal_separator = {sql_text(dialect.decimal)}")
     if dialect.timestampformat:
-        parts.append(f"timestampformat = {literal(dialect.timestampformat)}")
+        parts.append(f"timestampformat = {sql_text(dialect.timestampformat)}")
     if dialect.dateformat:
-        parts.append(f"dateformat = {literal(dialect.dateformat)}")
+        parts.append(f"dateformat = {sql_text(dialect.dateformat)}")
     return f"read_csv({', '.join(parts)})"
 
 
-def guess_types(connection: Any, path: Path, dialect: Dialect, rows: int) -> tuple[dict[str, Guess], bool]:
+def infer_types(connection: Any, path: Path, dialect: Dialect, rows: int) -> tuple[dict[str, InferredType], bool]:
     """The types of the file's columns by its first rows, and whether these are all that there are."""
-    columns = {name: Text(identifier(name), identifier(name)) for name in dialect.names}
+    columns = {name: Text(sql_name(name), sql_name(name)) for name in dialect.names}
 
-    def sampled(strict: bool) -> tuple[dict[str, Guess], bool]:
+    def sampled(strict: bool) -> tuple[dict[str, InferredType], bool]:
         given = relation(path, dialect, {}, strict=strict)
         connection.execute(f"CREATE OR REPLACE TEMP TABLE sample AS FROM {given} LIMIT {rows}")
-        found = guess(
+        found = infer(
             connection,
             "sample",
             columns,
@@ -387,10 +387,10 @@ def faults(connection: Any, path: Path, dialect: Dialect, name: str) -> Iterator
     lines = _line_numbers(path, [int(row[1]) for row in found])
     for index, ((record, _, column, title, kind, message), line) in enumerate(zip(found, lines, strict=True)):
         if match := re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", message):
-            wanted, given = int(match[1]), int(match[2])
-            column, title = min(wanted, given) + 1, None
-            fewer = f"the line has {given} column{'s' if given > 1 else ''}, not {wanted}"
-            told = fewer if given < wanted else f"the line has more than {wanted} columns"
+            expected, given = int(match[1]), int(match[2])
+            column, title = min(expected, given) + 1, None
+            fewer = f"the line has {given} column{'s' if given > 1 else ''}, not {expected}"
+            told = fewer if given < expected else f"the line has more than {expected} columns"
         else:
             told = _told(kind, message)
         where = f"{name}, line {line}, column {column}" + (f" ({title})" if title else "")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from tally.errors import SourceNotFoundError, SpecError, StorageError
-from tally.storage import LocalStore, Store, failure, key_of
+from tally.storage import Store, failure, key_of
 from tally.storage.ranges import Seekable
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def open_parquet(store: Store, name: str) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
     try:
-        if isinstance(store, LocalStore):
+        if store.is_local:
             return pq.ParquetFile(store.local_path(name))
         return pq.ParquetFile(pa.PythonFile(_Ranges(store, name), mode="r"), pre_buffer=True)
     except SourceNotFoundError:

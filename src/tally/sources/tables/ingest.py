@@ -19,10 +19,9 @@ import psutil
 from tally.errors import StorageError
 from tally.sources.tables import delimited, jsonlines
 from tally.sources.tables.formats import Format, open_arrow, plain_type
-from tally.sources.tables.select import ORDER, Selection, Wanted
-from tally.sources.tables.type_inference import identifier, literal
+from tally.sources.tables.select import ORDER, Selection, TableRequest
 from tally.storage import Store, failure, temporary
-from tally.text import did_you_mean
+from tally.text import did_you_mean, sql_name, sql_text
 
 if TYPE_CHECKING:
     import duckdb
@@ -42,7 +41,7 @@ _ORIGIN = "make_timestamp(2000, 1, 3, 0, 0, 0)"
 class Query:
     """What is to be made of the files. types: of the columns of CSV and JSON Lines, as DuckDB calls them."""
 
-    wanted: Wanted
+    request: TableRequest
     selection: Selection
     csv: Mapping[str, Any] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
@@ -50,17 +49,21 @@ class Query:
     @property
     def sorts(self) -> bool:
         """Whether one file is made of all, not one of each."""
-        return bool(self.wanted.by or self.wanted.where or self.wanted.window is not None)
+        return bool(self.request.by or self.request.where or self.request.window is not None)
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
-    """One file. key: what its rows' keys begin with."""
+class TableFile:
+    """One file. key: what its rows' keys begin with. location: index of the place that lists it. size: in bytes, as
+    it was listed. rows: how many it has, where that is known."""
 
     key: str
     store: Store
     name: str
     format: Format
+    location: int
+    size: int
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Made:
         return cls(**{**fields, **pairs})
 
 
-def make(inputs: Iterable[Input], query: Query, folder: Path) -> Made:
+def make(inputs: Iterable[TableFile], query: Query, folder: Path) -> Made:
     """Make the work files in a folder of this machine. Raises StorageError."""
     import duckdb
 
@@ -133,7 +136,7 @@ def link(path: Path, folder: Path, number: int, suffix: str) -> Path:
 
 
 def _convert(
-    connection: Any, inputs: Iterable[Input], query: Query, folder: Path, links: Path
+    connection: Any, inputs: Iterable[TableFile], query: Query, folder: Path, links: Path
 ) -> tuple[list[tuple[str, int]], list[tuple[Path, int]]]:
     """Every file as Parquet: key and number of rows of each, and path and number of rows of its table."""
     import duckdb
@@ -145,7 +148,7 @@ def _convert(
             path = each.store.local_path(each.name)
             target = folder / f"{number:06d}.parquet"
             if each.format == "parquet":
-                table, rows = path, _count(path)
+                table, rows = path, _count(path) if each.rows is None else each.rows
             elif each.format == "arrow":
                 table, rows = target, _from_arrow(each, query, target)
             else:
@@ -164,11 +167,11 @@ def _convert(
 
 def _columns(query: Query) -> list[str]:
     """The columns that are brought along: a condition may be about any."""
-    return list(query.types) if query.wanted.where is not None else list(query.selection.inputs)
+    return list(query.types) if query.request.where is not None else list(query.selection.inputs)
 
 
 def _from_csv(
-    connection: Any, path: Path, each: Input, query: Query, target: Path, folder: Path
+    connection: Any, path: Path, each: TableFile, query: Query, target: Path, folder: Path
 ) -> Iterable[delimited.Fault]:
     dialect = delimited.look(path, each.key, query.csv)
     if dialect is None:
@@ -182,7 +185,7 @@ def _from_csv(
             )
     plain = delimited.readable(path, dialect, folder, each.key)
     types = {name: query.types[name] for name in columns}
-    chosen = ", ".join(map(identifier, columns)) or "1 AS one"
+    chosen = ", ".join(map(sql_name, columns)) or "1 AS one"
 
     def copy(strict: bool) -> None:
         delimited.forget_faults(connection)
@@ -194,19 +197,19 @@ def _from_csv(
 
 
 def _from_jsonl(
-    connection: Any, path: Path, each: Input, query: Query, target: Path, folder: Path
+    connection: Any, path: Path, each: TableFile, query: Query, target: Path, folder: Path
 ) -> Iterable[delimited.Fault]:
     types = {name: query.types[name] for name in _columns(query)}
     _copy(connection, jsonlines.rows(path, types), target)
     return jsonlines.faults(connection, path, types, each.key)
 
 
-def _from_arrow(each: Input, query: Query, target: Path) -> int:
+def _from_arrow(each: TableFile, query: Query, target: Path) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with open_arrow(each.store, each.name) as reader:
-        names = reader.schema.names if query.wanted.where is not None else list(query.selection.inputs)
+        names = reader.schema.names if query.request.where is not None else list(query.selection.inputs)
         if missing := [name for name in names if name not in reader.schema.names]:
             raise StorageError(f"{each.key} lacks the column {missing[0]!r}")
         schema = pa.schema([(name, plain_type(reader.schema.field(name).type)) for name in names])
@@ -239,9 +242,9 @@ def _arrange(
     links: Path,
 ) -> Made:
     """One table of all rows that are wanted, with an index of its keys."""
-    wanted = query.wanted
+    request = query.request
     bad = _count(folder / BAD)
-    kind = "rows" if wanted.window is None else "windows"
+    kind = "rows" if request.window is None else "windows"
     offsets, paths = [], []
     total = 0
     for number, (path, rows) in enumerate(tables):
@@ -253,36 +256,36 @@ def _arrange(
         return Made(kind, files, [], bad)
     connection.execute(f"SET VARIABLE offsets = {offsets}::BIGINT[]")
     # A condition is the user's SQL: it has no business with other files.
-    listed = ", ".join(literal(str(path)) for path in paths)
-    allowed = ", ".join(literal(os.path.realpath(path)) for path in paths)
+    listed = ", ".join(sql_text(path) for path in paths)
+    allowed = ", ".join(sql_text(os.path.realpath(path)) for path in paths)
     connection.execute(
-        f"SET allowed_directories = [{literal(f'{links}/')}, {literal(f'{folder}/')}]; "
+        f"SET allowed_directories = [{sql_text(f'{links}/')}, {sql_text(f'{folder}/')}]; "
         f"SET allowed_paths = [{allowed}]; SET enable_external_access = false; SET lock_configuration = true"
     )
-    where = f"WHERE (\n{wanted.where}\n)" if wanted.where is not None else ""
+    where = f"WHERE (\n{request.where}\n)" if request.where is not None else ""
     source = (
         f"(SELECT *, file_row_number + getvariable('offsets')[file_index::BIGINT + 1] AS {ORDER} "  # noqa: S608
         f"FROM (SELECT *, file_index FROM read_parquet([{listed}], union_by_name = true, file_row_number = true)) "
         f"{where})"
     )
     timeless = 0
-    if wanted.window is None:
+    if request.window is None:
         _copy(connection, _rows_of(query, source), folder / ROWS)
     else:
-        assert wanted.time is not None
+        assert request.time is not None
         _copy(connection, _windows_of(query, source), folder / ROWS)
-        missing = f"SELECT count(*) FROM {source} WHERE {identifier(wanted.time)} IS NULL"  # noqa: S608
+        missing = f"SELECT count(*) FROM {source} WHERE {sql_name(request.time)} IS NULL"  # noqa: S608
         timeless = int(connection.execute(missing).fetchone()[0])
     for path, _ in tables:
         if path.parent == folder:
             path.unlink(missing_ok=True)
     keys = 0
-    if wanted.by:
-        by = ", ".join(map(identifier, wanted.by))
+    if request.by:
+        by = ", ".join(map(sql_name, request.by))
         _copy(
             connection,
             f"SELECT {by}, min(file_row_number) AS {FIRST}, count(*) AS {COUNT} "  # noqa: S608
-            f"FROM read_parquet({literal(str(folder / ROWS))}, file_row_number = true) GROUP BY {by} ORDER BY {FIRST}",
+            f"FROM read_parquet({sql_text(folder / ROWS)}, file_row_number = true) GROUP BY {by} ORDER BY {FIRST}",
             folder / KEYS,
         )
         keys = _count(folder / KEYS)
@@ -290,22 +293,22 @@ def _arrange(
 
 
 def _rows_of(query: Query, source: str) -> str:
-    columns = ", ".join([*map(identifier, query.selection.inputs), ORDER])
-    by = "".join(f"{identifier(name)}, " for name in query.wanted.by)
+    columns = ", ".join([*map(sql_name, query.selection.inputs), ORDER])
+    by = "".join(f"{sql_name(name)}, " for name in query.request.by)
     return f"SELECT {columns} FROM {source} ORDER BY {by}{ORDER}"  # noqa: S608
 
 
 def _windows_of(query: Query, source: str) -> str:
-    wanted, time = query.wanted, identifier(query.wanted.time or "")
-    by = "".join(f"{identifier(name)}, " for name in wanted.by)
-    zoned = "TIMESTAMPTZ" if "tz=" in str(query.selection.inputs[query.wanted.time or ""]) else "TIMESTAMP"
+    request, time = query.request, sql_name(query.request.time or "")
+    by = "".join(f"{sql_name(name)}, " for name in request.by)
+    zoned = "TIMESTAMPTZ" if "tz=" in str(query.selection.inputs[query.request.time or ""]) else "TIMESTAMP"
     plain = f"{time}::{zoned}::TIMESTAMP"
-    begin = f"time_bucket(to_microseconds({wanted.window}), {plain}, {_ORIGIN})"
+    begin = f"time_bucket(to_microseconds({request.window}), {plain}, {_ORIGIN})"
     # In the order of time, and of the input where times are equal.
     latest = f"epoch_us({plain})::HUGEINT * 1000000000000 + {ORDER}"
     made = []
     for name, (column, how) in query.selection.aggregates.items():
-        value = identifier(column)
+        value = sql_name(column)
         expression = {
             "mean": f"avg({value}::DOUBLE)",
             "min": f"min({value})",
@@ -313,15 +316,15 @@ def _windows_of(query: Query, source: str) -> str:
             "last": f"arg_max({value}, {latest})",
             "count": "count(*)",
         }[how]
-        made.append(f"{expression} AS {identifier(name)}")
+        made.append(f"{expression} AS {sql_name(name)}")
     chosen = ", ".join([f"({begin})::{zoned} AS {time}", *made])
     # Numbered, as a name that the result shares with the input would mean the input's column.
-    groups = ", ".join(str(index + 1) for index in range(len(wanted.by) + 1))
+    groups = ", ".join(str(index + 1) for index in range(len(request.by) + 1))
     return f"SELECT {by}{chosen} FROM {source} WHERE {time} IS NOT NULL GROUP BY {groups} ORDER BY {groups}"  # noqa: S608
 
 
 def _copy(connection: Any, query: str, target: Path) -> None:
-    connection.execute(f"COPY ({query}) TO {literal(str(target))} (FORMAT parquet, ROW_GROUP_SIZE {_GROUP_ROWS})")
+    connection.execute(f"COPY ({query}) TO {sql_text(target)} (FORMAT parquet, ROW_GROUP_SIZE {_GROUP_ROWS})")
 
 
 def _count(path: Path) -> int:

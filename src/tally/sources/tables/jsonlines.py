@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tally.sources.tables.delimited import Fault, forget_faults
-from tally.sources.tables.type_inference import Guess, Text, guess, identifier, literal
+from tally.sources.tables.type_inference import InferredType, Text, infer
+from tally.text import sql_name, sql_text
 
 _LINE_BYTES = 16 << 20
 _BUFFER_BYTES = 32 << 20
@@ -18,7 +19,7 @@ def _lines(path: Path) -> str:
     """The lines that are not empty, with the numbers of line and record from 1."""
     packed = ", compression = 'gzip'" if path.suffix.lower() == ".gz" else ""
     read = (
-        f"read_csv({literal(str(path))}, auto_detect = false, columns = {{'text': 'VARCHAR'}}, delim = '\x01', "
+        f"read_csv({sql_text(path)}, auto_detect = false, columns = {{'text': 'VARCHAR'}}, delim = '\x01', "
         f"quote = '', escape = '', header = false, max_line_size = {_LINE_BYTES}, "
         f"buffer_size = {_BUFFER_BYTES}, store_rejects = true{packed})"
     )
@@ -32,10 +33,10 @@ def _value(name: str) -> str:
 
 def _path(name: str) -> str:
     escaped = name.replace("\\", "\\\\").replace('"', '\\"')
-    return literal(f'$."{escaped}"')
+    return sql_text(f'$."{escaped}"')
 
 
-def guess_types(connection: Any, path: Path, rows: int) -> tuple[dict[str, Guess], bool]:
+def infer_types(connection: Any, path: Path, rows: int) -> tuple[dict[str, InferredType], bool]:
     """The file's columns, in the order in which they come first, and their types by its first rows; and whether these
     are all that there are."""
     connection.execute(
@@ -62,14 +63,14 @@ def guess_types(connection: Any, path: Path, rows: int) -> tuple[dict[str, Guess
         )
         for name in names
     }
-    found = guess(connection, "sample", columns) if names else {}
+    found = infer(connection, "sample", columns) if names else {}
     connection.execute("DROP TABLE sample")
     return found, count < rows
 
 
 def rows(path: Path, types: Mapping[str, str]) -> str:
     """The file's good rows, in order, with these columns."""
-    columns = ", ".join(f"{_cast(name, kind)} AS {identifier(name)}" for name, kind in types.items())
+    columns = ", ".join(f"{_cast(name, kind)} AS {sql_name(name)}" for name, kind in types.items())
     return f"SELECT {columns} FROM {_lines(path)} WHERE {_good(types)} ORDER BY record"  # noqa: S608
 
 
@@ -77,7 +78,7 @@ def faults(connection: Any, path: Path, types: Mapping[str, str], name: str) -> 
     """The lines that are no objects, or whose values are not of their column's type."""
     tests = [
         f"WHEN {_value(column)} IS NOT NULL AND {_cast(column, kind)} IS NULL "
-        f"THEN {{'column': {literal(column)}, 'value': {_value(column)}, 'kind': {literal(kind)}}}"
+        f"THEN {{'column': {sql_text(column)}, 'value': {_value(column)}, 'kind': {sql_text(kind)}}}"
         for column, kind in types.items()
     ]
     nothing = "{'column': NULL::VARCHAR, 'value': NULL::VARCHAR, 'kind': NULL::VARCHAR}"

@@ -14,7 +14,7 @@ from tally.sources.tables.ingest import BAD
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tally.sources.tables.work_files import Work
+    from tally.sources.tables.work_files import WorkFiles
 
 _LOWER = 4
 """The digits of a number that are looked up; those before them are the same for ten thousand keys in a row."""
@@ -100,7 +100,7 @@ def times(column: Any, window: int) -> Any:
 class Rows:
     """Keys of rows by where they stood in the input. Lines that could not be read are counted, too."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: WorkFiles) -> None:
         self._files, self._work = work.made.files, work
 
     @cached_property
@@ -123,10 +123,10 @@ class Rows:
             return numbered(self._files[file][0], start, count)
         return self._of(np.full(count, file), np.arange(start, start + count, dtype=np.int64))
 
-    def at(self, places: np.ndarray[Any, Any]) -> pa.StringArray:
+    def at(self, locations: np.ndarray[Any, Any]) -> pa.StringArray:
         """Of rows anywhere in the input: ``int64[n]``, counted from 0 over all files."""
-        files = np.searchsorted(self._starts, places, "right") - 1
-        return self._of(files, places - self._starts[files])
+        files = np.searchsorted(self._starts, locations, "right") - 1
+        return self._of(files, locations - self._starts[files])
 
     def _of(self, files: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> pa.StringArray:
         numbers = rows + 1

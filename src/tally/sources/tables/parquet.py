@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -16,9 +16,23 @@ DECODED = 65_536
 """Rows that are decoded at once, at least."""
 
 
-def layout(file: pq.ParquetFile, columns: Collection[str]) -> tuple[list[int], int]:
-    """Where the file's row groups end, in rows, and the bytes that a row takes in these columns, unpacked."""
-    meta = file.metadata
+class Footer(NamedTuple):
+    """What planning takes from a file's footer.
+
+    ends: where its row groups end, in rows. weight: bytes that a row takes, unpacked, in the columns that are read.
+    """
+
+    ends: tuple[int, ...]
+    weight: int
+
+    @property
+    def rows(self) -> int:
+        """How many the file has."""
+        return self.ends[-1] if self.ends else 0
+
+
+def footer_of(meta: pq.FileMetaData, columns: Collection[str]) -> Footer:
+    """The part of a file's metadata that planning takes, where these columns are read."""
     groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
     size = sum(
         column.total_uncompressed_size
@@ -27,7 +41,7 @@ def layout(file: pq.ParquetFile, columns: Collection[str]) -> tuple[list[int], i
         if column.path_in_schema.split(".", 1)[0] in columns
     )
     rows = sum(group.num_rows for group in groups[:16])
-    return list(accumulate(group.num_rows for group in groups)), max(1, size // max(rows, 1))
+    return Footer(tuple(accumulate(group.num_rows for group in groups)), max(1, size // max(rows, 1)))
 
 
 class Stream:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tally.sources.base import Chunk, ChunkLimit
 
-Piece = list[Any]
+RowRange = list[Any]
 
 MOST = 2048
 """Pieces in one chunk at most."""
@@ -23,31 +23,31 @@ _SNAP = 0.6
 """The share of a chunk that it keeps at least, so that it may end where a row group does."""
 
 
-def length(piece: Piece) -> int:
+def length(row_range: RowRange) -> int:
     """The number of items."""
-    if piece[0] == "key":
+    if row_range[0] == "key":
         return 1
-    return int(piece[4] - piece[3] if piece[0] == "rows" else piece[2] - piece[1])
+    return int(row_range[4] - row_range[3] if row_range[0] == "rows" else row_range[2] - row_range[1])
 
 
-def part(piece: Piece, start: int, stop: int) -> Piece:
+def part(row_range: RowRange, start: int, stop: int) -> RowRange:
     """The piece's items ``start <= item < stop``."""
-    if piece[0] == "rows":
-        return [*piece[:3], piece[3] + start, piece[3] + stop, piece[5]]
-    return ["bad", piece[1] + start, piece[1] + stop] if piece[0] == "bad" else piece
+    if row_range[0] == "rows":
+        return [*row_range[:3], row_range[3] + start, row_range[3] + stop, row_range[5]]
+    return ["bad", row_range[1] + start, row_range[1] + stop] if row_range[0] == "bad" else row_range
 
 
-def append(pieces: list[Piece], piece: Piece) -> None:
+def append(row_ranges: list[RowRange], row_range: RowRange) -> None:
     """Add a piece, to the last one where it follows on it."""
-    last = pieces[-1] if pieces else None
-    if last is not None and last[0] == piece[0]:
-        if piece[0] == "rows" and last[1:3] == piece[1:3] and last[4] == piece[3]:
-            last[4] = piece[4]
+    last = row_ranges[-1] if row_ranges else None
+    if last is not None and last[0] == row_range[0]:
+        if row_range[0] == "rows" and last[1:3] == row_range[1:3] and last[4] == row_range[3]:
+            last[4] = row_range[4]
             return
-        if piece[0] == "bad" and last[2] == piece[1]:
-            last[2] = piece[2]
+        if row_range[0] == "bad" and last[2] == row_range[1]:
+            last[2] = row_range[2]
             return
-    pieces.append(list(piece))
+    row_ranges.append(list(row_range))
 
 
 class Packer:
@@ -57,7 +57,7 @@ class Packer:
         self.any = False  # whether there was an item
         self._first, self._limit = first, limit
         self._bound: ChunkLimit | None = None
-        self._pieces: list[Piece] = []
+        self._row_ranges: list[RowRange] = []
         self._count = self._bytes = 0
         self._cursor: Any = None
 
@@ -65,15 +65,15 @@ class Packer:
         """How many items of so many bytes each still fit; at least one into an empty chunk."""
         if self._bound is None:
             self._bound = self._limit()
-        if len(self._pieces) >= MOST:
+        if len(self._row_ranges) >= MOST:
             return 0
         fitting = self._bound.items - self._count
         if weight:
             fitting = min(fitting, (self._bound.bytes - self._bytes) // weight)
         return max(fitting, 0 if self._count else 1)
 
-    def add(self, piece: Piece, count: int, weight: int, cursor: Any) -> None:
-        append(self._pieces, piece)
+    def add(self, row_range: RowRange, count: int, weight: int, cursor: Any) -> None:
+        append(self._row_ranges, row_range)
         self._count += count
         self._bytes += count * weight
         self._cursor = cursor
@@ -82,9 +82,9 @@ class Packer:
     def flush(self) -> Iterator[Chunk]:
         """The chunk as far as it is filled, if it holds anything."""
         if self._count:
-            yield Chunk(self._first, self._count, {"pieces": self._pieces}, json.dumps(self._cursor))
+            yield Chunk(self._first, self._count, {"pieces": self._row_ranges}, json.dumps(self._cursor))
             self._first += self._count
-        self._bound, self._pieces, self._count, self._bytes = None, [], 0, 0
+        self._bound, self._row_ranges, self._count, self._bytes = None, [], 0, 0
 
     def make_room(self, count: int, weight: int) -> Iterator[Chunk]:
         """Begin a new chunk if so many items do not fit into this one."""
@@ -92,7 +92,7 @@ class Packer:
             yield from self.flush()
 
     def cut(
-        self, head: Piece, start: int, ends: Sequence[int], weight: int, cursor: Callable[[int], Any]
+        self, head: RowRange, start: int, ends: Sequence[int], weight: int, cursor: Callable[[int], Any]
     ) -> Iterator[Chunk]:
         """The chunks of a file's rows from ``start`` on, cut at the end of a row group where one is near.
 

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from tally.errors import SourceNotFoundError, StorageError
 from tally.sources.tables import delimited, jsonlines
 from tally.sources.tables.formats import arrow_schema, open_parquet, plain_type, unify
-from tally.sources.tables.ingest import Input, connect, link
-from tally.sources.tables.select import Wanted
-from tally.sources.tables.type_inference import SAMPLE_CELLS, SAMPLE_ROWS, Guess, arrow_type
+from tally.sources.tables.ingest import TableFile, connect, link
+from tally.sources.tables.select import TableRequest
+from tally.sources.tables.type_inference import SAMPLE_CELLS, SAMPLE_ROWS, InferredType, arrow_type
 from tally.storage import temporary
 from tally.text import did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _THREADS = 16
 _LOOKED_AT = 64
@@ -29,13 +30,17 @@ _TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*(\(\d+(, *\d+)?\))?")
 
 @dataclass
 class Found:
-    """One schema for all files. types: of the columns of CSV and JSON Lines, as DuckDB calls them. assumed: what was
-    taken for granted of CSV files, in words."""
+    """One schema for all files.
+
+    types: of the columns of CSV and JSON Lines, as DuckDB calls them. assumed: what was taken for granted of CSV
+    files, in words. metadata: of each Parquet file, by its location and name.
+    """
 
     schema: pa.Schema
     problems: list[str]
     types: dict[str, str] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
+    metadata: dict[tuple[int, str], pq.FileMetaData] = field(default_factory=dict)
 
     def alike(self) -> list[str]:
         """Problems with names that differ only in capitals, which DuckDB does not tell apart."""
@@ -67,29 +72,32 @@ class _Looked:
 
     key: str
     names: tuple[str, ...]
-    guesses: Mapping[str, Guess]
+    inferred: Mapping[str, InferredType]
     whole: bool
     dialect: delimited.Dialect | None = None
 
 
-def inspect(inputs: Sequence[Input], wanted: Wanted, csv: Mapping[str, Any]) -> Found:
+def inspect(inputs: Sequence[TableFile], request: TableRequest, csv: Mapping[str, Any]) -> Found:
     """The schema of all files. Raises StorageError when one cannot be read, SourceNotFoundError if all are empty."""
     import pyarrow as pa
 
     binary = [each for each in inputs if each.format in ("parquet", "arrow")]
     texts = [each for each in inputs if each.format in ("csv", "jsonl")]
     schemas: list[tuple[str, pa.Schema]] = []
+    metadata: dict[tuple[int, str], pq.FileMetaData] = {}
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="tally-footer") as pool:
-        for each, found in zip(binary, pool.map(_schema, binary), strict=True):
+        for each, (found, meta) in zip(binary, pool.map(_schema, binary), strict=True):
             if found.names:  # a file without columns has no rows either
                 schemas.append((each.key, found))
+            if meta is not None:
+                metadata[each.location, each.name] = meta
     problems: list[str] = []
     types: dict[str, str] = {}
     looked: list[_Looked] = []
     if texts:
         looked = _look_at(texts, csv)
         with connect() as connection:
-            types = _settle(looked, wanted, csv, problems, connection)
+            types = _settle(looked, request, csv, problems, connection)
             kinds = {name: arrow_type(connection, kind) for name, kind in types.items()}
         optional = [name for each in looked if each.dialect is None for name in each.names]
         for seen in looked:
@@ -105,24 +113,26 @@ def inspect(inputs: Sequence[Input], wanted: Wanted, csv: Mapping[str, Any]) -> 
     shown = tuple(assumed)[:1]
     if len(assumed) > 1:
         shown = (f"{shown[0]}; so or similarly in {len(assumed) - 1:,} more",)
-    return Found(schema, [*problems, *differing], types, shown)
+    return Found(schema, [*problems, *differing], types, shown, metadata)
 
 
-def _schema(each: Input) -> pa.Schema:
+def _schema(each: TableFile) -> tuple[pa.Schema, pq.FileMetaData | None]:
+    """The file's schema, with plain types; of a Parquet file, its metadata, too."""
     import pyarrow as pa
 
+    meta = None
     if each.format == "arrow":
         schema = arrow_schema(each.store, each.name)
     else:
         with open_parquet(each.store, each.name) as file:
-            schema = file.schema_arrow
+            schema, meta = file.schema_arrow, file.metadata
     if len(set(schema.names)) < len(schema.names):
         twice = next(name for name in schema.names if schema.names.count(name) > 1)
         raise StorageError(f"{each.key} has two columns of the name {twice!r}")
-    return pa.schema([(item.name, plain_type(item.type)) for item in schema])
+    return pa.schema([(item.name, plain_type(item.type)) for item in schema]), meta
 
 
-def _look_at(texts: Sequence[Input], csv: Mapping[str, Any]) -> list[_Looked]:
+def _look_at(texts: Sequence[TableFile], csv: Mapping[str, Any]) -> list[_Looked]:
     import duckdb
 
     looked: list[_Looked] = []
@@ -136,36 +146,36 @@ def _look_at(texts: Sequence[Input], csv: Mapping[str, Any]) -> list[_Looked]:
             rows = max(SAMPLE_ROWS, SAMPLE_CELLS // min(len(texts), _LOOKED_AT) // 4)
             try:
                 if each.format == "jsonl":
-                    guesses, whole = jsonlines.guess_types(connection, plain, rows)
-                    if guesses:
-                        looked.append(_Looked(each.key, tuple(guesses), guesses, whole))
+                    inferred, whole = jsonlines.infer_types(connection, plain, rows)
+                    if inferred:
+                        looked.append(_Looked(each.key, tuple(inferred), inferred, whole))
                     continue
                 dialect = delimited.look(plain, each.key, csv)
                 if dialect is None:
                     continue
                 rows = max(SAMPLE_ROWS, rows * 4 // len(dialect.names))
                 text = delimited.readable(plain, dialect, Path(folder), each.key)
-                guesses, whole = delimited.guess_types(connection, text, dialect, rows)
+                inferred, whole = delimited.infer_types(connection, text, dialect, rows)
             except duckdb.Error as error:
                 raise StorageError(f"cannot read {each.key}: {str(error).strip().splitlines()[0]}") from None
-            looked.append(_Looked(each.key, dialect.names, guesses, whole, dialect))
+            looked.append(_Looked(each.key, dialect.names, inferred, whole, dialect))
     return looked
 
 
 def _settle(
-    looked: Sequence[_Looked], wanted: Wanted, csv: Mapping[str, Any], problems: list[str], connection: Any
+    looked: Sequence[_Looked], request: TableRequest, csv: Mapping[str, Any], problems: list[str], connection: Any
 ) -> dict[str, str]:
     """The type of every column of the files of text."""
     import duckdb
 
     names = list(dict.fromkeys(name for each in looked for name in each.names))
-    guesses = {name: [each.guesses[name] for each in looked if name in each.guesses] for name in names}
+    inferred = {name: [each.inferred[name] for each in looked if name in each.inferred] for name in names}
     whole = all(each.whole for each in looked) and len(looked) < _LOOKED_AT
-    types = {name: _type(name, guesses[name], wanted, whole=whole) for name in names}
-    if isinstance(wanted.features, int):
-        numbers = [n for n in names if types[n] in ("BIGINT", "DOUBLE") and n not in (*wanted.by, wanted.time)]
-        if len(numbers) < wanted.features:  # a kept column is one that the model takes
-            types = {name: _type(name, guesses[name], replace(wanted, keep=()), whole=whole) for name in names}
+    types = {name: _type(name, inferred[name], request, whole=whole) for name in names}
+    if isinstance(request.features, int):
+        numbers = [n for n in names if types[n] in ("BIGINT", "DOUBLE") and n not in (*request.by, request.time)]
+        if len(numbers) < request.features:  # a kept column is one that the model takes
+            types = {name: _type(name, inferred[name], replace(request, keep=()), whole=whole) for name in names}
     for name, kind in csv.get("types", {}).items():
         if name not in types:
             problems.append(f"csv: types: there is no column {name!r}{did_you_mean(name, types)}")
@@ -181,8 +191,8 @@ def _settle(
     return types
 
 
-def _type(name: str, guesses: Sequence[Guess], wanted: Wanted, *, whole: bool) -> str:
-    known = [each for each in guesses if each.strict]
+def _type(name: str, inferred: Sequence[InferredType], request: TableRequest, *, whole: bool) -> str:
+    known = [each for each in inferred if each.strict]
     kinds = {each.strict for each in known}
     kind = "VARCHAR"
     if len(kinds) == 1:
@@ -191,17 +201,17 @@ def _type(name: str, guesses: Sequence[Guess], wanted: Wanted, *, whole: bool) -
         kind = "DOUBLE"
     elif kinds and kinds <= {"DATE", "TIMESTAMP"}:
         kind = "TIMESTAMP"
-    if name in wanted.by:
+    if name in request.by:
         return kind
     if kind == "BIGINT" and not whole:
         return "DOUBLE"  # what was not looked at may have fractions
-    named = not isinstance(wanted.features, int) and name in (wanted.features or ())
+    named = not isinstance(request.features, int) and name in (request.features or ())
     if not known and named:
         return "DOUBLE"  # no value at all: a model that names its columns takes numbers
     if kind != "VARCHAR" or not known:
         return kind
     mostly = {each.mostly or "VARCHAR" for each in known}
-    if name == wanted.time and len(mostly) == 1 and mostly <= {"TIMESTAMP", "TIMESTAMPTZ"}:
+    if name == request.time and len(mostly) == 1 and mostly <= {"TIMESTAMP", "TIMESTAMPTZ"}:
         return mostly.pop()
-    number = isinstance(wanted.features, int) or wanted.window is not None or named
-    return "DOUBLE" if mostly == {"DOUBLE"} and (named or (number and name not in wanted.keep)) else kind
+    number = isinstance(request.features, int) or request.window is not None or named
+    return "DOUBLE" if mostly == {"DOUBLE"} and (named or (number and name not in request.keep)) else kind

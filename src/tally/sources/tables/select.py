@@ -21,7 +21,7 @@ AGGREGATES = ("mean", "min", "max", "last", "count")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TableRequest:
     """What is asked for. features: names; n: the n numeric columns that there are; None: all columns.
 
     window: microseconds that a window takes; None: rows are scored as they are.
@@ -51,7 +51,7 @@ class Selection:
     aggregates: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
-def select(schema: pa.Schema, wanted: Wanted) -> tuple[Selection, list[str]]:
+def select(schema: pa.Schema, request: TableRequest) -> tuple[Selection, list[str]]:
     """The columns that are wanted of a table, and every problem that there is with them."""
     from tally.sinks.columns import name_of
 
@@ -65,41 +65,41 @@ def select(schema: pa.Schema, wanted: Wanted) -> tuple[Selection, list[str]]:
         problems.append(f"{what}: there is no column {name!r}{did_you_mean(name, names)} (there are {_listed(names)})")
         return False
 
-    for what, given in (("by", wanted.by), ("keep", wanted.keep)):
+    for what, given in (("by", request.by), ("keep", request.keep)):
         twice = dict.fromkeys(name for name in given if given.count(name) > 1)
         problems += [f"{what}: {name!r} is named twice" for name in twice]
-    by = [name for name in dict.fromkeys(wanted.by) if known("by", name)]
+    by = [name for name in dict.fromkeys(request.by) if known("by", name)]
     problems += [
         f"by: column {name!r} holds {kinds[name]}, which cannot be a key" for name in by if _nested(kinds[name])
     ]
-    time = wanted.time if wanted.time is not None and known("time", wanted.time) else None
+    time = request.time if request.time is not None and known("time", request.time) else None
     if time is not None and not _is_time(kinds[time]):
         problems.append(f"time: column {time!r} is {kinds[time]}, not a timestamp")
-    if wanted.window is not None and wanted.time is None:
+    if request.window is not None and request.time is None:
         problems.append("window: needs 'time', the column of timestamps")
     problems += [
         f"aggregate: there is no {name!r}{did_you_mean(name, AGGREGATES)}"
-        for name in wanted.aggregate
+        for name in request.aggregate
         if name not in AGGREGATES
     ]
-    if "*" in wanted.keep:
+    if "*" in request.keep:
         keep = [name for name in names if name not in by]
     else:
-        keep = [name for name in dict.fromkeys(wanted.keep) if name not in by and known("keep", name)]
+        keep = [name for name in dict.fromkeys(request.keep) if name not in by and known("keep", name)]
 
     aggregates: dict[str, tuple[str, str]] = {}
-    if wanted.window is not None:
-        keep = _with_window(keep, by, time, wanted, problems)
-        candidates = _aggregated(kinds, by, time, wanted.aggregate)
-        features = _of(wanted.features, list(candidates), list(candidates), [], problems)
+    if request.window is not None:
+        keep = _with_window(keep, by, time, request, problems)
+        candidates = _aggregated(kinds, by, time, request.aggregate)
+        features = _of(request.features, list(candidates), list(candidates), [], problems)
         aggregates = {name: candidates[name] for name in features}
         inputs = [*by, *([time] if time else []), *(column for column, made in aggregates.values() if made != "count")]
     else:
         numeric = [name for name in names if is_numeric(kinds[name]) and name not in by and name != time]
-        features = _of(wanted.features, names, numeric, keep, problems)
+        features = _of(request.features, names, numeric, keep, problems)
         inputs = [*by, *features, *keep]
     info = {name: name_of(kinds[name]) for name in [*by, *keep]}
-    if wanted.window is not None and time in info:
+    if request.window is not None and time in info:
         info[time] = "timestamp[us, tz=UTC]" if "tz=" in info[time] else "timestamp[us]"
     if "key" in info:
         problems.append("column 'key' cannot be kept: the results have a column of that name of their own")
@@ -109,26 +109,26 @@ def select(schema: pa.Schema, wanted: Wanted) -> tuple[Selection, list[str]]:
 
 
 def _of(
-    wanted: Sequence[str] | int | None,
+    request: Sequence[str] | int | None,
     names: Sequence[str],
     numeric: Sequence[str],
     keep: Sequence[str],
     problems: list[str],
 ) -> list[str]:
     """The features: names that are asked for, or as many numeric columns as there have to be."""
-    if wanted is None:
+    if request is None:
         return list(names)
-    if not isinstance(wanted, int):
-        for name in wanted:
+    if not isinstance(request, int):
+        for name in request:
             if name not in names:
                 suggestion = did_you_mean(name, names)
                 problems.append(f"the model takes a column {name!r}{suggestion} (there are {_listed(names)})")
-        return [name for name in wanted if name in names]
+        return [name for name in request if name in names]
     found = list(numeric)
-    if len(found) != wanted:
+    if len(found) != request:
         found = [name for name in numeric if name not in keep]
-    if len(found) != wanted:
-        columns = "1 numeric column" if wanted == 1 else f"{wanted} numeric columns"
+    if len(found) != request:
+        columns = "1 numeric column" if request == 1 else f"{request} numeric columns"
         there = f"there are {len(numeric)}: {_listed(numeric)}" if numeric else f"there are none ({_listed(names)})"
         problems.append(f"the model takes {columns}, and {there}; name them with --set features=a,b")
     return found
@@ -147,10 +147,10 @@ def _aggregated(
 
 
 def _with_window(
-    keep: list[str], by: Sequence[str], time: str | None, wanted: Wanted, problems: list[str]
+    keep: list[str], by: Sequence[str], time: str | None, request: TableRequest, problems: list[str]
 ) -> list[str]:
     """What results of windows carry besides the key: the time at which each begins."""
-    if "*" not in wanted.keep and (others := [name for name in keep if name != time]):
+    if "*" not in request.keep and (others := [name for name in keep if name != time]):
         problems.append(f"keep: {_listed(others)}: a window has many values of it; with 'window', only keys are kept")
     if time is not None and time in by:
         problems.append(f"time: column {time!r} is part of the key, too")

@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from tally.errors import SourceNotFoundError, SpecError, StorageError
-from tally.scorers.base import Scorer
+from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing
 from tally.sources.locations import nothing
 from tally.sources.tables import delimited
 from tally.sources.tables.batches import READY, Ahead, Reader, plain
 from tally.sources.tables.formats import known_format, open_parquet
-from tally.sources.tables.ingest import BAD, COUNT, FIRST, KEYS, ROWS, Input, Made, Query, make
-from tally.sources.tables.parquet import DECODED, Stream, layout
-from tally.sources.tables.row_ranges import MOST, Packer, Piece, append, length, part
+from tally.sources.tables.ingest import BAD, COUNT, FIRST, KEYS, ROWS, Made, Query, TableFile, make
+from tally.sources.tables.parquet import DECODED, Footer, Stream, footer_of
+from tally.sources.tables.row_ranges import MOST, Packer, RowRange, append, length, part
 from tally.sources.tables.schema import inspect
-from tally.sources.tables.select import ORDER, Wanted, select
-from tally.sources.tables.work_files import Work, WorkFiles
-from tally.storage import LocalStore, key_of, name_from_json, name_to_json, open_store
+from tally.sources.tables.select import ORDER, TableRequest, select
+from tally.sources.tables.work_files import WorkFiles, WorkFolder
+from tally.storage import key_of, name_from_json, name_to_json, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,7 +44,7 @@ _COMBINE = 65_536
 
 _LOOKED_UP = ("_work", "_index", "_rows")
 
-Lacks = Callable[[Mapping[str, Any]], "str | None"]
+MissingReason = Callable[[Mapping[str, Any]], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class TableSource(Source):
     scratch: where work files are kept.
     """
 
-    chunk_seconds: ClassVar[float] = 2.0
+    accepts: ClassVar = frozenset[Input]({"table"})
+    unit: ClassVar = "rows"
+    media: ClassVar = "table"
     chunk_items: ClassVar[int] = 4_194_304
 
     listing: Listing
@@ -64,7 +66,9 @@ class TableSource(Source):
     assumed: tuple[str, ...] = ()
     in_place: bool = True
     scratch: str | None = None
-    lacks: Lacks | None = field(default=None, compare=False, repr=False)
+    missing_reason: MissingReason | None = field(default=None, compare=False, repr=False)
+    footers: Mapping[tuple[int, str], tuple[int, Footer]] = field(default_factory=dict, compare=False, repr=False)
+    """Of Parquet files, by location and name, as they were looked at: size in bytes, and footer."""
 
     @classmethod
     def describe(
@@ -79,7 +83,7 @@ class TableSource(Source):
         window: float | None = None,
         aggregate: Sequence[str] = ("mean",),
         csv: Mapping[str, Any] | None = None,
-        lacks: Lacks | None = None,
+        missing_reason: MissingReason | None = None,
         without: str | None = None,
     ) -> TableSource:
         """The source of all rows of the tables at ``uris``: folders, files and globs, paths or URLs.
@@ -102,7 +106,7 @@ class TableSource(Source):
         """
         listing = Listing.of(uris, "table", without=without)
         options = dict(csv or {})
-        wanted = Wanted(
+        request = TableRequest(
             features if features is None or isinstance(features, int) else tuple(features),
             tuple(by),
             tuple(keep),
@@ -116,24 +120,33 @@ class TableSource(Source):
         if problems:
             raise SpecError(problems)
         if not inputs:
-            raise nothing(listing.places[0], listing.passed, listing.kind)
+            raise nothing(listing.locations[0], listing.passed, listing.kind)
         in_place = all(each.format == "parquet" for each in inputs) and not (by or where or window)
-        found = inspect(inputs, wanted, options)
+        found = inspect(inputs, request, options)
         if found.problems:
             raise SpecError(found.problems)
-        selection, problems = select(found.schema, wanted)
+        selection, problems = select(found.schema, request)
         if not in_place:
             problems += found.alike()
         if where is not None:
             problems += found.check_where(where)
         if problems:
             raise SpecError(problems)
-        query = Query(wanted, selection, options, found.types)
-        return cls(listing, query, found.assumed, in_place, None, lacks)
+        query = Query(request, selection, options, found.types)
+        source = cls(listing, query, found.assumed, in_place, None, missing_reason)
+        sizes = {(each.location, each.name): each.size for each in inputs}
+        needed = source._needed()
+        footers = {file: (sizes[file], footer_of(meta, needed)) for file, meta in found.metadata.items()}
+        return replace(source, footers=footers)
 
-    def at(self, scratch: str) -> TableSource:
-        """The same source, which keeps its work files at ``scratch``: a folder's path, or a URL."""
-        return replace(self, scratch=scratch)
+    def located(self, work: str | None) -> TableSource:
+        """The same source, which keeps its work files at ``work``: a folder's path, or a URL."""
+        if work is None and not self.in_place:
+            raise SpecError(
+                "these rows have to be prepared before they are scored, and the output has no room for that",
+                hint="Write to a folder, or give Parquet files, without by, where and window.",
+            )
+        return replace(self, scratch=work)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -141,7 +154,7 @@ class TableSource(Source):
 
     @property
     def by(self) -> tuple[str, ...]:
-        return self.query.wanted.by
+        return self.query.request.by
 
     @property
     def columns(self) -> Mapping[str, str]:
@@ -149,12 +162,12 @@ class TableSource(Source):
 
     @property
     def order(self) -> str | None:
-        return ORDER if self.by and self.query.wanted.window is None else None
+        return ORDER if self.by and self.query.request.window is None else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # What tells of models stays with whoever plans; what was looked up is looked up again.
+        # What only planning takes stays with whoever plans; what was looked up is looked up again.
         kept = {name: value for name, value in self.__dict__.items() if name not in _LOOKED_UP}
-        return {**kept, "lacks": None}
+        return {**kept, "missing_reason": None, "footers": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -168,12 +181,17 @@ class TableSource(Source):
         """
         if self.in_place:
             return
-        inputs = list(_inputs(self.listing, self.query.csv, []))
-        WorkFiles(self._scratch()).ensure(_fingerprint(inputs, self.query), lambda folder: self._make(inputs, folder))
+        inputs = [self._known(each) for each in _inputs(self.listing, self.query.csv, [])]
+        WorkFolder(self._scratch()).ensure(fingerprint(inputs, self.query), lambda folder: self._make(inputs, folder))
         for name in _LOOKED_UP:
             self.__dict__.pop(name, None)
 
-    def _make(self, inputs: Sequence[Input], folder: Path) -> Made:
+    def _known(self, file: TableFile) -> TableFile:
+        """The file with its number of rows, where its footer was read."""
+        size, footer = self.footers.get((file.location, file.name), (None, None))
+        return replace(file, rows=footer.rows) if footer is not None and size == file.size else file
+
+    def _make(self, inputs: Sequence[TableFile], folder: Path) -> Made:
         return make(inputs, self.query, folder)
 
     def _scratch(self) -> str:
@@ -182,18 +200,18 @@ class TableSource(Source):
         return self.scratch
 
     @cached_property
-    def _work(self) -> Work:
-        return WorkFiles(self._scratch()).open()
+    def _work(self) -> WorkFiles:
+        return WorkFolder(self._scratch()).open()
 
     @cached_property
     def _index(self) -> pa.Table:
         """The keys, in the order of their rows: the columns of ``by``, the first row, and how many there are."""
         return self._work.parquet(KEYS).read()
 
-    def _open(self, place: int, name: str) -> pq.ParquetFile:
-        if place < 0:
+    def _open(self, location: int, name: str) -> pq.ParquetFile:
+        if location < 0:
             return self._work.parquet(name)
-        return open_parquet(open_store(self.listing.places[place].root), name)
+        return open_parquet(open_store(self.listing.locations[location].root), name)
 
     @property
     def unread(self) -> int:
@@ -243,33 +261,38 @@ class TableSource(Source):
             raise self._nothing()
 
     def _nothing(self) -> SourceNotFoundError:
-        place = self.listing.places[0]
+        location = self.listing.locations[0]
         shown = ", ".join(map(key_of, self.listing.uris[:3]))
-        if self.query.wanted.where is not None:
+        if self.query.request.where is not None:
             return SourceNotFoundError(
-                f"nothing to score: no row of {shown} meets the condition {self.query.wanted.where!r}"
+                f"nothing to score: no row of {shown} meets the condition {self.query.request.where!r}"
             )
-        if self.query.wanted.window is not None and not self.in_place and self._work.made.timeless:
+        if self.query.request.window is not None and not self.in_place and self._work.made.timeless:
             return SourceNotFoundError(f"nothing to score: no row of {shown} has a time")
-        if next(iter(self.listing.entries(0)), None) is None and len(self.listing.places) == 1:
-            return nothing(place, self.listing.passed, self.listing.kind)
+        if next(iter(self.listing.entries(0)), None) is None and len(self.listing.locations) == 1:
+            return nothing(location, self.listing.passed, self.listing.kind)
         return SourceNotFoundError(f"nothing to score: {shown} holds no rows")
 
     def _plan_files(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
         began, last, row = (0, None, 0) if cursor is None else cursor
         name = None if last is None else name_from_json(last)
         needed = self._needed()
-        for index in range(began, len(self.listing.places)):
+        for index in range(began, len(self.listing.locations)):
             if index == began and name is not None:
-                yield from self._plan_file(packer, index, name, row, needed)
+                yield from self._plan_file(packer, index, name, row, needed, None)
             for entry in self.listing.entries(index, name if index == began else None):
-                yield from self._plan_file(packer, index, entry.name, 0, needed)
+                yield from self._plan_file(packer, index, entry.name, 0, needed, entry.size)
 
-    def _plan_file(self, packer: Packer, place: int, name: str, start: int, needed: set[str]) -> Iterator[Chunk]:
-        with self._open(place, name) as file:
-            ends, weight = layout(file, needed)
+    def _plan_file(
+        self, packer: Packer, location: int, name: str, start: int, needed: set[str], size: int | None
+    ) -> Iterator[Chunk]:
+        """The chunks of a file from a row on. size: as it is listed now; None if it is not listed."""
+        seen, footer = self.footers.get((location, name), (None, None))
+        if footer is None or size not in (None, seen):  # it was added or changed since
+            with self._open(location, name) as file:
+                footer = footer_of(file.metadata, needed)
         packed = name_to_json(name)
-        yield from packer.cut(["rows", place, packed], start, ends, weight, lambda stop: [place, packed, stop])
+        yield from packer.cut(["rows", location, packed], start, *footer, lambda stop: [location, packed, stop])
 
     def _plan_work(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
         """Tables whose rows are items in their order."""
@@ -281,9 +304,9 @@ class TableSource(Source):
             if not rows:
                 continue
             with self._work.parquet(name) as file:
-                ends, weight = layout(file, needed)
+                footer = footer_of(file.metadata, needed)
             start = row if number == began else 0
-            yield from packer.cut(["rows", -1, name], start, ends, weight, partial(_after_rows, number))
+            yield from packer.cut(["rows", -1, name], start, *footer, partial(_after_rows, number))
 
     def _plan_keys(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
         """Whole keys, as far as a chunk may hold them."""
@@ -292,10 +315,10 @@ class TableSource(Source):
         ordinal, inside = (0, 0) if cursor is None else cursor[1:]
         rows = self._work.made.tables[0][1]
         with self._work.parquet(ROWS) as file:
-            _, weight = layout(file, self._needed())
+            weight = footer_of(file.metadata, self._needed()).weight
         firsts, counts = (self._index[name].to_pylist() for name in (FIRST, COUNT))
         while ordinal < len(firsts):
-            reason = self._reason(ordinal) if self.lacks is not None and not inside else None
+            reason = self._reason(ordinal) if self.missing_reason is not None and not inside else None
             if reason is not None:
                 yield from packer.make_room(1, 0)
                 packer.add(["key", ordinal, reason], 1, 0, ["keys", ordinal + 1, 0])
@@ -324,8 +347,8 @@ class TableSource(Source):
 
     def _reason(self, ordinal: int) -> str | None:
         """Why the key has no model, with how many rows that concerns."""
-        assert self.lacks is not None
-        reason = self.lacks(self.key_values(ordinal))
+        assert self.missing_reason is not None
+        reason = self.missing_reason(self.key_values(ordinal))
         rows = self._index[COUNT][ordinal].as_py()
         return None if reason is None else f"{reason} ({'1 row' if rows == 1 else f'{rows:,} rows'})"
 
@@ -345,42 +368,42 @@ class TableSource(Source):
         return _Keys(self, chunk.payload["pieces"])
 
     def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
-        pieces: list[Piece] = []
+        row_ranges: list[RowRange] = []
         at = 0
-        for piece in chunk.payload["pieces"]:
-            count = length(piece)
+        for row_range in chunk.payload["pieces"]:
+            count = length(row_range)
             low, high = max(start - at, 0), min(stop - at, count)
             if low < high:
-                pieces.append(part(piece, low, high))
+                row_ranges.append(part(row_range, low, high))
             at += count
-        return Chunk(chunk.first + start, stop - start, {"pieces": pieces}, chunk.cursor)
+        return Chunk(chunk.first + start, stop - start, {"pieces": row_ranges}, chunk.cursor)
 
     def combine(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Fewer chunks with the same items; a key that has a model by now is its rows instead."""
         combined: list[Chunk] = []
-        pieces: list[Piece] = []
+        row_ranges: list[RowRange] = []
         count = first = 0
         for chunk in chunks:
-            for piece in (each for given in chunk.payload["pieces"] for each in _bounded(self._revived(given))):
-                items = length(piece)
-                if pieces and (count + items > _COMBINE or len(pieces) >= MOST):
-                    combined.append(Chunk(first, count, {"pieces": pieces}, chunk.cursor))
-                    pieces, count = [], 0
-                if not pieces:
+            for row_range in (each for given in chunk.payload["pieces"] for each in _bounded(self._revived(given))):
+                items = length(row_range)
+                if row_ranges and (count + items > _COMBINE or len(row_ranges) >= MOST):
+                    combined.append(Chunk(first, count, {"pieces": row_ranges}, chunk.cursor))
+                    row_ranges, count = [], 0
+                if not row_ranges:
                     first = chunk.first
-                append(pieces, piece)
+                append(row_ranges, row_range)
                 count += items
-        if pieces:
-            combined.append(Chunk(first, count, {"pieces": pieces}, chunks[-1].cursor))
+        if row_ranges:
+            combined.append(Chunk(first, count, {"pieces": row_ranges}, chunks[-1].cursor))
         return combined
 
-    def _revived(self, piece: Piece) -> Piece:
-        if piece[0] != "key" or self.lacks is None:
-            return piece
-        reason = self._reason(piece[1])
+    def _revived(self, row_range: RowRange) -> RowRange:
+        if row_range[0] != "key" or self.missing_reason is None:
+            return row_range
+        reason = self._reason(row_range[1])
         if reason is not None:
-            return ["key", piece[1], reason]
-        row = self._index.slice(piece[1], 1).to_pylist()[0]
+            return ["key", row_range[1], reason]
+        row = self._index.slice(row_range[1], 1).to_pylist()[0]
         return ["rows", -1, ROWS, row[FIRST], row[FIRST] + row[COUNT], self._work.made.tables[0][1]]
 
     # -- reading -----------------------------------------------------------------------------------
@@ -401,13 +424,13 @@ class TableSource(Source):
 
     # Of pieces ------------------------------------------------------------------------------------
 
-    def open_rows(self, piece: Piece) -> pq.ParquetFile:
+    def open_rows(self, row_range: RowRange) -> pq.ParquetFile:
         """The file of a piece of rows. Raises StorageError when it is not what it was."""
-        name = name_from_json(piece[2])
-        file = self._open(piece[1], name)
-        if file.metadata.num_rows != piece[5]:
+        name = name_from_json(row_range[2])
+        file = self._open(row_range[1], name)
+        if file.metadata.num_rows != row_range[5]:
             raise StorageError(
-                f"{key_of(name)} has changed: it had {piece[5]:,} rows, and now has {file.metadata.num_rows:,}",
+                f"{key_of(name)} has changed: it had {row_range[5]:,} rows, and now has {file.metadata.num_rows:,}",
                 hint="score it again with --overwrite",
             )
         return file
@@ -425,26 +448,26 @@ class TableSource(Source):
         finally:
             stream.close()
 
-    def key_columns(self, piece: Piece) -> list[str]:
+    def key_columns(self, row_range: RowRange) -> list[str]:
         """The columns of a piece's file that its keys are made of."""
-        if piece[1] >= 0 or self._work.made.kind == "files":
+        if row_range[1] >= 0 or self._work.made.kind == "files":
             return []
-        return [ORDER] if self._work.made.kind == "rows" else [*self.by, self.query.wanted.time or ""]
+        return [ORDER] if self._work.made.kind == "rows" else [*self.by, self.query.request.time or ""]
 
-    def keys_of(self, piece: Piece, start: int, rows: Any, count: int) -> pa.StringArray:
+    def keys_of(self, row_range: RowRange, start: int, rows: Any, count: int) -> pa.StringArray:
         """The keys of ``count`` rows from row ``start`` of a piece's file on. rows: their :meth:`key_columns`."""
         from tally.sources.tables.keys import joined, numbered, times
 
-        place, name = piece[1], name_from_json(piece[2])
-        if place >= 0:
-            return numbered(self.listing.places[place].prefix + key_of(name), start, count)
+        location, name = row_range[1], name_from_json(row_range[2])
+        if location >= 0:
+            return numbered(self.listing.locations[location].prefix + key_of(name), start, count)
         made = self._work.made
         if made.kind == "files":
             return self._rows.of_file(int(name.removesuffix(".parquet")), start, count)
         if made.kind == "rows":
             return self._rows.at(rows[ORDER].to_numpy())
-        time = self.query.wanted.time or ""
-        return joined([*(rows[each] for each in self.by), times(rows[time], self.query.wanted.window or 0)])
+        time = self.query.request.time or ""
+        return joined([*(rows[each] for each in self.by), times(rows[time], self.query.request.window or 0)])
 
     @cached_property
     def _rows(self) -> Rows:
@@ -458,41 +481,40 @@ def _after_rows(number: int, stop: int) -> list[Any]:
     return ["rows", number, stop]
 
 
-def _bounded(piece: Piece) -> Iterator[Piece]:
+def _bounded(row_range: RowRange) -> Iterator[RowRange]:
     """The piece in parts that are not too large for one chunk."""
-    for start in range(0, length(piece), _COMBINE):
-        yield part(piece, start, min(start + _COMBINE, length(piece)))
+    for start in range(0, length(row_range), _COMBINE):
+        yield part(row_range, start, min(start + _COMBINE, length(row_range)))
 
 
-def _inputs(listing: Listing, csv: Mapping[str, Any], problems: list[str]) -> Iterator[Input]:
+def _inputs(listing: Listing, csv: Mapping[str, Any], problems: list[str]) -> Iterator[TableFile]:
     """The files, in order. Those that are no tables by their name are problems."""
-    for index, place in enumerate(listing.places):
-        store = open_store(place.root)
+    for index, location in enumerate(listing.locations):
+        store = open_store(location.root)
         for entry in listing.entries(index):
-            key = place.prefix + key_of(entry.name)
+            key = location.prefix + key_of(entry.name)
             try:
-                yield Input(key, store, entry.name, known_format(entry.name, csv=bool(csv)))
+                yield TableFile(key, store, entry.name, known_format(entry.name, csv=bool(csv)), index, entry.size)
             except SpecError as error:
                 problems += error.problems
 
 
-def _fingerprint(inputs: Sequence[Input], query: Query) -> str:
-    """Of the files as they are, and of what is made of them."""
-    digest = hashlib.sha256(repr(query).encode())
+def fingerprint(inputs: Sequence[TableFile], query: Query) -> str:
+    """Identifies the files as they are, and what is made of them."""
+    # As it was written when jobs that may still be resumed were begun.
+    described = repr(query).replace("request=TableRequest(", "wanted=Wanted(", 1)
+    digest = hashlib.sha256(described.encode())
     for each in inputs:
-        size, version = each.store.marked(each.name)
-        if isinstance(each.store, LocalStore):
-            version = str(each.store.local_path(each.name).stat().st_mtime_ns)
-        digest.update(json.dumps([each.key, f"{size} {version}"]).encode())
+        digest.update(json.dumps([each.key, each.store.version(each.name)]).encode())
     return digest.hexdigest()
 
 
 class _Keys(Sequence[str]):
     """The keys of a chunk's items, made when asked for."""
 
-    def __init__(self, source: TableSource, pieces: Sequence[Piece]) -> None:
-        self._source, self._pieces = source, pieces
-        self._ends = list(accumulate(map(length, pieces)))
+    def __init__(self, source: TableSource, row_ranges: Sequence[RowRange]) -> None:
+        self._source, self._row_ranges = source, row_ranges
+        self._ends = list(accumulate(map(length, row_ranges)))
         self._streams: dict[str, Stream] = {}
 
     def __len__(self) -> int:
@@ -520,29 +542,29 @@ class _Keys(Sequence[str]):
     def _between(self, start: int, stop: int) -> Iterator[list[str]]:
         while start < stop:
             at = bisect.bisect_right(self._ends, start)
-            piece = self._pieces[at]
-            began = self._ends[at] - length(piece)
+            row_range = self._row_ranges[at]
+            began = self._ends[at] - length(row_range)
             taken = min(stop, self._ends[at], start + DECODED)
-            yield self._of(part(piece, start - began, taken - began))
+            yield self._of(part(row_range, start - began, taken - began))
             start = taken
 
-    def _of(self, piece: Piece) -> list[str]:
-        if piece[0] == "key":
-            values = self._source.key_values(piece[1]).items()
+    def _of(self, row_range: RowRange) -> list[str]:
+        if row_range[0] == "key":
+            values = self._source.key_values(row_range[1]).items()
             return [",".join(f"{name}={'null' if value is None else value}" for name, value in values)]
-        if piece[0] == "bad":
-            return [str(row["key"]) for row in self._source.bad_lines(piece[1], piece[2])]
-        needed = self._source.key_columns(piece)
+        if row_range[0] == "bad":
+            return [str(row["key"]) for row in self._source.bad_lines(row_range[1], row_range[2])]
+        needed = self._source.key_columns(row_range)
         found: list[str] = []
-        start = piece[3]
-        for batch in self._batches(piece, needed):
-            found += self._source.keys_of(piece, start, batch, batch.num_rows).to_pylist()
+        start = row_range[3]
+        for batch in self._batches(row_range, needed):
+            found += self._source.keys_of(row_range, start, batch, batch.num_rows).to_pylist()
             start += batch.num_rows
-        return found or self._source.keys_of(piece, start, None, piece[4] - start).to_pylist()
+        return found or self._source.keys_of(row_range, start, None, row_range[4] - start).to_pylist()
 
-    def _batches(self, piece: Piece, needed: Sequence[str]) -> Iterator[Any]:
+    def _batches(self, row_range: RowRange, needed: Sequence[str]) -> Iterator[Any]:
         if not needed:
             return
-        if piece[2] not in self._streams:
-            self._streams = {piece[2]: Stream(self._source.open_rows(piece), needed, DECODED)}
-        yield from self._streams[piece[2]].read(piece[3], piece[4])
+        if row_range[2] not in self._streams:
+            self._streams = {row_range[2]: Stream(self._source.open_rows(row_range), needed, DECODED)}
+        yield from self._streams[row_range[2]].read(row_range[3], row_range[4])

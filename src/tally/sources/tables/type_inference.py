@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tally.text import sql_text
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -35,7 +37,7 @@ _ZONED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Guess:
+class InferredType:
     """strict: the DuckDB type that all sampled values have (VARCHAR if none; empty if there are no values). mostly:
     DOUBLE, TIMESTAMP or TIMESTAMPTZ where most of them are such."""
 
@@ -52,7 +54,7 @@ class Text:
     unquoted: str
 
 
-def guess(
+def infer(
     connection: Any,
     relation: str,
     columns: Mapping[str, Text],
@@ -60,9 +62,9 @@ def guess(
     decimal: str = ".",
     timestampformat: str | None = None,
     dateformat: str | None = None,
-) -> dict[str, Guess]:
+) -> dict[str, InferredType]:
     """The types of a relation's columns of text."""
-    found: dict[str, Guess] = {}
+    found: dict[str, InferredType] = {}
     names = list(columns)
     for start in range(0, len(names), 100):  # wide tables: a query's size is bounded
         part = names[start : start + 100]
@@ -75,33 +77,33 @@ def guess(
 def _kind(column: Text, decimal: str, timestampformat: str | None, dateformat: str | None) -> str:
     """An expression for the kind of a column's values; a later test is made only where the earlier ones fail."""
     text, plain = f"trim({column.text})", f"trim({column.unquoted})"
-    places = {
+    locations = {
         "text": text,
         "plain": plain,
-        "number": plain if decimal == "." else f"replace({plain}, {literal(decimal)}, '.')",
-        "date": f"try_strptime({text}, {literal(dateformat)})"
+        "number": plain if decimal == "." else f"replace({plain}, {sql_text(decimal)}, '.')",
+        "date": f"try_strptime({text}, {sql_text(dateformat)})"
         if dateformat
         else f"CASE WHEN length({text}) <= 10 THEN TRY_CAST({text} AS DATE) END",
-        "time": f"try_strptime({text}, {literal(timestampformat)})"
+        "time": f"try_strptime({text}, {sql_text(timestampformat)})"
         if timestampformat
         else f"TRY_CAST({text} AS TIMESTAMP)",
         "zoned": "false" if timestampformat else _ZONED.format(text=text),
     }
-    tests = " ".join(f"WHEN {test.format_map(places)} THEN {literal(kind)}" for kind, test in _KINDS.items())
+    tests = " ".join(f"WHEN {test.format_map(locations)} THEN {sql_text(kind)}" for kind, test in _KINDS.items())
     return f"CASE WHEN {column.text} IS NULL THEN NULL {tests} ELSE 'VARCHAR' END"
 
 
-def _decide(counts: Mapping[str, int]) -> Guess:
+def _decide(counts: Mapping[str, int]) -> InferredType:
     total = sum(counts.values())
     if not total:
-        return Guess("")
+        return InferredType("")
     numbers = {kind: counts.get(kind, 0) for kind in _KINDS}
     numbers["DOUBLE"] += numbers["BIGINT"]
     numbers["TIMESTAMP"] += numbers["DATE"]
     strict = next((kind for kind, number in numbers.items() if number == total), "VARCHAR")
     least = max(min(MOSTLY * total, total - FEW), total / 2 + 0.5)
     mostly = next((kind for kind in ("DOUBLE", "TIMESTAMP", "TIMESTAMPTZ") if numbers[kind] >= least), None)
-    return Guess(strict, mostly)
+    return InferredType(strict, mostly)
 
 
 def arrow_type(connection: Any, kind: str) -> pa.DataType:
@@ -120,13 +122,3 @@ def arrow_type(connection: Any, kind: str) -> pa.DataType:
     if kind in simple:
         return simple[kind]
     return connection.sql(f"SELECT CAST(NULL AS {kind}) AS x").to_arrow_table().schema.field(0).type
-
-
-def identifier(name: str) -> str:
-    """The name as SQL."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """The text as SQL."""
-    return "'" + str(text).replace("'", "''") + "'"

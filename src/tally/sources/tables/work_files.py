@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
 from tally.sources.tables.formats import open_parquet
 from tally.sources.tables.ingest import Made
-from tally.storage import LocalStore, Store, failure, open_store, temporary
+from tally.storage import Store, failure, open_store, temporary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,11 +28,11 @@ _PREFIX = "table-"
 """What the folders' names begin with."""
 
 
-class WorkFiles:
+class WorkFolder:
     """The work files at a place: a folder's path, or a URL."""
 
-    def __init__(self, place: str) -> None:
-        self._store: Store = open_store(place)
+    def __init__(self, location: str) -> None:
+        self._store: Store = open_store(location)
 
     def ensure(self, fingerprint: str, make: Callable[[Path], Made]) -> None:
         """Make them unless they are there. make: makes them in a new folder of this machine.
@@ -63,7 +63,7 @@ class WorkFiles:
     @contextmanager
     def _folder(self, name: str) -> Iterator[Path]:
         """An empty folder whose files are in the store under ``name`` in the end."""
-        if isinstance(self._store, LocalStore):
+        if self._store.is_local:
             folder = Path(self._store.url, name)
             try:
                 folder.mkdir(parents=True)
@@ -101,24 +101,21 @@ class WorkFiles:
         """Remove what others made, or left behind."""
         marker = self._marker()
         assert marker is not None
-        others = {entry.name.split("/", 1)[0] for entry in self._store.list(sizes=False)}
-        if isinstance(self._store, LocalStore):  # whose listing shows no empty folders
-            others |= {path.name for path in Path(self._store.url).iterdir() if path.is_dir()}
-        for name in others - {marker["folder"]}:
+        for name in self._store.folders() - {marker["folder"]}:
             if name.startswith(_PREFIX):
                 self._store.delete_tree(name)
 
-    def open(self) -> Work:
+    def open(self) -> WorkFiles:
         """The files. Raises StorageError when they were not made."""
         marker = self._marker()
         if marker is None:
             raise StorageError(
                 f"the work files of the table are not at {self._store.url}", hint="score it again with --overwrite"
             )
-        return Work(self._store, marker["folder"], Made.from_json(marker["made"]))
+        return WorkFiles(self._store, marker["folder"], Made.from_json(marker["made"]))
 
 
-class Work:
+class WorkFiles:
     """Work files that are there."""
 
     def __init__(self, store: Store, folder: str, made: Made) -> None:

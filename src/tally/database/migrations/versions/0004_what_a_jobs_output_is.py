@@ -8,6 +8,8 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
+from tally.storage import normalised
+
 revision = "0004"
 down_revision = "0003"
 
@@ -74,7 +76,7 @@ def _describe_jobs(connection: sa.Connection) -> None:
             if kind is None:
                 files = [name for output in connection.scalars(staged) for name in (output or {}).get("files", [])]
                 kind = "video" if any(PurePosixPath(name).suffix in _VIDEOS for name in files) else "rows"
-            place = _text(spec.get("out") or "")
+            place = normalised(_text(spec.get("out") or "/"))
             name = _text(model.get("name") or "")
             sources = (spec.get("source") or ())[:_SOURCES]
             words = [row.id, _text(spec.get("model") or ""), name, *map(_text, sources), place]
@@ -82,8 +84,8 @@ def _describe_jobs(connection: sa.Connection) -> None:
                 sa.update(jobs)
                 .where(jobs.c.id == row.id)
                 .values(
-                    output=_output(kind, spec, row.manifest or {}),
-                    place=place.rstrip("/") or place[:1],
+                    output=_output(kind, place, spec, row.manifest or {}),
+                    place=place,
                     model_name=name,
                     search=" ".join(words).lower(),
                 )
@@ -115,7 +117,7 @@ def _kind_from_spec(spec: dict[str, Any], model: dict[str, Any]) -> str | None:
     return None if kind in ("python", "object") else "rows"
 
 
-def _output(kind: str, spec: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+def _output(kind: str, place: str, spec: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
     suffix, form = _suffix(spec), spec.get("format")
     forms = {
         "rows": manifest.get("format") or _ROWS.get(suffix) or form or "parquet",
@@ -124,10 +126,13 @@ def _output(kind: str, spec: dict[str, Any], manifest: dict[str, Any]) -> dict[s
     }
     return {
         "kind": kind,
+        "place": place,
+        "merged": suffix in {"rows": _ROWS, "images": {}, "video": _VIDEOS}[kind],
         "format": forms[kind],
         "columns": None,
+        "order": None,
+        "options": {name: spec.get(name) for name in ("codec", "crf", "audio")} if kind == "video" else {},
         "unit": {"video": "frames", "table": "rows"}.get(spec.get("media") or "", "items"),
-        "place": spec.get("out") or "",
     }
 
 

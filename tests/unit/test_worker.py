@@ -9,43 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.given import Given, flagging, refusing, rows
 
 from tally.engines import progress
 from tally.errors import ItemError, StorageError, TallyError
 from tally.jobs import worker
 from tally.jobs.worker import Worker, run_chunk
-from tally.scorers.base import Result, Results, Scorer, TableResult
+from tally.scorers.base import Result, Scorer, TableResult
 from tally.sinks.base import Output, Sink, Writer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
-
-
-class Given(Scorer):
-    """Scores with a function, and keeps the batches that it was given."""
-
-    def __init__(self, function: Callable[[Any], Any], batch_size: int = 4) -> None:
-        self.function, self.batch_size = function, batch_size
-        self.batches: list[Any] = []
-
-    def score(self, batch: Any) -> Results:
-        self.batches.append(batch)
-        result: Results = self.function(batch)
-        return result
-
-
-def rows(batch: Sequence[Any]) -> list[Result]:
-    return [{"value": value} for value in batch]
-
-
-def refusing(*bad: Any) -> Callable[[Any], list[Result]]:
-    """Raises as soon as one of the bad values is in the batch."""
-
-    def function(batch: Any) -> list[Result]:
-        for value in batch:
-            if value in bad:
-                raise ValueError(f"cannot score {value}")
-        return rows(batch)
-
-    return function
 
 
 class Numbers(Source):
@@ -139,133 +111,6 @@ def run(scorer: Scorer, count: int, source: Numbers | None = None, writer: Memor
     return run_chunk(worker, Chunk(0, count, {}), "attempt-1")
 
 
-def score(scorer: Scorer, values: Any, count: int) -> list[Any]:
-    """The results that come one by one."""
-    return [result for part in worker.score(scorer, values, count) for result in part.results]
-
-
-# score() ---------------------------------------------------------------------------------------------
-
-
-def test_a_good_batch_is_scored_once() -> None:
-    scorer = Given(rows)
-    assert score(scorer, [1, 2, 3], 3) == [{"value": 1}, {"value": 2}, {"value": 3}]
-    assert scorer.batches == [[1, 2, 3]]
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
-@pytest.mark.parametrize("bad", [(0,), (1,), (6,), (0, 5, 6), tuple(range(16))])
-def test_halving_finds_the_items_that_raise_alone(count: int, bad: tuple[int, ...]) -> None:
-    results = score(Given(refusing(*bad)), list(range(count)), count)
-    assert len(results) == count
-    for value, result in enumerate(results):
-        if value in bad:
-            assert isinstance(result, ValueError)
-            assert str(result) == f"cannot score {value}"
-        else:
-            assert result == {"value": value}
-
-
-def test_halving_takes_few_calls() -> None:
-    scorer = Given(refusing(11))
-    score(scorer, list(range(16)), 16)
-    assert [len(batch) for batch in scorer.batches] == [16, 8, 8, 4, 2, 2, 1, 1, 4]
-
-
-def test_arrays_and_tables_are_halved_too() -> None:
-    array = np.arange(8)
-    assert [isinstance(each, ValueError) for each in score(Given(refusing(3)), array, 8)] == [n == 3 for n in range(8)]
-
-    def function(table: pa.Table) -> list[Result]:
-        return refusing(3)(table.column("n").to_pylist())
-
-    table = pa.table({"n": array})
-    assert [isinstance(each, ValueError) for each in score(Given(function), table, 8)] == [n == 3 for n in range(8)]
-
-
-def test_running_out_of_memory_is_halved_too() -> None:
-    def function(batch: list[int]) -> list[Result]:
-        if len(batch) > 2:
-            raise MemoryError
-        return rows(batch)
-
-    assert score(Given(function), [1, 2, 3, 4], 4) == rows([1, 2, 3, 4])
-
-
-@pytest.mark.parametrize(
-    ("returned", "what"),
-    [
-        ([], "0 results for 2 items"),
-        ([{}], "1 results for 2 items"),
-        ([{}] * 3, "3 results for 2 items"),
-        (None, "NoneType, not a sequence"),
-        (7, "int, not a sequence"),
-        ({"label": "cat", "score": 1.0}, "dict, not a sequence"),
-        ("ab", "str, not a sequence"),
-        (b"ab", "bytes, not a sequence"),
-        (iter([{}, {}]), "list_iterator, not a sequence"),
-    ],
-)
-def test_what_is_not_one_result_per_item_stops_the_chunk(returned: Any, what: str) -> None:
-    scorer = Given(lambda batch: returned)
-    with pytest.raises(TallyError, match=f"Given.score returned {what}"):
-        score(scorer, [1, 2], 2)
-    assert len(scorer.batches) == 1
-
-
-def flagging(*bad: int) -> Callable[[pa.Table], TableResult]:
-    """Rows as columns; those of the given numbers fail."""
-
-    def function(table: pa.Table) -> TableResult:
-        numbers = table.column("n").to_pylist()
-        errors = {at: ValueError(f"cannot score {n}") for at, n in enumerate(numbers) if n in bad}
-        return TableResult(table.append_column("double", pa.array([2 * n for n in numbers])), errors)
-
-    return function
-
-
-def test_a_table_as_the_result_stays_one() -> None:
-    [part] = worker.score(Given(lambda table: table), pa.table({"n": [1, 2]}), 2)
-    assert (part.count, part.results.to_pydict(), part.errors) == (2, {"n": [1, 2]}, {})
-
-
-def test_a_table_of_the_wrong_length_stops_the_chunk() -> None:
-    with pytest.raises(TallyError, match="returned 1 results for 2 items"):
-        score(Given(lambda table: table[:1]), pa.table({"n": [1, 2]}), 2)
-
-
-def test_rows_that_fail_within_a_table_cost_only_themselves() -> None:
-    writer = Memory()
-    outcome = run(Given(flagging(1, 4)), 6, Rows(), writer)
-    assert [(dead.position, dead.error) for dead in outcome.dead] == [
-        (1, "ValueError: cannot score 1"),
-        (4, "ValueError: cannot score 4"),
-    ]
-    assert writer.written == [(f"item-{n}", {"n": n, "double": 2 * n}) for n in (0, 2, 3, 5)]
-
-
-def test_a_table_that_raises_is_halved_and_the_rest_is_written_in_order() -> None:
-    def function(table: pa.Table) -> TableResult:
-        if 2 in table.column("n").to_pylist():
-            raise ValueError("two")
-        return flagging(4)(table)
-
-    writer = Memory()
-    outcome = run(Given(function), 6, Rows(), writer)
-    assert [(dead.position, dead.key) for dead in outcome.dead] == [(2, "item-2"), (4, "item-4")]
-    assert writer.written == [(f"item-{n}", {"n": n, "double": 2 * n}) for n in (0, 1, 3, 5)]
-
-
-def test_lists_as_the_result_of_a_table_are_rows_too() -> None:
-    writer = Memory()
-    outcome = run(Given(lambda table: refusing(3)(table.column("n").to_pylist())), 4, Rows(), writer)
-    assert [dead.key for dead in outcome.dead] == ["item-3"]
-    assert writer.written == [(f"item-{n}", {"value": n}) for n in range(3)]
-
-
-# run_chunk() -----------------------------------------------------------------------------------------
-
-
 def test_every_item_is_written_once() -> None:
     scorer, source, writer = Given(rows), Numbers(), Memory()
     outcome = run(scorer, 10, source, writer)
@@ -298,7 +143,7 @@ def test_dead_items_of_every_stage_in_order(numbered: bool) -> None:
 
 def test_an_error_tells_type_text_and_place() -> None:
     (dead,) = run(Given(refusing(0)), 1).dead
-    assert dead.error.startswith("ValueError: cannot score 0 (test_work.py, line ")
+    assert dead.error.startswith("ValueError: cannot score 0 (given.py, line ")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +152,7 @@ def test_an_error_tells_type_text_and_place() -> None:
         (ItemError("too dark", stage="prepare", hint="use a lamp"), "too dark\n  use a lamp"),
         (TallyError("no such label", hint="see labels.txt"), "no such label\n  see labels.txt"),
         (ValueError("a\n   b\tc"), "ValueError: a b c"),
-        (RuntimeError(), "RuntimeError:"),
+        (RuntimeError(), "RuntimeError"),
         (OSError(2, "No such file", "caf\udce9.jpg"), "OSError: [Errno 2] No such file: 'caf\\udce9.jpg'"),
         (ValueError("nul\0 and \udcff and ☃"), "ValueError: nul\\0 and \\udcff and ☃"),
     ],
@@ -371,3 +216,35 @@ def test_what_is_worked_on_is_told_before_it_is(monkeypatch: pytest.MonkeyPatch)
     assert told[0] == (0, 4, 8)  # by whole batches
     assert told[-1] == (0, 10, 10)
     assert all(0 <= start <= stop <= reach <= 10 for start, stop, reach in told)
+
+
+# tables ----------------------------------------------------------------------------------------------
+
+
+def test_rows_that_fail_within_a_table_cost_only_themselves() -> None:
+    writer = Memory()
+    outcome = run(Given(flagging(1, 4)), 6, Rows(), writer)
+    assert [(dead.position, dead.error) for dead in outcome.dead] == [
+        (1, "ValueError: cannot score 1"),
+        (4, "ValueError: cannot score 4"),
+    ]
+    assert writer.written == [(f"item-{n}", {"n": n, "double": 2 * n}) for n in (0, 2, 3, 5)]
+
+
+def test_a_table_that_raises_is_halved_and_the_rest_is_written_in_order() -> None:
+    def function(table: pa.Table) -> TableResult:
+        if 2 in table.column("n").to_pylist():
+            raise ValueError("two")
+        return flagging(4)(table)
+
+    writer = Memory()
+    outcome = run(Given(function), 6, Rows(), writer)
+    assert [(dead.position, dead.key) for dead in outcome.dead] == [(2, "item-2"), (4, "item-4")]
+    assert writer.written == [(f"item-{n}", {"n": n, "double": 2 * n}) for n in (0, 1, 3, 5)]
+
+
+def test_lists_as_the_result_of_a_table_are_rows_too() -> None:
+    writer = Memory()
+    outcome = run(Given(lambda table: refusing(3)(table.column("n").to_pylist())), 4, Rows(), writer)
+    assert [dead.key for dead in outcome.dead] == ["item-3"]
+    assert writer.written == [(f"item-{n}", {"value": n}) for n in range(3)]

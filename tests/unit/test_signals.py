@@ -7,14 +7,14 @@ import subprocess
 import sys
 import threading
 
-from tally.terminal import stop_signals
+from tally.jobs.signals import stop_signals
 
 PRINTING = """
 import signal
 import threading
 
 from rich.console import Console
-from tally.terminal import stop_signals
+from tally.jobs.signals import stop_signals
 
 console = Console(stderr=True)
 stopped = []

@@ -1,0 +1,97 @@
+"""A job that a command drives in the foreground, and how it ended."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from tally.errors import TallyError
+
+if TYPE_CHECKING:
+    from tally.jobs.events import Progress
+    from tally.jobs.facade import Jobs
+    from tally.jobs.store import JobRecord
+
+
+def see_through(jobs: Jobs, job_id: str, *, quiet: bool, retry_dead: bool = False, here: bool = False) -> int:
+    """Drive the job in the foreground, and say how it ended; the exit code. here: in this process in any case."""
+    from tally import terminal
+
+    try:
+        record = terminal.run(jobs, job_id, quiet=quiet, retry_dead=retry_dead, here=here)
+    except TallyError as error:
+        record = jobs.get(job_id)
+        if record.state in ("failed", "interrupted") and record.id not in (error.hint or ""):
+            what_next = f"What is done is saved. After mending the cause, go on with: tally jobs resume {record.id}"
+            error.hint = f"{error.hint}\n  {what_next}" if error.hint else what_next
+        raise
+    except KeyboardInterrupt:  # pressed twice, before there was anything to stop
+        return _interrupted(jobs.get(job_id))
+    if record.state == "finished":
+        if not quiet:
+            click.echo(summary(record), err=True)
+        return 0
+    if record.state == "interrupted":
+        return _interrupted(record)
+    if record.alive:  # nobody looks any more
+        click.echo(
+            f"job {record.id} goes on in the cluster: {record.done:,} {record.unit} are done\n"
+            f"  Follow it with: tally jobs resume {record.id}   Stop it with: tally jobs cancel {record.id}",
+            err=True,
+        )
+        return 130
+    click.echo(f"job {record.id} is {record.state}", err=True)
+    return 1
+
+
+def _interrupted(record: JobRecord) -> int:
+    click.echo(
+        f"job {record.id} is interrupted: {record.done:,} {record.unit} are done and saved\n"
+        f"  Go on with: tally jobs resume {record.id}",
+        err=True,
+    )
+    return 130
+
+
+def summary(record: JobRecord) -> str:
+    """How a finished job went, in two or three lines."""
+    seconds = record.usage.get("seconds", 0.0)
+    rate = record.done / seconds if seconds else 0.0
+    scored = record.done - record.dead
+    time_taken = f"{duration(seconds)} ({rate:,.1f} {record.unit}/s)"
+    lines = [
+        f"job {record.id} finished: {scored:,} of {record.items:,} {record.unit} scored in {time_taken}",
+        f"  results: {record.spec['out']}",
+    ]
+    lines += [f"  note: {note}" for note in (record.manifest or {}).get("notes", [])]
+    if record.dead:
+        lines.append(f"  {record.dead:,} failed; see them with: tally jobs dead {record.id}")
+    if (spent := cost(record)) is not None:
+        lines.append(f"  cost: {spent}")
+    return "\n".join(lines)
+
+
+def cost(record: JobRecord) -> str | None:
+    """What the job has cost so far, where its price is known."""
+    price = record.spec.get("price_per_hour")
+    if price is None:
+        return None
+    spent = price * record.usage.get("seconds", 0.0) / 3600
+    each = f", {1000 * spent / record.done:.4f} per thousand items" if record.done else ""
+    return f"{spent:.4f} at {price:g} per hour{each}"
+
+
+def share(record: JobRecord | Progress) -> str:
+    """How many of its items are done."""
+    if not record.planned or not record.items:
+        return f"{record.done:,}"
+    return f"{record.done:,}/{record.items:,} ({100 * record.done // record.items}%)"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"

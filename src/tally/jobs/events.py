@@ -1,0 +1,138 @@
+"""What happens in a job, as typed events.
+
+Whoever wants to know subscribes: the terminal, the log, alerts; metrics and server-sent events can do the same.
+Subscribers are called in the order in which they subscribed, in the thread where the event happens: mostly the
+coordinator's, sometimes that of its lease. They should return quickly. One that raises is logged, and harms nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+log = logging.getLogger("tally")
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A coordinator drives the job from now on. unit: what its items are called."""
+
+    job_id: str
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A line that the user should read."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where the job stands. planned: ``items`` are all there are. rate: items per second, lately."""
+
+    state: str
+    items: int
+    planned: bool
+    done: int
+    dead: int
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDone:
+    """A chunk is committed. first, count: which items. dead: how many of them failed. seconds: in the worker."""
+
+    first: int
+    count: int
+    dead: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ItemDead:
+    """An item failed for good, and that is committed."""
+
+    key: str
+    stage: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker crashed or was killed while it had these items."""
+
+    first: int
+    count: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The job waits for something that is away (the database, the cluster), or that is back."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged:
+    """paused or running again."""
+
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The coordinator has put the job down. state: finished, interrupted, failed or cancelled; error: why it failed."""
+
+    job_id: str
+    state: str
+    error: Exception | None = None
+
+
+Event: TypeAlias = Started | Note | Progress | ChunkDone | ItemDead | WorkerLost | Waiting | StateChanged | Finished
+Subscriber: TypeAlias = Callable[[Event], None]
+
+
+class Events:
+    """Passes each event on to all subscribers. Call it with the event."""
+
+    def __init__(self, *subscribers: Subscriber) -> None:
+        self._subscribers = list(subscribers)
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """Have it called from now on; once, however often it subscribes."""
+        if subscriber not in self._subscribers:
+            self._subscribers.append(subscriber)
+
+    def __call__(self, event: Event) -> None:
+        for subscriber in self._subscribers:
+            try:
+                subscriber(event)
+            except Exception:
+                log.exception("a subscriber failed at %r", event)
+
+    def note(self, text: str) -> None:
+        self(Note(text))
+
+    def waiting(self, text: str) -> None:
+        self(Waiting(text))
+
+
+def write_to_log(event: Event) -> None:
+    """A subscriber that writes to the log of this process what is worth reading later."""
+    match event:
+        case WorkerLost(first, count, error):
+            log.info("items %d to %d: a worker was lost: %s", first, first + count - 1, error)
+        case ItemDead(key, stage, error):
+            log.debug("%s: %s failed: %s", key, stage, error)
+        case Waiting(text):
+            log.warning("%s", text)
+        case Finished(job_id, state, error) if error is not None:
+            log.info("job %s is %s: %s", job_id, state, error)
+        case _:
+            pass

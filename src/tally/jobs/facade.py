@@ -1,0 +1,248 @@
+"""Everything that can be done with jobs. The command line, Python, triggers and the server use nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tally.alerts import delivery
+from tally.config import settings
+from tally.database.connect import connect
+from tally.database.waiting import Patience
+from tally.errors import DatabaseAwayError, JobStateError, TallyError
+from tally.jobs import tidy
+from tally.jobs.chunks import Dead
+from tally.jobs.cluster import cluster_for, drive_in_cluster
+from tally.jobs.events import Events, write_to_log
+from tally.jobs.follow import LOOK_SECONDS, Follower, is_driven
+from tally.jobs.lease_renewer import LEASE_SECONDS
+from tally.jobs.run import drive
+from tally.jobs.spec import JobSpec, absolute
+from tally.jobs.stop import Stop
+from tally.jobs.store import ENDED, JobRecord, JobStore
+from tally.jobs.submit import submit, submit_failed
+from tally.sinks.base import Output, Sink
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tally.jobs.assemble import Parts
+    from tally.scorers.base import Scorer
+
+
+class Jobs:
+    """The jobs in one database: by default the one that the environment names.
+
+    ``job`` is a job's id, the beginning of it, or the place that it writes to. Looking at jobs opens no model, runs
+    no code of the user's and reads no source. Methods may be called from several threads. Each raises
+    JobNotFoundError where there is no such job, DatabaseAwayError while the database does not answer.
+    """
+
+    def __init__(self, store: JobStore | None = None) -> None:
+        self.store = store if store is not None else JobStore(connect(settings().database))
+        self._assembled: dict[str, Parts] = {}
+
+    # -- making and running ------------------------------------------------------------------------
+
+    def submit(
+        self,
+        spec: JobSpec,
+        *,
+        model: Scorer | type[Scorer] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        events: Events | None = None,
+    ) -> JobRecord:
+        """A job for this spec, not yet running; see :func:`tally.jobs.submit.submit`."""
+        record, parts = submit(
+            self.store, spec, events=events or Events(), model=model, resume=resume, overwrite=overwrite
+        )
+        self._assembled[record.id] = parts
+        return record
+
+    def submit_failed(self, spec: JobSpec, error: TallyError) -> JobRecord:
+        """A job that failed before it began; see :func:`tally.jobs.submit.submit_failed`."""
+        return submit_failed(self.store, spec, error)
+
+    def run(
+        self,
+        job: str,
+        *,
+        events: Events | None = None,
+        stop: Stop | None = None,
+        retry_dead: bool = False,
+        in_this_process: bool = False,
+    ) -> JobRecord:
+        """Drive the job until it is finished or stopped, here or in the cluster that its spec names.
+
+        Returns it as it then is. retry_dead: replay its dead items.
+        in_this_process: even where the spec names a cluster, as this process runs inside of it.
+        Raises what made the job fail, after saving that; JobStateError where another process drives it.
+        """
+        record = self.get(job)
+        spec = JobSpec(**record.spec)
+        events, stop = events or Events(), stop or Stop()
+        events.subscribe(write_to_log)
+        cluster = None if in_this_process else cluster_for(spec)
+        if cluster is not None:
+            return drive_in_cluster(self.store, record.id, cluster, events=events, stop=stop, retry_dead=retry_dead)
+        if spec.engine == "ray" and not in_this_process:
+            events.note("Ray's rules lead to no cluster: one is started on this machine for as long as the job takes")
+        return drive(
+            self.store,
+            record.id,
+            events=events,
+            stop=stop,
+            parts=self._assembled.pop(record.id, None),
+            retry_dead=retry_dead,
+            held=in_this_process,
+        )
+
+    def see_through(self, job: str, *, events: Events | None = None, stop: Stop | None = None) -> JobRecord:
+        """Drive the job, or follow whoever does, until it has ended, or was stopped here."""
+        events, stop = events or Events(), stop or Stop()
+        patiently = Patience(events.waiting)
+        record = patiently(lambda: self.get(job))
+        while record.state not in ENDED and not stop.asked:
+            if is_driven(record):
+                record = self.follow(record.id, events=events, stop=stop)
+                continue
+            try:
+                return self.run(record.id, events=events, stop=stop)
+            except DatabaseAwayError:  # before the job was taken, or after it was put down
+                record = patiently(lambda: self.get(job))
+            except JobStateError:  # another process was faster
+                record = patiently(lambda: self.get(job))
+                if not record.alive and record.state not in ENDED:
+                    raise
+                stop.wait(LOOK_SECONDS)
+        return record
+
+    def follow(self, job: str, *, events: Events | None = None, stop: Stop | None = None) -> JobRecord:
+        """Follow the job until nobody drives it any more; returns it as it then is. Does not touch it.
+
+        stop ends the following, not the job.
+        """
+        follower = Follower(self.store, self.get(job), events or Events(), stop)
+        return follower.until(lambda now: None if now.alive else now)
+
+    def runs_in_a_cluster(self, record: JobRecord) -> bool:
+        """Whether the job's coordinator is in a cluster, so that it can be followed like one that runs here."""
+        return cluster_for(JobSpec(**record.spec)) is not None
+
+    # -- asking of a job ---------------------------------------------------------------------------
+
+    def pause(self, job: str) -> JobRecord:
+        """Have nothing more handed out until it is resumed. Raises JobStateError unless the job is running."""
+        record = self.get(job)
+        if not record.alive:
+            go_on = f"Go on with: tally jobs resume {record.id}"
+            raise JobStateError(
+                f"job {record.id} is not running: it is {record.state}", hint=None if record.state in ENDED else go_on
+            )
+        self.store.request(record.id, "pause")
+        return record
+
+    def unpause(self, job: str) -> JobRecord:
+        """Ask whoever drives the job to hand out again; the job's record. Without a driver, :meth:`run` goes on."""
+        record = self.get(job)
+        if record.alive:
+            self.store.request(record.id, "run")
+        return record
+
+    def cancel(self, job: str) -> JobRecord:
+        """Stop the job for good, and remove what it had not finished writing.
+
+        Returns the job as it is: ``alive`` where its coordinator has been told, and is going to do that.
+        """
+        record = self.get(job)
+        self.store.request(record.id, "cancel")
+        if record.alive:
+            return record
+        lease = self.store.acquire(record.id, seconds=LEASE_SECONDS)
+        if lease is not None:
+            tidy.release(record)
+            self.store.release(lease, "cancelled")
+        return self.store.get(record.id)
+
+    def delete(self, job: str) -> JobRecord:
+        """Forget a job that nobody drives; finished results stay where they are, unfinished ones are removed."""
+        record = self.get(job)
+        tidy.discard(self.store, record)
+        return record
+
+    # -- alerts --------------------------------------------------------------------------------------
+
+    def alerts(self, job: str) -> list[delivery.Alert]:
+        """The rules of a job that has ended, what was measured, and whether the webhook was told."""
+        return delivery.of(self.store, self.get(job).id)
+
+    def send_alerts(self, job: str) -> list[delivery.Alert]:
+        """Send those that are not delivered, also those that were given up; then as :meth:`alerts`."""
+        record = self.get(job)
+        if record.spec.get("alerts"):
+            delivery.evaluate(self.store, record, tidy.sink_of(record))  # its coordinator may have been killed before
+        delivery.reopen(self.store, record.id)
+        delivery.deliver(self.store, job_id=record.id, patience=delivery.PATIENCE)
+        return self.alerts(record.id)
+
+    # -- looking -----------------------------------------------------------------------------------
+
+    def get(self, job: str) -> JobRecord:
+        """The job. Of several that wrote to one place, the newest that was not cancelled."""
+        if "/" in job or Path(job).exists():
+            record = self.store.at(absolute(job))
+            if record is not None:
+                return record
+        return self.store.get(job)
+
+    def list(self, *, limit: int = 50) -> list[JobRecord]:
+        """The newest jobs, newest first."""
+        return self.store.newest(limit=limit)
+
+    def dead(self, job: str) -> Iterator[Dead]:
+        """The job's dead items, in the source's order."""
+        return self.store.dead(self.get(job).id)
+
+    def outputs(self, job: str) -> Iterator[Output]:
+        """What is committed, in the source's order."""
+        return self.store.outputs(self.get(job).id)
+
+    def sink(self, job: str) -> Sink:
+        """Where the job's results are. Raises JobStateError where they are gone, or are another job's."""
+        record = self.get(job)
+        sink = tidy.sink_of(record)
+        holder = sink.holder()
+        if holder != record.id:
+            now = "are gone" if holder is None else f"were replaced by those of job {holder}"
+            raise JobStateError(
+                f"the results of job {record.id} at {record.spec['out']} {now}",
+                hint=f"Score again to have them back, or forget the job: tally jobs delete {record.id}",
+            )
+        return sink
+
+    def results(self, job: str) -> pa.Table:
+        """All rows of the job; of one that is not finished, those committed."""
+        from tally.sinks.query import rows
+
+        return rows(self.sink(job), self.outputs(job))
+
+    def query(self, job: str, sql: str) -> pa.Table:
+        """SQL (DuckDB's) over the views ``results`` and ``dead``."""
+        from tally.sinks.query import query
+
+        return query(self.sink(job), self.outputs(job), sql, self.dead_table(job))
+
+    def dead_table(self, job: str) -> pa.Table:
+        """The dead items: ``key``, ``stage``, ``error``."""
+        import pyarrow as pa
+
+        found = list(self.dead(job))
+        columns = {"key": [d.key for d in found], "stage": [d.stage for d in found], "error": [d.error for d in found]}
+        return pa.table(columns, schema=pa.schema([(name, pa.string()) for name in columns]))
+
+
+def open_jobs(*, wait: Callable[[str], None]) -> Jobs:
+    """The jobs of the environment's database, waiting while that is away. wait: gets a line for the user meanwhile."""
+    return Patience(wait)(Jobs)

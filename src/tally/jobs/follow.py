@@ -1,0 +1,88 @@
+"""Following a job that another process drives: looks at its row turn into the events that its coordinator has."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+
+from tally.errors import ClusterLostError, DatabaseAwayError, TallyError
+from tally.jobs.events import Events, Finished, Note, Progress, Started, StateChanged
+from tally.jobs.stop import Stop
+from tally.jobs.store import JobRecord, JobStore
+
+LOOK_SECONDS = 0.5
+"""Seconds between two looks at the job."""
+
+
+class Follower:
+    """Follows one job; what is in ``record`` already is not told again. Used by one thread.
+
+    saw_it_driven: whether a coordinator had the job at one of the looks.
+    """
+
+    def __init__(self, store: JobStore, record: JobRecord, events: Events, stop: Stop | None = None) -> None:
+        self._store, self._events, self._stop = store, events, stop or Stop()
+        self.saw_it_driven = self._started = False
+        self._first = True
+        self._shown = record
+        self._away: str | None = None
+        self._rates: deque[tuple[float, int]] = deque(maxlen=64)
+
+    def until(self, ended: Callable[[JobRecord], JobRecord | None]) -> JobRecord:
+        """Look until ``ended``, asked of the job while nobody drives it, returns the job as it then is.
+
+        What is away (the database, the cluster) is waited for. Once ``stop`` is asked, returns the job as last seen.
+        """
+        while not self._stop.wait(0 if self._first else LOOK_SECONDS):
+            self._first = False
+            try:
+                record = self._store.get(self._shown.id)
+                if is_driven(record):
+                    self.saw_it_driven = True
+                    self.is_back()
+                    self.show(record)
+                elif (last := ended(record)) is not None:
+                    self.show(last)
+                    self._events(Finished(last.id, last.state))
+                    return last
+                else:
+                    self.is_back()
+            except (ClusterLostError, DatabaseAwayError) as error:
+                self.wait_for(error)
+        return self._shown
+
+    def show(self, record: JobRecord) -> None:
+        """Tell what is new since the last look."""
+        before, self._shown = self._shown, record
+        if not self._started:
+            self._started = True
+            self._events(Started(record.id, record.unit))
+        for line in record.remarks[len(before.remarks) :]:
+            self._events(Note(line))
+        if record.state != before.state and "paused" in (before.state, record.state):
+            self._events(StateChanged(record.state))
+        now = time.monotonic()
+        self._rates.append((now, record.done))
+        then, done = self._rates[0]
+        rate = (record.done - done) / (now - then) if now > then else 0.0
+        self._events(Progress(record.state, record.items, record.planned, record.done, record.dead, rate))
+
+    def wait_for(self, error: TallyError) -> None:
+        """Something is away: say so once, and wait a little."""
+        if self._away is None:
+            self._events.waiting(f"{error.message}; waiting until it is back (Ctrl-C stops waiting, not the job)")
+        self._away = error.message
+        self._stop.wait(random.uniform(0.5, 2.0))  # noqa: S311 - so that not everybody knocks at once
+
+    def is_back(self) -> None:
+        """It answers again."""
+        if self._away is not None:
+            self._events.waiting("it is back")
+            self._away = None
+
+
+def is_driven(record: JobRecord) -> bool:
+    """Whether a coordinator has the job: not only whoever is just creating it."""
+    return record.alive and record.state != "created"

@@ -1,0 +1,144 @@
+"""Driving a job in this process: the lease, the workers, the coordinator, and what follows its end."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import tally
+from tally.alerts import delivery
+from tally.config import settings
+from tally.database.lease import new_token
+from tally.database.waiting import Patience
+from tally.engines.base import Engine, Limits
+from tally.errors import ClusterLostError, DatabaseAwayError, JobStateError
+from tally.jobs import worker
+from tally.jobs.assemble import Parts, assemble
+from tally.jobs.chunks import new_nonce
+from tally.jobs.coordinator import Coordinator
+from tally.jobs.events import Events
+from tally.jobs.lease_renewer import LEASE_SECONDS
+from tally.jobs.spec import JobSpec
+from tally.jobs.stop import Stop
+from tally.jobs.store import JobRecord, JobStore, Lease
+from tally.models.load import verify
+from tally.models.reference import ModelRef
+from tally.models.resolve import refreshed
+
+
+def drive(
+    store: JobStore,
+    job_id: str,
+    *,
+    events: Events,
+    stop: Stop,
+    parts: Parts | None = None,
+    retry_dead: bool = False,
+    held: bool = False,
+) -> JobRecord:
+    """Coordinate the job in this process until it is finished or stopped; returns it as it then is.
+
+    parts: of the job, if this process has assembled them already.
+    retry_dead: replay the dead items; allowed for a finished job too.
+    held: the job is new, and whoever made it asks this process to drive it.
+    """
+    patience = Patience(events.waiting)
+    record = patience(lambda: store.get(job_id))
+    if record.state == "cancelled" or (record.state == "finished" and not retry_dead):
+        raise JobStateError(f"job {record.id} is {record.state}", hint=f"See it with: tally jobs show {record.id}")
+    spec = JobSpec(**record.spec)
+    if parts is None or retry_dead:
+        model = ModelRef.from_dict(record.model)
+        parts = assemble(spec, refreshed(model) if retry_dead else model)
+    verify(parts.model)  # before anything is touched
+    token, nonce = new_token(), new_nonce()  # so that what is done again is done once
+    lease = patience(lambda: store.acquire(record.id, seconds=LEASE_SECONDS, held=held, token=token))
+    if lease is None:
+        raise JobStateError(
+            f"job {record.id} is driven by another process now ({record.owner_host}, pid {record.owner_pid})",
+            hint=f"Follow it with: tally jobs watch {record.id}",
+        )
+    engine = engine_for(spec)
+    try:
+        least, most = spec.workers or (engine.default_slots(),) * 2
+        engine.start(
+            worker.setup,
+            (
+                worker.Setup(
+                    parts.model, parts.source, parts.sink, spec.device, spec.batch_size, spec.timeout, spec.overlay
+                ),
+            ),
+            slots=max(1, least),
+            limits=Limits(memory=spec.memory or engine.default_memory(most)),
+            log=settings().log_of(record.id),
+        )
+        parts.sink.claim(record.id)
+        if retry_dead:
+            _reopen(store, lease, record, parts, patience, nonce)
+        coordinator = Coordinator(
+            store,
+            patience(lambda: store.get(record.id)),
+            lease,
+            spec=spec,
+            source=parts.source,
+            sink=parts.sink,
+            engine=engine,
+            workers=(least, most),
+            batch_size=parts.batch_size,
+            manifest=_facts(spec, parts.model),
+            events=events,
+        )
+    except BaseException as error:
+        engine.stop(kill=True)
+        stopped = isinstance(error, (KeyboardInterrupt, ClusterLostError))
+        with suppress(DatabaseAwayError):  # the error at hand is the one to tell
+            store.release(lease, "interrupted" if stopped else "failed", error=str(error) or None)
+        raise
+    stop.attach(coordinator)
+    try:
+        coordinator.run()
+    except Exception as error:
+        with suppress(DatabaseAwayError):
+            delivery.conclude(store, store.get(record.id), parts.sink, error=error, say=events.note)
+        raise
+    ended = patience(lambda: store.get(record.id))
+    patience(lambda: delivery.conclude(store, ended, parts.sink, say=events.note))
+    return ended
+
+
+def _reopen(store: JobStore, lease: Lease, record: JobRecord, parts: Parts, patience: Patience, nonce: str) -> None:
+    """Put the dead items in the place of what is left to do."""
+    parts.source.prepare()
+    dead = patience(lambda: [each.chunk for each in store.dead(record.id)])
+    manifest = parts.sink.manifest() or {}
+    published = (manifest.get("job"), manifest.get("generation")) == (record.id, record.generation)
+    replay, model = parts.source.combine(dead), parts.model.to_dict()
+    patience(lambda: store.reopen(lease, replay, published=published, model=model, nonce=nonce))
+
+
+def engine_for(spec: JobSpec) -> Engine:
+    """A new engine of the kind that the spec names."""
+    if spec.engine == "ray":
+        from tally.engines.ray.engine import RayEngine
+
+        return RayEngine(cpus=spec.cpus, gpus=spec.gpus, memory=spec.memory, resources=spec.resources)
+    from tally.engines.local import LocalEngine
+
+    return LocalEngine()
+
+
+def _facts(spec: JobSpec, model: ModelRef) -> dict[str, Any]:
+    """What the manifest says of how the results came about."""
+    return {
+        "tally": tally.__version__,
+        "model": {
+            "name": model.name,
+            "version": model.version,
+            "kind": model.kind,
+            "hash": model.hash,
+            # A thousand class names say nothing that the hash does not.
+            "options": {name: value for name, value in model.options.items() if name != "labels"},
+        },
+        "source": list(spec.source),
+        "spec": spec.model_dump(mode="json", exclude={"source", "out", "webhook"}),
+    }

@@ -1,0 +1,63 @@
+"""Ctrl-C and SIGTERM as a clean stop."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from tally.jobs.stop import Stop
+
+
+@contextmanager
+def stop_on_signals(stop: Stop) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into a clean stop while the job runs; the second one kills its workers."""
+
+    def ask(count: int) -> None:
+        stop(now=count > 1)
+
+    def give_up(count: int) -> None:
+        if count > 1 and not stop.attached:
+            raise KeyboardInterrupt
+
+    with stop_signals(ask, at_once=give_up):
+        yield
+
+
+@contextmanager
+def stop_signals(stop: Callable[[int], None], *, at_once: Callable[[int], None] = lambda count: None) -> Iterator[None]:
+    """Meanwhile, have ``stop`` called at each SIGINT and SIGTERM, with 1 at the first, 2 at the second and so on.
+
+    A thread calls it: a signal may come while the main thread holds a lock, and whatever the signal itself calls
+    would wait for that lock for ever. ``at_once`` is called by the signal itself, and may raise what ends the main
+    thread. A no-op outside the main thread, which alone gets signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: queue.SimpleQueue[int] = queue.SimpleQueue()
+    count = 0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        came.put(count)
+        at_once(count)
+
+    def run() -> None:
+        while each := came.get():
+            stop(each)
+
+    thread = threading.Thread(target=run, name="tally-stop", daemon=True)
+    thread.start()
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        came.put(0)
+        thread.join()

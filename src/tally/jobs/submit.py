@@ -1,0 +1,108 @@
+"""From a spec to a job in the store: a new one, or the earlier one that was asked for again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tally.alerts import delivery
+from tally.errors import JobExistsError, TallyError
+from tally.jobs.assemble import Parts, assemble, describe_model, output_without_source
+from tally.jobs.events import Events
+from tally.jobs.lease_renewer import LEASE_SECONDS
+from tally.jobs.spec import JobSpec
+from tally.jobs.store import JobRecord, JobStore
+from tally.jobs.tidy import discard, sink_of
+from tally.sinks.base import Sink
+from tally.text import local_time
+
+_HALTED = {"interrupted": "was interrupted", "paused": "was paused", "failed": "failed"}
+
+
+def submit(
+    store: JobStore, spec: JobSpec, *, events: Events, model: Any = None, resume: bool = False, overwrite: bool = False
+) -> tuple[JobRecord, Parts]:
+    """A job for this spec, and its parts: a new one, or with ``resume`` the earlier one that was not finished.
+
+    model: a live Scorer that stands for ``spec.model``.
+    resume: what does not change the result (workers, device, limits ...) is from now on as this spec says.
+    overwrite: do it again, over the results of an earlier finished job.
+    Raises JobExistsError when the same was asked before and neither was said. An earlier job that has not
+    scored anything stands in nobody's way: it is forgotten.
+    """
+    ref = describe_model(spec, model)
+    parts = assemble(spec, ref)
+    delivery.check(spec.alerts, spec.webhook, parts.sink.describe().columns)
+    # What a folder is taken for stays, whatever is put into it later.
+    spec = spec.model_copy(update={"media": parts.source.media or spec.media})
+    for line in ref.assumed:
+        events.note(line)
+    fingerprint = spec.fingerprint(ref.hash)
+    earlier = store.find(fingerprint)
+    if earlier is not None and _still_there(earlier, parts.sink):
+        if resume and not earlier.alive and earlier.state != "finished":
+            return store.respec(earlier.id, spec.model_dump(mode="json")), parts
+        _make_way(store, earlier, spec, overwrite=overwrite)
+    record = store.create(
+        fingerprint=fingerprint,
+        spec=spec.model_dump(mode="json"),
+        model=ref.to_dict(),
+        output=parts.describe_output(),
+        hold=LEASE_SECONDS,
+    )
+    try:
+        parts.sink.claim(record.id, overwrite=overwrite)
+    except BaseException:
+        store.delete(record.id)
+        raise
+    return record, parts
+
+
+def _make_way(store: JobStore, earlier: JobRecord, spec: JobSpec, *, overwrite: bool) -> None:
+    """Forget an earlier job of the same spec, where that is what was asked. Raises JobExistsError where it is not."""
+    if earlier.alive:
+        raise JobExistsError(
+            f"job {earlier.id} is doing exactly this now ({earlier.done:,} items done)",
+            job_id=earlier.id,
+            hint=f"Follow it with: tally jobs watch {earlier.id}",
+        )
+    if earlier.state == "finished":
+        if not overwrite:
+            raise JobExistsError(
+                f"job {earlier.id} did exactly this and finished on {local_time(earlier.finished_at)}: "
+                f"the results are in {spec.out}",
+                job_id=earlier.id,
+                hint="Do it again with --overwrite, or write to another place with --out.",
+            )
+        return
+    scored = earlier.done - earlier.dead
+    if scored and not overwrite:
+        raise JobExistsError(
+            f"job {earlier.id} began exactly this and {_HALTED.get(earlier.state, 'was not finished')}: "
+            f"{scored:,} of its items are scored",
+            job_id=earlier.id,
+            hint=f"Go on with: tally jobs resume {earlier.id}   (or --resume; --overwrite starts again)",
+        )
+    discard(store, earlier)
+
+
+def submit_failed(store: JobStore, spec: JobSpec, error: TallyError) -> JobRecord:
+    """A job that failed before it began, as there was nothing to score: its alerts are told all the same."""
+    ref = describe_model(spec)
+    record = store.create(
+        fingerprint=spec.fingerprint(ref.hash),
+        spec=spec.model_dump(mode="json"),
+        model=ref.to_dict(),
+        output=output_without_source(spec, ref),
+        hold=LEASE_SECONDS,
+    )
+    lease = store.acquire(record.id, seconds=LEASE_SECONDS)
+    assert lease is not None
+    store.release(lease, "failed", error=str(error))
+    record = store.get(record.id)
+    delivery.conclude(store, record, sink_of(record), error=error)
+    return record
+
+
+def _still_there(record: JobRecord, sink: Sink) -> bool:
+    """Whether the output still belongs to that job; a user may have removed it, and then it is forgotten."""
+    return record.alive or sink.holder() == record.id

@@ -1,0 +1,30 @@
+"""Forgetting jobs, and removing what they had not finished writing. Neither model nor source is opened."""
+
+from __future__ import annotations
+
+from tally.config import settings
+from tally.errors import JobStateError
+from tally.jobs.store import JobRecord, JobStore
+from tally.sinks.base import OutputDescription, Sink
+from tally.sinks.factory import reopen
+
+
+def discard(store: JobStore, record: JobRecord) -> None:
+    """Forget a job that nobody drives, with everything that it has not finished writing."""
+    if record.alive:
+        raise JobStateError(f"job {record.id} is running", hint=f"Stop it first: tally jobs cancel {record.id}")
+    release(record)
+    store.delete(record.id)
+    settings().log_of(record.id).unlink(missing_ok=True)
+
+
+def release(record: JobRecord) -> None:
+    """Remove what the job has not finished writing, unless its place is another job's by now."""
+    sink = sink_of(record)
+    if record.state != "finished" and sink.holder() == record.id:
+        sink.release()
+
+
+def sink_of(record: JobRecord) -> Sink:
+    """Where the job's results are, for reading or removing them."""
+    return reopen(OutputDescription.from_json(record.output))

@@ -1,0 +1,31 @@
+"""What is known of one frame of a video beside its picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tally.media.video.facts import Video
+
+
+class FrameInfo(dict[str, Any]):
+    """The columns of a frame, ``video``, ``frame`` and ``time``, and what joining frames to a video takes besides.
+
+    This is what a source of frames puts into ``Batch.info``, and what a sink that writes videos needs there.
+
+    source: the video that it is of. number: the frame's, from 0. tick: when it is shown, in ``source.time_base``.
+    step: how many frames further the next one is that is taken: 1 unless frames are left out on purpose.
+    """
+
+    __slots__ = ("source", "step", "tick")
+
+    def __init__(self, source: Video, number: int, tick: int, step: int = 1) -> None:
+        super().__init__(video=source.key, frame=number, time=float(tick * source.time_base))
+        self.source, self.tick, self.step = source, tick, step
+
+    @property
+    def number(self) -> int:
+        """The frame's number, from 0."""
+        return int(self["frame"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.source, self.number, self.tick, self.step)

@@ -1,0 +1,182 @@
+"""Where the files of one output lie, while a job runs and when it is finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tally.errors import StorageError
+from tally.storage import failure, key_of, open_store, temporary
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+File = dict[str, Any]
+"""A finished file in the manifest: ``path``, ``rows``, ``bytes``."""
+
+
+class OutputLayout:
+    """Where everything of one output lies. Names are relative to :attr:`store`.
+
+    root: the output folder; for a merged output the folder that it is in. merged: the name of that one
+    file, or None. Picklable.
+    """
+
+    confirm: Callable[[], None] = staticmethod(lambda: None)
+    """Raises if the output is not ours any more; see :meth:`confirmed`."""
+
+    def __init__(self, root: str, merged: str | None = None) -> None:
+        self.store = open_store(root)
+        self.merged = merged
+        self.staging = f"{merged}.tally/" if merged else "_tally/"
+        self.manifest = f"{merged}.manifest.json" if merged else "_manifest.json"
+        self.success = None if merged else "_SUCCESS"
+        self.claim = self.staging + "job.json"
+        self.plan = self.staging + "manifest.json"
+        self.attempts = self.staging + "attempts/"
+        self.final = self.staging + "final/"
+        self.work = self.staging + "work/"
+
+    def __str__(self) -> str:
+        return self.address(self.merged) if self.merged else key_of(self.store.url)
+
+    def address(self, name: str) -> str:
+        """The local path or URL of a name."""
+        return f"{self.store.url.rstrip('/')}/{name}"
+
+    def part(self, number: int, suffix: str) -> str:
+        """The name of a final file of rows."""
+        return self.merged or f"part-{number:05d}.{suffix}"
+
+    def dead(self, suffix: str) -> str:
+        """The name of the list of dead items. Readers of a whole folder pass over names that begin with ``_``."""
+        return f"{self.merged.rpartition('.')[0]}.dead.{suffix}" if self.merged else f"_dead.{suffix}"
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The content of a JSON file, or None if it is not there."""
+        try:
+            text = self.store.read(name)
+        except FileNotFoundError:
+            return None
+        try:
+            content = json.loads(text)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise StorageError(
+                f"{self.address(name)} is damaged: it holds no JSON object",
+                hint="Restore it, or remove it together with the output it belongs to.",
+            )
+        return content
+
+    def write_json(self, name: str, content: dict[str, Any], *, exclusive: bool = False) -> None:
+        """Write a JSON file: keys sorted (inner ones keep their order, columns have one), indented."""
+        text = json.dumps(dict(sorted(content.items())), indent=2, ensure_ascii=False, default=str)
+        self.store.write(name, f"{text}\n".encode(errors="backslashreplace"), exclusive=exclusive)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[Path]:
+        """A path of this machine to write a final file to. On leaving it is durable, and waits to be published."""
+        self.confirm()
+        if self.store.is_local:
+            path = Path(self.address(self.final + name))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                yield path
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise error if isinstance(error, StorageError) else failure("write", str(path), error) from None
+            return
+        with temporary.folder("final") as folder:
+            path = Path(folder, name.rpartition("/")[2])
+            try:
+                yield path
+            except OSError as error:
+                raise error if isinstance(error, StorageError) else failure("write", str(path), error) from None
+            self.confirm()
+            self.store.upload(self.final + name, path)
+
+    def publish(self, name: str) -> None:
+        """Move a final file to its place, if that has not been done before."""
+        self.move(self.final + name, name)
+
+    @contextmanager
+    def confirmed(self, confirm: Callable[[], None]) -> Iterator[None]:
+        """Meanwhile, this is called before each file that is built or moved; it raises if the place is not ours."""
+        self.confirm = confirm
+        try:
+            yield
+        finally:
+            del self.confirm
+
+    def move(self, source: str, target: str) -> None:
+        """Move a file that may have been moved already."""
+        self.confirm()
+        try:
+            self.store.move(source, target)
+        except FileNotFoundError:
+            if not self.store.exists(target):
+                raise
+
+    def parquet(self, name: str) -> pq.ParquetFile:
+        """Open a Parquet file."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            if self.store.is_local:
+                return pq.ParquetFile(self.address(name))
+            return pq.ParquetFile(pa.BufferReader(self.store.read(name)))
+        except StorageError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            raise failure("read", self.address(name), error) from None
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read a Parquet file."""
+        import pyarrow as pa
+
+        with self.parquet(name) as file:
+            try:
+                return file.read(columns=columns)
+            except (OSError, pa.ArrowException) as error:
+                raise failure("read", self.address(name), error) from None
+
+    def sweep(self) -> None:
+        """Remove the staging folder, the claim last."""
+        store = self.store
+        self._clear()
+        store.delete([self.plan])
+        for folder in [self.staging] if self.merged else ["", self.staging]:
+            store.remove_partial(folder)
+        store.delete([self.claim])
+        self._close()
+
+    def sweep_again(self) -> None:
+        """Remove what was staged after the staging folder had been removed; if it is claimed, nothing."""
+        if self.read_json(self.claim) is None:
+            self._clear()
+            self._close()
+
+    def _clear(self) -> None:
+        for folder in (self.final, self.attempts, self.work):
+            self.store.delete_tree(folder)
+
+    def _close(self) -> None:
+        self.store.remove_folder(self.staging)
+
+
+def staged_name(attempt: str, number: int = 0, suffix: str = "parquet") -> str:
+    """The name, inside the staging folder, of an attempt's file of results."""
+    return f"attempts/{attempt}+{number}.{suffix}" if number else f"attempts/{attempt}.{suffix}"
+
+
+def attempt_of(name: str) -> str:
+    """The attempt that wrote the file of that name."""
+    return name.removeprefix("attempts/").removesuffix(".parquet").partition("+")[0]

@@ -1,0 +1,121 @@
+"""From what the user wrote as the source to the source that reads it.
+
+A new kind of source is one file and one line in :data:`BUILT_IN`. An installed package adds another by an entry
+point in the group ``tally.sources``, whose name is a URL scheme (``mything`` for ``mything://...``) and whose value
+takes a :class:`SourceRequest` and returns a :class:`Source`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from tally import extensions
+from tally.errors import SourceNotFoundError, SpecError
+from tally.scorers.base import Scorer
+from tally.sources.base import Media, Source
+from tally.sources.files import FileSource
+from tally.sources.tables.source import TableSource
+from tally.sources.video import VideoSource
+from tally.storage import foreign_scheme
+
+GROUP = "tally.sources"
+"""The entry points of other packages' sources."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRequest:
+    """What a job says of its source.
+
+    uris: as given, paths absolute. scorer: who is to be served; it is not loaded.
+    media: what the source holds, where the job says so.
+    options: the job's options for sources, those that were given: every, size, by, keep, where, time, window,
+        aggregate, csv.
+    without: the job's own output, which is never taken, though it may lie within the source.
+    """
+
+    uris: tuple[str, ...]
+    scorer: Scorer
+    media: Media | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    without: str | None = None
+
+
+Factory: TypeAlias = Callable[[SourceRequest], Source]
+
+
+def source_for(request: SourceRequest) -> Source:
+    """The source that the request describes. It is looked at, and nothing is read of its items.
+
+    Of the kinds that serve the scorer, the one that the job names; if it names none, the first that finds something.
+    Raises SpecError where the scorer cannot be served, SourceNotFoundError where nothing is there, StorageError where
+    it cannot be read.
+    """
+    if (factory := _foreign(request.uris)) is not None:
+        source = factory(request)
+        if request.scorer.input not in source.accepts:
+            served = " or ".join(sorted(source.accepts))
+            raise SpecError(f"{request.uris[0]} gives {served}, and the model is given {request.scorer.input}")
+        return source
+    factories = [(media, factory) for media, kind, factory in BUILT_IN if request.scorer.input in kind.accepts]
+    if len(factories) > 1 and request.media is not None:
+        factories = [each for each in factories if each[0] == request.media]
+    first: SourceNotFoundError | None = None
+    for _, factory in factories:
+        try:
+            return factory(request)
+        except SourceNotFoundError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _foreign(uris: tuple[str, ...]) -> Factory | None:
+    """The factory of another package for the scheme of these URLs, if there is one."""
+    schemes = {scheme: uri for uri in uris if (scheme := foreign_scheme(uri)) is not None}
+    for scheme in schemes:
+        factory: Factory | None = extensions.find(GROUP, scheme)
+        if factory is None:
+            continue
+        if other := next((uri for uri in uris if foreign_scheme(uri) != scheme), None):
+            raise SpecError(
+                f"{schemes[scheme]} and {other} are sources of different kinds", hint="Start a job for each."
+            )
+        return factory
+    return None
+
+
+def _files(request: SourceRequest) -> Source:
+    return FileSource.describe(request.uris, request.scorer.input, without=request.without)
+
+
+def _frames(request: SourceRequest) -> Source:
+    options = {name: request.options[name] for name in ("every", "size") if name in request.options}
+    return VideoSource.describe(request.uris, **options, without=request.without)
+
+
+def _rows(request: SourceRequest) -> Source:
+    """Rows of tables; what the scorer asks for holds where the job says nothing else."""
+    scorer, given = request.scorer, request.options
+    options = {name: given[name] for name in ("keep", "where", "csv") if name in given}
+    own = scorer.window if "window" not in given else None
+    return TableSource.describe(
+        request.uris,
+        features=scorer.features,
+        by=given.get("by") or tuple(scorer.by),
+        time=given.get("time") or (own.time if own else None),
+        window=own.seconds if own else given.get("window"),
+        aggregate=own.aggregate if own else given.get("aggregate", ("mean",)),
+        missing_reason=scorer.lacks if scorer.by else None,
+        without=request.without,
+        **options,
+    )
+
+
+BUILT_IN: tuple[tuple[Media, type[Source], Factory], ...] = (
+    ("image", FileSource, _files),
+    ("video", VideoSource, _frames),
+    ("table", TableSource, _rows),
+)
+"""What a job calls it, who says which scorers it serves, and how it is made. The order is that of looking."""
