@@ -110,7 +110,7 @@ def made_by(url: str, revision: str) -> None:
     earlier.dispose()
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002"])
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003"])
 def test_an_earlier_schema_is_brought_up_to_date_with_what_is_in_it(
     url: str, revision: str, opened: Callable[[str], sa.Engine]
 ) -> None:
@@ -130,7 +130,7 @@ def test_an_earlier_schema_is_brought_up_to_date_with_what_is_in_it(
     assert [each.name for each in ScheduleStore(store.engine).all()] == (["hourly"] if revision >= "0002" else [])
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002"])
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003"])
 def test_fresh_equals_migrated(url: str, revision: str, tmp_path: Path, opened: Callable[[str], sa.Engine]) -> None:
     def described(engine: sa.Engine) -> dict[str, Any]:
         look = sa.inspect(engine)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import sqlalchemy as sa
 
@@ -38,7 +38,7 @@ class Topic:
 
 
 class LeaseRenewer(threading.Thread, Generic[T]):
-    """Renews a lease every few seconds until it is lost or :meth:`stop` is called.
+    """Renews a lease every few seconds until it is lost or :meth:`stop` is called; ``with`` starts and stops it.
 
     renew: extends the lease; raises OwnershipLostError when somebody else has it.
     every: seconds between two renewals. what: names the lease in the log.
@@ -63,6 +63,13 @@ class LeaseRenewer(threading.Thread, Generic[T]):
         self._ended, self._end = socket.socketpair()
         self._listener: Listener | None = None
         self._next_listen = 0.0
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
     def stop(self) -> None:
         """Stop renewing, and wait until the thread has ended, unless the database keeps it waiting."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 
+from tally.database.renewer import LeaseRenewer
 from tally.database.waiting import Patience
 from tally.errors import (
     JobExistsError,
@@ -22,7 +22,6 @@ from tally.errors import (
     OwnershipLostError,
     SourceNotFoundError,
     SpecError,
-    StorageError,
     TallyError,
     UntrustedModelError,
 )
@@ -44,7 +43,9 @@ def drive(jobs: Jobs, run_id: int, token: str) -> Run:
     """See the run through in this process; returns it as it then is. Raises OwnershipLostError if it is another's."""
     store, patiently = ScheduleStore(jobs.store.engine), Patience(what="the run")
     run = patiently(lambda: store.begin(run_id, token))
-    with _held(store, run_id, token):
+    renew = partial(store.renew, run_id, token)
+    # If the lease is lost, the job goes on here: whoever has the run by then follows it.
+    with LeaseRenewer(renew, every=LEASE_SECONDS / 6, what=f"run {run_id}", patience=patiently):
         try:
             state = _see_through(jobs, store, run, token, patiently)
         except OwnershipLostError:
@@ -96,29 +97,6 @@ def _print(event: Event) -> None:
     """For the schedule's log."""
     if isinstance(event, Note):
         print(event.text)
-
-
-@contextmanager
-def _held(store: ScheduleStore, run_id: int, token: str) -> Iterator[None]:
-    """Renew the lease meanwhile."""
-    ended = threading.Event()
-
-    def keep() -> None:
-        while not ended.wait(LEASE_SECONDS / 6):
-            try:
-                store.renew(run_id, token)
-            except OwnershipLostError:
-                return  # whoever has it now follows the job, so that it may go on
-            except StorageError as error:
-                log.warning("cannot renew the lease of run %d: %s", run_id, error)
-
-    thread = threading.Thread(target=keep, name="lease", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def main() -> int:
