@@ -65,9 +65,9 @@ class Alert:
         return f" ({rules.shown(rules.parse(self.rule), self.value)})"
 
 
-def of(engine: sa.Engine, job_id: str) -> list[Alert]:
+def alerts_of(engine: sa.Engine, job_id: str) -> list[Alert]:
     """A job's alerts: of each generation, in the order of the rules."""
-    query = select().where(alerts.c.job_id == job_id).order_by(alerts.c.generation, alerts.c.position)
+    query = select_alerts().where(alerts.c.job_id == job_id).order_by(alerts.c.generation, alerts.c.position)
     with engine.connect().execution_options(reading=True) as connection:
         return [Alert(**row) for row in connection.execute(query).mappings()]
 
@@ -84,7 +84,7 @@ def resend(engine: sa.Engine, job_id: str) -> int:
     return changed.rowcount
 
 
-def select() -> sa.Select[Any]:
+def select_alerts() -> sa.Select[Any]:
     """The columns of an :class:`Alert`."""
     return sa.select(*(alerts.c[field.name] for field in fields(Alert)))
 
