@@ -73,7 +73,7 @@ class Simulated(Engine):
     ) -> None:
         pass
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    def submit(self, function: Callable[..., Any], *arguments: Any, reports: Any = None) -> Future[Any]:
         future: Future[Any] = Future()
         if function is worker.describe:
             future.set_result("simulated workers")
@@ -117,6 +117,9 @@ class Simulated(Engine):
     @property
     def slots(self) -> int:
         return self._slots
+
+    def stop_task(self, future: Future[Any], *, seconds: float) -> None:
+        raise NotImplementedError
 
     def resize(self, slots: int) -> None:
         self._slots = slots

@@ -66,7 +66,7 @@ def score(
     csv: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     device: str = "auto",
-    engine: Literal["local", "ray"] = "local",
+    engine: str = "local",
     address: str | None = None,
     workers: int | str | tuple[int, int] | None = None,
     cpus: float | None = None,

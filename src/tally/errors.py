@@ -24,7 +24,8 @@
     └── WorkerError                         a worker was lost
         ├── WorkerCrashedError              it died: a signal, ``os._exit``, kill -9
         ├── WorkerTimeoutError (TimeoutError)
-        └── WorkerMemoryError (MemoryError)
+        ├── WorkerMemoryError (MemoryError)
+        └── WorkerStoppedError              its task was to stop and did not; no item is to blame
 
 A message says what happened and the offending value; ``hint`` says the next step.
 """
@@ -189,3 +190,7 @@ class WorkerTimeoutError(WorkerError, TimeoutError):
 
 class WorkerMemoryError(WorkerError, MemoryError):
     """The worker outgrew its memory limit."""
+
+
+class WorkerStoppedError(WorkerError):
+    """The task was asked to stop, did not in time, and its worker was killed: no item is to blame."""

@@ -30,5 +30,10 @@ def find(group: str, name: str) -> Any | None:
         ) from error
 
 
+def names(group: str) -> list[str]:
+    """The names under which installed packages offer something in ``group``."""
+    return sorted({point.name for point in entry_points(group=group)})
+
+
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value

@@ -9,14 +9,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tally.engines.base import Engine, Limits
+from tally.engines import task
+from tally.engines.base import Engine, Limits, Reports
 from tally.engines.local import LocalEngine, _Slot
 from tally.engines.ray.engine import RayEngine
-from tally.errors import StorageError, TallyError, WorkerCrashedError
+from tally.errors import StorageError, TallyError, WorkerCrashedError, WorkerStoppedError
 from tally.testing import tasks
 from tally.testing.engines import DEADLINE, EngineContract, Gate, ended, until
 
@@ -110,6 +112,27 @@ class TestLocalEngine(EngineContract):
         assert abs(4 * four - one) < 8
         assert 1 <= engine.default_slots() <= (psutil.cpu_count() or 1)
 
+    def test_reports_leave_no_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Any) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        engine = start()
+        for backlog in (None, 1, 5, 100):
+            received: list[int] = []
+            future = engine.submit(tasks.report, [*range(20)], reports=Reports(received.append, backlog))
+            assert future.result(DEADLINE) == "reported"
+            assert received[-1] == 19
+        (folder,) = tmp_path.iterdir()
+        assert [path.name for path in folder.iterdir() if ".report." in path.name and path.suffix.isdigit()] == []
+
+
+def test_without_an_engine_reports_go_nowhere_and_nothing_stops() -> None:
+    task.report("nobody is there")
+    assert task.stopping() is False
+
+
+def test_a_backlog_has_room_for_one() -> None:
+    with pytest.raises(ValueError, match="backlog: at least 1, not 0"):
+        Reports(print, 0)
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
@@ -149,6 +172,22 @@ class TestRayEngine(EngineContract):
     @pytest.fixture
     def engine(self, cluster: str) -> Engine:
         return RayEngine()
+
+    def test_a_node_that_does_not_answer_is_given_up(
+        self, start: Callable[..., Engine], gate: Gate, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tally.engines.ray.engine.ENDING_SECONDS", 1.0)
+        engine = start()
+        future = engine.submit(tasks.run_until_stopped, gate.address)
+        pid = gate.arrival()
+        gate.release(pid)
+        host = psutil.Process(pid).parent()
+        assert host is not None
+        host.suspend()  # as a node that hangs
+        engine.stop_task(future, seconds=0)
+        assert isinstance(future.exception(DEADLINE), WorkerStoppedError)
+        until(lambda: ended(pid), "the end of the worker")
+        assert engine.submit(tasks.is_stopping).result(DEADLINE) is False
 
 
 def _children() -> set[int]:

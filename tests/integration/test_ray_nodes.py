@@ -80,8 +80,8 @@ def test_workers_are_placed_by_what_they_reserve(reach: Reach, monkeypatch: pyte
             until(lambda: str(one.remark()).startswith(wanted), "a remark")
             assert not held.someone()
 
-        here = engine_file._versions()
-        monkeypatch.setattr(engine_file, "_versions", lambda: {**here, "Tally": "9.9.9"})
+        here = engine_file.versions()
+        monkeypatch.setattr(engine_file, "versions", lambda: {**here, "Tally": "9.9.9"})
         with engine(1) as one:
             with pytest.raises(TallyError, match=rf"Tally {here['Tally']} there, 9\.9\.9 here") as refused:
                 one.submit(tasks.echo, 1).result(DEADLINE)

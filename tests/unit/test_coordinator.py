@@ -70,7 +70,7 @@ class Hands(Engine):
     ) -> None:
         raise NotImplementedError
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    def submit(self, function: Callable[..., Any], *arguments: Any, reports: Any = None) -> Future[Any]:
         future: Future[Any] = Future()
         if function is worker.describe:
             future.set_result("hands")
@@ -103,6 +103,9 @@ class Hands(Engine):
     @property
     def slots(self) -> int:
         return self._slots
+
+    def stop_task(self, future: Future[Any], *, seconds: float) -> None:
+        raise NotImplementedError
 
     def resize(self, slots: int) -> None:
         self._slots = slots

@@ -46,7 +46,7 @@ class Here(Engine):
     def start(self, setup: Any, args: Any, *, slots: int, limits: Any, log: Any = None) -> None:
         self._state = setup(*args)
 
-    def submit(self, function: Any, *arguments: Any) -> Any:
+    def submit(self, function: Any, *arguments: Any, reports: Any = None) -> Any:
         future: Future[Any] = Future()
         if any(group.key == self.killer for group in arguments[0]):
             future.set_exception(WorkerCrashedError("the worker was killed"))
@@ -63,6 +63,9 @@ class Here(Engine):
     @property
     def slots(self) -> int:
         return 1
+
+    def stop_task(self, future: Future[Any], *, seconds: float) -> None:
+        raise NotImplementedError
 
     def resize(self, slots: int) -> None:
         raise NotImplementedError
@@ -261,7 +264,7 @@ def test_each_key_has_a_model_of_its_own(table: Path, tmp_path: Path) -> None:
     assert figures["anomalous_share"] <= 0.01
     assert scores(out, 1, "a", Value=[10.0, 20.0])[0] == [False, True]
     assert scores(out, 2, "b", Value=[10.0, 20.0])[0] == [True, False]
-    assert loaded(out).lacks({"Device": 3, "Tag": "a"}) is not None
+    assert loaded(out).missing_reason({"Device": 3, "Tag": "a"}) is not None
 
 
 def test_models_are_the_same_whatever_the_number_of_workers_and_the_other_keys(

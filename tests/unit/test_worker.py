@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from tests.given import Given, flagging, refusing, rows
 
-from tally.engines import progress
+from tally.engines import watchdog
 from tally.errors import ItemError, StorageError, TallyError
 from tally.jobs import worker
 from tally.jobs.worker import Worker, run_chunk
@@ -205,7 +205,7 @@ def test_what_is_worked_on_is_told_before_it_is(monkeypatch: pytest.MonkeyPatch)
         assert limit == 60.0
         told.append((start, stop, stop + ahead))
 
-    monkeypatch.setattr(progress, "busy", busy)
+    monkeypatch.setattr(watchdog, "busy", busy)
 
     def function(batch: list[int]) -> list[Result]:
         start, stop, _ = told[-1]

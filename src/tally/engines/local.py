@@ -3,39 +3,35 @@
 Each slot is a pebble pool of one process, replaced as a whole when its process is lost: nothing of a
 worker that was killed in the middle of a message, or while it held a lock, is ever used again.
 
-Worker processes are spawned without running the caller's main script again, so a script or notebook
-needs no ``if __name__ == "__main__":``. They stop by themselves when the process that started them is gone.
+Workers end by themselves when the process that started them is gone.
 """
 
 from __future__ import annotations
 
-import io
-import multiprocessing
 import os
 import pickle
-import shutil
 import signal
-import sys
+import socket
 import threading
 import time
-import traceback
-import types
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing import connection, popen_spawn_posix
-from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 from pebble import ProcessPool
 
-from tally.engines import progress
+from tally.engines import watchdog, worker
 from tally.engines.base import Limits
-from tally.engines.supervised import Slot, SupervisedEngine
+from tally.engines.mailbox import RING_BYTES, Inbox
+from tally.engines.spawn import Context
+from tally.engines.supervised import Slot, SupervisedEngine, Task
 from tally.errors import (
     WorkerCrashedError,
     WorkerError,
@@ -46,128 +42,86 @@ from tally.storage import temporary
 
 ENDING_SECONDS = 3.0
 """How long a worker that is asked to end may take to clean up."""
-LAST_WORDS_SECONDS = 1.0
+LAST_RESULT_SECONDS = 1.0
 """How long the result of a worker that has ended may still be on its way."""
 MEMORY_SHARE = 0.8
 """Share of the machine's memory that all workers together may hold."""
 
-_main_swap = threading.Lock()
-
-
-class _Popen(popen_spawn_posix.Popen):
-    def _launch(self, process_obj: Any) -> None:
-        # multiprocessing would import the caller's main script into the worker: a script without a
-        # __main__ guard would start the job again from there. Ctrl-C is for the coordinator to handle; the
-        # signal mask is inherited, so that a worker that is just starting is safe from it too.
-        with _main_swap:
-            main = sys.modules["__main__"]
-            sys.modules["__main__"] = types.ModuleType("__main__")
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                super()._launch(process_obj)  # type: ignore[misc]
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-                sys.modules["__main__"] = main
-
-
-class _Process(SpawnProcess):
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:  # noqa: N802 - multiprocessing's name
-        return _Popen(process_obj)
-
-
-class _Context(SpawnContext):
-    """A spawn context for one process, the slot's worker. When that is lost, pebble would start another,
-    which would overwrite what the lost one left behind: it is refused, and pebble calls the pool broken."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.worker: _Process | None = None
-
-    def Process(self, *args: Any, **kwargs: Any) -> _Process:  # type: ignore[override]  # noqa: N802
-        if self.worker is not None:
-            raise ChildProcessError("a slot has one worker")
-        self.worker = _Process(*args, **kwargs)
-        return self.worker
-
-
-# -- in the worker ---------------------------------------------------------------------------------
-
-# Tasks and results travel as bytes that pebble has not to understand: what cannot be pickled, or not be read at the
-# other end, fails its task, and does not stop the threads that pebble moves messages with.
-
-_setup = b""
-_state: Any = None
-_ready = False
-
-
-def _begin(setup: bytes, board: str, trace: str, log: str | None, threads: int) -> None:
-    global _setup
-    # Numeric libraries take every core for themselves unless told otherwise, in each worker.
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    if log is not None:
-        # Below Python, so that native libraries write there too, and not over the progress bar.
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.close(file)
-        # What was printed last matters most when the worker dies.
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(line_buffering=True)
-    progress.attach(Path(board), Path(trace))
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_leave_with, args=(parent, Path(board).parent), daemon=True).start()
-    _setup = setup
-
-
-def _leave_with(parent: Any, folder: Path) -> None:
-    """An orphan must not go on writing: end as soon as the parent does, and tidy up after it."""
-    connection.wait([parent.sentinel])
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
-
-
-def _call(task: bytes) -> tuple[bool, bytes, str]:
-    """Whether it went well, the pickled result or exception, and for the latter its traceback as text."""
-    global _state, _ready
-    try:
-        if not _ready:
-            setup, args = pickle.loads(_setup)  # noqa: S301 - from our own parent
-            _state = setup(*args)
-            _ready = True
-        function, arguments = pickle.loads(task)  # noqa: S301
-        return True, pickle.dumps(function(_state, *arguments)), ""
-    except BaseException as error:
-        text = traceback.format_exc()
-        try:
-            return False, pickle.dumps(error), text
-        except Exception:
-            return False, b"", text
-    finally:
-        progress.idle()
-
-
-# -- in the coordinator ----------------------------------------------------------------------------
-
 
 class _Slot(Slot):
-    """One worker process."""
+    """One worker process.
+
+    inbox: for the task's reports, if somebody wants them.
+    over_memory: the resident bytes for which the worker was killed.
+    overdue: the worker was killed because its task did not stop in time.
+    gone_since: when it was noticed that the process has ended.
+    """
 
     def __init__(self, folder: Path, number: int, setup: bytes, log: Path | None, threads: int) -> None:
-        self.board = folder / f"{number}.board"
-        self.trace = folder / f"{number}.trace"
-        progress.create(self.board)
-        self.context = _Context()
+        self.files = worker.Files(*(folder / f"{number}.{name}" for name in worker.Files._fields))
+        watchdog.create(self.files.note)
+        self.files.stop_flag.write_bytes(b"\0")
+        self._mailbox = str(folder / f"{number}.report.")
+        self.bell, self._workers_bell = socket.socketpair()
+        self.context = Context()
+        log_name = None if log is None else str(log)
         self.pool = ProcessPool(
             max_workers=1,
-            initializer=_begin,
-            initargs=(setup, str(self.board), str(self.trace), None if log is None else str(log), threads),
+            initializer=worker.begin,
+            initargs=(setup, self.files, self._workers_bell, log_name, threads),
             context=self.context,
         )
+        self.inbox: Inbox | None = None
         self.over_memory: int | None = None
+        self.overdue = False
         self.gone_since: float | None = None
+        self._tasks = 0
+        self._listener: threading.Thread | None = None
+        self._rung = self._flagged = False
+
+    def start(self) -> None:
+        """Start the worker: it imports and loads while work is being planned."""
+        _ = self.pool.active
+        self._workers_bell.close()
+
+    def schedule(self, task: Task, rung: Callable[[], None]) -> Future[Any]:
+        """Have the worker run the task. rung: called by a thread of the slot's when there may be reports."""
+        self._tasks += 1
+        self.flag_stop(False)
+        self.inbox = None
+        mailbox = backlog = None
+        if task.reports is not None:
+            mailbox, backlog = f"{self._mailbox}{self._tasks}.", task.reports.backlog
+            self.inbox = Inbox(mailbox, backlog, self.bell)
+            if self._listener is None:
+                self._listener = threading.Thread(target=self._listen, args=(rung,), name="tally-bell", daemon=True)
+                self._listener.start()
+        outcome: Future[Any]
+        try:
+            outcome = self.pool.schedule(worker.call, args=(task.packed, mailbox, backlog))
+        except RuntimeError as error:  # its worker has just died
+            outcome = Future()
+            outcome.set_exception(BrokenProcessPool(str(error)))
+        return outcome
+
+    def _listen(self, rung: Callable[[], None]) -> None:
+        with suppress(OSError):
+            while self.bell.recv(RING_BYTES):
+                if not self._rung:  # one event at a time, however often it rings
+                    self._rung = True
+                    rung()
+
+    def unread(self) -> Inbox | None:
+        """The task's inbox, to be read now: the next ring is told again."""
+        self._rung = False
+        return self.inbox
+
+    def flag_stop(self, stop: bool) -> None:
+        """Have :func:`tally.engines.task.stopping` return this in the worker."""
+        if stop or self._flagged:
+            self._flagged = stop
+            with self.files.stop_flag.open("r+b") as file:
+                file.write(bytes([stop]))
 
     @property
     def gone(self) -> bool:
@@ -209,6 +163,12 @@ class _Slot(Slot):
             if not kill:
                 self._ask_to_end()
             self.kill()
+            with suppress(OSError):
+                self.bell.shutdown(socket.SHUT_RDWR)  # ends the listener
+            if self._listener is not None:
+                self._listener.join()
+            self.bell.close()
+            self._workers_bell.close()
             with suppress(Exception):  # a pool that broke may fail to stop; its process is dead already
                 self.pool.stop()  # type: ignore[no-untyped-call]
                 self.pool.join()
@@ -216,6 +176,19 @@ class _Slot(Slot):
         thread = threading.Thread(target=end, daemon=True, name="tally-slot-end")
         thread.start()
         return thread
+
+
+@dataclass(slots=True, eq=False)
+class PackedTask(Task):
+    """A task of another engine, which has this one do the work.
+
+    on_reports: called with the inbox when there may be reports, and once more before the future is done.
+    """
+
+    on_reports: Callable[[Inbox], None] = lambda inbox: None
+
+    def collect(self, inbox: Inbox) -> None:
+        self.on_reports(inbox)
 
 
 class LocalEngine(SupervisedEngine[_Slot]):
@@ -247,11 +220,10 @@ class LocalEngine(SupervisedEngine[_Slot]):
         self._ending: list[threading.Thread] = []
         self._launch(slots)
 
-    def submit_packed(self, task: bytes) -> Future[tuple[bool, bytes, str]]:
-        """Run ``(function, arguments)`` pickled elsewhere, and give back the bytes that :func:`_call` made of it."""
-        future: Future[tuple[bool, bytes, str]] = Future()
-        self._events.put(("submit", future, task, _hand_on))
-        return future
+    def submit_packed(self, task: PackedTask) -> None:
+        """Run a task that was pickled elsewhere; its future gets what :func:`worker.call` returns."""
+        task.deliver = _hand_on
+        self._events.put(("submit", task))
 
     def default_slots(self) -> int:
         """One for each core that this process may use, by its affinity and its container's quota."""
@@ -278,52 +250,58 @@ class LocalEngine(SupervisedEngine[_Slot]):
     # In the supervisor's thread.
 
     def _fit(self) -> None:
-        for slot in [slot for slot in self._slots if slot.future is None and slot.gone]:
+        for slot in [slot for slot in self._slots if slot.task is None and slot.gone]:
             self._remove(slot, kill=True)  # died while idle: no task's fault
-        for slot in [slot for slot in self._slots if slot.future is None][: max(0, len(self._slots) - self._wanted)]:
+        for slot in [slot for slot in self._slots if slot.task is None][: max(0, len(self._slots) - self._wanted)]:
             self._remove(slot, kill=False)
         while len(self._slots) < self._wanted:
             self._made += 1
             slot = _Slot(self._folder, self._made, self._setup, self._log, self._threads)
             self._slots.append(slot)
-            _ = slot.pool.active  # starts the pool: the worker imports and loads while work is being planned
+            slot.start()
 
     def _remove(self, slot: _Slot, *, kill: bool = True) -> None:
         self._slots.remove(slot)
         self._ending = [thread for thread in self._ending if thread.is_alive()]
         self._ending.append(slot.discard(kill=kill))
 
-    def _give(self, slot: _Slot, task: bytes) -> None:
-        outcome: Future[Any]
-        try:
-            outcome = slot.pool.schedule(_call, args=(task,))
-        except RuntimeError as error:  # its worker has just died
-            outcome = Future()
-            outcome.set_exception(BrokenProcessPool(str(error)))
+    def _give(self, slot: _Slot, task: Task) -> None:
+        outcome = slot.schedule(task, partial(self._events.put, ("reports", slot)))
         outcome.add_done_callback(partial(self._report, slot))
 
     def _report(self, slot: _Slot, outcome: Future[Any]) -> None:
         self._events.put(("done", slot, outcome))
 
     def _handle(self, event: tuple[Any, ...]) -> None:
-        _, slot, outcome = event
-        self._settle(slot, outcome)
+        match event:
+            case ("reports", slot):
+                self._receive(slot)
+            case ("done", slot, outcome):
+                self._settle(slot, outcome)
+
+    def _receive(self, slot: _Slot) -> None:
+        inbox, task = slot.unread(), slot.task
+        if inbox is not None and task is not None:
+            task.collect(inbox)
 
     def _settle(self, slot: _Slot, outcome: Future[Any]) -> None:
-        future, slot.future = slot.future, None
-        if future is None:
+        self._receive(slot)  # what the worker sent before it answered or died
+        task = slot.vacate()
+        if task is None:
             return
         error = outcome.exception()
         if error is not None:
-            future.set_exception(self._explain(slot))
+            task.future.set_exception(self._explain(slot))
         else:
-            slot.deliver(future, *outcome.result())
-        if error is not None or slot.over_memory is not None:
+            task.deliver(task.future, *outcome.result())
+        if error is not None or slot.over_memory is not None or slot.overdue:
             self._remove(slot, kill=True)
 
     def _explain(self, slot: _Slot) -> WorkerError:
-        trace, timed_out = progress.stack(slot.trace)
-        suspects = progress.read(slot.board, timed_out=timed_out)
+        if slot.overdue:
+            return slot.stopped()
+        trace, timed_out = watchdog.last_stack(slot.files.trace)
+        suspects = watchdog.suspects(slot.files.note, timed_out=timed_out)
         if slot.over_memory is not None:
             allowed = self._limits.memory or 0
             return WorkerMemoryError(
@@ -343,13 +321,20 @@ class LocalEngine(SupervisedEngine[_Slot]):
                 return WorkerCrashedError(f"the worker was killed by {name}", suspects=suspects, trace=trace)
         return WorkerCrashedError(f"the worker ended with exit code {code}", suspects=suspects, trace=trace)
 
+    def _ask_to_stop(self, slot: _Slot) -> None:
+        slot.flag_stop(True)
+
+    def _kill(self, slot: _Slot) -> None:
+        slot.overdue = slot.overdue or not slot.gone
+        slot.kill()
+
     def _watch(self) -> None:
         """Find workers that are too large, and tasks that pebble forgot in a worker that has ended."""
         allowed = self._limits.memory
-        for slot in [slot for slot in self._slots if slot.future is not None]:
+        for slot in [slot for slot in self._slots if slot.task is not None]:
             if slot.gone:
                 slot.gone_since = slot.gone_since or time.monotonic()
-                if time.monotonic() - slot.gone_since > LAST_WORDS_SECONDS:
+                if time.monotonic() - slot.gone_since > LAST_RESULT_SECONDS:
                     lost: Future[Any] = Future()
                     lost.set_exception(BrokenProcessPool())
                     self._settle(slot, lost)
@@ -359,8 +344,8 @@ class LocalEngine(SupervisedEngine[_Slot]):
 
     def _end(self, *, kill: bool) -> None:
         for slot in list(self._slots):
-            if slot.future is not None:
-                slot.future.set_exception(WorkerCrashedError("the engine was stopped"))
+            if (task := slot.vacate()) is not None:
+                task.future.set_exception(WorkerCrashedError("the engine was stopped"))
             self._remove(slot, kill=kill)
         for thread in self._ending:
             thread.join()

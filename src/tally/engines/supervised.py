@@ -1,4 +1,4 @@
-"""What engines have in common: one thread that hands waiting tasks to slots, and hears what became of them.
+"""What engines have in common: one thread that gives waiting tasks to slots, and learns how they ended.
 
 Only that thread touches slots and waiting tasks. The engine's methods, and whatever runs the tasks, put events
 into a queue that it reads; so nothing here needs a lock.
@@ -6,18 +6,21 @@ into a queue that it reads; so nothing here needs a lock.
 
 from __future__ import annotations
 
+import logging
 import pickle
 import queue
 import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from tally.engines.base import Engine
-from tally.errors import TallyError
+from tally.engines.base import Engine, Reports
+from tally.engines.mailbox import Inbox
+from tally.errors import TallyError, WorkerStoppedError
 
 WATCH_SECONDS = 0.2
 
@@ -26,7 +29,7 @@ Deliver = Callable[[Future[Any], bool, bytes, str], None]
 
 
 def resolve(future: Future[Any], ok: bool, data: bytes, text: str) -> None:
-    """Give the future what the bytes say; what cannot be read here fails it, in words."""
+    """Give the future what the bytes say; if they cannot be read here, it fails with an error that says so."""
     try:
         value = pickle.loads(data)  # noqa: S301 - from our own worker
     except Exception as error:
@@ -39,16 +42,57 @@ def resolve(future: Future[Any], ok: bool, data: bytes, text: str) -> None:
         future.set_exception(value)
 
 
-class Slot:
-    """One worker, and the task that it has."""
+@dataclass(slots=True, eq=False)
+class Task:
+    """A task that waits or runs. packed: ``(function, arguments)``, pickled."""
 
-    future: Future[Any] | None = None
-    deliver: Deliver = staticmethod(resolve)
+    future: Future[Any]
+    packed: bytes
+    reports: Reports | None = None
+    deliver: Deliver = resolve
+
+    def collect(self, inbox: Inbox) -> None:
+        """Receive what is in the inbox."""
+        self.receive(inbox.read())
+        inbox.release()
+
+    def receive(self, reports: Sequence[bytes]) -> None:
+        """Hand pickled reports to whoever asked for them."""
+        if self.reports is None:
+            return
+        for data in reports:
+            try:
+                self.reports.receive(pickle.loads(data))  # noqa: S301 - from our own worker
+            except Exception:
+                logging.getLogger(__name__).exception("a report of a task could not be received")
+
+
+class Slot:
+    """One worker, and the task that it runs.
+
+    stop_by: when the worker is killed, if it still runs the task, which is asked to stop (``time.monotonic()``).
+    stop_seconds: how long the task was given for that.
+    """
+
+    task: Task | None = None
+    stop_by: float | None = None
+    stop_seconds = 0.0
 
     @property
     def ready(self) -> bool:
         """Whether it could be given a task, if it has none."""
         return True
+
+    def vacate(self) -> Task | None:
+        """Take the task from it, for which it has ended."""
+        task, self.task, self.stop_by = self.task, None, None
+        return task
+
+    def stopped(self) -> WorkerStoppedError:
+        """The error of a task that outlasted ``stop_seconds``."""
+        return WorkerStoppedError(
+            f"the task did not end within {self.stop_seconds:g} s of being asked to stop; its worker was killed"
+        )
 
 
 S = TypeVar("S", bound=Slot)
@@ -57,20 +101,33 @@ S = TypeVar("S", bound=Slot)
 class SupervisedEngine(Engine, Generic[S]):
     """Override what is abstract here; all of that, and whatever calls it, runs in the supervisor's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, **reservation: Any) -> None:
+        super().__init__(**reservation)
         self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._wanted = 0
         self._slots: list[S] = []
-        self._waiting: deque[tuple[Future[Any], bytes, Deliver]] = deque()
+        self._waiting: deque[Task] = deque()
 
     @abstractmethod
     def _fit(self) -> None:
-        """Make the number of slots what it should be; busy ones that are too many end later."""
+        """Start or end slots until there are as many as wanted; surplus busy ones end later."""
 
     @abstractmethod
-    def _give(self, slot: S, task: bytes) -> None:
-        """Have the slot run the task; what becomes of it is told by an event."""
+    def _give(self, slot: S, task: Task) -> None:
+        """Have the slot run the task; an event tells how it ended."""
+
+    @abstractmethod
+    def _ask_to_stop(self, slot: S) -> None:
+        """Tell the slot's task that it should stop, by :attr:`Slot.stop_by` at the latest."""
+
+    def _grace(self) -> float:
+        """Seconds after :attr:`Slot.stop_by` until :meth:`_kill` is called."""
+        return 0.0
+
+    @abstractmethod
+    def _kill(self, slot: S) -> None:
+        """The slot's task did not stop in time: end its worker."""
 
     @abstractmethod
     def _handle(self, event: tuple[Any, ...]) -> None:
@@ -90,15 +147,18 @@ class SupervisedEngine(Engine, Generic[S]):
         self._thread = threading.Thread(target=self._run, name="tally-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    def submit(self, function: Callable[..., Any], *arguments: Any, reports: Reports | None = None) -> Future[Any]:
         future: Future[Any] = Future()
         try:
-            task = pickle.dumps((function, arguments))
+            packed = pickle.dumps((function, arguments))
         except Exception as error:
             future.set_exception(error)
         else:
-            self._events.put(("submit", future, task, resolve))
+            self._events.put(("submit", Task(future, packed, reports)))
         return future
+
+    def stop_task(self, future: Future[Any], *, seconds: float) -> None:
+        self._events.put(("stop task", future, seconds))
 
     @property
     def slots(self) -> int:
@@ -129,8 +189,9 @@ class SupervisedEngine(Engine, Generic[S]):
         stopping = False
         watched = 0.0
         self._fit()
-        while not (stopping and not any(slot.future for slot in self._slots)):
-            if time.monotonic() - watched >= WATCH_SECONDS:
+        while not (stopping and not any(slot.task for slot in self._slots)):
+            if (now := time.monotonic()) - watched >= WATCH_SECONDS:
+                self._kill_overdue(now - self._grace())
                 self._watch()
                 watched = time.monotonic()
             try:
@@ -140,8 +201,10 @@ class SupervisedEngine(Engine, Generic[S]):
             match event:
                 case ():
                     pass
-                case ("submit", future, task, deliver):
-                    self._waiting.append((future, task, deliver))
+                case ("submit", task):
+                    self._waiting.append(task)
+                case ("stop task", future, seconds):
+                    self._stop_task(future, seconds)
                 case ("resize",):
                     pass
                 case ("stop", kill):
@@ -158,35 +221,52 @@ class SupervisedEngine(Engine, Generic[S]):
 
     def _assign(self) -> None:
         for slot in self._slots:
-            if slot.future is not None or not slot.ready:
+            if slot.task is not None or not slot.ready:
                 continue
             while self._waiting:
-                future, task, deliver = self._waiting.popleft()
-                if future.set_running_or_notify_cancel():
-                    slot.future, slot.deliver = future, deliver
+                task = self._waiting.popleft()
+                if task.future.set_running_or_notify_cancel():
+                    slot.task = task
                     self._give(slot, task)
                     break
 
+    def _stop_task(self, future: Future[Any], seconds: float) -> None:
+        for task in [task for task in self._waiting if task.future is future]:
+            self._waiting.remove(task)
+            _cancel(task)
+        for slot in [slot for slot in self._slots if slot.task is not None and slot.task.future is future]:
+            stop_by = time.monotonic() + seconds
+            if slot.stop_by is None or stop_by < slot.stop_by:
+                slot.stop_by, slot.stop_seconds = stop_by, seconds
+                self._ask_to_stop(slot)
+
+    def _kill_overdue(self, now: float) -> None:
+        for slot in [slot for slot in self._slots if slot.stop_by is not None and now >= slot.stop_by]:
+            slot.stop_by = None
+            self._kill(slot)
+
     def _drop_waiting(self) -> None:
-        for future, *_ in self._waiting:
-            future.cancel()
-            future.set_running_or_notify_cancel()  # wakes who waits for several
+        for task in self._waiting:
+            _cancel(task)
         self._waiting.clear()
 
     def _abandon(self, error: TallyError) -> None:
-        """Fail everything that has been or is going to be submitted, until the engine is stopped."""
-        futures = [slot.future for slot in self._slots if slot.future is not None]
-        futures += [future for future, *_ in self._waiting if future.set_running_or_notify_cancel()]
+        """Fail every task that was or will be submitted, until the engine is stopped."""
+        futures = [task.future for slot in self._slots if (task := slot.vacate()) is not None]
+        futures += [task.future for task in self._waiting if task.future.set_running_or_notify_cancel()]
         self._waiting.clear()
-        for slot in self._slots:
-            slot.future = None
         while True:
             for future in futures:
                 future.set_exception(error)
             match self._events.get():
-                case ("submit", future, *_):
-                    futures = [future] if future.set_running_or_notify_cancel() else []
+                case ("submit", task):
+                    futures = [task.future] if task.future.set_running_or_notify_cancel() else []
                 case ("stop", _):
                     return
                 case _:
                     futures = []
+
+
+def _cancel(task: Task) -> None:
+    task.future.cancel()
+    task.future.set_running_or_notify_cancel()  # wakes who waits for several

@@ -625,6 +625,7 @@ class Coordinator:
                 return "finished"
         with suppress(StorageError):  # on a full disk: the error at hand is the one to tell
             self._account()
+            self._publish()
         if self._error is not None:
             self._release("failed", error=str(self._error))
             raise self._error
@@ -674,8 +675,12 @@ class Coordinator:
 
     def _publish_now_and_then(self) -> None:
         """Results of an endless source are published while the job goes on, a generation at a time."""
-        due = time.monotonic() - self._published_at >= PUBLISH_SECONDS
-        if self._intake is None or not self._unpublished or not due or self._stop is not None:
+        if time.monotonic() - self._published_at >= PUBLISH_SECONDS and self._stop is None:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Publish what is committed and not published yet."""
+        if self._intake is None or not self._unpublished:
             return
         nonce = new_nonce()
         self._patience(lambda: self._store.advance(self._lease, nonce=nonce))

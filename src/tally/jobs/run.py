@@ -10,7 +10,8 @@ from tally.alerts.delivery import conclude
 from tally.config import settings
 from tally.database.lease import new_token
 from tally.database.waiting import Patience
-from tally.engines.base import Engine, Limits
+from tally.engines.base import Limits
+from tally.engines.factory import make_engine
 from tally.errors import ClusterLostError, DatabaseAwayError, JobStateError
 from tally.jobs import worker
 from tally.jobs.assemble import Parts, assemble
@@ -58,7 +59,7 @@ def drive(
             f"job {record.id} is driven by another process now ({record.owner_host}, pid {record.owner_pid})",
             hint=f"Follow it with: tally jobs watch {record.id}",
         )
-    engine = engine_for(spec)
+    engine = make_engine(spec.engine, cpus=spec.cpus, gpus=spec.gpus, memory=spec.memory, resources=spec.resources)
     try:
         least, most = spec.workers or (engine.default_slots(),) * 2
         engine.start(
@@ -113,17 +114,6 @@ def _reopen(store: JobStore, lease: Lease, record: JobRecord, parts: Parts, pati
     published = (manifest.get("job"), manifest.get("generation")) == (record.id, record.generation)
     replay, model = parts.source.combine(dead), parts.model.to_dict()
     patience(lambda: store.reopen(lease, replay, published=published, model=model, nonce=nonce))
-
-
-def engine_for(spec: JobSpec) -> Engine:
-    """A new engine of the kind that the spec names."""
-    if spec.engine == "ray":
-        from tally.engines.ray.engine import RayEngine
-
-        return RayEngine(cpus=spec.cpus, gpus=spec.gpus, memory=spec.memory, resources=spec.resources)
-    from tally.engines.local import LocalEngine
-
-    return LocalEngine()
 
 
 def _facts(spec: JobSpec, model: ModelRef) -> dict[str, Any]:

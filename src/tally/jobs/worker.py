@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
 from typing import Any
 
-from tally.engines import progress
+from tally.engines import watchdog
 from tally.errors import ItemError
 from tally.models.load import load
 from tally.models.reference import ModelRef
@@ -76,8 +76,8 @@ class Worker:
 
 def setup(given: Setup) -> Worker:
     """Load the scorer. Raises ModelError if it cannot be used."""
-    progress.busy(0, 0, limit=STARTUP_SECONDS)
-    while_waiting(progress.waiting)  # time spent waiting for a store does not count against an item
+    watchdog.busy(0, 0, limit=STARTUP_SECONDS)
+    while_waiting(watchdog.reset)  # time spent waiting for a store does not count against an item
     scorer = configured(load(given.model, given.device), overlay=given.overlay, batch_size=given.batch_size)
     # Runs when the process is asked to end, not when it is killed.
     Finalize(None, scorer.close, exitpriority=1)
@@ -104,7 +104,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
 
     def busy(start: int, stop: int) -> None:
         stop = min(stop, chunk.count)
-        progress.busy(start, stop, ahead=min(ahead, chunk.count - stop), limit=worker.timeout)
+        watchdog.busy(start, stop, ahead=min(ahead, chunk.count - stop), limit=worker.timeout)
 
     def record(found: Sequence[tuple[int, ItemError]]) -> None:
         dead.extend((position, error.stage, _bounded(str(error))) for position, error in found)
@@ -124,7 +124,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
                 timings.write += time.perf_counter() - scored
             busy(batch.stop, batch.stop + size)
         # All items are scored: if the worker is lost while it closes the output, no item is to blame.
-        progress.busy(0, chunk.count, limit=worker.timeout)
+        watchdog.busy(0, chunk.count, limit=worker.timeout)
         start = time.perf_counter()
         output = writer.close()
         timings.write += time.perf_counter() - start

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 
-from tally.engines.base import Engine, Limits
+from tally.engines.base import Engine, Limits, Reports
 from tally.errors import (
     ClusterLostError,
     ItemError,
@@ -31,6 +31,7 @@ from tally.errors import (
     WorkerCrashedError,
     WorkerError,
     WorkerMemoryError,
+    WorkerStoppedError,
     WorkerTimeoutError,
 )
 from tally.testing import tasks
@@ -235,6 +236,7 @@ class EngineContract:
             WorkerCrashedError("of somebody else", suspects=(1, 2), trace="a stack"),
             WorkerMemoryError("too large", suspects=(1, 2)),
             WorkerTimeoutError("too slow", suspects=(1, 2)),
+            WorkerStoppedError("not in time"),
             ClusterLostError("no head"),
         ]
         for error in raised:
@@ -399,6 +401,275 @@ class EngineContract:
             else:
                 data = b"%d" % number * 100_000
                 assert future.result(DEADLINE) == (len(data), zlib.crc32(data))
+
+    # Reports --------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("backlog", [1, 3, 1000])
+    def test_all_reports_arrive_in_order_and_before_the_result(
+        self, start: Callable[..., Engine], backlog: int
+    ) -> None:
+        engine = start(2)
+        received: dict[str, list[Any]] = {"a": [], "b": []}
+        futures = [
+            engine.submit(tasks.report, [*range(50), {"ä": b"\0" * 100_000}], reports=Reports(each.append, backlog))
+            for each in received.values()
+        ]
+        for future, each in zip(futures, received.values(), strict=True):
+            complete: list[int] = []
+            future.add_done_callback(lambda _, each=each, complete=complete: complete.append(len(each)))  # type: ignore[misc]
+            assert future.result(DEADLINE) == "reported"
+            until(lambda complete=complete: bool(complete), "the callback")  # type: ignore[misc]
+            assert complete == [51]
+            assert each == [*range(50), {"ä": b"\0" * 100_000}]
+
+    def test_reports_arrive_while_the_task_runs(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        for backlog in (None, 2):
+            received: list[int] = []
+            future = engine.submit(tasks.report, [7], gate.address, reports=Reports(received.append, backlog))
+            pid = gate.arrival()
+            until(lambda received=received: received == [7], "a report")  # type: ignore[misc]
+            assert not future.done()
+            gate.release(pid)
+            assert future.result(DEADLINE) == "reported"
+            assert received == [7]
+
+    def test_the_latest_report_wins_and_its_task_never_waits(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        received: list[int] = []
+        pids: list[int] = []
+
+        def receive(value: int) -> None:
+            received.append(value)
+            if not pids:
+                pids.append(gate.arrival())  # while it waits here, the task reports all the others
+
+        future = engine.submit(tasks.report, [*range(2000)], gate.address, reports=Reports(receive))
+        until(lambda: bool(pids) and received[-1] == 1999, "the latest report")
+        assert not future.done()
+        gate.release(pids[0])
+        assert future.result(DEADLINE) == "reported"
+        assert len(received) <= 2
+
+    def test_a_full_backlog_holds_the_task_back(self, start: Callable[..., Engine], tmp_path: Path) -> None:
+        engine = start()
+        backlog, counter = 4, tmp_path / "counter"
+        received: list[int] = []
+        ahead: list[int] = []
+
+        def reported() -> int:
+            return counter.stat().st_size if counter.exists() else 0
+
+        def receive(value: int) -> None:
+            if not received:
+                until(lambda: reported() == backlog, "a full backlog")
+            ahead.append(reported() - len(received))
+            received.append(value)
+
+        engine.submit(tasks.report_and_count, 300, str(counter), reports=Reports(receive, backlog)).result(DEADLINE)
+        assert received == list(range(300))
+        assert max(ahead) == backlog
+
+    def test_reports_go_to_who_asked_for_them(self, start: Callable[..., Engine]) -> None:
+        engine = start()
+        received: list[list[int]] = [[] for _ in range(40)]
+        futures: list[Future[str]] = []
+        for number, each in enumerate(received):
+            futures.append(engine.submit(tasks.report, ["nobody", "asked"]))
+            reports = Reports(each.append, 100) if number % 2 else Reports(each.append)
+            futures.append(engine.submit(tasks.report, [number] * 5, reports=reports))
+        assert {future.result(DEADLINE) for future in futures} == {"reported"}
+        for number, each in enumerate(received):
+            assert set(each) == {number}
+            assert len(each) == 5 if number % 2 else 1 <= len(each) <= 5
+
+    def test_a_thread_that_a_task_left_behind_reports_to_nobody(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        received: list[Any] = []
+        engine.submit(tasks.report_too_late, gate.address, reports=Reports(received.append, 9)).result(DEADLINE)
+        gate.release(gate.arrival())
+        pid = gate.arrival()  # it has reported
+        engine.submit(tasks.report, ["mine"], reports=Reports(received.append, 9)).result(DEADLINE)
+        assert received == ["mine"]
+        gate.release(pid)
+
+    @pytest.mark.parametrize("backlog", [None, 2])
+    def test_what_a_task_reported_before_it_was_lost_arrives(
+        self, start: Callable[..., Engine], backlog: int | None
+    ) -> None:
+        engine = start()
+        for how in ("SIGKILL", "SIGSEGV", "3"):
+            received: list[int] = []
+            future = engine.submit(tasks.report, [*range(20)], None, how, reports=Reports(received.append, backlog))
+            error = future.exception(DEADLINE)
+            assert isinstance(error, WorkerCrashedError)
+            assert error.suspects == (3, 7)
+            assert received[-1] == 19
+            assert backlog is None or received == list(range(20))
+
+    def test_kills_among_reports(self, start: Callable[..., Engine]) -> None:
+        engine = start(2)
+        received: list[list[int]] = [[] for _ in range(24)]
+        futures = [
+            engine.submit(
+                tasks.report,
+                [*range(10)],
+                None,
+                "SIGKILL" if number % 4 == 1 else None,
+                reports=Reports(each.append, 2),
+            )
+            for number, each in enumerate(received)
+        ]
+        for number, future in enumerate(futures):
+            assert isinstance(future.exception(DEADLINE), WorkerCrashedError if number % 4 == 1 else type(None))
+        assert received == [list(range(10))] * 24
+
+    def test_a_report_that_cannot_travel_fails_in_its_task(self, start: Callable[..., Engine]) -> None:
+        engine = start()
+        received: list[Any] = []
+        with pytest.raises(TypeError, match="pickle"):
+            engine.submit(tasks.report_unpicklable, reports=Reports(received.append)).result(DEADLINE)
+        assert received == []
+
+    def test_a_report_that_cannot_be_received_is_logged(
+        self, start: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        engine = start()
+        received: list[Any] = []
+
+        def receive(value: Any) -> None:
+            if value == "before":
+                raise ValueError("not that one")
+            received.append(value)
+
+        future = engine.submit(tasks.report_unreadable, reports=Reports(receive, 9))
+        assert future.result(DEADLINE) == "reported"
+        assert received == ["after"]
+        assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == [
+            "not that one",
+            "this cannot be read elsewhere",
+        ]
+
+    # Stopping one task ----------------------------------------------------------------------------
+
+    def test_a_task_that_obeys_ends_with_what_it_returns(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        for _ in range(3):
+            future = engine.submit(tasks.run_until_stopped, gate.address)
+            behind = engine.submit(tasks.is_stopping)
+            pid = gate.arrival()
+            gate.release(pid)
+            engine.stop_task(future, seconds=DEADLINE)
+            assert future.result(DEADLINE) == pid
+            assert behind.result(DEADLINE) is False
+        failing = engine.submit(tasks.run_until_stopped, gate.address, "pruned")
+        gate.release(gate.arrival())
+        engine.stop_task(failing, seconds=DEADLINE)
+        with pytest.raises(ValueError, match="pruned"):
+            failing.result(DEADLINE)
+        assert engine.submit(tasks.describe).result(DEADLINE).pid == pid
+
+    @pytest.mark.parametrize("how", ["wait", "python", "native"])
+    def test_a_task_that_does_not_stop_loses_its_worker_only(
+        self, start: Callable[..., Engine], gate: Gate, how: str
+    ) -> None:
+        engine = start(2)
+        held = engine.submit(tasks.wait_at, gate.address)
+        pid = gate.arrival()
+        received: list[str] = []
+        future = engine.submit(tasks.pass_gate_and_hang, gate.address, how, reports=Reports(received.append))
+        stubborn = gate.arrival()
+        gate.release(stubborn)
+        engine.stop_task(future, seconds=SHORT)
+        error = future.exception(DEADLINE)
+        assert type(error) is WorkerStoppedError
+        assert error.suspects is None
+        assert f"within {SHORT:g} s" in error.message
+        assert received == ["begun"]
+        until(lambda: ended(stubborn), "the end of the worker")
+        assert engine.submit(tasks.is_stopping).result(DEADLINE) is False
+        assert not held.done()
+        gate.release(pid)
+        assert held.result(DEADLINE) == pid
+
+    def test_the_earlier_deadline_holds(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        future = engine.submit(tasks.pass_gate_and_hang, gate.address, "wait")
+        gate.release(gate.arrival())
+        for seconds in (10 * DEADLINE, 0.0, 10 * DEADLINE):
+            engine.stop_task(future, seconds=seconds)
+        error = future.exception(DEADLINE)
+        assert isinstance(error, WorkerStoppedError)
+        assert "within 0 s" in error.message
+
+    def test_a_worker_that_still_sets_itself_up_can_be_stopped(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start(setup=tasks.setup_that_waits, args=(gate.address,))
+        future = engine.submit(tasks.describe)
+        pid = gate.arrival()
+        engine.stop_task(future, seconds=0)
+        assert isinstance(future.exception(DEADLINE), WorkerStoppedError)
+        until(lambda: ended(pid), "the end of the worker")
+        after = engine.submit(tasks.describe)
+        gate.release(gate.arrival())
+        assert after.result(DEADLINE).tasks == 1
+
+    def test_a_waiting_task_that_is_stopped_is_cancelled(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        running = engine.submit(tasks.wait_at, gate.address)
+        pid = gate.arrival()
+        waiting = [engine.submit(tasks.echo, number) for number in range(3)]
+        engine.stop_task(waiting[1], seconds=0)
+        done, _ = wait(waiting, DEADLINE, return_when="FIRST_COMPLETED")
+        assert done == {waiting[1]}
+        assert waiting[1].cancelled()
+        gate.release(pid)
+        assert running.result(DEADLINE) == pid
+        assert [waiting[0].result(DEADLINE), waiting[2].result(DEADLINE)] == [0, 2]
+
+    def test_to_stop_a_task_that_has_ended_does_nothing(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        before = [engine.submit(tasks.describe), engine.submit(tasks.fail, ValueError("no"))]
+        wait(before, DEADLINE)
+        running = engine.submit(tasks.wait_at, gate.address)
+        pid = gate.arrival()
+        for future in (*before, Future[Any]()):
+            engine.stop_task(future, seconds=0)
+        answers = [engine.submit(tasks.is_stopping), engine.submit(tasks.describe)]
+        gate.release(pid)
+        assert running.result(DEADLINE) == pid
+        assert answers[0].result(DEADLINE) is False
+        assert answers[1].result(DEADLINE).pid == before[0].result(0).pid
+
+    def test_a_worker_lost_by_itself_is_not_called_stopped(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start()
+        future = engine.submit(tasks.wait_at, gate.address)
+        pid = gate.arrival()
+        engine.stop_task(future, seconds=10 * DEADLINE)
+        psutil.Process(pid).kill()
+        error = future.exception(DEADLINE)
+        assert type(error) is WorkerCrashedError
+
+    def test_many_stops_among_many_tasks(self, start: Callable[..., Engine]) -> None:
+        engine = start(2)
+        futures: list[Future[Any]] = []
+        for number in range(60):
+            if number % 3:
+                futures.append(engine.submit(tasks.echo, number))
+            elif number % 2:
+                futures.append(engine.submit(tasks.run_until_stopped))
+            else:
+                futures.append(engine.submit(tasks.hang, "wait", None))
+        for number, future in enumerate(futures):
+            if number % 3 == 0:
+                until(lambda future=future: future.running() or future.done(), "its turn")  # type: ignore[misc]
+                engine.stop_task(future, seconds=DEADLINE if number % 2 else 0)
+        for number, future in enumerate(futures):
+            if number % 3:
+                assert future.result(DEADLINE) == number
+            elif number % 2:
+                assert future.result(DEADLINE) > 0
+            else:
+                assert isinstance(future.exception(DEADLINE), WorkerStoppedError)
 
     # Resizing and stopping ------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tally.engines import progress
+from tally.engines import task, watchdog
 
 
 @dataclass
@@ -45,6 +45,11 @@ def setup(*args: Any) -> State:
 def setup_with_farewell(path: str) -> State:
     """Leave a file at ``path`` when the worker ends in order."""
     Finalize(None, Path(path).touch, exitpriority=1)
+    return setup()
+
+
+def setup_that_waits(address: tuple[str, int]) -> State:
+    wait_at(setup(), address)
     return setup()
 
 
@@ -107,6 +112,73 @@ def wait_at(state: State, address: tuple[str, int]) -> int:
     return os.getpid()
 
 
+# Reporting and stopping -----------------------------------------------------------------------------
+
+
+def report(state: State, values: list[Any], address: tuple[str, int] | None = None, how: str | None = None) -> str:
+    """Report these values; then wait at the gate, if there is one, and end as ``how`` says."""
+    for value in values:
+        task.report(value)
+    if address is not None:
+        wait_at(state, address)
+    if how is not None:
+        die(state, how, 3, 7)
+    return "reported"
+
+
+def report_and_count(state: State, number: int, path: str) -> None:
+    """Report that many numbers; the file at ``path`` has as many bytes as were reported."""
+    with open(path, "wb", buffering=0) as file:
+        for value in range(number):
+            task.report(value)
+            file.write(b".")
+
+
+def report_unpicklable(state: State) -> None:
+    task.report(threading.Lock())
+
+
+def report_unreadable(state: State) -> str:
+    task.report("before")
+    task.report(Unreadable())
+    task.report("after")
+    return "reported"
+
+
+def report_too_late(state: State, address: tuple[str, int]) -> None:
+    """Leave a thread behind that stops at the gate, reports, and stops there again."""
+
+    def late() -> None:
+        wait_at(state, address)
+        task.report("too late")
+        wait_at(state, address)
+
+    threading.Thread(target=late, daemon=True).start()
+
+
+def is_stopping(state: State) -> bool:
+    return task.stopping()
+
+
+def run_until_stopped(state: State, address: tuple[str, int] | None = None, error: str | None = None) -> int:
+    """Pass the gate, then work until asked to stop; returns the process id, or raises."""
+    if address is not None:
+        wait_at(state, address)
+    while not task.stopping():
+        pass
+    if error is not None:
+        raise ValueError(error)
+    return os.getpid()
+
+
+def pass_gate_and_hang(state: State, address: tuple[str, int], how: str) -> NoReturn:
+    """Report that it begins, pass the gate, and take no notice of being asked to stop."""
+    task.report("begun")
+    watchdog.busy(2, 3)
+    wait_at(state, address)
+    hang(state, how, None, 2, 3)
+
+
 # Failing --------------------------------------------------------------------------------------------
 
 
@@ -154,7 +226,7 @@ def unpicklable(state: State, kind: str) -> Any:
 
 def die(state: State, how: str, start: int = 0, stop: int = 0, ahead: int = 0) -> NoReturn:
     """End this worker while it is busy with ``start <= p < stop``: by an exit code or a signal's name."""
-    progress.busy(start, stop, ahead=ahead)
+    watchdog.busy(start, stop, ahead=ahead)
     if how.isdigit():
         os._exit(int(how))
     if how == "SIGSEGV":
@@ -163,9 +235,9 @@ def die(state: State, how: str, start: int = 0, stop: int = 0, ahead: int = 0) -
     raise AssertionError("still alive")
 
 
-def hang(state: State, how: str, limit: float, start: int = 0, stop: int = 0, ahead: int = 0) -> NoReturn:
-    """Never end, with a time limit: waiting, running Python, or in native code that holds the interpreter."""
-    progress.busy(start, stop, ahead=ahead, limit=limit)
+def hang(state: State, how: str, limit: float | None, start: int = 0, stop: int = 0, ahead: int = 0) -> NoReturn:
+    """Never end, except by a time limit: waiting, running Python, or in native code that holds the interpreter."""
+    watchdog.busy(start, stop, ahead=ahead, limit=limit)
     match how:
         case "wait":
             threading.Event().wait()
@@ -182,14 +254,14 @@ def hang(state: State, how: str, limit: float, start: int = 0, stop: int = 0, ah
 def hurry(state: State, limits: list[float | None]) -> str:
     """Work on one batch after the other, each with its time limit; the last takes twice the first's."""
     for position, limit in enumerate(limits):
-        progress.busy(position, position + 1, limit=limit)
+        watchdog.busy(position, position + 1, limit=limit)
     threading.Event().wait(2 * (limits[0] or 0.0))
     return "in time"
 
 
 def grow(state: State, size: int, start: int = 0, stop: int = 0) -> NoReturn:
     """Hold ``size`` bytes, and never let go."""
-    progress.busy(start, stop)
+    watchdog.busy(start, stop)
     held = bytearray(size)
     for page in range(0, size, 4096):
         held[page] = 1

@@ -1,4 +1,4 @@
-"""A Ray cluster as seen from outside: where coordinators are started as Ray jobs.
+"""A Ray cluster seen from outside: coordinators are started there as Ray jobs.
 
 Only the cluster's HTTP address is needed (its dashboard's): nothing here joins the cluster's network.
 """
@@ -29,14 +29,14 @@ class Cluster:
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
-        self._made: Any = None
+        self._client: Any = None
 
     def __repr__(self) -> str:
         return f"Cluster({mask(self.address)!r})"
 
     def version(self) -> str:
         """The version of Ray that it runs."""
-        return self._ask(lambda client: str(client.ray_version()))
+        return self._request(lambda client: str(client.ray_version()))
 
     def check(self) -> None:
         """Raises TallyError unless it answers and runs this machine's version of Ray."""
@@ -51,23 +51,23 @@ class Cluster:
 
     def nodes(self) -> list[dict[str, float]]:
         """What each of its machines has: ``CPU``, ``GPU``, ``memory`` in bytes, resources of the cluster's own."""
-        found = self._ask(lambda client: client.resources_of_nodes())
+        found = self._request(lambda client: client.resources_of_nodes())
         return [each["resources_total"] for each in found if each["state"] == "ALIVE"]
 
     def submit(self, command: str, name: str, environment: Mapping[str, str]) -> None:
         """Start a shell's command inside the cluster, known as ``name`` from then on."""
         variables = {"env_vars": dict(environment)}
-        self._ask(lambda client: client.submit_job(entrypoint=command, submission_id=name, runtime_env=variables))
+        self._request(lambda client: client.submit_job(entrypoint=command, submission_id=name, runtime_env=variables))
 
     def state(self, name: str) -> State:
-        """What became of that process: ``ended`` by itself, ``stopped`` by Ray's own means, ``killed`` otherwise.
+        """The state of that process: ``ended`` by itself, ``stopped`` by Ray on request, ``killed`` otherwise.
 
-        ``unknown`` if the cluster never heard of it, or has forgotten it.
+        ``unknown`` if the cluster does not know it, or not any more.
         """
         from ray.job_submission import JobStatus
 
         try:
-            info = self._ask(lambda client: client.get_job_info(name))
+            info = self._request(lambda client: client.get_job_info(name))
         except _RefusedError as error:
             if "404" in str(error):
                 return "unknown"
@@ -81,47 +81,47 @@ class Cluster:
             return "killed"
         return states.get(info.status, "ended")
 
-    def said(self, name: str, *, lines: int = 20) -> str:
-        """The last that the process printed."""
+    def log_tail(self, name: str, *, lines: int = 20) -> str:
+        """The last lines that the process printed."""
         try:
-            text = self._ask(lambda client: client.get_job_logs(name))
+            text = self._request(lambda client: client.get_job_logs(name))
         except TallyError:
             return ""
         return "\n".join(text.strip().splitlines()[-lines:])
 
-    def _ask(self, question: Callable[[Any], T]) -> T:
+    def _request(self, request: Callable[[Any], T]) -> T:
         import requests
         from ray.exceptions import AuthenticationError
 
         try:
             try:
-                if self._made is None:
-                    self._made = _client(self.address)
-                return question(self._made)
+                if self._client is None:
+                    self._client = _new_client(self.address)
+                return request(self._client)
             except AuthenticationError:
-                # It wants a token; there may be one on this machine.
+                # The cluster wants a token; there may be one on this machine.
                 if not _use_token():
                     raise
-                self._made = _client(self.address)
-                return question(self._made)
+                self._client = _new_client(self.address)
+                return request(self._client)
         except AuthenticationError as error:
-            raise _locked_out(self.address, error) from None
+            raise _access_denied(self.address, error) from None
         except (requests.exceptions.RequestException, ConnectionError) as error:
             raise ClusterLostError(
                 f"the cluster at {mask(self.address)} does not answer: {_first_line(error)}",
                 hint="Is its head running, and its dashboard reachable from here? 'tally doctor' checks it.",
             ) from None
-        except RuntimeError as error:  # what Ray's client makes of any other answer than 200
+        except RuntimeError as error:  # Ray's client raises it for any answer but 200
             if " 5" in str(error).partition("status code")[2][:3]:  # while the head starts or stops
                 raise ClusterLostError(f"the cluster at {mask(self.address)} cannot answer: {error}") from None
             raise _RefusedError(f"the cluster at {mask(self.address)} refused: {error}") from None
 
 
 class _RefusedError(TallyError):
-    """It answered, and did not do it."""
+    """The cluster answered, and did not do what was asked."""
 
 
-def _client(address: str) -> Any:
+def _new_client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
@@ -136,7 +136,7 @@ def _client(address: str) -> Any:
             answer = self._do_request("GET", "/api/v0/nodes?detail=true")
             return answer.json()["data"]["result"]["result"] if answer.ok else self._raise_error(answer)
 
-    # Ray lets the environment win over the address that is given.
+    # In Ray, these variables override the address that is given.
     before = {name: os.environ.pop(name) for name in _ADDRESSES if name in os.environ}
     try:
         return Client(address)
@@ -145,20 +145,20 @@ def _client(address: str) -> Any:
 
 
 def _use_token() -> bool:
-    """Give Ray's token with requests from now on, if this machine has one and nothing says otherwise."""
+    """Send Ray's token with requests from now on, if this machine has one and ``RAY_AUTH_MODE`` is not set."""
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
     if "RAY_AUTH_MODE" in os.environ:
         return False
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it advises
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it prints advice
     return maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def find(address: str | None = None) -> Cluster | None:
     """The cluster at that address; without one, the cluster that Ray's own rules lead to.
 
-    Those are ``RAY_API_SERVER_ADDRESS``, ``RAY_ADDRESS``, and what ``ray start`` began on this machine; None where
-    none of them says anything, or ``local``: then a Ray of one's own is to be started.
+    Those are ``RAY_API_SERVER_ADDRESS``, ``RAY_ADDRESS``, and a cluster that ``ray start`` began on this machine.
+    None where there is none of them, or the address is ``local``: then a Ray has to be started.
     Raises TallyError where Ray is not installed, ClusterLostError for a cluster that does not answer.
     """
     require()
@@ -177,7 +177,7 @@ def find(address: str | None = None) -> Cluster | None:
     from ray._private.services import canonicalize_bootstrap_address
 
     where = f"RAY_ADDRESS={mask(given)}" if given else "what 'ray start' left in its temporary folder"
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it advises
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it prints advice
     try:
         head = canonicalize_bootstrap_address(cast(Any, given))
         if head is None:
@@ -206,10 +206,10 @@ def _dashboard_of(head: str) -> str:
                 raise
             return ray_address_to_api_server_url(head)
     except AuthenticationError as error:
-        raise _locked_out(head, error) from None
+        raise _access_denied(head, error) from None
 
 
-def _locked_out(address: str, error: Exception) -> TallyError:
+def _access_denied(address: str, error: Exception) -> TallyError:
     return TallyError(
         f"the cluster at {mask(address)} does not let this command in: {_first_line(error)}",
         hint="Give the cluster's token in RAY_AUTH_TOKEN, or a file with it in RAY_AUTH_TOKEN_PATH.",
@@ -239,7 +239,7 @@ def versions() -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """What went wrong, without the layers that the libraries wrap it in."""
+    """The error's own message, without the layers that libraries wrap it in."""
     text = mask(str(error.__context__ or error).strip().partition("\n")[0])
     if (found := re.search(r"\[Errno -?\d+\] ([^'\")]+)", text)) is not None:
         return found[1].lower()

@@ -1,25 +1,21 @@
 """Workers on a Ray cluster.
 
 Each slot is an actor that reserves what one worker needs. The actor holds a local engine of one slot, which runs
-the tasks in a child process: what a crash, a hang or too much memory costs, and what is known about it afterwards,
-is the same as on one machine. The actor only hands bytes on, in both directions.
+the tasks in a child process: so a crash, a hang or too much memory costs the same, and leaves the same traces, as on
+one machine. The actor only passes bytes on, in both directions.
 
-Tasks and results are descriptions of chunks and of what became of them, some kilobytes each: Ray carries messages
-of up to 100 KiB inside its calls, and larger ones by way of its object store, which works and is not what it is
-for here. Items never travel through Ray.
+Tasks and results describe chunks and how they ended, in some kilobytes each. Ray carries messages of up to 100 KiB
+inside its calls, and larger ones through its object store, which works too. Items never travel through Ray.
 
-Three threads: the supervisor decides; the *caller* makes every call into Ray, because a call may hang for as long as
-the cluster's head is away; the *lookout* looks whether it is.
+Three threads: the supervisor decides; the *caller* makes every call into Ray, because a call may hang while the
+cluster's head is away; the *monitor* checks whether it is.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import pickle
-import platform
 import queue
-import signal
 import socket
 import threading
 import time
@@ -31,109 +27,39 @@ from pathlib import Path
 from typing import Any
 
 from tally.engines.base import Limits
-from tally.engines.local import MEMORY_SHARE, LocalEngine, new_folder
-from tally.engines.ray.cluster import require
-from tally.engines.supervised import Slot, SupervisedEngine
+from tally.engines.local import MEMORY_SHARE
+from tally.engines.ray.connection import connect, disconnect
+from tally.engines.ray.host import Host, News, versions
+from tally.engines.supervised import Slot, SupervisedEngine, Task
 from tally.errors import ClusterLostError, TallyError, WorkerCrashedError, WorkerError
-from tally.storage import mask
 
 INLINE_BYTES = 100_000
-"""What Ray sends inside a call; more it puts into its object store."""
-STORE_BYTES = 200 * 2**20
-"""Size of the object store of a Ray that is started here; items do not go through it."""
+"""The most that Ray sends inside a call; larger values go through its object store."""
 LOST_SECONDS = 40.0
 """How long the head may be away before everything fails. Ray itself ends a process whose head is away for 60 s."""
-KNOCK_SECONDS = 2.0
-"""How often the head is looked for."""
+HEAD_CHECK_SECONDS = 2.0
+"""Seconds between checks of the head."""
 ENDING_SECONDS = 10.0
 """How long a worker on another node may take to end in order."""
-LEAVING_SECONDS = 120.0
-"""How long Ray may take to disconnect, before this process can be connected to a cluster again."""
-ROOM_SECONDS = 5.0
-"""After which a worker that does not start is worth a remark."""
-FALSE_STARTS = 3
-"""So many workers in a row may be lost while they start; then that is the failure of a task each."""
-SAID_BYTES = 256 * 1024
-"""How much of what a worker printed during one task is carried to the log."""
-
-
-# -- on a node -------------------------------------------------------------------------------------
-
-_Answer = tuple[bool, bytes, str | None, bytes]
-"""Whether it went well; the pickled result or exception; the latter's traceback, or None where the worker was lost;
-what it printed meanwhile."""
-
-
-class _Host:
-    """The actor: a local engine of one slot. ``end`` may be called while ``run`` runs."""
-
-    def facts(self) -> dict[str, str]:
-        """The first call, and one that has to be understood by every version: what is here."""
-        import ray
-
-        where = ray.get_runtime_context().get_node_id()
-        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        return {**_versions(), "node": f"{socket.gethostname()} ({address}, {where[:8]})"}
-
-    def begin(self, setup: bytes, memory: int | None, threads: int, logged: bool) -> None:
-        folder = new_folder()
-        self._log = folder / "worker.log" if logged else None
-        self._read = 0
-        self._engine = LocalEngine()
-        self._engine.start_packed(setup, folder, threads, slots=1, limits=Limits(memory=memory), log=self._log)
-
-    def run(self, task: bytes) -> _Answer:
-        try:
-            return (*self._engine.submit_packed(task).result(), self._said())
-        except Exception as error:
-            return False, pickle.dumps(error), None, self._said()
-
-    def end(self, kill: bool) -> bytes:
-        log, self._log = self._log, None
-        file = log.open("rb") if log is not None and log.exists() else None
-        self._engine.stop(kill=kill)  # and its folder is gone
-        if file is None:
-            return b""
-        with file:
-            return _tail(file.fileno(), self._read)[0]
-
-    def _said(self) -> bytes:
-        if self._log is None or not self._log.exists():
-            return b""
-        with self._log.open("rb") as file:
-            said, self._read = _tail(file.fileno(), self._read)
-        return said
-
-
-def _tail(file: int, start: int) -> tuple[bytes, int]:
-    """What the file holds from there on, its beginning left out where it is much; and where it ends."""
-    end = os.fstat(file).st_size
-    skipped = max(0, end - start - SAID_BYTES)
-    said = os.pread(file, end - start - skipped, start + skipped)
-    return (b"[%d bytes left out]\n" % skipped if skipped else b"") + said, end
-
-
-def _versions() -> dict[str, str]:
-    import ray
-
-    from tally import __version__
-
-    return {"Tally": __version__, "Python": platform.python_version(), "Ray": ray.__version__}
-
-
-# -- in the coordinator ----------------------------------------------------------------------------
+START_SECONDS = 5.0
+"""How long a worker may take to start before that is worth a remark."""
+FAILED_STARTS = 3
+"""After this many workers in a row were lost while they started, each further loss fails one task."""
 
 
 class _Slot(Slot):
-    """One actor; it is there once its node has room for it."""
+    """One actor, which starts once a node has room for it.
+
+    requested: when it was asked for (``time.monotonic()``). begun: whether its worker has been started.
+    discarded: whether its answers no longer matter. tasks: how many it was given.
+    """
 
     def __init__(self) -> None:
         self.actor: Any = None
         self.node = "a node that is not known yet"
-        self.asked = time.monotonic()
-        self.begun = False
-        self.over = False
-        """Whether nothing is wanted of it any more."""
+        self.requested = time.monotonic()
+        self.begun = self.discarded = False
+        self.tasks = 0
 
     @property
     def ready(self) -> bool:
@@ -143,20 +69,21 @@ class _Slot(Slot):
 class RayEngine(SupervisedEngine[_Slot]):
     """See :mod:`tally.engines.ray.engine`.
 
-    cpus, gpus, memory (bytes), resources: what each worker reserves; one CPU, if nothing is said.
+    Each worker reserves one CPU by default.
 
     The cluster is the one that Ray is connected to in this process, or that Ray's own rules lead to
-    (``RAY_ADDRESS``, ``ray start`` on this machine); without any, a Ray is started for this process.
+    (``RAY_ADDRESS``, ``ray start`` on this machine). If there is none, a Ray is started for this process.
     """
 
     def __init__(
         self,
+        *,
         cpus: float | None = None,
         gpus: float | None = None,
         memory: int | None = None,
         resources: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(cpus=cpus, gpus=gpus, memory=memory, resources=resources)
         self._cpus = 1.0 if cpus is None else cpus
         needs = {"CPU": self._cpus, "GPU": gpus or 0, "memory": memory or 0, **(resources or {})}
         self._needs: dict[str, float] = {name: amount for name, amount in needs.items() if amount}
@@ -180,19 +107,19 @@ class RayEngine(SupervisedEngine[_Slot]):
         self._setup = packed if len(packed) < INLINE_BYTES else self._ray.put(packed)
         self._limits, self._log = limits, log
         self._ending: dict[_Slot, float] = {}
-        self._false_starts, self._not_before = 0, 0.0
-        self._inquired, self._remark = 0.0, None
+        self._failed_starts, self._not_before = 0, 0.0
+        self._asked_why, self._remark = 0.0, None
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._over = threading.Event()
+        self._ended = threading.Event()
         threading.Thread(target=self._make_calls, args=(self._calls,), name="tally-ray-calls", daemon=True).start()
         head = self._ray.get_runtime_context().gcs_address
-        threading.Thread(target=self._look_out, args=(head, self._over), name="tally-ray-head", daemon=True).start()
+        threading.Thread(target=self._watch_head, args=(head, self._ended), name="tally-ray-head", daemon=True).start()
         self._launch(slots)
 
     def default_slots(self) -> int:
         """As many as the cluster's nodes have room for now; at least one."""
         self._connect()
-        return max(1, sum(_fits(node, self._needs) for node in self._nodes()))
+        return max(1, sum(_room(node, self._needs) for node in self._nodes()))
 
     def default_memory(self, slots: int) -> int | None:
         """A worker's part of :data:`~tally.engines.local.MEMORY_SHARE` of the smallest node that has room for one."""
@@ -200,7 +127,7 @@ class RayEngine(SupervisedEngine[_Slot]):
         shares = [
             node["memory"] * MEMORY_SHARE / min(slots, room)
             for node in self._nodes()
-            if node.get("memory") and (room := _fits(node, self._needs))
+            if node.get("memory") and (room := _room(node, self._needs))
         ]
         return int(min(shares)) if shares else None
 
@@ -210,10 +137,10 @@ class RayEngine(SupervisedEngine[_Slot]):
     def stop(self, *, kill: bool = False) -> None:
         if self._thread is not None:
             super().stop(kill=kill)
-            self._over.set()
+            self._ended.set()
             self._calls.put(None)
         if self._ours and self._ray is not None:
-            _leave(self._ray)
+            disconnect(self._ray)
             self._ours = False
         self._ray = None
 
@@ -223,24 +150,12 @@ class RayEngine(SupervisedEngine[_Slot]):
     def _connect(self) -> None:
         if self._ray is not None:
             return
-        require()
-        ray = _import()
-        if _leaving is not None:
-            _leaving.join(LEAVING_SECONDS)
-            if _leaving.is_alive():
-                raise ClusterLostError(
-                    f"Ray does not let go of its former cluster: waited for {LEAVING_SECONDS:g} s",
-                    hint="Start a new process: tally jobs resume JOB",
-                )
-        if not ray.is_initialized():
-            _initialize(ray)
-            self._ours = True
-        self._ray = ray
+        self._ray, self._ours = connect()
 
     # In the supervisor's thread.
 
     def _fit(self) -> None:
-        idle = sorted((slot for slot in self._slots if slot.future is None), key=lambda slot: slot.begun)
+        idle = sorted((slot for slot in self._slots if slot.task is None), key=lambda slot: slot.begun)
         for slot in idle[: max(0, len(self._slots) - self._wanted)]:
             self._remove(slot)
         if time.monotonic() < self._not_before:
@@ -251,38 +166,51 @@ class RayEngine(SupervisedEngine[_Slot]):
             self._calls.put(partial(self._create, slot))
 
     def _remove(self, slot: _Slot, *, kill: bool = False, lost: bool = False) -> None:
-        """End the actor: in order, if it has begun, which then is told by an event."""
+        """End the actor: one that has begun may clean up first, and an event tells when it has."""
         self._slots.remove(slot)
-        slot.over = True
+        slot.discarded = True
         if slot.begun and not lost:
             self._ending[slot] = time.monotonic() + ENDING_SECONDS
             self._call("ended", slot, "end", kill)
         else:
             self._calls.put(partial(self._destroy, slot))
 
-    def _give(self, slot: _Slot, task: bytes) -> None:
-        self._call("answer", slot, "run", task)
+    def _give(self, slot: _Slot, task: Task) -> None:
+        slot.tasks += 1
+        backlog = None if task.reports is None else task.reports.backlog
+        self._call("news", slot, "run", slot.tasks, task.packed, task.reports is not None, backlog)
+
+    def _ask_to_stop(self, slot: _Slot) -> None:
+        self._call("asked", slot, "stop", slot.tasks, slot.stop_seconds)
+
+    def _grace(self) -> float:
+        return ENDING_SECONDS  # the node kills its worker itself, if it can
+
+    def _kill(self, slot: _Slot) -> None:
+        if (task := slot.vacate()) is not None:
+            task.future.set_exception(slot.stopped())
+        self._remove(slot, lost=True)
 
     def _handle(self, event: tuple[Any, ...]) -> None:
         match event:
-            case ("facts", slot, outcome) if not slot.over:
+            case ("facts", slot, outcome) if not slot.discarded:
                 if (error := outcome.exception()) is None:
                     self._check(outcome.result())
                     slot.node = outcome.result()["node"]
                     self._call("begun", slot, "begin", self._setup, self._limits.memory, self._threads, bool(self._log))
                 else:
-                    self._missed(slot, error)
-            case ("begun", slot, outcome) if not slot.over:
+                    self._lost_at_start(slot, error)
+            case ("begun", slot, outcome) if not slot.discarded:
                 if (error := outcome.exception()) is None:
-                    slot.begun, self._false_starts = True, 0
+                    slot.begun, self._failed_starts = True, 0
                 else:
-                    self._missed(slot, error)
-            case ("answer", slot, outcome):
+                    self._lost_at_start(slot, error)
+            case ("news", slot, outcome):
                 self._settle(slot, outcome)
             case ("ended", slot, outcome):
                 if self._ending.pop(slot, None) is not None:
                     if outcome.exception() is None:
-                        self._note(outcome.result())
+                        self._append_to_log(outcome.result())
                     self._calls.put(partial(self._destroy, slot))
             case ("remark", text):
                 self._remark = text
@@ -293,39 +221,45 @@ class RayEngine(SupervisedEngine[_Slot]):
     def _threads(self) -> int:
         return max(1, int(self._cpus))
 
-    def _settle(self, slot: _Slot, outcome: Future[_Answer]) -> None:
-        future, slot.future = slot.future, None
+    def _settle(self, slot: _Slot, outcome: Future[News]) -> None:
         if (error := outcome.exception()) is not None:
-            if future is not None:
-                future.set_exception(self._explain(slot, error))
-            if not slot.over:
+            if (task := slot.vacate()) is not None:
+                task.future.set_exception(self._explain(slot, error))
+            if not slot.discarded:
                 self._remove(slot, lost=True)
             return
-        ok, data, text, said = outcome.result()
-        self._note(said)
-        if future is None:
+        reports, answer = outcome.result()
+        if slot.task is not None:
+            slot.task.receive(reports)
+        if answer is None:
+            if slot.task is not None:
+                self._call("news", slot, "more")
+            return
+        ok, data, text, output = answer
+        self._append_to_log(output)
+        if (task := slot.vacate()) is None:
             return
         if text is not None:
-            slot.deliver(future, ok, data, text)
+            task.deliver(task.future, ok, data, text)
         else:
-            future.set_exception(pickle.loads(data))  # noqa: S301 - an error of ours, of the engine on the node
+            task.future.set_exception(pickle.loads(data))  # noqa: S301 - from the engine on the node
 
-    def _missed(self, slot: _Slot, error: BaseException) -> None:
-        """A worker was lost before it could be given a task: no task's fault, unless it goes on like that."""
-        self._refuse(error)
+    def _lost_at_start(self, slot: _Slot, error: BaseException) -> None:
+        """A worker was lost before it could be given a task: no task's fault, unless it keeps happening."""
+        self._raise_if_permanent(error)
         self._remove(slot, lost=True)
-        self._false_starts += 1
-        if self._false_starts >= FALSE_STARTS:
+        self._failed_starts += 1
+        if self._failed_starts >= FAILED_STARTS:
             self._not_before = time.monotonic() + 1
             while self._waiting:
-                future, *_ = self._waiting.popleft()
+                future = self._waiting.popleft().future
                 if future.set_running_or_notify_cancel():
                     future.set_exception(self._explain(slot, error))
                     break
 
     def _check(self, facts: Mapping[str, str]) -> None:
         """Raises TallyError if the node has other versions than this process."""
-        here = _versions()
+        here = versions()
         other = [f"{name} {facts[name]} there, {here[name]} here" for name in here if facts[name] != here[name]]
         if other:
             raise TallyError(
@@ -333,18 +267,18 @@ class RayEngine(SupervisedEngine[_Slot]):
                 hint="Every node of the cluster needs the same image, or the same packages as where the job starts.",
             )
 
-    def _refuse(self, error: BaseException) -> None:
-        """Raises TallyError for what no other worker would do better."""
+    def _raise_if_permanent(self, error: BaseException) -> None:
+        """Raises TallyError for a failure that every other worker would have too."""
         text = str(error)
         if getattr(error, "actor_init_failed", False) or "No module named" in text:
             reasons = [line.strip() for line in text.splitlines() if "Error: " in line]
             raise TallyError(
-                f"a node of the cluster cannot start a worker of Tally: {reasons[-1] if reasons else _told(error)}",
+                f"a node of the cluster cannot start a worker of Tally: {reasons[-1] if reasons else _one_line(error)}",
                 hint="Every node needs the coordinator's version: "
-                f"pip install 'tally-scoring[ray]=={_versions()['Tally']}'",
+                f"pip install 'tally-scoring[ray]=={versions()['Tally']}'",
             )
         if type(error).__name__ in ("RuntimeEnvSetupError", "ActorUnschedulableError"):
-            raise TallyError(f"the cluster cannot start a worker: {_told(error)}")
+            raise TallyError(f"the cluster cannot start a worker: {_one_line(error)}")
 
     def _explain(self, slot: _Slot, error: BaseException) -> WorkerError:
         name = type(error).__name__
@@ -357,39 +291,38 @@ class RayEngine(SupervisedEngine[_Slot]):
             return WorkerCrashedError(f"the node {slot.node} was lost, and the worker with it")
         if name == "ActorUnavailableError":
             return WorkerCrashedError(f"the worker on the node {slot.node} can no longer be reached")
-        return WorkerCrashedError(f"the worker on the node {slot.node} was lost: {_told(error)}")
+        return WorkerCrashedError(f"the worker on the node {slot.node} was lost: {_one_line(error)}")
 
     def _watch(self) -> None:
         now = time.monotonic()
-        for slot in [slot for slot, until in self._ending.items() if now > until]:
+        for slot in [slot for slot, deadline in self._ending.items() if now > deadline]:
             del self._ending[slot]
             self._calls.put(partial(self._destroy, slot))
-        late = sum(not slot.begun and now - slot.asked > ROOM_SECONDS for slot in self._slots)
+        late = sum(not slot.begun and now - slot.requested > START_SECONDS for slot in self._slots)
         if not late:
             self._remark = None
-        elif now - self._inquired > ROOM_SECONDS:
-            self._inquired = now
-            self._calls.put(partial(self._inquire, late, len(self._slots)))
+        elif now - self._asked_why > START_SECONDS:
+            self._asked_why = now
+            self._calls.put(partial(self._explain_delay, late, len(self._slots)))
 
-    def _note(self, said: bytes) -> None:
-        if said and self._log is not None:
+    def _append_to_log(self, output: bytes) -> None:
+        if output and self._log is not None:
             with suppress(OSError), self._log.open("ab") as file:
-                file.write(said)
+                file.write(output)
 
     def _end(self, *, kill: bool) -> None:
         for slot in list(self._slots):
-            if slot.future is not None:
-                slot.future.set_exception(WorkerCrashedError("the engine was stopped"))
-                slot.future = None
+            if (task := slot.vacate()) is not None:
+                task.future.set_exception(WorkerCrashedError("the engine was stopped"))
             self._remove(slot, kill=kill)
         done = threading.Event()
-        deadline = time.monotonic() + ENDING_SECONDS  # without a head too: workers answer for themselves
+        deadline = time.monotonic() + ENDING_SECONDS  # workers answer without a head, too
         while self._ending and time.monotonic() < deadline:
             with suppress(queue.Empty):
                 match self._events.get(timeout=max(0, deadline - time.monotonic())):
-                    case ("submit", future, *_):
-                        future.cancel()
-                    case ("ended" | "answer", *_) as event:
+                    case ("submit", submitted):
+                        submitted.future.cancel()
+                    case ("ended" | "news", *_) as event:
                         self._handle(event)
         for slot in self._ending:
             self._calls.put(partial(self._destroy, slot))
@@ -397,7 +330,7 @@ class RayEngine(SupervisedEngine[_Slot]):
         done.wait(max(0, deadline - time.monotonic()))
 
     def _call(self, event: str, slot: _Slot, method: str, *arguments: Any) -> None:
-        """Call the actor; the answer, or what became of it, is told by an event of that name."""
+        """Call the actor; an event of that name brings its answer or failure."""
         self._calls.put(partial(self._invoke, event, slot, method, arguments))
 
     # In the caller's thread.
@@ -410,7 +343,7 @@ class RayEngine(SupervisedEngine[_Slot]):
                 logging.getLogger(__name__).debug("a call into Ray failed", exc_info=error)
 
     def _create(self, slot: _Slot) -> None:
-        if slot.over:
+        if slot.discarded:
             return
         needs = dict(self._needs)
         options = {
@@ -420,12 +353,12 @@ class RayEngine(SupervisedEngine[_Slot]):
             "resources": needs,
             "max_restarts": 0,
             "max_task_retries": 0,
-            "max_concurrency": 2,
+            "max_concurrency": 3,
         }
         try:
-            slot.actor = self._ray.remote(_Host).options(**options).remote()
+            slot.actor = self._ray.remote(Host).options(**options).remote()
         except Exception as error:
-            self._tell("facts", slot, _failed(error))
+            self._post("facts", slot, _failed_with(error))
         else:
             self._invoke("facts", slot, "facts", ())
 
@@ -433,10 +366,10 @@ class RayEngine(SupervisedEngine[_Slot]):
         try:
             outcome = getattr(slot.actor, method).remote(*arguments).future()
         except Exception as error:
-            outcome = _failed(error)
-        outcome.add_done_callback(partial(self._tell, event, slot))
+            outcome = _failed_with(error)
+        outcome.add_done_callback(partial(self._post, event, slot))
 
-    def _tell(self, event: str, slot: _Slot, outcome: Future[Any]) -> None:
+    def _post(self, event: str, slot: _Slot, outcome: Future[Any]) -> None:
         self._events.put((event, slot, outcome))
 
     def _destroy(self, slot: _Slot) -> None:
@@ -444,25 +377,25 @@ class RayEngine(SupervisedEngine[_Slot]):
             self._ray.kill(slot.actor)
             slot.actor = None
 
-    def _inquire(self, late: int, slots: int) -> None:
+    def _explain_delay(self, late: int, slots: int) -> None:
         free, total = self._ray.available_resources(), self._ray.cluster_resources()
         nodes = self._ray._private.state.available_resources_per_node()
         text = None
-        if not any(_fits(node, self._needs) for node in nodes.values()):  # else it is only starting
+        if not any(_room(node, self._needs) for node in nodes.values()):  # otherwise it is only starting
             text = (
                 f"{late} of {slots} workers have not started: each needs {_amounts(self._needs, self._needs)}; "
                 f"the cluster has {_amounts(total, self._needs)}, of which {_amounts(free, self._needs)} are free"
             )
         self._events.put(("remark", text))
 
-    # In the lookout's thread.
+    # In the monitor's thread.
 
-    def _look_out(self, head: str, over: threading.Event) -> None:
+    def _watch_head(self, head: str, ended: threading.Event) -> None:
         host, _, port = head.rpartition(":")
         seen = time.monotonic()
-        while not over.wait(KNOCK_SECONDS):
+        while not ended.wait(HEAD_CHECK_SECONDS):
             try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+                socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_CHECK_SECONDS).close()
                 seen = time.monotonic()
             except OSError as error:
                 if time.monotonic() - seen > LOST_SECONDS:
@@ -474,74 +407,8 @@ class RayEngine(SupervisedEngine[_Slot]):
                     return
 
 
-def _import() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    return ray
-
-
-def _initialize(ray: Any) -> None:
-    """Connect to the cluster that Ray's rules lead to, or start one. Leaves logging and signals as they are."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    if "://" in address:
-        raise TallyError(
-            f"RAY_ADDRESS={mask(address)} cannot be used by a process that has workers of its own",
-            hint="Let the cluster run the job: tally score ... --engine ray --address http://HEAD:8265",
-        )
-    quiet: dict[str, Any] = {
-        "log_to_driver": False,
-        "configure_logging": False,
-        "include_dashboard": False,
-    }
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    # Of a Ray that is started here: its workers are as much worth to the machine as a local engine's.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM) if main else None
-    try:
-        try:
-            ray.init(object_store_memory=STORE_BYTES, **quiet)
-        except ValueError as error:
-            if "existing cluster" not in str(error):
-                raise
-            ray.init(**quiet)
-    except ConnectionError as error:
-        raise ClusterLostError(
-            f"the Ray cluster {mask(address) or 'of this machine'} does not answer: {error}",
-            hint="Is its head running? Without RAY_ADDRESS, and after 'ray stop', a Ray is started for the job.",
-        ) from error
-    except RuntimeError as error:
-        if "ersion mismatch" not in str(error):
-            raise TallyError(f"Ray cannot be started: {error}") from error
-        raise TallyError(
-            f"this process and the Ray cluster have different versions: {error}",
-            hint="Install the cluster's versions of Python and Ray where the job is started.",
-        ) from error
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-    # Ray prints what its daemons complain of (a lost node, say) to standard output, whatever it is told.
-    ray._private.worker.print_to_stdstream = _overhear
-
-
-def _leave(ray: Any) -> None:
-    """Disconnect, and end the Ray that was started here. Without its head that may take a minute: not waited for."""
-    global _leaving
-    _leaving = threading.Thread(target=ray.shutdown, name="tally-ray-end", daemon=True)
-    _leaving.start()
-    _leaving.join(ENDING_SECONDS)
-
-
-_leaving: threading.Thread | None = None
-
-
-def _overhear(data: Mapping[str, Any], *args: Any, **options: Any) -> None:
-    logging.getLogger(__name__).debug("Ray: %s", "\n".join(data.get("lines", ())))
-
-
-def _fits(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
-    """How many workers have room there; those that need nothing count as one for each CPU."""
+def _room(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    """How many workers the node has room for; if they need nothing, one for each CPU."""
     needs = needs or {"CPU": 1.0}
     return int(min(node.get(name, 0) / amount + 1e-6 for name, amount in needs.items()))
 
@@ -554,8 +421,8 @@ def _amounts(found: Mapping[str, float], names: Mapping[str, float]) -> str:
     return ", ".join(map(amount, names)) or "nothing"
 
 
-def _told(error: BaseException) -> str:
-    """What Ray says of an error, in one line."""
+def _one_line(error: BaseException) -> str:
+    """Ray's description of an error, in one line."""
     facts = ("class_name:", "actor_id:", "pid:", "namespace:", "ip:")
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith(facts)]
@@ -563,7 +430,7 @@ def _told(error: BaseException) -> str:
     return text if len(text) <= 400 else f"{text[:400]}…"
 
 
-def _failed(error: BaseException) -> Future[Any]:
+def _failed_with(error: BaseException) -> Future[Any]:
     outcome: Future[Any] = Future()
     outcome.set_exception(error)
     return outcome

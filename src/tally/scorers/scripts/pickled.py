@@ -1,11 +1,9 @@
-"""Scorers that are live objects or classes of the calling program: workers get them in their pickled form."""
+"""Scorers that are objects or classes of the calling program, pickled for the workers."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +13,13 @@ import cloudpickle
 from tally.config import settings
 from tally.errors import ModelLoadError, SpecError, StorageError
 from tally.scorers.base import Scorer
+from tally.storage.publish import write_whole
 
 PICKLED = "scorer.pkl"
 
 
 def store(model: object, name: str) -> Path:
-    """A folder of this user that holds a Scorer, object or class, in ``PICKLED``: for the same model the same one.
+    """A folder of this user that holds a Scorer, object or class, in ``PICKLED``. The same model has the same folder.
 
     Raises SpecError for what cannot be pickled, StorageError.
     """
@@ -31,7 +30,7 @@ def store(model: object, name: str) -> Path:
 
 
 def load(path: Path, name: str, options: Mapping[str, Any]) -> Scorer:
-    """The object; of a class, one made with these options. It is not checked here whose pickle this is.
+    """The object, or one that a pickled class makes with these options. The caller checks the file's content before.
 
     Raises ModelLoadError.
     """
@@ -40,7 +39,7 @@ def load(path: Path, name: str, options: Mapping[str, Any]) -> Scorer:
         return cast("Scorer", found(**options) if isinstance(found, type) else found)
     except Exception as error:
         raise ModelLoadError(
-            f"{name} cannot be brought back: {type(error).__name__}: {error}",
+            f"{name} cannot be unpickled: {type(error).__name__}: {error}",
             hint="The modules that it uses must be importable in the workers too.",
         ) from error
 
@@ -66,15 +65,12 @@ def _pickled(model: object, name: str) -> bytes:
 
 
 def _write_private(path: Path, content: bytes) -> None:
-    """Write a file that only this user can read, whole or not at all."""
+    """Write a file that only this user can read, unless it is there."""
     if path.is_file():
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # mode 0600
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(temporary).replace(path)
+        write_whole(path, content, private=True)
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror}",

@@ -11,27 +11,27 @@ import pytest
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from tally.engines import progress
+from tally.engines import watchdog
 
-board, trace, word = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-progress.create(board)
-progress.attach(board, trace)
-progress.waiting()  # before anything is limited
-progress.busy(3, 5, limit=1.0)
+note, trace, word = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+watchdog.create(note)
+watchdog.attach(note, trace)
+watchdog.reset()  # before anything is limited
+watchdog.busy(3, 5, limit=1.0)
 for _ in range(8):
     time.sleep(0.4)
     if word == "patient":
-        progress.waiting()
-progress.idle()
+        watchdog.reset()
+watchdog.idle()
 print("done")
 """
 
 
 @pytest.mark.parametrize("word", ["patient", "hung"])
-def test_who_waits_for_what_is_at_work_is_not_hung(tmp_path: Path, word: str) -> None:
-    board, trace = tmp_path / "board", tmp_path / "trace"
+def test_a_worker_that_resets_its_clock_is_not_hung(tmp_path: Path, word: str) -> None:
+    note, trace = tmp_path / "note", tmp_path / "trace"
     ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(board), str(trace), word], capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT, str(note), str(trace), word], capture_output=True, text=True, check=False
     )
     if word == "patient":
         assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
