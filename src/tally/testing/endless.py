@@ -205,15 +205,17 @@ class MemoryQueueSource(Source):
 
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
         """See :meth:`Source.plan`. The cursor says nothing: the broker knows what is left."""
+        bound: ChunkLimit | None = None
         while not self._closed.is_set():
-            fresh = self._receive(limit().items)
+            bound = bound or limit()
+            fresh = self._receive(bound.items)
             if not fresh:
                 self._closed.wait(POLL_SECONDS)
                 continue
             keys = [each.key for each in fresh]
             bodies = [base64.b64encode(each.body).decode() for each in fresh]
             yield Chunk(first, len(fresh), {"keys": keys, "bodies": bodies}, json.dumps(first + len(fresh)))
-            first += len(fresh)
+            first, bound = first + len(fresh), None
 
     def _receive(self, most: int) -> list[Delivery]:
         """What is new of the messages that are there, at most so many."""

@@ -218,6 +218,8 @@ class Planning:
 
     def __init__(self, source: Source, items: int = 3) -> None:
         self.source = source
+        self.asked = 0
+        """How often the limit of a chunk was asked for."""
         self._items = items
         self._chunks: queue.Queue[Any] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -225,10 +227,14 @@ class Planning:
 
     def _run(self) -> None:
         try:
-            for chunk in self.source.plan(None, 0, lambda: ChunkLimit(self._items, 1 << 40)):
+            for chunk in self.source.plan(None, 0, self._limit):
                 self._chunks.put(chunk)
         except BaseException as error:
             self._chunks.put(error)
+
+    def _limit(self) -> ChunkLimit:
+        self.asked += 1
+        return ChunkLimit(self._items, 1 << 40)
 
     def items(self, count: int) -> list[Chunk]:
         """The next chunks, of so many items together; waits for them."""
@@ -303,6 +309,15 @@ class EndlessSourceContract:
         assert [chunk.first for chunk in chunks] == [
             sum(each.count for each in chunks[:at]) for at in range(len(chunks))
         ]
+
+    def test_the_limit_is_asked_once_for_each_chunk(self, planning: Any, send: Any) -> None:
+        planned = planning()
+        chunks = []
+        for key in ("a", "b", "c"):
+            send([key])
+            chunks += planned.items(1)
+        planned.close()
+        assert len(chunks) <= planned.asked <= len(chunks) + 1
 
     def test_closing_ends_the_planning(self, planning: Any, send: Any) -> None:
         idle = planning()
