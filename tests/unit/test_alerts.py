@@ -905,6 +905,40 @@ def test_a_real_job_that_nobody_judged_is_sent_by_hand(
     record = Job(str(tmp_path / "out")).record
     store.respec(record.id, {**record.spec, "alerts": ["anomalies >= 1"], "webhook": receiver.url})
     assert unevaluated(store.engine) == [record.id]
+    (tmp_path / "odd.py").unlink()  # the job's row and its results are all that is needed
     sent = cli("jobs", "alerts", tmp_path / "out", "--send")
     assert (sent.code, sent.out.partition(" 20")[0]) == (0, "anomalies >= 1: delivered")
     assert json.loads(receiver.got[0][1])["data"]["value"] == 1
+
+
+def test_the_loop_of_schedules_opens_no_model(
+    store: JobStore, run: Callable[..., Any], receiver: Receiver, tmp_path: Path
+) -> None:
+    assert run([b"odd", b"even"]).code == 0
+    record = Job(str(tmp_path / "out")).record
+    store.respec(record.id, {**record.spec, "alerts": ["anomalies >= 1"], "webhook": receiver.url})
+    (tmp_path / "odd.py").write_text("raise SystemExit('imported')")
+    program = (
+        "import sys, threading\n"
+        "from tally.config import settings\n"
+        "from tally.database.connect import connect\n"
+        "from tally.triggers.loop import Loop\n"
+        "from tally.triggers.store import ScheduleStore\n"
+        "loop = Loop(ScheduleStore(connect(settings().database)))\n"
+        "thread = threading.Thread(target=loop.run, kwargs={'forever': True})\n"
+        "thread.start()\n"
+        "sys.stdin.read()\n"
+        "loop.stop()\n"
+        "thread.join()\n"
+        "print(*sorted(sys.modules))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert receiver.arrived.acquire(timeout=DEADLINE)
+        modules = process.communicate(timeout=DEADLINE)[0].split()
+    assert process.returncode == 0
+    assert json.loads(receiver.got[0][1])["data"]["value"] == 1
+    assert "tally.sinks.rows" in modules  # the results were looked at
+    scoring = ("tally.models.", "tally.jobs.run", "tally.jobs.assemble", "tally.scorers.")
+    assert [name for name in modules if name.startswith(scoring)] == ["tally.scorers.base"]

@@ -30,6 +30,7 @@ from tally.jobs.facade import Jobs
 from tally.jobs.signals import stop_on_signals
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord
+from tally.text import error_line
 from tally.triggers.store import LEASE_SECONDS, Run, ScheduleStore
 from tally.triggers.template import fill
 
@@ -53,7 +54,7 @@ def drive(jobs: Jobs, run_id: int, token: str) -> Run:
         except Exception as error:
             if not isinstance(error, TallyError):
                 log.exception("run %d of schedule %s", run_id, run.schedule)
-            text = str(error) if isinstance(error, TallyError) else f"{type(error).__name__}: {error}"
+            text = str(error) if isinstance(error, TallyError) else error_line(error)
             for_good = isinstance(error, _FOR_GOOD)
             patiently(lambda: store.fail(run_id, token, text, for_good=for_good))
         else:
