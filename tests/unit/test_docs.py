@@ -36,7 +36,7 @@ from tally.scorers.vision.preprocess import Preprocess
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
-EXPORTS = ["Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "score"]
+EXPORTS = ["Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "jobs", "score"]
 
 _BLOCK = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
