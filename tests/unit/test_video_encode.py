@@ -16,7 +16,7 @@ from tests.videos import number_in, picture
 from tally.errors import ItemError, SpecError
 from tally.media.video.colour import matrix_for, range_for
 from tally.media.video.encode import DEFAULTS, FORMATS, Encoder, Encoding, check, decoding_times, encoders
-from tally.media.video.facts import Colour, Video
+from tally.media.video.metadata import Colour, Video
 
 FACTS = Video(
     "clip.mp4", "", "clip.mp4", 0, 0, "h264", Fraction(1, 25), 0, Fraction(25), 96, 64, (), Fraction(1), Colour(), 20

@@ -14,7 +14,7 @@ from tally.alerts.rules import Rule
 from tally.database.clock import now
 from tally.database.tables import alerts, jobs
 from tally.errors import SourceNotFoundError, SpecError, TallyError
-from tally.text import storable
+from tally.text import error_line, storable
 
 
 def check(alert_rules: Sequence[str], hook: str | None, columns: Collection[str] | None) -> None:
@@ -81,7 +81,7 @@ def _outcome(rule: Rule, job: AlertedJob, error: BaseException | None) -> dict[s
     try:
         value = _measure(rule.name, job, error)
     except Exception as problem:  # whatever it is, the job's results are there, and it has ended as it has
-        reason = problem.message if isinstance(problem, TallyError) else f"{type(problem).__name__}: {problem}"
+        reason = problem.message if isinstance(problem, TallyError) else error_line(problem)
         return {"value": None, "state": "failed", "error": storable(reason)}
     holds = value is not None and rule.holds(value)
     return {"value": value, "state": "pending" if holds else "quiet", "error": None}

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tally.alerts import delivery
+from tally.alerts.alert import Alert, alerts_of, resend
+from tally.alerts.delivery import PATIENCE, deliver
+from tally.alerts.evaluation import evaluate
 from tally.config import settings
 from tally.database.connect import connect
 from tally.database.waiting import Patience
@@ -174,18 +176,17 @@ class Jobs:
 
     # -- alerts --------------------------------------------------------------------------------------
 
-    def alerts(self, job: str) -> list[delivery.Alert]:
+    def alerts(self, job: str) -> list[Alert]:
         """The rules of a job that has ended, what was measured, and whether the webhook was told."""
-        return delivery.of(self.store, self.get(job).id)
+        return alerts_of(self.store.engine, self.get(job).id)
 
-    def send_alerts(self, job: str) -> list[delivery.Alert]:
+    def send_alerts(self, job: str) -> list[Alert]:
         """Send those that are not delivered, also those that were given up; then as :meth:`alerts`."""
-        record = self.get(job)
-        if record.spec.get("alerts"):
-            delivery.evaluate(self.store, record, tidy.sink_of(record))  # its coordinator may have been killed before
-        delivery.reopen(self.store, record.id)
-        delivery.deliver(self.store, job_id=record.id, patience=delivery.PATIENCE)
-        return self.alerts(record.id)
+        engine, job_id = self.store.engine, self.get(job).id
+        evaluate(engine, job_id)  # its coordinator may have been killed before it did
+        resend(engine, job_id)
+        deliver(engine, job_id=job_id, patience=PATIENCE)
+        return alerts_of(engine, job_id)
 
     # -- looking -----------------------------------------------------------------------------------
 

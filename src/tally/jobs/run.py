@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import tally
-from tally.alerts import delivery
+from tally.alerts.delivery import conclude
 from tally.config import settings
 from tally.database.lease import new_token
 from tally.database.waiting import Patience
@@ -100,11 +100,10 @@ def drive(
         coordinator.run()
     except Exception as error:
         with suppress(DatabaseAwayError):
-            delivery.conclude(store, store.get(record.id), parts.sink, error=error, say=events.note)
+            conclude(store.engine, record.id, error=error, say=events.note)
         raise
-    ended = patience(lambda: store.get(record.id))
-    patience(lambda: delivery.conclude(store, ended, parts.sink, say=events.note))
-    return ended
+    patience(lambda: conclude(store.engine, record.id, say=events.note))
+    return patience(lambda: store.get(record.id))
 
 
 def _reopen(store: JobStore, lease: Lease, record: JobRecord, parts: Parts, patience: Patience, nonce: str) -> None:

@@ -31,7 +31,6 @@ from tally.models.hashing import content_files, content_hash
 from tally.models.labels import read_labels
 from tally.models.mirror import fetched
 from tally.models.reference import ModelRef
-from tally.models.resolve import resolve
 from tally.text import did_you_mean
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
@@ -139,21 +138,21 @@ class Registry:
     def add(
         self,
         name: str,
-        model: ModelRef | str | Path,
+        model: ModelRef,
         *,
         alias: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> ModelVersion:
         """Copy a model into the registry as the next version of ``name``.
 
-        model: a path or a registry name, as :func:`tally.models.resolve.resolve` takes it, or its result.
+        model: from :func:`tally.models.resolve.resolve`.
         metadata: anything JSON can hold; ``metrics`` in it is shown by ``tally models show``.
         Content that ``name`` already has is not added again: that version is returned, with ``existed``.
         """
         _check_name("name", name)
         if alias is not None:
             _check_alias(alias)
-        ref = fetched(model if isinstance(model, ModelRef) else resolve(model))
+        ref = fetched(model)
         digest, size = self._store(ref)
         facts = {**(metadata or {}), _ADDED_ON: platform.node()}
         version, existed = self._insert(name, digest, ref.kind, size, facts)

@@ -29,8 +29,8 @@ from tally.errors import (
     StorageError,
 )
 from tally.media.images import decode, suffixes
-from tally.training.drawn import Pixels, draw
 from tally.training.style_network import SMALLEST_STYLE, initial, restyle, to_onnx
+from tally.training.synthetic_images import Pixels, draw
 
 BATCH = 3
 """Pictures in one step."""

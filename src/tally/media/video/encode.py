@@ -19,8 +19,8 @@ import numpy as np
 
 from tally.errors import ItemError, SpecError
 from tally.media.video.colour import matrix_for, range_for
-from tally.media.video.container import plain
-from tally.media.video.facts import Colour, Video
+from tally.media.video.container import error_text
+from tally.media.video.metadata import Colour, Video
 from tally.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _trial(codec: str) -> str | None:
     except ItemError as error:
         return error.message
     except (av.FFmpegError, ValueError) as error:
-        return plain(error)
+        return error_text(error)
     return None
 
 
@@ -297,7 +297,7 @@ class Encoder:
 
     def _refused(self, width: int, height: int, error: Exception) -> ItemError:
         return ItemError(
-            f"{self._encoding.codec} cannot encode pictures of {width}x{height}: {plain(error)}",
+            f"{self._encoding.codec} cannot encode pictures of {width}x{height}: {error_text(error)}",
             stage="write",
             hint="Choose another encoder with --codec, or another size.",
         )

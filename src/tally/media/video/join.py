@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tally.errors import ItemError, JobError, StorageAwayError, StorageError
-from tally.media.video.container import Input, open_video, plain
+from tally.media.video.container import Input, error_text, open_video
 from tally.media.video.encode import FORMATS, decoding_times, delay
-from tally.media.video.facts import Video
+from tally.media.video.metadata import Video
 from tally.media.video.tracks import Timed, Track, describe_stream, tracks
 from tally.storage import key_of, open_store
 
@@ -98,7 +98,7 @@ def _open(segment: Segment) -> InputContainer:
     try:
         return av.open(str(segment.path), options=options)
     except (av.FFmpegError, ValueError) as error:
-        raise StorageError(f"cannot read {segment.path}: {plain(error)}") from None
+        raise StorageError(f"cannot read {segment.path}: {error_text(error)}") from None
 
 
 def _demux(container: InputContainer) -> Iterator[Packet[Any]]:
@@ -285,6 +285,6 @@ def _packets(source: Input | None, others: Sequence[Track], notes: list[str], *,
             raise
         notes.append(f"subtitles end where the source could not be read any more ({error.message})")
     except (av.FFmpegError, OSError) as error:
-        notes.append(f"the file is damaged: sound and subtitles end where reading failed ({plain(error)})")
+        notes.append(f"the file is damaged: sound and subtitles end where reading failed ({error_text(error)})")
     for track in others:
         yield from track.end()

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tally.errors import ItemError, StorageAwayError, StorageError, TallyError
-from tally.media.video.container import Input, open_video, plain, video_stream
-from tally.media.video.facts import Colour, Video, pack, unpack
+from tally.media.video.container import Input, error_text, open_video, video_stream
+from tally.media.video.metadata import Colour, Video, pack, unpack
 from tally.storage import open_store
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _demux(opened: Input, stream: VideoStream) -> tuple[list[_Packet], VideoFram
     except StorageError:
         raise
     except (av.FFmpegError, OSError) as error:
-        problem = f"reading it failed after {position:,} video packets: {plain(error)}"
+        problem = f"reading it failed after {position:,} video packets: {error_text(error)}"
     if picture is None and position:
         try:
             picture = next(iter(stream.codec_context.decode(None)), None)

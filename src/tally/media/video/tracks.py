@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tally.media.video.container import plain
+from tally.media.video.container import error_text
 from tally.media.video.encode import FORMATS
-from tally.media.video.facts import Video
+from tally.media.video.metadata import Video
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
@@ -187,7 +187,7 @@ class Converted(Track):
             frames = packet.decode()
         except (av.FFmpegError, ValueError) as error:
             if not self._failed:
-                self._notes.append(f"audio stream {self.source.index} is damaged: {plain(error)}")
+                self._notes.append(f"audio stream {self.source.index} is damaged: {error_text(error)}")
             self._failed = True
             return
         for frame in frames:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -11,6 +10,7 @@ import sqlalchemy as sa
 from tally.alerts import rules
 from tally.database.clock import now
 from tally.database.tables import alerts
+from tally.text import local_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class Alert:
                 f"{self.rule}: quiet{value}" if self.value is not None else f"{self.rule}: not measured, the job failed"
             )
         if self.state == "delivered":
-            return f"{self.rule}: delivered {_when(self.delivered_at)}{value}"
+            return f"{self.rule}: delivered {local_time(self.delivered_at)}{value}"
         if self.attempts == 0:
             outcome = "to be sent" if self.state == "pending" else f"cannot be judged: {self.error}"
             return f"{self.rule}: {outcome}{value}"
         tries = f"{self.attempts} tries, the last: {self.error}" if self.attempts > 1 else str(self.error)
-        outcome = f"again after {_when(self.next_at)}" if self.state == "pending" else "given up"
+        outcome = f"again after {local_time(self.next_at)}" if self.state == "pending" else "given up"
         return f"{self.rule}: not delivered, {outcome}; {tries}{value}"
 
     def measured(self) -> str:
@@ -65,9 +65,9 @@ class Alert:
         return f" ({rules.shown(rules.parse(self.rule), self.value)})"
 
 
-def of(engine: sa.Engine, job_id: str) -> list[Alert]:
+def alerts_of(engine: sa.Engine, job_id: str) -> list[Alert]:
     """A job's alerts: of each generation, in the order of the rules."""
-    query = select().where(alerts.c.job_id == job_id).order_by(alerts.c.generation, alerts.c.position)
+    query = select_alerts().where(alerts.c.job_id == job_id).order_by(alerts.c.generation, alerts.c.position)
     with engine.connect().execution_options(reading=True) as connection:
         return [Alert(**row) for row in connection.execute(query).mappings()]
 
@@ -84,11 +84,6 @@ def resend(engine: sa.Engine, job_id: str) -> int:
     return changed.rowcount
 
 
-def select() -> sa.Select[Any]:
+def select_alerts() -> sa.Select[Any]:
     """The columns of an :class:`Alert`."""
     return sa.select(*(alerts.c[field.name] for field in fields(Alert)))
-
-
-def _when(seconds: float | None) -> str:
-    assert seconds is not None
-    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
