@@ -30,7 +30,7 @@ from tally.jobs.spec import JobSpec
 from tally.models.package import Package
 from tally.scorers.base import Scorer
 from tally.scorers.onnx.options import OnnxOptions
-from tally.scorers.scripts.kinds import ScriptOptions
+from tally.scorers.scripts.options import ScriptOptions
 from tally.scorers.vision.preprocess import Preprocess
 
 REPOSITORY = Path(__file__).resolve().parents[2]
