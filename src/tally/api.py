@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from tally.errors import JobStateError
 from tally.jobs.facade import Jobs
+from tally.jobs.prestart import prestarted
 from tally.jobs.spec import make
 from tally.jobs.store import JobRecord
 from tally.scorers.base import Scorer
@@ -125,9 +126,10 @@ def score(
         out=str(out),
         **fields,
     )
-    all_jobs = Jobs()
-    record = all_jobs.submit(spec, model=live, resume=resume, overwrite=overwrite)
-    record = terminal.run(all_jobs, record.id, quiet=quiet)
+    with prestarted(spec) as prepared:
+        all_jobs = Jobs()
+        record = all_jobs.submit(spec, model=live, resume=resume, overwrite=overwrite)
+        record = terminal.run(all_jobs, record.id, quiet=quiet, engine=prepared)
     if record.state == "interrupted":
         raise KeyboardInterrupt(f"job {record.id} was interrupted; the same call with resume=True goes on")
     return Job(record.id)

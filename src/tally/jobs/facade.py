@@ -29,6 +29,7 @@ from tally.sinks.base import Output, Sink
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from tally.engines.base import Engine
     from tally.jobs.assemble import Parts
     from tally.scorers.base import Scorer
 
@@ -73,12 +74,14 @@ class Jobs:
         *,
         events: Events | None = None,
         stop: Stop | None = None,
+        engine: Engine | None = None,
         retry_dead: bool = False,
         in_this_process: bool = False,
     ) -> JobRecord:
         """Drive the job until it is finished or stopped, here or in the cluster that its spec names.
 
-        Returns it as it then is. retry_dead: replay its dead items.
+        Returns it as it then is. retry_dead: replay its dead items. engine: one that is prepared for a job of this
+        process; see :mod:`tally.jobs.prestart`.
         in_this_process: even where the spec names a cluster, as this process runs inside of it.
         Raises what made the job fail, after saving that; JobStateError where another process drives it.
         """
@@ -97,6 +100,7 @@ class Jobs:
             events=events,
             stop=stop,
             parts=self._assembled.pop(record.id, None),
+            engine=engine,
             retry_dead=retry_dead,
             held=in_this_process,
         )

@@ -10,7 +10,7 @@ from tally.alerts.delivery import conclude
 from tally.config import settings
 from tally.database.lease import new_token
 from tally.database.waiting import Patience
-from tally.engines.base import Limits
+from tally.engines.base import Engine, Limits
 from tally.engines.factory import make_engine
 from tally.errors import ClusterLostError, DatabaseAwayError, JobStateError
 from tally.jobs import worker
@@ -34,12 +34,14 @@ def drive(
     events: Events,
     stop: Stop,
     parts: Parts | None = None,
+    engine: Engine | None = None,
     retry_dead: bool = False,
     held: bool = False,
 ) -> JobRecord:
     """Coordinate the job in this process until it is finished or stopped; returns it as it then is.
 
-    parts: of the job, if this process has assembled them already.
+    parts: of the job, if this process has assembled them already. engine: one that is prepared; see
+        :mod:`tally.jobs.prestart`.
     retry_dead: replay the dead items; allowed for a finished job too.
     held: the job is new, and whoever made it asks this process to drive it.
     """
@@ -59,7 +61,8 @@ def drive(
             f"job {record.id} is driven by another process now ({record.owner_host}, pid {record.owner_pid})",
             hint=f"Follow it with: tally jobs watch {record.id}",
         )
-    engine = make_engine(spec.engine, cpus=spec.cpus, gpus=spec.gpus, memory=spec.memory, resources=spec.resources)
+    if engine is None:
+        engine = make_engine(spec.engine, cpus=spec.cpus, gpus=spec.gpus, memory=spec.memory, resources=spec.resources)
     try:
         least, most = spec.workers or (engine.default_slots(),) * 2
         engine.start(

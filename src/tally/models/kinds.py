@@ -23,10 +23,11 @@ GROUP = "tally.scorers"
 
 
 class _Line(NamedTuple):
-    """adapter: the Kind's class, imported when the kind is first used."""
+    """adapter: the Kind's class, imported when the kind is first used. libraries: what loading its models imports."""
 
     adapter: str
     traits: Traits
+    libraries: tuple[str, ...] = ()
 
 
 _SKLEARN, _MLFLOW = "tally-scoring[sklearn]", "tally-scoring[mlflow]"
@@ -36,6 +37,7 @@ BUILT_IN: Mapping[str, _Line] = {
     "onnx": _Line(
         "tally.scorers.onnx.scorer:OnnxKind",
         Traits(claims=(".onnx",), flags=("task", "labels")),
+        ("onnxruntime",),
     ),
     "onnx_table": _Line(
         "tally.scorers.tabular.onnx:OnnxTableKind",
@@ -49,10 +51,12 @@ BUILT_IN: Mapping[str, _Line] = {
             runs_code=True,
             pickles=(".joblib", ".pkl", ".pickle"),
         ),
+        ("sklearn", "skops.io"),
     ),
     "pyfunc": _Line(
         "tally.scorers.tabular.pyfunc:PyfuncKind",
         Traits(claims=("MLmodel",), extra=_MLFLOW, runs_code=True),
+        ("mlflow.pyfunc",),
     ),
     "packed": _Line(
         "tally.scorers.per_key.packed:PackedKind",
@@ -143,6 +147,12 @@ def of_file(path: Path, wanted: str | None = None) -> Kind | None:
         if traits.claims_name(path.name) and (kind := get(name)).recognises(path):
             return kind
     return None
+
+
+def modules_for(name: str) -> tuple[str, ...]:
+    """The modules that a worker is going to import for a model with this name, as far as the name tells."""
+    line = next((each for each in BUILT_IN.values() if each.traits.claims_name(name)), None)
+    return () if line is None else (line.adapter.partition(":")[0], *line.libraries)
 
 
 def of_form(form: Form) -> Kind:
