@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -12,7 +13,7 @@ from tally.jobs.spec import make
 from tally.jobs.store import JobRecord
 from tally.scorers.base import Scorer
 
-Place: TypeAlias = "str | Path"
+Place: TypeAlias = str | Path
 
 
 class Table(Protocol):
@@ -134,6 +135,33 @@ def score(
 
 def _name(scorer: Any) -> str:
     return scorer.__name__ if isinstance(scorer, type) else type(scorer).__name__
+
+
+def jobs(
+    *,
+    state: Literal["created", "running", "paused", "interrupted", "failed", "finished", "cancelled"] | None = None,
+    model: str | None = None,
+    place: Place | None = None,
+    text: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    limit: int = 50,
+) -> list[Job]:
+    """The newest jobs, newest first: those for which everything given is true.
+
+    model: its name. place: where they write to. text: part of the id, the model, a source or the place.
+    since, until: created then or later, and before; a time without a zone is on this machine's clock.
+    """
+    page = Jobs().list(
+        state=state,
+        model=model,
+        place=None if place is None else str(place),
+        text=text,
+        since=None if since is None else since.timestamp(),
+        until=None if until is None else until.timestamp(),
+        limit=limit,
+    )
+    return [Job(record.id) for record in page.jobs]
 
 
 class Job:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tests.videos import write_clip
 
-from tally.media.video.facts import Colour, Video
 from tally.media.video.frame import FrameInfo
+from tally.media.video.metadata import Colour, Video
 from tally.sinks import merge
 from tally.sinks.base import Output, Sink
 from tally.sinks.factory import sink_for

@@ -16,6 +16,7 @@ from tally.errors import ModelLoadError, SpecError
 from tally.models.load import create
 from tally.models.reference import ModelRef
 from tally.models.registry import open_registry
+from tally.models.resolve import resolve
 
 FRAMEWORK = '''
 import json
@@ -111,7 +112,7 @@ def test_a_framework_of_another_package(
     refused = cli("score", items, "--model", model, "--out", tmp_path / "no", "--labels", items / "1.bin")
     assert "--labels cannot be used with the model ten.abacus" in refused.err
 
-    added = open_registry().add("ten", model)
+    added = open_registry().add("ten", resolve(model))
     assert added.kind == "abacus"
     registered = tally.score(items, "models:/ten", tmp_path / "registered", workers=1, quiet=True)
     assert products(registered) == [10, 20, 30]

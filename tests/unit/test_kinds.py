@@ -163,6 +163,20 @@ def test_a_package_that_cannot_be_used_harms_no_other_model(
         resolve(3)  # type: ignore[arg-type]
 
 
+def test_a_kind_may_take_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = ADAPTER.replace('"task",', '"artifacts",')
+    install(tmp_path / "site", monkeypatch, "tally.scorers", {"loud": "loud_taking:Loud"}, loud_taking=adapter)
+    (tmp_path / "m.loud").write_text("!")
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "w.bin").write_bytes(b"1")
+    ref = resolve(tmp_path / "m.loud", artifacts=weights)
+    assert (ref.artifacts, ref.files) == (str(weights), ("m.loud", "weights"))
+    assert resolve(tmp_path / "m.loud").artifacts == "."
+    with pytest.raises(SpecError, match=r"--task cannot be used with the model m\.loud"):
+        resolve(tmp_path / "m.loud", task="shout")
+
+
 def test_a_reference_of_a_kind_that_is_not_installed(tmp_path: Path) -> None:
     ref = ModelRef("quiet", "m", tmp_path, "m.quiet", "sha256:0")
     with pytest.raises(ModelLoadError, match=r"kind 'quiet' cannot be scored.*\n  Kinds are onnx, .*brings 'quiet'"):

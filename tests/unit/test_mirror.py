@@ -688,7 +688,7 @@ def test_a_registry_in_a_bucket(
     elsewhere: Callable[[ModelRef], ModelRef],
 ) -> None:
     monkeypatch.setenv("TALLY_REGISTRY", f"{bucket}/registry")
-    added = open_registry().add("faces", script, alias="production")
+    added = open_registry().add("faces", resolve(script), alias="production")
     assert added.location == f"{bucket}/registry/sha256/{added.hash.removeprefix('sha256:')}"
     assert added.added_on == HOST
     ref = resolve("models:/faces@production")
@@ -713,7 +713,7 @@ def test_a_registry_that_others_do_not_see(
 ) -> None:
     """A database for all, and content in one's own home."""
     monkeypatch.setattr(platform, "node", lambda: "laptop")
-    open_registry().add("faces", script)
+    open_registry().add("faces", resolve(script))
     monkeypatch.undo()
     monkeypatch.setenv("TALLY_HOME", str(tmp_path / "another"))
     monkeypatch.setenv("TALLY_DATABASE", f"sqlite:///{home}/tally.db")

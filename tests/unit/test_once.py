@@ -152,7 +152,7 @@ def test_an_onnx_model_is_opened_once_to_inspect_it(
 
 def test_a_registered_model_is_read_once(tmp_path: Path, home: Path, reads: Counter[str]) -> None:
     path = model(tmp_path / "m" / "colours.onnx")
-    open_registry().add("colours", path)
+    open_registry().add("colours", resolve(path))
     settled(home / "models")
     reads.clear()
     ref = resolve("models:/colours")

@@ -21,7 +21,7 @@ from tally.errors import ModelError, OutputExistsError, SourceNotFoundError, Spe
 from tally.scorers.base import TableResult
 from tally.scorers.per_key.packed import PackedScorer, inspect
 from tally.training import anomaly
-from tally.training.anomaly import FEWEST, Group, Recipe, Step, Trained, Training, fit_key, sample
+from tally.training.anomaly import MIN_ROWS, Group, Recipe, Step, Trained, Training, fit_key, sample
 
 
 def readings(path: Path, series: Mapping[tuple[int, str], np.ndarray[Any, Any]]) -> Path:
@@ -195,9 +195,9 @@ def test_rows_with_values_that_are_not_finite_are_left_out_and_counted() -> None
 
 
 def test_too_few_usable_rows_are_a_reason() -> None:
-    outcome = fitted(np.r_[np.arange(FEWEST - 1.0), np.nan])
+    outcome = fitted(np.r_[np.arange(MIN_ROWS - 1.0), np.nan])
     assert outcome.model is None
-    assert outcome.reason == f"{FEWEST - 1} usable rows, and at least {FEWEST} are needed"
+    assert outcome.reason == f"{MIN_ROWS - 1} usable rows, and at least {MIN_ROWS} are needed"
 
 
 def test_what_goes_wrong_with_a_key_is_its_reason() -> None:

@@ -22,9 +22,9 @@ from tally.models.load import load
 from tally.models.resolve import resolve
 from tally.scorers.base import Item
 from tally.training import style
-from tally.training.drawn import draw
 from tally.training.style import Step, Training, registry_name
 from tally.training.style_network import SMALLEST_STYLE
+from tally.training.synthetic_images import draw
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "style"
 NO_TORCH = "PyTorch is not installed: pip install 'tally-scoring[train]'"

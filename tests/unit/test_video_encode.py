@@ -16,7 +16,7 @@ from tests.videos import number_in, picture
 from tally.errors import ItemError, SpecError
 from tally.media.video.colour import matrix_for, range_for
 from tally.media.video.encode import DEFAULTS, FORMATS, Encoder, Encoding, check, decoding_times, encoders
-from tally.media.video.facts import Colour, Video
+from tally.media.video.metadata import Colour, Video
 
 FACTS = Video(
     "clip.mp4", "", "clip.mp4", 0, 0, "h264", Fraction(1, 25), 0, Fraction(25), 96, 64, (), Fraction(1), Colour(), 20
@@ -181,8 +181,8 @@ def test_encoders_are_listed(kind: str) -> None:
 @pytest.mark.parametrize(
     ("codec", "crf", "kind", "message"),
     [
-        ("libx246", None, "mp4", "no encoder 'libx246' is there for .mp4; did you mean 'libx26"),
-        ("libx264", None, "webm", "no encoder 'libx264' is there for .webm"),
+        ("libx246", None, "mp4", "no encoder 'libx246' for .mp4; did you mean 'libx26"),
+        ("libx264", None, "webm", "no encoder 'libx264' for .webm"),
         ("aac", None, "mp4", "no encoder 'aac'"),
         ("libx264", 52.0, "mp4", "the quality 52 is not on the scale of 'libx264'"),
         ("libvpx-vp9", -1.0, "webm", "the quality -1 is not on the scale"),

@@ -17,8 +17,8 @@ from tests.videos import number_in, picture, write_clip
 
 from tally.errors import JobError, StorageError
 from tally.media.video.encode import Encoder, Encoding
-from tally.media.video.facts import Colour, Video
 from tally.media.video.join import Segment, join
+from tally.media.video.metadata import Colour, Video
 from tally.storage import ObjectStore, open_store, ranges
 
 LOSSLESS = Encoding("libx264", 0)

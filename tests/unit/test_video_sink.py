@@ -15,8 +15,8 @@ import pytest
 from tests.videos import number_in, picture, write_clip
 
 from tally.errors import SpecError, StorageError
-from tally.media.video.facts import Colour, Video
 from tally.media.video.frame import FrameInfo
+from tally.media.video.metadata import Colour, Video
 from tally.sinks.base import Output
 from tally.sinks.factory import sink_for
 from tally.sinks.query import query

@@ -21,7 +21,7 @@ from tests.videos import HEIGHT, WIDTH, number_in, write_clip
 from tally.errors import ItemError, SourceNotFoundError, StorageError
 from tally.media.video import container as containers
 from tally.media.video import probe as probing
-from tally.media.video.facts import Colour, Video, pack, unpack
+from tally.media.video.metadata import Colour, Video, pack, unpack
 from tally.media.video.probe import Prober
 from tally.sources.base import Chunk, ChunkLimit, Timings
 from tally.sources.video import VideoSource
@@ -405,8 +405,8 @@ def test_a_video_without_an_index_is_fetched_once(
     tmp_path: Path, bucket: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranges, "BLOCK", 4096)
-    monkeypatch.setattr(containers, "_JUMPS", 3)
-    monkeypatch.setattr(containers, "_begun", {})
+    monkeypatch.setattr(containers, "_MAX_SEEKS", 3)
+    monkeypatch.setattr(containers, "_header_blocks", {})
     path = noise(tmp_path / "a.mp4", 100, FRAGMENTS)
     local, remote = both(path, bucket)
     assert list(local) == list(remote)
@@ -418,7 +418,7 @@ def test_a_video_without_an_index_is_fetched_once(
         [*batches] = source.read(chunk, Recorder(), Timings())
     assert sum(len(batch.values) for batch in batches) == 100  # nothing was asked for
     bucket.upload("a.mp4", noise(path, 99, FRAGMENTS))
-    monkeypatch.setattr(containers, "_fetched", {})
+    monkeypatch.setattr(containers, "_downloads", {})
     [*batches] = source.read(chunk, Recorder(), Timings())
     assert sum(len(batch.dead) for batch in batches) == 100
 
@@ -487,7 +487,7 @@ def test_a_failing_storage_is_no_damaged_video(
     chunks = chunks_of(source, 50)
     reason = f"cannot read {bucket.url}/{name}: the network is down"
     for after in (0, 1, 2, 5, 20):
-        monkeypatch.setattr(containers, "_begun", {})
+        monkeypatch.setattr(containers, "_header_blocks", {})
         with monkeypatch.context() as patched:
             down(patched, after)
             [failed] = chunks_of(source, 50)
@@ -507,7 +507,7 @@ def test_a_video_that_is_replaced_costs_its_frames(
     bucket.upload("a.mp4", write_clip(tmp_path / "a.mp4", 20))
     source = VideoSource.describe([bucket.url])
     [chunk] = chunks_of(source, 20)
-    monkeypatch.setattr(containers, "_begun", {})  # as in another process
+    monkeypatch.setattr(containers, "_header_blocks", {})  # as in another process
     bucket.upload("a.mp4", write_clip(tmp_path / "a.mp4", 20, gop=3))
     [*batches] = source.read(chunk, Recorder(), Timings())
     dead = [error for batch in batches for _, error in batch.dead]

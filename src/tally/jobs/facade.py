@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.run import drive
 from tally.jobs.spec import JobSpec, absolute
 from tally.jobs.stop import Stop
-from tally.jobs.store import ENDED, JobRecord, JobStore
+from tally.jobs.store import ENDED, JobPage, JobRecord, JobStore
 from tally.jobs.submit import submit, submit_failed
 from tally.sinks.base import Output, Sink
 
@@ -193,14 +193,42 @@ class Jobs:
     def get(self, job: str) -> JobRecord:
         """The job. Of several that wrote to one place, the newest that was not cancelled."""
         if "/" in job or Path(job).exists():
-            record = self.store.at(absolute(job))
+            record = self.at(job)
             if record is not None:
                 return record
         return self.store.get(job)
 
-    def list(self, *, limit: int = 50) -> list[JobRecord]:
-        """The newest jobs, newest first."""
-        return self.store.newest(limit=limit)
+    def list(
+        self,
+        *,
+        state: str | None = None,
+        model: str | None = None,
+        place: str | None = None,
+        text: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        after: str | None = None,
+        limit: int = 50,
+    ) -> JobPage:
+        """A page of jobs, newest first: those for which everything given is true.
+
+        state: as in :class:`JobRecord`. model: its name. place: where they write to.
+        text: part of the id, the model, a source or the place, in upper or lower case.
+        since, until: seconds since the epoch; created at ``since`` or later, and before ``until``.
+        after: where the page begins: ``next`` of the page before. Raises SpecError for anything else.
+        """
+        place = None if place is None else absolute(place)
+        return self.store.list(
+            state=state, model=model, place=place, text=text, since=since, until=until, after=after, limit=limit
+        )
+
+    def at(self, place: str) -> JobRecord | None:
+        """The newest job that writes to this place and was not cancelled; None if there is none."""
+        return self.store.at(absolute(place))
+
+    def orphaned(self) -> Sequence[JobRecord]:
+        """Jobs that should be running and have lost their coordinator, oldest first: :meth:`run` goes on with them."""
+        return self.store.orphaned()
 
     def dead(self, job: str) -> Iterator[Dead]:
         """The job's dead items, in the source's order."""

@@ -17,7 +17,7 @@ from tally.jobs import worker
 from tally.jobs.assemble import Parts, assemble
 from tally.jobs.chunks import new_nonce
 from tally.jobs.coordinator import Coordinator
-from tally.jobs.events import Events
+from tally.jobs.events import Event, Events, Finished, Subscriber
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
@@ -95,15 +95,26 @@ def drive(
         with suppress(DatabaseAwayError):  # the error at hand is the one to tell
             store.release(lease, "interrupted" if stopped else "failed", error=str(error) or None)
         raise
+    events.subscribe(_alerts_of(store, events, patience))
     stop.attach(coordinator)
-    try:
-        coordinator.run()
-    except Exception as error:
-        with suppress(DatabaseAwayError):
-            conclude(store.engine, record.id, error=error, say=events.note)
-        raise
-    patience(lambda: conclude(store.engine, record.id, say=events.note))
+    coordinator.run()
     return patience(lambda: store.get(record.id))
+
+
+def _alerts_of(store: JobStore, events: Events, patience: Patience) -> Subscriber:
+    """Evaluates and sends the alerts of a job that has ended. What cannot be sent now is sent later by others."""
+
+    def conclude_alerts(event: Event) -> None:
+        match event:
+            case Finished(job_id, _, None):
+                patience(lambda: conclude(store.engine, job_id, say=events.note))
+            case Finished(job_id, _, error):
+                with suppress(DatabaseAwayError):
+                    conclude(store.engine, job_id, error=error, say=events.note)
+            case _:
+                pass
+
+    return conclude_alerts
 
 
 def _reopen(store: JobStore, lease: Lease, record: JobRecord, parts: Parts, patience: Patience, nonce: str) -> None:

@@ -530,7 +530,7 @@ class JobStore:
                 query = query.where(_in_state(connection, state))
             found = [_record(row) for row in connection.execute(query).mappings()]
         last = found[limit - 1] if len(found) > limit else None
-        return JobPage(found[:limit], None if last is None else f"{last.created_at!r} {last.id}")
+        return JobPage(found[:limit], None if last is None else f"{last.created_at!r}:{last.id}")
 
 
 def new_id() -> str:
@@ -571,7 +571,7 @@ def _in_state(connection: sa.Connection, state: str) -> sa.ColumnElement[bool]:
 
 
 def _cursor(text: str) -> tuple[sa.ColumnElement[float], sa.ColumnElement[str]]:
-    created_at, _, job_id = text.partition(" ")
+    created_at, _, job_id = text.partition(":")
     try:
         return sa.literal(float(created_at), sa.Double()), sa.literal(storable(job_id))
     except ValueError:

@@ -1,7 +1,7 @@
-"""Decoding one picture, whoever made it.
+"""Decoding one picture of any format.
 
-Everything here may be called from several threads at once. Pillow is imported, and its warnings are
-silenced, on first use: in a worker, not wherever ``tally`` is imported.
+Everything here may be called from several threads at once. Pillow is imported, and its warnings are silenced, on
+first use, so that only workers pay for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 128_000_000
 """Larger pictures are refused by their header. Decoding one of this size takes about 1 GiB."""
 
-# Pillow has these as readers, but they are stubs, or (EPS) start another program on the file's content.
+# Pillow lists these as readable, but they are stubs, or (EPS) run another program on the file's content.
 _UNUSABLE = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 _COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _SIGNATURES = {
@@ -47,13 +47,14 @@ def decode(
 
     data: the file's content, in any format that Pillow reads; of several frames, the first.
     size: (width, height) in pixels that the caller is going to resize to. A JPEG is then decoded at
-        1/2, 1/4 or 1/8, as long as what comes out is at least twice that in both directions.
-    max_pixels: what the header may announce at most; nothing is decoded above it.
+        1/2, 1/4 or 1/8, as long as the result is at least twice that size in both directions.
+    max_pixels: a picture with more, by its header, is not decoded.
 
     Returns a writable, C-contiguous ``uint8[height, width, 3]`` in RGB order, and ``width`` and
     ``height`` in pixels of the original, upright picture. EXIF orientation is applied, transparency is
-    dropped. Samples of 16 bits are divided by 257; other integers and floats are taken as they are
-    where they lie within 0 ... 255 (floats; or 0 ... 1), and else stretched from smallest to largest.
+    dropped. Samples of 16 bits are divided by 257. Other integers and floats are taken as they are
+    if they lie within 0 ... 255 (floats also within 0 ... 1, as shares of 255), or else stretched from smallest to
+    largest.
 
     Raises ItemError (stage ``decode``) for everything that is not a complete, readable picture.
     """
@@ -81,7 +82,7 @@ def decode(
                 image.load()
                 pixels = _upright(image, orientation)
             else:
-                # Elsewhere the orientation may stand behind the pixels, or be applied while loading.
+                # In other formats the orientation may follow the pixels, or be applied while loading.
                 image.load()
                 _refuse_large(*image.size, max_pixels)
                 pixels = _upright(image, _orientation(image))
@@ -120,7 +121,7 @@ def _formats() -> tuple[str, ...]:
     return (*_COMMON, *sorted(set(Image.OPEN) - _UNUSABLE - set(_COMMON)))
 
 
-_FILTER = ("ignore", None, Warning, re.compile(r"PIL\.|tally\.sources\.images"), 0)
+_FILTER = ("ignore", None, Warning, re.compile(rf"PIL\.|{re.escape(__name__)}"), 0)
 
 
 def _quiet() -> None:
@@ -133,7 +134,7 @@ def _quiet() -> None:
 
 
 def _check(image: PillowImage.Image, max_pixels: int) -> None:
-    """Refuse, by header alone, what would need too much memory."""
+    """Refuse by its header a picture that would need too much memory."""
     _refuse_large(*image.size, max_pixels)
     tags = getattr(image, "tag_v2", {})
     tile = (tags.get(322, 0), tags.get(323, 0))
@@ -154,7 +155,7 @@ def _refuse_large(width: int, height: int, max_pixels: int) -> None:
 
 
 def _orientation(image: PillowImage.Image) -> int:
-    """EXIF orientation, 1 to 8. A broken EXIF block does not cost the picture."""
+    """EXIF orientation, 1 to 8; 1 if the EXIF block is broken."""
     try:
         value = image.getexif().get(0x0112, 1)
     except Exception:
@@ -208,7 +209,7 @@ def _rgb(image: PillowImage.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _strips(image: PillowImage.Image) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
-    """Rows from the top, some at a time: going through one ``bytes`` would hold a large picture thrice."""
+    """Rows from the top, some at a time: converting all at once would hold a large picture three times."""
     width, height = image.size
     rows = max(1, _STRIP_PIXELS // max(width, 1))
     if rows >= height:
@@ -240,7 +241,7 @@ def _extremes(image: PillowImage.Image) -> tuple[float, float]:
 
 
 def _scale(samples: np.ndarray[Any, Any], low: float, high: float) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Map low ... high to 0 ... 255, rounded; what is no number becomes 0."""
+    """Map low ... high to 0 ... 255, rounded; NaN becomes 0."""
     spread = (high - low) or 1.0
     with np.errstate(all="ignore"):
         scaled = (samples.astype(np.float64) - low) * (255.0 / spread) + 0.5

@@ -161,6 +161,9 @@ class Kind:
             # Scorers know only the model's own folder.
             inside = place.is_relative_to(path.parent) and ".." not in place.parts
             options["labels"] = str(place.relative_to(path.parent)) if inside else read_labels(place)
+        artifacts = (request.artifacts or found.artifacts) if "artifacts" in self.traits.flags else None
+        if artifacts is not None:
+            files = covering(files, folder, folder / artifacts)
         digest = content_hash(folder, files)
         resolved = dict(self.inspect(path, options, trusted=request.trust))
         assumed = tuple(resolved.pop("assumed", ()))
@@ -170,7 +173,7 @@ class Kind:
             location=folder,
             entry=found.entry,
             files=files,
-            artifacts=str(Path(found.entry).parent),
+            artifacts=artifacts or str(Path(found.entry).parent),
             hash=digest,
             options=resolved,
             declared=options,

@@ -71,7 +71,7 @@ BUILT_IN: Mapping[str, _Line] = {
         Traits(claims=(".py",), flags=("artifacts",), entry=True, form="class"),
     ),
     "object": _Line(
-        "tally.scorers.scripts.kinds:ObjectKind",
+        "tally.scorers.scripts.pickled:ObjectKind",
         Traits(flags=("artifacts",), form="object"),
     ),
 }
@@ -98,6 +98,11 @@ def _built_in(name: str) -> Kind:
     module, _, adapter = line.adapter.partition(":")
     kind: Kind = getattr(import_module(module), adapter)(name, line.traits)
     return kind
+
+
+def install_hint(name: str) -> str:
+    """How to install what a kind of ours needs."""
+    return f"Install it with: pip install '{BUILT_IN[name].traits.extra}'"
 
 
 def names() -> list[str]:

@@ -1,9 +1,10 @@
-"""What users write in ``tally.yaml``, checked: every problem is reported, with close matches."""
+"""Model packages: reading a ``tally.yaml``, with every problem reported, and writing a model as a package."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tally.errors import SpecError
 from tally.models import kinds
-from tally.models.reference import BATCH_LIMIT
+from tally.models.hashing import content_files
+from tally.models.labels import read_labels
+from tally.models.reference import BATCH_LIMIT, ModelRef
 from tally.text import did_you_mean
 
 
@@ -110,3 +113,56 @@ def problems_of(error: ValidationError, known: Sequence[str]) -> list[str]:
         else:
             found.append(f"{where}: {each['msg'][0].lower()}{each['msg'][1:]} (given: {each['input']!r})")
     return found
+
+
+def write_package(ref: ModelRef, folder: Path) -> None:
+    """Copy a model's files to a new folder, with a ``tally.yaml`` that says all that was resolved.
+
+    Files become read-only. Raises SpecError for models that are not files of their own.
+    """
+    kind = kinds.get(ref.kind)
+    described = kind.package(ref)
+    folder.mkdir()
+    options = _said(described.pop("options"))
+    # What belongs to a model file and lies elsewhere are labels, which the options hold too.
+    files = [each for each in ref.files if kind.traits.entry or not Path(each).is_absolute()]
+    for name, path in content_files(ref.location, files):
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    yaml_file = folder / "tally.yaml"
+    fields: dict[str, Any] = yaml.safe_load(yaml_file.read_text("utf-8")) if yaml_file.exists() else {}
+    fields |= {"kind": ref.kind, "options": options}
+    if ref.trusted and kind.traits.runs_code:
+        fields["requires_trust"] = True
+    fields |= described
+    labels = options.get("labels")
+    if "labels" in kind.traits.flags and isinstance(labels, Sequence) and not isinstance(labels, str):
+        options["labels"] = _write_labels(labels, folder / ref.artifacts)
+    if (size := options.pop("batch_size", None)) is not None:
+        fields["batch_size"] = size
+    yaml_file.write_text(yaml.safe_dump(fields, allow_unicode=True), "utf-8")
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            Path(parent, name).chmod(0o444)
+
+
+def _said(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those that have no value."""
+    return {
+        name: _said(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if value is not None
+    }
+
+
+def _write_labels(labels: Sequence[str], folder: Path) -> str | list[str]:
+    """Labels as the name of a new file, or themselves where a file could not hold them."""
+    path = folder / "labels.txt"
+    if path.exists():
+        return [*labels]
+    path.write_text("".join(f"{label}\n" for label in labels), "utf-8")
+    if read_labels(path) == [*labels]:
+        return path.name
+    path.unlink()
+    return [*labels]

@@ -9,10 +9,8 @@ and any number of processes may use one registry.
 from __future__ import annotations
 
 import builtins
-import os
 import platform
 import re
-import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,13 +23,11 @@ import sqlalchemy as sa
 
 from tally.database.tables import model_alias_history, model_aliases, model_versions
 from tally.errors import ModelError, ModelNotFoundError, SpecError, StorageError
-from tally.models import kinds
 from tally.models.blobs import open_blobs
 from tally.models.hashing import content_files, content_hash
-from tally.models.labels import read_labels
 from tally.models.mirror import fetched
+from tally.models.package import write_package
 from tally.models.reference import ModelRef
-from tally.models.resolve import resolve
 from tally.text import did_you_mean
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
@@ -139,21 +135,21 @@ class Registry:
     def add(
         self,
         name: str,
-        model: ModelRef | str | Path,
+        model: ModelRef,
         *,
         alias: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> ModelVersion:
         """Copy a model into the registry as the next version of ``name``.
 
-        model: a path or a registry name, as :func:`tally.models.resolve.resolve` takes it, or its result.
+        model: from :func:`tally.models.resolve.resolve`.
         metadata: anything JSON can hold; ``metrics`` in it is shown by ``tally models show``.
         Content that ``name`` already has is not added again: that version is returned, with ``existed``.
         """
         _check_name("name", name)
         if alias is not None:
             _check_alias(alias)
-        ref = fetched(model if isinstance(model, ModelRef) else resolve(model))
+        ref = fetched(model)
         digest, size = self._store(ref)
         facts = {**(metadata or {}), _ADDED_ON: platform.node()}
         version, existed = self._insert(name, digest, ref.kind, size, facts)
@@ -468,61 +464,6 @@ class Registry:
                 hint="Set TALLY_REGISTRY, or TALLY_HOME, to a folder with enough room that can be written to.",
             ) from error
         return digest, size
-
-
-def write_package(ref: ModelRef, folder: Path) -> None:
-    """Copy a model's files to a new folder, with a ``tally.yaml`` that says all that was resolved.
-
-    Files become read-only. Raises SpecError for models that are not files of their own.
-    """
-    import yaml
-
-    kind = kinds.get(ref.kind)
-    described = kind.package(ref)
-    folder.mkdir()
-    options = _said(described.pop("options"))
-    # What belongs to a model file and lies elsewhere are labels, which the options hold too.
-    files = [each for each in ref.files if kind.traits.entry or not Path(each).is_absolute()]
-    for name, path in content_files(ref.location, files):
-        copy = folder / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-    yaml_file = folder / "tally.yaml"
-    fields: dict[str, Any] = yaml.safe_load(yaml_file.read_text("utf-8")) if yaml_file.exists() else {}
-    fields |= {"kind": ref.kind, "options": options}
-    if ref.trusted and kind.traits.runs_code:
-        fields["requires_trust"] = True
-    fields |= described
-    labels = options.get("labels")
-    if "labels" in kind.traits.flags and isinstance(labels, Sequence) and not isinstance(labels, str):
-        options["labels"] = _write_labels(labels, folder / ref.artifacts)
-    if (size := options.pop("batch_size", None)) is not None:
-        fields["batch_size"] = size
-    yaml_file.write_text(yaml.safe_dump(fields, allow_unicode=True), "utf-8")
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            Path(parent, name).chmod(0o444)
-
-
-def _said(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without what was left open."""
-    return {
-        name: _said(value) if isinstance(value, Mapping) else value
-        for name, value in options.items()
-        if value is not None
-    }
-
-
-def _write_labels(labels: Sequence[str], folder: Path) -> str | builtins.list[str]:
-    """Labels as the name of a new file, or themselves where a file could not hold them."""
-    path = folder / "labels.txt"
-    if path.exists():
-        return [*labels]
-    path.write_text("".join(f"{label}\n" for label in labels), "utf-8")
-    if read_labels(path) == [*labels]:
-        return path.name
-    path.unlink()
-    return [*labels]
 
 
 def _earlier(changes: Sequence[tuple[int, str]], there: Collection[int]) -> int | None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from tally.errors import ItemError, SpecError
 from tally.media.video.encode import Encoder, Encoding, check
-from tally.media.video.facts import Video
 from tally.media.video.frame import FrameInfo
+from tally.media.video.metadata import Video
 from tally.scorers.base import Result
 from tally.sinks.base import Output, OutputDescription, Writer
 from tally.sinks.files import marked, named, picture

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 
 from tally.errors import ItemError, StorageAwayError, TallyError
 from tally.media.video.decode import decode
-from tally.media.video.facts import Video, pack, unpack
 from tally.media.video.frame import FrameInfo
+from tally.media.video.metadata import Video, pack, unpack
 from tally.media.video.probe import Key, Prober, Timeline
 from tally.scorers.base import Input, Item, Scorer
 from tally.scorers.run import prepare

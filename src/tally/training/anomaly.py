@@ -1,7 +1,7 @@
-"""Train a detector of anomalies for each key of a table of readings, and package all of them in one file.
+"""Train an anomaly detector for each key of a table of readings, and package all of them in one file.
 
-Readings are grouped by key out of core, and keys are trained in parallel. A model depends on the readings of its
-key, the options and the seed; on nothing else. The package appears when training has ended, all at once.
+Readings are grouped by key out of core, and keys are trained in parallel. A model depends only on the readings of its
+key, the options and the seed. The package appears at once when training has ended.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
-FEWEST = 10
+MIN_ROWS = 10
 """Usable rows that a key needs."""
 TASK_ROWS, TASK_KEYS = 200_000, 64
-"""What one task may hold, if it is more than one key."""
+"""The most rows and keys in one task. A key with more rows is a task of its own."""
 READ_ROWS = 1 << 20
-"""Rows of a key that are looked at at once."""
+"""Rows of a key that are read at once."""
 TOLERANCE = 1e-7
-"""Of the solver. With scikit-learn's 1e-3 a model of --nu 0.01 calls 22 % of normally distributed values anomalous,
-and has eight times as many support vectors."""
-MOST_STEPS = 1_000_000
-"""Of the solver."""
+"""Tolerance of the solver. With scikit-learn's 1e-3, a model with --nu 0.01 calls 22 % of normally distributed values
+anomalous, and has eight times as many support vectors."""
+MAX_ITERATIONS = 1_000_000
+"""Iterations of the solver."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How one model is made. nu: the share of the training rows that may be anomalous."""
+    """How one model is trained. nu: the share of the training rows that may be anomalous."""
 
     kind: Literal["ocsvm", "isolation-forest"] = "ocsvm"
     nu: float = 0.01
@@ -59,8 +59,8 @@ class Recipe:
             found.append(f"--nu: more than 0, at most 0.5, not {self.nu:g}")
         if not isinstance(self.gamma, str) and not 0 < self.gamma < float("inf"):
             found.append(f"--gamma: scale, auto, or a number above 0, not {self.gamma:g}")
-        if self.max_rows < FEWEST:
-            found.append(f"--max-rows: at least {FEWEST}, not {self.max_rows}")
+        if self.max_rows < MIN_ROWS:
+            found.append(f"--max-rows: at least {MIN_ROWS}, not {self.max_rows}")
         if self.seed < 0:
             found.append(f"--seed: 0 or more, not {self.seed}")
         return found
@@ -78,18 +78,18 @@ class Recipe:
 
         from sklearn.svm import OneClassSVM
 
-        detector = OneClassSVM(nu=self.nu, gamma=self.gamma, tol=TOLERANCE, max_iter=MOST_STEPS)
+        detector = OneClassSVM(nu=self.nu, gamma=self.gamma, tol=TOLERANCE, max_iter=MAX_ITERATIONS)
         pipeline = make_pipeline(StandardScaler(), detector)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of too many steps: the border is set below
+            warnings.simplefilter("ignore")  # about too many iterations: the boundary is corrected below
             pipeline.fit(values)
-        _set_border(pipeline, values)
+        _correct_boundary(pipeline, values)
         return pipeline
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The rows of one key: ``rows`` of them from ``first`` on in the grouped source."""
+    """The rows of one key: ``rows`` rows of the grouped source, beginning with ``first``."""
 
     key: Mapping[str, Any]
     first: int
@@ -103,10 +103,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What became of a key: a model, or the reason why there is none.
+    """The result for one key: a model, or the reason why there is none.
 
-    left_out: rows with a value that is missing or no finite number. used: trained with.
-    anomalous: of these, those that the model calls so.
+    left_out: rows with a value that is missing or not finite. used: rows that it was trained with.
+    anomalous: how many of these the model calls anomalous.
     """
 
     group: Group
@@ -119,9 +119,9 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """``done`` of ``of`` keys, which had so many rows, and for how many of them there is no model.
+    """Progress: ``done`` of ``of`` keys, their number of rows, and how many keys failed to get a model.
 
-    The first one, of none, tells that the rows are grouped.
+    The first step, with nothing done, means that the rows are grouped.
     """
 
     done: int
@@ -132,7 +132,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """facts: worth remembering of the package (figures, and what it was made of). failed: keys without a model."""
+    """facts: the package's metrics and origin. failed: keys without a model, and why."""
 
     facts: dict[str, Any]
     failed: Mapping[str, str]
@@ -140,10 +140,10 @@ class Trained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """What is to be trained. Raises SpecError with every problem, OutputExistsError.
+    """A training. Raises SpecError with every problem, OutputExistsError.
 
-    sources: files of readings, globs, folders, URLs. by: columns that make a key. values: columns that are looked
-    at. out: folder of the package, not there yet. time, window, aggregate: readings are gathered over ``window``
+    sources: files of readings, globs, folders, URLs. by: the columns of the key. values: the columns to train with.
+    out: folder of the package, which must not exist. time, window, aggregate: readings are aggregated over ``window``
     seconds first. where: a condition in SQL. csv: how to read CSV. workers: processes; None: one for each core.
     """
 
@@ -177,7 +177,7 @@ class Training:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """Columns that the models look at: those given, or with a window what is made of them."""
+        """The columns that the models are trained with: ``values``, or with a window their aggregates."""
         if self.window is None:
             return self.values
         made = [f"{value}_{how}" for how in self.aggregate if how != "count" for value in self.values]
@@ -188,7 +188,7 @@ class Training:
     ) -> Trained:
         """Train, and write the package.
 
-        Raises ModelError if no key could be trained, SpecError and StorageError of the source.
+        Raises ModelError if no key could be trained, SpecError and StorageError from the source.
         """
         _check_library()
         try:
@@ -227,7 +227,7 @@ class Training:
         engine = LocalEngine()
         slots = self.workers or engine.default_slots()
         # Workers import what they need while rows are grouped.
-        engine.start(_begin, (source, self), slots=slots, limits=Limits(memory=engine.default_memory(slots)))
+        engine.start(_setup, (source, self), slots=slots, limits=Limits(memory=engine.default_memory(slots)))
         try:
             source.prepare()
             if unread := source.unread:
@@ -261,7 +261,7 @@ class Training:
         keys: int,
         listen: Callable[[Step], None],
     ) -> Iterator[Model]:
-        """The models among the outcomes, which are counted."""
+        """The models among the outcomes; all outcomes are counted in ``totals`` and ``failed``."""
         from tally.scorers.per_key.packed import Model
 
         for fitted in outcomes:
@@ -307,13 +307,13 @@ class Training:
 # -- in the workers ----------------------------------------------------------------------------------
 
 
-def _begin(source: TableSource, training: Training) -> tuple[TableSource, Training]:
+def _setup(source: TableSource, training: Training) -> tuple[TableSource, Training]:
     _check_library()
     return source, training
 
 
 def _fit(state: tuple[TableSource, Training], groups: Sequence[Group]) -> list[Fitted]:
-    """What becomes of some keys, one after another."""
+    """Train some keys, one after another."""
     source, training = state
     first, rows = groups[0].first, groups[-1].first + groups[-1].rows - groups[0].first
 
@@ -336,30 +336,30 @@ def _fit(state: tuple[TableSource, Training], groups: Sequence[Group]) -> list[F
 def fit_key(group: Group, read: Callable[[int, int], Matrix], recipe: Recipe) -> Fitted:
     """Train the model of one key.
 
-    read: given a position in the group and how many rows, their values ``float64[rows, features]``, missing ones NaN.
+    read: for a position in the group and a number of rows, their values ``float64[rows, features]``, NaN if missing.
     """
     seed = zlib.crc32(str(group).encode("utf-8", "backslashreplace"), recipe.seed & 0xFFFFFFFF)
     try:
         values, usable = sample(read, group.rows, recipe.max_rows, seed)
         left_out = group.rows - usable
-        if usable < FEWEST:
-            reason = f"{usable} usable rows, and at least {FEWEST} are needed"
+        if usable < MIN_ROWS:
+            reason = f"{usable} usable rows, and at least {MIN_ROWS} are needed"
             return Fitted(group, reason=reason, left_out=left_out)
         model = recipe.fit(values, seed)
         anomalous = int((model.predict(values) < 0).sum())
-    except Exception as error:  # whatever is odd about one key is no reason to lose the others
+    except Exception as error:  # a fault in the data of one key must not stop the others
         return Fitted(group, reason=f"{type(error).__name__}: {error}")
     return Fitted(group, model, left_out=left_out, used=len(values), anomalous=anomalous)
 
 
-def sample(read: Callable[[int, int], Matrix], rows: int, most: int, seed: int) -> tuple[Matrix, int]:
-    """Usable rows, ``most`` at most, spread evenly over all of them; and how many usable ones there are.
+def sample(read: Callable[[int, int], Matrix], rows: int, limit: int, seed: int) -> tuple[Matrix, int]:
+    """At most ``limit`` usable rows, spread evenly; and how many rows are usable.
 
-    Rows are cut into ``most`` runs of equal length, and from each one row is drawn: what repeats itself is not
-    met again and again at the same point. See :func:`fit_key` for ``read``; memory does not grow with ``rows``.
+    Rows are divided into ``limit`` runs of equal length, and one row is drawn at random from each, so that periodic
+    data are sampled at every phase. For ``read`` see :func:`fit_key`. Memory does not grow with ``rows``.
     """
     random = np.random.default_rng(seed)
-    runs = np.linspace(0, rows, min(rows, most) + 1).astype(np.int64)
+    runs = np.linspace(0, rows, min(rows, limit) + 1).astype(np.int64)
     kept, usable = [], 0
     first = 0
     while first < len(runs) - 1:
@@ -375,11 +375,11 @@ def sample(read: Callable[[int, int], Matrix], rows: int, most: int, seed: int) 
     return np.concatenate(kept), usable
 
 
-def _set_border(pipeline: Any, values: Matrix) -> None:
-    """Move the border so that at most a share ``nu`` of the training rows is beyond it.
+def _correct_boundary(pipeline: Any, values: Matrix) -> None:
+    """Move the decision boundary so that at most a share ``nu`` of the training rows is outside.
 
-    That is what nu means; but values that are there again and again (a sensor that rests, or never changes) lie on the
-    border exactly, and the last bits of a sum would decide for all of them at once.
+    That is what nu means. But values that repeat (a sensor that rests, or never changes) lie exactly on the boundary,
+    where rounding would decide for all of them at once.
     """
     detector = pipeline[-1]
     decisions = np.sort(pipeline.decision_function(values))
@@ -395,7 +395,7 @@ def _set_border(pipeline: Any, values: Matrix) -> None:
 
 
 def _tasks(groups: Sequence[Group]) -> list[list[Group]]:
-    """Runs of keys that follow each other and are worth a message."""
+    """Tasks: runs of adjacent keys, large enough to be worth a message."""
     tasks: list[list[Group]] = []
     rows = 0
     for group in groups:
@@ -409,7 +409,7 @@ def _tasks(groups: Sequence[Group]) -> list[list[Group]]:
 
 
 def _outcomes(engine: Engine, tasks: Sequence[Sequence[Group]], ahead: int) -> Iterator[Fitted]:
-    """What became of each key, in order; ``ahead`` tasks are under way beyond the one that is waited for."""
+    """The outcome of each key, in order. ahead: how many tasks are submitted beyond the one that is waited for."""
     waiting: deque[tuple[Sequence[Group], Future[list[Fitted]]]] = deque()
     for task in tasks:
         waiting.append((task, engine.submit(_fit, task)))
@@ -420,7 +420,7 @@ def _outcomes(engine: Engine, tasks: Sequence[Sequence[Group]], ahead: int) -> I
 
 
 def _outcome(engine: Engine, task: Sequence[Group], future: Future[list[Fitted]]) -> Iterator[Fitted]:
-    """A task's outcome. If its worker was lost, its keys are tried one by one, to find the one that did it."""
+    """The outcomes of a task. If its worker was lost, its keys are tried one by one to find the cause."""
     try:
         yield from future.result()
     except WorkerError as error:

@@ -1,7 +1,7 @@
 """Train a network that restyles pictures after one picture, and package it.
 
-Everything that can be told to be wrong is told before training begins. The package appears when training has
-ended, all at once; until then there are only TensorBoard's event files beside it.
+All that can be checked is checked before training begins. The package appears at once when training has ended; until
+then there are only TensorBoard's event files beside it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from tally.errors import (
     StorageError,
 )
 from tally.media.images import decode, suffixes
-from tally.training.drawn import Pixels, draw
 from tally.training.style_network import SMALLEST_STYLE, initial, restyle, to_onnx
+from tally.training.synthetic_images import Pixels, draw
 
-BATCH = 3
-"""Pictures in one step."""
-SIDE = 144
-"""Pixels per side of the pictures that are trained with; the content's, not the style's."""
+BATCH_SIZE = 3
+"""Content pictures per step."""
+CROP_SIZE = 144
+"""Pixels per side of content pictures."""
 LEARNING_RATE = 3e-3
 WEIGHTS = {"style": 4.0, "content": 1.5, "smoothness": 0.1}
-STRIP_EVERY = 100
+PREVIEW_STEPS = 100
 """Steps between pictures of before and after in the event files."""
 TOLERANCE = 0.5
-"""How far, of 255, the written file may be from PyTorch: half a shade."""
+"""How far the pictures of the written file may differ from PyTorch's, of 255."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """What is to be trained. Raises SpecError with every problem, SourceNotFoundError, OutputExistsError.
+    """A training. Raises SpecError with every problem, SourceNotFoundError, OutputExistsError.
 
-    style: a picture. out: folder of the package, not there yet. content: folder of photos; None: drawn pictures.
-    size: the style picture's shorter side in pixels while training. strength: of the style against the content.
+    style: a picture. out: folder of the package, which must not exist. content: folder of photos; None: synthetic
+    pictures. size: the style picture's shorter side in pixels while training. strength: weight of the style.
     vgg: weights of torchvision's vgg16 or vgg19; None: random filters.
     """
 
@@ -95,11 +95,11 @@ class Training:
 
     @property
     def events(self) -> Path:
-        """TensorBoard's event files, a folder for each run; beside the package, in which all belongs to the model."""
+        """TensorBoard's event files, a folder for each run, beside the package, which holds the model only."""
         return self.out.with_name(self.out.name + "-events")
 
     def run(self, listen: Callable[[Step], None] = lambda step: None) -> dict[str, Any]:
-        """Train, write the package, and return what is worth remembering of it (metrics, and what it was made of).
+        """Train, write the package, and return its metrics and its origin.
 
         Raises ModelError, ModelLoadError, SpecError, StorageError.
         """
@@ -110,7 +110,7 @@ class Training:
         style = self._style()
         batches = self._batches()
         tensor = _tensor(style[None]).to(device)
-        judge = Vgg(tensor, self.vgg) if self.vgg else RandomFilters(tensor, self.seed)
+        perceptual_loss = Vgg(tensor, self.vgg) if self.vgg else RandomFilters(tensor, self.seed)
         parameters = {name: value.to(device) for name, value in initial(tensor, self.seed).items()}
         trained = [value.requires_grad_() for value in parameters.values() if value.is_floating_point()]
         optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE)
@@ -123,8 +123,8 @@ class Training:
             events.add_image("style", style, 0, dataformats="HWC")
             for step in range(1, self.steps + 1):
                 pictures = _tensor(next(batches)).to(device)
-                restyled = restyle(parameters | {"canvas": _moved(parameters["canvas"], step)}, pictures)
-                losses = judge.losses(restyled, pictures)
+                restyled = restyle(parameters | {"canvas": _rolled(parameters["canvas"], step)}, pictures)
+                losses = perceptual_loss.losses(restyled, pictures)
                 total = sum(weights[name] * loss for name, loss in losses.items())
                 optimizer.zero_grad()
                 total.backward()
@@ -136,7 +136,7 @@ class Training:
                 for name, value in (values | {"total": total.item()}).items():
                     events.add_scalar(f"loss/{name}", value, step)
                 events.add_scalar("learning rate", schedule.get_last_lr()[0], step)
-                if step % STRIP_EVERY == 0 or step == self.steps:
+                if step % PREVIEW_STEPS == 0 or step == self.steps:
                     strip = torch.cat([*torch.cat([pictures, restyled.detach()], dim=2)], dim=2)
                     events.add_image("before and after", strip.round().byte(), step)
                 listen(Step(step, self.steps, values))
@@ -147,7 +147,7 @@ class Training:
                 "style": self.style.name,
                 "style_sha256": hashlib.sha256(self.style.read_bytes()).hexdigest(),
                 "content": self.content.name if self.content else "drawn pictures",
-                "losses": judge.name,
+                "losses": perceptual_loss.name,
                 "steps": self.steps,
                 "size": self.size,
                 "strength": self.strength,
@@ -157,7 +157,7 @@ class Training:
         }
 
     def _new_events(self) -> Path:
-        """A folder for this run's event files: an earlier, interrupted run keeps its own. Raises StorageError."""
+        """A new folder for this run's event files; those of earlier runs are kept. Raises StorageError."""
         folder = self.events / time.strftime("%Y-%m-%d-%H%M%S")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -174,27 +174,27 @@ class Training:
         return _resized(pixels, self.size)
 
     def _batches(self) -> Iterator[Pixels]:
-        """Pictures ``uint8[BATCH, SIDE, SIDE, 3]`` without end; another seed, others."""
+        """Pictures ``uint8[BATCH_SIZE, CROP_SIZE, CROP_SIZE, 3]`` without end, determined by the seed."""
         paths: list[Path] = []
         if self.content:
             paths = sorted(path for path in self.content.rglob("*") if path.suffix.lower() in suffixes())
             if not paths:
                 raise SourceNotFoundError(f"--content: there are no pictures in {str(self.content)!r}")
-        return self._endless(paths)
+        return self._generate(paths)
 
-    def _endless(self, paths: list[Path]) -> Iterator[Pixels]:
+    def _generate(self, paths: list[Path]) -> Iterator[Pixels]:
         number = 0
         while True:
             batch: list[Pixels] = []
-            while len(batch) < BATCH:
+            while len(batch) < BATCH_SIZE:
                 rng = np.random.default_rng([self.seed, number])
                 number += 1
                 if not paths:
-                    batch.append(draw(rng, SIDE))
+                    batch.append(draw(rng, CROP_SIZE))
                     continue
                 path = paths[rng.integers(len(paths))]
                 try:
-                    batch.append(_cutout(path, rng))
+                    batch.append(_random_crop(path, rng))
                 except ItemError as error:
                     paths.remove(path)
                     if not paths:
@@ -202,7 +202,7 @@ class Training:
             yield np.stack(batch)
 
     def _write(self, parameters: Mapping[str, Any]) -> None:
-        """The package, whole or not at all. Raises ModelError if the file does not do what PyTorch does."""
+        """Write the package, atomically. Raises ModelError if the file does not do what PyTorch does."""
         model = to_onnx({name: value.numpy() for name, value in parameters.items()}).SerializeToString()
         _compare(model, parameters, self._batches())
         described = {
@@ -237,7 +237,7 @@ class Training:
 
 
 def registry_name(text: str) -> str:
-    """``text`` as a name that the registry allows. Raises SpecError if nothing is left of it."""
+    """``text`` as a name that the registry allows. Raises SpecError if no character is left."""
     name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:128]
     if not name:
         raise SpecError(f"{text!r} cannot be a model's name", hint="Give one with --name: small letters, digits, '-'.")
@@ -247,7 +247,7 @@ def registry_name(text: str) -> str:
 def _libraries() -> tuple[Any, Any]:
     """torch, and TensorBoard's writer. Raises ModelError with what to install."""
     try:
-        import onnx  # noqa: F401 - needed only after an hour of training
+        import onnx  # noqa: F401 - needed only at the end of a long training
         import torch
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -265,34 +265,34 @@ def _tensor(pictures: Pixels) -> Any:
     return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float()
 
 
-def _moved(canvas: Any, step: int) -> Any:
-    """The canvas rolled round, so that every part of it is practised with: steps see less than the whole."""
+def _rolled(canvas: Any, step: int) -> Any:
+    """The canvas, rolled differently at each step, because a step sees only a part of it."""
     return canvas.roll((step * 89, step * 55), (2, 3))
 
 
 def _resized(pixels: Pixels, shorter: int) -> Pixels:
-    """The picture with its shorter side of ``shorter`` pixels."""
+    """The picture, resized so that its shorter side has ``shorter`` pixels."""
     height, width = pixels.shape[:2]
     factor = shorter / min(height, width)
     size = (max(shorter, round(width * factor)), max(shorter, round(height * factor)))
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
 
 
-def _cutout(path: Path, rng: np.random.Generator) -> Pixels:
-    """A random part of a photo, at a random scale, ``uint8[SIDE, SIDE, 3]``. Raises ItemError."""
-    shorter = round(SIDE * rng.uniform(1, 2.5))
+def _random_crop(path: Path, rng: np.random.Generator) -> Pixels:
+    """A random part of a photo, at a random scale, ``uint8[CROP_SIZE, CROP_SIZE, 3]``. Raises ItemError."""
+    shorter = round(CROP_SIZE * rng.uniform(1, 2.5))
     try:
         pixels, _ = decode(path.read_bytes(), (shorter, shorter))
     except OSError as error:
         raise ItemError(error.strerror or str(error), stage="read") from None
     pixels = _resized(pixels, shorter)
-    top, left = (int(rng.integers(side - SIDE + 1)) for side in pixels.shape[:2])
-    cut = pixels[top : top + SIDE, left : left + SIDE]
+    top, left = (int(rng.integers(side - CROP_SIZE + 1)) for side in pixels.shape[:2])
+    cut = pixels[top : top + CROP_SIZE, left : left + CROP_SIZE]
     return cut[:, ::-1] if rng.random() < 0.5 else cut
 
 
 def _compare(model: bytes, parameters: Mapping[str, Any], batches: Iterator[Pixels]) -> None:
-    """Run the file in ONNX Runtime, at a size that nothing divides. Raises ModelError if it differs from PyTorch."""
+    """Run the file in ONNX Runtime, at odd sizes. Raises ModelError if it differs from PyTorch."""
     import onnxruntime
     import torch
 

@@ -1,9 +1,9 @@
-"""What a restyled picture is judged by: how far its textures are from the style's, and its scene from the content's.
+"""The losses of style transfer: the distance of textures from the style's, and of the scene from the content's.
 
-Style is compared by Gram matrices (which features occur together, wherever they are) of filter responses, after
+Style is compared by Gram matrices of filter responses (which features occur together, at any place), after
 Gatys, Ecker, Bethge 2016. The filters are those of a pretrained VGG, or random: one layer of them at several
 scales is enough for textures (Ustyuzhaninov, Brendel, Gatys, Bethge 2016, https://arxiv.org/abs/1606.00021).
-All terms are relative to the energy of what is compared with, so that their weights fit any picture.
+All losses are relative to the energy of the target, so that the same weights fit every picture.
 
 Pictures are tensors ``float32[batch, 3, height, width]``, RGB in 0..255.
 """
@@ -20,8 +20,8 @@ from tally.errors import ModelLoadError
 Tensor: TypeAlias = Any
 
 
-class Judge(ABC):
-    """Compares pictures with the style that :meth:`learn` was given."""
+class PerceptualLoss(ABC):
+    """Compares pictures with the style picture that :meth:`set_style` was given."""
 
     name: str
 
@@ -30,32 +30,35 @@ class Judge(ABC):
         """Features ``float32[batch, features, height, width]``, one tensor for each scale."""
 
     @abstractmethod
-    def content(self, restyled: Tensor, found: list[Tensor], pictures: Tensor) -> Tensor:
-        """How far the scene is from that of the pictures: about 1 for another scene. ``found``: its responses."""
+    def content(self, restyled: Tensor, responses: list[Tensor], pictures: Tensor) -> Tensor:
+        """The distance of the scene from that of ``pictures``: about 1 for another scene.
 
-    def learn(self, style: Tensor) -> None:
-        """Remember the style picture, a batch of one."""
-        self._wanted = [gram(features) for features in self.responses(style)]
+        responses: those of ``restyled``.
+        """
+
+    def set_style(self, style: Tensor) -> None:
+        """Compute the targets from the style picture, a batch of one."""
+        self._targets = [gram(features) for features in self.responses(style)]
 
     def losses(self, restyled: Tensor, pictures: Tensor) -> dict[str, Tensor]:
         """``style``, ``content`` and ``smoothness`` (total variation: mean difference of neighbours, 0..1)."""
-        found = self.responses(restyled)
+        responses = self.responses(restyled)
         style = sum(
-            ((gram(features) - wanted) ** 2).sum() / (wanted**2).sum()
-            for features, wanted in zip(found, self._wanted, strict=True)
+            ((gram(features) - target) ** 2).sum() / (target**2).sum()
+            for features, target in zip(responses, self._targets, strict=True)
         )
         across, down = differences(restyled)
         return {
-            "style": style / len(self._wanted),
-            "content": self.content(restyled, found, pictures),
+            "style": style / len(self._targets),
+            "content": self.content(restyled, responses, pictures),
             "smoothness": (across.abs().mean() + down.abs().mean()) / 255,
         }
 
 
 def gram(features: Tensor) -> Tensor:
-    """``float32[features, features]``: mean product of each two features, over all places of all pictures.
+    """The mean product ``float32[features, features]`` of each two features, over all places of all pictures.
 
-    Over the whole batch, as one picture may be dark and another bright: together they have the style's palette.
+    Over the whole batch, because single pictures may be dark or bright, but together have the style's palette.
     """
     flat = features.transpose(0, 1).flatten(1)
     return flat @ flat.T / flat.shape[1]
@@ -66,10 +69,13 @@ def differences(pictures: Tensor) -> tuple[Tensor, Tensor]:
     return pictures[..., 1:] - pictures[..., :-1], pictures[..., 1:, :] - pictures[..., :-1, :]
 
 
-class RandomFilters(Judge):
-    """Half of the filters are strokes (a wave across, longer along) of random direction, width, phase and colour;
-    half are white noise of 3 × 3 pixels. The style picture calibrates them at each scale: every filter has unit
-    variance there, and a threshold among its responses, so that each answers to some of the picture only."""
+class RandomFilters(PerceptualLoss):
+    """Losses by random filters; nothing is downloaded.
+
+    Half of the filters are strokes (a wave across, longer along) of random direction, width, phase and colour; half
+    are white noise of 3 × 3 pixels. They are calibrated with the style picture at each scale: every filter has unit
+    variance there, and a threshold among its responses, so that it responds to a part of the picture only.
+    """
 
     name = "random filters"
     filters, side, scales = 96, 9, 4
@@ -92,10 +98,10 @@ class RandomFilters(Judge):
             scaled = functional.avg_pool2d(scaled, 2)
         luminance = functional.avg_pool2d(_luminance(style), self.blur)
         self._mean, self._spread = luminance.mean(), luminance.std()
-        self.learn(style)
+        self.set_style(style)
 
     blur = 6
-    """Pixels: what is smaller belongs to the style."""
+    """In pixels: smaller detail belongs to the style."""
 
     def _draw(self, generator: Any) -> Tensor:
         """``float32[filters, 3, side, side]``."""
@@ -115,7 +121,7 @@ class RandomFilters(Judge):
         wave = window * torch.cos(2 * math.pi * aside / wavelength + phase)
         wave -= window * wave.mean((1, 2), keepdim=True) / window.mean((1, 2), keepdim=True)
         colour = torch.randn((strokes, 3, 1, 1), generator=generator)
-        colour[::2] = 1  # every other one sees light and dark only
+        colour[::2] = 1  # every other one responds to brightness only
         bank = torch.zeros((self.filters, 3, self.side, self.side))
         bank[:strokes] = wave[:, None] * colour
         noise = torch.randn((self.filters - strokes, 3, 3, 3), generator=generator)
@@ -131,8 +137,8 @@ class RandomFilters(Judge):
             scaled = functional.avg_pool2d(scaled, 2)
         return found
 
-    def content(self, restyled: Tensor, found: list[Tensor], pictures: Tensor) -> Tensor:
-        """Blurred luminance and its edges, the picture's brought to the style's brightness and contrast."""
+    def content(self, restyled: Tensor, responses: list[Tensor], pictures: Tensor) -> Tensor:
+        """By blurred luminance and its edges, after giving the picture the style's brightness and contrast."""
         from torch.nn import functional
 
         given = functional.avg_pool2d(_luminance(pictures), self.blur)
@@ -152,7 +158,7 @@ def _luminance(pictures: Tensor) -> Tensor:
     return (0.299 * red + 0.587 * green + 0.114 * blue) / 255
 
 
-class Vgg(Judge):
+class Vgg(PerceptualLoss):
     """A VGG-16 or VGG-19 in torchvision's layout, up to the fourth block."""
 
     def __init__(self, style: Tensor, weights: Path) -> None:
@@ -189,7 +195,7 @@ class Vgg(Judge):
             )
         self._mean = torch.tensor([0.485, 0.456, 0.406], device=style.device)[:, None, None]
         self._spread = torch.tensor([0.229, 0.224, 0.225], device=style.device)[:, None, None]
-        self.learn(style)
+        self.set_style(style)
 
     def responses(self, pictures: Tensor) -> list[Tensor]:
         from torch.nn import functional
@@ -203,10 +209,10 @@ class Vgg(Judge):
             found.append(x)
         return found
 
-    def content(self, restyled: Tensor, found: list[Tensor], pictures: Tensor) -> Tensor:
-        """Features of the third block, place by place."""
+    def content(self, restyled: Tensor, responses: list[Tensor], pictures: Tensor) -> Tensor:
+        """By the features of the third block, at each place."""
         wanted = self.responses(pictures)[2]
-        return ((found[2] - wanted) ** 2).mean() / (wanted**2).mean()
+        return ((responses[2] - wanted) ** 2).mean() / (wanted**2).mean()
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""The network that restyles a picture in one pass, for PyTorch and as an ONNX graph.
+"""The network that restyles a picture in one pass, in PyTorch and as an ONNX graph.
 
 After Johnson, Alahi, Fei-Fei 2016 (https://arxiv.org/abs/1603.08155), made small enough for video on a CPU: two
-convolutions halve the picture, residual blocks work on the quarter, two more double it again. It is fully
-convolutional and takes any size. Both forms walk the same :data:`LAYERS`, so they cannot drift apart.
+convolutions each halve the picture's sides, residual blocks follow, and two convolutions double the sides again. It is
+fully convolutional and takes any size. Both forms are built from the same :data:`LAYERS`, so they cannot diverge.
 
-One addition: a *canvas*. The strokes of a piece of the style picture, repeated over the whole, enter the network
-with the picture. A small network cannot invent strokes, least of all where a picture is flat, but it learns to paint
-with given ones. In a video they stand still instead of flickering.
+One addition: a *canvas*. Strokes from a part of the style picture, tiled over the whole picture, are a fourth input
+channel. A small network cannot invent strokes, least of all where a picture is flat, but it learns to paint with given
+ones. In a video they stay in place instead of flickering.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any
 import numpy as np
 
 Parameters = Mapping[str, Any]
-"""Tensors of PyTorch, or arrays, by name: ``<layer>.weight`` and ``.bias``; ``.gain`` where it is normalised.
+"""Tensors of PyTorch, or arrays, by name: ``<layer>.weight`` and ``.bias``; and ``.gain`` if it is normalised.
 
 ``canvas``: ``uint8[1, 1, CANVAS, CANVAS]``, brightness around 127.5; it is not trained.
 """
 
 CANVAS = 256
-"""Pixels per side of the canvas, after which it repeats."""
+"""Pixels per side of the canvas, which is tiled."""
 
 _SEAM = 32
-"""Pixels over which one edge of the canvas fades into the opposite one."""
+"""Pixels over which an edge of the canvas is blended into the opposite one."""
 
 SMALLEST_STYLE = CANVAS + _SEAM
 """Pixels per side."""
 
 _STROKES = 25
-"""Pixels. Brightness that reaches further is taken out of the canvas: the picture is to say what is dark."""
+"""Pixels. Brightness over a larger scale is removed from the canvas: the picture decides what is dark."""
 
 EPSILON = 1e-5
 """Added to the variance, in units of the activations."""
@@ -41,42 +41,45 @@ EPSILON = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A convolution, and what stands around it, in the order of the fields from ``keeps`` on.
+    """A convolution, with what is done before and after it in the order of the fields from ``opens_skip`` on.
 
-    keeps: its input is kept until the ``adds`` that closes it; pairs are nested like brackets. doubles:
-    neighbouring pixels are repeated first, which leaves no checkerboard as a transposed convolution does.
-    norm: instance normalisation takes the bias's place.
+    opens_skip, closes_skip: the input of the one is added to the output of the other; pairs are nested like brackets.
+    upsamples: pixels are repeated first, which leaves no checkerboard as a transposed convolution does.
+    norm: instance normalisation instead of a bias.
     """
 
     name: str
     inputs: int
     outputs: int
     kernel: int = 3
-    keeps: bool = False
-    doubles: bool = False
+    opens_skip: bool = False
+    upsamples: bool = False
     stride: int = 1
     norm: bool = True
     relu: bool = True
-    adds: bool = False
+    closes_skip: bool = False
 
 
 def _residual(name: str) -> list[Layer]:
-    return [Layer(f"{name}.first", 32, 32, keeps=True), Layer(f"{name}.second", 32, 32, relu=False, adds=True)]
+    return [
+        Layer(f"{name}.first", 32, 32, opens_skip=True),
+        Layer(f"{name}.second", 32, 32, relu=False, closes_skip=True),
+    ]
 
 
 LAYERS = [
     Layer("enter", 4, 16, kernel=5),
-    Layer("half", 16, 24, keeps=True, stride=2),
-    Layer("quarter", 24, 32, keeps=True, stride=2),
+    Layer("half", 16, 24, opens_skip=True, stride=2),
+    Layer("quarter", 24, 32, opens_skip=True, stride=2),
     *(layer for number in range(4) for layer in _residual(f"block{number}")),
-    Layer("double", 32, 24, doubles=True, adds=True),
-    Layer("full", 24, 16, doubles=True, adds=True),
+    Layer("double", 32, 24, upsamples=True, closes_skip=True),
+    Layer("full", 24, 16, upsamples=True, closes_skip=True),
     Layer("leave", 16, 3, kernel=5, norm=False, relu=False),
 ]
 
 
 def initial(style: Any, seed: int) -> dict[str, Any]:
-    """Parameters to begin with: the same seed, the same values.
+    """Initial parameters, determined by the seed.
 
     style: ``float32[1, 3, height, width]`` RGB in 0..255, at least SMALLEST_STYLE pixels per side.
     """
@@ -95,7 +98,7 @@ def initial(style: Any, seed: int) -> dict[str, Any]:
 
 
 def _canvas(style: Any) -> Any:
-    """The strokes in the middle of the style picture."""
+    """The strokes in the middle of the style picture, tileable."""
     import torch
     from torch.nn import functional
 
@@ -106,7 +109,7 @@ def _canvas(style: Any) -> Any:
     for axis in (2, 3):
         start, rest, surplus = strokes.split([_SEAM, CANVAS - _SEAM, _SEAM], dim=axis)
         weight = share[:, None] if axis == 2 else share
-        # Two different strokes in one place, each at half its strength, would be a faint one: keep the energy.
+        # Square roots keep the energy: half of two different strokes would make a faint one.
         start = start * weight.sqrt() + surplus * (1 - weight).sqrt()
         strokes = torch.cat([start, rest], dim=axis)
     return (strokes + 127.5).clamp(0, 255).round().to(torch.uint8)
@@ -124,18 +127,18 @@ def restyle(parameters: Parameters, pictures: Any) -> Any:
     kept = []
     for layer in LAYERS:
         weight, bias = parameters[f"{layer.name}.weight"], parameters[f"{layer.name}.bias"]
-        if layer.keeps:
+        if layer.opens_skip:
             kept.append(x)
-        if layer.doubles:
+        if layer.upsamples:
             x = functional.interpolate(x, scale_factor=2, mode="nearest")
-        # Repeating the edge, unlike zeros, leaves no frame around the picture, and unlike mirroring fits any size.
+        # Repeating the edge leaves no frame around the picture, as zeros do, and fits any size, unlike mirroring.
         x = functional.pad(x, [layer.kernel // 2] * 4, mode="replicate")
         x = functional.conv2d(x, weight, None if layer.norm else bias, layer.stride)
         if layer.norm:
             x = functional.instance_norm(x, weight=parameters[f"{layer.name}.gain"], bias=bias, eps=EPSILON)
         if layer.relu:
             x = functional.relu(x)
-        if layer.adds:
+        if layer.closes_skip:
             before = kept.pop()
             x = x[:, :, : before.shape[2], : before.shape[3]] + before  # halving rounds up
     return 255 * torch.sigmoid(x)
@@ -161,11 +164,11 @@ def to_onnx(parameters: Mapping[str, np.ndarray[Any, Any]]) -> Any:
         return constant(name, numbers, np.int64)
 
     def cut(value: str, like: str, name: str) -> str:
-        """The part at the top left that has the height and width of ``like``."""
+        """The top left part, of the height and width of ``like``."""
         size = node("Shape", [like], f"{name}.size", start=2, end=4)
         return node("Slice", [value, integers("corner", 0, 0), size, integers("sides", 2, 3)], name)
 
-    # Each picture of the batch gets the canvas, as often as it fits, and once more.
+    # The canvas is tiled once more than fits, and then cut, for each picture of the batch.
     node("Shape", ["image"], "size", start=2, end=4)
     whole = node("Div", ["size", integers("period", CANVAS, CANVAS)], "whole")
     across = node("Add", [whole, integers("more", 1, 1)], "across")
@@ -181,9 +184,9 @@ def to_onnx(parameters: Mapping[str, np.ndarray[Any, Any]]) -> Any:
         name, margin = layer.name, layer.kernel // 2
         weight = constant(f"{name}.weight", parameters[f"{name}.weight"])
         bias = constant(f"{name}.bias", parameters[f"{name}.bias"])
-        if layer.keeps:
+        if layer.opens_skip:
             kept.append(value)
-        if layer.doubles:
+        if layer.upsamples:
             value = node(
                 "Resize",
                 [value, "", constant("twice", [1, 1, 2, 2])],
@@ -201,9 +204,9 @@ def to_onnx(parameters: Mapping[str, np.ndarray[Any, Any]]) -> Any:
             value = node("InstanceNormalization", [value, gain, bias], f"{name}.norm", epsilon=EPSILON)
         if layer.relu:
             value = node("Relu", [value], f"{name}.relu")
-        if layer.adds:
+        if layer.closes_skip:
             before = kept.pop()
-            if layer.doubles:  # halving rounds up
+            if layer.upsamples:  # halving rounds up
                 value = cut(value, before, f"{name}.cut")
             value = node("Add", [value, before], f"{name}.sum")
     node("Mul", [node("Sigmoid", [value], "share"), constant("white", 255)], "restyled")

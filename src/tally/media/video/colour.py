@@ -1,8 +1,8 @@
-"""Which colours are meant where a video does not say."""
+"""Colour matrices and ranges, with defaults for videos that do not state them."""
 
 from __future__ import annotations
 
-from tally.media.video.facts import Colour
+from tally.media.video.metadata import Colour
 
 BT709, UNSPECIFIED, BT601 = 1, 2, 5
 LIMITED = 1
@@ -11,9 +11,9 @@ _COMPUTED = frozenset({BT709, 4, BT601, 6, 7, 9})
 
 
 def matrix_for(colour: Colour, height: int) -> int:
-    """The matrix from RGB (``AVColorSpace``); unspecified: what players take for a picture of such a height.
+    """The matrix to and from RGB (``AVColorSpace``).
 
-    So it is for the few that FFmpeg's scaler cannot compute with, too.
+    If it is unspecified, or one that FFmpeg's scaler does not know: the one that players assume for that height.
     """
     if colour.matrix in _COMPUTED:
         return colour.matrix
@@ -21,5 +21,5 @@ def matrix_for(colour: Colour, height: int) -> int:
 
 
 def range_for(colour: Colour) -> int:
-    """The range (``AVColorRange``); unspecified is limited."""
+    """The range (``AVColorRange``); limited if unspecified."""
     return colour.range or LIMITED

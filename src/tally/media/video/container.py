@@ -1,4 +1,4 @@
-"""Opening containers, and FFmpeg's errors in plain words."""
+"""Opening video files, and FFmpeg's errors in plain words."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 
-class _Known(NamedTuple):
-    """An object, and its content: see :meth:`Store.marked`."""
+class _Object(NamedTuple):
+    """An object of a store with a certain content: see :meth:`Store.marked`."""
 
     root: str
     name: str
@@ -33,15 +33,15 @@ class _Known(NamedTuple):
         return f"{self.root}/{self.name}"
 
 
-_JUMPS = 32
-_OPENING = 32 * 2**20
-"""What may be read to open a video in a bucket: places, and bytes. Some have no index, and FFmpeg walks through all of
-them each time (MP4 in fragments): they are fetched to this machine instead."""
+_MAX_SEEKS = 32
+_MAX_HEADER_BYTES = 32 * 2**20
+"""How often FFmpeg may seek, and how much it may read, to open a video in a bucket. Some have no index (MP4 in
+fragments), and FFmpeg reads through the whole file each time: such a video is downloaded instead."""
 
-# What was read to open the remote video that was opened last, by its place and mark: a worker's next chunk is often of
-# the same one, and an index may be as large as a chunk.
-_begun: dict[_Known, dict[int, bytes]] = {}
-_fetched: dict[_Known, Path] = {}
+# The blocks that were read to open the last remote video: a worker's next chunk is often of the same one, and an
+# index may be as large as a chunk.
+_header_blocks: dict[_Object, dict[int, bytes]] = {}
+_downloads: dict[_Object, Path] = {}
 
 _HINTS = {
     "moov atom not found": "The end of the file is missing: it was cut off while it was recorded or copied.",
@@ -50,9 +50,9 @@ _HINTS = {
 
 
 class Input:
-    """An opened video: of one thread; close it.
+    """An opened video. For one thread; close it.
 
-    container: for what it says of itself; packets are taken with :meth:`packets`.
+    container: for its metadata; packets are read with :meth:`packets`.
     """
 
     def __init__(self, container: InputContainer, remote: _Remote | None = None) -> None:
@@ -64,7 +64,7 @@ class Input:
         return self.container.streams
 
     def packets(self, *streams: Any) -> Iterator[Packet[Any]]:
-        """The packets of these streams, or of all. The last of each is empty.
+        """The packets of these streams, or of all. Each stream ends with an empty one.
 
         Raises FFmpegError where the file is damaged, StorageError where its storage fails.
         """
@@ -106,21 +106,26 @@ class Input:
 
 
 class _Remote:
-    """What FFmpeg reads an object through. It takes whatever goes wrong for the end or for damage, in places without
-    a word: so a failure is kept here, and :class:`Input` asks for it after each step."""
+    """The file object that FFmpeg reads an object of a store through.
 
-    def __init__(self, store: Store, known: _Known, told: Callable[[int], None] | None) -> None:
-        _, self.name, size, mark = known  # by its name, FFmpeg tells formats that have no sign of their own
+    FFmpeg takes a failed read for the end of the file or for damage, sometimes silently. So the failure is kept
+    here, and :class:`Input` checks for it after each step.
+    """
+
+    def __init__(self, store: Store, known: _Object, on_fetched: Callable[[int], None] | None) -> None:
+        _, self.name, size, mark = known  # FFmpeg knows some formats by the name only
         self.error: StorageError | None = None
         self.opening = True
         self._store, self._known = store, known
-        self._file: RangeFile | BinaryIO = RangeFile(store, self.name, (size, mark), _begun.get(known), told)
+        self._file: RangeFile | BinaryIO = RangeFile(
+            store, self.name, (size, mark), _header_blocks.get(known), on_fetched
+        )
 
     def read(self, size: int) -> bytes:
         if self.error is None:
             try:
-                if self.opening and isinstance(self._file, RangeFile) and self._is_walked_through(self._file):
-                    self._fetch()
+                if self.opening and isinstance(self._file, RangeFile) and self._is_read_through(self._file):
+                    self._download()
                 return self._file.read(size)
             except StorageError as error:
                 self.error = error
@@ -135,55 +140,55 @@ class _Remote:
         return self._file.tell()
 
     def check(self) -> None:
-        """Raises what went wrong, if anything did."""
+        """Raises the failure that was kept, if there is one."""
         if self.error is not None:
             raise self.error from None
 
-    def opened(self) -> None:
-        """Keeps what was read for whoever opens it next."""
+    def keep_header(self) -> None:
+        """Keep the blocks that were read for the next time it is opened."""
         self.opening = False
-        if isinstance(self._file, RangeFile) and self._known.mark and self._known not in _begun:
-            _begun.clear()
-            _begun[self._known] = self._file.blocks
+        if isinstance(self._file, RangeFile) and self._known.mark and self._known not in _header_blocks:
+            _header_blocks.clear()
+            _header_blocks[self._known] = self._file.blocks
 
     def close(self) -> None:
         self._file.close()
 
-    def _is_walked_through(self, file: RangeFile) -> bool:
-        return file.jumps > _JUMPS or file.fetched > _OPENING
+    def _is_read_through(self, file: RangeFile) -> bool:
+        return file.jumps > _MAX_SEEKS or file.fetched > _MAX_HEADER_BYTES
 
-    def _fetch(self) -> None:
+    def _download(self) -> None:
         at = self._file.tell()
         self._file.close()
-        self._file = _whole(self._store, self._known).open("rb")
+        self._file = _downloaded(self._store, self._known).open("rb")
         self._file.seek(at)
 
 
-def _whole(store: Store, known: _Known) -> Path:
-    """The object as a file of this machine. Raises StorageError, also where it is not what it was."""
+def _downloaded(store: Store, known: _Object) -> Path:
+    """The object as a file of this machine. Raises StorageError, also if its content has changed."""
     path = store.local_path(known.name)
     if store.marked(known.name) != (known.size, known.mark):
         raise changed(known.place)
-    _fetched[known] = path
+    _downloads[known] = path
     return path
 
 
 def open_video(
-    root: str, name: str, known: tuple[int, str] | None = None, told: Callable[[int], None] | None = None
+    root: str, name: str, known: tuple[int, str] | None = None, on_fetched: Callable[[int], None] | None = None
 ) -> Input:
-    """Open a video for reading; what is in a bucket is read by ranges.
+    """Open a video for reading; one in a bucket is read by ranges.
 
-    known, told: as of :class:`RangeFile`.
-    Raises ItemError when it is no video that FFmpeg knows, StorageError (such as SourceNotFoundError) when it cannot
-    be read, or is in a bucket and has changed.
+    known: its size and mark, if they are known. on_fetched: called with the bytes fetched so far, see ``RangeFile``.
+    Raises ItemError if it is no video that FFmpeg knows, StorageError (such as SourceNotFoundError) if it cannot be
+    read, or is in a bucket and has changed.
     """
     store = open_store(root)
     if store.is_local:
         return Input(_opened(os.fspath(store.local_path(name)), store.size(name)))
-    this = _Known(root, name, *(known or store.marked(name)))
-    if this in _fetched and _fetched[this].exists():
-        return Input(_opened(os.fspath(_fetched[this]), this.size))
-    remote = _Remote(store, this, told)
+    this = _Object(root, name, *(known or store.marked(name)))
+    if this in _downloads and _downloads[this].exists():
+        return Input(_opened(os.fspath(_downloads[this]), this.size))
+    remote = _Remote(store, this, on_fetched)
     try:
         try:
             container = _opened(remote, this.size)
@@ -198,27 +203,29 @@ def open_video(
     except BaseException:
         remote.close()
         raise
-    remote.opened()
+    remote.keep_header()
     return Input(container, remote)
 
 
 def _opened(file: Any, size: int) -> InputContainer:
     import av
 
-    if av.logging.get_level() is None:  # errors carry FFmpeg's reason only while it logs, silently here
+    if av.logging.get_level() is None:  # errors have FFmpeg's reason only while it logs; this level prints nothing
         av.logging.set_level(av.logging.PANIC)
     if size == 0:
         raise ItemError("the file is empty", stage="read")
     try:
-        # Real cameras write titles in legacy encodings; a title is no reason to refuse the pictures.
+        # Some cameras write titles in legacy encodings; the pictures are fine.
         container: InputContainer = av.open(file, "r", metadata_errors="ignore")
         return container
     except (av.FFmpegError, ValueError) as error:
-        raise ItemError(f"it cannot be opened as a video: {plain(error)}", stage="read", hint=_hint(error)) from None
+        raise ItemError(
+            f"it cannot be opened as a video: {error_text(error)}", stage="read", hint=_hint(error)
+        ) from None
 
 
 def video_stream(container: InputContainer) -> VideoStream:
-    """The container's main video stream. Raises ItemError if it has none; a cover picture is none."""
+    """The container's main video stream. Raises ItemError if it has none; a cover picture does not count."""
     import av
 
     stream = container.streams.best("video")
@@ -228,8 +235,8 @@ def video_stream(container: InputContainer) -> VideoStream:
     raise ItemError(f"it has no video stream, only {others}" if others else "it has no streams", stage="read")
 
 
-def plain(error: BaseException) -> str:
-    """What FFmpeg said, without its error numbers and the file's path."""
+def error_text(error: BaseException) -> str:
+    """FFmpeg's message, without its error numbers and the file's path."""
     text = getattr(error, "strerror", None) or str(error)
     log = getattr(error, "log", None)
     detail = re.sub(r"0x[0-9a-f]+", "", log[2]).strip() if log else ""
@@ -237,8 +244,8 @@ def plain(error: BaseException) -> str:
 
 
 def _hint(error: BaseException) -> str | None:
-    text = plain(error)
-    return next((hint for said, hint in _HINTS.items() if said in text), None)
+    text = error_text(error)
+    return next((hint for message, hint in _HINTS.items() if message in text), None)
 
 
 def _codec(stream: object) -> str:

@@ -1,4 +1,4 @@
-"""Decoding exactly the frames that are wanted, from the keyframe before them."""
+"""Decoding chosen frames exactly, from the keyframe before them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from tally.errors import ItemError
 from tally.media.video.colour import matrix_for, range_for
-from tally.media.video.container import Input, open_video, plain
-from tally.media.video.facts import Video
+from tally.media.video.container import Input, error_text, open_video
+from tally.media.video.metadata import Video
 from tally.media.video.probe import Key
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ _FULL_RANGE = 2
 
 
 def decode(video: Video, packets: Sequence[int], keys: Sequence[Key]) -> Iterator[Picture | ItemError]:
-    """One picture, or why there is none, for each of the wanted frames, in order.
+    """One picture, or the reason why there is none, for each chosen frame, in order.
 
-    packets: positions of their packets in the video stream (see ``Timeline``), in the order of presentation.
-    keys: the keyframes to begin at, at or before the first of them: the nearest last. Those before it are tried
-        where the nearest one leads to a damaged picture: some streams need a run-up. None: the stream's beginning.
+    packets: positions of the frames' packets in the video stream (see ``Timeline``), in the order of presentation.
+    keys: keyframes at or before the first frame, the nearest last. Decoding begins at the nearest; if its first
+        picture is damaged, at one before it, for some streams need a run-up. Empty: the stream's beginning.
     Pictures are ``uint8[height, width, 3]`` RGB, upright, of the video's size.
     Raises what :func:`open_video` raises, and StorageError when the storage fails.
     """
@@ -70,8 +70,10 @@ def _frames(
     last: int,
     failed: dict[int, str],
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Frames as the decoder gives them, with their packet's position: a position travels through the decoder in
-    place of the presentation time, so that no frame can be taken for another."""
+    """Frames as the decoder returns them, with their packet's position.
+
+    The position takes the place of the presentation time inside the decoder, so no frame is taken for another.
+    """
     import av
 
     context: Any = container.streams[video.stream].codec_context
@@ -79,17 +81,17 @@ def _frames(
     try:
         for position, packet in packets:
             if position > last:
-                break  # what a frame needs comes before it
+                break  # a frame needs only packets before its own
             packet.pts = packet.dts = position
             try:
                 decoded = context.decode(packet)
             except (av.FFmpegError, ValueError) as error:
-                failed[position] = plain(error)
+                failed[position] = error_text(error)
                 continue
             for frame in decoded:
                 yield frame.pts, frame
-    except av.FFmpegError as error:  # the file ends here for us
-        failed.update((lost, f"reading it failed: {plain(error)}") for lost in range(position + 1, last + 1))
+    except av.FFmpegError as error:  # nothing can be read after this
+        failed.update((lost, f"reading it failed: {error_text(error)}") for lost in range(position + 1, last + 1))
     try:
         for frame in context.decode(None):
             yield frame.pts, frame
@@ -103,12 +105,12 @@ def _open_at(video: Video, key: Key) -> tuple[Input, Iterator[tuple[int, Packet[
     if key.packet and key.dts is not None:
         _prime(container, video)
         first = _seek(container, video, key)
-        packets = _real(container.packets(container.streams[video.stream]))
+        packets = _nonempty(container.packets(container.streams[video.stream]))
         if first is not None:
             return container, enumerate(chain([first], packets), key.packet)
-        container.close()  # this container cannot be trusted to find a place: from its beginning
+        container.close()  # seeking does not work in this container: read from its beginning
         container = _open(video)
-    packets = _real(container.packets(container.streams[video.stream]))
+    packets = _nonempty(container.packets(container.streams[video.stream]))
     return container, ((position, packet) for position, packet in enumerate(packets) if position >= key.packet)
 
 
@@ -122,15 +124,15 @@ def _open(video: Video) -> Input:
 
 
 def _prime(container: Input, video: Video) -> None:
-    """Show the decoder the stream's first packet where later ones cannot be decoded rightly without: only there
-    x264 says who it is, and FFmpeg knows how old versions of it went wrong in 4:4:4."""
+    """Decode the stream's first packet, for 4:4:4 H.264: only it names the version of x264 that made the stream,
+    and FFmpeg corrects a fault of old versions."""
     import av
 
     stream: Any = container.streams[video.stream]
     if video.codec != "h264" or "444" not in (stream.codec_context.pix_fmt or ""):
         return
     try:
-        stream.codec_context.decode(next(_real(container.packets(stream))))
+        stream.codec_context.decode(next(_nonempty(container.packets(stream))))
     except (av.FFmpegError, StopIteration):
         return
 
@@ -153,8 +155,8 @@ def _seek(container: Input, video: Video, key: Key) -> Packet[Any] | None:
     return None
 
 
-def _real(packets: Iterable[Packet[Any]]) -> Iterator[Packet[Any]]:
-    """Without the empty one at the end."""
+def _nonempty(packets: Iterable[Packet[Any]]) -> Iterator[Packet[Any]]:
+    """All packets but the empty one at the end."""
     return (packet for packet in packets if packet.size or packet.dts is not None or packet.pts is not None)
 
 
@@ -173,7 +175,7 @@ def _picture(frame: VideoFrame, video: Video) -> Picture | ItemError:
             threads=1,
         ).to_ndarray()
     except (OSError, ValueError) as error:
-        return ItemError(f"its picture cannot be converted to RGB: {plain(error)}", stage="decode")
+        return ItemError(f"its picture cannot be converted to RGB: {error_text(error)}", stage="decode")
     return np.ascontiguousarray(np.rot90(array, turns)) if turns else array
 
 

@@ -1,7 +1,7 @@
-"""From pictures to a segment: a run of frames as an MP4 that needs nothing before it to be decoded.
+"""Encoding pictures into a segment: a run of frames as an MP4 that decodes without anything before it.
 
-Encoders see frames at even steps; each packet gets its frame's own time afterwards. So any time base and any
-spacing of frames come out exactly, whatever an encoder can count in.
+Encoders see frames at even steps; afterwards each packet gets its frame's own time. So every time base and every
+spacing of frames is kept exactly, whatever units an encoder counts in.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 
 from tally.errors import ItemError, SpecError
 from tally.media.video.colour import matrix_for, range_for
-from tally.media.video.container import plain
-from tally.media.video.facts import Colour, Video
+from tally.media.video.container import error_text
+from tally.media.video.metadata import Colour, Video
 from tally.text import did_you_mean
 
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 FORMATS = {"mp4": "mp4", "mov": "mov", "mkv": "matroska", "webm": "webm"}
-"""Kinds of videos that can be written, and FFmpeg's name of the container."""
+"""Kinds of videos that can be written, and FFmpeg's names for their containers."""
 
 DEFAULTS = {"mp4": "libx264", "mov": "libx264", "mkv": "libx264", "webm": "libvpx-vp9"}
 """The encoder for each kind of video."""
@@ -37,12 +37,12 @@ _GOP_SECONDS = 10
 _GOP_FRAMES = 250
 _FULL_RANGE = 2
 _RGB, _UNSPECIFIED = 0, 2
-_BITS_PER_PIXEL = 0.15  # for encoders that have no scale of quality
+_BITS_PER_PIXEL = 0.15  # for encoders without a quality scale
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How pictures become video. codec: FFmpeg's name of an encoder. crf: its quality; None takes the default."""
+    """How pictures are encoded. codec: FFmpeg's name of an encoder. crf: its quality; None: the default."""
 
     codec: str
     crf: float | None = None
@@ -50,7 +50,7 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """An encoder's scale of quality: name of its option, best and worst value, and the one that is taken."""
+    """An encoder's quality scale: the name of its option, its best and worst value, and the default."""
 
     option: str
     low: float
@@ -64,7 +64,7 @@ class _Settings:
     options: Mapping[str, str] = field(default_factory=dict)
 
 
-# Speed and size were weighed at one thread, for there is a worker on every core: docs/discussion/measurements.md
+# Speed and size were compared on one thread, as every core has a worker: docs/discussion/measurements.md
 _SETTINGS = {
     "libx264": _Settings(_Scale("crf", 0, 51, 20), {"preset": "veryfast"}),
     "libx264rgb": _Settings(_Scale("crf", 0, 51, 20), {"preset": "veryfast"}),
@@ -81,7 +81,7 @@ _HARDWARE = {
     "_amf": _Settings(_Scale("qp", 0, 51, 22), {"rc": "cqp"}),
 }
 HARDWARE = (*_HARDWARE, "_videotoolbox", "_v4l2m2m")
-"""How the names of encoders end that need hardware."""
+"""Endings of the names of encoders that need hardware."""
 
 _OLD = frozenset({"mpeg1video", "mpeg2video", "mpeg4", "msmpeg4", "mjpeg"})
 
@@ -95,15 +95,15 @@ def _settings(codec: str) -> _Settings:
 
 def encoders(kind: str) -> dict[str, str]:
     """The encoders that work on this machine for a kind of video (a key of :data:`FORMATS`): name to description."""
-    return {codec: name for codec, name in _candidates(kind).items() if _trial(codec) is None}
+    return {codec: name for codec, name in _candidates(kind).items() if _why_unusable(codec) is None}
 
 
 def check(encoding: Encoding, kind: str) -> None:
-    """Raises SpecError where the encoder cannot be used here for that kind of video, or has no such quality."""
+    """Raises SpecError if the encoder cannot be used here for that kind of video, or has no such quality."""
     codec, scale = encoding.codec, _settings(encoding.codec).scale
     if codec not in _candidates(kind):
-        problem = f"no encoder {codec!r} is there for .{kind}"
-    elif (reason := _trial(codec)) is not None:
+        problem = f"there is no encoder {codec!r} for .{kind}"
+    elif (reason := _why_unusable(codec)) is not None:
         problem = f"the encoder {codec!r} does not work on this machine: {reason}"
     elif encoding.crf is None or (scale is not None and scale.low <= encoding.crf <= scale.high):
         return
@@ -149,8 +149,8 @@ def _supported(container: str) -> set[str]:
 
 
 @cache
-def _trial(codec: str) -> str | None:
-    """Why the encoder does not work here, or None."""
+def _why_unusable(codec: str) -> str | None:
+    """Why the encoder does not work here, by a trial; None if it does."""
     import av
 
     rate = Fraction(25)
@@ -163,7 +163,7 @@ def _trial(codec: str) -> str | None:
     except ItemError as error:
         return error.message
     except (av.FFmpegError, ValueError) as error:
-        return plain(error)
+        return error_text(error)
     return None
 
 
@@ -171,8 +171,8 @@ class Encoder:
     """Encodes one segment. Used by one thread.
 
     size: width and height of the pictures, upright.
-    note: what had to be done to them, or None.
-    Raises ItemError where the encoder cannot take pictures of that size.
+    note: how the pictures had to be changed, or None.
+    Raises ItemError if the encoder cannot take pictures of that size.
     """
 
     def __init__(self, encoding: Encoding, video: Video, size: tuple[int, int]) -> None:
@@ -218,7 +218,8 @@ class Encoder:
             dst_colorspace=self._matrix,
             src_color_range=_FULL_RANGE,
             dst_color_range=self._range,
-            interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,  # or all gets a little darker
+            interpolation=Interpolation.BICUBIC
+            | Interpolation.ACCURATE_RND,  # otherwise everything gets a little darker
             threads=1,
         )
         context = self._stream.codec_context
@@ -228,7 +229,7 @@ class Encoder:
         self._packets += self._stream.encode(frame)
 
     def close(self) -> bytes:
-        """The segment as a file's content. Its times count from the first frame's."""
+        """The segment as a file's content. Its times are relative to the first frame's."""
         self._packets += self._stream.encode(None)
         ticks = [self._ticks[packet.pts] - self._ticks[0] for packet in self._packets]
         with self._container as container:
@@ -250,7 +251,7 @@ class Encoder:
             container_options={"video_track_timescale": str(self._video.time_base.denominator)},
         )
         settings, codec = _settings(self._encoding.codec), self._encoding.codec
-        os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 would tell its settings for every segment
+        os.environ.setdefault("SVT_LOG", "1")  # or SVT-AV1 prints its settings for every segment
         scale, options = settings.scale, dict(settings.options)
         quality = self._encoding.crf if self._encoding.crf is not None else scale and scale.default
         if scale is not None and scale.option in ("crf", "cq"):
@@ -277,7 +278,7 @@ class Encoder:
         if self._format.startswith("yuvj") or av.VideoFormat(self._format).is_rgb:
             self._range = _FULL_RANGE
         context.sample_aspect_ratio = self._video.aspect
-        # What the source leaves open stays open, except where the pictures are no longer what it was.
+        # What the source does not state stays unstated, unless the encoding decides it.
         stated = colour.matrix in (_UNSPECIFIED, self._matrix)
         context.colorspace = colour.matrix if stated else self._matrix
         context.color_range = self._range if self._range == _FULL_RANGE else colour.range
@@ -286,18 +287,18 @@ class Encoder:
         return stream
 
     def _rate(self) -> Fraction:
-        """Frames per second, as far as encoders take it; it guides the spending of bits, and times no frame."""
+        """Frames per second, within what encoders accept; it only guides how many bits are spent."""
         import av
 
         rate = min(max(self._video.rate, Fraction(1)), Fraction(240))
         if allowed := av.Codec(self._encoding.codec, "w").frame_rates:
             known = [Fraction(each.numerator, each.denominator) for each in allowed]
             return min(known, key=lambda each: abs(each - rate))
-        return 1 / (1 / rate).limit_denominator(60_000)  # MPEG-4 counts to 65,535
+        return 1 / (1 / rate).limit_denominator(60_000)  # MPEG-4 allows up to 65,535
 
     def _refused(self, width: int, height: int, error: Exception) -> ItemError:
         return ItemError(
-            f"{self._encoding.codec} cannot encode pictures of {width}x{height}: {plain(error)}",
+            f"{self._encoding.codec} cannot encode pictures of {width}x{height}: {error_text(error)}",
             stage="write",
             hint="Choose another encoder with --codec, or another size.",
         )
@@ -318,10 +319,11 @@ def _pixel_format(codec: str) -> str:
 def decoding_times(ticks: Sequence[int], end: int | None = None) -> list[int]:
     """Decoding times for packets in the order of decoding that are shown at ``ticks``: ascending, none after its tick.
 
-    Each is the time of the frame that is shown as many frames earlier as the two orders differ at most.
-    end: when the last frame's time ends. The packets last until then in both orders: MP4 adds up the one of decoding.
-    Those before the first frame's time are a tick apart, and frames should be further apart than :func:`delay` ticks:
-    FFmpeg's MP4 muxer takes the smallest distance between a negative decoding time and its tick for the first one's.
+    Each is the time of the frame that is shown :func:`delay` frames earlier.
+    end: when the last frame's time ends. The packets last until then in both orders, as MP4 adds up durations in the
+        order of decoding.
+    Decoding times before the first frame's time are one tick apart. Frames should be more than :func:`delay` ticks
+    apart: FFmpeg's MP4 muxer takes the smallest distance between a negative decoding time and its tick for the first's.
     """
     order, late = sorted(ticks), delay(ticks)
     if not late:
@@ -334,6 +336,6 @@ def decoding_times(ticks: Sequence[int], end: int | None = None) -> list[int]:
 
 
 def delay(ticks: Sequence[int]) -> int:
-    """By how many packets the order of decoding is behind that of showing, at most."""
+    """By how many packets, at most, the order of decoding lags behind that of presentation."""
     rank = {tick: index for index, tick in enumerate(sorted(ticks))}
     return max((index - rank[tick] for index, tick in enumerate(ticks)), default=0)

@@ -1,19 +1,19 @@
-"""What is known of one frame of a video beside its picture."""
+"""The metadata of one frame of a video."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tally.media.video.facts import Video
+from tally.media.video.metadata import Video
 
 
 class FrameInfo(dict[str, Any]):
-    """The columns of a frame, ``video``, ``frame`` and ``time``, and what joining frames to a video takes besides.
+    """The columns of a frame, ``video``, ``frame`` and ``time``, and what joining frames to a video needs as well.
 
     This is what a source of frames puts into ``Batch.info``, and what a sink that writes videos needs there.
 
-    source: the video that it is of. number: the frame's, from 0. tick: when it is shown, in ``source.time_base``.
-    step: how many frames further the next one is that is taken: 1 unless frames are left out on purpose.
+    source: its video. number: the frame's, from 0. tick: when it is shown, in ``source.time_base``.
+    step: how many frames later the next scored one is: 1 unless frames are skipped on purpose.
     """
 
     __slots__ = ("source", "step", "tick")

@@ -1,9 +1,8 @@
-"""Joining segments into the finished video: their packets as they are, with the sound of the source.
+"""Joining segments into the finished video: their packets unchanged, with the sound of the source.
 
-Segments, and a video that an earlier generation finished, are runs of groups of pictures that need nothing outside
-themselves. They are put in order by the time of their first picture, and all decoding times are set anew: those that
-a segment has know nothing of its neighbours. Two passes are made over the packets, for times and then for content,
-so that memory does not grow with the length of the video, apart from some numbers per frame.
+Segments, and a video that an earlier generation finished, consist of closed groups of pictures. They are sorted by the
+time of their first picture, and all decoding times are set anew, as those of a segment ignore its neighbours. Two
+passes are made over the packets, one for times and one for content, so memory holds only some numbers per frame.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tally.errors import ItemError, JobError, StorageAwayError, StorageError
-from tally.media.video.container import Input, open_video, plain
+from tally.media.video.container import Input, error_text, open_video
 from tally.media.video.encode import FORMATS, decoding_times, delay
-from tally.media.video.facts import Video
+from tally.media.video.metadata import Video
 from tally.media.video.tracks import Timed, Track, describe_stream, tracks
 from tally.storage import key_of, open_store
 
@@ -31,22 +30,22 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 _MOV = ("mp4", "mov")
-_ASPECT = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")  # carry the shape of their pixels themselves
-_TIMESCALE = 2**31 - 1  # what MP4 holds at most
-# Of the file, not of what it shows.
+_ASPECT = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")  # these codecs store the shape of pixels
+_TIMESCALE = 2**31 - 1  # the maximum of MP4
+# Metadata of the file, not of its content.
 _TECHNICAL = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "duration"})
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Encoded frames in a file of this machine. start: the tick of its first frame; None: its own times count."""
+    """Encoded frames in a file of this machine. start: the tick of its first frame; None: as in the file."""
 
     path: Path
     start: int | None = None
 
 
 class _Group(NamedTuple):
-    """A group of pictures: where it is, and the ticks of its packets in the order of decoding."""
+    """A group of pictures: its first tick, its segment, and the ticks of its packets in the order of decoding."""
 
     tick: int
     segment: int
@@ -54,17 +53,17 @@ class _Group(NamedTuple):
 
 
 def join(target: Path, kind: str, video: Video, segments: Sequence[Segment], *, audio: bool = True) -> list[str]:
-    """Write the video to ``target``; returns notes on what is not as it was in the source.
+    """Write the video to ``target``; returns notes on what differs from the source.
 
     kind: a key of :data:`FORMATS`. audio: False leaves the sound out.
-    Raises StorageError where the source has changed or cannot be read (without audio it may), JobError where the
-    segments do not fit together.
+    Raises StorageError if the source has changed or cannot be read (with audio only), JobError if the segments do not
+    fit together.
     """
     import av
 
     notes: list[str] = []
     groups = _groups(segments, video)
-    fine = _fineness(groups)
+    fine = _subticks(groups)
     with ExitStack() as stack:
         reading = _source(stack, video, notes, needed=audio)
         source = reading.container if reading is not None else None
@@ -72,7 +71,7 @@ def join(target: Path, kind: str, video: Video, segments: Sequence[Segment], *, 
         out = stack.enter_context(av.open(str(target), "w", format=FORMATS[kind], container_options=options))
         first = stack.enter_context(_open(segments[0]))
         stream = _video_stream(out, first, video, source)
-        if (lost := _square(kind, video, stream)) is not None:
+        if (lost := _lost_aspect(kind, video, stream)) is not None:
             notes.append(lost)
         others: list[Track] = []
         if source is not None:
@@ -93,12 +92,12 @@ def join(target: Path, kind: str, video: Video, segments: Sequence[Segment], *, 
 def _open(segment: Segment) -> InputContainer:
     import av
 
-    # A segment's times count from its first frame, whatever its edit list says.
+    # A segment's times are relative to its first frame; its edit list is ignored.
     options = {} if segment.start is None else {"ignore_editlist": "1"}
     try:
         return av.open(str(segment.path), options=options)
     except (av.FFmpegError, ValueError) as error:
-        raise StorageError(f"cannot read {segment.path}: {plain(error)}") from None
+        raise StorageError(f"cannot read {segment.path}: {error_text(error)}") from None
 
 
 def _demux(container: InputContainer) -> Iterator[Packet[Any]]:
@@ -151,8 +150,8 @@ def _groups(segments: Sequence[Segment], video: Video) -> list[_Group]:
     return found
 
 
-def _fineness(groups: Sequence[_Group]) -> int:
-    """Into how many parts a tick is divided, so that decoding times have room; see :func:`decoding_times`."""
+def _subticks(groups: Sequence[_Group]) -> int:
+    """Into how many parts a tick must be divided to make room for decoding times; see :func:`decoding_times`."""
     ticks = [tick for group in groups for tick in group.ticks]
     gap = min((after - before for before, after in pairwise(sorted(ticks))), default=1)
     return delay(ticks) // gap + 1
@@ -195,7 +194,7 @@ def _video_stream(
     stream.codec_context.framerate = video.rate
     stream.codec_context.sample_aspect_ratio = video.aspect
     if template.codec_context.name == "hevc" and out.format.name in _MOV:
-        stream.codec_context.codec_tag = "hvc1"  # players of one maker know no other
+        stream.codec_context.codec_tag = "hvc1"  # Apple's players know no other
     if video.matrix:
         stream.set_display_matrix(video.matrix)
     if source is not None:
@@ -203,13 +202,13 @@ def _video_stream(
     return stream
 
 
-def _square(kind: str, video: Video, stream: VideoStream) -> str | None:
-    """What is lost where neither the codec nor this muxer can say that pixels are not square."""
+def _lost_aspect(kind: str, video: Video, stream: VideoStream) -> str | None:
+    """A note if neither the codec nor the container can store that pixels are not square."""
     if video.aspect == 1 or kind in _MOV or stream.codec_context.name in _ASPECT:
         return None
     return (
         f"pixels of {video.aspect.numerator}:{video.aspect.denominator} are shown as squares: "
-        f".{kind} files with this codec cannot say otherwise"
+        f".{kind} files with this codec cannot store their shape"
     )
 
 
@@ -230,7 +229,9 @@ def _source(stack: ExitStack, video: Video, notes: list[str], *, needed: bool) -
         return stack.enter_context(open_video(video.root, video.name, (size, mark)))
     except (StorageError, ItemError) as error:
         if not needed:
-            notes.append(f"titles, chapters and subtitles are missing, for the source cannot be read ({error.message})")
+            notes.append(
+                f"titles, chapters and subtitles are missing, because the source cannot be read ({error.message})"
+            )
             return None
         if isinstance(error, StorageError):
             raise
@@ -241,7 +242,7 @@ def _source(stack: ExitStack, video: Video, notes: list[str], *, needed: bool) -
 
 
 def _options(kind: str, scale: int, source: InputContainer | None) -> dict[str, str]:
-    """Options of the container: every time exact, the index first, the same bytes in every run."""
+    """Options of the container: exact times, the index first, the same bytes in every run."""
     options = {"fflags": "+bitexact", "avoid_negative_ts": "disabled"}  # sound may begin before the pictures do
     if kind in _MOV:
         rates = [stream.codec_context.sample_rate for stream in source.streams.audio] if source is not None else []
@@ -268,7 +269,7 @@ def _describe(out: OutputContainer, source: InputContainer, shift: Fraction) -> 
 
 
 def _packets(source: Input | None, others: Sequence[Track], notes: list[str], *, needed: bool) -> Iterator[Timed]:
-    """The other streams' packets, as far as the source can be read."""
+    """The packets of the other streams, up to where the source cannot be read."""
     import av
 
     if source is None or not others:
@@ -285,6 +286,6 @@ def _packets(source: Input | None, others: Sequence[Track], notes: list[str], *,
             raise
         notes.append(f"subtitles end where the source could not be read any more ({error.message})")
     except (av.FFmpegError, OSError) as error:
-        notes.append(f"the file is damaged: sound and subtitles end where reading failed ({plain(error)})")
+        notes.append(f"the file is damaged: sound and subtitles end where reading failed ({error_text(error)})")
     for track in others:
         yield from track.end()

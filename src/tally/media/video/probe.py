@@ -1,7 +1,7 @@
-"""Looking at a video before it is scored: its facts, and every frame that its container promises.
+"""Probing a video before it is scored: its metadata, and every frame that its container promises.
 
-Packets are read, not decoded: what they promise is what has to come out. Only one picture is decoded, for facts
-that no header tells; and, in containers that hold no presentation times (AVI), all of them, for their order.
+Packets are read, not decoded; each frame that they promise must come out. Only one picture is decoded, for metadata
+that no header has. In containers without presentation times (AVI) all are decoded, for their order.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tally.errors import ItemError, StorageAwayError, StorageError, TallyError
-from tally.media.video.container import Input, open_video, plain, video_stream
-from tally.media.video.facts import Colour, Video, pack, unpack
+from tally.media.video.container import Input, error_text, open_video, video_stream
+from tally.media.video.metadata import Colour, Video, pack, unpack
 from tally.storage import open_store
 
 if TYPE_CHECKING:
@@ -32,28 +32,28 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 END_SECONDS = 0.5
-"""How much earlier than its header says a container may end; headers are rounded, and count what is not shown."""
+"""How much earlier than its header says a container may end: headers are rounded, and count hidden frames."""
 
 PATIENCE_SECONDS = 120.0
 PATIENCE_BYTES_PER_SECOND = 2e6
-"""How long looking at a video may take: so many seconds, and one more for each so many bytes of it."""
+"""How long probing may take: PATIENCE_SECONDS, and the video's size divided by PATIENCE_BYTES_PER_SECOND."""
 
 STORAGE_SECONDS = 600.0
-"""How much longer it may take in a bucket until something has been read: a store that does not answer is given up, and
-that is said, before."""
-_TOO_OFTEN = 4
-"""How many times its size may be read of a video in a bucket: FFmpeg would go round in circles."""
-_TELL_BYTES = 2**20
+"""How much longer it may take in a bucket until something has been read. A store that does not answer raises an error
+before that."""
+_MAX_REREADS = 4
+"""A video in a bucket of which more than this many times its size was read gets no more time: FFmpeg is in a loop."""
+_REPORT_BYTES = 2**20
 
 _KINDS: tuple[type[TallyError], ...] = (StorageAwayError, StorageError, TallyError)
-"""What a failure is told as between processes: the first that it is."""
+"""The class that a failure travels as between processes: the first that fits."""
 _UNTIMED = frozenset({"avi"})
 _UNKNOWN_RATE = Fraction(25)
 _SLOWEST = Fraction(1, 1001)
 
 
 class Key(NamedTuple):
-    """A keyframe: its number, its packet's position among the stream's packets, and that packet's own times."""
+    """A keyframe: its frame number, its packet's position in the stream, and that packet's times."""
 
     number: int
     packet: int
@@ -65,10 +65,11 @@ class Key(NamedTuple):
 class Timeline:
     """A video's frames in the order of presentation; a frame's number is its index.
 
-    ticks: presentation times (see :class:`Video`), strictly ascending. packets: the position of each frame's packet
-    among the stream's packets, in the order of decoding. keys: where decoding can begin, ascending.
-    lost: frames that the container's index lists after the last one that could be read.
-    cut: why it ends earlier than it should, if nobody can tell how many frames are missing.
+    ticks: presentation times (see :class:`Video`), strictly ascending.
+    packets: the position of each frame's packet in the stream, which is in the order of decoding.
+    keys: keyframes, where decoding can begin, ascending.
+    lost: how many frames the container's index lists after the last one that could be read.
+    cut: why the video ends too early, if the number of missing frames is not known.
     """
 
     video: Video
@@ -90,15 +91,15 @@ class Timeline:
         }
 
     @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> Timeline:
+    def from_json(cls, data: dict[str, Any]) -> Timeline:
         """The timeline that :meth:`to_json` described."""
         return cls(
-            Video.from_json(facts["video"]),
-            unpack(facts["ticks"]),
-            unpack(facts["packets"]),
-            [Key(*key) for key in facts["keys"]],
-            facts["lost"],
-            facts["cut"],
+            Video.from_json(data["video"]),
+            unpack(data["ticks"]),
+            unpack(data["packets"]),
+            [Key(*key) for key in data["keys"]],
+            data["lost"],
+            data["cut"],
         )
 
 
@@ -115,14 +116,14 @@ def probe(
     root: str,
     name: str,
     known: tuple[int, str] | None = None,
-    told: Callable[[int], None] | None = None,
+    on_fetched: Callable[[int], None] | None = None,
 ) -> Timeline:
-    """Look at one video. known: its size and mark in the store, if they are known. told: as of :class:`RangeFile`.
+    """Probe one video. known, on_fetched: see :func:`open_video`.
 
-    Raises ItemError where there is nothing to score, StorageError where it cannot be read.
+    Raises ItemError if there is nothing to score, StorageError if it cannot be read.
     """
     size, mark = known = known or open_store(root).marked(name)
-    with open_video(root, name, known, told) as opened:
+    with open_video(root, name, known, on_fetched) as opened:
         container, stream = opened.container, video_stream(opened.container)
         packets, picture, ends, problem = _demux(opened, stream)
         if not packets:
@@ -132,10 +133,10 @@ def probe(
         untimed = _is_untimed(container, stream, packets)
         lost = _lost(container, stream, packets)
         cut = None if lost else problem or _cut(container, ends)
-        video = _facts(container, stream, picture, key=key, root=root, name=name, size=size, mark=mark)
+        video = _metadata(container, stream, picture, key=key, root=root, name=name, size=size, mark=mark)
     rank = None
     if untimed:
-        with open_video(root, name, known, told) as opened:
+        with open_video(root, name, known, on_fetched) as opened:
             rank = _order_by_decoding(opened, packets)
     return _timeline(video, packets, rank, lost, cut)
 
@@ -144,7 +145,7 @@ def probe(
 
 
 def _demux(opened: Input, stream: VideoStream) -> tuple[list[_Packet], VideoFrame | None, float, str | None]:
-    """The packets that are to be shown, the first picture, when the last stream ends in seconds, and what ended it."""
+    """The packets of shown frames, the first picture, when the last stream ends in seconds, and why reading failed."""
     import av
 
     packets: list[_Packet] = []
@@ -171,7 +172,7 @@ def _demux(opened: Input, stream: VideoStream) -> tuple[list[_Packet], VideoFram
     except StorageError:
         raise
     except (av.FFmpegError, OSError) as error:
-        problem = f"reading it failed after {position:,} video packets: {plain(error)}"
+        problem = f"reading it failed after {position:,} video packets: {error_text(error)}"
     if picture is None and position:
         try:
             picture = next(iter(stream.codec_context.decode(None)), None)
@@ -190,8 +191,8 @@ def _first(packet: Packet[Any]) -> VideoFrame | None:
 
 
 def is_shown(codec: str, packet: Packet[Any]) -> bool:
-    """Whether a packet is to give a picture. An edit list may cut it off; VP8 and VP9 have packets that are only
-    looked at by others: their headers say so (RFC 6386, section 9.1; VP9 bitstream specification, section 6.2)."""
+    """Whether a packet's picture is shown. An edit list may cut it off; VP8 and VP9 have packets that only serve to
+    decode others, as their headers say (RFC 6386, section 9.1; VP9 bitstream specification, section 6.2)."""
     if packet.is_discard or packet.size == 0:
         return False
     if codec not in ("vp8", "vp9") or packet.is_keyframe:
@@ -207,8 +208,8 @@ def is_shown(codec: str, packet: Packet[Any]) -> bool:
 
 
 def _is_untimed(container: InputContainer, stream: VideoStream, packets: list[_Packet]) -> bool:
-    """Whether the container does not tell the order in which pictures are shown, and it may be another one than
-    that of their packets. FFmpeg guesses times for AVI, and is wrong where two B-frames follow each other."""
+    """Whether the container has no order of presentation, and the codec may show pictures in another order than that
+    of their packets. FFmpeg guesses times for AVI, wrongly where two B-frames follow each other."""
     from av.codec.codec import Properties
 
     codec: Any = stream.codec_context.codec
@@ -226,7 +227,7 @@ def _lost(container: InputContainer, stream: VideoStream, packets: list[_Packet]
 
 
 def _cut(container: InputContainer, end: float) -> str | None:
-    """Whether a container ends before the time that its header states."""
+    """Why the container counts as cut off: it ends before the time that its header states. None if it does not."""
     import av
     from av.format import Flags
 
@@ -240,7 +241,7 @@ def _cut(container: InputContainer, end: float) -> str | None:
 
 
 def _order_by_decoding(opened: Input, packets: list[_Packet]) -> dict[int, int]:
-    """The rank of each packet's picture among those that a decoder gives; others keep to their neighbours."""
+    """The rank of each packet's picture in the decoder's output; packets without one stay behind the one before."""
     import av
 
     shown: list[int] = []
@@ -289,13 +290,13 @@ def _timeline(
     end = ticks[-1] + (ordered[-1].duration or (ticks[-1] - ticks[-2] if len(ticks) > 1 else max(1, round(tick))))
     if ticks[-1] < video.end < end:  # an edit list cuts the last picture short
         end = video.end
-    if len(ticks) > 1:  # headers are often far off
+    if len(ticks) > 1:  # headers are often far from it
         span = (ticks[-1] - ticks[0]) * video.time_base
         video = replace(video, rate=max(_SLOWEST, ((len(ticks) - 1) / span).limit_denominator(1001)))
     return Timeline(replace(video, end=end), ticks, [packet.position for packet in ordered], keys, lost, cut)
 
 
-def _facts(container: InputContainer, stream: VideoStream, picture: VideoFrame | None, **names: Any) -> Video:
+def _metadata(container: InputContainer, stream: VideoStream, picture: VideoFrame | None, **names: Any) -> Video:
     import av
     from av.format import Flags
 
@@ -338,24 +339,24 @@ def _matrix(picture: VideoFrame | None) -> tuple[int, ...]:
     if data is None:
         return ()
     numbers = memoryview(bytes(data)).cast("i").tolist()
-    # A damaged one has no meaning, and no player would show what it asks for.
+    # A damaged matrix has no meaning, and players ignore it.
     unit = 1 << 16
     a, b, _, c, d = numbers[:5]
     return tuple(numbers) if max(map(abs, (a, b, c, d))) <= unit and a * d != b * c else ()
 
 
-# -- at a distance -------------------------------------------------------------------------------------
+# -- in a process of its own ---------------------------------------------------------------------------
 
 
 class Prober:
-    """Probes videos in a process of its own: a file that crashes FFmpeg, or keeps it busy for ever, costs that
-    file and not the job. Used by one thread; close it."""
+    """Probes videos in a process of its own, so that a file that crashes FFmpeg, or keeps it busy for ever, costs
+    that file and not the job. For one thread; close it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, key: str, root: str, name: str) -> Timeline:
-        """See :func:`probe`. Raises StorageError where it cannot be read, ItemError also when it takes too long."""
+        """See :func:`probe`. Raises ItemError also if it takes too long or crashes."""
         store = open_store(root)
         size, mark = store.marked(name)
         if root.startswith("memory:"):  # which no other process sees
@@ -363,12 +364,12 @@ class Prober:
         seconds = PATIENCE_SECONDS + size / PATIENCE_BYTES_PER_SECOND
         waiting = seconds + (0 if store.is_local else STORAGE_SECONDS)
         if self._process is None:
-            # With this very Tally, and nothing of the current folder: a json.py may lie there.
+            # It imports this very Tally, and nothing from the current folder, where a json.py may be.
             inherited = dict(os.environ)
-            places = [str(Path(__file__).parents[2]), inherited.get("PYTHONPATH", "")]
+            paths = [str(Path(__file__).parents[2]), inherited.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __spec__.name],
-                env={**inherited, "PYTHONPATH": os.pathsep.join(filter(None, places))},
+                env={**inherited, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -391,7 +392,7 @@ class Prober:
             process.stdin.write(json.dumps([key, root, name, size, mark]) + "\n")
             process.stdin.flush()
             while (answer := process.stdout.readline()).startswith("+"):
-                if int(answer) <= _TOO_OFTEN * size:  # what the network takes is not FFmpeg's time
+                if int(answer) <= _MAX_REREADS * size:  # time for the network does not count
                     timer.cancel()
                     timer = threading.Timer(waiting, stop)
                     timer.start()
@@ -403,8 +404,8 @@ class Prober:
             code = process.wait()
             self.close()
             if late.is_set():
-                raise ItemError(f"looking at it took longer than {seconds:.0f} s", stage="read")
-            raise ItemError(f"looking at it crashed FFmpeg (exit code {code}): it is damaged", stage="read")
+                raise ItemError(f"probing it took longer than {seconds:.0f} s", stage="read")
+            raise ItemError(f"probing it crashed FFmpeg (exit code {code}): it is damaged", stage="read")
         found = json.loads(answer)
         if "error" in found:
             kind = next(each for each in _KINDS if each.__name__ == found["kind"])
@@ -420,38 +421,38 @@ class Prober:
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                with suppress(BrokenPipeError):  # a question that was not taken any more
+                with suppress(BrokenPipeError):  # it ended before it read a request
                     if pipe is not None:
                         pipe.close()
 
 
 def _serve() -> None:
-    """Answer one line of JSON for each line of JSON; meanwhile lines such as ``+1048576``: bytes read from a bucket."""
-    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
-    said = 0
+    """Answer each line of JSON by one, after lines such as ``+1048576``: the bytes read from a bucket so far."""
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    reported = 0
 
     def listen() -> None:
         for line in sys.stdin:
-            asked.put(line)
-        os._exit(0)  # nobody is there any more, however long FFmpeg may still be busy
+            requests.put(line)
+        os._exit(0)  # the parent is gone, and FFmpeg may be busy for long
 
-    def tell(fetched: int) -> None:
-        nonlocal said
-        if fetched < said or fetched >= said + _TELL_BYTES:
-            said = fetched
+    def report(fetched: int) -> None:
+        nonlocal reported
+        if fetched < reported or fetched >= reported + _REPORT_BYTES:
+            reported = fetched
             print(f"+{fetched}", flush=True)
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
         try:
-            key, root, name, size, mark = json.loads(asked.get())
-            said = 0
-            answer = probe(key, root, name, (size, mark), tell).to_json()
+            key, root, name, size, mark = json.loads(requests.get())
+            reported = 0
+            answer = probe(key, root, name, (size, mark), report).to_json()
         except TallyError as error:
             kind = next(each for each in _KINDS if isinstance(error, each))
             answer = {"error": error.message, "hint": error.hint, "kind": kind.__name__}
         except Exception as error:
-            message = f"it cannot be looked at: {type(error).__name__}: {error}"
+            message = f"it cannot be probed: {type(error).__name__}: {error}"
             answer = {"error": message, "hint": None, "kind": TallyError.__name__}
         print(json.dumps(answer), flush=True)
 

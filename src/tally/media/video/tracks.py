@@ -1,4 +1,4 @@
-"""What stands beside the pictures in a video: sound and subtitles, copied, or converted where they have to be."""
+"""Sound and subtitles of a video: copied, or converted if the output cannot hold them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tally.media.video.container import plain
+from tally.media.video.container import error_text
 from tally.media.video.encode import FORMATS
-from tally.media.video.facts import Video
+from tally.media.video.metadata import Video
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _SOUND = {"mp4": "aac", "mov": "aac", "mkv": "aac", "webm": "libopus"}
 _BITS_PER_CHANNEL = 96_000
-# Sound that is missing for longer becomes silence; shorter jumps are the container's rounding.
+# Longer gaps become silence; shorter ones are rounding by the container.
 _RESAMPLER = {"async": "1", "min_hard_comp": "0.05"}
 _TAGS = ("language", "title", "handler_name")
 
@@ -39,7 +39,7 @@ def tracks(
 ) -> list[Track]:
     """Streams of ``out`` for those of the source that it can hold; the others are noted.
 
-    shift: seconds to take off all times.
+    shift: seconds to subtract from all times.
     """
     from av.stream import Disposition
 
@@ -56,7 +56,7 @@ def tracks(
             notes.append(f"{name} was left out: it {reason}")
         elif stream.type not in ("audio", "subtitle") or stream.codec_context is None:
             notes.append(f"{name} was left out")
-        elif _fits(stream, kind):
+        elif _can_hold(stream, kind):
             found.append(Copied(stream, out, shift, notes))
         elif stream.type == "subtitle":
             notes.append(f"{name} was left out: .{kind} files cannot hold it")
@@ -69,7 +69,7 @@ def tracks(
 
 
 def describe_stream(stream: Any, original: Any) -> None:
-    """Give a stream the language, title and role of the one that it stands for."""
+    """Give a stream the language, title and role of the original."""
     stream.metadata.update({name: original.metadata[name] for name in _TAGS if name in original.metadata})
     stream.disposition = original.disposition
 
@@ -79,12 +79,12 @@ def _codec(stream: Any) -> str:
     return str(context.codec.canonical_name) if context is not None else str(stream.name or "unknown")
 
 
-def _fits(stream: Any, kind: str) -> bool:
-    """Whether that kind of file takes the stream: tried out, for a format's list of codecs promises too much."""
+def _can_hold(stream: Any, kind: str) -> bool:
+    """Whether that kind of file can hold the stream. Tried out, as a format's list of codecs promises too much."""
     import av
 
     if kind == "mp4" and _codec(stream).startswith("pcm_"):
-        return False  # the standard has it since 2020; hardly a player does
+        return False  # allowed by the standard since 2020, but hardly any player plays it
     try:
         with av.open(io.BytesIO(), "w", format=FORMATS[kind]) as container:
             container.add_stream_from_template(stream, opaque=True)
@@ -104,10 +104,10 @@ class Track(ABC):
 
     @abstractmethod
     def take(self, packet: Packet[Any]) -> Iterator[Timed]:
-        """What is to be written for a packet of the source."""
+        """The packets to write for a packet of the source."""
 
     def end(self) -> Iterator[Timed]:
-        """What is left to be written."""
+        """The packets that are left to write."""
         return iter(())
 
     def _timed(self, packet: Packet[Any]) -> Timed:
@@ -117,10 +117,10 @@ class Track(ABC):
 
 
 class Copied(Track):
-    """Packets as they are.
+    """Packets unchanged.
 
-    Where the source counts time more coarsely than in samples (Matroska: in milliseconds), sound is timed by its
-    samples, or it would stutter; no packet moves by more than the source's rounding.
+    If the source counts time more coarsely than in samples (Matroska: in milliseconds), sound is timed by its samples,
+    or it would stutter. No packet moves by more than the source's rounding.
     """
 
     def __init__(self, source: Any, out: OutputContainer, shift: Fraction, notes: list[str]) -> None:
@@ -131,7 +131,7 @@ class Copied(Track):
         self._base = Fraction(1, rate) if self._samples else source.time_base
         self._next: int | None = None
         self._last: int | None = None
-        # Where MP4 cuts the last packet short, the packet itself does not say so.
+        # MP4 may cut the last packet short, which the packet itself does not say.
         exact = "mp4" in source.container.format.name and None not in (source.start_time, source.duration)
         self._end = source.start_time + source.duration if exact and not self._samples else None
 
@@ -187,7 +187,7 @@ class Converted(Track):
             frames = packet.decode()
         except (av.FFmpegError, ValueError) as error:
             if not self._failed:
-                self._notes.append(f"audio stream {self.source.index} is damaged: {plain(error)}")
+                self._notes.append(f"audio stream {self.source.index} is damaged: {error_text(error)}")
             self._failed = True
             return
         for frame in frames:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tally.errors import ModelLoadError, ModelNotFoundError, SpecError
 from tally.models.hashing import known_hash
-from tally.models.reference import BATCH_LIMIT
+from tally.models.reference import BATCH_LIMIT, ModelRef
 from tally.scorers.base import Scorer
 from tally.scorers.scripts.script import load_module, outline
 from tally.text import did_you_mean
@@ -131,3 +131,11 @@ def local_modules(path: Path) -> list[Path]:
     finder.run_script(str(path))
     found = {Path(file) for each in finder.modules.values() if (file := getattr(each, "__file__", None))}
     return [path, *sorted(found - {path})]
+
+
+def not_a_package(ref: ModelRef, what: str) -> SpecError:
+    """The error of registering a model that has no file of its own."""
+    return SpecError(
+        f"{ref.name} is {what}, which a registry cannot keep",
+        hint="Register the .py file that defines it, or a package: 'tally new package NAME'.",
+    )

@@ -1,4 +1,4 @@
-"""The kinds of model that are Python code: scripts, classes, and objects of the calling program."""
+"""The kinds of model that are Python code: scripts and classes."""
 
 from __future__ import annotations
 
@@ -7,32 +7,15 @@ import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from tally.errors import ModelChangedError, ModelLoadError, ModelNotFoundError, SpecError, TallyError
-from tally.models import kinds
+from tally.errors import ModelChangedError, ModelLoadError, ModelNotFoundError, TallyError
 from tally.models.base import Candidate, Kind, ModelRequest, covering, merged
-from tally.models.hashing import check_content, content_hash, known_hash
-from tally.models.package import problems_of
-from tally.models.reference import BATCH_LIMIT, ModelRef
+from tally.models.hashing import content_hash, known_hash
+from tally.models.reference import ModelRef
 from tally.scorers.base import Scorer
-from tally.scorers.scripts import pickled
-from tally.scorers.scripts.classes import check_options, import_class, local_modules, scorer_class
+from tally.scorers.scripts.classes import check_options, import_class, local_modules, not_a_package, scorer_class
 from tally.scorers.scripts.script import ScriptScorer, form_of, outline
-
-
-class ScriptOptions(BaseModel):
-    """Options of a script; see :class:`tally.scorers.scripts.script.ScriptScorer`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    form: Literal["auto", "mini_batch", "raw", "bytes", "json", "dataframe"] = "auto"
-    features: list[str] | None = None
-    batch_size: int | None = Field(default=None, ge=1, le=BATCH_LIMIT)
-    arguments: list[str] = []
-    columns: dict[str, str] | None = None
 
 
 class _CodeFile(Kind):
@@ -85,11 +68,9 @@ class ScriptKind(_CodeFile):
         )
 
     def inspect(self, path: Path, options: Mapping[str, Any], *, trusted: bool) -> dict[str, Any]:
-        try:
-            found = ScriptOptions.model_validate(dict(options)).model_dump(exclude_none=True)
-        except ValidationError as error:
-            problems = problems_of(error, list(ScriptOptions.model_fields))
-            raise SpecError([f"{path.name}: {each}" for each in problems]) from None
+        from tally.scorers.scripts.options import ScriptOptions  # pydantic takes time, and workers need none of it
+
+        found = ScriptOptions.checked(path, options)
         if found["form"] == "auto":
             found["form"] = form_of(path)
         return found
@@ -164,64 +145,8 @@ class PythonKind(_CodeFile):
 
     def package(self, ref: ModelRef) -> dict[str, Any]:
         if ".py:" not in ref.entry:
-            raise _not_a_package(ref, "an importable class")
+            raise not_a_package(ref, "an importable class")
         return super().package(ref)
-
-
-class ObjectKind(Kind):
-    """A Scorer of the calling program, object or class: workers get it in its pickled form, from a private file."""
-
-    def resolve(self, found: Candidate, request: ModelRequest) -> ModelRef:
-        model = found.value
-        kind = model if isinstance(model, type) else type(model)
-        if not issubclass(kind, Scorer):
-            raise SpecError(
-                f"a model is a path, a name or a tally.Scorer, not {model!r}",
-                hint=f"Supported paths are {kinds.supported()}.",
-            )
-        if isinstance(model, type):
-            options = check_options(kind, request.settings, kind.__name__)
-        elif unknown := [name for name in request.settings if name != "batch_size"]:
-            raise SpecError(
-                f"{kind.__name__} is a finished object: {', '.join(unknown)} can no longer be set",
-                hint="Give the class instead of an object, or set it when making the object.",
-            )
-        else:
-            options = dict(request.settings)
-        folder = pickled.store(model, kind.__name__)
-        files: tuple[str, ...] = (pickled.PICKLED,)
-        if request.artifacts is not None:
-            files = covering(files, folder, Path(request.artifacts))
-        return ModelRef(
-            kind=self.name,
-            name=kind.__name__,
-            location=folder,
-            entry=pickled.PICKLED,
-            files=files,
-            artifacts=request.artifacts or ".",
-            hash=content_hash(folder, files),
-            options=options,
-            trusted=True,
-        )
-
-    def create(self, ref: ModelRef) -> Scorer:
-        options = dict(ref.options)
-        size = options.pop("batch_size", None)
-        check_content(ref.name, ref.location, ref.files, ref.hash)  # before anything in it runs
-        scorer = pickled.load(ref.location / ref.entry, ref.name, options)
-        if size is not None:
-            scorer.batch_size = size
-        return scorer
-
-    def package(self, ref: ModelRef) -> dict[str, Any]:
-        raise _not_a_package(ref, "a Python object")
-
-
-def _not_a_package(ref: ModelRef, what: str) -> SpecError:
-    return SpecError(
-        f"{ref.name} is {what}, which a registry cannot keep",
-        hint="Register the .py file that defines it, or a package: 'tally new package NAME'.",
-    )
 
 
 def _imported_here(ref: ModelRef) -> type[Scorer]:

@@ -12,10 +12,64 @@ import cloudpickle
 
 from tally.config import settings
 from tally.errors import ModelLoadError, SpecError, StorageError
+from tally.models import kinds
+from tally.models.base import Candidate, Kind, ModelRequest, covering
+from tally.models.hashing import check_content, content_hash
+from tally.models.reference import ModelRef
 from tally.scorers.base import Scorer
+from tally.scorers.scripts.classes import check_options, not_a_package
 from tally.storage.publish import write_whole
 
 PICKLED = "scorer.pkl"
+
+
+class ObjectKind(Kind):
+    """A Scorer of the calling program, object or class: workers get it in its pickled form, from a private file."""
+
+    def resolve(self, found: Candidate, request: ModelRequest) -> ModelRef:
+        model = found.value
+        kind = model if isinstance(model, type) else type(model)
+        if not issubclass(kind, Scorer):
+            raise SpecError(
+                f"a model is a path, a name or a tally.Scorer, not {model!r}",
+                hint=f"Supported paths are {kinds.supported()}.",
+            )
+        if isinstance(model, type):
+            options = check_options(kind, request.settings, kind.__name__)
+        elif unknown := [name for name in request.settings if name != "batch_size"]:
+            raise SpecError(
+                f"{kind.__name__} is a finished object: {', '.join(unknown)} can no longer be set",
+                hint="Give the class instead of an object, or set it when making the object.",
+            )
+        else:
+            options = dict(request.settings)
+        folder = store(model, kind.__name__)
+        files: tuple[str, ...] = (PICKLED,)
+        if request.artifacts is not None:
+            files = covering(files, folder, Path(request.artifacts))
+        return ModelRef(
+            kind=self.name,
+            name=kind.__name__,
+            location=folder,
+            entry=PICKLED,
+            files=files,
+            artifacts=request.artifacts or ".",
+            hash=content_hash(folder, files),
+            options=options,
+            trusted=True,
+        )
+
+    def create(self, ref: ModelRef) -> Scorer:
+        options = dict(ref.options)
+        size = options.pop("batch_size", None)
+        check_content(ref.name, ref.location, ref.files, ref.hash)  # before anything in it runs
+        scorer = load(ref.location / ref.entry, ref.name, options)
+        if size is not None:
+            scorer.batch_size = size
+        return scorer
+
+    def package(self, ref: ModelRef) -> dict[str, Any]:
+        raise not_a_package(ref, "a Python object")
 
 
 def store(model: object, name: str) -> Path:

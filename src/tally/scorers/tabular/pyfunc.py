@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError, TallyError, UntrustedModelError
+from tally.models import kinds
 from tally.models.base import Kind
 from tally.models.reference import ModelRef
 from tally.scorers.base import Results, Scorer
@@ -93,7 +94,7 @@ def _opened(folder: Path, trusted: bool) -> Any:
     except ImportError as error:
         raise ModelLoadError(
             f"{folder} cannot be opened: mlflow is not installed ({error})",
-            hint="Install it with: pip install 'tally-scoring[mlflow]'",
+            hint=kinds.install_hint("pyfunc"),
         ) from None
     try:
         with _quiet():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from tally.errors import ModelLoadError, ModelNotFoundError, SpecError, UntrustedModelError
+from tally.models import kinds
 from tally.models.base import Kind as ModelKind
 from tally.models.inspected import inspected_before
 from tally.models.reference import ModelRef
@@ -113,7 +114,7 @@ def _require(module: str, name: str) -> None:
             package = {"sklearn": "scikit-learn"}.get(each, each)
             raise ModelLoadError(
                 f"{name} cannot be opened: {package} is not installed",
-                hint="Install it with: pip install 'tally-scoring[sklearn]'",
+                hint=kinds.install_hint("sklearn"),
             )
 
 

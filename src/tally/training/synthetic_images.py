@@ -1,6 +1,6 @@
-"""Pictures drawn by the program, so that one style picture is enough to train with.
+"""Synthetic pictures, so that training a style needs no other picture than the style.
 
-They need not look like anything: edges, gradients and detail of every size and contrast, as photographs have.
+They show nothing in particular, but have edges, gradients and detail of every size and contrast, as photographs do.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from PIL import Image, ImageDraw
 Pixels: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 _STEEPNESS = (0.6, 1.6)
-"""Exponents of 1/f^x, of which natural pictures have about 1: rough to smooth."""
+"""Exponents of 1/f^x noise, from rough to smooth; natural pictures have about 1."""
 
 
 def draw(rng: np.random.Generator, size: int) -> Pixels:
-    """A random scene ``uint8[size, size, 3]``: a coloured cloudy ground, shapes that are textured themselves."""
+    """A random scene ``uint8[size, size, 3]``: textured shapes on a coloured, cloudy background."""
     scene = _clouds(rng, size)
     for _ in range(int(rng.integers(3, 12))):
         scene.paste(_clouds(rng, size), mask=_shape(rng, size))
@@ -40,8 +40,8 @@ def _clouds(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def _shape(rng: np.random.Generator, size: int) -> Image.Image:
-    """Where a polygon, an ellipse or a few lines are, ``L``."""
-    mask = Image.new("L", (2 * size, 2 * size))  # at twice the size: ImageDraw has no antialiasing
+    """A mask (mode ``L``) of a polygon, an ellipse or a few lines."""
+    mask = Image.new("L", (2 * size, 2 * size))  # twice the size, because ImageDraw has no antialiasing
     pen = ImageDraw.Draw(mask)
     centre, radius = rng.uniform(0, 2 * size, 2), size * rng.uniform(0.08, 0.9)
     kind = rng.integers(3)

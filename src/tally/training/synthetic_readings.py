@@ -1,8 +1,7 @@
-"""Readings of sensors that do not exist, for trials: daily rhythms, drift, noise, and anomalies that are known.
+"""Synthetic sensor readings for trials: daily rhythms, drift, noise, and labelled anomalies.
 
-A reading is a function of the seed, its sensor and its number in time, and of nothing else: any part of any series
-can be made by itself, so that files of any size take the same memory, and the first hour of a day and of a year
-are alike.
+A reading depends only on the seed, its sensor and its number in time. So any part of any series can be made by
+itself: files of any size take the same memory, and the first hour is the same in a file of a day and of a year.
 """
 
 from __future__ import annotations
@@ -24,32 +23,33 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BLOCK_ROWS = 1 << 19
-"""Readings that are made at once."""
+"""Readings that are made in one block."""
 PART_ROWS = 8_000_000
 """Rows of one file of a folder."""
 SPAN = 64
-"""Readings of one sensor in which at most one anomaly and one gap begin; both end within it."""
+"""In each span of this many readings of a sensor, at most one anomaly and one gap begin, and they end in it."""
 KINDS = ("spike", "shift", "stuck", "dropout")
-"""One reading far off; a few on another level; the same value again and again; zeros."""
+"""One reading far off; some on another level; one value repeated; zeros."""
 _LONGEST = np.array([1, 24, 24, 12])
 _MEAN_LENGTH = float(((1 + _LONGEST) / 2).mean())
 _GAP_LONGEST = 15
-MOST_ANOMALIES, MOST_GAPS, MOST_DISORDER = 0.1, 0.1, 0.5
+MAX_ANOMALIES, MAX_GAPS, MAX_DISORDER = 0.1, 0.1, 0.5
 
 _DAY = 86_400_000
 """Milliseconds."""
 _NOISE, _EPISODE, _SHAPE, _GAP, _DISORDER, _SENSOR = range(6)
-"""What random numbers are for: each purpose has its own."""
+"""The purposes of random numbers: each has its own stream."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readings:
-    """What is to be made. Raises SpecError with every problem, OutputExistsError.
+    """The readings to make. Raises SpecError with every problem, OutputExistsError.
 
-    out: folder of Parquet parts, or a ``.parquet`` or ``.csv`` file; not there yet. every: seconds between two
-    readings of a sensor. anomalies, gaps, disorder: shares of the readings that are (about, by chance) anomalous,
-    missing, and sent twice or with a clock that was set back. labels: a file for what the anomalies are; its rows
-    are those readings alone.
+    out: a folder of Parquet parts, or a ``.parquet`` or ``.csv`` file; it must not exist.
+    every: seconds between two readings of a sensor.
+    anomalies, gaps, disorder: approximate shares of readings that are anomalous, missing, and sent twice or with a
+        clock that was set back.
+    labels: a file for the labels of the anomalous readings; it has no other rows.
     """
 
     out: Path
@@ -73,9 +73,9 @@ class Readings:
         problems += [
             f"--{name}: 0 to {most:.0%}, not {value:g}"
             for name, value, most in (
-                ("anomalies", self.anomalies, MOST_ANOMALIES),
-                ("gaps", self.gaps, MOST_GAPS),
-                ("disorder", self.disorder, MOST_DISORDER),
+                ("anomalies", self.anomalies, MAX_ANOMALIES),
+                ("gaps", self.gaps, MAX_GAPS),
+                ("disorder", self.disorder, MAX_DISORDER),
             )
             if not 0 <= value <= most
         ]
@@ -101,7 +101,7 @@ class Readings:
         return int(self.hours * 3600 / self.every + 1e-9)
 
     def write(self) -> dict[str, int]:
-        """Write all of it; the files appear when they are complete. Returns how many ``rows`` and ``anomalies``.
+        """Write the files, which appear when they are complete. Returns the numbers of ``rows`` and ``anomalies``.
 
         Raises StorageError.
         """
@@ -111,10 +111,10 @@ class Readings:
             partial = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
             try:
                 with ExitStack() as stack:
-                    rows = stack.enter_context(_Writer(partial / "out", _form(self.out)))
+                    rows = stack.enter_context(_Writer(partial / "out", _suffix(self.out)))
                     labels = None
                     if self.labels is not None:
-                        labels = stack.enter_context(_Writer(partial / "labels", _form(self.labels)))
+                        labels = stack.enter_context(_Writer(partial / "labels", _suffix(self.labels)))
                     for table, labelled in self.tables():
                         counts["rows"] += table.num_rows
                         counts["anomalies"] += labelled.num_rows
@@ -132,7 +132,7 @@ class Readings:
         return counts
 
     def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
-        """Readings in the order in which they come in, and what is known of the anomalous ones among them.
+        """Readings in the order of arrival, and the labels of the anomalous ones among them.
 
         TS: timestamp[ms], Device: int32 from 1, Tag: int32 from 1, Value: float64; and TS, Device, Tag, Kind.
         """
@@ -158,7 +158,7 @@ class _Block:
         ticks = np.arange(self.tick, self.tick + self.count)
         values = self.sensors.values(ticks[:, None], self.keys[None, :])
         kinds = self._anomalies(values)
-        present, times, backward = self._losses(), _times(given, ticks), None
+        present, times, backward = self._present(), _times(given, ticks), None
         columns = {
             "TS": np.broadcast_to(times[:, None], shape),
             "Device": np.broadcast_to((self.keys // given.sensors + 1).astype(np.int32), shape),
@@ -173,7 +173,7 @@ class _Block:
             flat = {name: column[rows] for name, column in flat.items()}
         if backward is not None:
             flat["TS"] = flat["TS"] - (backward * given.every * 1000).astype("timedelta64[ms]")
-        unit = "s" if _form(given.out) == ".csv" and given.every % 1 == 0 and not given.start.microsecond else "ms"
+        unit = "s" if _suffix(given.out) == ".csv" and given.every % 1 == 0 and not given.start.microsecond else "ms"
         flat["TS"] = flat["TS"].astype(f"datetime64[{unit}]")
         found = kinds.reshape(-1) if rows is None else kinds.reshape(-1)[rows]
         where = np.flatnonzero(found)
@@ -181,8 +181,10 @@ class _Block:
         return pa.table(flat), pa.table({**named, "Kind": pa.array(np.array(KINDS)[found[where] - 1], pa.string())})
 
     def _episodes(self, purpose: int, share: float, longest: Any, mean: float) -> tuple[np.ndarray[Any, Any], ...]:
-        """Runs of readings that begin by chance: row, column, how many readings before the block the run began, its
-        random number, and which of the ``longest`` it has: one entry for each reading of the block that is in a run.
+        """Runs of readings that begin at random; one entry for each reading of the block that is in a run.
+
+        Returns its row, its column, the number in time at which the run began, the run's random number, and the index
+        of its kind. longest: the greatest length of each kind. mean: the mean length of all.
         """
         spans = np.arange(self.tick // SPAN, (self.tick + self.count - 1) // SPAN + 1)
         chances = _random(self.given.seed, purpose, spans[:, None], self.keys[None, :])
@@ -201,7 +203,7 @@ class _Block:
         return ticks - self.tick, which[1][entry], first[entry], drawn[entry], kind[entry]
 
     def _anomalies(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Put anomalies into the values; 0, or 1 + the position in KINDS for each of them."""
+        """Put anomalies into the values. Returns for each value 0, or 1 + the index of its kind in KINDS."""
         kinds = np.zeros(values.shape, np.int8)
         if not self.given.anomalies:
             return kinds
@@ -214,8 +216,8 @@ class _Block:
         kinds[row, column] = kind + 1
         return kinds
 
-    def _losses(self) -> np.ndarray[Any, Any] | None:
-        """Which readings are there; None: all of them."""
+    def _present(self) -> np.ndarray[Any, Any] | None:
+        """Which readings are not in a gap; None: all of them."""
         if not self.given.gaps:
             return None
         row, column, *_ = self._episodes(_GAP, self.given.gaps, [_GAP_LONGEST], (1 + _GAP_LONGEST) / 2)
@@ -224,7 +226,7 @@ class _Block:
         return present
 
     def _disorder(self, rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Rows, some of them twice in a row; and by how many readings the clock of each was set back."""
+        """The rows, some of them repeated; and by how many readings the clock of each was set back."""
         ticks, keys = np.divmod(rows, len(self.keys))
         drawn = _random(self.given.seed, _DISORDER, ticks + self.tick, self.keys[keys])
         struck = _uniform(drawn) < self.given.disorder
@@ -235,7 +237,7 @@ class _Block:
 
 
 class _Sensors:
-    """What is particular to each sensor. ``keys int64[k]``."""
+    """The parameters of each sensor. ``keys int64[k]``."""
 
     def __init__(self, given: Readings, keys: np.ndarray[Any, Any]) -> None:
         self.given = given
@@ -244,16 +246,17 @@ class _Sensors:
         rhythm = level * (0.03 + 0.12 * parts[1])
         self.noise = rhythm * (0.05 + 0.15 * parts[2])
         phase = 2 * np.pi * parts[3]
-        drift = rhythm * 0.02 * (2 * parts[4] - 1)  # each day
+        drift = rhythm * 0.02 * (2 * parts[4] - 1)  # per day
         self.reach = rhythm + 4 * self.noise
-        """How far values usually are from their level."""
+        """How far values usually stray from their level."""
         self.factors = np.stack([level, rhythm * np.cos(phase), rhythm * np.sin(phase), drift])
 
     def values(
         self, ticks: np.ndarray[Any, Any], keys: np.ndarray[Any, Any], columns: np.ndarray[Any, Any] | None = None
     ) -> np.ndarray[Any, Any]:
-        """``float64``: for every time and every sensor (``ticks[t, 1]``, ``keys[1, k]``), or for pairs of them, where
-        ``columns`` says which of the sensors each is.
+        """Values ``float64`` for every time and sensor (``ticks[t, 1]``, ``keys[1, k]``), or for pairs of both.
+
+        columns: for pairs, the index of each one's sensor.
         """
         since = ticks * (self.given.every * 1000)
         angle = (since + _since_midnight(self.given.start)) * (2 * np.pi / _DAY)
@@ -262,50 +265,50 @@ class _Sensors:
         if columns is None:
             columns = np.arange(len(self.noise))
         values = noise * self.noise[columns]
-        # Not BLAS: it may add up otherwise for a matrix of another size, and then the last digit differs.
+        # Not BLAS: its order of summation depends on the size of the matrix, which changes the last digit.
         for times, factors in zip(basis, self.factors[:, columns], strict=True):
             values += times * factors
-        values *= 1000.0  # sensors have a resolution
+        values *= 1000.0  # the resolution of the sensors
         np.rint(values, out=values)
         values /= 1000.0
         return values
 
 
 class _Writer(AbstractContextManager["_Writer"]):
-    """Tables into one ``.csv`` or ``.parquet`` file, or (form ``""``) into the Parquet parts of a folder."""
+    """Writes tables into one ``.csv`` or ``.parquet`` file, or (suffix ``""``) into the Parquet parts of a folder."""
 
-    def __init__(self, path: Path, form: str) -> None:
-        self.path, self.form = path, form
+    def __init__(self, path: Path, suffix: str) -> None:
+        self.path, self.suffix = path, suffix
         self.writer: Any = None
         self.rows = self.parts = 0
-        if not form:
+        if not suffix:
             path.mkdir()
 
     def write(self, table: pa.Table) -> None:
         while table.num_rows or self.writer is None:
             if self.writer is None:
                 self.writer = self._open(table.schema)
-            room = PART_ROWS - self.rows if not self.form else table.num_rows
+            room = PART_ROWS - self.rows if not self.suffix else table.num_rows
             self._append(table.slice(0, room))
             self.rows += min(room, table.num_rows)
             table = table.slice(room)
-            if not self.form and self.rows == PART_ROWS:
+            if not self.suffix and self.rows == PART_ROWS:
                 self._close()
 
     def _append(self, table: pa.Table) -> None:
-        if self.form == ".csv":
+        if self.suffix == ".csv":
             self.writer.write_table(table)
         else:
             self.writer.write_table(table, row_group_size=BLOCK_ROWS)
 
     def _open(self, schema: pa.Schema) -> Any:
-        if self.form == ".csv":
+        if self.suffix == ".csv":
             from pyarrow import csv
 
             return csv.CSVWriter(self.path, schema, write_options=csv.WriteOptions(quoting_style="none"))
         from pyarrow import parquet
 
-        path = self.path if self.form else self.path / f"readings-{self.parts:05d}.parquet"
+        path = self.path if self.suffix else self.path / f"readings-{self.parts:05d}.parquet"
         return parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=_REPEATED)
 
     def _close(self) -> None:
@@ -320,24 +323,24 @@ class _Writer(AbstractContextManager["_Writer"]):
 _REPEATED = ["TS", "Device", "Tag", "Kind"]
 
 
-def _form(path: Path) -> str:
-    """``.csv``, ``.parquet``, or nothing for a folder."""
+def _suffix(path: Path) -> str:
+    """``.csv``, ``.parquet``, or ``""`` for a folder."""
     suffix = path.suffix.lower()
     return suffix if suffix in (".csv", ".parquet") else ""
 
 
 def _times(given: Readings, ticks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """``datetime64[ms]`` of readings by their number."""
+    """The times ``datetime64[ms]`` of readings by their number."""
     return np.datetime64(given.start, "ms") + np.rint(ticks * (given.every * 1000)).astype("timedelta64[ms]")
 
 
 def _since_midnight(moment: datetime) -> float:
-    """Milliseconds."""
+    """In milliseconds."""
     return (moment - moment.replace(hour=0, minute=0, second=0, microsecond=0)).total_seconds() * 1000
 
 
 def _random(seed: int, purpose: int, ticks: Any, keys: Any) -> np.ndarray[Any, Any]:
-    """Random ``uint64``, one for each time and sensor, broadcast: SplitMix64's output function on a counter.
+    """Random ``uint64`` for each time and sensor, broadcast: SplitMix64's output function applied to a counter.
 
     https://prng.di.unimi.it/splitmix64.c
     """

@@ -14,8 +14,8 @@ from pyarrow import csv, parquet
 
 from tally.cli.simulate import simulate as command
 from tally.errors import OutputExistsError, SpecError
-from tally.training import simulate
-from tally.training.simulate import KINDS, Readings
+from tally.training import synthetic_readings
+from tally.training.synthetic_readings import KINDS, Readings
 
 OUT = Path("nowhere")
 
@@ -46,7 +46,7 @@ def test_the_same_seed_makes_the_same_readings() -> None:
 def test_readings_do_not_depend_on_how_many_are_made_at_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"devices": 4, "sensors": 5, "hours": 4, "anomalies": 0.05, "gaps": 0.05, "disorder": 0.1}
     whole = made(**given)
-    monkeypatch.setattr(simulate, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(synthetic_readings, "BLOCK_ROWS", rows)
     cut = made(**given)
     assert whole[0].combine_chunks().equals(cut[0].combine_chunks())
     assert whole[1].combine_chunks().equals(cut[1].combine_chunks())
@@ -129,8 +129,8 @@ def test_disorder_is_repeated_and_backward_stamps() -> None:
 
 
 def test_a_folder_holds_parts_and_a_file_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate, "PART_ROWS", 1000)
-    monkeypatch.setattr(simulate, "BLOCK_ROWS", 300)
+    monkeypatch.setattr(synthetic_readings, "PART_ROWS", 1000)
+    monkeypatch.setattr(synthetic_readings, "BLOCK_ROWS", 300)
     given: dict[str, Any] = {"devices": 2, "sensors": 5, "hours": 4, "gaps": 0}
     counts = Readings(out=tmp_path / "parts", labels=tmp_path / "truth" / "labels.csv", **given).write()
     Readings(out=tmp_path / "one.parquet", **given).write()
@@ -160,7 +160,7 @@ def test_what_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     def interrupted(self: Any, exchange: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulate._Writer, "_append", interrupted)
+    monkeypatch.setattr(synthetic_readings._Writer, "_append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Readings(out=tmp_path / "out", labels=tmp_path / "labels.csv").write()
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What is known of a video before it is decoded: found out once, carried in every chunk, JSON-able."""
+"""The metadata of a video: read once before it is decoded, and carried in every chunk as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tally.storage import name_from_json, name_to_json
 
 @dataclass(frozen=True, slots=True)
 class Colour:
-    """How stored numbers mean colours, as FFmpeg counts them (``AVColorRange``, ``AVColorSpace``,
+    """How stored numbers become colours, in FFmpeg's numbering (``AVColorRange``, ``AVColorSpace``,
     ``AVColorPrimaries``, ``AVColorTransferCharacteristic``)."""
 
     range: int = 0
@@ -27,16 +27,16 @@ class Video:
     """One video of a source.
 
     key: path relative to the source's folder; its frames' keys begin with it.
-    root, name: ``open_store(root)`` has it under ``name``. size: in bytes, when it was looked at. mark: of its content
-        then, where the store keeps one (see :meth:`Store.marked`).
+    root, name: ``open_store(root)`` has it under ``name``. size: in bytes, when it was probed. mark: of its content
+        then, if the store keeps one (see :meth:`Store.marked`).
     stream: index of the video stream in the container. codec: FFmpeg's name of its codec.
-    time_base: seconds per tick. Times are ticks counted from ``start``, the container's clock at its beginning:
-        0 unless the format lets its clock start anywhere (MPEG-TS).
+    time_base: seconds per tick. Times are in ticks from ``start``.
+    start: the container's clock at its beginning, 0 except in formats whose clock may start anywhere (MPEG-TS).
     rate: nominal frames per second, of the frames that are scored.
     width, height: of the frames that are scored, in pixels, upright.
     matrix: the display matrix (``AV_PKT_DATA_DISPLAYMATRIX``, nine numbers), empty if there is none.
-    aspect: the sample aspect ratio of stored pixels, that is before the frame is turned upright.
-    end: when the last scored frame's time on the screen ends, in ticks.
+    aspect: the sample aspect ratio of stored pixels, before the frame is turned upright.
+    end: until when the last scored frame is shown, in ticks.
     """
 
     key: str
@@ -58,7 +58,7 @@ class Video:
 
     @property
     def turns(self) -> int:
-        """Quarter turns, counter-clockwise, that bring a stored picture upright; mirrored ones are only turned."""
+        """Quarter turns, counter-clockwise, that turn a stored picture upright; mirroring is not undone."""
         if not self.matrix:
             return 0
         a, b = self.matrix[0], self.matrix[1]
@@ -89,17 +89,17 @@ class Video:
         }
 
     @classmethod
-    def from_json(cls, facts: Mapping[str, Any]) -> Video:
+    def from_json(cls, data: Mapping[str, Any]) -> Video:
         """The video that :meth:`to_json` described."""
         return cls(
             **{
-                **facts,
-                "name": name_from_json(facts["name"]),
-                "time_base": Fraction(*facts["time_base"]),
-                "rate": Fraction(*facts["rate"]),
-                "matrix": tuple(facts["matrix"]),
-                "aspect": Fraction(*facts["aspect"]),
-                "colour": Colour(*facts["colour"]),
+                **data,
+                "name": name_from_json(data["name"]),
+                "time_base": Fraction(*data["time_base"]),
+                "rate": Fraction(*data["rate"]),
+                "matrix": tuple(data["matrix"]),
+                "aspect": Fraction(*data["aspect"]),
+                "colour": Colour(*data["colour"]),
             }
         )
 
@@ -109,7 +109,7 @@ def _pair(value: Fraction) -> list[int]:
 
 
 def pack(numbers: Sequence[int]) -> list[int | list[int]]:
-    """Integers that mostly grow by equal steps, in short: the first, then each step, ``[step, times]`` if repeated."""
+    """Integers that mostly grow by equal steps, run-length encoded: the first, then steps, or ``[step, times]``."""
     packed: list[int | list[int]] = [numbers[0]] if numbers else []
     step, times = 0, 0
     for before, number in pairwise(numbers):
