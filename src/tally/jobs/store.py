@@ -34,7 +34,7 @@ Request: TypeAlias = Literal["run", "pause", "cancel"]
 """What a user asks of a job."""
 
 ENDED = ("finished", "cancelled")
-"""Job states that nothing leads out of, except ``jobs retry``."""
+"""Final states; only ``jobs retry`` opens such a job again."""
 
 CHANNEL = "tally_jobs"
 """PostgreSQL's NOTIFY channel for requests; the payload is the job's id."""
@@ -208,7 +208,7 @@ class JobStore:
         hold: for so many seconds only this process may acquire it, and others see that it is being started.
         """
         job_id = job_id or new_id()
-        holding = {} if hold is None else leases.granted(new_token(), hold)
+        holding = {} if hold is None else leases.granted(leases.new_token(), hold)
         with self.engine.begin() as connection:
             connection.execute(
                 sa.insert(jobs).values(
@@ -265,11 +265,12 @@ class JobStore:
         """Take over the job, unless somebody drives it. None if somebody does.
 
         held: also take a new job that its creator still holds, who has asked this process to drive it.
-        token: of the lease, from :func:`new_token`. Use the same one to repeat the call after its answer was lost.
+        token: of the lease, from :func:`tally.database.lease.new_token`. To repeat the call after its answer was lost,
+            use the same one.
         Chunks that were handed out before are pending again.
         """
         record = self.get(job_id)
-        token = token or new_token()
+        token = token or leases.new_token()
         gone = record.owner is not None and not record.alive
         new = record.state == "created"
         held = new and (held or leases.is_this_process(record.owner_host, record.owner_pid))
@@ -362,7 +363,7 @@ class JobStore:
         return chunks.attempt_id(first or 0, chunk_id, nonce)
 
     def advance(self, lease: Lease, *, nonce: str | None = None) -> int:
-        """The output of this generation is published: what is done from now on belongs to the next one.
+        """Settle this generation's output, so that it can be published: what is done from now on belongs to the next.
 
         Chunks that are not done move there too. nonce: as for :meth:`commit`. Returns the new generation.
         """
@@ -397,8 +398,8 @@ class JobStore:
     ) -> None:
         """Replay the dead items as ``replay``, with ``model`` if it has grown.
 
-        published: the output of this generation is finished already; the replay is the next one.
-        The replay may hold more items than were dead: what was one item then may be many now.
+        published: the output of this generation is finished already; the replay belongs to the next one.
+        The replay may hold more items than were dead: what could not be read as one item may be many.
         nonce: as for :meth:`commit`.
         """
         replay = list(replay)
@@ -424,16 +425,18 @@ class JobStore:
             )
 
     def remark(self, lease: Lease, text: str) -> None:
-        """Keep a line for the user."""
+        """Store a line for the user, once."""
         with self.engine.begin() as connection:
             row = self._own(connection, lease)
             if text not in row["remarks"]:
-                self._own(connection, lease, remarks=[*row["remarks"], text])
+                remarks = [*row["remarks"], text]
+                connection.execute(sa.update(jobs).where(jobs.c.id == lease.job_id).values(remarks=remarks))
 
     def mark(self, lease: Lease, state: str) -> None:
-        """Show that the job is paused, or running again."""
+        """Set the state to paused, or to running again."""
         with self.engine.begin() as connection:
-            self._own(connection, lease, state=state)
+            if not leases.change(connection, jobs, jobs.c.id == lease.job_id, token=lease.token, state=state):
+                raise _lost(lease)
 
     def release(
         self, lease: Lease, state: str, *, error: str | None = None, manifest: dict[str, Any] | None = None
@@ -457,17 +460,13 @@ class JobStore:
 
     # -- inside transactions -----------------------------------------------------------------------
 
-    def _own(self, connection: sa.Connection, lease: Lease, **values: Any) -> sa.RowMapping:
+    def _own(self, connection: sa.Connection, lease: Lease) -> sa.RowMapping:
         """Lock the job's row and check the token; every transaction of the coordinator begins here.
 
         Returns the row, without what is large and does not change.
         """
-        it = [jobs.c.id == lease.job_id, jobs.c.owner == lease.token]
-        if values:
-            if connection.execute(sa.update(jobs).where(*it).values(**values)).rowcount == 0:
-                raise _lost(lease)
-            del it[1]  # it may have been released just now
-        row = connection.execute(sa.select(*_SMALL).where(*it).with_for_update()).mappings().first()
+        owned = (jobs.c.id == lease.job_id, jobs.c.owner == lease.token)
+        row = connection.execute(sa.select(*_SMALL).where(*owned).with_for_update()).mappings().first()
         if row is None:
             raise _lost(lease)
         return row
@@ -538,11 +537,6 @@ def new_id() -> str:
     """A new job's id: short enough to type, random enough never to meet another."""
     alphabet = "0123456789abcdefghjkmnpqrstvwxyz"
     return "".join(secrets.choice(alphabet) for _ in range(10))
-
-
-def new_token() -> str:
-    """A token that proves a lease."""
-    return leases.new_token()
 
 
 # A row without what is large and does not change.

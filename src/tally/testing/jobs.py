@@ -1,5 +1,5 @@
-"""What the job store must do on every database. Inherit the class, override its fixture ``store``, and name
-it ``Test...``. Leases run out because their row is changed, not because anybody waits.
+"""What the job store must do on every database. Inherit the class, override its fixture ``store``, and name it
+``Test...``. Leases run out because their row is changed, not because anybody waits.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import sqlalchemy as sa
 
 from tally.database.clock import now
 from tally.database.connect import connect
+from tally.database.lease import new_token
 from tally.database.tables import chunks, dead_items, jobs, received_keys
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError, SpecError
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk
-from tally.jobs.store import JobRecord, JobStore, Lease, Request, new_token
+from tally.jobs.store import JobRecord, JobStore, Lease, Request
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 
@@ -756,7 +757,7 @@ class JobStoreContract:
         assert store.known_keys(lease.job_id, "abcd") == {"c": "pending", "d": "done"}
         assert len(store.known_keys(theirs.job_id, "abcd")) == 4
 
-    def test_what_is_done_after_publishing_belongs_to_the_next_generation(
+    def test_what_is_done_once_a_generation_is_settled_belongs_to_the_next(
         self, store: JobStore, other: JobStore, lease: Lease
     ) -> None:
         store.commit(lease, planned=[chunk(0, 2), chunk(2, 2), chunk(4, 2)], received=[["a", "b"], [], []])
