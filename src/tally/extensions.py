@@ -1,4 +1,7 @@
-"""What installed packages add to Tally, through Python's entry points."""
+"""What installed packages add to Tally, through Python's entry points.
+
+An extension says in ``contract_version`` which version of the contracts it was written for; left out, it is the first.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,15 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
 
 
+CONTRACT_VERSION = 1
+"""Of the contracts of sources, sinks, engines and kinds of model. It grows when what fulfilled them no longer does."""
+
+
 def find(group: str, name: str) -> Any | None:
     """What an installed package offers in ``group`` under this name; None if none does.
 
-    Raises SpecError where several packages offer it, or what is offered cannot be imported.
+    Raises SpecError where several packages offer it, or what is offered cannot be imported or is written for another
+    version of the contracts.
     """
     found = list({point.value: point for point in _points(group).select(name=name)}.values())
     if not found:
@@ -23,13 +31,19 @@ def find(group: str, name: str) -> Any | None:
             f"{name!r} is offered by several packages: {', '.join(sorted(map(_package, found)))}",
             hint="Uninstall all but one of them.",
         )
+    offered = f"{name!r} is offered by the package {_package(found[0])}, which cannot be used"
     try:
-        return found[0].load()
+        extension = found[0].load()
     except Exception as error:
+        raise SpecError(f"{offered}: {type(error).__name__}: {error}") from error
+    written_for = getattr(extension, "contract_version", 1)
+    if written_for != CONTRACT_VERSION:
         raise SpecError(
-            f"{name!r} is offered by the package {_package(found[0])}, which cannot be used: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+            f"{offered}: it is written for version {written_for} of Tally's contracts, and this Tally has version "
+            f"{CONTRACT_VERSION}",
+            hint="Install a release of the package for this version of Tally.",
+        )
+    return extension
 
 
 def names(group: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tests.extension import install
+from tests.extension import EXAMPLE, install
 
 from tally import extensions
 from tally.errors import SpecError, StorageError
@@ -141,3 +142,27 @@ def test_two_packages_that_offer_the_same_are_named(installed: Path) -> None:
     with pytest.raises(SpecError, match="several packages: tally-lines, tally-more"):
         extensions.find("tally.sources", "lines")
     assert extensions.find("tally.sources", "nothing") is None
+
+
+def test_the_how_to_shows_the_example_as_it_is() -> None:
+    page = (EXAMPLE.parents[1] / "docs" / "how-to" / "extend.md").read_text()
+    shown = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = (EXAMPLE / "tally_lines.py").read_text()
+    assert [block.strip() in code for block in shown] == [True, True, True, False]
+    assert "".join("".join(shown[:3]).split()) == "".join(code.partition("from dataclasses")[2].split()).join(
+        ["fromdataclasses", ""]
+    )
+
+
+@pytest.mark.parametrize(("version", "refused"), [(1, False), (2, True), (0, True)])
+def test_an_extension_for_another_version_of_the_contracts_is_refused(
+    installed: Path, version: int, refused: bool
+) -> None:
+    module = installed / "tally_lines.py"
+    text = module.read_text().replace("    accepts =", f"    contract_version = {version}\n    accepts =")
+    module.write_text(text)
+    if not refused:
+        assert extensions.find("tally.sources", "lines").contract_version == 1
+        return
+    with pytest.raises(SpecError, match=rf"tally-lines, .*written for version {version} of Tally's contracts, .* version 1\n"):
+        extensions.find("tally.sources", "lines")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tally.errors import TallyError
+from tally.errors import DatabaseAwayError, TallyError
 
 if TYPE_CHECKING:
     from tally.engines.base import Engine
@@ -30,9 +30,8 @@ def see_through(
     try:
         record = terminal.run(jobs, job_id, quiet=quiet, retry_dead=retry_dead, here=here, engine=engine)
     except TallyError as error:
-        record = jobs.get(job_id)
-        if record.state in ("failed", "interrupted") and record.id not in (error.hint or ""):
-            what_next = f"What is done is saved. After mending the cause, go on with: tally jobs resume {record.id}"
+        if _can_go_on(jobs, job_id) and job_id not in (error.hint or ""):
+            what_next = f"What is done is saved. After mending the cause, go on with: tally jobs resume {job_id}"
             error.hint = f"{error.hint}\n  {what_next}" if error.hint else what_next
         raise
     except KeyboardInterrupt:  # pressed twice, before there was anything to stop
@@ -52,6 +51,14 @@ def see_through(
         return 130
     click.echo(f"job {record.id} is {record.state}", err=True)
     return 1
+
+
+def _can_go_on(jobs: Jobs, job_id: str) -> bool:
+    """Whether the job may be resumed, as far as the database can be asked."""
+    try:
+        return jobs.get(job_id).state in ("failed", "interrupted")
+    except DatabaseAwayError:
+        return True
 
 
 def _interrupted(record: JobRecord) -> int:

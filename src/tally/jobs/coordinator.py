@@ -156,6 +156,7 @@ class Coordinator:
         self._doubled = False
         self._state = "running"
         self._stop: str | None = None
+        self._stopping = False
         self._error: Exception | None = None
         self._deadline: float | None = None
         self._accounted = time.monotonic()
@@ -170,6 +171,9 @@ class Coordinator:
 
         What cannot be saved within that time, as the database is away, is left to whoever goes on with the job.
         """
+        if not self._stopping:
+            self._stopping = True
+            self._events.note("stopping: running chunks are finished and saved (again to kill them)")
         self._patience.give_up(0.0 if now else GRACE_SECONDS)
         self._inbox.put(("stop", now))
 
@@ -286,8 +290,6 @@ class Coordinator:
                 self._heard_at = time.monotonic()
                 self._settle(stored, attempt, future, turn)
             case ("stop", now):
-                if self._stop is None:
-                    self._events.note("stopping: running chunks are finished and saved (again to kill them)")
                 self._halt("interrupted", grace=0.0 if now else GRACE_SECONDS)
             case ("wanted", wanted):
                 self._obey(wanted)

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from tally.database.waiting import Patience
 from tally.errors import ClusterLostError, DatabaseAwayError, TallyError
 from tally.jobs.events import Events, Finished, Note, Progress, Started, StateChanged
 from tally.jobs.stop import Stop
@@ -28,6 +29,7 @@ class Follower:
         self._first = True
         self._shown = record
         self._away: str | None = None
+        self._patience = Patience(events.waiting, what="following")
         self._rates: deque[tuple[float, int]] = deque(maxlen=64)
 
     def until(self, ended: Callable[[JobRecord], JobRecord | None]) -> JobRecord:
@@ -71,13 +73,17 @@ class Follower:
 
     def wait_for(self, error: TallyError) -> None:
         """Something is away: say so once, and wait a little."""
-        if self._away is None:
-            self._events.waiting(f"{error.message}; waiting until it is back (Ctrl-C stops waiting, not the job)")
-        self._away = error.message
+        if isinstance(error, DatabaseAwayError):
+            self._patience.is_away(error)
+        else:
+            if self._away is None:
+                self._events.waiting(f"{error.message}; waiting until it is back (Ctrl-C stops waiting, not the job)")
+            self._away = error.message
         self._stop.wait(random.uniform(0.5, 2.0))  # noqa: S311 - so that not everybody knocks at once
 
     def is_back(self) -> None:
         """It answers again."""
+        self._patience.is_back()
         if self._away is not None:
             self._events.waiting("it is back")
             self._away = None
