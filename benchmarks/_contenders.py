@@ -24,7 +24,8 @@ import onnxruntime
 
 from tally.media.images import decode
 from tally.scorers.base import Item
-from tally.scorers.vision.processing import Preprocess, Preprocessor, probabilities
+from tally.scorers.vision.outputs import probabilities
+from tally.scorers.vision.preprocess import Preprocess, Preprocessor
 
 REDIS = "redis://127.0.0.1:6379/9"
 

@@ -30,7 +30,8 @@ from PIL import Image
 
 from _contenders import Progress, cores
 from tally.scorers.base import Item
-from tally.scorers.vision.processing import Preprocess, Preprocessor, restore_image
+from tally.scorers.vision.outputs import restore_image
+from tally.scorers.vision.preprocess import Preprocess, Preprocessor
 
 MP4 = {"movflags": "faststart"}
 

@@ -26,7 +26,7 @@ from photos import compare, describe, material, read
 from tally.engines.base import Engine, Limits
 from tally.media.images import decode
 from tally.scorers.base import Item
-from tally.scorers.vision.processing import probabilities
+from tally.scorers.vision.outputs import probabilities
 from tally.testing import tasks
 
 HERE = Path(__file__).resolve().parent

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tally.api import Job as Job
+    from tally.api import jobs as jobs
     from tally.api import score as score
     from tally.errors import ItemError as ItemError
     from tally.errors import TallyError as TallyError
@@ -26,7 +27,7 @@ _EXPORTS = {
 # is told otherwise before it is imported. Whoever wants that sets it to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-__all__ = ["Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "score"]
+__all__ = ["Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "jobs", "score"]
 
 
 def __getattr__(name: str) -> Any:
@@ -35,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("tally-scoring")
+    if name == "jobs":  # the package itself, which can be called
+        from importlib import import_module
+
+        return import_module("tally.jobs")
     if name in _EXPORTS:
         from importlib import import_module
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 from tally.errors import JobStateError
 from tally.jobs.facade import Jobs
+from tally.jobs.prestart import prestarted
 from tally.jobs.spec import make
 from tally.jobs.store import JobRecord
 from tally.scorers.base import Scorer
 
-Place: TypeAlias = "str | Path"
+Place: TypeAlias = str | Path
 
 
 class Table(Protocol):
@@ -66,7 +68,7 @@ def score(
     csv: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     device: str = "auto",
-    engine: Literal["local", "ray"] = "local",
+    engine: str = "local",
     address: str | None = None,
     workers: int | str | tuple[int, int] | None = None,
     cpus: float | None = None,
@@ -124,9 +126,10 @@ def score(
         out=str(out),
         **fields,
     )
-    all_jobs = Jobs()
-    record = all_jobs.submit(spec, model=live, resume=resume, overwrite=overwrite)
-    record = terminal.run(all_jobs, record.id, quiet=quiet)
+    with prestarted(spec) as prepared:
+        all_jobs = Jobs()
+        record = all_jobs.submit(spec, model=live, resume=resume, overwrite=overwrite)
+        record = terminal.run(all_jobs, record.id, quiet=quiet, engine=prepared)
     if record.state == "interrupted":
         raise KeyboardInterrupt(f"job {record.id} was interrupted; the same call with resume=True goes on")
     return Job(record.id)
@@ -134,6 +137,33 @@ def score(
 
 def _name(scorer: Any) -> str:
     return scorer.__name__ if isinstance(scorer, type) else type(scorer).__name__
+
+
+def jobs(
+    *,
+    state: Literal["created", "running", "paused", "interrupted", "failed", "finished", "cancelled"] | None = None,
+    model: str | None = None,
+    place: Place | None = None,
+    text: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    limit: int = 50,
+) -> list[Job]:
+    """The newest jobs, newest first: those for which everything given is true.
+
+    model: its name. place: where they write to. text: part of the id, the model, a source or the place.
+    since, until: created then or later, and before; a time without a zone is on this machine's clock.
+    """
+    page = Jobs().list(
+        state=state,
+        model=model,
+        place=None if place is None else str(place),
+        text=text,
+        since=None if since is None else since.timestamp(),
+        until=None if until is None else until.timestamp(),
+        limit=limit,
+    )
+    return [Job(record.id) for record in page.jobs]
 
 
 class Job:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tally.errors import SpecError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint, EntryPoints
 
 
 def find(group: str, name: str) -> Any | None:
@@ -13,7 +15,7 @@ def find(group: str, name: str) -> Any | None:
 
     Raises SpecError where several packages offer it, or what is offered cannot be imported.
     """
-    found = list({point.value: point for point in entry_points(group=group, name=name)}.values())
+    found = list({point.value: point for point in _points(group).select(name=name)}.values())
     if not found:
         return None
     if len(found) > 1:
@@ -30,9 +32,15 @@ def find(group: str, name: str) -> Any | None:
         ) from error
 
 
-def names(group: str) -> set[str]:
+def names(group: str) -> list[str]:
     """The names under which installed packages offer something in ``group``."""
-    return entry_points(group=group).names
+    return sorted({point.name for point in _points(group)})
+
+
+def _points(group: str) -> EntryPoints:
+    from importlib.metadata import entry_points  # takes time, and is mostly not needed
+
+    return entry_points(group=group)
 
 
 def _package(point: EntryPoint) -> str:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from tally.engines.base import Engine
 from tally.jobs.events import Event, Events, Note, Progress, StateChanged, Subscriber, Waiting
 from tally.jobs.facade import Jobs
 from tally.jobs.signals import stop_on_signals
@@ -18,17 +19,32 @@ from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord
 
 
-def run(jobs: Jobs, job: str, *, quiet: bool = False, retry_dead: bool = False, here: bool = False) -> JobRecord:
+def run(
+    jobs: Jobs,
+    job: str,
+    *,
+    quiet: bool = False,
+    retry_dead: bool = False,
+    here: bool = False,
+    engine: Engine | None = None,
+) -> JobRecord:
     """Drive the job, showing its progress on standard error: in this process, or in the cluster that its spec names.
 
     The first Ctrl-C (or SIGTERM) stops the job cleanly: running chunks finish and are committed; the
     second kills the workers. Either way the job can be resumed. A job in a cluster goes on, and is returned as it is.
-    here: in this process even then, as it is inside the cluster.
+    here: in this process even then, as it is inside the cluster. engine: one that is prepared.
     """
     record = jobs.get(job)
     stop = Stop()
     with shown(record, quiet=quiet) as subscriber, stop_on_signals(stop):
-        return jobs.run(record.id, events=Events(subscriber), stop=stop, retry_dead=retry_dead, in_this_process=here)
+        return jobs.run(
+            record.id,
+            events=Events(subscriber),
+            stop=stop,
+            engine=engine,
+            retry_dead=retry_dead,
+            in_this_process=here,
+        )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 
 from tally.models.load import load
 from tally.models.resolve import resolve
-from tally.scorers.base import Item
+from tally.scorers.base import Item, Request, Response
 
 DETECTOR = """
 import io
@@ -125,3 +125,14 @@ def test_boxes_equal_the_reference(data: Path, tmp_path: Path, monkeypatch: pyte
         assert "the script answered 400: cannot identify image file" in str(bad)
         assert not isinstance(good, Exception)
         assert len(good) == 4
+        # Behind an endpoint it answers the same, with its own status.
+        answer = scorer.respond(Request(items[0].value))
+        assert answer is not None
+        assert (answer.status, json.loads(answer.body)) == (200, good)
+        assert scorer.respond(Request(method="GET")) == Response(
+            405, b"only POST is understood", [("Content-Type", "text/plain; charset=utf-8")]
+        )
+        refused = scorer.respond(Request(b"\xff\xd8 cut short"))
+        assert refused is not None
+        assert refused.status == 400
+        assert refused.body.startswith(b"cannot identify image file")

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from tally.errors import ModelLoadError
+from tally.models.labels import read_labels
 from tally.scorers.base import Item
 from tally.scorers.onnx.scorer import OnnxVisionScorer, inspect
-from tally.scorers.vision.processing import read_labels
 
 BGR_MEANS = {"channels": "bgr", "mean": [104, 117, 123]}
 

@@ -16,9 +16,9 @@ from tests.objectstores import Service, moto_s3
 from tests.services import postgres_database
 
 from tally.cli.models import models
+from tally.database.connect import connect
 from tally.database.tables import metadata
 from tally.errors import ModelChangedError, ModelError
-from tally.jobs.store import connect
 from tally.models.load import load
 from tally.models.registry import open_registry
 from tally.models.resolve import resolve

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from io import BytesIO
@@ -24,7 +25,8 @@ from tally.sources.reading import AHEAD, LOCAL_THREADS
 from tally.sources.tables.source import TableSource
 from tally.sources.video import VideoSource
 from tally.storage import open_store
-from tally.testing.sources import Recorder, SourceContract, TableSourceContract, chunks_of
+from tally.testing.endless import Broker, MemoryQueueSource
+from tally.testing.sources import EndlessSourceContract, Recorder, SourceContract, TableSourceContract, chunks_of
 
 NAMES = ["a-b.png", "a.png", "a/1.png", "a/b/2.png", "a/b/3.png", "a0.png", "é.png"]
 
@@ -362,6 +364,24 @@ class TestWindows(TableSourceContract):
             aggregate=["mean", "last", "count"],
         )
         return source.located(str(tmp_path / "work"))
+
+
+class TestQueue(EndlessSourceContract):
+    @pytest.fixture
+    def broker(self, tmp_path: Path) -> Broker:
+        return Broker(tmp_path / "queue.db")
+
+    @pytest.fixture
+    def make(self, broker: Broker) -> Callable[[], Source]:
+        return lambda: MemoryQueueSource(broker.path)
+
+    @pytest.fixture
+    def send(self, broker: Broker) -> Callable[[Sequence[str]], None]:
+        return lambda keys: broker.publish([(key, key.encode()) for key in keys])
+
+    @pytest.fixture
+    def acknowledged(self, broker: Broker) -> Callable[[], list[str]]:
+        return lambda: [event.key for event in broker.events("acknowledged")]
 
 
 # What only files have -------------------------------------------------------------------------------

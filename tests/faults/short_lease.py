@@ -8,6 +8,6 @@ from tally.cli.main import main
 from tally.jobs import lease_renewer, run, submit
 
 lease_renewer.LEASE_SECONDS = run.LEASE_SECONDS = submit.LEASE_SECONDS = 2.0
-lease_renewer.LOOK_SECONDS = 0.2
+lease_renewer.RENEW_SECONDS = 0.2
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,6 +16,7 @@ import pytest
 
 import tally
 from tally.alerts import delivery
+from tally.alerts.alert import alerts_of
 from tally.jobs.facade import Jobs
 from tally.triggers.loop import Loop
 from tally.triggers.store import ScheduleStore
@@ -104,7 +105,7 @@ def test_the_loop_sends_what_was_not_delivered(scorer: Path, tmp_path: Path, mon
             quiet=True,
         )
     store = Jobs().store
-    [alert] = delivery.of(store, job.id)
+    [alert] = alerts_of(store.engine, job.id)
     assert (alert.state, alert.value) == ("pending", 2.0)
     with receiver(port) as (_, messages):
         loop = Loop(ScheduleStore(store.engine))

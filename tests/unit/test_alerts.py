@@ -27,15 +27,19 @@ import sqlalchemy as sa
 from tests.services import postgres_database
 
 from tally.alerts import delivery, rules, webhook
-from tally.alerts.delivery import check, conclude, deliver, evaluate, of, reopen, unevaluated
+from tally.alerts.alert import Alert, alerts_of, resend
+from tally.alerts.delivery import conclude, deliver
+from tally.alerts.evaluation import check, evaluate
+from tally.alerts.job import unevaluated
 from tally.api import Job
 from tally.config import settings
-from tally.database.connect import now
+from tally.database.clock import now
+from tally.database.connect import connect
 from tally.database.tables import alerts as table
 from tally.database.tables import jobs
 from tally.errors import JobError, SourceNotFoundError, SpecError
 from tally.jobs.spec import JobSpec
-from tally.jobs.store import JobRecord, JobStore, connect
+from tally.jobs.store import JobRecord, JobStore
 from tally.sinks.base import Sink
 from tally.sinks.factory import sink_for
 from tally.sources.base import Chunk
@@ -132,7 +136,7 @@ def ended(store: JobStore, *texts: str, hook: str = "https://nowhere.invalid/", 
     """A job with these rules that has come to its end."""
     model = {"name": "pumps", "version": 3, "kind": "sklearn", "hash": "sha256:0", "assumed": []}
     spec = {"source": ["in"], "model": "m", "out": "out", "alerts": list(texts), "webhook": hook}
-    record = store.create(fingerprint="f", spec=spec, model=model)
+    record = store.create(fingerprint="f", spec=spec, model=model, output={"place": "out"})
     done = {"state": "finished", "planned": 1, "items": 200, "done": 200, "dead": 14, "rows": 186}
     return change(store, record, **{**done, "usage": {"seconds": 12.5}, "finished_at": now(), **values})
 
@@ -148,15 +152,21 @@ def alter(store: JobStore, **values: Any) -> None:
         connection.execute(sa.update(table).values(**values))
 
 
-def write(sink: Sink, record: JobRecord, rows: list[dict[str, Any]]) -> None:
+def write(store: JobStore, sink: Sink, record: JobRecord, rows: list[dict[str, Any]]) -> None:
+    """The job has written these rows."""
+    store.respec(record.id, record.spec, output=sink.describe().to_json())
     sink.claim(record.id)
     writer = sink.open("attempt", Chunk(0, len(rows), {}))
     assert writer.add([str(number) for number in range(len(rows))], rows) == []
     sink.finalize([writer.close()], [], {"job": record.id, "generation": 0})
 
 
+def alerts(store: JobStore, record: JobRecord) -> list[Alert]:
+    return alerts_of(store.engine, record.id)
+
+
 def outcomes(store: JobStore, record: JobRecord) -> dict[str, str]:
-    return {alert.rule: alert.state for alert in of(store, record.id)}
+    return {alert.rule: alert.state for alert in alerts(store, record)}
 
 
 # -- rules ---------------------------------------------------------------------------------------------
@@ -220,11 +230,11 @@ def test_the_documented_measures_are_those_there_are() -> None:
 # -- judging -------------------------------------------------------------------------------------------
 
 
-def test_each_measure_is_judged_by_what_the_job_counted(store: JobStore, sink: Sink) -> None:
+def test_each_measure_is_judged_by_what_the_job_counted(store: JobStore) -> None:
     texts = ["dead_share > 6%", "dead_share > 7%", "rows == 186", "items >= 201", "dead > 13", "seconds < 13"]
     record = ended(store, *texts, "failed", "no_data")
-    evaluate(store, record, sink)
-    found = of(store, record.id)
+    evaluate(store.engine, record.id)
+    found = alerts(store, record)
     assert [(alert.rule, alert.state) for alert in found] == [
         ("dead_share > 6%", "pending"),
         ("dead_share > 7%", "quiet"),
@@ -249,23 +259,23 @@ def test_anomalies_are_counted_in_the_results(
 ) -> None:
     sink = sink_for(str(tmp_path / name), output="rows")
     record = ended(store, "anomalies > 1", rows=len(rows))
-    write(sink, record, rows)
-    evaluate(store, record, sink)
-    (alert,) = of(store, record.id)
+    write(store, sink, record, rows)
+    evaluate(store.engine, record.id)
+    (alert,) = alerts(store, record)
     assert (alert.value, alert.state) == (anomalies, "pending" if anomalies > 1 else "quiet")
 
 
-def test_results_without_rows_have_no_anomalies(store: JobStore, sink: Sink) -> None:
+def test_results_without_rows_have_no_anomalies(store: JobStore) -> None:
     record = ended(store, "anomalies == 0", rows=0)
-    evaluate(store, record, sink)
+    evaluate(store.engine, record.id)
     assert outcomes(store, record) == {"anomalies == 0": "pending"}
 
 
 def test_what_cannot_be_judged_is_said_and_disturbs_nothing(store: JobStore, tmp_path: Path, sink: Sink) -> None:
     record = ended(store, "anomalies > 0", "dead > 0")
-    write(sink, record, [{"label": "a"}])
-    evaluate(store, record, sink)
-    first, second = of(store, record.id)
+    write(store, sink, record, [{"label": "a"}])
+    evaluate(store.engine, record.id)
+    first, second = alerts(store, record)
     assert (first.state, first.value, first.error) == ("failed", None, "the results have no column 'anomaly'")
     assert first.describe() == "anomalies > 0: cannot be judged: the results have no column 'anomaly'"
     assert second.state == "pending"
@@ -273,52 +283,59 @@ def test_what_cannot_be_judged_is_said_and_disturbs_nothing(store: JobStore, tmp
         (sink_for(str(tmp_path / "gone"), output="rows"), "the results are no longer at out"),
         (sink_for(str(tmp_path / "a.mp4"), output="video"), "the results are no longer at out"),
     ]:
-        evaluate(store, record, elsewhere)
-        assert of(store, record.id)[0].error == message
-    assert reopen(store, record.id) == 1  # what was not judged is not to be sent
+        store.respec(record.id, record.spec, output=elsewhere.describe().to_json())
+        evaluate(store.engine, record.id)
+        assert alerts(store, record)[0].error == message
+    assert resend(store.engine, record.id) == 1  # what was not judged is not to be sent
 
 
 def test_a_failed_job_is_judged_and_judged_again_when_it_was_resumed(store: JobStore, sink: Sink) -> None:
     texts = ("failed", "anomalies > 0", "dead > 100")
     record = ended(store, *texts, state="failed", finished_at=None, error="no room")
-    evaluate(store, record, sink)
+    evaluate(store.engine, record.id)
     assert outcomes(store, record) == {"failed": "pending", "anomalies > 0": "quiet", "dead > 100": "quiet"}
-    assert of(store, record.id)[1].describe() == "anomalies > 0: not measured, the job failed"
+    assert alerts(store, record)[1].describe() == "anomalies > 0: not measured, the job failed"
     alter(store, attempts=1)
     record = change(store, record, state="finished", finished_at=now(), rows=4)
-    write(sink, record, ROWS)
+    write(store, sink, record, ROWS)
     for _ in range(2):
-        evaluate(store, record, sink)
+        evaluate(store.engine, record.id)
         assert outcomes(store, record) == {"failed": "pending", "anomalies > 0": "pending", "dead > 100": "quiet"}
-    assert [alert.value for alert in of(store, record.id)] == [1, 2, 14]
+    assert [alert.value for alert in alerts(store, record)] == [1, 2, 14]
 
 
-def test_rules_that_came_later_join_those_there_are(store: JobStore, sink: Sink) -> None:
+def test_rules_that_came_later_join_those_there_are(store: JobStore) -> None:
     record = ended(store, "failed", state="failed")
-    evaluate(store, record, sink)
+    evaluate(store.engine, record.id)
     record = store.respec(record.id, {**record.spec, "alerts": ["dead > 1", "failed"]})
-    evaluate(store, record, sink)
-    assert [(each.rule, each.position) for each in of(store, record.id)] == [("failed", 0), ("dead > 1", 1)]
-    assert len({each.message_id for each in of(store, record.id)}) == 2
+    evaluate(store.engine, record.id)
+    assert [(each.rule, each.position) for each in alerts(store, record)] == [
+        ("failed", 0),
+        ("dead > 1", 1),
+    ]
+    assert len({each.message_id for each in alerts(store, record)}) == 2
 
 
-def test_a_new_generation_is_judged_anew(store: JobStore, sink: Sink) -> None:
+def test_a_new_generation_is_judged_anew(store: JobStore) -> None:
     record = ended(store, "dead > 1")
-    evaluate(store, record, sink)
+    evaluate(store.engine, record.id)
     alter(store, state="delivered", attempts=1, delivered_at=now(), next_at=None)
-    assert unevaluated(store) == []
+    assert unevaluated(store.engine) == []
     record = change(store, record, generation=1)
-    assert [each.id for each in unevaluated(store)] == [record.id]
-    evaluate(store, record, sink)
-    assert [(each.generation, each.state) for each in of(store, record.id)] == [(0, "delivered"), (1, "pending")]
+    assert unevaluated(store.engine) == [record.id]
+    evaluate(store.engine, record.id)
+    assert [(each.generation, each.state) for each in alerts(store, record)] == [
+        (0, "delivered"),
+        (1, "pending"),
+    ]
 
 
 @pytest.mark.parametrize("state", ["running", "paused", "interrupted", "cancelled"])
-def test_only_jobs_that_finished_or_failed_are_judged(store: JobStore, sink: Sink, state: str) -> None:
+def test_only_jobs_that_finished_or_failed_are_judged(store: JobStore, state: str) -> None:
     record = ended(store, "dead > 1", state=state)
-    evaluate(store, record, sink)
-    assert of(store, record.id) == []
-    assert unevaluated(store) == []
+    evaluate(store.engine, record.id)
+    assert alerts(store, record) == []
+    assert unevaluated(store.engine) == []
 
 
 @pytest.mark.parametrize(
@@ -332,29 +349,33 @@ def test_only_jobs_that_finished_or_failed_are_judged(store: JobStore, sink: Sin
     ],
 )
 def test_no_data_is_an_empty_source_or_none(
-    store: JobStore, sink: Sink, values: dict[str, Any], error: Exception | None, holds: bool
+    store: JobStore, values: dict[str, Any], error: Exception | None, holds: bool
 ) -> None:
     record = ended(store, "no_data", **values)
-    evaluate(store, record, sink, error=error)
+    evaluate(store.engine, record.id, error=error)
     assert outcomes(store, record) == {"no_data": "pending" if holds else "quiet"}
 
 
-def test_a_job_that_nobody_judged_is_found(database: str, sink: Sink) -> None:
+def test_a_job_that_nobody_judged_is_found(database: str) -> None:
     store = JobStore(connect(database))
     record = ended(store, "dead > 1")
     failed = ended(store, "failed", state="failed", finished_at=None, started_at=now())
     ended(store)
     ended(store, "failed", finished_at=now() - 30 * 86_400)
-    plain = store.create(fingerprint="f", spec={"out": "out"}, model={})
+    plain = store.create(fingerprint="f", spec={"out": "out"}, model={}, output={"place": "out"})
     change(store, plain, state="finished", finished_at=now())
-    assert {each.id for each in unevaluated(store)} == {record.id, failed.id}
-    for each in unevaluated(store):
-        evaluate(store, each, sink)
-    assert unevaluated(store) == []
+    strange = ended(store, "dead > 1")
+    store.respec(strange.id, {**strange.spec, "source": ["caf\udce9/\0", '"alerts": []']})
+    settings_only = ended(store)
+    store.respec(settings_only.id, {**settings_only.spec, "settings": {"alerts": ["mine"]}})
+    assert set(unevaluated(store.engine)) == {record.id, failed.id, strange.id}
+    for job_id in unevaluated(store.engine):
+        evaluate(store.engine, job_id)
+    assert unevaluated(store.engine) == []
     store.engine.dispose()
 
 
-def test_two_that_judge_at_once_write_one_row_for_each_rule(database: str, sink: Sink) -> None:
+def test_two_that_judge_at_once_write_one_row_for_each_rule(database: str) -> None:
     stores = [JobStore(connect(database)) for _ in range(4)]
     records = [ended(stores[0], "dead > 1", "failed") for _ in range(5)]
     together = threading.Barrier(len(stores))
@@ -362,12 +383,15 @@ def test_two_that_judge_at_once_write_one_row_for_each_rule(database: str, sink:
     def judge(store: JobStore) -> None:
         for record in records:
             together.wait(DEADLINE)
-            evaluate(store, record, sink)
+            evaluate(store.engine, record.id)
 
     with ThreadPoolExecutor(len(stores)) as pool:
         list(pool.map(judge, stores))
     for record in records:
-        assert [(each.rule, each.position) for each in of(stores[0], record.id)] == [("dead > 1", 0), ("failed", 1)]
+        assert [(each.rule, each.position) for each in alerts(stores[0], record)] == [
+            ("dead > 1", 0),
+            ("failed", 1),
+        ]
     for store in stores:
         store.engine.dispose()
 
@@ -460,10 +484,10 @@ def test_signatures_are_those_of_standard_webhooks() -> None:
     assert made == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="  # as its Python library makes it
 
 
-def test_what_is_sent_is_signed_and_says_what_was_found(store: JobStore, receiver: Receiver, sink: Sink) -> None:
+def test_what_is_sent_is_signed_and_says_what_was_found(store: JobStore, receiver: Receiver) -> None:
     record = ended(store, "dead_share > 5%", "failed", hook=receiver.url)
-    evaluate(store, record, sink)
-    deliver(store)
+    evaluate(store.engine, record.id)
+    deliver(store.engine)
     ((headers, body),) = receiver.got
     assert headers["path"] == f"/{HIDDEN}?token={HIDDEN}"
     assert headers["content-type"] == "application/json"
@@ -487,94 +511,94 @@ def test_what_is_sent_is_signed_and_says_what_was_found(store: JobStore, receive
         "id": record.id, "generation": 0, "state": "finished", "out": "out", "model": {"name": "pumps", "version": 3},
         "items": 200, "done": 200, "dead": 14, "rows": 186, "seconds": 12.5, "error": None,
     }  # fmt: skip
-    assert [alert.state for alert in of(store, record.id)] == ["delivered", "quiet"]
-    deliver(store)
+    assert [alert.state for alert in alerts(store, record)] == ["delivered", "quiet"]
+    deliver(store.engine)
     assert len(receiver.got) == 1
 
 
-def test_a_failed_job_sends_its_error(store: JobStore, receiver: Receiver, sink: Sink) -> None:
+def test_a_failed_job_sends_its_error(store: JobStore, receiver: Receiver) -> None:
     out = "caf\udce9/out"
     record = ended(store, "failed", hook=receiver.url, state="failed", error="no room on the disk")
     record = store.respec(record.id, {**record.spec, "out": out})
-    evaluate(store, record, sink)
-    deliver(store)
+    evaluate(store.engine, record.id)
+    deliver(store.engine)
     job = json.loads(receiver.got[0][1])["data"]["job"]
     assert (job["state"], job["error"], job["out"]) == ("failed", "no room on the disk", "caf\\udce9/out")
 
 
 def test_the_address_may_be_in_the_environment(
-    store: JobStore, receiver: Receiver, sink: Sink, monkeypatch: pytest.MonkeyPatch
+    store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ALERT_URL", receiver.url)
     record = ended(store, "dead > 1", hook="env:ALERT_URL")
-    evaluate(store, record, sink)
-    deliver(store)
+    evaluate(store.engine, record.id)
+    deliver(store.engine)
     assert len(receiver.got) == 1
 
 
 @pytest.mark.parametrize("status", [500, 302, 404, 429])
-def test_a_refusal_is_tried_again_later(store: JobStore, receiver: Receiver, sink: Sink, status: int) -> None:
+def test_a_refusal_is_tried_again_later(store: JobStore, receiver: Receiver, status: int) -> None:
     receiver.answers = [status]
     record = ended(store, "dead > 1", hook=receiver.url)
-    evaluate(store, record, sink)
-    deliver(store)
-    (alert,) = of(store, record.id)
+    evaluate(store.engine, record.id)
+    deliver(store.engine)
+    (alert,) = alerts(store, record)
     why = ": redirects are not followed" if status == 302 else ""
     assert alert.error == f"http://127.0.0.1:{receiver.server_port}: answered {status}{why}"
     assert (alert.state, alert.attempts) == ("pending", 1)
     assert alert.next_at is not None
     assert alert.next_at > alert.created_at
     alter(store, next_at=now() + 1000)
-    deliver(store)
+    deliver(store.engine)
     assert len(receiver.got) == 1  # it is not due
     alter(store, next_at=now())
-    deliver(store)
+    deliver(store.engine)
     assert len(set(receiver.ids)) == 1
     assert len(receiver.got) == 2
-    (alert,) = of(store, record.id)
+    (alert,) = alerts(store, record)
     assert (alert.state, alert.attempts, alert.error) == ("delivered", 2, None)
 
 
-def test_a_receiver_that_is_not_there_is_tried_again(store: JobStore, sink: Sink) -> None:
+def test_a_receiver_that_is_not_there_is_tried_again(store: JobStore) -> None:
     server = Receiver(listen=False)
     record = ended(store, "dead > 1", hook=server.url)
-    evaluate(store, record, sink)
-    deliver(store)
-    (alert,) = of(store, record.id)
+    evaluate(store.engine, record.id)
+    deliver(store.engine)
+    (alert,) = alerts(store, record)
     assert alert.error == f"http://127.0.0.1:{server.server_port}: connection refused"
     server.listen()
     alter(store, next_at=now())
-    deliver(store)
+    deliver(store.engine)
     server.shutdown()
     server.server_close()
     assert outcomes(store, record) == {"dead > 1": "delivered"}
     assert server.ids == [alert.message_id]
 
 
-def test_gone_is_given_up_at_once(store: JobStore, receiver: Receiver, sink: Sink) -> None:
+def test_gone_is_given_up_at_once(store: JobStore, receiver: Receiver) -> None:
     receiver.answers = [410]
     record = ended(store, "dead > 1", hook=receiver.url)
-    evaluate(store, record, sink)
-    deliver(store)
-    (alert,) = of(store, record.id)
+    evaluate(store.engine, record.id)
+    deliver(store.engine)
+    (alert,) = alerts(store, record)
     assert (alert.state, alert.attempts, alert.next_at) == ("failed", 1, None)
     assert "given up; http://127.0.0.1" in alert.describe()
-    evaluate(store, record, sink)
-    deliver(store)
+    evaluate(store.engine, record.id)
+    deliver(store.engine)
     assert len(receiver.got) == 1
-    assert reopen(store, record.id) == 1
-    deliver(store)
+    assert resend(store.engine, record.id) == 1
+    deliver(store.engine)
     assert outcomes(store, record) == {"dead > 1": "delivered"}
 
 
-def test_the_tries_spread_over_a_day_and_end(store: JobStore, receiver: Receiver, sink: Sink) -> None:
+def test_the_tries_spread_over_a_day_and_end(store: JobStore, receiver: Receiver) -> None:
     receiver.answers = [503] * 99
     record = ended(store, "dead > 1", hook=receiver.url)
-    evaluate(store, record, sink)
+    evaluate(store.engine, record.id)
     waits = []
     for tried in range(1, delivery.TRIES + 1):
-        deliver(store)
-        (alert,) = of(store, record.id)
+        deliver(store.engine)
+        (alert,) = alerts(store, record)
         assert alert.attempts == tried
         if alert.next_at is not None:
             with store.engine.connect().execution_options(reading=True) as connection:
@@ -587,54 +611,52 @@ def test_the_tries_spread_over_a_day_and_end(store: JobStore, receiver: Receiver
     nominal = [2.0, 6.0, 18.0, 54.0, 162.0, 486.0, 1458.0, 4374.0, 13122.0, 28800.0, 28800.0]
     assert all(0.8 * n - 1.5 <= wait <= 1.2 * n for n, wait in zip(nominal, waits, strict=True))
     assert 20 * 3600 < sum(nominal) < 24 * 3600
-    deliver(store)
+    deliver(store.engine)
     assert len(receiver.got) == delivery.TRIES
 
 
-def test_the_end_of_a_job_waits_a_little(
-    store: JobStore, receiver: Receiver, sink: Sink, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_end_of_a_job_waits_a_little(store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "FIRST_DELAY", 0.01)
     monkeypatch.setattr(delivery, "PATIENCE", DEADLINE)
     receiver.answers = [500, 503]
     said: list[str] = []
     record = ended(store, "dead > 1", "failed", hook=receiver.url)
-    conclude(store, record, sink, say=said.append)
+    conclude(store.engine, record.id, say=said.append)
     assert len(receiver.got) == 3
     assert [line.partition(" 20")[0] for line in said] == ["alert: dead > 1: delivered"]
     assert said[0].endswith(" (14)")
 
 
 def test_the_end_of_a_job_says_who_tries_again(
-    store: JobStore, receiver: Receiver, sink: Sink, monkeypatch: pytest.MonkeyPatch
+    store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "FIRST_DELAY", 1000.0)
     receiver.answers = [500]
     said: list[str] = []
     record = ended(store, "dead > 1", hook=receiver.url)
-    conclude(store, record, sink, say=said.append)
+    conclude(store.engine, record.id, say=said.append)
     assert len(receiver.got) == 1
     assert "dead > 1: not delivered, again after 20" in said[0]
     assert f"tally jobs alerts {record.id} --send" in said[1]
     said.clear()
-    conclude(store, ended(store), sink, say=said.append)
+    conclude(store.engine, ended(store).id, say=said.append)
     assert said == []
 
 
 def test_without_the_secret_nothing_is_sent(
-    store: JobStore, receiver: Receiver, sink: Sink, monkeypatch: pytest.MonkeyPatch
+    store: JobStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TALLY_WEBHOOK_SECRET")
     record = ended(store, "dead > 1", hook=receiver.url)
-    evaluate(store, record, sink)
-    deliver(store)
-    (alert,) = of(store, record.id)
+    evaluate(store.engine, record.id)
+    deliver(store.engine)
+    (alert,) = alerts(store, record)
     assert (alert.state, alert.error) == ("pending", "a webhook is signed, and TALLY_WEBHOOK_SECRET is not set")
     assert receiver.got == []
 
 
 def test_a_receiver_that_drips_is_hung_up_on(
-    store: JobStore, sink: Sink, monkeypatch: pytest.MonkeyPatch, receiver: Receiver
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, receiver: Receiver
 ) -> None:
     monkeypatch.setattr(webhook, "ANSWER_SECONDS", 0.3)
     dropped = threading.Event()
@@ -649,15 +671,15 @@ def test_a_receiver_that_drips_is_hung_up_on(
 
     monkeypatch.setattr(Handler, "do_POST", drip)
     record = ended(store, "dead > 1", hook=receiver.url)
-    evaluate(store, record, sink)
-    deliver(store)
+    evaluate(store.engine, record.id)
+    deliver(store.engine)
     assert dropped.wait(DEADLINE)
-    assert str(of(store, record.id)[0].error).endswith(": no answer within 0.3 s")
+    assert str(alerts(store, record)[0].error).endswith(": no answer within 0.3 s")
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate, and is not there")
 def test_a_certificate_that_nobody_vouches_for_is_not_accepted(
-    store: JobStore, sink: Sink, receiver: Receiver, tmp_path: Path
+    store: JobStore, receiver: Receiver, tmp_path: Path
 ) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     command = (
@@ -668,64 +690,64 @@ def test_a_certificate_that_nobody_vouches_for_is_not_accepted(
     context.load_cert_chain(certificate, key)
     receiver.socket = context.wrap_socket(receiver.socket, server_side=True)
     record = ended(store, "dead > 1", hook=receiver.url.replace("http:", "https:"))
-    evaluate(store, record, sink)
-    deliver(store)
-    assert "its certificate is not accepted: self-signed certificate" in str(of(store, record.id)[0].error)
+    evaluate(store.engine, record.id)
+    deliver(store.engine)
+    assert "its certificate is not accepted: self-signed certificate" in str(alerts(store, record)[0].error)
     assert receiver.got == []
 
 
-def test_of_several_that_send_at_once_one_sends_each(database: str, receiver: Receiver, sink: Sink) -> None:
+def test_of_several_that_send_at_once_one_sends_each(database: str, receiver: Receiver) -> None:
     stores = [JobStore(connect(database)) for _ in range(4)]
     records = [ended(stores[0], "dead > 1", "rows > 1", hook=receiver.url) for _ in range(10)]
     for record in records:
-        evaluate(stores[0], record, sink)
+        evaluate(stores[0].engine, record.id)
     together = threading.Barrier(len(stores))
 
     def send(store: JobStore) -> None:
         together.wait(DEADLINE)
-        deliver(store)
+        deliver(store.engine)
 
     with ThreadPoolExecutor(len(stores)) as pool:
         list(pool.map(send, stores))
     assert set(Counter(receiver.ids).values()) == {1}
     assert len(receiver.ids) == 20
-    assert all(alert.state == "delivered" for record in records for alert in of(stores[0], record.id))
+    assert all(alert.state == "delivered" for record in records for alert in alerts(stores[0], record))
     for store in stores:
         store.engine.dispose()
 
 
-def test_a_sender_whose_claim_ran_out_says_nothing_more(store: JobStore, receiver: Receiver, sink: Sink) -> None:
+def test_a_sender_whose_claim_ran_out_says_nothing_more(store: JobStore, receiver: Receiver) -> None:
     receiver.gate.clear()
     receiver.answers = [500]
     record = ended(store, "dead > 1", hook=receiver.url)
-    evaluate(store, record, sink)
-    late = threading.Thread(target=deliver, args=(store,))
+    evaluate(store.engine, record.id)
+    late = threading.Thread(target=deliver, args=(store.engine,))
     late.start()
     assert receiver.arrived.acquire(timeout=DEADLINE)
-    alter(store, token="another's", lease_until=now() + 1000)
+    alter(store, owner="another's", lease_until=now() + 1000)
     receiver.gate.set()
     late.join(DEADLINE)
-    (alert,) = of(store, record.id)
+    (alert,) = alerts(store, record)
     assert (alert.state, alert.attempts) == ("pending", 0)
 
 
 @pytest.mark.parametrize("sent", [False, True], ids=["before it is sent", "before the answer"])
 def test_who_is_killed_while_sending_is_followed_by_another_with_the_same_id(
-    store: JobStore, receiver: Receiver, sink: Sink, sent: bool
+    store: JobStore, receiver: Receiver, sent: bool
 ) -> None:
     record = ended(store, "dead > 1", hook=receiver.url)
-    evaluate(store, record, sink)
+    evaluate(store.engine, record.id)
     program = (
         "import signal, sys\n"
         "from tally.config import settings\n"
         "from tally.alerts import delivery, webhook\n"
-        "from tally.jobs.store import JobStore, connect\n"
+        "from tally.database.connect import connect\n"
         "def wait(*arguments):\n"
         "    print('claimed', flush=True)\n"
         "    signal.pause()\n"
         f"if not {sent}:\n"
         "    webhook.post = wait\n"
-        "delivery.deliver(JobStore(connect(settings().database)))\n"
+        "delivery.deliver(connect(settings().database))\n"
     )
     receiver.gate.clear()
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -737,34 +759,34 @@ def test_who_is_killed_while_sending_is_followed_by_another_with_the_same_id(
             assert process.stdout.readline() == "claimed\n"
         process.send_signal(signal.SIGKILL)
     receiver.gate.set()
-    deliver(store)
+    deliver(store.engine)
     assert len(receiver.ids) == int(sent)  # the dead one's claim holds
     alter(store, lease_until=now() - 1)
-    deliver(store)
+    deliver(store.engine)
     assert receiver.ids == [f"alert_{record.id}_0_0"] * (1 + sent)
     assert outcomes(store, record) == {"dead > 1": "delivered"}
 
 
-def test_alerts_of_a_job_that_is_forgotten_are_forgotten(store: JobStore, sink: Sink) -> None:
+def test_alerts_of_a_job_that_is_forgotten_are_forgotten(store: JobStore) -> None:
     record = ended(store, "dead > 1")
-    evaluate(store, record, sink)
+    evaluate(store.engine, record.id)
     store.delete(record.id)
-    assert of(store, record.id) == []
-    deliver(store)
-    evaluate(store, record, sink)
-    assert of(store, record.id) == []
+    assert alerts(store, record) == []
+    deliver(store.engine)
+    evaluate(store.engine, record.id)
+    assert alerts(store, record) == []
 
 
 # -- what is seen --------------------------------------------------------------------------------------
 
 
 def test_jobs_show_and_jobs_alerts_tell_what_became_of_them(
-    store: JobStore, receiver: Receiver, sink: Sink, cli: Callable[..., Any]
+    store: JobStore, receiver: Receiver, cli: Callable[..., Any]
 ) -> None:
     receiver.answers = [410]
     record = ended(store, "dead_share > 5%", "rows == 0", hook=receiver.url)
-    evaluate(store, record, sink)
-    deliver(store)
+    evaluate(store.engine, record.id)
+    deliver(store.engine)
     shown = cli("jobs", "show", record.id)
     assert f"alerts       dead_share > 5%, rows == 0; to http://127.0.0.1:{receiver.server_port}\n" in shown.out
     assert "alert        dead_share > 5%: not delivered, given up; http://127.0.0.1" in shown.out
@@ -784,7 +806,6 @@ def test_jobs_show_and_jobs_alerts_tell_what_became_of_them(
 def test_neither_secret_nor_path_is_ever_shown(
     store: JobStore,
     receiver: Receiver,
-    sink: Sink,
     cli: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -795,8 +816,13 @@ def test_neither_secret_nor_path_is_ever_shown(
     receiver.answers = list(answers)
     said: list[str] = []
     record = ended(store, "dead > 1", "failed", hook=receiver.url)
-    conclude(store, record, sink, say=said.append)
-    seen = [*said, repr(of(store, record.id)), caplog.text, json.dumps([a.describe() for a in of(store, record.id)])]
+    conclude(store.engine, record.id, say=said.append)
+    seen = [
+        *said,
+        repr(alerts(store, record)),
+        caplog.text,
+        json.dumps([a.describe() for a in alerts(store, record)]),
+    ]
     for command in (("show", record.id), ("show", record.id, "--json"), ("alerts", record.id), ("list", "--json")):
         ran = cli("jobs", *command)
         seen += [ran.out, ran.err]
@@ -878,7 +904,41 @@ def test_a_real_job_that_nobody_judged_is_sent_by_hand(
     assert run([b"odd", b"even"]).code == 0
     record = Job(str(tmp_path / "out")).record
     store.respec(record.id, {**record.spec, "alerts": ["anomalies >= 1"], "webhook": receiver.url})
-    assert [each.id for each in unevaluated(store)] == [record.id]
+    assert unevaluated(store.engine) == [record.id]
+    (tmp_path / "odd.py").unlink()  # the job's row and its results are all that is needed
     sent = cli("jobs", "alerts", tmp_path / "out", "--send")
     assert (sent.code, sent.out.partition(" 20")[0]) == (0, "anomalies >= 1: delivered")
     assert json.loads(receiver.got[0][1])["data"]["value"] == 1
+
+
+def test_the_loop_of_schedules_opens_no_model(
+    store: JobStore, run: Callable[..., Any], receiver: Receiver, tmp_path: Path
+) -> None:
+    assert run([b"odd", b"even"]).code == 0
+    record = Job(str(tmp_path / "out")).record
+    store.respec(record.id, {**record.spec, "alerts": ["anomalies >= 1"], "webhook": receiver.url})
+    (tmp_path / "odd.py").write_text("raise SystemExit('imported')")
+    program = (
+        "import sys, threading\n"
+        "from tally.config import settings\n"
+        "from tally.database.connect import connect\n"
+        "from tally.triggers.loop import Loop\n"
+        "from tally.triggers.store import ScheduleStore\n"
+        "loop = Loop(ScheduleStore(connect(settings().database)))\n"
+        "thread = threading.Thread(target=loop.run, kwargs={'forever': True})\n"
+        "thread.start()\n"
+        "sys.stdin.read()\n"
+        "loop.stop()\n"
+        "thread.join()\n"
+        "print(*sorted(sys.modules))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert receiver.arrived.acquire(timeout=DEADLINE)
+        modules = process.communicate(timeout=DEADLINE)[0].split()
+    assert process.returncode == 0
+    assert json.loads(receiver.got[0][1])["data"]["value"] == 1
+    assert "tally.sinks.rows" in modules  # the results were looked at
+    scoring = ("tally.models.", "tally.jobs.run", "tally.jobs.assemble", "tally.scorers.")
+    assert [name for name in modules if name.startswith(scoring)] == ["tally.scorers.base"]

@@ -18,6 +18,7 @@ from tests.postgres import PrivatePostgres
 from tests.services import CUT_LISTENERS, postgres_database, private_postgres
 
 from tally.database.connect import connect
+from tally.database.renewer import LeaseRenewer
 from tally.database.tables import jobs
 from tally.engines.base import Engine, Limits
 from tally.errors import (
@@ -29,8 +30,7 @@ from tally.errors import (
     WorkerTimeoutError,
 )
 from tally.jobs import coordinator as module
-from tally.jobs import lease_renewer as keeper_module
-from tally.jobs import policy, scaling, worker
+from tally.jobs import lease_renewer, policy, scaling, worker
 from tally.jobs.coordinator import Coordinator
 from tally.jobs.events import (
     ChunkDone,
@@ -187,7 +187,7 @@ class Driven:
             Numbers(chunks),
             Memory(),
         )
-        self.job = self.store.create(fingerprint="f", spec={"out": "o"}, model={}).id
+        self.job = self.store.create(fingerprint="f", spec={"out": "o"}, model={}, output={"place": "o"}).id
         lease = self.store.acquire(self.job, seconds=600)
         assert lease is not None
         self.lease: Lease = lease
@@ -277,13 +277,13 @@ def test_a_paused_job_gives_its_workers_back(drive: Callable[..., Driven], monke
     monkeypatch.setattr(scaling, "IDLE_SECONDS", 0.0)
     it = drive(20, workers=(1, 4), slots=1)
     it.until(lambda: it.engine.slots == 4)
-    it.store.want(it.job, "pause")
+    it.store.request(it.job, "pause")
     it.until(lambda: it.store.get(it.job).state == "paused")
     assert StateChanged("paused") in it.events
     running = it.store.counts(it.job)["running"]
     it.engine.end(running)
     it.until(lambda: it.engine.slots == 0)
-    it.store.want(it.job, "run")
+    it.store.request(it.job, "run")
     it.engine.end(20 - running)
     assert it.end() == "finished"
 
@@ -451,7 +451,7 @@ def test_who_lost_the_job_publishes_nothing(drive: Callable[..., Driven]) -> Non
 
 
 def test_who_lost_the_job_removes_nothing(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper_module, "LOOK_SECONDS", 600.0)  # it does not notice before it is to cancel
+    monkeypatch.setattr(lease_renewer, "RENEW_SECONDS", 600.0)  # it does not notice before it is to cancel
     it = drive(20)
     it.until(lambda: it.store.counts(it.job)["running"] == 4)
     it.coordinator._obey("pause")
@@ -480,12 +480,12 @@ def forgetful(name: str) -> Callable[..., Any]:
     return change
 
 
-for _name in ("commit", "remark", "mark", "again", "release", "confirm", "get", "counts"):
+for _name in ("commit", "remark", "mark", "second_attempt", "release", "confirm", "get", "counts"):
     setattr(LostAnswers, _name, forgetful(_name))
 
 
 def test_answers_that_are_lost(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tally.database.connect.FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("tally.database.waiting.FIRST_PAUSE", 0.001)
     whole = JobStore(connect(f"sqlite:///{tmp_path / 'tally.db'}"))
     it = Driven(f"sqlite:///{tmp_path / 'tally.db'}", 60, workers=(2, 2), slots=2)
     it.coordinator._store = LostAnswers(it.store.engine)
@@ -532,30 +532,30 @@ def test_told_to_stop_while_the_database_is_away(drive: Callable[..., Driven], p
     assert it.store.get(it.job).done <= 2
 
 
-@pytest.mark.parametrize("heard", [True, False])
-def test_what_is_wanted_is_heard_or_seen(
-    drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, heard: bool
+@pytest.mark.parametrize("notified", [True, False])
+def test_a_request_is_noticed_by_notification_or_without(
+    drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, notified: bool
 ) -> None:
     with ExitStack() as stack:
         url = stack.enter_context(postgres_database())
         it = drive(20, url=url)
-        keepers: list[Any] = []
+        renewers: list[Any] = []
 
-        def hears() -> bool:
-            keepers[:] = [each for each in threading.enumerate() if isinstance(each, keeper_module.Keeper)]
-            return any(each._listener is not None for each in keepers)
+        def listens() -> bool:
+            renewers[:] = [each for each in threading.enumerate() if isinstance(each, LeaseRenewer)]
+            return any(each._listener is not None for each in renewers)
 
-        it.until(hears)
-        (keeper,) = keepers
-        if heard:
-            monkeypatch.setattr(keeper_module, "LOOK_SECONDS", 600.0)
-            it.store.want(it.job, "pause")
+        it.until(listens)
+        (renewer,) = renewers
+        if notified:
+            monkeypatch.setattr(renewer, "_every", 600.0)
+            it.store.request(it.job, "pause")
             it.until(lambda: it.store.get(it.job).state == "paused")  # the next look is ten minutes away
         else:
             with it.store.engine.begin() as connection:
                 connection.exec_driver_sql(CUT_LISTENERS)
-            it.until(lambda: keeper._listener is None)
-        it.store.want(it.job, "cancel")
+            it.until(lambda: renewer._listener is None)
+        it.store.request(it.job, "cancel")
         assert it.end() == "cancelled"
         assert it.sink.released
         it.store.engine.dispose()

@@ -22,11 +22,16 @@ from alembic.script import ScriptDirectory
 from tests.postgres import PrivatePostgres
 from tests.services import CUT_LISTENERS, postgres_database, private_postgres
 
-from tally.database import connect as database
-from tally.database import tables
-from tally.database.connect import HEAD, LONGEST_PAUSE, Patience, connect, listen, now, pause
+from tally.database import connect as connecting
+from tally.database import migrate, tables
+from tally.database.clock import now
+from tally.database.connect import connect
+from tally.database.migrate import HEAD
+from tally.database.notify import listen
+from tally.database.waiting import LONGEST_PAUSE, Patience, pause
 from tally.errors import DatabaseAwayError, StorageError
-from tally.jobs.store import CHANNEL, Done, JobStore
+from tally.jobs.chunks import Done
+from tally.jobs.store import CHANNEL, JobStore
 from tally.models.registry import Registry
 from tally.sinks.base import Output
 from tally.triggers.store import ScheduleStore
@@ -67,7 +72,7 @@ def test_the_migrated_schema_is_that_of_the_tables(url: str, opened: Callable[[s
 def made_by(url: str, revision: str) -> None:
     """A database as an earlier version of Tally left it: a job with chunks, half done, and a registered model."""
     config = Config()
-    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(Path(migrate.__file__).parent / "migrations"))
     if url.startswith("sqlite"):
         Path(str(sa.make_url(url).database)).parent.mkdir(parents=True)
     earlier = sa.create_engine(url)
@@ -105,7 +110,7 @@ def made_by(url: str, revision: str) -> None:
     earlier.dispose()
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002"])
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003"])
 def test_an_earlier_schema_is_brought_up_to_date_with_what_is_in_it(
     url: str, revision: str, opened: Callable[[str], sa.Engine]
 ) -> None:
@@ -125,7 +130,7 @@ def test_an_earlier_schema_is_brought_up_to_date_with_what_is_in_it(
     assert [each.name for each in ScheduleStore(store.engine).all()] == (["hourly"] if revision >= "0002" else [])
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002"])
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003"])
 def test_fresh_equals_migrated(url: str, revision: str, tmp_path: Path, opened: Callable[[str], sa.Engine]) -> None:
     def described(engine: sa.Engine) -> dict[str, Any]:
         look = sa.inspect(engine)
@@ -153,7 +158,7 @@ def test_fresh_equals_migrated(url: str, revision: str, tmp_path: Path, opened: 
 
 def test_head_is_the_newest_migration() -> None:
     config = Config()
-    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(Path(migrate.__file__).parent / "migrations"))
     assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
 
 
@@ -269,7 +274,7 @@ def test_connections_that_were_cut_are_replaced(
     private: PrivatePostgres, end: str, opened: Callable[[str], sa.Engine]
 ) -> None:
     store = JobStore(opened(private.url))
-    job = store.create(fingerprint="f", spec={}, model={})
+    job = store.create(fingerprint="f", spec={}, model={}, output={"place": "out"})
     with store.engine.begin() as one, store.engine.begin() as other:
         one.execute(sa.select(1)), other.execute(sa.select(1))  # two in the pool
     getattr(private, end)()
@@ -281,7 +286,7 @@ def test_connections_that_were_cut_are_replaced(
     private.start()
     assert store.get(job.id).id == job.id
     private.restart()
-    store.want(job.id, "pause")
+    store.request(job.id, "pause")
     assert store.get(job.id).wanted == "pause"
 
 
@@ -312,12 +317,12 @@ def test_too_many_clients(private: PrivatePostgres, opened: Callable[[str], sa.E
 def test_who_is_stopped_in_a_transaction_holds_up_nobody(
     private: PrivatePostgres, opened: Callable[[str], sa.Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(connecting, "IDLE_SECONDS", 0.5)
     store, other = JobStore(opened(private.url)), JobStore(opened(private.url))
-    job = store.create(fingerprint="f", spec={}, model={})
+    job = store.create(fingerprint="f", spec={}, model={}, output={"place": "out"})
     with store.engine.connect() as connection:
         connection.execute(sa.select(tables.jobs.c.id).where(tables.jobs.c.id == job.id).with_for_update())
-        other.want(job.id, "cancel")  # waits until the server has ended it
+        other.request(job.id, "cancel")  # waits until the server has ended it
         with pytest.raises(DatabaseAwayError):
             connection.execute(sa.select(1))
 
@@ -359,21 +364,21 @@ def test_pauses_grow_and_differ() -> None:
 
 def test_what_is_notified_is_heard(url: str, opened: Callable[[str], sa.Engine]) -> None:
     store = JobStore(opened(url))
-    job = store.create(fingerprint="f", spec={}, model={})
+    job = store.create(fingerprint="f", spec={}, model={}, output={"place": "out"})
     listener = listen(store.engine, CHANNEL)
     if url.startswith("sqlite"):
         assert listener is None
         return
     assert listener is not None
-    assert listener.heard() == []
-    store.want(job.id, "pause")
+    assert listener.received() == []
+    store.request(job.id, "pause")
     assert connection_wait([listener], 30) == [listener]
-    assert listener.heard() == [job.id]
+    assert listener.received() == [job.id]
     with store.engine.begin() as connection:
         connection.exec_driver_sql(CUT_LISTENERS)
     with pytest.raises(Exception, match="terminat"):  # noqa: PT012 - its end comes after what the server says of it
         while connection_wait([listener], 30):
-            assert listener.heard() == []
+            assert listener.received() == []
     listener.close()
 
 

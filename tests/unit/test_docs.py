@@ -27,15 +27,16 @@ from tally import errors
 from tally.api import Job
 from tally.cli.main import cli
 from tally.jobs.spec import JobSpec
-from tally.models.package import Package, ScriptOptions
+from tally.models.package import Package
 from tally.scorers.base import Scorer
 from tally.scorers.onnx.options import OnnxOptions
-from tally.scorers.vision.processing import Preprocess
+from tally.scorers.scripts.options import ScriptOptions
+from tally.scorers.vision.preprocess import Preprocess
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
-EXPORTS = ["Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "score"]
+EXPORTS = ["Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "jobs", "score"]
 
 _BLOCK = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -25,7 +25,8 @@ from tests.objectstores import Service
 from tests.services import postgres_database, require
 
 from tally.cli import doctor
-from tally.database.connect import HEAD, connect
+from tally.database.connect import connect
+from tally.database.migrate import HEAD
 from tally.errors import StorageError, TallyError
 from tally.health import checks, services
 from tally.health.checks import Skip, Warn

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +130,22 @@ def run(mini_batch):
     assert answer(changing) == {"prediction": [["changed"], True, None]}
 
 
-def test_modules_that_are_not_the_scripts_own_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("found_by", ["process", "scripts"])
+def test_installed_modules_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found_by: str) -> None:
+    """Those that are written in C cannot be loaded twice."""
     installed = tmp_path / "site-packages"
     installed.mkdir()
     (installed / "installed_once.py").write_text("loaded = object()")
-    monkeypatch.syspath_prepend(str(installed))
-    text = "import installed_once\ndef init(): ...\ndef run(mini_batch): return [id(installed_once.loaded)]"
+    path = f"import sys\nsys.path.append({str(installed)!r})\n"
+    if found_by == "process":
+        monkeypatch.syspath_prepend(str(installed))
+        path = ""
+    text = f"{path}import installed_once\ndef init(): ...\ndef run(mini_batch): return [id(installed_once.loaded)]"
     scorers = [scorer(write(tmp_path, name, text)) for name in ("first", "second")]
     assert answer(scorers[0]) == answer(scorers[1])
     assert sys.modules.pop("installed_once").loaded is not None
-    sys.path.remove(str(installed))
+    if found_by == "process":
+        sys.path.remove(str(installed))
 
 
 def test_what_the_process_has_imported_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +215,16 @@ def test_a_script_may_run_another(tmp_path: Path) -> None:
         assert sys.modules["utils"].NAME == "outside"
 
 
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Threads give way to each other as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("eager_threads")
 def test_threads_take_turns(tmp_path: Path) -> None:
     text = """
 import os, sys, threading

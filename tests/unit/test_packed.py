@@ -91,11 +91,11 @@ def test_a_package_says_what_it_takes_and_gives(tmp_path: Path) -> None:
     ref = resolve(tmp_path / "pumps")
     scorer = create(ref)
 
-    assert (written.models, written.stacked, written.whole, written.requires_trust) == (2, 2, 0, False)
+    assert (written.models, written.batched, written.whole, written.requires_trust) == (2, 2, 0, False)
     assert (ref.kind, ref.name, ref.entry) == ("packed", "all pumps", FILE)
     assert (scorer.input, tuple(scorer.by), scorer.features) == ("table", ("Site", "Device"), ["pressure", "flow"])
     assert scorer.columns == {"anomaly": "bool", "score": "float64"}
-    assert load(ref, "auto").describe() == "2 models (2 stacked) by Site, Device, batch 65536"
+    assert load(ref, "auto").describe() == "2 models (2 batched SVMs) by Site, Device, batch 65536"
 
 
 def test_numbered_features_may_be_given_names(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_keys_are_compared_by_how_they_are_written(packed_as: list[Any], given: 
         first.decision_function([[21.5]]),
     ]
     np.testing.assert_allclose(found.column("score").to_numpy(), np.ravel(expected), rtol=1e-9)
-    assert [scorer.lacks({"Key": value}) for value in given.to_pylist()] == [None, None, None]
+    assert [scorer.missing_reason({"Key": value}) for value in given.to_pylist()] == [None, None, None]
 
 
 def test_a_key_without_a_model_is_told_before_and_while_scoring(tmp_path: Path) -> None:
@@ -156,9 +156,9 @@ def test_a_key_without_a_model_is_told_before_and_while_scoring(tmp_path: Path) 
 
     found = scorer.score(readings([1, 9, None, 2], [10, 10, 10, 20]))
 
-    assert scorer.lacks({"Device": 9}) == "there is no model for Device=9"
-    assert scorer.lacks({"Device": None}) == "there is no model for Device=null"
-    assert PackedScorer(inspect(tmp_path / FILE, {}, trusted=False)).lacks({"Device": 1}) is None
+    assert scorer.missing_reason({"Device": 9}) == "there is no model for Device=9"
+    assert scorer.missing_reason({"Device": None}) == "there is no model for Device=null"
+    assert PackedScorer(inspect(tmp_path / FILE, {}, trusted=False)).missing_reason({"Device": 1}) is None
     assert isinstance(found, TableResult)
     assert {row: str(error) for row, error in found.errors.items()} == {
         1: "there is no model for Device=9",
@@ -251,19 +251,19 @@ def test_models_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
 def test_models_fitted_with_names_keep_them_and_agree_on_them(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"flow": READINGS.normal(size=50), "heat": READINGS.normal(size=50)})
-    stackable, whole = OneClassSVM(nu=0.1).fit(frame), IsolationForest(n_estimators=3).fit(frame)
+    batchable, whole = OneClassSVM(nu=0.1).fit(frame), IsolationForest(n_estimators=3).fit(frame)
     swapped = OneClassSVM().fit(frame[["heat", "flow"]])
-    write(tmp_path / "a", [Model({"k": 1}, stackable), Model({"k": 2}, whole)], by=["k"])
+    write(tmp_path / "a", [Model({"k": 1}, batchable), Model({"k": 2}, whole)], by=["k"])
 
     scorer = opened(tmp_path / "a")
     found = scorer.score(pa.table({"k": [1, 2], "flow": [0.5, 0.5], "heat": [1.5, 1.5]}))
 
     row = pandas.DataFrame({"flow": [0.5], "heat": [1.5]})
     assert scorer.features == ["flow", "heat"]
-    expected = [stackable.decision_function(row)[0], whole.decision_function(row)[0]]
+    expected = [batchable.decision_function(row)[0], whole.decision_function(row)[0]]
     np.testing.assert_allclose(found.column("score").to_numpy(), expected, rtol=1e-9)
     with pytest.raises(SpecError, match="k=2 takes heat, flow, and others take flow, heat"):
-        write(tmp_path / "b", [Model({"k": 1}, stackable), Model({"k": 2}, swapped)], by=["k"])
+        write(tmp_path / "b", [Model({"k": 1}, batchable), Model({"k": 2}, swapped)], by=["k"])
 
 
 def test_facts_about_models_are_columns_of_the_file(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_loading_opens_no_estimator(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pumps(tmp_path)
     monkeypatch.setattr("skops.io.load", lambda *_, **__: pytest.fail("an estimator was opened"))
     made = []
-    monkeypatch.setattr(packed, "Stack", lambda svms: made.append(svms) or batched_svms.Stack(svms))
+    monkeypatch.setattr(packed, "BatchedSvms", lambda svms: made.append(svms) or batched_svms.BatchedSvms(svms))
 
     found = opened(tmp_path).score(readings([0, 1], [1.0, 2.0]))
 

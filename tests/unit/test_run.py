@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.given import Given, refusing, rows
+from PIL import Image
+from tests.given import Given, flagging, refusing, rows
 
-from tally.errors import ItemError, TallyError
-from tally.scorers.base import Result, Scorer
-from tally.scorers.run import score
+from tally.errors import ItemError, SpecError, TallyError
+from tally.scorers.base import Input, Item, Result, Scorer
+from tally.scorers.run import configured, run, score
 
 
 def scored(scorer: Scorer, values: Any, count: int) -> list[Any]:
@@ -98,3 +101,169 @@ def test_a_table_as_the_result_stays_one() -> None:
 def test_a_table_of_the_wrong_length_stops_the_chunk() -> None:
     with pytest.raises(TallyError, match="returned 1 results for 2 items"):
         scored(Given(lambda table: table[:1]), pa.table({"n": [1, 2]}), 2)
+
+
+# run() -------------------------------------------------------------------------------------------------
+
+
+class Seen(Given):
+    """Gives what it was handed as its result."""
+
+    def __init__(self, input: Input, function: Any = None, batch_size: int = 4) -> None:  # noqa: A002
+        super().__init__(function or (lambda batch: [{"value": value} for value in batch]), batch_size)
+        self.input = input
+
+    def prepare(self, item: Item) -> Any:
+        if item.key == "refused":
+            raise ItemError("too dark", hint="use a lamp")
+        if item.key == "broken":
+            raise ValueError("a\n b")
+        return item.value
+
+
+def png(red: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 2), (red, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def outcome(result: Any) -> Any:
+    return (result.stage, str(result)) if isinstance(result, ItemError) else result["value"]
+
+
+def test_a_batch_is_as_large_as_the_scorer_says_and_holds_no_item_that_failed_before() -> None:
+    scorer = Seen("bytes", batch_size=3)
+    items = [Item(key, key.encode()) for key in ("a", "refused", "b", "c", "broken", "d", "e")]
+    results = [outcome(result) for result in run(scorer, items)]
+    assert scorer.batches == [[b"a", b"b"], [b"c", b"d"], [b"e"]]
+    assert results == [
+        b"a",
+        ("prepare", "too dark\n  use a lamp"),
+        b"b",
+        b"c",
+        ("prepare", "ValueError: a b"),
+        b"d",
+        b"e",
+    ]
+    assert run(scorer, [Item("refused", b"")] * 2)[1].stage == "prepare"  # type: ignore[union-attr]
+    assert run(scorer, []) == []
+
+
+def test_pictures_come_as_files_contents_or_arrays(tmp_path: Path) -> None:
+    (tmp_path / "5.png").write_bytes(png(5))
+    seen: list[Item] = []
+
+    class Small(Scorer):
+        def prepare(self, item: Item) -> Any:
+            seen.append(item)
+            return int(item.value[0, 0, 0])
+
+        def score(self, batch: Any) -> Any:
+            return [{"value": value} for value in batch]
+
+    array = np.full((2, 4, 3), 7, np.uint8)
+    given = [png(1), bytearray(png(2)), memoryview(png(3)), tmp_path / "5.png", array, Item("k", png(8), {"frame": 3})]
+    assert [outcome(result) for result in run(Small(), given)] == [1, 2, 3, 5, 7, 8]
+    size = {"width": 4, "height": 2}
+    assert [item.key for item in seen] == ["0", "1", "2", "3", "4", "k"]
+    assert [item.info for item in seen] == [size, size, size, size, {}, {**size, "frame": 3}]
+
+
+@pytest.mark.parametrize(
+    ("input", "value", "error"),
+    [
+        ("image", "a.png", ("prepare", "Seen takes a picture: a file's content, or uint8[height, width, 3], not str")),
+        ("image", np.zeros((2, 2), np.uint8), ("prepare", "or uint8[height, width, 3], not uint8[2, 2]")),
+        ("frame", np.zeros((2, 2, 4), np.uint8), ("prepare", "not uint8[2, 2, 4]")),
+        ("image", b"", ("decode", "the file is empty (0 bytes)")),
+        ("bytes", "text", ("prepare", "Seen takes a file's content (bytes), not str")),
+        ("bytes", Path("/nowhere/a"), ("read", "cannot read /nowhere/a: No such file or directory")),
+        ("path", 7, ("prepare", "Seen takes the path of a file, not int")),
+    ],
+)
+def test_a_value_that_does_not_fit_fails_alone(input: Input, value: Any, error: tuple[str, str]) -> None:  # noqa: A002
+    good = {"bytes": b"x", "path": Path("/x")}.get(input, np.zeros((1, 1, 3), np.uint8))
+    first, found, last = run(Seen(input), [good, value, good])
+    assert isinstance(found, ItemError)
+    assert (found.stage, found.message[-len(error[1]) :]) == error
+    assert first == last == {"value": good}
+
+
+def test_contents_are_files_for_a_scorer_of_paths_while_they_are_scored(tmp_path: Path) -> None:
+    def read(batch: list[Any]) -> list[Result]:
+        return [{"value": (str(path), Path(path).name, Path(path).read_bytes())} for path in batch]
+
+    (tmp_path / "there").write_bytes(b"4")
+    keys = ("in/a.jpg", "other/a.jpg", "..", "", "nul\0.png")
+    items = [*(Item(key, str(at).encode()) for at, key in enumerate(keys)), str(tmp_path / "there")]
+    results = [outcome(result) for result in run(Seen("path", read, batch_size=6), items)]
+    assert [(name, content) for _, name, content in results] == [
+        ("a.jpg", b"0"),
+        ("a.jpg", b"1"),
+        ("item", b"2"),
+        ("item", b"3"),
+        ("nul.png", b"4"),
+        ("there", b"4"),
+    ]
+    assert [Path(path).exists() for path, _, _ in results] == [False] * 5 + [True]
+
+
+TABLE = pa.table({"extra": [0, 0, 0], "b": [1, 2, 3], "Device": ["p", "q", "r"], "a": [4, 5, 6]})
+
+
+@pytest.mark.parametrize(
+    ("by", "features", "columns"),
+    [
+        ((), None, ["extra", "b", "Device", "a"]),
+        ((), ["a", "b"], ["a", "b"]),
+        (("Device",), ["a"], ["Device", "a"]),
+        (("Device",), 3, ["Device", "extra", "b", "a"]),
+        (("Device",), None, ["Device", "extra", "b", "a"]),
+    ],
+)
+def test_a_table_is_cut_to_the_columns_that_the_scorer_takes(by: Any, features: Any, columns: list[str]) -> None:
+    scorer = Seen("table", lambda table: table, batch_size=2)
+    scorer.by, scorer.features = by, features
+    assert run(scorer, TABLE) == TABLE.select(columns).to_pylist()
+    assert [batch.num_rows for batch in scorer.batches] == [2, 1]
+
+
+def test_a_table_without_the_columns_is_refused() -> None:
+    scorer = Seen("table")
+    scorer.features = ["a", "c", "Devize"]
+    with pytest.raises(SpecError, match=r"column 'c'.*\n.*'Devize'; did you mean 'Device'\?\n  There are extra, b"):
+        run(scorer, TABLE)
+    scorer.features = 2
+    with pytest.raises(SpecError, match="the model takes 2 columns, and there are 4: extra, b, Device, a"):
+        run(scorer, TABLE)
+    with pytest.raises(SpecError, match=r"Seen takes a pyarrow.Table, not list"):
+        run(scorer, [{"a": 1}])
+
+
+def test_rows_that_fail_are_errors_at_their_places() -> None:
+    scorer = Seen("table", flagging(1, 4), batch_size=4)
+    results = run(scorer, pa.table({"n": range(6)}))
+    assert [str(result) if isinstance(result, ItemError) else result["double"] for result in results] == [
+        0,
+        "ValueError: cannot score 1",
+        4,
+        6,
+        "ValueError: cannot score 4",
+        10,
+    ]
+
+
+# configured() ------------------------------------------------------------------------------------------
+
+
+def test_a_scorer_is_made_as_it_is_asked_for() -> None:
+    scorer = Given(lambda batch: [{"label": "cat"}] * len(batch))
+    assert configured(scorer) is scorer
+    assert scorer.batch_size == 4
+    drawn = configured(scorer, overlay=True, batch_size=2)
+    assert (drawn.output, drawn.batch_size, scorer.batch_size) == ("image", 2, 2)
+    [picture] = run(drawn, [png(9)])
+    assert isinstance(picture, np.ndarray)
+    assert picture.shape == (2, 4, 3)
+    with pytest.raises(SpecError, match="overlay"):
+        configured(Seen("bytes"), overlay=True)

@@ -20,7 +20,7 @@ from cronsim import CronSim
 from tests.conftest import Ran
 from tests.waiting import wait_for
 
-from tally.database.connect import now
+from tally.database.clock import now
 from tally.database.tables import schedule_runs
 from tally.errors import SpecError
 from tally.jobs.facade import Jobs
@@ -438,7 +438,7 @@ def test_a_run_that_lost_its_process_after_its_job_was_done_is_finished(
     (done,) = runs(store)
     with store.engine.begin() as connection:
         connection.execute(
-            sa.update(schedule_runs).values(state="running", token="lost", owner_host="gone", lease_until=now() - 1)
+            sa.update(schedule_runs).values(state="running", owner="lost", owner_host="gone", lease_until=now() - 1)
         )
     cli("schedule", "run")
     (again,) = runs(store)

@@ -20,14 +20,15 @@ from tally.errors import ItemError, OutputExistsError, SpecError, StorageError
 from tally.media.video.encode import Encoding
 from tally.sinks import columns, merge
 from tally.sinks import rows as rows_module
-from tally.sinks.base import Output, Sink
-from tally.sinks.factory import sink_for
+from tally.sinks.base import Output, OutputDescription, Sink
+from tally.sinks.factory import reopen, sink_for
 from tally.sinks.files import FilesSink, file_for
 from tally.sinks.query import rows
 from tally.sinks.rows import RowsSink
 from tally.sinks.staging import StagedSink
 from tally.sinks.video import VideoSink
 from tally.sources.base import Chunk
+from tally.storage import normalised
 from tally.testing.sinks import DEAD, FACTS, Crash, CrashingStore, files_under
 
 
@@ -61,6 +62,33 @@ def test_choose_rows(tmp_path: Path, out: str, options: dict[str, Any], place: s
     assert str(sink.layout) == f"{tmp_path}/{place}"
     assert sink.format == form
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("out", "kind", "merged"),
+    [
+        ("out.csv", "rows", True),
+        ("out.csv/", "rows", False),
+        ("run.v1", "rows", False),
+        ("out.mp4", "video", True),
+        ("videos", "video", False),
+        ("out.jpg", "images", False),
+    ],
+)
+def test_outputs_of_earlier_versions_are_opened_again(tmp_path: Path, out: str, kind: str, merged: bool) -> None:
+    """Their rows say what the output is, and the place as it was given."""
+    kept = {"kind": kind, "format": None, "columns": None, "unit": "items", "place": f"{tmp_path}/{out}"}
+    sink = reopen(OutputDescription.from_json(kept))
+    assert sink.describe().merged is merged
+    assert sink.place == f"{tmp_path}/{out}".rstrip("/")
+
+
+def test_places_are_written_in_one_form(tmp_path: Path) -> None:
+    assert normalised(f"{tmp_path}/a/../b/") == f"{tmp_path}/b"
+    assert normalised(f"file://{tmp_path}/b%20c/") == f"{tmp_path}/b c"
+    assert normalised("s3://bucket/a/") == "s3://bucket/a"
+    assert normalised("s3://bucket/") == "s3://bucket"
+    assert normalised("mything://there/") == "mything://there"
 
 
 def test_choose_urls(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_each_key_has_a_model_of_its_own(table: Path, tmp_path: Path) -> None:
     assert figures["anomalous_share"] <= 0.01
     assert scores(out, 1, "a", Value=[10.0, 20.0])[0] == [False, True]
     assert scores(out, 2, "b", Value=[10.0, 20.0])[0] == [True, False]
-    assert loaded(out).lacks({"Device": 3, "Tag": "a"}) is not None
+    assert loaded(out).missing_reason({"Device": 3, "Tag": "a"}) is not None
 
 
 def test_models_are_the_same_whatever_the_number_of_workers_and_the_other_keys(

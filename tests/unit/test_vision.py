@@ -9,17 +9,19 @@ from PIL import Image
 from pydantic import ValidationError
 
 from tally.errors import ItemError, SpecError
+from tally.models.labels import read_labels
 from tally.scorers.base import Item
-from tally.scorers.vision import processing
+from tally.scorers.vision import outputs
 from tally.scorers.vision.detection import DECODERS, Boxes, detect_rows, nms
-from tally.scorers.vision.processing import Preprocess, Preprocessor, probabilities
+from tally.scorers.vision.outputs import probabilities
+from tally.scorers.vision.preprocess import Prepared, Preprocess, Preprocessor
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def prepare(value: np.ndarray[Any, Any], **spec: Any) -> processing.Prepared:
+def prepare(value: np.ndarray[Any, Any], **spec: Any) -> Prepared:
     return Preprocessor(Preprocess(**spec))(Item("a.jpg", value))
 
 
@@ -161,8 +163,8 @@ def test_quantised_probabilities() -> None:
 
 def test_top_ranks_and_equal_scores() -> None:
     scores = np.array([1, 5, 5, 0], np.uint8)
-    assert processing.classify_rows(scores, str, top=1, softmax="auto") == {"label": "1", "index": 1, "score": 5 / 256}
-    rows = processing.classify_rows(scores, "abcd".__getitem__, top=3, softmax="auto")
+    assert outputs.classify_rows(scores, str, top=1, softmax="auto") == {"label": "1", "index": 1, "score": 5 / 256}
+    rows = outputs.classify_rows(scores, "abcd".__getitem__, top=3, softmax="auto")
     assert [(r["rank"], r["label"]) for r in rows] == [(1, "b"), (2, "c"), (3, "a")]  # type: ignore[index]
 
 
@@ -270,10 +272,10 @@ def test_label_map_forms() -> None:
     classes = np.array([[0, 1, 2], [2, 1, 0]])
     one_hot = np.eye(3, dtype=np.float32)[classes]
     for output, last in ((one_hot, True), (one_hot.transpose(2, 0, 1), False), (classes[None], False)):
-        np.testing.assert_array_equal(processing.label_map(output, (2, 3), channels_last=last), classes)
+        np.testing.assert_array_equal(outputs.label_map(output, (2, 3), channels_last=last), classes)
     foreground = np.array([[[0.1, 0.9]]], np.float32)
-    assert processing.label_map(foreground, (1, 2), channels_last=False).tolist() == [[0, 1]]
-    assert processing.label_map(10 * foreground - 5, (1, 2), channels_last=False).tolist() == [[0, 1]]
+    assert outputs.label_map(foreground, (1, 2), channels_last=False).tolist() == [[0, 1]]
+    assert outputs.label_map(10 * foreground - 5, (1, 2), channels_last=False).tolist() == [[0, 1]]
 
 
 def test_segment_leaves_letterbox_borders_out() -> None:
@@ -281,9 +283,9 @@ def test_segment_leaves_letterbox_borders_out() -> None:
     classes = np.full((32, 32), 7)
     classes[:16, :8] = 1
     classes[:16, 8:] = 0
-    rows = processing.segment_rows(classes, prepared, (32, 32), str)
+    rows = outputs.segment_rows(classes, prepared, (32, 32), str)
     assert [(r["index"], r["pixels"], r["share"]) for r in rows] == [(0, 3750, 0.75), (1, 1250, 0.25)]
-    restored = processing.restore_map(classes, prepared, (32, 32))
+    restored = outputs.restore_map(classes, prepared, (32, 32))
     assert restored.shape == (50, 100)
     assert (restored == 1).mean() == 0.25
     assert set(np.unique(restored)) == {0, 1}
@@ -291,10 +293,10 @@ def test_segment_leaves_letterbox_borders_out() -> None:
 
 def test_restored_pictures_have_the_original_size() -> None:
     letterboxed = prepare(picture(100, 51), size=(32, 32), resize="letterbox", anchor="center")
-    assert processing.restore_image(picture(32, 32), letterboxed, (32, 32)).shape == (51, 100, 3)
-    assert processing.restore_image(picture(64, 64), letterboxed, (32, 32)).shape == (51, 100, 3)
+    assert outputs.restore_image(picture(32, 32), letterboxed, (32, 32)).shape == (51, 100, 3)
+    assert outputs.restore_image(picture(64, 64), letterboxed, (32, 32)).shape == (51, 100, 3)
     same, larger = prepare(picture(30, 21)), picture(32, 24)
-    np.testing.assert_array_equal(processing.restore_image(larger, same, (30, 21)), larger[:21, :30])
+    np.testing.assert_array_equal(outputs.restore_image(larger, same, (30, 21)), larger[:21, :30])
 
 
 # ------------------------------------------------------------------------------------------- labels
@@ -307,7 +309,7 @@ def test_restored_pictures_have_the_original_size() -> None:
 )  # fmt: skip
 def test_labels(text: str, tmp_path: Path) -> None:
     (tmp_path / "labels").write_text(text, encoding="utf-8")
-    assert processing.read_labels(tmp_path / "labels") == ["cat", "dog"]
+    assert read_labels(tmp_path / "labels") == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(
@@ -324,9 +326,9 @@ def test_labels(text: str, tmp_path: Path) -> None:
 def test_wrong_labels(content: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "labels").write_bytes(content)
     with pytest.raises(SpecError, match=words):
-        processing.read_labels(tmp_path / "labels")
+        read_labels(tmp_path / "labels")
 
 
 def test_missing_labels(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="cannot be read"):
-        processing.read_labels(tmp_path / "labels.txt")
+        read_labels(tmp_path / "labels.txt")

@@ -1,4 +1,4 @@
-"""Alert rules: what has to be true of a job that ended for somebody to be told. ``anomalies > 0``, ``failed``."""
+"""Alert rules: conditions on a job that has ended, such as ``anomalies > 0`` or ``failed``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from tally.text import did_you_mean
 
 MEASURES = ("anomalies", "rows", "items", "dead", "dead_share", "seconds")
-"""What a rule may compare with a number. dead_share: dead items among those done, 0 to 1. seconds: of work."""
+"""Measures that a rule compares with a number. dead_share: dead items among those done, 0 to 1. seconds: of work."""
 
 EVENTS = ("failed", "no_data")
-"""What a rule may name alone."""
+"""Events: rules that stand alone."""
 
 _COMPARISONS = {
     ">": operator.gt,
@@ -35,7 +35,7 @@ class Rule:
     number: float = 0.0
 
     def holds(self, value: float) -> bool:
-        """Whether it is true of the value measured; of an event, 1 or 0."""
+        """Whether the rule is true of the measured value; for an event, 1 or 0."""
         return bool(value if self.comparison is None else _COMPARISONS[self.comparison](value, self.number))
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ def parse(text: str) -> Rule:
 
 
 def checked(text: str) -> str:
-    """The rule as it is kept and shown: ``dead_share>5%`` is ``dead_share > 5%``. Raises ValueError."""
+    """The rule as it is stored and shown: ``dead_share>5%`` becomes ``dead_share > 5%``. Raises ValueError."""
     return str(parse(text))
 
 

@@ -2,8 +2,8 @@
 
 https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
 
-The address may itself be a secret (whoever knows it may post there): nothing here puts more of it than scheme and
-host into a message or a log. That is also why the standard library's client is used: others log the path.
+The address may itself be a secret, as whoever knows it may post there. So messages and logs show only its scheme and
+host, and requests are made with the standard library's client: others log the path.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 SECRET = "TALLY_WEBHOOK_SECRET"  # noqa: S105  # the name of the variable
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
-"""From the connection to the answer's status, however slowly it drips."""
+"""Limit from the connection to the answer's status, even if single bytes keep arriving."""
 
 _GONE = 410
 _PREFIX = "whsec_"
 _SHORTEST = 24
-"""Bytes of a secret, as the specification has it."""
+"""Bytes of a secret, by the specification."""
 
 
 class UndeliveredError(Exception):
-    """The receiver did not take it; the message says why. ``final``: it wants no more of this."""
+    """The receiver did not accept the message; this says why. ``final``: it must not be sent again."""
 
     def __init__(self, message: str, *, final: bool = False) -> None:
         super().__init__(message)
@@ -55,7 +55,7 @@ def checked(webhook: str) -> str:
 
 
 def shown(webhook: str) -> str:
-    """What may be seen of it: scheme, host and port, or the variable's name."""
+    """The part that may be shown: scheme, host and port, or the variable's name."""
     if webhook.startswith("env:"):
         return webhook
     try:
@@ -66,7 +66,7 @@ def shown(webhook: str) -> str:
 
 
 def address(webhook: str) -> str:
-    """The web address, read from the environment if it is kept there. Raises SpecError."""
+    """The web address, from the environment if it is there. Raises SpecError."""
     name = webhook[4:] if webhook.startswith("env:") else None
     found = webhook if name is None else os.environ.get(name, "").strip()
     if name is not None and not found:
@@ -126,10 +126,10 @@ def _status(connection: HTTPConnection, target: str, body: bytes, headers: dict[
     from http.client import HTTPException
 
     def hang_up() -> None:
-        with suppress(OSError, AttributeError):  # it may be closed by now
+        with suppress(OSError, AttributeError):  # it may be closed already
             connection.sock.shutdown(socket.SHUT_RDWR)
 
-    # The socket's own limit begins again with each byte.
+    # The socket's own timeout starts again with each byte.
     timer = threading.Timer(ANSWER_SECONDS, hang_up)
     timer.daemon = True
     until = float("inf")
@@ -139,7 +139,7 @@ def _status(connection: HTTPConnection, target: str, body: bytes, headers: dict[
         until = time.monotonic() + ANSWER_SECONDS
         timer.start()
         connection.request("POST", target, body, headers)
-        return connection.getresponse().status  # only that counts: the answer's body is not read
+        return connection.getresponse().status  # the answer's body is not read
     except (OSError, HTTPException, ValueError) as error:
         late = time.monotonic() >= until
         raise UndeliveredError(f"no answer within {ANSWER_SECONDS:g} s" if late else _reason(error)) from None
@@ -172,7 +172,7 @@ def _connection(parts: SplitResult) -> HTTPConnection:
 
 
 def _split(url: str) -> SplitResult:
-    """Raises ValueError for what is no address to post to; the message shows nothing of it."""
+    """Raises ValueError for anything that is not an address to post to; the message shows nothing of it."""
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -9,17 +9,26 @@ import click
 from tally.errors import TallyError
 
 if TYPE_CHECKING:
+    from tally.engines.base import Engine
     from tally.jobs.events import Progress
     from tally.jobs.facade import Jobs
     from tally.jobs.store import JobRecord
 
 
-def see_through(jobs: Jobs, job_id: str, *, quiet: bool, retry_dead: bool = False, here: bool = False) -> int:
+def see_through(
+    jobs: Jobs,
+    job_id: str,
+    *,
+    quiet: bool,
+    retry_dead: bool = False,
+    here: bool = False,
+    engine: Engine | None = None,
+) -> int:
     """Drive the job in the foreground, and say how it ended; the exit code. here: in this process in any case."""
     from tally import terminal
 
     try:
-        record = terminal.run(jobs, job_id, quiet=quiet, retry_dead=retry_dead, here=here)
+        record = terminal.run(jobs, job_id, quiet=quiet, retry_dead=retry_dead, here=here, engine=engine)
     except TallyError as error:
         record = jobs.get(job_id)
         if record.state in ("failed", "interrupted") and record.id not in (error.hint or ""):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,14 @@ import click
 
 from tally.cli.console import table
 from tally.cli.foreground import cost, duration, share
+from tally.cli.values import moment
 from tally.text import local_time
 
 if TYPE_CHECKING:
     from tally.jobs.store import JobRecord
+
+
+STATES = ("created", "running", "paused", "interrupted", "failed", "finished", "cancelled")
 
 
 @click.group()
@@ -26,30 +31,45 @@ def jobs() -> None:
 
 @jobs.command("list")
 @click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True, help="How many, newest first.")
+@click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")
+@click.option("--model", help="Only jobs with the model of this name.")
+@click.option("--out", "place", help="Only jobs that write to this place.")
+@click.option("--text", help="Only jobs with this in their id, model, sources or output.")
+@click.option("--since", callback=moment, metavar="TIME", help="Only jobs created since: 2026-11-28, or 2d ago.")
+@click.option("--until", callback=moment, metavar="TIME", help="Only jobs created before.")
+@click.option("--after", metavar="PAGE", help="The page that follows another, as that one says.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-def list_(limit: int, as_json: bool) -> None:
-    """The newest jobs."""
+def list_(as_json: bool, **wanted: Any) -> None:
+    """The newest jobs, all or those for which everything given is true."""
     from tally.jobs.facade import Jobs
 
-    records = Jobs().list(limit=limit)
+    page = Jobs().list(**wanted)
+    records = page.jobs
     if as_json:
         for record in records:
             click.echo(_json(record))
-        return
-    if not records:
-        click.echo("no jobs yet; start one with: tally score SOURCE --model MODEL --out OUT", err=True)
-        return
+    elif records:
+        _show(records)
+    else:
+        asked = any(value is not None for name, value in wanted.items() if name != "limit")
+        none = "no such job" if asked else "no jobs yet; start one with: tally score SOURCE --model MODEL --out OUT"
+        click.echo(none, err=True)
+    if page.next is not None:
+        click.echo(f"there are more; the next page: --after {page.next}", err=True)
+
+
+def _show(records: Sequence[JobRecord]) -> None:
     rows = [
         (
-            r.id,
-            r.state,
-            share(r),
-            f"{r.dead:,}",
-            r.spec["model"].rsplit("/", 1)[-1],
-            r.spec["out"],
-            local_time(r.created_at),
+            each.id,
+            each.state,
+            share(each),
+            f"{each.dead:,}",
+            each.spec["model"].rsplit("/", 1)[-1],
+            each.spec["out"],
+            local_time(each.created_at),
         )
-        for r in records
+        for each in records
     ]
     table(("JOB", "STATE", "DONE", "DEAD", "MODEL", "OUT", "CREATED"), rows)
 

@@ -30,7 +30,7 @@ def models() -> None:
 @click.argument("name")
 @click.argument("model")
 @click.option("--alias", help="Let this alias point at the version, e.g. production.")
-@click.option("-t", "--task", help="classify, detect, restyle, embed or segment; found out if left out.")
+@click.option("-t", "--task", help="classify, detect, restyle, embed or segment; detected by default.")
 @click.option("--labels", help="Names of the classes: a text file with one per line, or JSON.")
 @click.option("--artifacts", help="Folder with what a script loads (AZUREML_MODEL_DIR).")
 @click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="An option, e.g. preprocess.channels=bgr.")
@@ -98,7 +98,7 @@ def pack(template: str, by: tuple[str, ...], out: Path, name: str | None, trust:
     place = template if "://" in template else str(Path(template).expanduser().absolute())
     packed = pack_models(place, by, out, name=name, trusted=trust)
     kinds = [
-        f"{count:,} {kind}" for count, kind in ((packed.stacked, "stacked"), (packed.whole, "kept whole")) if count
+        f"{count:,} {kind}" for count, kind in ((packed.batched, "batched SVMs"), (packed.whole, "kept whole")) if count
     ]
     size = sum(each.stat().st_size for each in out.iterdir() if each.is_file())
     click.echo(f"packed {packed.models:,} models into {out}: {', '.join(kinds)}; {_size(size)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ PACKAGE = """\
 name: {name}
 
 # Code: a .py file that defines one Scorer, or init() and run().
-# For an ONNX model, write file: model.onnx instead ('tally new package NAME --from model.onnx').
+# For a model file, write file: model.onnx instead ('tally new package NAME --from model.onnx').
 entry: scorer.py
 
 # Items scored at once.
@@ -92,7 +93,7 @@ options:
   threshold: 0.5
 """
 
-ONNX_PACKAGE = """\
+FILE_PACKAGE = """\
 # A model package: a folder with this file, and everything that the model needs.
 #
 #     tally score photos/ --model {folder} --out out/
@@ -100,40 +101,13 @@ ONNX_PACKAGE = """\
 
 name: {name}
 file: {file}
+"""
 
-# Pictures scored at once.
-batch_size: {batch_size}
-
+FILE_OPTIONS = """
 # What the file does not say about itself, as far as it could be told from it: check it.
 # Each can be overridden: --set preprocess.channels=bgr
 options:
 """
-
-COMMENTS = {
-    "task": "classify, detect, restyle, embed or segment",
-    "labels": "names of the classes, one per line, in the model's order",
-    "preprocess": "how a picture becomes the model's input",
-    "size": "width, height in pixels",
-    "resize": "squash, crop (shorter side, then the centre) or letterbox",
-    "channels": "rgb, bgr or gray",
-    "scale": "a pixel x in 0..255 becomes (x * scale - mean) / std",
-    "mean": "in the model's channel order",
-    "top": "how many classes to report",
-    "softmax": "auto, always or never",
-    "decoder": "how boxes are decoded",
-    "score_threshold": "boxes below it are left out",
-    "iou_threshold": "boxes of one class that overlap more are one",
-}
-
-ONLY_FOR = {
-    "top": "classify",
-    "softmax": "classify",
-    "decoder": "detect",
-    "score_threshold": "detect",
-    "iou_threshold": "detect",
-    "output": "segment",
-}
-"""Options that mean something for one task only."""
 
 
 @click.group()
@@ -157,7 +131,7 @@ def scorer(name: str, script: bool) -> None:
 
 @new.command()
 @click.argument("name")
-@click.option("--from", "model", help="An .onnx file to make a package of.")
+@click.option("--from", "model", help="A model file, such as an .onnx file, to make a package of.")
 @click.option("-t", "--task", help="With --from: classify, detect, restyle, embed or segment.")
 @click.option("--labels", help="With --from: a text file with one class per line, or JSON.")
 def package(name: str, model: str | None, task: str | None, labels: str | None) -> None:
@@ -168,7 +142,7 @@ def package(name: str, model: str | None, task: str | None, labels: str | None) 
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", folder.name):
         raise SpecError(f"{folder.name!r} cannot be a package's name", hint="Use letters, digits, '.', '_' and '-'.")
     if model is not None:
-        _from_onnx(folder, model, task, labels)
+        _from_file(folder, model, task, labels)
     elif task or labels:
         raise SpecError("--task and --labels describe a model file", hint="Name it with --from model.onnx.")
     else:
@@ -180,29 +154,27 @@ def package(name: str, model: str | None, task: str | None, labels: str | None) 
     click.echo(f"  Try it: tally score photos/ --model {folder} --out out/", err=True)
 
 
-def _from_onnx(folder: Path, model: str, task: str | None, labels: str | None) -> None:
+def _from_file(folder: Path, model: str, task: str | None, labels: str | None) -> None:
+    from tally.models import kinds
     from tally.models.hashing import content_files
     from tally.models.resolve import resolve
-    from tally.scorers.vision.processing import read_labels
 
     ref = resolve(model, task=task, labels=labels)
-    if ref.kind != "onnx" or not model.lower().endswith(".onnx"):
-        raise SpecError(f"--from takes an .onnx file, not {model!r}", hint="For code, leave --from out.")
-    options = dict(ref.options)
-    batch_size = options.pop("batch_size")
-    classes = options.pop("classes", None)
-    names = options.get("labels")
-    given = {"labels.txt"}
-    if isinstance(names, str):
-        given.add(names)
-        names = read_labels(ref.location / names)
-    elif names is None and classes and options["task"] in ("classify", "detect", "segment"):
-        names = [f"class {number}" for number in range(classes)]  # placeholders, to be replaced
-    for found in ("file", "batch", "threads", *(name for name, task in ONLY_FOR.items() if task != options["task"])):
-        options.pop(found, None)
-    options["labels"] = "labels.txt" if names else None
-    described = ONNX_PACKAGE.format(name=folder.name, folder=folder, file=Path(ref.entry).name, batch_size=batch_size)
-    _write(folder / "tally.yaml", described + _yaml(options, "  "))
+    kind = kinds.get(ref.kind)
+    if kind.traits.entry or not kind.traits.claims_name(model):
+        raise SpecError(f"--from takes a model file, not {model!r}", hint="For code, leave --from out.")
+    options = kind.starting_options(ref)
+    batch_size = options.pop("batch_size", None)
+    declared = ref.options.get("labels")
+    given = {"labels.txt", declared} if isinstance(declared, str) else {"labels.txt"}
+    if names := options.pop("labels", None):
+        options["labels"] = "labels.txt"
+    described = FILE_PACKAGE.format(name=folder.name, folder=folder, file=Path(ref.entry).name)
+    if batch_size is not None:
+        described += f"\n# Items scored at once.\nbatch_size: {batch_size}\n"
+    if any(value is not None for value in options.values()):
+        described += FILE_OPTIONS + _yaml(options, kind.comments, "  ")
+    _write(folder / "tally.yaml", described)
     if names:
         _write(folder / "labels.txt", "".join(f"{each}\n" for each in names))
     for name, path in content_files(ref.location, [each for each in ref.files if not Path(each).is_absolute()]):
@@ -213,18 +185,18 @@ def _from_onnx(folder: Path, model: str, task: str | None, labels: str | None) -
         click.secho(f"note: {line}", dim=True, err=True)
 
 
-def _yaml(options: dict[str, Any], indent: str) -> str:
-    """Options as YAML, each with its comment; what was left open is left out."""
+def _yaml(options: dict[str, Any], comments: Mapping[str, str], indent: str) -> str:
+    """Options as YAML, each below its comment; those without a value are left out."""
     import yaml
 
     lines = []
     for key, value in options.items():
         if value is None:
             continue
-        if key in COMMENTS:
-            lines.append(f"{indent}# {COMMENTS[key]}")
+        if key in comments:
+            lines.append(f"{indent}# {comments[key]}")
         if isinstance(value, dict):
-            lines.append(f"{indent}{key}:\n{_yaml(value, indent + '  ')}".rstrip())
+            lines.append(f"{indent}{key}:\n{_yaml(value, comments, indent + '  ')}".rstrip())
         else:
             text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
             lines.append(f"{indent}{key}: {text}")

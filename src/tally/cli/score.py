@@ -10,6 +10,7 @@ from tally.cli.console import pairs
 from tally.errors import JobExistsError
 
 if TYPE_CHECKING:
+    from tally.jobs.facade import Jobs
     from tally.jobs.spec import JobSpec
 
 
@@ -171,18 +172,28 @@ def coordinate(job: str, dead: bool, quiet: bool) -> int:
 
 
 def _start(spec: JobSpec, *, resume: bool, overwrite: bool, quiet: bool) -> int:
-    from tally.cli.foreground import see_through
+    from tally.jobs.prestart import prestarted
+
+    with prestarted(spec) as engine:  # before anything else that takes long to import
+        from tally.cli.foreground import see_through
+        from tally.jobs.facade import Jobs
+
+        jobs = Jobs()
+        job = _submit(jobs, spec, resume=resume, overwrite=overwrite, quiet=quiet)
+        return see_through(jobs, job, quiet=quiet, engine=engine)
+
+
+def _submit(jobs: Jobs, spec: JobSpec, *, resume: bool, overwrite: bool, quiet: bool) -> str:
+    """The id of the job for this spec; where it was begun before and somebody is there, asks whether to resume it."""
     from tally.jobs.events import Event, Events, Note
-    from tally.jobs.facade import Jobs
     from tally.terminal import interactive
 
     def show(event: Event) -> None:
         if isinstance(event, Note) and not quiet:
             click.secho(event.text, dim=True, err=True)
 
-    jobs = Jobs()
     try:
-        record = jobs.submit(spec, resume=resume, overwrite=overwrite, events=Events(show))
+        return jobs.submit(spec, resume=resume, overwrite=overwrite, events=Events(show)).id
     except JobExistsError as error:
         earlier = jobs.get(error.job_id)
         if earlier.alive or earlier.state == "finished" or not interactive():
@@ -190,5 +201,4 @@ def _start(spec: JobSpec, *, resume: bool, overwrite: bool, quiet: bool) -> int:
         click.echo(error.message, err=True)
         if not click.confirm(f"Resume job {earlier.id}?", default=True, err=True):
             raise
-        record = jobs.submit(spec, resume=True)
-    return see_through(jobs, record.id, quiet=quiet)
+        return jobs.submit(spec, resume=True).id

@@ -60,6 +60,7 @@ def style(
     tally score clip.mp4 --model models:/waves --out styled.mp4
     """
     from tally.models.registry import open_registry
+    from tally.models.resolve import resolve
     from tally.training.style import Training, registry_name
 
     name = registry_name(name or out.absolute().name)
@@ -74,7 +75,7 @@ def style(
         click.echo(f"stopped after {show.done} of {steps} steps: no model was written", err=True)
         raise click.Abort from None
     show.end()
-    added = open_registry().add(name, out, metadata=trained)
+    added = open_registry().add(name, resolve(out), metadata=trained)
     click.echo(f"wrote {out} ({(out / training.file).stat().st_size / 1000:.0f} kB)")
     click.echo(f"{'is already' if added.existed else 'registered as'} {added}")
     click.echo(f"  Use it: tally score SOURCE --model {added} --out OUT", err=True)
@@ -130,6 +131,7 @@ def anomaly(
         --out models/pumps
     """
     from tally.models.registry import open_registry
+    from tally.models.resolve import resolve
     from tally.training.anomaly import Recipe, Training
     from tally.training.style import registry_name
 
@@ -153,7 +155,7 @@ def anomaly(
         click.echo(
             f"{figures['rows_left_out']:,} rows without a value or with one that is not finite were left out", err=True
         )
-    added = open_registry().add(name, out, metadata=trained.facts)
+    added = open_registry().add(name, resolve(out), metadata=trained.facts)
     click.echo(
         f"wrote {out}: {figures['keys']:,} models from {figures['rows_used']:,} of {figures['rows']:,} rows, "
         f"{figures['anomalous_share']:.2%} of them anomalous ({(out / training.file).stat().st_size / 1000:,.0f} kB)"

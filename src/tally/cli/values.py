@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import time
+from datetime import datetime
+
 import click
 
 from tally.text import seconds
+
+
+def moment(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Seconds since the epoch, from a date or time on this machine's clock, or from how long ago: ``2d``, ``30m``."""
+    if value is None:
+        return None
+    try:
+        return time.time() - seconds(value)
+    except ValueError:
+        pass
+    try:
+        return datetime.fromisoformat(value).astimezone().timestamp()
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no time such as 2026-11-28, '2026-11-28 14:30' or 2d ago") from None
 
 
 def duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:

@@ -1,6 +1,8 @@
-"""Every table: of jobs, of the model registry, of schedules and their runs.
+"""Every table: of jobs, alerts, the model registry, schedules and their runs.
 
 Times are seconds since the epoch by the database's own clock; those of a schedule's intervals are whole ones.
+Columns marked "later" may be empty only because they were added to tables with rows in them, which SQLite cannot do
+otherwise without copying the table.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
+from tally.database.lease import lease_columns
+
 metadata = MetaData()
 
-# SQLite makes only INTEGER PRIMARY KEY columns count up by themselves.
+# SQLite numbers rows by itself only where the column is INTEGER PRIMARY KEY.
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
 jobs = Table(
@@ -42,11 +46,8 @@ jobs = Table(
     Column("created_at", Double, nullable=False),
     Column("started_at", Double),
     Column("finished_at", Double),
-    # Who drives the job; the lease runs out by the database's clock.
-    Column("owner", String(32)),
-    Column("owner_host", String(255)),
-    Column("owner_pid", Integer),
-    Column("lease_until", Double),
+    # The job's coordinator.
+    *lease_columns(),
     # How far planning has come.
     Column("plan_cursor", Text),
     Column("planned", Integer, nullable=False),
@@ -58,8 +59,17 @@ jobs = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("usage", JSON, nullable=False),
     Column("manifest", JSON),
-    # Of the coordinator's last change: tried again because its answer was lost, it is not made twice.
+    # Of the coordinator's last change: repeated because its answer was lost, it is not made twice.
     Column("nonce", String(32)),
+    # What the job writes: kind (rows, images, video), format, columns, unit (items, frames, rows), place. Later.
+    Column("output", JSON),
+    # The place without trailing slashes. Later.
+    Column("place", Text),
+    # For finding jobs: the model's name; and lower-case id, model, sources and place. Later.
+    Column("model_name", Text),
+    Column("search", Text),
+    Index("jobs_by_place", "place", "created_at", "id"),
+    Index("jobs_by_creation", "created_at", "id"),
 )
 
 chunks = Table(
@@ -95,6 +105,19 @@ dead_items = Table(
     Index("dead_items_by_job", "job_id", "first"),
 )
 
+# Keys of the items of an endless source that were planned: an item that is delivered again is not scored again.
+received_keys = Table(
+    "received_keys",
+    metadata,
+    Column("job_id", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    # A hash: keys may be long, and hold what a database does not take.
+    Column("key", String(32), primary_key=True),
+    # Of the item in the job: its chunk is the one that covers it, however often chunks were cut.
+    Column("position", BigInteger, nullable=False),
+    Column("at", Double, nullable=False),
+    Index("received_keys_by_age", "job_id", "at"),
+)
+
 alerts = Table(
     "alerts",
     metadata,
@@ -111,9 +134,8 @@ alerts = Table(
     Column("created_at", Double, nullable=False),
     Column("next_at", Double),
     Column("delivered_at", Double),
-    # Whoever is sending it now.
-    Column("token", String(32)),
-    Column("lease_until", Double),
+    # The process that is sending it.
+    *lease_columns(),
     UniqueConstraint("job_id", "generation", "position"),
 )
 
@@ -159,7 +181,7 @@ schedules = Table(
     "schedules",
     metadata,
     Column("name", String(128), primary_key=True),
-    # The fields of the job file, with absolute places, and where the file was.
+    # The fields of the job file, with absolute paths, and where the file was.
     Column("template", JSON, nullable=False),
     Column("file", Text, nullable=False),
     Column("cron", String(255), nullable=False),
@@ -168,7 +190,7 @@ schedules = Table(
     Column("catch_up", String(16), nullable=False),
     Column("paused", Integer, nullable=False),
     Column("created_at", Double, nullable=False),
-    # Ticks up to here have become runs, or were passed over.
+    # Ticks up to here have become runs, or were skipped.
     Column("planned_until", Double, nullable=False),
 )
 
@@ -183,21 +205,18 @@ schedule_runs = Table(
     Column("state", String(16), nullable=False),
     # cron, catch-up or backfill
     Column("reason", String(16), nullable=False),
-    Column("again", Integer, nullable=False),  # over the results of an earlier run
+    Column("again", Integer, nullable=False),  # overwrites the results of an earlier run
     Column("job_id", String(32)),
-    Column("attempts", Integer, nullable=False),  # how often it was begun
+    Column("attempts", Integer, nullable=False),  # how often it was started
     Column("failures", Integer, nullable=False),  # how often it ended with an error
     Column("error", Text),
     Column("created_at", Double, nullable=False),
-    Column("next_at", Double),  # not to be begun before
+    Column("next_at", Double),  # not to be started before
     Column("started_at", Double),
     Column("finished_at", Double),
-    # Who is at it; the lease runs out by the database's clock.
-    Column("token", String(32)),
-    Column("owner_host", String(255)),
-    Column("owner_pid", Integer),
-    Column("lease_until", Double),
-    # Both ends: another cron expression makes other intervals from the same beginnings.
+    # The process that sees it through.
+    *lease_columns(),
+    # Both ends: another cron expression may make a different interval with the same start.
     UniqueConstraint("schedule", "interval_start", "interval_end"),
     Index("schedule_runs_by_state", "schedule", "state", "interval_start"),
 )

@@ -11,7 +11,7 @@ While it runs, a task may report to its caller and be asked to stop: see :mod:`t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,12 @@ class Engine(ABC):
         resources: Mapping[str, float] | None = None,
     ) -> None:
         pass
+
+    def prepare(self, *, slots: int, modules: Sequence[str] = ()) -> None:  # noqa: B027 - an engine need not
+        """Start workers early, before it is known how they are set up; :meth:`start` follows, or :meth:`stop`.
+
+        modules: imported by them meanwhile, where they can be.
+        """
 
     @abstractmethod
     def start(

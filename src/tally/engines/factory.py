@@ -29,6 +29,13 @@ def names() -> list[str]:
     return sorted({*BUILT_IN, *extensions.names(GROUP)})
 
 
+def checked(name: str) -> str:
+    """The name itself. Raises ValueError where there is no such engine."""
+    if name not in BUILT_IN and name not in names():
+        raise ValueError(f"there is no such engine{did_you_mean(name, names())}; there are {', '.join(names())}")
+    return name
+
+
 def make_engine(
     name: str,
     *,

@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -39,11 +39,14 @@ from tally.errors import (
     WorkerTimeoutError,
 )
 from tally.storage import temporary
+from tally.storage.publish import write_whole
 
 ENDING_SECONDS = 3.0
 """How long a worker that is asked to end may take to clean up."""
 LAST_RESULT_SECONDS = 1.0
 """How long the result of a worker that has ended may still be on its way."""
+_SETUP = "setup"
+"""In the engine's folder, the file that tells workers how they are set up."""
 MEMORY_SHARE = 0.8
 """Share of the machine's memory that all workers together may hold."""
 
@@ -57,18 +60,17 @@ class _Slot(Slot):
     gone_since: when it was noticed that the process has ended.
     """
 
-    def __init__(self, folder: Path, number: int, setup: bytes, log: Path | None, threads: int) -> None:
+    def __init__(self, folder: Path, number: int, setup: Path, threads: int, modules: Sequence[str]) -> None:
         self.files = worker.Files(*(folder / f"{number}.{name}" for name in worker.Files._fields))
         watchdog.create(self.files.note)
         self.files.stop_flag.write_bytes(b"\0")
         self._mailbox = str(folder / f"{number}.report.")
         self.bell, self._workers_bell = socket.socketpair()
         self.context = Context()
-        log_name = None if log is None else str(log)
         self.pool = ProcessPool(
             max_workers=1,
             initializer=worker.begin,
-            initargs=(setup, self.files, self._workers_bell, log_name, threads),
+            initargs=(setup, self.files, self._workers_bell, threads, tuple(modules)),
             context=self.context,
         )
         self.inbox: Inbox | None = None
@@ -194,6 +196,13 @@ class PackedTask(Task):
 class LocalEngine(SupervisedEngine[_Slot]):
     """See :mod:`tally.engines.local`."""
 
+    def __init__(self, **reservation: Any) -> None:
+        super().__init__(**reservation)
+        self._limits = Limits()
+        self._modules: Sequence[str] = ()
+        self._made = 0
+        self._ending: list[threading.Thread] = []
+
     def start(
         self,
         setup: Callable[..., Any],
@@ -203,8 +212,26 @@ class LocalEngine(SupervisedEngine[_Slot]):
         limits: Limits,
         log: Path | None = None,
     ) -> None:
-        threads = max(1, self.default_slots() // max(1, slots))
-        self.start_packed(pickle.dumps((setup, args)), new_folder(), threads, slots=slots, limits=limits, log=log)
+        packed = pickle.dumps((setup, args))
+        if self._thread is None:
+            self.start_packed(packed, new_folder(), self._share(slots), slots=slots, limits=limits, log=log)
+        else:
+            self._tell(packed, limits, log)
+            self.resize(slots)
+
+    def prepare(self, *, slots: int, modules: Sequence[str] = ()) -> None:
+        self._folder, self._threads, self._modules = new_folder(), self._share(slots), modules
+        self._launch(slots)
+
+    def _share(self, slots: int) -> int:
+        """Threads for each of so many workers."""
+        return max(1, self.default_slots() // max(1, slots))
+
+    def _tell(self, setup: bytes, limits: Limits, log: Path | None) -> None:
+        """Tell the workers, those that there are and those to come, how they are set up."""
+        self._limits = limits
+        given = worker.Setup(setup, None if log is None else str(log))
+        write_whole(self._folder / _SETUP, pickle.dumps(given), private=True)
 
     def start_packed(
         self, setup: bytes, folder: Path, threads: int, *, slots: int, limits: Limits, log: Path | None = None
@@ -214,10 +241,8 @@ class LocalEngine(SupervisedEngine[_Slot]):
         folder: for the files of the workers; it is removed with the engine, by the workers if they outlive it.
         threads: how many a numeric library in one worker may use, where the environment does not say.
         """
-        self._setup, self._folder, self._threads = setup, folder, threads
-        self._limits, self._log = limits, log
-        self._made = 0
-        self._ending: list[threading.Thread] = []
+        self._folder, self._threads = folder, threads
+        self._tell(setup, limits, log)
         self._launch(slots)
 
     def submit_packed(self, task: PackedTask) -> None:
@@ -254,9 +279,12 @@ class LocalEngine(SupervisedEngine[_Slot]):
             self._remove(slot, kill=True)  # died while idle: no task's fault
         for slot in [slot for slot in self._slots if slot.task is None][: max(0, len(self._slots) - self._wanted)]:
             self._remove(slot, kill=False)
+        setup = self._folder / _SETUP
+        if self._made and not setup.exists():
+            return  # what died while it was prepared is replaced when it is needed
         while len(self._slots) < self._wanted:
             self._made += 1
-            slot = _Slot(self._folder, self._made, self._setup, self._log, self._threads)
+            slot = _Slot(self._folder, self._made, setup, self._threads, self._modules)
             self._slots.append(slot)
             slot.start()
 

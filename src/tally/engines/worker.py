@@ -8,6 +8,7 @@ This module is all that a worker imports of Tally before its setup: what it does
 
 from __future__ import annotations
 
+import importlib
 import io
 import multiprocessing
 import os
@@ -15,6 +16,8 @@ import pickle
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import connection
 from pathlib import Path
 from socket import socket
@@ -24,39 +27,84 @@ from tally.engines import task, watchdog
 
 
 class Files(NamedTuple):
-    """Where a worker notes what its engine reads, and the reverse; see :mod:`watchdog` and :mod:`task`."""
+    """Where a worker notes what its engine reads, and the reverse; see :mod:`watchdog` and :mod:`task`.
+
+    early: what the worker prints before its engine says where to.
+    """
 
     note: Path
     trace: Path
     stop_flag: Path
+    early: Path
 
 
-_setup = b""
+class Setup(NamedTuple):
+    """How a worker is set up. call: ``(function, arguments)``, pickled. log: a file that what it prints goes to."""
+
+    call: bytes
+    log: str | None
+
+
+_setup: Path
+_files: Files
+_output: tuple[int, int] | None = None
 _state: Any = None
 _ready = False
 
 
-def begin(setup: bytes, files: Files, bell: socket, log: str | None, threads: int) -> None:
-    """A new worker begins. setup: ``(function, arguments)``, pickled; it is called with the first task."""
-    global _setup
+def begin(setup: Path, files: Files, bell: socket, threads: int, modules: Sequence[str]) -> None:
+    """A new worker begins.
+
+    setup: the file with the :class:`Setup`, which is there before the first task. modules: imported meanwhile.
+    """
+    global _setup, _files, _output
     # Numeric libraries take every core for themselves unless told otherwise, in each worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    if log is not None:
-        # Below Python, so that native libraries write there too, and not over the progress bar.
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.close(file)
-        # What was printed last matters most when the worker dies.
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(line_buffering=True)
     watchdog.attach(files.note, files.trace)
     task.attach(files.stop_flag, bell)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_leave_with, args=(parent, files.note.parent), daemon=True).start()
-    _setup = setup
+    _setup, _files = setup, files
+    if setup.exists():
+        _print_to(pickle.loads(setup.read_bytes()).log)  # noqa: S301 - from our own parent
+    else:
+        _output = os.dup(1), os.dup(2)
+        _print_to(str(files.early))
+    for module in modules:
+        with suppress(Exception):  # whoever needs it says what is wrong
+            importlib.import_module(module)
+
+
+def _print_to(log: str | None) -> None:
+    """Have everything that is printed go to this file, if one is given."""
+    if log is None:
+        return
+    # Below Python, so that native libraries write there too, and not over the progress bar.
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    # What was printed last matters most when the worker dies.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
+
+
+def _set_up() -> Any:
+    """Do what the engine says that the worker needs once; what was printed before goes where the rest goes."""
+    global _output
+    given: Setup = pickle.loads(_setup.read_bytes())  # noqa: S301 - from our own parent
+    if _output is not None:
+        for number, before in enumerate(_output, 1):
+            os.dup2(before, number)
+            os.close(before)
+        _output = None
+        _print_to(given.log)
+        if early := _files.early.read_bytes():
+            os.write(2, early)
+    function, arguments = pickle.loads(given.call)  # noqa: S301
+    return function(*arguments)
 
 
 def _leave_with(parent: Any, folder: Path) -> None:
@@ -76,8 +124,7 @@ def call(packed: bytes, mailbox: str | None, backlog: int | None) -> tuple[bool,
     global _state, _ready
     try:
         if not _ready:
-            setup, args = pickle.loads(_setup)  # noqa: S301 - from our own parent
-            _state = setup(*args)
+            _state = _set_up()
             _ready = True
         function, arguments = pickle.loads(packed)  # noqa: S301
         task.begin(mailbox, backlog)

@@ -142,7 +142,7 @@ def _schema(connection: sa.Connection) -> str:
     """How the schema stands to this version of Tally."""
     import sqlalchemy as sa
 
-    from tally.database.connect import HEAD
+    from tally.database.migrate import HEAD
 
     if not sa.inspect(connection).has_table("alembic_version"):
         return "no schema yet: it is made at first use"

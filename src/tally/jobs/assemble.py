@@ -29,6 +29,10 @@ class Parts:
     sink: Sink
     batch_size: int
 
+    def describe_output(self) -> dict[str, Any]:
+        """What the job's row keeps of its output: enough to find, read and remove it without model and source."""
+        return {**self.sink.describe().to_json(), "unit": self.source.unit}
+
 
 def assemble(spec: JobSpec, model: ModelRef) -> Parts:
     """Make the parts that the spec describes; raises what makes them impossible."""
@@ -115,6 +119,12 @@ def output_sink(
     if written:
         return sink_for(spec.out, output="video", format=spec.format, codec=spec.codec, crf=spec.crf, audio=spec.audio)
     return sink_for(spec.out, output=scorer.output, format=spec.frames or spec.format, columns=columns, order=order)
+
+
+def output_without_source(spec: JobSpec, model: ModelRef) -> dict[str, Any]:
+    """As :meth:`Parts.describe_output`, where there is nothing to score."""
+    sink = output_sink(spec, make_scorer(spec, model), None, video=spec.media == "video")
+    return {**sink.describe().to_json(), "unit": {"video": "frames", "table": "rows"}.get(spec.media or "", "items")}
 
 
 _DECODING, _ENCODING = ("every", "size"), ("codec", "crf", "audio")

@@ -53,7 +53,7 @@ def drive_in_cluster(
     driver = _Driver(store, job_id, cluster, events, stop, retry_dead)
     try:
         if driver.wait_for_cluster():
-            _keep_address(store, _carry(store, store.get(job_id)), cluster)
+            _keep_address(store, _upload_model(store, store.get(job_id)), cluster)
             return driver.run()
     except KeyboardInterrupt:
         pass
@@ -183,18 +183,18 @@ def check_versions() -> None:
         )
 
 
-def _carry(store: JobStore, record: JobRecord) -> JobRecord:
+def _upload_model(store: JobStore, record: JobRecord) -> JobRecord:
     """Put a model that only this machine has where the cluster's nodes can fetch it: beside the output."""
     from tally.jobs.tidy import sink_of
-    from tally.models.mirror import carry
+    from tally.models.mirror import upload_to_mirror
     from tally.models.reference import ModelRef
 
     work = sink_of(record).work
     if work is None or not is_url(work):
         return record  # who can write the output sees this machine's files, or the same at the same paths
     ref = ModelRef.from_dict(record.model)
-    carried = carry(ref, f"{work}/model")
-    return record if carried == ref else store.respec(record.id, record.spec, model=carried.to_dict())
+    uploaded = upload_to_mirror(ref, f"{work}/model")
+    return record if uploaded == ref else store.respec(record.id, record.spec, model=uploaded.to_dict())
 
 
 def _keep_address(store: JobStore, record: JobRecord, cluster: Cluster) -> JobRecord:

@@ -1,7 +1,7 @@
 """The coordinator: drives one job from the first chunk to the finished output.
 
 One thread runs the loop below. Three others feed its queue: the planner (new chunks), the engine
-(finished futures), and the lease's keeper (what the user wants; that the job was lost). Each turn of the
+(finished futures), and the lease renewer (the user's requests; that the job was lost). Each turn of the
 loop drains the queue and puts everything that has come up into one transaction, together with the next
 hand-outs; only then are those handed to the engine. So an attempt is counted before it can do harm, and a
 kill at any moment loses at most work that was not committed, never a committed row.
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from tally.database.connect import Patience
+from tally.database.waiting import Patience
 from tally.engines.base import Engine
 from tally.errors import (
     ClusterLostError,
@@ -38,8 +38,10 @@ from tally.errors import (
     WorkerTimeoutError,
 )
 from tally.jobs import worker
+from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
 from tally.jobs.events import ChunkDone, Events, Finished, ItemDead, Progress, Started, StateChanged, WorkerLost
-from tally.jobs.lease_renewer import Keeper
+from tally.jobs.intake import Intake
+from tally.jobs.lease_renewer import lease_renewer
 from tally.jobs.plan import ChunkSizer, Planner
 from tally.jobs.policy import (
     LOADING_LOSSES,
@@ -58,7 +60,7 @@ from tally.jobs.policy import (
 )
 from tally.jobs.scaling import CHUNKS_PER_SLOT, Scaler
 from tally.jobs.spec import JobSpec
-from tally.jobs.store import Dead, Done, JobRecord, JobStore, Lease, Lost, StoredChunk, new_nonce
+from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.sinks.base import Output, Sink
 from tally.sources.base import Chunk, Source
 from tally.text import iso_time
@@ -75,6 +77,8 @@ MOST_TAKEN = 4096
 """Chunks that are handed out in one transaction, at most."""
 MOST_AHEAD = 2048
 """Planned chunks that wait to be stored, at most."""
+PUBLISH_SECONDS = 60.0
+"""Seconds between two generations of results of an endless source."""
 QUIET_SECONDS = 5.0
 """Seconds without any outcome before the engine is asked why."""
 COLLECTION_THRESHOLDS = (50_000, 20, 20)
@@ -134,6 +138,7 @@ class Coordinator:
         self._unit, self._items, self._planned = record.unit, record.items, record.planned
         self._done, self._dead = record.done, record.dead
         self._rates: deque[tuple[float, int]] = deque([(time.monotonic(), record.done)], maxlen=64)
+        self._patience = Patience(self._events.waiting)
         self._inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._running: dict[int, _Running] = {}
         self._batch_size = batch_size
@@ -144,6 +149,9 @@ class Coordinator:
         self._loading_losses = LoadingLosses()
         self._sizer = ChunkSizer(batch_size, self._most, source.chunk_seconds, source.chunk_items)
         self._planner: Planner | None = None
+        self._intake = None if source.bounded else Intake(store, lease.job_id, source, self._patience, self._events)
+        self._published_at = time.monotonic()
+        self._unpublished = False
         self._loaded = self._prepared = self._starved = False
         self._doubled = False
         self._state = "running"
@@ -152,7 +160,6 @@ class Coordinator:
         self._deadline: float | None = None
         self._accounted = time.monotonic()
         self._cursor = record.plan_cursor
-        self._patience = Patience(self._events.waiting)
         self._open = 0  # chunks that are planned and not done
         self._heard_at = self._asked_at = time.monotonic()
         self._remark: str | None = None
@@ -187,11 +194,13 @@ class Coordinator:
         return state
 
     def _drive(self) -> str:
-        keeper = Keeper(self._store, self._lease, self._inbox, self._patience)
-        keeper.start()
+        renewer = lease_renewer(self._store, self._lease, self._inbox, self._patience)
+        renewer.start()
         try:
             counts = self._patience(lambda: self._store.counts(self._lease.job_id))
             self._open = counts["pending"] + counts["running"]
+            if self._intake is not None:
+                self._publish_settled()
             self._load()
             self._plan()
             self._loop()
@@ -210,9 +219,10 @@ class Coordinator:
                     self._store.release(self._lease, state, error=str(error))
             raise
         finally:
-            keeper.stop()
+            renewer.stop()
             if self._planner is not None:
                 self._planner.stop()
+            self._source.close()
             self._engine.stop(kill=True)
 
     def _load(self) -> None:
@@ -247,6 +257,7 @@ class Coordinator:
             if self._loaded:
                 self._scale()
             self._commit(turn)
+            self._publish_now_and_then()
             self._ask_why_it_is_quiet()
             self._events(self.progress())
             if self._stop is not None:
@@ -309,15 +320,25 @@ class Coordinator:
             return
         now = time.monotonic()
         usage = {"seconds": now - self._accounted} if turn.done else {}
+        planned: list[Chunk] = turn.planned
+        received: list[list[str]] = []
+        if self._intake is not None:
+            planned, received = self._intake.admit(turn.planned, first=self._items)
         counted, taken = self._save(
-            planned=turn.planned, complete=turn.complete, done=turn.done, lost=turn.lost, usage=usage, take=take
+            planned=planned,
+            received=received,
+            complete=turn.complete,
+            done=turn.done,
+            lost=turn.lost,
+            usage=usage,
+            take=take,
         )
         if turn.done:
             self._accounted = now
-        if turn.planned:
-            self._items = turn.planned[-1].first + turn.planned[-1].count
-            if self._planner is not None:
-                self._planner.taken(len(turn.planned))
+        if planned:
+            self._items = planned[-1].first + planned[-1].count
+        if turn.planned and self._planner is not None:
+            self._planner.taken(len(turn.planned))
         if turn.complete:
             self._planned = True
             if remark := self._source.remark():
@@ -328,6 +349,9 @@ class Coordinator:
             self._tell(turn.settled[each.id], each)
         if counted:
             self._rates.append((now, self._done))
+            self._unpublished = True
+        if self._intake is not None:
+            self._intake.acknowledge([turn.settled[each.id] for each in counted])
         if take:
             self._starved = len(taken) < take
             if len(taken) == take < room:
@@ -519,7 +543,7 @@ class Coordinator:
 
     def _again(self, chunk_id: int) -> str:
         nonce = new_nonce()
-        return self._patience(lambda: self._store.again(self._lease, chunk_id, nonce=nonce))
+        return self._patience(lambda: self._store.second_attempt(self._lease, chunk_id, nonce=nonce))
 
     # -- stopping ----------------------------------------------------------------------------------
 
@@ -601,6 +625,7 @@ class Coordinator:
                 return "finished"
         with suppress(StorageError):  # on a full disk: the error at hand is the one to tell
             self._account()
+            self._publish()
         if self._error is not None:
             self._release("failed", error=str(self._error))
             raise self._error
@@ -619,16 +644,22 @@ class Coordinator:
 
     def _finalize(self) -> dict[str, Any]:
         self._account()
-        store, job_id = self._store, self._lease.job_id
-        record = self._patience(lambda: store.get(job_id))
+        if self._intake is not None:
+            self._publish_settled()
+        record = self._patience(lambda: self._store.get(self._lease.job_id))
+        return self._write_output(self._sink.finalize, record, record.generation)
+
+    def _write_output(self, write: Callable[..., dict[str, Any]], record: JobRecord, generation: int) -> dict[str, Any]:
+        """Have the sink finalize or publish what is committed of one generation."""
+        store, job_id = self._store, record.id
         dead = self._streamed(lambda: store.dead(job_id))
-        return self._sink.finalize(
-            self._streamed(lambda: store.outputs(job_id, generation=record.generation)),
+        return write(
+            self._streamed(lambda: store.outputs(job_id, generation=generation)),
             ({"key": each.key, "stage": each.stage, "error": each.error} for each in dead),
             {
                 **self._manifest,
                 "job": record.id,
-                "generation": record.generation,
+                "generation": generation,
                 "items": record.items,
                 "scored": record.done - record.dead,
                 "dead": record.dead,
@@ -639,6 +670,34 @@ class Coordinator:
             },
             confirm=self._confirm,
         )
+
+    # -- endless sources ---------------------------------------------------------------------------
+
+    def _publish_now_and_then(self) -> None:
+        """Results of an endless source are published while the job goes on, a generation at a time."""
+        if time.monotonic() - self._published_at >= PUBLISH_SECONDS and self._stop is None:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Publish what is committed and not published yet."""
+        if self._intake is None or not self._unpublished:
+            return
+        nonce = new_nonce()
+        self._patience(lambda: self._store.advance(self._lease, nonce=nonce))
+        self._publish_settled()
+        self._unpublished = False
+        self._published_at = time.monotonic()
+
+    def _publish_settled(self) -> None:
+        """Publish the generations that nothing is added to any more, and that are not published yet.
+
+        A generation is settled before it is published: after a crash, the same is published again.
+        """
+        record = self._patience(lambda: self._store.get(self._lease.job_id))
+        manifest = self._sink.manifest() or {}
+        published = manifest["generation"] if manifest.get("job") == record.id else -1
+        for generation in range(published + 1, record.generation):
+            self._write_output(self._sink.publish, record, generation)
 
     def _confirm(self) -> None:
         """Raises OwnershipLostError if another coordinator has taken the job: nothing of its output is ours to change.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tally.alerts import delivery
+from tally.alerts.alert import Alert, alerts_of, resend
+from tally.alerts.delivery import PATIENCE, deliver
+from tally.alerts.evaluation import evaluate
 from tally.config import settings
-from tally.database.connect import Patience, connect
+from tally.database.connect import connect
+from tally.database.waiting import Patience
 from tally.errors import DatabaseAwayError, JobStateError, TallyError
 from tally.jobs import tidy
+from tally.jobs.chunks import Dead
 from tally.jobs.cluster import cluster_for, drive_in_cluster
 from tally.jobs.events import Events, write_to_log
 from tally.jobs.follow import LOOK_SECONDS, Follower, is_driven
@@ -18,13 +22,14 @@ from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.run import drive
 from tally.jobs.spec import JobSpec, absolute
 from tally.jobs.stop import Stop
-from tally.jobs.store import ENDED, Dead, JobRecord, JobStore
+from tally.jobs.store import ENDED, JobPage, JobRecord, JobStore
 from tally.jobs.submit import submit, submit_failed
 from tally.sinks.base import Output, Sink
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from tally.engines.base import Engine
     from tally.jobs.assemble import Parts
     from tally.scorers.base import Scorer
 
@@ -69,12 +74,14 @@ class Jobs:
         *,
         events: Events | None = None,
         stop: Stop | None = None,
+        engine: Engine | None = None,
         retry_dead: bool = False,
         in_this_process: bool = False,
     ) -> JobRecord:
         """Drive the job until it is finished or stopped, here or in the cluster that its spec names.
 
-        Returns it as it then is. retry_dead: replay its dead items.
+        Returns it as it then is. retry_dead: replay its dead items. engine: one that is prepared for a job of this
+        process; see :mod:`tally.jobs.prestart`.
         in_this_process: even where the spec names a cluster, as this process runs inside of it.
         Raises what made the job fail, after saving that; JobStateError where another process drives it.
         """
@@ -93,6 +100,7 @@ class Jobs:
             events=events,
             stop=stop,
             parts=self._assembled.pop(record.id, None),
+            engine=engine,
             retry_dead=retry_dead,
             held=in_this_process,
         )
@@ -139,14 +147,14 @@ class Jobs:
             raise JobStateError(
                 f"job {record.id} is not running: it is {record.state}", hint=None if record.state in ENDED else go_on
             )
-        self.store.want(record.id, "pause")
+        self.store.request(record.id, "pause")
         return record
 
     def unpause(self, job: str) -> JobRecord:
         """Ask whoever drives the job to hand out again; the job's record. Without a driver, :meth:`run` goes on."""
         record = self.get(job)
         if record.alive:
-            self.store.want(record.id, "run")
+            self.store.request(record.id, "run")
         return record
 
     def cancel(self, job: str) -> JobRecord:
@@ -155,7 +163,7 @@ class Jobs:
         Returns the job as it is: ``alive`` where its coordinator has been told, and is going to do that.
         """
         record = self.get(job)
-        self.store.want(record.id, "cancel")
+        self.store.request(record.id, "cancel")
         if record.alive:
             return record
         lease = self.store.acquire(record.id, seconds=LEASE_SECONDS)
@@ -172,33 +180,59 @@ class Jobs:
 
     # -- alerts --------------------------------------------------------------------------------------
 
-    def alerts(self, job: str) -> list[delivery.Alert]:
+    def alerts(self, job: str) -> list[Alert]:
         """The rules of a job that has ended, what was measured, and whether the webhook was told."""
-        return delivery.of(self.store, self.get(job).id)
+        return alerts_of(self.store.engine, self.get(job).id)
 
-    def send_alerts(self, job: str) -> list[delivery.Alert]:
+    def send_alerts(self, job: str) -> list[Alert]:
         """Send those that are not delivered, also those that were given up; then as :meth:`alerts`."""
-        record = self.get(job)
-        if record.spec.get("alerts"):
-            delivery.evaluate(self.store, record, tidy.sink_of(record))  # its coordinator may have been killed before
-        delivery.reopen(self.store, record.id)
-        delivery.deliver(self.store, job_id=record.id, patience=delivery.PATIENCE)
-        return self.alerts(record.id)
+        engine, job_id = self.store.engine, self.get(job).id
+        evaluate(engine, job_id)  # its coordinator may have been killed before it did
+        resend(engine, job_id)
+        deliver(engine, job_id=job_id, patience=PATIENCE)
+        return alerts_of(engine, job_id)
 
     # -- looking -----------------------------------------------------------------------------------
 
     def get(self, job: str) -> JobRecord:
         """The job. Of several that wrote to one place, the newest that was not cancelled."""
         if "/" in job or Path(job).exists():
-            place = absolute(job).rstrip("/")
-            for record in self.store.newest(limit=10_000):
-                if record.spec["out"].rstrip("/") == place and record.state != "cancelled":
-                    return record
+            record = self.at(job)
+            if record is not None:
+                return record
         return self.store.get(job)
 
-    def list(self, *, limit: int = 50) -> list[JobRecord]:
-        """The newest jobs, newest first."""
-        return self.store.newest(limit=limit)
+    def list(
+        self,
+        *,
+        state: str | None = None,
+        model: str | None = None,
+        place: str | None = None,
+        text: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        after: str | None = None,
+        limit: int = 50,
+    ) -> JobPage:
+        """A page of jobs, newest first: those for which everything given is true.
+
+        state: as in :class:`JobRecord`. model: its name. place: where they write to.
+        text: part of the id, the model, a source or the place, in upper or lower case.
+        since, until: seconds since the epoch; created at ``since`` or later, and before ``until``.
+        after: where the page begins: ``next`` of the page before. Raises SpecError for anything else.
+        """
+        place = None if place is None else absolute(place)
+        return self.store.list(
+            state=state, model=model, place=place, text=text, since=since, until=until, after=after, limit=limit
+        )
+
+    def at(self, place: str) -> JobRecord | None:
+        """The newest job that writes to this place and was not cancelled; None if there is none."""
+        return self.store.at(absolute(place))
+
+    def orphaned(self) -> Sequence[JobRecord]:
+        """Jobs that should be running and have lost their coordinator, oldest first: :meth:`run` goes on with them."""
+        return self.store.orphaned()
 
     def dead(self, job: str) -> Iterator[Dead]:
         """The job's dead items, in the source's order."""

@@ -6,19 +6,22 @@ from contextlib import suppress
 from typing import Any
 
 import tally
-from tally.alerts import delivery
+from tally.alerts.delivery import conclude
 from tally.config import settings
-from tally.database.connect import Patience
+from tally.database.lease import new_token
+from tally.database.waiting import Patience
 from tally.engines.base import Engine, Limits
+from tally.engines.factory import make_engine
 from tally.errors import ClusterLostError, DatabaseAwayError, JobStateError
 from tally.jobs import worker
 from tally.jobs.assemble import Parts, assemble
+from tally.jobs.chunks import new_nonce
 from tally.jobs.coordinator import Coordinator
-from tally.jobs.events import Events
+from tally.jobs.events import Event, Events, Finished, Subscriber
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
-from tally.jobs.store import JobRecord, JobStore, Lease, new_nonce, new_token
+from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.models.load import verify
 from tally.models.reference import ModelRef
 from tally.models.resolve import refreshed
@@ -31,12 +34,14 @@ def drive(
     events: Events,
     stop: Stop,
     parts: Parts | None = None,
+    engine: Engine | None = None,
     retry_dead: bool = False,
     held: bool = False,
 ) -> JobRecord:
     """Coordinate the job in this process until it is finished or stopped; returns it as it then is.
 
-    parts: of the job, if this process has assembled them already.
+    parts: of the job, if this process has assembled them already. engine: one that is prepared; see
+        :mod:`tally.jobs.prestart`.
     retry_dead: replay the dead items; allowed for a finished job too.
     held: the job is new, and whoever made it asks this process to drive it.
     """
@@ -56,7 +61,8 @@ def drive(
             f"job {record.id} is driven by another process now ({record.owner_host}, pid {record.owner_pid})",
             hint=f"Follow it with: tally jobs watch {record.id}",
         )
-    engine = engine_for(spec)
+    if engine is None:
+        engine = make_engine(spec.engine, cpus=spec.cpus, gpus=spec.gpus, memory=spec.memory, resources=spec.resources)
     try:
         least, most = spec.workers or (engine.default_slots(),) * 2
         engine.start(
@@ -92,16 +98,26 @@ def drive(
         with suppress(DatabaseAwayError):  # the error at hand is the one to tell
             store.release(lease, "interrupted" if stopped else "failed", error=str(error) or None)
         raise
+    events.subscribe(_alerts_of(store, events, patience))
     stop.attach(coordinator)
-    try:
-        coordinator.run()
-    except Exception as error:
-        with suppress(DatabaseAwayError):
-            delivery.conclude(store, store.get(record.id), parts.sink, error=error, say=events.note)
-        raise
-    ended = patience(lambda: store.get(record.id))
-    patience(lambda: delivery.conclude(store, ended, parts.sink, say=events.note))
-    return ended
+    coordinator.run()
+    return patience(lambda: store.get(record.id))
+
+
+def _alerts_of(store: JobStore, events: Events, patience: Patience) -> Subscriber:
+    """Evaluates and sends the alerts of a job that has ended. What cannot be sent now is sent later by others."""
+
+    def conclude_alerts(event: Event) -> None:
+        match event:
+            case Finished(job_id, _, None):
+                patience(lambda: conclude(store.engine, job_id, say=events.note))
+            case Finished(job_id, _, error):
+                with suppress(DatabaseAwayError):
+                    conclude(store.engine, job_id, error=error, say=events.note)
+            case _:
+                pass
+
+    return conclude_alerts
 
 
 def _reopen(store: JobStore, lease: Lease, record: JobRecord, parts: Parts, patience: Patience, nonce: str) -> None:
@@ -112,17 +128,6 @@ def _reopen(store: JobStore, lease: Lease, record: JobRecord, parts: Parts, pati
     published = (manifest.get("job"), manifest.get("generation")) == (record.id, record.generation)
     replay, model = parts.source.combine(dead), parts.model.to_dict()
     patience(lambda: store.reopen(lease, replay, published=published, model=model, nonce=nonce))
-
-
-def engine_for(spec: JobSpec) -> Engine:
-    """A new engine of the kind that the spec names."""
-    if spec.engine == "ray":
-        from tally.engines.ray.engine import RayEngine
-
-        return RayEngine(cpus=spec.cpus, gpus=spec.gpus, memory=spec.memory, resources=spec.resources)
-    from tally.engines.local import LocalEngine
-
-    return LocalEngine()
 
 
 def _facts(spec: JobSpec, model: ModelRef) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from tally.alerts.rules import checked as alert_rule
 from tally.alerts.webhook import checked as web_address
+from tally.engines.factory import checked as engine_name
 from tally.errors import SpecError, StorageError
 from tally.text import did_you_mean, seconds
 
@@ -39,7 +40,7 @@ class JobSpec(BaseModel):
     aggregate: what is made of each window's values. csv: options for reading CSV.
     alerts: rules that are looked at when the job has ended; webhook: where it is told that one of them holds.
     every, size, frames, codec, crf, audio: of videos. size: (width, height) in pixels (``640x360`` is understood).
-    engine: who runs the workers: ``local`` on this machine, ``ray`` on a Ray cluster.
+    engine: who runs the workers: ``local`` on this machine, ``ray`` on a Ray cluster, or one of an installed package.
     workers: the least and the most of them (``4..64`` is understood, and one number for both); None: one for each core.
     address, cpus, gpus, resources: of the engine ``ray``. address: the cluster's, ``http://HEAD:8265``; found by Ray's
     own rules if left out. cpus, gpus, resources: what each worker reserves; gpus may be a part of one, and resources
@@ -77,7 +78,7 @@ class JobSpec(BaseModel):
     csv: dict[str, Any] = {}
     batch_size: int | None = Field(default=None, ge=1, le=65_536)
     device: str = "auto"
-    engine: Literal["local", "ray"] = "local"
+    engine: Annotated[str, AfterValidator(engine_name)] = "local"
     address: str | None = None
     workers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=65_536)]] | None = None
     cpus: float | None = Field(default=None, ge=0)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from tally.alerts import delivery
+from tally.alerts.delivery import conclude
+from tally.alerts.evaluation import check
 from tally.errors import JobExistsError, TallyError
-from tally.jobs.assemble import Parts, assemble, describe_model
+from tally.jobs.assemble import Parts, assemble, describe_model, output_without_source
 from tally.jobs.events import Events
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobRecord, JobStore
-from tally.jobs.tidy import discard, sink_of
+from tally.jobs.tidy import discard
 from tally.sinks.base import Sink
 from tally.text import local_time
 
@@ -31,7 +32,7 @@ def submit(
     """
     ref = describe_model(spec, model)
     parts = assemble(spec, ref)
-    delivery.check(spec.alerts, spec.webhook, parts.sink.describe().columns)
+    check(spec.alerts, spec.webhook, parts.sink.describe().columns)
     # What a folder is taken for stays, whatever is put into it later.
     spec = spec.model_copy(update={"media": parts.source.media or spec.media})
     for line in ref.assumed:
@@ -43,7 +44,11 @@ def submit(
             return store.respec(earlier.id, spec.model_dump(mode="json")), parts
         _make_way(store, earlier, spec, overwrite=overwrite)
     record = store.create(
-        fingerprint=fingerprint, spec=spec.model_dump(mode="json"), model=ref.to_dict(), hold=LEASE_SECONDS
+        fingerprint=fingerprint,
+        spec=spec.model_dump(mode="json"),
+        model=ref.to_dict(),
+        output=parts.describe_output(),
+        hold=LEASE_SECONDS,
     )
     try:
         parts.sink.claim(record.id, overwrite=overwrite)
@@ -88,14 +93,14 @@ def submit_failed(store: JobStore, spec: JobSpec, error: TallyError) -> JobRecor
         fingerprint=spec.fingerprint(ref.hash),
         spec=spec.model_dump(mode="json"),
         model=ref.to_dict(),
+        output=output_without_source(spec, ref),
         hold=LEASE_SECONDS,
     )
     lease = store.acquire(record.id, seconds=LEASE_SECONDS)
     assert lease is not None
     store.release(lease, "failed", error=str(error))
-    record = store.get(record.id)
-    delivery.conclude(store, record, sink_of(record), error=error)
-    return record
+    conclude(store.engine, record.id, error=error)
+    return store.get(record.id)
 
 
 def _still_there(record: JobRecord, sink: Sink) -> bool:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from tally.config import settings
 from tally.errors import JobStateError
-from tally.jobs.assemble import make_scorer, output_sink
-from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobRecord, JobStore
-from tally.models.reference import ModelRef
-from tally.sinks.base import Sink
+from tally.sinks.base import OutputDescription, Sink
+from tally.sinks.factory import reopen
 
 
 def discard(store: JobStore, record: JobRecord) -> None:
@@ -29,5 +27,4 @@ def release(record: JobRecord) -> None:
 
 def sink_of(record: JobRecord) -> Sink:
     """Where the job's results are, for reading or removing them."""
-    spec = JobSpec(**record.spec)
-    return output_sink(spec, make_scorer(spec, ModelRef.from_dict(record.model)), None, video=spec.media == "video")
+    return reopen(OutputDescription.from_json(record.output))

@@ -1,7 +1,7 @@
 """Where the registry keeps the content of its versions: a folder, or a bucket that a whole team sees.
 
-Content stands under its hash and never changes. In a folder it gets its name when all of it is there; in a bucket its
-list of files is written last (see :mod:`tally.models.mirror`), and removed first.
+Content is named by its hash and never changes. A folder gets that name only when it is complete; in a bucket, the list
+of files is written last (see :mod:`tally.models.mirror`) and removed first.
 """
 
 from __future__ import annotations
@@ -16,39 +16,42 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from tally.errors import ModelChangedError, ModelNotFoundError, StorageError
-from tally.models import mirror as origin
+from tally.models import mirror
 from tally.models.hashing import check_content, content_files
 from tally.storage import Store, is_url, local_of, open_store
 
 _CHANGED = "the registry's copy was changed"
 
 
-class Shelf(ABC):
-    """Content under its hash (``sha256:...``). ``name``, for messages, is what it is content of."""
+class BlobStore(ABC):
+    """Content under its hash (``sha256:...``). ``name``, for messages, says what it is the content of."""
 
     @abstractmethod
     def address(self, digest: str) -> str:
         """The path or URL of the content's folder."""
 
     @abstractmethod
-    def origin(self, digest: str) -> str | None:
-        """From where other machines fetch it; None if they do not."""
+    def mirror(self, digest: str) -> str | None:
+        """The folder that other machines fetch the content from; None if they need not."""
 
     @abstractmethod
-    def making(self) -> AbstractContextManager[Path]:
-        """A folder in which content can be made before it is put."""
+    def building(self) -> AbstractContextManager[Path]:
+        """A temporary folder to build content in, for :meth:`put`."""
 
     @abstractmethod
     def put(self, package: Path, digest: str) -> None:
-        """Keep what is in a folder that :meth:`making` gave. What is there already stays, unless it is damaged."""
+        """Keep the content of a folder in what :meth:`building` gave. Existing content stays, unless it is damaged."""
 
     @abstractmethod
     def has(self, digest: str) -> bool:
-        """Whether all of it is there; it is not read."""
+        """Whether the content is complete, without reading it."""
 
     @abstractmethod
     def check(self, digest: str, name: str) -> None:
-        """Compare what is kept with its hash. Raises ModelChangedError, ModelNotFoundError, StorageError."""
+        """Read what is kept, and compare it with its hash.
+
+        Raises ModelChangedError, ModelNotFoundError, StorageError.
+        """
 
     @abstractmethod
     def fetch(self, digest: str, name: str) -> Path:
@@ -56,23 +59,23 @@ class Shelf(ABC):
 
     @abstractmethod
     def remove(self, digest: str) -> None:
-        """Remove it, as far as it is there."""
+        """Remove the content, or what is left of it."""
 
 
-def open_shelf(root: str | Path) -> Shelf:
-    """The shelf in a folder, or in a bucket given as a URL."""
+def open_blobs(root: str | Path) -> BlobStore:
+    """The blobs in a folder, or in a bucket given as a URL."""
     text = str(root)
     if is_url(text) and not text.lower().startswith("file:"):
-        return BucketShelf(text)
-    return FolderShelf(Path(local_of(text) if is_url(text) else text))
+        return BucketBlobs(text)
+    return FolderBlobs(Path(local_of(text) if is_url(text) else text))
 
 
-def _mend(name: str) -> str:
+def _repair(name: str) -> str:
     model = name.removeprefix("models:/").rpartition("/")[0] or "NAME"
-    return f"Add the original again, and it is mended: tally models add {model} MODEL"
+    return f"Add the original again to repair it: tally models add {model} MODEL"
 
 
-class FolderShelf(Shelf):
+class FolderBlobs(BlobStore):
     def __init__(self, root: Path) -> None:
         self.root = root
 
@@ -82,11 +85,11 @@ class FolderShelf(Shelf):
     def address(self, digest: str) -> str:
         return str(self._folder(digest))
 
-    def origin(self, digest: str) -> str | None:
+    def mirror(self, digest: str) -> str | None:
         return None  # those that see the folder need not fetch it
 
     @contextmanager
-    def making(self) -> Iterator[Path]:
+    def building(self) -> Iterator[Path]:
         parent = self.root / "sha256"
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix=".adding-") as temporary:
@@ -101,7 +104,7 @@ class FolderShelf(Shelf):
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
         try:
-            check_content(digest, kept, (".",), digest)
+            check_content(digest, kept, (".",), digest, reread=True)
         except ModelChangedError:  # what was just made is right
             kept.rename(package.with_name("damaged"))
             package.rename(kept)
@@ -110,22 +113,25 @@ class FolderShelf(Shelf):
         return self._folder(digest).is_dir()
 
     def check(self, digest: str, name: str) -> None:
+        self._compare(digest, name, reread=True)
+
+    def _compare(self, digest: str, name: str, *, reread: bool) -> None:
         folder = self._folder(digest)
         if not folder.is_dir():
             raise ModelNotFoundError(
                 f"{name}: its content is not on this machine ({platform.node()}): there is no {folder}"
             )
-        check_content(name, folder, (".",), digest, what=_CHANGED, hint=_mend(name))
+        check_content(name, folder, (".",), digest, reread=reread, what=_CHANGED, hint=_repair(name))
 
     def fetch(self, digest: str, name: str) -> Path:
-        self.check(digest, name)
+        self._compare(digest, name, reread=False)
         return self._folder(digest)
 
     def remove(self, digest: str) -> None:
         shutil.rmtree(self._folder(digest), ignore_errors=True)
 
 
-class BucketShelf(Shelf):
+class BucketBlobs(BlobStore):
     def __init__(self, root: str) -> None:
         self.root = open_store(root).url
 
@@ -135,11 +141,11 @@ class BucketShelf(Shelf):
     def address(self, digest: str) -> str:
         return f"{self.root}/sha256/{digest.removeprefix('sha256:')}"
 
-    def origin(self, digest: str) -> str | None:
+    def mirror(self, digest: str) -> str | None:
         return self.address(digest)
 
     @contextmanager
-    def making(self) -> Iterator[Path]:
+    def building(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="tally-adding-") as temporary:
             yield Path(temporary)
 
@@ -147,23 +153,23 @@ class BucketShelf(Shelf):
         with suppress(ModelChangedError, ModelNotFoundError):
             self.check(digest, digest)
             return
-        origin.put(digest, self._store(digest), content_files(package, (".",)), digest)
+        mirror.put(digest, self._store(digest), content_files(package, (".",)), digest)
 
     def has(self, digest: str) -> bool:
-        return origin.is_whole(self._store(digest), digest)
+        return mirror.is_whole(self._store(digest), digest)
 
     def check(self, digest: str, name: str) -> None:
         self._whole(digest, name)
         with tempfile.TemporaryDirectory(prefix="tally-checking-") as temporary:
             try:
-                origin.copy(name, self._store(digest), (".",), digest, Path(temporary))
+                mirror.copy(name, self._store(digest), (".",), digest, Path(temporary))
             except ModelChangedError as error:
                 raise self._changed(digest, name) from error
 
     def fetch(self, digest: str, name: str) -> Path:
         self._whole(digest, name)
         try:
-            return origin.fetch(name, self.address(digest), (".",), digest)
+            return mirror.fetch(name, self.address(digest), (".",), digest)
         except ModelChangedError as error:
             raise self._changed(digest, name) from error
 
@@ -171,16 +177,16 @@ class BucketShelf(Shelf):
         if self.has(digest):
             return
         store = self._store(digest)
-        if store.exists(origin.CONTENTS):
+        if store.exists(mirror.CONTENTS):
             raise self._changed(digest, name)
         raise ModelNotFoundError(f"{name}: its content is not, or not all of it, at {store.url}")
 
     def _changed(self, digest: str, name: str) -> ModelChangedError:
-        return ModelChangedError(f"{name}: {_CHANGED}: {self.address(digest)}", hint=_mend(name))
+        return ModelChangedError(f"{name}: {_CHANGED}: {self.address(digest)}", hint=_repair(name))
 
     def remove(self, digest: str) -> None:
         try:
-            origin.discard(self._store(digest))
+            mirror.discard(self._store(digest))
         except StorageError as error:
             error.message = f"the version is removed, its content is not: {error.message}"
             raise

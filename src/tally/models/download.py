@@ -1,7 +1,7 @@
 """Models on the web and in buckets, fetched once.
 
-From the web they are kept under their checksum. In a bucket, objects carry a mark that changes with their content:
-what was fetched counts as long as the marks are the same there, and the checksums here.
+Models from the web are kept under their checksum. A bucket's objects have a mark that changes with their content: a
+fetched copy is used again while the marks in the bucket and the checksums here stay the same.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ import urllib.request
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tally.config import settings
 from tally.errors import ModelChangedError, ModelLoadError, ModelNotFoundError, SpecError, StorageError
-from tally.models.hashing import counts, external_names, file_hash
+from tally.models import kinds
+from tally.models.base import is_suffix
+from tally.models.hashing import counts, known_hash
 from tally.models.mirror import build
 from tally.models.mirror import download as copy
 from tally.models.package import sidecar
+from tally.models.readable import check_readable
 from tally.storage import Store, cache_folder, open_store
 from tally.text import did_you_mean
 
@@ -42,8 +45,9 @@ def download(url: str) -> Path:
     if parts.scheme != "https":
         raise SpecError(f"models come from https:// URLs, not {parts.scheme}://: {url}")
     name = unquote(parts.path).rpartition("/")[2]
-    if Path(name).suffix.lower() not in (".onnx", ".py"):
-        raise SpecError(f"the URL must name an .onnx or .py file, not {name!r}: {url}")
+    if (claimed := kinds.claiming(name)) is None or name in claimed.markers:
+        suffixes = ", ".join(filter(is_suffix, kinds.claims()))
+        raise SpecError(f"the URL must name a model file ({suffixes}), not {name!r}: {url}")
     wanted = parts.fragment.removeprefix("sha256=").lower()
     if parts.fragment and not re.fullmatch(r"sha256=[0-9A-Fa-f]{64}", parts.fragment):
         raise SpecError(f"the URL must end in #sha256= and 64 hexadecimal digits, not #{parts.fragment}")
@@ -56,7 +60,7 @@ def download(url: str) -> Path:
             hint=f"If what is there now is right, write {plain}#sha256={found}",
         )
     kept = folder / wanted / name
-    if not kept.is_file() or file_hash(kept).hex() != wanted:
+    if not kept.is_file() or known_hash(kept).hex() != wanted:
         found = _fetch(plain, folder, name)
         if found != wanted:
             raise ModelChangedError(
@@ -96,16 +100,16 @@ def model(url: str) -> tuple[Path, str]:
     """
     above, name = _parted(url)
     if name and open_store(above).exists(name):
-        if name not in ("tally.yaml", "MLmodel"):
-            return _beside(above, name) / name, above
-        return folder(above) / name, above
+        if name == "tally.yaml" or ((claimed := kinds.claiming(name)) is not None and name in claimed.markers):
+            return folder(above) / name, above
+        return _beside(above, name) / name, above
     place = url.rstrip("/")
     store = open_store(place)
-    if not any(store.exists(each) for each in ("tally.yaml", "MLmodel")):
+    if not any(store.exists(each) for each in chain(["tally.yaml"], kinds.markers())):
         there = [entry.name for entry in islice(store.list(), 1000)]
         if not there:
             raise _not_there(url, above, name)
-        shown = [each for each in there if "/" not in each and each.endswith((".onnx", ".py"))][:3]
+        shown = [each for each in there if "/" not in each and kinds.claiming(each)][:3]
         raise ModelLoadError(
             f"{url} is a folder without a tally.yaml",
             hint=f"Give a file in it ({', '.join(shown)}), or make it a package: 'tally new package' writes one."
@@ -155,7 +159,8 @@ def _not_there(url: str, above: str, name: str) -> ModelNotFoundError:
 def _beside(above: str, name: str) -> Path:
     store = open_store(above)
     names = [name]
-    if name.endswith(".py"):
+    claimed = kinds.claiming(name)
+    if claimed is not None and claimed.entry:
         found = store.list(enter=lambda name: False)
         names += [entry.name for entry in found if entry.name.endswith(".py") and entry.name != name]
     elif store.exists(f"{name}.yaml"):
@@ -164,13 +169,15 @@ def _beside(above: str, name: str) -> Path:
 
 
 def _belonging(path: Path) -> list[str]:
-    """Names of files that a model file, with its options beside it, says are part of it."""
+    """Names of files that a model file, with the options beside it, says are part of it."""
     names: list[str] = []
     with suppress(SpecError):  # whoever opens the model says what is wrong
         if isinstance(labels := sidecar(path).get("labels"), str):
             names.append(labels)
-    if path.suffix.lower() == ".onnx" and path.stat().st_size:
-        names += external_names(path)
+    with suppress(ModelLoadError):
+        check_readable(path, trusted=True)
+        if (kind := kinds.of_name(path.name)) is not None:
+            names += kind.companions(path)
     return [each for each in names if each.isprintable() and each and each[0] != "/" and ".." not in each.split("/")]
 
 
@@ -190,14 +197,14 @@ def _fetched(place: str, names: Iterable[str], *, of: str | None = None) -> Path
             more = [each for each in _belonging(inner / of) if each not in marks and store.exists(each)]
             copy(store, more, inner)
             marks |= _marks(store, more)
-        kept = {name: [mark, file_hash(inner / name).hex()] for name, mark in marks.items()}
+        kept = {name: [mark, known_hash(inner / name).hex()] for name, mark in marks.items()}
         (new / _MARKS).write_text(json.dumps(kept))
 
     def right(there: Path) -> bool:
         try:
             kept = json.loads((there / _MARKS).read_text())
             more = [name for name in kept if name not in known]
-            same = all(file_hash(there / last / name).hex() == found for name, (_, found) in kept.items())
+            same = all(known_hash(there / last / name).hex() == found for name, (_, found) in kept.items())
             return same and _marks(store, more) == {name: kept[name][0] for name in more}
         except (OSError, ValueError):
             return False

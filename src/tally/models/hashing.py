@@ -1,13 +1,17 @@
-"""A model's content and the hash that names it."""
+"""A model's content and the hash that names it.
+
+A process reads a file's content once: :func:`known_hash` remembers it for as long as the file system says that the
+file has not changed.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
-import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tally.errors import ModelChangedError
 
@@ -45,9 +49,13 @@ def counts(name: str) -> bool:
     return not any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
 
 
-def content_hash(location: Path, files: Sequence[str] = (".",)) -> str:
-    """``sha256:...`` over every file's name and content (see :func:`content_files`), read in blocks."""
-    return combined((name, file_hash(path)) for name, path in content_files(location, files))
+def content_hash(location: Path, files: Sequence[str] = (".",), *, reread: bool = False) -> str:
+    """``sha256:...`` over every file's name and content (see :func:`content_files`).
+
+    reread: read also what this process has read before, to find damage that the file system knows nothing of.
+    """
+    hashed = file_hash if reread else known_hash
+    return combined((name, hashed(path)) for name, path in content_files(location, files))
 
 
 def combined(files: Iterable[tuple[str, bytes]]) -> str:
@@ -64,18 +72,60 @@ def file_hash(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
+def known_hash(path: Path) -> bytes:
+    """SHA-256 of one file, read only if this process has not read the same content of it before."""
+    identity = _identity(path)
+    remembered = _known.get(identity)
+    if remembered is not None:
+        return remembered
+    digest = file_hash(path)
+    # A change within the clock's tick leaves the times as they were, so a file that young is read again next time.
+    if time.time_ns() - identity.changed > 2 * _TICK and _identity(path) == identity:
+        if len(_known) >= _KNOWN_LIMIT:
+            _known.clear()
+        _known[identity] = digest
+    return digest
+
+
+class _Identity(NamedTuple):
+    """A file as it is now, under any name. Writing changes ``changed`` (nanoseconds), which no program can set back."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+def _identity(path: Path) -> _Identity:
+    found = path.stat()
+    return _Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+_known: dict[_Identity, bytes] = {}
+_KNOWN_LIMIT = 100_000
+
+# Linux stamps files with its coarse clock, which ticks every 1 to 10 ms.
+_COARSE: int | None = getattr(time, "CLOCK_REALTIME_COARSE", None)
+_TICK = 10_000_000 if _COARSE is None else round(time.clock_getres(_COARSE) * 1e9)
+
+
 def check_content(
     name: str,
     location: Path,
     files: Sequence[str],
     wanted: str,
     *,
+    reread: bool = False,
     what: str = "it changed since the job began",
     hint: str = "Bring the old content back, or start a new job with the content that is there now.",
 ) -> None:
-    """Raises ModelChangedError, saying ``what`` happened, unless the content has the hash ``wanted``."""
+    """Raises ModelChangedError, saying ``what`` happened, unless the content has the hash ``wanted``.
+
+    reread: as of :func:`content_hash`.
+    """
     try:
-        found = content_hash(location, files)
+        found = content_hash(location, files, reread=reread)
     except OSError as error:
         raise ModelChangedError(
             f"model {name}: {what}: {error.filename} cannot be read ({error.strerror})", hint=hint
@@ -84,23 +134,3 @@ def check_content(
         raise ModelChangedError(
             f"model {name}: {what}: {location} has the content {found[:19]}..., not {wanted[:19]}...", hint=hint
         )
-
-
-def external_names(path: Path) -> list[str]:
-    """Names of the files that an ONNX model says hold its large weights.
-
-    Each tensor names its file in a protobuf entry ``{key: "location", value: name}``. Searching for that
-    entry's bytes finds them without reading gigabytes of protobuf into memory.
-    """
-    names: set[str] = set()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for match in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", content):
-            low, *high = match[1]
-            length = (low & 0x7F) | (high[0] << 7 if high else 0)
-            names.add(os.fsdecode(content[match.end() : match.end() + length]))
-    return sorted(name for name in names if not os.path.isabs(name))  # noqa: PTH117
-
-
-def external_data(path: Path) -> list[str]:
-    """Files beside an ONNX model that hold its large weights."""
-    return [name for name in external_names(path) if (path.parent / name).is_file()]

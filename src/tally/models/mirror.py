@@ -1,11 +1,11 @@
-"""A model's content away from here: its origin, from where every machine that needs it fetches it once.
+"""A model's mirror: a folder, mostly in a bucket, from where every machine that needs the model's content fetches it.
 
-An origin is a folder, mostly of a bucket. Either it is a user's own, and holds what the user keeps there; or
-:func:`carry` or the registry wrote it, and then ``CONTENTS``, which is written last, lists its files with their
-checksums: content without its list is not whole and does not count.
+A mirror is either the user's own folder, or one that :func:`upload_to_mirror` or the registry wrote. The latter has a
+list of its files with their checksums, ``CONTENTS``, which is written last: content without its list is incomplete
+and does not count.
 
-What is fetched is kept in the cache under its hash, and gets its name there when all of it was compared with that
-hash. Of the processes of a machine one fetches, and the others wait for it.
+Fetched content is kept in the cache under its hash. It gets that name only after all of it matched the hash. One
+process of a machine fetches, the others wait for it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from tally.errors import ModelChangedError, ModelNotFoundError, SourceNotFoundError, StorageError
-from tally.models.hashing import check_content, combined, content_files, content_hash, counts, file_hash
+from tally.errors import ModelChangedError, ModelNotFoundError, SourceNotFoundError, StorageError, TallyError
+from tally.models.hashing import check_content, combined, content_files, content_hash, counts, known_hash
 from tally.models.reference import ModelRef
 
 if TYPE_CHECKING:
     from tally.storage import Store
 
 CONTENTS = ".tally-contents.json"
-"""The list of an origin's files: ``{"hash": ..., "files": {name: [bytes, sha256]}}``."""
+"""The list of a mirror's files: ``{"hash": ..., "files": {name: [bytes, sha256]}}``."""
 
 _AT_ONCE = 16
 """Files that are copied at the same time."""
@@ -48,13 +48,13 @@ _EVERYWHERE = (
 def fetched(ref: ModelRef) -> ModelRef:
     """The reference with its content on this machine, checked: where it was resolved, or else fetched.
 
-    Raises ModelNotFoundError where it is neither here nor at its origin, ModelChangedError where there is other
-    content than it is known by, StorageError.
+    Raises ModelNotFoundError where it is neither here nor at its mirror, ModelChangedError where the content does not
+    have the reference's hash, StorageError.
     """
     try:
         check_content(str(ref), ref.location, ref.files, ref.hash)
     except ModelChangedError:
-        if ref.origin is None:
+        if ref.mirror is None:
             if is_here(ref, any):
                 raise
             raise ModelNotFoundError(
@@ -62,7 +62,7 @@ def fetched(ref: ModelRef) -> ModelRef:
             ) from None
     else:
         return ref
-    return _moved(ref, fetch(str(ref), ref.origin, _inside(ref.files), ref.hash))
+    return _moved(ref, fetch(str(ref), ref.mirror, _inside(ref.files), ref.hash))
 
 
 def is_here(ref: ModelRef, test: Callable[[Iterable[bool]], bool] = all) -> bool:
@@ -70,30 +70,52 @@ def is_here(ref: ModelRef, test: Callable[[Iterable[bool]], bool] = all) -> bool
     return test((ref.location / each).exists() for each in ref.files)
 
 
-def carry(ref: ModelRef, place: Store | str) -> ModelRef:
-    """The reference with an origin: its content is copied below ``place``, under its hash, unless it is there already.
+def upload_to_mirror(ref: ModelRef, place: Store | str) -> ModelRef:
+    """The reference with a mirror: its content is copied below ``place``, under its hash, unless it is there already.
 
-    place: where all machines see it. A model that has an origin of its own stays as it is.
+    place: where all machines see it. A model that has a mirror of its own stays as it is.
     Raises ModelChangedError, ModelNotFoundError where it is not on this machine, StorageError.
     """
     from tally.storage import open_store
 
     root = open_store(place) if isinstance(place, str) else place
-    origin = f"{root.url}/{ref.hash.removeprefix('sha256:')}"
-    if ref.origin not in (None, origin):
+    mirror = f"{root.url}/{ref.hash.removeprefix('sha256:')}"
+    if ref.mirror not in (None, mirror):
         return ref
-    store = open_store(origin)
+    store = open_store(mirror)
     if not is_whole(store, ref.hash):
         if not is_here(ref, any):
-            fetched(replace(ref, origin=None))  # says so
+            fetched(replace(ref, mirror=None))  # says so
         put(str(ref), store, content_files(ref.location, ref.files), ref.hash)
-    return replace(ref, origin=origin)
+    return replace(ref, mirror=mirror)
 
 
-def carried_to(ref: ModelRef) -> str | None:
-    """The place that :func:`carry` was given, if it gave the reference its origin."""
-    folder, _, last = (ref.origin or "").rpartition("/")
+def uploaded_below(ref: ModelRef) -> str | None:
+    """The place that :func:`upload_to_mirror` was given, if it gave the reference its mirror."""
+    folder, _, last = (ref.mirror or "").rpartition("/")
     return folder if last and last == ref.hash.removeprefix("sha256:") else None
+
+
+def at_mirror(ref: ModelRef, folder: Path, mirror: str) -> ModelRef:
+    """The reference of a model whose folder was fetched from its mirror.
+
+    Files that lie elsewhere (labels, say) are not in the mirror: then the reference has none.
+    """
+    assumed = tuple(line.replace(str(folder), mirror) for line in ref.assumed)
+    complete = not any(os.path.isabs(each) for each in ref.files)  # noqa: PTH117
+    return replace(ref, assumed=assumed, mirror=mirror if complete else None)
+
+
+@contextmanager
+def errors_name(mirror: str, *, instead_of: Path) -> Iterator[None]:
+    """Errors name the place that the user gave, not its copy in the cache."""
+    try:
+        yield
+    except TallyError as error:
+        error.message = error.message.replace(str(instead_of), mirror)
+        if error.hint is not None:
+            error.hint = error.hint.replace(str(instead_of), mirror)
+        raise
 
 
 def _inside(files: Sequence[str]) -> tuple[str, ...]:
@@ -106,17 +128,17 @@ def _moved(ref: ModelRef, folder: Path) -> ModelRef:
     return replace(ref, location=folder, files=_inside(ref.files), artifacts=artifacts)
 
 
-# ----------------------------------------------------------------------------------------------- origins
+# ----------------------------------------------------------------------------------------------- mirrors
 
 
 def put(name: str, store: Store, files: Iterable[tuple[str, Path]], wanted: str) -> None:
-    """Write content to an origin, the list of it last. files: names and paths; wanted: the hash that they must have.
+    """Write content to a mirror, the list of it last. files: names and paths; wanted: the hash that they must have.
 
     Raises ModelChangedError, StorageError.
     """
     named = dict(files)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        digests = dict(zip(named, pool.map(file_hash, named.values()), strict=True))
+        digests = dict(zip(named, pool.map(known_hash, named.values()), strict=True))
         if combined(digests.items()) != wanted:
             raise ModelChangedError(f"model {name}: it changed while it was copied to {store.url}", hint="Start again.")
         list(pool.map(store.upload, named, named.values()))
@@ -125,7 +147,7 @@ def put(name: str, store: Store, files: Iterable[tuple[str, Path]], wanted: str)
 
 
 def is_whole(store: Store, wanted: str) -> bool:
-    """Whether an origin's list is there and its files have the sizes that it says."""
+    """Whether a mirror's list is there and its files have the sizes that it says."""
     listed = _listed(store, wanted)
     if listed is None:
         return False
@@ -139,15 +161,15 @@ def discard(store: Store) -> None:
     store.delete_tree()
 
 
-def fetch(name: str, origin: str, files: Sequence[str], wanted: str) -> Path:
+def fetch(name: str, mirror: str, files: Sequence[str], wanted: str) -> Path:
     """The folder of the cache with the content of this hash, fetched unless it is there and right.
 
-    name: of the model, for messages. files: what of the origin counts; folders are taken with all that is in them.
+    name: of the model, for messages. files: what of the mirror counts; folders are taken with all that is in them.
     Raises ModelNotFoundError, ModelChangedError, StorageError.
     """
     from tally.storage import cache_folder, open_store
 
-    store = open_store(origin)
+    store = open_store(mirror)
 
     def fill(folder: Path) -> None:
         copy(name, store, files, wanted, folder)
@@ -162,7 +184,7 @@ def fetch(name: str, origin: str, files: Sequence[str], wanted: str) -> Path:
 
 
 def copy(name: str, store: Store, files: Sequence[str], wanted: str, folder: Path) -> None:
-    """Copy an origin's content to a folder, and compare it with its hash."""
+    """Copy a mirror's content to a folder, and compare it with its hash."""
     listed = _listed(store, wanted)
     damaged = ModelChangedError(
         f"model {name}: what {store.url} holds is not its content ({wanted[:19]}...)",
@@ -173,7 +195,7 @@ def copy(name: str, store: Store, files: Sequence[str], wanted: str, folder: Pat
             download(store, _names(store, files), folder)
         else:
             download(store, listed, folder)
-            wrong = [each for each, (_, digest) in listed.items() if file_hash(folder / each).hex() != digest]
+            wrong = [each for each, (_, digest) in listed.items() if known_hash(folder / each).hex() != digest]
             download(store, wrong, folder)  # once more: a connection may have been at fault
             for each in files:  # an empty folder, which no store has
                 if not any(each in (".", other) or other.startswith(f"{each}/") for other in listed):
@@ -188,7 +210,7 @@ def copy(name: str, store: Store, files: Sequence[str], wanted: str, folder: Pat
 
 
 def _listed(store: Store, wanted: str) -> Mapping[str, tuple[int, str]] | None:
-    """Name, size and SHA-256 of an origin's files; None without a list of this very content."""
+    """Name, size and SHA-256 of a mirror's files; None without a list of this very content."""
     try:
         listed = json.loads(store.read(CONTENTS))
         files = {name: (int(size), str(digest)) for name, (size, digest) in listed["files"].items()}
@@ -196,7 +218,7 @@ def _listed(store: Store, wanted: str) -> Mapping[str, tuple[int, str]] | None:
         return files if listed["hash"] == combined(digests) == wanted else None
     except SourceNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError):  # not what anybody wrote
+    except (ValueError, KeyError, TypeError, AttributeError):  # not a list that Tally wrote
         return None
 
 
@@ -224,6 +246,7 @@ def download(store: Store, names: Iterable[str], folder: Path) -> None:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             store.download(name, target)
+            _protect(target)
         except StorageError:
             raise
         except OSError as error:
@@ -251,9 +274,9 @@ def _harmless(name: str) -> str:
 
 
 def build(folder: Path, right: Callable[[Path], bool], fill: Callable[[Path], None]) -> Path:
-    """The folder, filled unless it is there and right. It gets its name when all of it is there.
+    """The folder, filled unless a right one is there. It gets its name only when it is complete.
 
-    Of the processes that want it at the same time one fills it, and the others wait.
+    If several processes want it at the same time, one fills it and the others wait.
     """
     if right(folder):
         return folder
@@ -274,7 +297,7 @@ def build(folder: Path, right: Callable[[Path], bool], fill: Callable[[Path], No
 
 def _fill(folder: Path, right: Callable[[Path], bool], fill: Callable[[Path], None], *, alone: bool) -> None:
     prefix = f".{folder.name}-"
-    if alone:  # left by those that were killed
+    if alone:  # left by killed processes
         for each in folder.parent.glob(f"{prefix}*"):
             shutil.rmtree(each, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
@@ -284,7 +307,7 @@ def _fill(folder: Path, right: Callable[[Path], bool], fill: Callable[[Path], No
         fill(new)
         for path in new.rglob("*"):
             if path.is_file():
-                path.chmod(path.stat().st_mode & 0o555)
+                _protect(path)
         with suppress(FileNotFoundError):
             folder.rename(part / "old")
         try:
@@ -294,6 +317,13 @@ def _fill(folder: Path, right: Callable[[Path], bool], fill: Callable[[Path], No
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _protect(path: Path) -> None:
+    """Let nobody write to a file by mistake."""
+    mode = path.stat().st_mode
+    if mode & 0o222:
+        path.chmod(mode & 0o555)
 
 
 @contextmanager

@@ -1,25 +1,31 @@
-"""What users write in ``tally.yaml`` and in options, checked: every problem is reported, with close matches."""
+"""Model packages: reading a ``tally.yaml``, with every problem reported, and writing a model as a package."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tally.errors import SpecError
-from tally.models.reference import BATCH_LIMIT, FILES
+from tally.models import kinds
+from tally.models.hashing import content_files
+from tally.models.labels import read_labels
+from tally.models.reference import BATCH_LIMIT, ModelRef
 from tally.text import did_you_mean
 
 
 class Package(BaseModel):
     """The fields of a ``tally.yaml``.
 
-    file: a model whose name ends as ``FILES`` says; or entry: ``file.py``, ``file.py:Class`` or ``module:Class``. All
-    paths are relative to the package. artifacts: folder handed to ``Scorer.load``; the package itself if left out.
+    kind: as :mod:`tally.models.kinds` names it.
+    file: a model file, or the one that makes a folder a model; or entry: ``file.py``, ``file.py:Class`` or
+        ``module:Class``. All paths are relative to the package.
+    artifacts: folder handed to ``Scorer.load``; the package itself if left out.
     options: of the scorer. requires_trust: the model runs code that its artifacts carry (pickles).
     """
 
@@ -27,25 +33,13 @@ class Package(BaseModel):
 
     name: str | None = Field(default=None, min_length=1)
     description: str | None = None
-    kind: Literal["onnx", "onnx_table", "sklearn", "pyfunc", "packed", "script", "python"] | None = None
+    kind: str | None = None
     file: str | None = None
     entry: str | None = None
     artifacts: str | None = None
     batch_size: int | None = Field(default=None, ge=1, le=BATCH_LIMIT)
     options: dict[str, Any] = {}
     requires_trust: bool = False
-
-
-class ScriptOptions(BaseModel):
-    """Options of a script; see :class:`tally.scorers.scripts.script.ScriptScorer`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    form: Literal["auto", "mini_batch", "raw", "bytes", "json", "dataframe"] = "auto"
-    features: list[str] | None = None
-    batch_size: int | None = Field(default=None, ge=1, le=BATCH_LIMIT)
-    arguments: list[str] = []
-    columns: dict[str, str] | None = None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -77,6 +71,9 @@ def read_package(path: Path) -> Package:
         problems += problems_of(error, list(Package.model_fields))
     if (raw.get("file") is None) == (raw.get("entry") is None):
         problems.append("name the model with either file (an .onnx file, say) or entry (a .py file, or module:Class)")
+    if isinstance(kind := raw.get("kind"), str) and not kinds.has_files(kind):
+        known = [each for each in kinds.names() if kinds.has_files(each)]
+        problems.append(f"kind: there is no kind {kind!r}{did_you_mean(kind, known)} (there are {', '.join(known)})")
     for name in ("file", "entry", "artifacts"):
         if isinstance(value := raw.get(name), str):
             problems += _misplaced(path.parent, name, value)
@@ -94,24 +91,16 @@ def _misplaced(folder: Path, name: str, value: str) -> list[str]:
             place = f"{file}.py"
         elif ":" in value:
             return []  # module:Class
-    suffixes = {"file": FILES, "entry": (".py",)}.get(name, ())
-    if suffixes and not place.endswith(suffixes) and not place.lower().endswith(suffixes):
-        return [f"{name}: {value!r} does not end in {' or '.join(suffixes)}"]
+    if name in ("file", "entry"):
+        claimed = kinds.claiming(place)
+        if claimed is None or claimed.entry != (name == "entry"):
+            return [f"{name}: {value!r} does not end in {' or '.join(kinds.claims(entry=name == 'entry'))}"]
     if os.path.isabs(place) or os.path.normpath(place).startswith(".."):  # noqa: PTH117
         return [f"{name}: {value!r} lies outside the package"]
     if (folder / place).is_dir() if name == "artifacts" else (folder / place).is_file():
         return []
     there = sorted(each.name for each in folder.iterdir())
     return [f"{name}: there is no {place!r} in the package{did_you_mean(place, there)}"]
-
-
-def script_options(path: Path, options: Mapping[str, Any]) -> ScriptOptions:
-    """Options given for the script at ``path``. Raises SpecError with every problem."""
-    try:
-        return ScriptOptions.model_validate(dict(options))
-    except ValidationError as error:
-        found = problems_of(error, list(ScriptOptions.model_fields))
-        raise SpecError([f"{path.name}: {each}" for each in found]) from None
 
 
 def problems_of(error: ValidationError, known: Sequence[str]) -> list[str]:
@@ -124,3 +113,56 @@ def problems_of(error: ValidationError, known: Sequence[str]) -> list[str]:
         else:
             found.append(f"{where}: {each['msg'][0].lower()}{each['msg'][1:]} (given: {each['input']!r})")
     return found
+
+
+def write_package(ref: ModelRef, folder: Path) -> None:
+    """Copy a model's files to a new folder, with a ``tally.yaml`` that says all that was resolved.
+
+    Files become read-only. Raises SpecError for models that are not files of their own.
+    """
+    kind = kinds.get(ref.kind)
+    described = kind.package(ref)
+    folder.mkdir()
+    options = _said(described.pop("options"))
+    # What belongs to a model file and lies elsewhere are labels, which the options hold too.
+    files = [each for each in ref.files if kind.traits.entry or not Path(each).is_absolute()]
+    for name, path in content_files(ref.location, files):
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    yaml_file = folder / "tally.yaml"
+    fields: dict[str, Any] = yaml.safe_load(yaml_file.read_text("utf-8")) if yaml_file.exists() else {}
+    fields |= {"kind": ref.kind, "options": options}
+    if ref.trusted and kind.traits.runs_code:
+        fields["requires_trust"] = True
+    fields |= described
+    labels = options.get("labels")
+    if "labels" in kind.traits.flags and isinstance(labels, Sequence) and not isinstance(labels, str):
+        options["labels"] = _write_labels(labels, folder / ref.artifacts)
+    if (size := options.pop("batch_size", None)) is not None:
+        fields["batch_size"] = size
+    yaml_file.write_text(yaml.safe_dump(fields, allow_unicode=True), "utf-8")
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            Path(parent, name).chmod(0o444)
+
+
+def _said(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those that have no value."""
+    return {
+        name: _said(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if value is not None
+    }
+
+
+def _write_labels(labels: Sequence[str], folder: Path) -> str | list[str]:
+    """Labels as the name of a new file, or themselves where a file could not hold them."""
+    path = folder / "labels.txt"
+    if path.exists():
+        return [*labels]
+    path.write_text("".join(f"{label}\n" for label in labels), "utf-8")
+    if read_labels(path) == [*labels]:
+        return path.name
+    path.unlink()
+    return [*labels]

@@ -9,10 +9,8 @@ and any number of processes may use one registry.
 from __future__ import annotations
 
 import builtins
-import os
 import platform
 import re
-import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,11 +23,11 @@ import sqlalchemy as sa
 
 from tally.database.tables import model_alias_history, model_aliases, model_versions
 from tally.errors import ModelError, ModelNotFoundError, SpecError, StorageError
-from tally.models.blobs import open_shelf
+from tally.models.blobs import open_blobs
 from tally.models.hashing import content_files, content_hash
 from tally.models.mirror import fetched
+from tally.models.package import write_package
 from tally.models.reference import ModelRef
-from tally.models.resolve import resolve
 from tally.text import did_you_mean
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
@@ -45,7 +43,7 @@ class ModelVersion:
     """One version of one model.
 
     location: path or URL of the package's folder. bytes: size of its files.
-    added_on: the machine, None if that is not known. metadata: what was said when it was added.
+    added_on: the machine, None if that is not known. metadata: given when it was added.
     existed: :meth:`Registry.add` found this very content, and added nothing.
     assumed: lines for the user: what was guessed about the model when it was added.
     """
@@ -119,7 +117,7 @@ class RegisteredModel:
 def open_registry() -> Registry:
     """The registry of this installation, as the environment's settings say."""
     from tally.config import settings
-    from tally.jobs.store import connect
+    from tally.database.connect import connect
 
     where = settings()
     return Registry(connect(where.database), where.registry)
@@ -132,30 +130,30 @@ class Registry:
     def __init__(self, engine: sa.Engine, root: str | Path) -> None:
         self.engine = engine
         self.root = root
-        self._shelf = open_shelf(root)
+        self._blobs = open_blobs(root)
 
     def add(
         self,
         name: str,
-        model: ModelRef | str | Path,
+        model: ModelRef,
         *,
         alias: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> ModelVersion:
         """Copy a model into the registry as the next version of ``name``.
 
-        model: a path or a registry name, as :func:`tally.models.resolve.resolve` takes it, or its result.
+        model: from :func:`tally.models.resolve.resolve`.
         metadata: anything JSON can hold; ``metrics`` in it is shown by ``tally models show``.
         Content that ``name`` already has is not added again: that version is returned, with ``existed``.
         """
         _check_name("name", name)
         if alias is not None:
             _check_alias(alias)
-        ref = fetched(model if isinstance(model, ModelRef) else resolve(model))
+        ref = fetched(model)
         digest, size = self._store(ref)
         facts = {**(metadata or {}), _ADDED_ON: platform.node()}
         version, existed = self._insert(name, digest, ref.kind, size, facts)
-        if not self._shelf.has(digest):  # the last other use of it was removed meanwhile
+        if not self._blobs.has(digest):  # the last other use of it was removed meanwhile
             self._store(ref)
         if alias is not None:
             self.alias(name, alias, version)
@@ -273,17 +271,17 @@ class Registry:
         """
         found = self._version(name, version)
         with self._explained(found):
-            self._shelf.check(found.hash, str(found))
+            self._blobs.check(found.hash, str(found))
         return found
 
     def fetch(self, version: ModelVersion) -> Path:
         """A folder of this machine with a version's package, checked. Raises as :meth:`verify` does."""
         with self._explained(version):
-            return self._shelf.fetch(version.hash, str(version))
+            return self._blobs.fetch(version.hash, str(version))
 
-    def origin(self, version: ModelVersion) -> str | None:
+    def mirror(self, version: ModelVersion) -> str | None:
         """The URL from where every machine fetches a version's content; None if the registry is a folder."""
-        return self._shelf.origin(version.hash)
+        return self._blobs.mirror(version.hash)
 
     @contextmanager
     def _explained(self, version: ModelVersion) -> Iterator[None]:
@@ -293,7 +291,7 @@ class Registry:
         except ModelNotFoundError as error:
             here = platform.node()
             name = version.name
-            if version.added_on in (None, here) or self._shelf.origin(version.hash) is not None:
+            if version.added_on in (None, here) or self._blobs.mirror(version.hash) is not None:
                 error.hint = (
                     "Is TALLY_REGISTRY what it was when the model was added? If so, add the model again: "
                     f"tally models add {name} MODEL"
@@ -335,7 +333,7 @@ class Registry:
                 .where(model_versions.c.hash == found.hash, model_versions.c.removed_at.is_(None))
             )
         if not kept:
-            self._shelf.remove(found.hash)
+            self._blobs.remove(found.hash)
 
     # rows
 
@@ -361,7 +359,7 @@ class Registry:
                 kind=row.kind,
                 bytes=row.bytes,
                 created_at=_time(row.created_at),
-                location=self._shelf.address(row.hash),
+                location=self._blobs.address(row.hash),
                 added_on=row.facts.get(_ADDED_ON),
                 metadata={key: value for key, value in row.facts.items() if key != _ADDED_ON},
                 aliases=tuple(pointing.get((row.name, row.version), ())),
@@ -452,12 +450,12 @@ class Registry:
     def _store(self, ref: ModelRef) -> tuple[str, int]:
         """Copy the model's package to where its hash says; the hash and its size in bytes."""
         try:
-            with self._shelf.making() as folder:
+            with self._blobs.building() as folder:
                 package = folder / "package"
                 write_package(ref, package)
                 digest = content_hash(package)
                 size = sum(path.stat().st_size for _, path in content_files(package, (".",)))
-                self._shelf.put(package, digest)
+                self._blobs.put(package, digest)
         except StorageError:
             raise
         except OSError as error:
@@ -466,82 +464,6 @@ class Registry:
                 hint="Set TALLY_REGISTRY, or TALLY_HOME, to a folder with enough room that can be written to.",
             ) from error
         return digest, size
-
-
-def write_package(ref: ModelRef, folder: Path) -> None:
-    """Copy a model's files to a new folder, with a ``tally.yaml`` that says all that was resolved.
-
-    Files become read-only. Raises SpecError for models that are not files of their own.
-    """
-    import yaml
-
-    if ref.kind == "object" or (ref.kind == "python" and ".py:" not in ref.entry):
-        raise SpecError(
-            f"{ref.name} is {'a Python object' if ref.kind == 'object' else 'an importable class'}, "
-            "which a registry cannot keep",
-            hint="Register the .py file that defines it, or a package: 'tally new package NAME'.",
-        )
-    if ref.kind == "keyed":
-        raise SpecError(
-            f"{ref.name} is a file for each key, which a registry cannot keep one by one",
-            hint=f"Put them into one: tally models pack '{ref.name}' --by COLUMNS --out FOLDER --name NAME",
-        )
-    folder.mkdir()
-    # What a model of tables says about itself is asked of it again.
-    options = _said(ref.options if ref.kind in ("onnx", "script", "python") else ref.declared)
-    is_file = ref.kind not in ("script", "python")
-    # What belongs to an ONNX model and lies elsewhere are labels, which the options hold too.
-    files = [each for each in ref.files if not is_file or not Path(each).is_absolute()]
-    for name, path in content_files(ref.location, files):
-        copy = folder / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-    described = folder / "tally.yaml"
-    fields: dict[str, Any] = yaml.safe_load(described.read_text("utf-8")) if described.exists() else {}
-    fields |= {"kind": ref.kind, "options": options}
-    if ref.trusted and ref.kind in ("sklearn", "pyfunc", "packed"):
-        fields["requires_trust"] = True
-    if is_file:
-        fields["file"] = ref.entry
-        for known in ("file", "classes", "batch"):  # inspecting the model tells them
-            options.pop(known, None)
-        if isinstance(options.get("labels"), Sequence) and not isinstance(options["labels"], str):
-            options["labels"] = _write_labels(options["labels"], folder / ref.artifacts)
-    else:
-        fields["entry"] = ref.entry
-        if ref.artifacts != ".":
-            artifacts = ref.location / ref.artifacts
-            inside = artifacts.is_relative_to(ref.location)
-            fields["artifacts"] = str(artifacts.relative_to(ref.location)) if inside else artifacts.name
-    if (size := options.pop("batch_size", None)) is not None:
-        fields["batch_size"] = size
-    described.write_text(yaml.safe_dump(fields, allow_unicode=True), "utf-8")
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            Path(parent, name).chmod(0o444)
-
-
-def _said(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without what was left open."""
-    return {
-        name: _said(value) if isinstance(value, Mapping) else value
-        for name, value in options.items()
-        if value is not None
-    }
-
-
-def _write_labels(labels: Sequence[str], folder: Path) -> str | builtins.list[str]:
-    """Labels as the name of a new file, or themselves where a file could not hold them."""
-    from tally.scorers.vision.processing import read_labels
-
-    path = folder / "labels.txt"
-    if path.exists():
-        return [*labels]
-    path.write_text("".join(f"{label}\n" for label in labels), "utf-8")
-    if read_labels(path) == [*labels]:
-        return path.name
-    path.unlink()
-    return [*labels]
 
 
 def _earlier(changes: Sequence[tuple[int, str]], there: Collection[int]) -> int | None:

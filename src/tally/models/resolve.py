@@ -7,62 +7,29 @@ small, JSON-able and names the content by its hash. Workers turn that into a sco
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import inspect
-import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-from tally.errors import (
-    ModelLoadError,
-    ModelNotFoundError,
-    SpecError,
-    StorageError,
-    TallyError,
-    UntrustedModelError,
-)
-from tally.models.hashing import check_content, content_hash, external_data
-from tally.models.mirror import carried_to, carry, fetched, is_here
-from tally.models.package import read_package, script_options, sidecar
-from tally.models.reference import FILES, Kind, ModelRef
-from tally.scorers.base import Scorer
-from tally.scorers.scripts.classes import check_options, import_class, local_modules, scorer_class
+from tally.errors import ModelLoadError, ModelNotFoundError, SpecError, UntrustedModelError
+from tally.models import kinds
+from tally.models.base import Candidate, Flag, Form, Kind, ModelRequest
+from tally.models.mirror import at_mirror, errors_name
+from tally.models.package import read_package, sidecar
+from tally.models.readable import check_readable
+from tally.models.reference import ModelRef
 from tally.text import closest
 
-SUPPORTED = (
-    ".onnx and .skops files, .py files (init() and run(), or a Scorer), and folders with a tally.yaml or an MLmodel"
-)
-PICKLES = frozenset({".pkl", ".pickle", ".joblib", ".pt", ".pth", ".th"})
-"""Suffixes of files whose opening can run code that they carry."""
-_ESTIMATORS = frozenset({".skops", ".joblib", ".pkl", ".pickle"})
+if TYPE_CHECKING:
+    from tally.scorers.base import Scorer
 
 _PLACEHOLDER = re.compile(r"\{[^{}]+\}")
 _IMPORTABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """What the user said beside the model."""
-
-    task: str | None
-    labels: str | None
-    artifacts: str | None
-    settings: Mapping[str, Any]
-    by: Sequence[str]
-    trust: bool
-
-    def only_for(self, names: Sequence[str], what: str, why: str) -> None:
-        """Raises SpecError if any of the flags ``names`` was given: ``what`` has no use for it."""
-        if wrong := [f"--{name}" for name in names if getattr(self, name) is not None]:
-            raise SpecError(f"{' and '.join(wrong)} cannot be used with {what}", hint=why)
+_FLAGS: tuple[Flag, ...] = ("task", "labels", "artifacts")
 
 
 def resolve(
@@ -77,10 +44,10 @@ def resolve(
 ) -> ModelRef:
     """Find a model, check it without scoring anything, and name it by its content.
 
-    model: a ``.onnx`` or ``.skops`` file, a ``.py`` file, a folder with ``tally.yaml`` or ``MLmodel``,
-        ``package.module:Class``, ``models:/name``, ``models:/name/3``, ``models:/name@alias``, a file or folder in
-        a bucket, an ``https://`` URL that ends in ``#sha256=...``, or a Scorer (an object or a class); with ``by``,
-        columns of a table, also one file for each key, ``models/{column}.skops``.
+    model: a file of one of the :mod:`~tally.models.kinds` of model, a folder with ``tally.yaml`` or one that a
+        framework made, ``package.module:Class``, ``models:/name``, ``models:/name/3``, ``models:/name@alias``, a file
+        or folder in a bucket, an ``https://`` URL that ends in ``#sha256=...``, or a Scorer (an object or a class);
+        with ``by``, columns of a table, also one file for each key, ``models/{column}.skops``.
     labels, artifacts: paths, or URLs in a bucket.
     settings: options that override what the package declares; keys may be dotted
         (``{"preprocess.channels": "bgr"}``).
@@ -88,39 +55,46 @@ def resolve(
 
     Raises SpecError, ModelNotFoundError, ModelLoadError, ModelChangedError, UntrustedModelError.
     """
-    given = _Given(task, _given_file(labels), _given_folder(artifacts), settings, by, trust)
-    if given.artifacts is not None and not Path(given.artifacts).is_dir():
-        raise SpecError(f"there is no folder {given.artifacts!r}", hint="--artifacts names the folder of weights.")
-    if given.labels is not None and not Path(given.labels).is_file():
-        raise SpecError(f"there is no file {given.labels!r}", hint="--labels names a text file, one label per line.")
+    request = ModelRequest(task, _local_file(labels), _local_folder(artifacts), settings, by, trust)
+    if request.artifacts is not None and not Path(request.artifacts).is_dir():
+        raise SpecError(f"there is no folder {request.artifacts!r}", hint="--artifacts names the folder of weights.")
+    if request.labels is not None and not Path(request.labels).is_file():
+        raise SpecError(f"there is no file {request.labels!r}", hint="--labels names a text file, one label per line.")
     if not isinstance(model, (str, Path)):
-        return _from_object(model, given)
-    return _from_text(str(model), given)
+        name = (model if isinstance(model, type) else type(model)).__name__
+        return _resolved(kinds.of_form("object"), Candidate(f"the object {name}", name, value=model), request)
+    return _from_text(str(model), request)
 
 
-def _from_text(text: str, given: _Given) -> ModelRef:
+def refreshed(ref: ModelRef) -> ModelRef:
+    """The model with what has been added since it was resolved, such as files of keys that had none. The rest must not
+    have changed. Raises ModelChangedError."""
+    return kinds.get(ref.kind).refreshed(ref)
+
+
+def _from_text(text: str, request: ModelRequest) -> ModelRef:
     """A model by what the user wrote."""
     if text.startswith("models:/"):
-        return _from_registry(text, given)
+        return _from_registry(text, request)
     if _URL.match(text):
-        return _from_url(text, given)
+        return _from_url(text, request)
     path = _absolute(text)
     if path.exists():
-        return _from_path(path, given)
+        return _from_path(path, request)
     if _PLACEHOLDER.search(text):
-        return _keyed(text, given)
+        return _in_form("template", text, "a model for each key", request)
     file, separator, name = text.rpartition(".py:")
     if separator:
         path = _absolute(f"{file}.py")
         if path.is_file():
-            return _code(path.parent, f"{path.name}:{name}", given)
+            return _from_code(Candidate(f"the Python file {path.name}", f"{path.name}:{name}", path.parent), request)
         text = f"{file}.py"
     elif _IMPORTABLE.fullmatch(text):
-        return _from_import(text, given)
+        return _in_form("class", text, f"the class {text}", request)
     raise _not_found(text, path)
 
 
-def _given_file(place: str | Path | None) -> str | None:
+def _local_file(place: str | Path | None) -> str | None:
     if place is None or not _URL.match(str(place)):
         return None if place is None else str(_absolute(place))
     from tally.models.download import file
@@ -128,7 +102,7 @@ def _given_file(place: str | Path | None) -> str | None:
     return str(file(str(place)))
 
 
-def _given_folder(place: str | Path | None) -> str | None:
+def _local_folder(place: str | Path | None) -> str | None:
     if place is None or not _URL.match(str(place)):
         return None if place is None else str(_absolute(place))
     from tally.models.download import folder
@@ -136,41 +110,23 @@ def _given_folder(place: str | Path | None) -> str | None:
     return str(folder(str(place)))
 
 
-def _from_url(url: str, given: _Given) -> ModelRef:
+def _from_url(url: str, request: ModelRequest) -> ModelRef:
     """A model on the web, in a bucket, or a ``file://``."""
     from tally.models.download import download, model
     from tally.storage import local_of
 
     scheme = url.partition(":")[0].lower()
     if scheme in ("http", "https"):
-        return _from_path(download(url), given)
+        return _from_path(download(url), request)
     if scheme == "file":
-        return _from_text(local_of(url), given)
+        return _from_text(local_of(url), request)
     if _PLACEHOLDER.search(url):
-        return _keyed(url, given)
-    path, origin = model(url)
-    with _told_as(path if path.is_dir() else path.parent, origin):
-        ref = _from_path(path, given)
-    return _at_origin(ref, path if path.is_dir() else path.parent, origin)
-
-
-def _at_origin(ref: ModelRef, folder: Path, origin: str) -> ModelRef:
-    """The reference of a model whose folder was fetched. What lies elsewhere (labels, say) has no place there."""
-    assumed = tuple(line.replace(str(folder), origin) for line in ref.assumed)
-    alone = not any(os.path.isabs(each) for each in ref.files)  # noqa: PTH117
-    return replace(ref, assumed=assumed, origin=origin if alone else None)
-
-
-@contextmanager
-def _told_as(folder: Path, origin: str) -> Iterator[None]:
-    """What goes wrong is told of the place that the user gave, not of the copy in the cache."""
-    try:
-        yield
-    except TallyError as error:
-        error.message = error.message.replace(str(folder), origin)
-        if error.hint is not None:
-            error.hint = error.hint.replace(str(folder), origin)
-        raise
+        return _in_form("template", url, "a model for each key", request)
+    path, mirror = model(url)
+    folder = path if path.is_dir() else path.parent
+    with errors_name(mirror, instead_of=folder):
+        ref = _from_path(path, request)
+    return at_mirror(ref, folder, mirror)
 
 
 def _absolute(path: str | Path) -> Path:
@@ -178,9 +134,6 @@ def _absolute(path: str | Path) -> Path:
 
 
 def _not_found(text: str, path: Path) -> ModelNotFoundError:
-    hint = (
-        f"A model is one of {SUPPORTED}, package.module:Class, models:/name, or a URL: s3://, az://, gs:// or https://."
-    )
     try:
         names = [each.name for each in path.parent.iterdir()]
     except OSError:
@@ -189,69 +142,47 @@ def _not_found(text: str, path: Path) -> ModelNotFoundError:
         hint = f"Did you mean {os.path.join(os.path.dirname(text), close)}?"  # noqa: PTH118, PTH120
     elif re.fullmatch(r"[a-z0-9][a-z0-9._-]*(@[\w.-]+)?", text) and "." not in text:
         hint = f"A registered model is written models:/{text}; 'tally models list' shows them."
+    else:
+        hint = (
+            f"A model is one of {kinds.supported()}, package.module:Class, models:/name, or a URL: "
+            "s3://, az://, gs:// or https://."
+        )
     return ModelNotFoundError(f"there is no model at {text!r}", hint=hint)
 
 
-def _from_path(path: Path, given: _Given) -> ModelRef:
+def _from_path(path: Path, request: ModelRequest) -> ModelRef:
     if path.is_dir():
-        return _from_package(path, given)
-    if path.name == "tally.yaml":
-        return _from_package(path.parent, given)
-    _check_readable(path, given.trust)
-    suffix = path.suffix.lower()
-    if suffix == ".py":
-        return _code(path.parent, path.name, given)
-    if path.name.endswith(FILES) or suffix in FILES:
-        return _file(path.parent, path.name, (), sidecar(path), given)
+        return _from_folder(path, request)
+    claimed = None if path.name == "tally.yaml" else kinds.claiming(path.name)
+    if path.name == "tally.yaml" or (claimed is not None and path.name in claimed.markers):
+        return _from_folder(path.parent, request)
+    check_readable(path, trusted=request.trust)
+    if claimed is not None and claimed.entry:
+        return _from_code(Candidate(f"the Python file {path.name}", path.name, path.parent), request)
+    return _from_file(Candidate(f"the model {path.name}", path.name, path.parent, declared=sidecar(path)), request)
+
+
+def _from_folder(folder: Path, request: ModelRequest) -> ModelRef:
+    """A package, or a folder that a framework makes."""
+    described = folder / "tally.yaml"
+    if described.is_file():
+        return _from_package(described, request)
+    for marker in kinds.markers():
+        if (folder / marker).is_file():
+            found = _from_file(Candidate(f"the model {folder.name}", marker, folder, files=(".",)), request)
+            return replace(found, name=folder.name)
+    models = sorted(each.name for each in folder.iterdir() if kinds.claiming(each.name) is not None)[:3]
     raise ModelLoadError(
-        f"{path}: {suffix + ' files' if suffix else 'files without a suffix'} cannot be scored",
-        hint=f"Supported are {SUPPORTED}.",
+        f"{folder} is a folder without a tally.yaml",
+        hint=f"Give a file in it ({', '.join(models)}), or make a package: tally new package NAME --from FILE"
+        if models
+        else "A model package is a folder with a tally.yaml: 'tally new package NAME' writes one.",
     )
 
 
-def _check_readable(path: Path, trust: bool) -> None:
-    """Refuse what is no model at all, and what would run code when opened."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise ModelLoadError(f"{path} cannot be read: {error.strerror}") from None
-    if not head:
-        raise ModelLoadError(f"{path} is empty (0 bytes)", hint="Was it copied or downloaded completely?")
-    if head.startswith(b"version https://git-lfs"):
-        raise ModelLoadError(
-            f"{path} is a Git LFS pointer of {path.stat().st_size} bytes, not the model itself",
-            hint="Fetch the content with 'git lfs pull' in the repository that it comes from.",
-        )
-    # Pickles begin with the byte 0x80 and the number of their protocol.
-    if path.suffix.lower() in PICKLES or head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        if not trust:
-            raise UntrustedModelError(
-                f"{path} is a pickle: opening it runs whatever code it carries",
-                hint="If you know who made it, give --trust. Better: save it with skops, or export it to ONNX.",
-            )
-        if path.suffix.lower() not in _ESTIMATORS:
-            raise ModelLoadError(
-                f"{path}: pickles of this kind cannot be scored, not even trusted ones",
-                hint=f"Supported are {SUPPORTED}. Of pickles, those of scikit-learn are that end in .pkl, .pickle or "
-                ".joblib. Export the model to ONNX, or open it in a script's init().",
-            )
-
-
-def _from_package(folder: Path, given: _Given) -> ModelRef:
-    described = folder / "tally.yaml"
-    if not described.is_file() and (folder / "MLmodel").is_file():
-        return replace(_file(folder, "MLmodel", (".",), {}, given), name=folder.name)
-    if not described.is_file():
-        models = sorted(each.name for each in folder.iterdir() if each.suffix.lower() in (".onnx", ".py"))[:3]
-        raise ModelLoadError(
-            f"{folder} is a folder without a tally.yaml",
-            hint=f"Give a file in it ({', '.join(models)}), or make a package: tally new package NAME --from FILE"
-            if models
-            else "A model package is a folder with a tally.yaml: 'tally new package NAME' writes one.",
-        )
-    package = read_package(described)
-    if package.requires_trust and not given.trust:
+def _from_package(described: Path, request: ModelRequest) -> ModelRef:
+    folder, package = described.parent, read_package(described)
+    if package.requires_trust and not request.trust:
         raise UntrustedModelError(
             f"{folder}: the package says that it needs trust: it runs code that its artifacts carry",
             hint="If you know who made it, give --trust.",
@@ -259,334 +190,58 @@ def _from_package(folder: Path, given: _Given) -> ModelRef:
     options = package.options
     if package.batch_size is not None:
         options = {**options, "batch_size": package.batch_size}
+    name = package.file or package.entry or ""
+    found = Candidate(f"the model {name}", name, folder, (".",), options, package.artifacts)
     if package.file is not None:
-        _check_readable(folder / package.file, given.trust)
-        ref = _file(folder, package.file, (".",), options, given)
+        check_readable(folder / package.file, trusted=request.trust)
+        ref = _from_file(found, request, package.kind)
+    elif ".py" in name:
+        ref = _from_code(replace(found, shown=f"the Python file {name}"), request)
     else:
-        entry = package.entry or ""
-        if ".py" in entry:
-            ref = _code(folder, entry, given, (".",), options, package.artifacts)
-        else:
-            ref = _imported(folder, entry, (".",), options, given, package.artifacts)
+        ref = _resolved(kinds.of_form("class"), replace(found, shown=f"the class {name}"), request)
     if package.kind not in (None, ref.kind):
         raise SpecError(f"{described}: kind: is {package.kind}, but what it names is of kind {ref.kind}")
     return replace(ref, name=package.name or folder.name)
 
 
-def _merged(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with the dotted settings put in their places."""
-    merged = copy.deepcopy(dict(options))
-    problems = []
-    for key, value in settings.items():
-        *path, last = key.split(".")
-        inner: Any = merged
-        for part in path:
-            inner = inner.setdefault(part, {})
-            if not isinstance(inner, dict):
-                problems.append(f"{key}: {part} is a value ({inner!r}) and has nothing inside it")
-                break
-        else:
-            inner[last] = value
-    if problems:
-        raise SpecError(problems)
-    return merged
+def _from_file(found: Candidate, request: ModelRequest, wanted: str | None = None) -> ModelRef:
+    kind = kinds.of_file(found.path, wanted)
+    if kind is None:
+        suffix = found.path.suffix.lower()
+        raise ModelLoadError(
+            f"{found.path}: {suffix + ' files' if suffix else 'files without a suffix'} cannot be scored",
+            hint=f"Supported are {kinds.supported()}. Packages that add other kinds must be installed here.",
+        )
+    return _resolved(kind, found, request)
 
 
-def _file(folder: Path, name: str, files: tuple[str, ...], declared: Mapping[str, Any], given: _Given) -> ModelRef:
-    """A model that is a file, or the folder that ``MLmodel`` describes."""
-    path = folder / name
-    kind = _kind(path)
-    given.only_for(["artifacts"], f"the model {name}", "It is for scripts; external weights are found by themselves.")
-    if not kind.startswith("onnx"):
-        given.only_for(["task", "labels"], f"the model {name}", "They describe ONNX models.")
-    options = _merged(declared, given.settings)
-    if given.task is not None:
-        options["task"] = given.task
-    covered = files or (name, *(external_data(path) if kind.startswith("onnx") else ()))
-    labels = given.labels or options.get("labels")
-    if isinstance(labels, str):
-        from tally.scorers.vision.processing import read_labels
-
-        covered = _cover(covered, folder, folder / labels)
-        place = folder / labels
-        # Scorers know only the model's own folder.
-        inside = place.is_relative_to(path.parent) and ".." not in place.parts
-        options["labels"] = str(place.relative_to(path.parent)) if inside else read_labels(place)
-    resolved = _inspect(kind, path, options, given.trust)
-    assumed = tuple(resolved.pop("assumed", ()))
-    return ModelRef(
-        kind=kind,
-        name=path.stem,
-        location=folder,
-        entry=name,
-        files=covered,
-        artifacts=str(Path(name).parent),
-        hash=content_hash(folder, covered),
-        options=resolved,
-        declared=options,
-        trusted=given.trust,
-        assumed=assumed,
-    )
+def _from_code(found: Candidate, request: ModelRequest) -> ModelRef:
+    """A Python file: one that names a class is of the kind that is given as a class."""
+    kind = kinds.of_form("class") if ":" in found.entry else kinds.of_file(found.path)
+    assert kind is not None
+    return _resolved(kind, found, request)
 
 
-def _kind(path: Path) -> Kind:
-    suffix = path.suffix.lower()
-    if suffix == ".onnx":
-        from tally.scorers.tabular.onnx import takes_table
-
-        return "onnx_table" if takes_table(path) else "onnx"
-    if path.name == "MLmodel":
-        return "pyfunc"
-    return "packed" if suffix == ".parquet" else "sklearn"
+def _in_form(form: Form, text: str, shown: str, request: ModelRequest) -> ModelRef:
+    return _resolved(kinds.of_form(form), Candidate(shown, text), request)
 
 
-def _inspect(kind: Kind, path: Path, options: Mapping[str, Any], trusted: bool) -> dict[str, Any]:
-    """The scorer's options, completed from what the model says about itself."""
-    if kind == "onnx":
-        from tally.scorers.onnx import scorer as onnx
-
-        return onnx.inspect(path, options)
-    if kind == "onnx_table":
-        from tally.scorers.tabular import onnx as onnx_table
-
-        return onnx_table.inspect(path, options)
-    if kind == "pyfunc":
-        from tally.scorers.tabular import pyfunc
-
-        return pyfunc.inspect(path.parent, options, trusted=trusted)
-    if kind == "packed":
-        from tally.scorers.per_key import packed
-
-        return packed.inspect(path, options, trusted=trusted)
-    from tally.scorers.tabular import sklearn
-
-    return _remembered(path, options, trusted, lambda: sklearn.inspect(path, options, trusted=trusted))
-
-
-def _remembered(
-    path: Path, options: Mapping[str, Any], trusted: bool, inspect: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """What was found out about this very content before: opening a scikit-learn model imports all of scikit-learn,
-    which takes seconds, and workers do it anyway."""
-    from importlib import metadata
-
-    from tally.storage import cache_folder, open_store
-
-    versions = []
-    for name in ("tally-scoring", "scikit-learn", "skops"):
-        with suppress(metadata.PackageNotFoundError):
-            versions.append(metadata.version(name))
-    facts = [versions, str(path), content_hash(path.parent, (path.name,)), dict(options), trusted]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    known = cache_folder() / "inspected" / f"{digest}.json"
-    with suppress(OSError, ValueError):
-        return cast("dict[str, Any]", json.loads(known.read_text("utf-8")))
-    found = inspect()
-    with suppress(StorageError):  # it is found out again
-        open_store(known.parent).write(known.name, json.dumps(found).encode())
-    return found
-
-
-def _keyed(template: str, given: _Given) -> ModelRef:
-    """One model file for each key of a table."""
-    from tally.scorers.per_key import files as keyed
-
-    if not given.by:
-        columns = ",".join(each[1:-1] for each in _PLACEHOLDER.findall(template))
+def _resolved(kind: Kind, found: Candidate, request: ModelRequest) -> ModelRef:
+    """The reference, unless the user gave an option that the kind does not take."""
+    if wrong := [flag for flag in _FLAGS if getattr(request, flag) is not None and flag not in kind.traits.flags]:
         raise SpecError(
-            f"{template!r} names a model for each key, and no columns make keys",
-            hint=f"Say which: --model-per {columns}='{template}'",
+            f"{' and '.join(f'--{flag}' for flag in wrong)} cannot be used with {found.shown}",
+            hint=" ".join(f"--{flag} is for models of kind {', '.join(kinds.taking(flag))}." for flag in wrong),
         )
-    given.only_for(["task", "labels", "artifacts"], "a model for each key", "They describe one model.")
-    local, origin = keyed.local_template(template, given.by)
-    folder, files = keyed.find(str(_absolute(local)), given.by)
-    if not given.trust:  # one that is damaged is its key's trouble alone
-        for name in files:
-            with suppress(ModelLoadError):
-                _check_readable(folder / name, given.trust)
-    within = str(_absolute(local).relative_to(folder))
-    with _told_as(folder, origin or str(folder)):
-        options = keyed.inspect(within, given.by, folder, files, _merged({}, given.settings), trusted=given.trust)
-    assumed = tuple(options.pop("assumed", ()))
-    return ModelRef(
-        kind="keyed",
-        name=template,
-        location=folder,
-        entry=within,
-        files=files,
-        hash=content_hash(folder, files),
-        options=options,
-        trusted=given.trust,
-        assumed=assumed,
-        origin=origin,
-    )
+    return kind.resolve(found, request)
 
 
-def _cover(files: tuple[str, ...], folder: Path, path: Path) -> tuple[str, ...]:
-    """The files to hash, and one more."""
-    if not path.is_relative_to(folder):
-        return (*files, str(path))
-    return files if "." in files else (*files, str(path.relative_to(folder)))
-
-
-def _code(
-    folder: Path,
-    name: str,
-    given: _Given,
-    files: tuple[str, ...] = (),
-    declared: Mapping[str, Any] = {},
-    artifacts: str | None = None,
-) -> ModelRef:
-    """A Python file: a script, or one that defines a Scorer."""
-    from tally.scorers.scripts.script import outline
-
-    given.only_for(["task", "labels"], f"the Python file {name}", "They describe ONNX models; code knows its own.")
-    file, _, wanted = name.partition(":")
-    path = folder / file
-    options = _merged(declared, given.settings)
-    assumed: tuple[str, ...] = ()
-    covered = files or tuple(str(each.relative_to(folder)) for each in local_modules(path))
-    place = given.artifacts or artifacts
-    if place is not None:
-        covered = _cover(covered, folder, folder / place)
-    kind: Kind
-    if not wanted and outline(path).is_script:
-        kind, entry, resolved = "script", file, _script(path, options)
-        if place is None and not files:
-            warning = f"AZUREML_MODEL_DIR: no --artifacts given, assumed {folder}; "
-            assumed = (warning + "weights that the script reads there are not part of the model's hash",)
-    else:
-        scorer = scorer_class(path, wanted)
-        kind, entry, resolved = (
-            "python",
-            f"{file}:{scorer.__name__}",
-            check_options(scorer, options, str(path)),
-        )
-    return ModelRef(
-        kind=kind,
-        name=path.stem,
-        location=folder,
-        entry=entry,
-        files=covered,
-        artifacts=place or ".",
-        hash=content_hash(folder, covered),
-        options=resolved,
-        trusted=given.trust,
-        assumed=assumed,
-    )
-
-
-def _script(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    from tally.scorers.scripts.script import form_of
-
-    resolved = script_options(path, options).model_dump(exclude_none=True)
-    if resolved["form"] == "auto":
-        resolved["form"] = form_of(path)
-    return resolved
-
-
-def _from_import(text: str, given: _Given) -> ModelRef:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as "python -m" does
-    return _imported(None, text, (), {}, given)
-
-
-def _imported(
-    folder: Path | None,
-    text: str,
-    files: tuple[str, ...],
-    declared: Mapping[str, Any],
-    given: _Given,
-    artifacts: str | None = None,
-) -> ModelRef:
-    """A class ``module:Class``; its module's file counts for the hash, or the whole package it is part of."""
-    given.only_for(["task", "labels"], f"the class {text}", "They describe ONNX models; code knows its own.")
-    scorer = import_class(text, folder)
-    options = check_options(scorer, _merged(declared, given.settings), text)
-    source = inspect.getsourcefile(scorer)
-    if source is None:
-        raise ModelLoadError(f"{text} has no source file")
-    root = Path(source).absolute().parents[scorer.__module__.count(".") + (Path(source).name == "__init__.py")]
-    covered = files or (str(Path(source).absolute().relative_to(root)),)
-    location = folder or root
-    if given.artifacts is not None:
-        covered = _cover(covered, location, Path(given.artifacts))
-    return ModelRef(
-        kind="python",
-        name=scorer.__name__,
-        location=location,
-        entry=text,
-        files=covered,
-        artifacts=given.artifacts or artifacts or ".",
-        hash=content_hash(location, covered),
-        options=options,
-        trusted=given.trust,
-    )
-
-
-def _from_object(model: object, given: _Given) -> ModelRef:
-    """A live Scorer, carried to the workers by its pickled form in a private file."""
-    kind = model if isinstance(model, type) else type(model)
-    if not issubclass(kind, Scorer):
-        raise SpecError(
-            f"a model is a path, a name or a tally.Scorer, not {model!r}",
-            hint=f"Supported paths are {SUPPORTED}.",
-        )
-    given.only_for(["task", "labels"], f"the object {kind.__name__}", "They describe ONNX models; code knows its own.")
-    if isinstance(model, type):
-        options = check_options(kind, given.settings, kind.__name__)
-    elif unknown := [name for name in given.settings if name != "batch_size"]:
-        raise SpecError(
-            f"{kind.__name__} is a finished object: {', '.join(unknown)} can no longer be set",
-            hint="Give the class instead of an object, or set it when making the object.",
-        )
-    else:
-        options = dict(given.settings)
-    from tally.scorers.scripts import pickled as live
-
-    folder = live.store(model, kind.__name__)
-    files: tuple[str, ...] = (live.PICKLED,)
-    if given.artifacts is not None:
-        files = _cover(files, folder, Path(given.artifacts))
-    return ModelRef(
-        kind="object",
-        name=kind.__name__,
-        location=folder,
-        entry=live.PICKLED,
-        files=files,
-        artifacts=given.artifacts or ".",
-        hash=content_hash(folder, files),
-        options=options,
-        trusted=True,
-    )
-
-
-def _from_registry(text: str, given: _Given) -> ModelRef:
+def _from_registry(text: str, request: ModelRequest) -> ModelRef:
     from tally.models.registry import open_registry
 
     registry = open_registry()
     version = registry.get(text)
     folder = registry.fetch(version)
-    ref = replace(_from_package(folder, given), name=version.name, version=version.version)
-    origin = registry.origin(version)
-    return ref if origin is None else _at_origin(ref, folder, origin)
-
-
-def refreshed(ref: ModelRef) -> ModelRef:
-    """The model with what has come since it was resolved: files of keys that had none. The others must not have
-    changed. Raises ModelChangedError."""
-    if ref.kind != "keyed":
-        return ref
-    said = {name: value for name in ("features", "batch_size") if (value := ref.options.get(name)) is not None}
-    given = _Given(None, None, None, said, ref.options["by"], ref.trusted)
-    if _URL.match(ref.name):
-        found = _keyed(ref.name, given)
-        check_content(str(ref), found.location, ref.files, ref.hash)
-        return found
-    if not is_here(ref, any):
-        fetched(ref)
-        return ref  # what is new comes to another machine
-    check_content(str(ref), ref.location, ref.files, ref.hash)
-    found = replace(_keyed(str(ref.location / ref.entry), given), name=ref.name)
-    place = carried_to(ref)
-    return found if place is None else carry(found, place)
+    ref = replace(_from_folder(folder, request), name=version.name, version=version.version)
+    mirror = registry.mirror(version)
+    return ref if mirror is None else at_mirror(ref, folder, mirror)

@@ -124,7 +124,7 @@ class Scorer:
     by: Sequence[str] = ()
     window: Window | None = None
 
-    def lacks(self, key: Mapping[str, Any]) -> str | None:
+    def missing_reason(self, key: Mapping[str, Any]) -> str | None:
         """Why there is no model for a key (column of ``by`` to value), or None where there is one.
 
         Asked before :meth:`load`, while a job is planned.

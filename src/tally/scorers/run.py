@@ -15,10 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tally.errors import ItemError, SpecError, TallyError
-from tally.media import images
 from tally.scorers.base import Item, Result, Scorer, TableResult
 from tally.storage import file_name, temporary
 from tally.text import did_you_mean, error_line, raised_at
@@ -194,16 +191,18 @@ def _fitting(scorer: Scorer, item: Item) -> Item:
     value, wanted = item.value, scorer.input
     if wanted in ("image", "frame"):
         if isinstance(value, (bytes, bytearray, memoryview)):
+            from tally.media import images  # with NumPy, which scorers of other values may not need
+
             picture, info = images.decode(bytes(value), scorer.size)
             return Item(item.key, picture, {**info, **item.info})
-        fits = isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3
+        fits = hasattr(value, "shape") and value.dtype == "uint8" and len(value.shape) == 3 and value.shape[2] == 3
         takes = "a picture: a file's content, or uint8[height, width, 3]"
     elif wanted == "path":
         fits, takes = isinstance(value, (str, Path)), "the path of a file"
     else:
         fits, takes = isinstance(value, (bytes, bytearray, memoryview)), "a file's content (bytes)"
     if not fits:
-        kind = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+        kind = f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
         raise ItemError(f"{type(scorer).__name__} takes {takes}, not {kind}", stage="prepare")
     return item
 

@@ -1,8 +1,8 @@
 """The sink contract: where results go.
 
 Workers write a chunk's results under names that carry the attempt's id. The coordinator commits one
-attempt per chunk, and in the end assembles the committed ones into the final output. What a lost or late
-attempt wrote is never read, and is swept away. The sink object is small and picklable.
+attempt per chunk, and in the end assembles the committed ones into the final output. The files of lost and late
+attempts are never read, and are removed. The sink object is small and picklable.
 
 Layout of an output folder while a job runs::
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from tally.errors import ItemError, SpecError
@@ -27,36 +27,34 @@ from tally.sources.base import Chunk, Source
 
 @dataclass(frozen=True, slots=True)
 class OutputDescription:
-    """What an output is. Kept with its job, it is all that is needed to find, read or remove the results.
+    """What an output is. It is kept with the job: finding, reading and removing the results takes nothing else.
 
-    kind: what the output holds. place: as :func:`tally.storage.normalised` writes it. merged: it is one file.
-    format: of the files; None where each item's name says it.
-    columns: of the rows besides the key, column name to Arrow type name; None where they are known only when rows are
-        there; empty where the output holds no rows.
-    order: a column that comes with the rows and is not written: it tells where in the source a row came from.
-    options: what else the sink was told, JSON-able.
+    kind: what the output holds. place: in the form of :func:`tally.storage.normalised`.
+    merged: whether it is one file; None if the end of ``place`` tells (as earlier versions kept it).
+    format: of the files; None if each item's name tells.
+    columns: of the rows, without the key: column name to Arrow type name. None if they are inferred from the rows;
+        empty if the output holds no rows.
+    order: a column that comes with the rows and is not written: their position in the source.
+    options: the sink's other options, JSON-able.
     """
 
     kind: Literal["rows", "images", "video"]
     place: str
-    merged: bool = False
+    merged: bool | None = False
     format: str | None = None
     columns: Mapping[str, str] | None = None
     order: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able. Columns are pairs: not every database keeps the order of an object's names."""
-        return {
-            **asdict(self),
-            "columns": None if self.columns is None else [list(each) for each in self.columns.items()],
-        }
+        """The description as JSON. Columns keep their order."""
+        return asdict(self)
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_json`."""
-        columns = fields.get("columns")
-        return cls(**{**fields, "columns": None if columns is None else dict(columns)})
+    def from_json(cls, description: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`. What else is there is passed over."""
+        known = {each.name for each in fields(cls)}
+        return cls(**{"merged": None, **{name: value for name, value in description.items() if name in known}})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ class Output:
     """What one attempt wrote: JSON-able, kept in the job store when the attempt is committed.
 
     files: paths relative to the staging folder. rows, bytes: totals.
-    facts: what the sink itself wants to know about these files when it assembles them.
+    facts: what the sink itself needs to assemble these files.
     """
 
     files: list[str] = field(default_factory=list)
@@ -82,12 +80,12 @@ class Writer(ABC):
     ) -> list[tuple[int, ItemError]]:
         """Take the results of one batch (no exceptions among them).
 
-        info: ``Batch.info`` of the same items: columns that stand between the key and the scorer's.
+        info: ``Batch.info`` of the same items: columns between the key and those of the scorer.
         Returns index and error of each that could not be written: those items are dead.
         """
 
     def add_table(self, keys: Any, rows: Any, info: Any | None = None) -> list[tuple[int, ItemError]]:
-        """As :meth:`add`, of results that are columns: one row for each item.
+        """As :meth:`add`, for results as columns, with one row for each item.
 
         keys: a ``pyarrow.Array`` of strings. rows, info: ``pyarrow.Table``.
         """
@@ -95,11 +93,11 @@ class Writer(ABC):
 
     @abstractmethod
     def close(self) -> Output:
-        """Make everything durable, and say what was written."""
+        """Make everything durable. Returns what was written."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Remove what was written; the attempt failed."""
+        """Remove what was written: the attempt failed."""
 
 
 class Sink(ABC):
@@ -107,17 +105,17 @@ class Sink(ABC):
 
     @abstractmethod
     def describe(self) -> OutputDescription:
-        """What the output is. :func:`tally.sinks.factory.reopen` makes an equal sink of it."""
+        """What the output is. :func:`tally.sinks.factory.reopen` makes an equal sink from it."""
 
     @property
     def place(self) -> str:
-        """Where the output is, for people and for looking it up: :attr:`OutputDescription.place`."""
+        """Where the output is: :attr:`OutputDescription.place`."""
         return self.describe().place
 
     @property
     def work(self) -> str | None:
-        """A folder (path or URL) that is the job's own until it ends, for what a source has to prepare, say; None if
-        the output has no room for that."""
+        """Path or URL of a folder that belongs to the job until it ends, for a source's work files, say. None if the
+        output has no such folder."""
         return None
 
     @property
@@ -126,7 +124,7 @@ class Sink(ABC):
         return False
 
     def check(self, source: Source) -> None:
-        """Before a job begins: raises SpecError where the source's results cannot be written here."""
+        """Before a job begins: raises SpecError if the results of this source cannot be written here."""
         if not source.bounded and not self.rolling:
             raise SpecError(
                 f"the source has no end, and {self.place} can only be written when a job ends",
@@ -135,24 +133,23 @@ class Sink(ABC):
 
     @abstractmethod
     def claim(self, job_id: str, *, overwrite: bool = False) -> None:
-        """Take the output place for this job, or find that it already has it.
+        """Reserve the output place for this job. The job may have it already.
 
-        overwrite: remove what an earlier, finished Tally job wrote there (only what its manifest lists).
-        Raises OutputExistsError when somebody else's files or another job are there, StorageError when
-        it cannot be written to.
+        overwrite: remove the results of an earlier, finished job there: the files that its manifest lists.
+        Raises OutputExistsError if other files or another job are there, StorageError if it cannot be written to.
         """
 
     @abstractmethod
     def holder(self) -> str | None:
-        """Id of the job whose claim or finished manifest is at the output place; None if there is none."""
+        """Id of the job whose claim or manifest is at the output place; None if there is none."""
 
     @abstractmethod
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest at the output place as it was published last; None while there is none."""
+        """The manifest at the output place, as published last; None while there is none."""
 
     @abstractmethod
     def open(self, attempt: str, chunk: Chunk) -> Writer:
-        """Start writing the results of one attempt at a chunk (in a worker)."""
+        """Start writing the results of one attempt at a chunk, in a worker."""
 
     @abstractmethod
     def finalize(
@@ -166,11 +163,11 @@ class Sink(ABC):
         """Assemble the committed outputs, in the order given, into the final files.
 
         dead: rows ``key, stage, error`` of the dead items, written beside the results.
-        manifest: facts about the job; ``generation`` in it counts how often the job was opened again
-        (``jobs retry``): results of earlier generations are kept and added to.
-        confirm: called before each step that changes what others see; raises if the output is not ours any more.
-        Writes ``_manifest.json``, then ``_SUCCESS``, then removes the staging folder. Repeating it after
-        a crash at any point gives the same files. Returns the manifest as written, with ``files``.
+        manifest: facts about the job. Its ``generation`` counts how often results were published before; they are
+        kept, and these are added.
+        confirm: called before each step that others see; raises if the output is no longer ours.
+        Writes ``_manifest.json``, then ``_SUCCESS``, then removes the staging folder. Repeated after a crash at any
+        point, it gives the same files. Returns the manifest as written, with ``files``.
         """
 
     def publish(
@@ -181,27 +178,27 @@ class Sink(ABC):
         *,
         confirm: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
-        """Publish a generation while the job goes on, as :meth:`finalize` would; only if :attr:`rolling`.
+        """Publish a generation of results while the job goes on. Only if :attr:`rolling`.
 
-        The claim stays, attempts in flight are left alone, and ``_SUCCESS`` is not written: readers trust
-        ``_manifest.json``. Each generation adds to those before it; :meth:`finalize` adds the last and ends the job.
-        outputs: of this generation only. Which those are has to be settled before: after a crash, the same are given
-        again, and what has been published is not published twice.
+        As :meth:`finalize`, but the claim stays, attempts in flight are left alone, and ``_SUCCESS`` is not written:
+        readers trust ``_manifest.json``. Each generation adds to those before it; :meth:`finalize` adds the last one.
+        outputs: those of this generation. They must be settled before the first call: a generation that is published
+        is not published again, whatever is given.
         """
         raise SpecError(f"{self.place} can only be written when the job ends")
 
     @abstractmethod
     def release(self) -> None:
-        """Remove staging files and the claim: the job is deleted or cancelled for good."""
+        """Remove staging files and the claim: the job was deleted or cancelled."""
 
     @abstractmethod
     def withdraw(self) -> None:
-        """The job is another coordinator's by now, and this one's workers have ended.
+        """Another coordinator has the job by now, and this one's workers have ended.
 
-        If the output is finished, remove what they staged since; else finalizing will.
+        If the output is finished, remove what they have staged since. Otherwise, finalizing will.
         """
 
     @abstractmethod
     def committed(self, outputs: Iterable[Output]) -> tuple[str, list[str]]:
-        """Where rows can be read now: format (``parquet``, ``csv``, ``jsonl``) and local paths or URLs,
-        from the final files if the job is finished, else from the attempts committed so far."""
+        """Where rows can be read now: format (``parquet``, ``csv``, ``jsonl``) and local paths or URLs of the final
+        files, and of what was committed since."""

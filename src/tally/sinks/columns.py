@@ -1,7 +1,7 @@
-"""Results to Arrow columns: types by name, building, and bringing different schemas together.
+"""Results as Arrow columns: types by name, building columns, and unifying schemas.
 
-Columns are built, never one-row tables: a batch of plain mappings costs under a microsecond a row.
-Only when a batch does not fit as a whole is it looked at value by value.
+A batch is built column by column, which costs less than a microsecond a row. It is built value by value only if it
+does not fit as a whole.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from tally.errors import ItemError, SpecError
 from tally.scorers.base import Result
+from tally.sinks.arrays import plain_array
 from tally.storage import key_of
 
 KEY = "key"
@@ -68,7 +69,7 @@ def _split(text: str) -> list[str]:
 
 
 def name_of(kind: pa.DataType) -> str:
-    """The name of an Arrow type, such that :func:`type_named` understands it."""
+    """The name of an Arrow type, as :func:`type_named` reads it."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return f"list<{name_of(kind.value_type)}>"
     if pa.types.is_struct(kind):
@@ -77,7 +78,7 @@ def name_of(kind: pa.DataType) -> str:
 
 
 def schema_of(columns: Mapping[str, str] | None) -> pa.Schema | None:
-    """The fixed schema that declared columns give, the key first; None where nothing is declared."""
+    """The schema of declared columns, with the key first; None if nothing is declared."""
     if columns is None:
         return None
     problems, fields = [], [pa.field(KEY, pa.string())]
@@ -113,7 +114,7 @@ def build(
 
 
 def _uniform(keys: Sequence[str], rows: Sequence[Any], schema: pa.Schema | None) -> pa.RecordBatch:
-    """Rows that all have the same columns, whose values all fit. Raises one of _UNFIT otherwise."""
+    """The batch of rows that all have the same columns, with values that fit. Raises one of _UNFIT otherwise."""
     names = list(rows[0]) if schema is None else schema.names[1:]
     if set(map(len, rows)) != {len(names)} or KEY in names:
         raise ValueError("not uniform")
@@ -128,13 +129,13 @@ def _uniform(keys: Sequence[str], rows: Sequence[Any], schema: pa.Schema | None)
 
 def _keys(keys: Sequence[str]) -> pa.Array:
     try:
-        return pa.array(keys, pa.string())
+        return _fit(list(keys), pa.string())
     except UnicodeEncodeError:
         return pa.array([printable(key) for key in keys], pa.string())
 
 
 def printable(text: str) -> str:
-    r"""The text as valid Unicode: bytes of a file name that are not UTF-8 are written ``\xff``."""
+    r"""The text as valid Unicode; a byte of a file name that is not UTF-8 is written ``\xff``."""
     try:
         return key_of(text)
     except UnicodeEncodeError:
@@ -142,7 +143,9 @@ def printable(text: str) -> str:
 
 
 def _fit(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """Values of a declared type. Arrow itself would cut 1.5 to 1 for an integer column."""
+    """An array of a declared type. Arrow by itself would cut 1.5 to 1 for an integer column."""
+    if (plain := plain_array(values, kind)) is not None:
+        return plain
     inner = kind
     while pa.types.is_list(inner):
         inner = inner.value_type
@@ -153,7 +156,13 @@ def _fit(values: list[Any], kind: pa.DataType) -> pa.Array:
     return array
 
 
+_INFERRED = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+
+
 def _infer(values: list[Any]) -> pa.Array:
+    expected = _INFERRED.get(type(values[0]))
+    if expected is not None and (plain := plain_array(values, expected)) is not None:
+        return plain
     array = pa.array(values)
     kind = array.type
     if pa.types.is_float16(kind):
@@ -162,7 +171,7 @@ def _infer(values: list[Any]) -> pa.Array:
         if pa.types.is_list(kind) and pa.types.is_float16(kind.value_type):
             return array.cast(pa.list_(pa.float32()))
         if pa.types.is_struct(kind) and not all(values):
-            # An empty mapping is as good as none: Parquet has no struct without fields.
+            # Null for an empty mapping: Parquet has no struct without fields.
             array = pa.array([value or None for value in values])
         if _has_empty_struct(array.type):
             return as_text(array)
@@ -176,7 +185,7 @@ def _has_empty_struct(kind: pa.DataType) -> bool:
 
 
 def assemble(keys: Any, rows: Any, info: Any | None, schema: pa.Schema | None) -> pa.RecordBatch | None:
-    """One record batch of results that are columns already, or None if they do not fit as they are.
+    """One record batch of results that are columns already; None if they do not fit as they are.
 
     keys: an array of strings. rows, info: tables of the same length; info's columns come first.
     """
@@ -214,7 +223,7 @@ def _safely(array: Any, kind: pa.DataType) -> Any:
 
 
 class _Careful:
-    """Builds a batch value by value: finds the items that do not fit, keeps all the others."""
+    """Builds a batch value by value: finds the items that do not fit, and keeps the others."""
 
     def __init__(self, keys: Sequence[str], results: Sequence[Result], schema: pa.Schema | None) -> None:
         self.keys, self.results, self.schema = keys, results, schema
@@ -304,7 +313,7 @@ def _single(value: Any, kind: pa.DataType | None) -> pa.Array:
 
 
 def _join(arrays: list[Any], kind: pa.DataType | None) -> tuple[pa.Array, bool]:
-    """Arrays of length 1 as one array, and whether their types had nothing but text in common."""
+    """Arrays of length 1 as one array, and whether their types had only text in common."""
     conflict = False
     if kind is None:
         kind = pa.null()
@@ -338,7 +347,7 @@ def _encodable(text: str) -> bool:
     return True
 
 
-# -- bringing schemas together --------------------------------------------------------------------------
+# -- unifying schemas -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,8 +361,8 @@ class Unified:
 def unify(schemas: Iterable[pa.Schema]) -> Unified:
     """The schema that can hold all of them, columns in order of first appearance.
 
-    int and float make float, null and anything makes that, structs gain fields; what has nothing in common
-    becomes text.
+    int and float become float, null and another type become that type, structs gain fields. Types with nothing in
+    common become text.
     """
     kinds: dict[str, pa.DataType] = {KEY: pa.string()}
     mixed: dict[str, None] = {}
@@ -372,7 +381,7 @@ def unify(schemas: Iterable[pa.Schema]) -> Unified:
 
 
 def _mark(schema: pa.Schema, mixed: list[str]) -> pa.Schema:
-    """Note in the schema which columns were turned into text, for the manifest in the end."""
+    """Note in the schema which columns became text; the manifest will say so."""
     return schema.with_metadata({_MIXED: json.dumps(mixed).encode()}) if mixed else schema
 
 
@@ -385,7 +394,7 @@ def concat(batches: Sequence[pa.RecordBatch], schema: pa.Schema | None) -> pa.Ta
 
 
 def conform(batch: Any, schema: pa.Schema) -> Any:
-    """A record batch or table with exactly these columns; those that it lacks are null."""
+    """The record batch or table with exactly these columns; missing ones are null."""
     if batch.schema.equals(schema):
         return batch
     arrays = [
@@ -398,7 +407,7 @@ def conform(batch: Any, schema: pa.Schema) -> Any:
 
 
 def merged(a: pa.DataType, b: pa.DataType) -> tuple[pa.DataType, bool]:
-    """The type that holds values of both, and whether that is text for want of anything better."""
+    """The type that holds the values of both, and whether it is text because they have nothing in common."""
     if a == b:
         return a, False
     if pa.types.is_timestamp(a) and pa.types.is_timestamp(b) and a.tz == b.tz:
@@ -419,7 +428,7 @@ def cast(array: Any, kind: pa.DataType) -> Any:
         return array
     if pa.types.is_string(kind):
         return as_text(array)
-    # Large integers and nanoseconds lose their last digits rather than the whole job its end.
+    # Large integers and nanoseconds may lose their last digits; failing would lose the whole job.
     return array.cast(kind, safe=False)
 
 

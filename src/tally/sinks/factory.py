@@ -1,4 +1,4 @@
-"""From what the user wrote after ``--out`` to the sink that writes it, and back to it later.
+"""The sink for what the user wrote after ``--out``, and later the same sink from its description.
 
 A new kind of output is one file and one line in :data:`BUILT_IN`. An installed package adds another by an entry point
 in the group ``tally.sinks``, whose name is a URL scheme (``mything`` for ``mything://...``) and whose value takes an
@@ -34,7 +34,10 @@ _FORMATS = {
     "image": ("pictures", ("jpg", "png", "webp")),
     "video": ("video", tuple(dict.fromkeys(VIDEOS.values()))),
 }
-# What looks like one file but cannot be written; a folder of that name would surprise.
+_ONE_FILE: dict[str, Mapping[str, str]] = {"rows": ROWS, "images": {}, "video": VIDEOS}
+"""Suffixes of outputs that are one file, and the format that each means, by kind of output."""
+
+# Names like that of one file, which cannot be written. A folder of that name would surprise.
 _FILES = frozenset(
     {".gz", ".zst", ".bz2", ".zip", ".tar", ".json", ".tsv", ".txt", ".xlsx", ".xls", ".db", ".sqlite", ".duckdb"}
     | {".feather", ".arrow", ".avro", ".orc", ".yaml", ".html", ".pdf"}
@@ -60,12 +63,13 @@ def sink_for(
 
     out: a folder or a URL of one; for rows also one file that ends in .csv, .parquet, .jsonl or .ndjson, for video
     one that ends in .mp4, .m4v, .mov, .mkv or .webm; or a URL with the scheme of an installed package's sink.
-    output: what the scorer gives; ``video`` for pictures that are put together. columns: those that it declares, and
-    those of the source. order: the column of the source that rows are sorted by; see :class:`RowsSink`.
+    output: what the scorer gives; ``video`` for pictures that become a video. columns: those of the source and those
+    that the scorer declares. order: the column of the source that rows are sorted by; see :class:`RowsSink`.
     format: ``parquet``, ``csv`` or ``jsonl`` for rows, ``jpg``, ``png`` or ``webp`` for pictures, ``mp4``, ``mov``,
-    ``mkv`` or ``webm`` for video; None takes Parquet, MP4, or the file's own; pictures go by their item's name.
-    codec, crf: of video; see :class:`Encoding` and :meth:`VideoSink.check`. audio: whether sound is kept.
-    Raises SpecError where these do not fit together.
+    ``mkv`` or ``webm`` for video. None means that of the file's suffix, else Parquet or MP4; for pictures, that of each
+    item's name.
+    codec, crf: of video; see :class:`Encoding` and :meth:`VideoSink.check`. audio: whether to keep sound.
+    Raises SpecError if these do not fit together.
     """
     kind: Literal["rows", "images", "video"] = "images" if output == "image" else output
     wanted = {"jpeg": "jpg", "ndjson": "jsonl"}.get(format or "", format)
@@ -76,17 +80,25 @@ def sink_for(
     path = local_of(out) if out.startswith("file://") else out
     if key_of(path) != path:
         raise SpecError(f"the output {key_of(path)!r} is not valid UTF-8", hint="Choose a name that is.")
-    suffix = "" if path.endswith("/") else PurePosixPath(path).suffix.lower()
-    merged = {"rows": ROWS, "images": {}, "video": VIDEOS}[kind].get(suffix)
+    suffix = _suffix(path)
+    merged = _ONE_FILE[kind].get(suffix)
     _check(out, None if is_url(path) else Path(path), suffix, output, wanted)
     return reopen(replace(described, merged=merged is not None, format=merged or wanted))
 
 
 def reopen(description: OutputDescription) -> Sink:
-    """The sink of an output that was described once: for reading, releasing or removing, without model and source."""
+    """The sink of an output from its description, for reading, releasing or removing; without model and source."""
     if (scheme := foreign_scheme(description.place)) is not None and (factory := _foreign(scheme)) is not None:
         return factory(description)
+    if description.merged is None:
+        merged = _suffix(description.place) in _ONE_FILE[description.kind]
+        description = replace(description, merged=merged, place=normalised(description.place))
     return BUILT_IN[description.kind](description)
+
+
+def _suffix(out: str) -> str:
+    """The suffix of an output, in lower case; empty if a slash at the end marks a folder."""
+    return "" if out.endswith("/") else PurePosixPath(out).suffix.lower()
 
 
 def _foreign(scheme: str) -> Factory | None:

@@ -29,11 +29,11 @@ KINDS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 """Suffixes of pictures that can be written."""
 
 QUALITY = 92
-"""Of JPEG and WebP."""
+"""The quality of JPEG and WebP."""
 
 _COLUMNS = {"file": "string", "width": "int32", "height": "int32", "bytes": "int64"}
 _PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-_SEGMENT_BYTES = 200  # file systems allow 255, less where they encrypt names
+_SEGMENT_BYTES = 200  # file systems allow 255, or less if they encrypt names
 _NAME_BYTES = 900  # object stores allow 1024 for the whole
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
 _OWN = re.compile(r"(?i)^(_tally|_success)$|\.(parquet|json)$")
@@ -43,8 +43,8 @@ _MOVES = 8
 class FilesSink(RowsSink):
     """Takes arrays ``uint8[height, width, 3]`` (RGB) or ``uint8[height, width]`` (label maps, masks).
 
-    pictures: ``jpg``, ``png`` or ``webp`` for all pictures; None goes by the key's suffix, and takes PNG where
-    that is no picture's. Arrays of two dimensions are always PNG: labels do not survive a lossy format.
+    pictures: ``jpg``, ``png`` or ``webp`` for all pictures. None takes the format of the key's suffix, or PNG if it has
+    none. Arrays of two dimensions are always PNG: labels do not survive a lossy format.
     columns: those of the source, as in ``Source.columns``.
     The final folder holds the pictures and ``part-00000.parquet``, with ``key``, the source's columns, and
     ``file, width, height, bytes``.
@@ -99,10 +99,10 @@ class FilesSink(RowsSink):
         super()._move_files(plan, outputs)
 
     def _renamed(self, staged: Sequence[str], kept: Sequence[str]) -> dict[tuple[str, str], str]:
-        """``(staged rows, file)`` to another file name, for pictures whose name an earlier one has already.
+        """``(staged rows, file)`` to a new file name, for pictures whose name is taken.
 
-        "a.tif" becomes "a.tif.png", which may be the name of another picture. Numbers stand for names, so that
-        millions of them fit into memory.
+        "a.tif" becomes "a.tif.png", which may be the name of another picture. Names are compared by their hashes first,
+        so that millions of them fit into memory.
         """
         from tally.sinks import merge
 
@@ -144,7 +144,7 @@ class FilesSink(RowsSink):
 
 
 class PictureWriter(Writer):
-    """Encodes each picture at once; only the list of them waits for the end."""
+    """Encodes and writes each picture at once; only the list of pictures waits for the end."""
 
     def __init__(self, layout: OutputLayout, attempt: str, rows: Writer, pictures: str | None) -> None:
         self._store, self._folder = layout.store, layout.attempts + attempt
@@ -192,7 +192,7 @@ class PictureWriter(Writer):
 
 
 def picture(result: object) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The result as ``uint8[h, w, 3]`` or ``uint8[h, w]``. Raises ItemError where it is none."""
+    """The result as ``uint8[h, w, 3]`` or ``uint8[h, w]``. Raises ItemError if it is something else."""
     if not isinstance(result, np.ndarray):
         raise ItemError(
             f"the scorer returned {type(result).__name__}, and this output holds pictures",
@@ -216,7 +216,7 @@ def picture(result: object) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def encode(array: np.ndarray[Any, np.dtype[np.uint8]], kind: str) -> bytes:
-    """The picture as a file's content. kind: ``jpg``, ``png`` or ``webp``. Raises ItemError if that cannot be."""
+    """The picture as the content of a file. kind: ``jpg``, ``png`` or ``webp``. Raises ItemError."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -237,9 +237,9 @@ def file_for(key: str, pictures: str | None, *, labels: bool) -> str:
 def named(key: str, kind: str | None, kinds: Mapping[str, str]) -> str:
     """The file name of an item's result: always inside the output folder, and never too long.
 
-    kinds: suffixes, and the kind of file that each means. kind: that of the file; None goes by the key's suffix,
-    and takes PNG where that is none of them.
-    A name that had to be altered carries a mark made from the key, so that two keys never share one.
+    kinds: suffixes, and the kind of file that each means. kind: of the file; None takes that of the key's suffix, or
+    PNG if it has none.
+    A name that had to be altered gets a mark made from the key, so that two keys never share a name.
     """
     plain = _inside(key, kinds)
     found = kinds.get(PurePosixPath(plain).suffix.lower())
@@ -250,14 +250,14 @@ def named(key: str, kind: str | None, kinds: Mapping[str, str]) -> str:
 
 
 def marked(name: str, key: str) -> str:
-    """The file name with a mark that only this key has."""
+    """The file name with a mark made from the key."""
     digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=4).hexdigest()
     stem, dot, suffix = name.rpartition(".")
     return f"{stem}-{digest}{dot}{suffix}"
 
 
 def _inside(key: str, kinds: Mapping[str, str]) -> str:
-    """The key as segments of a path that cannot lead out of a folder, nor to where a file of the output is to be."""
+    """The key as a relative path that stays inside a folder and away from the output's own files."""
     segments = [_UNSAFE.sub("_", part) for part in _valid(key).split("/") if part not in ("", ".", "..")] or ["_"]
     *folders, last = segments
     taken = [bool(_OWN.search(folder)) or PurePosixPath(folder).suffix.lower() in kinds for folder in folders]

@@ -21,14 +21,14 @@ File = dict[str, Any]
 
 
 class OutputLayout:
-    """Where everything of one output lies. Names are relative to :attr:`store`.
+    """The names of all files of one output, relative to :attr:`store`.
 
-    root: the output folder; for a merged output the folder that it is in. merged: the name of that one
-    file, or None. Picklable.
+    root: the output folder; for a merged output, the folder of its one file. merged: the name of that file, or None.
+    Picklable.
     """
 
     confirm: Callable[[], None] = staticmethod(lambda: None)
-    """Raises if the output is not ours any more; see :meth:`confirmed`."""
+    """Raises if the output is no longer ours; see :meth:`confirmed`."""
 
     def __init__(self, root: str, merged: str | None = None) -> None:
         self.store = open_store(root)
@@ -54,7 +54,7 @@ class OutputLayout:
         return self.merged or f"part-{number:05d}.{suffix}"
 
     def dead(self, suffix: str) -> str:
-        """The name of the list of dead items. Readers of a whole folder pass over names that begin with ``_``."""
+        """The name of the list of dead items. Readers of whole folders skip names that begin with ``_``."""
         return f"{self.merged.rpartition('.')[0]}.dead.{suffix}" if self.merged else f"_dead.{suffix}"
 
     def read_json(self, name: str) -> dict[str, Any] | None:
@@ -75,13 +75,13 @@ class OutputLayout:
         return content
 
     def write_json(self, name: str, content: dict[str, Any], *, exclusive: bool = False) -> None:
-        """Write a JSON file: keys sorted (inner ones keep their order, columns have one), indented."""
+        """Write a JSON file, indented. Keys are sorted, except for inner ones: columns have an order."""
         text = json.dumps(dict(sorted(content.items())), indent=2, ensure_ascii=False, default=str)
         self.store.write(name, f"{text}\n".encode(errors="backslashreplace"), exclusive=exclusive)
 
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
-        """A path of this machine to write a final file to. On leaving it is durable, and waits to be published."""
+        """A local path to write a final file to. On leaving, the file is durable; it is not published yet."""
         self.confirm()
         if self.store.is_local:
             path = Path(self.address(self.final + name))
@@ -103,12 +103,12 @@ class OutputLayout:
             self.store.upload(self.final + name, path)
 
     def publish(self, name: str) -> None:
-        """Move a final file to its place, if that has not been done before."""
+        """Move a final file to its place. Repeatable."""
         self.move(self.final + name, name)
 
     @contextmanager
     def confirmed(self, confirm: Callable[[], None]) -> Iterator[None]:
-        """Meanwhile, this is called before each file that is built or moved; it raises if the place is not ours."""
+        """Within it, ``confirm`` is called before each file is built or moved. It raises if the output is not ours."""
         self.confirm = confirm
         try:
             yield
@@ -116,7 +116,7 @@ class OutputLayout:
             del self.confirm
 
     def move(self, source: str, target: str) -> None:
-        """Move a file that may have been moved already."""
+        """Move a file, unless it was moved already."""
         self.confirm()
         try:
             self.store.move(source, target)
@@ -159,7 +159,7 @@ class OutputLayout:
         self._close()
 
     def sweep_again(self) -> None:
-        """Remove what was staged after the staging folder had been removed; if it is claimed, nothing."""
+        """Remove what was staged after the staging folder was removed; nothing if the output is claimed."""
         if self.read_json(self.claim) is None:
             self._clear()
             self._close()
@@ -173,7 +173,7 @@ class OutputLayout:
 
 
 def staged_name(attempt: str, number: int = 0, suffix: str = "parquet") -> str:
-    """The name, inside the staging folder, of an attempt's file of results."""
+    """The name of an attempt's file of results, relative to the staging folder."""
     return f"attempts/{attempt}+{number}.{suffix}" if number else f"attempts/{attempt}.{suffix}"
 
 

@@ -1,4 +1,4 @@
-"""Staged parts to final files: read ahead, bring to one schema, cut, write. Memory stays bounded."""
+"""From staged files to final ones: read ahead, unify schemas, cut into parts, write. Memory stays bounded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Batches = Iterable[pa.RecordBatch]
 
 
 def schema(layout: OutputLayout, names: Iterable[str], first: Iterable[pa.Schema] = ()) -> columns.Unified:
-    """The schema that holds the rows of all these Parquet files, and those of the schemas before them."""
+    """The schema that holds the rows of all these Parquet files, and rows of the schemas in ``first``."""
 
     def one(name: str) -> pa.Schema:
         with layout.parquet(name) as file:
@@ -53,7 +53,7 @@ def stream(tables: Iterable[pa.Table], target: pa.Schema) -> Iterator[pa.RecordB
 
 
 def ahead(read: Callable[[str], Any], names: Iterable[str]) -> Iterator[Any]:
-    """What ``read`` gives for each name, in order, a few of them read ahead in threads."""
+    """The results of ``read`` for each name, in order. Threads read a few of them ahead."""
     pending: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(_AHEAD, thread_name_prefix="tally-merge") as pool:
         try:
@@ -76,7 +76,7 @@ def write(
 ) -> list[File]:
     """Write rows as the final parts ``first``, ``first + 1`` ...; as one file if the output is merged.
 
-    empty: write a part without rows when there are none, so that the columns are there.
+    empty: if there are no rows, write a part without rows, which shows the columns.
     """
     parts: Iterable[Batches] = [batches] if layout.merged else cut(batches)
     files = [
@@ -89,12 +89,12 @@ def write(
 
 
 def publishable(rows: int, size: int) -> bool:
-    """Whether a staged Parquet file of so many rows and bytes is large enough to be a part as it is."""
+    """Whether a staged Parquet file is large enough to be a part as it is. size: in bytes."""
     return rows >= PART_ROWS // _SMALL or size >= PART_BYTES // _SMALL
 
 
 def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBatch]:
-    """The rows sorted by an integer column, without that column. What memory does not hold is put on disk."""
+    """The rows sorted by an integer column, without that column. What does not fit into memory goes to disk."""
     import duckdb
 
     target = pa.schema([field for field in given if field.name != by])
@@ -120,9 +120,9 @@ def write_file(layout: OutputLayout, name: str, batches: Batches, target: pa.Sch
 def extend(
     layout: OutputLayout, old: File, batches: Batches, target: pa.Schema, known: Sequence[str], suffix: str
 ) -> File:
-    """Rewrite a merged CSV or JSON Lines file with more rows at its end.
+    """Rewrite a merged CSV or JSON Lines file, with more rows at its end.
 
-    known: the columns that it has; the target schema begins with them.
+    known: its columns; the target schema begins with them.
     """
     source = layout.store.local_path(old["path"])
     with layout.create(old["path"]) as path:
@@ -140,7 +140,7 @@ def extend(
 
 
 def cut(batches: Batches) -> Iterator[Iterator[pa.RecordBatch]]:
-    """Cut a stream of rows into parts. Each part is to be used up before the next is asked for."""
+    """Cut a stream of rows into parts. Use up each part before asking for the next."""
     rest = (batch for batch in batches if batch.num_rows)
     over: list[pa.RecordBatch] = []
 
@@ -189,7 +189,7 @@ def _write_parquet(path: Path, batches: Batches, target: pa.Schema) -> int:
 
 
 def parquet_writer(where: Any, target: pa.Schema) -> pq.ParquetWriter:
-    """Zstandard; dictionaries except for the key, which never repeats, but begins like the one before."""
+    """A writer with Zstandard, and dictionaries except for the key: keys never repeat, but begin alike."""
     return pq.ParquetWriter(
         where,
         target,
@@ -200,7 +200,7 @@ def parquet_writer(where: Any, target: pa.Schema) -> pq.ParquetWriter:
 
 
 def _write_text(path: Path, batches: Batches, target: pa.Schema, suffix: str, header: bool) -> int:
-    # DuckDB quotes in a CSV file only what needs it, and writes nested JSON.
+    # In CSV, DuckDB quotes only what needs it; in JSON Lines, it writes nested values.
     import duckdb
 
     raised: list[BaseException] = []
@@ -241,11 +241,11 @@ def _widen(source: Path, target: Path, names: Sequence[str]) -> None:
 
 
 CSV = """header = true, delim = ',', quote = '"', escape = '"', nullstr = '', allow_quoted_nulls = false"""
-"""How DuckDB is to read the CSV files written here: an empty text stays different from nothing."""
+"""Options with which DuckDB reads the CSV files written here. An empty text stays different from null."""
 
 
 def plain_path(path: Path, folder: Path, number: int = 0) -> Path:
-    """The path, or where DuckDB would take it for a pattern, that of a link made in the folder."""
+    """The path; if DuckDB would take it for a pattern, the path of a link made in the folder."""
     if not re.search(r"[*?\[\]{}]", str(path)):
         return path
     link = folder.joinpath(f"{number:06d}{path.suffix}")
@@ -254,7 +254,7 @@ def plain_path(path: Path, folder: Path, number: int = 0) -> Path:
 
 
 def _textual(batch: pa.RecordBatch, suffix: str) -> pa.RecordBatch:
-    """The batch with only what the text format can hold."""
+    """The batch with only such values as the text format can hold."""
     arrays = [_textual_column(array, suffix) for array in batch.columns]
     return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
 

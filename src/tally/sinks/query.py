@@ -1,4 +1,4 @@
-"""SQL over results, with DuckDB: read only, and nothing but the results can be read."""
+"""SQL over results, with DuckDB. Nothing can be written, and nothing but the results can be read."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ def query(sink: Sink, outputs: Iterable[Output], sql: str, dead: Dead = ()) -> p
     The view ``results`` holds the rows, ``key`` first; ``dead`` holds ``key, stage, error``. A running job
     shows what is committed.
     outputs: as for :meth:`Sink.committed`. dead: a table or rows with those three columns.
-    Raises SpecError with DuckDB's message for whatever is wrong with the statement, StorageError where a file
-    cannot be read.
+    Raises SpecError with DuckDB's message if the statement is wrong, StorageError if a file cannot be read.
     """
     outputs, listed = list(outputs), _dead_table(dead)
     try:
         return _query(sink, outputs, sql, listed)
     except StorageError:
-        # The job was finalized between the look and the reading: its results lie elsewhere now.
+        # The job was published between looking and reading: its results lie elsewhere now.
         return _query(sink, outputs, sql, listed)
 
 
@@ -88,7 +87,7 @@ def _dead_table(dead: Dead) -> pa.Table:
 def _reader(connection: duckdb.DuckDBPyConnection, kind: str, paths: list[str], types: dict[str, str]) -> str:
     if kind == "parquet":
         return f"read_parquet({_list(paths)}, union_by_name = true)"
-    # The types are known: guessing would make a number of the label "007".
+    # The types are known. DuckDB would infer a number for the label "007".
     duck = _duck_types(connection, types) if types else {}
     if kind == "csv":
         duck = {n: "VARCHAR" if t.endswith(("]", ")")) or t in ("BLOB", '"NULL"') else t for n, t in duck.items()}
@@ -131,7 +130,7 @@ def _answer(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
 
 
 def _wrong(connection: duckdb.DuckDBPyConnection, error: Exception) -> SpecError:
-    # The first line says it; the others guess at names, of which the hint has the right ones.
+    # The first line is enough. The others suggest names, and the hint has the right ones.
     message = re.sub(r"^[A-Z][\w ]* Error:\s*", "", str(error).strip()).partition("\n")[0].strip()
     listed = []
     for view in ("results", "dead"):

@@ -22,12 +22,12 @@ _DEAD_COLUMNS = {"stage": "string", "error": "string"}
 
 
 class RowsSink(StagedSink):
-    """Takes mappings, and sequences of them. Staged as Parquet, whatever the final format is.
+    """Takes mappings, and sequences of them. They are staged as Parquet, whatever the final format.
 
     format: ``parquet``, ``csv`` or ``jsonl``.
     columns: column name to Arrow type name, as a scorer declares them; None infers the types.
-    order: the column that a merged file is sorted by; it is not written. See :class:`Source`.
-    Raises SpecError where ``columns`` cannot be.
+    order: the column that a merged file is sorted by, and that is not written. See :class:`Source`.
+    Raises SpecError if ``columns`` are wrong.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class RowsSink(StagedSink):
 
     @property
     def _sorts(self) -> bool:
-        """Whether the rows are sorted by ``order`` in the end: those of a merged file."""
+        """Whether the final rows are sorted by ``order``: those of a merged file are."""
         return self.order is not None and self.layout.merged is not None
 
     def _schema(self) -> pa.Schema | None:
@@ -111,7 +111,7 @@ class RowsSink(StagedSink):
         }
 
     def _sorted(self, batches: Iterator[pa.RecordBatch], target: pa.Schema) -> tuple[Iterator[pa.RecordBatch], Any]:
-        """The rows in the order of the source, and their schema then."""
+        """The rows in the order of the source, and their new schema."""
         import pyarrow as pa
 
         from tally.sinks import merge
@@ -123,9 +123,9 @@ class RowsSink(StagedSink):
     def _parts(
         self, outputs: Sequence[Output], kept: list[File], target: pa.Schema
     ) -> tuple[list[File], dict[str, str]]:
-        """Parts of Parquet: large staged files as they are, what is between them put together.
+        """Make parts of Parquet: large staged files stay as they are, and smaller ones between them are combined.
 
-        Returns all parts, and which of them are staged files that have to be moved.
+        Returns all parts, and the names of staged files by the parts that they will be moved to.
         """
         from tally.sinks import merge
 
@@ -165,7 +165,7 @@ class RowsSink(StagedSink):
 
 
 class RowsWriter(Writer):
-    """Gathers rows in memory; writes them as Parquet when it is closed, or has gathered much."""
+    """Gathers rows in memory. Writes them as Parquet when it is closed, or when they are many."""
 
     def __init__(
         self, layout: OutputLayout, attempt: str, schema: pa.Schema | None, left_out: str | None = None
@@ -192,7 +192,7 @@ class RowsWriter(Writer):
         return failed
 
     def add_table(self, keys: Any, rows: Any, info: Any | None = None) -> list[tuple[int, ItemError]]:
-        """See :meth:`Writer.add_table`. Only where the columns do not fit as a whole are rows looked at one by one."""
+        """See :meth:`Writer.add_table`. Rows are written one by one only if the columns do not fit as a whole."""
         from tally.sinks import columns
 
         if info is not None and self._left_out is not None:
@@ -254,7 +254,7 @@ def _schema_in(manifest: dict[str, Any]) -> pa.Schema:
     for name, kind in manifest["schema"].items():
         try:
             fields.append(pa.field(name, type_named(kind)))
-        except SpecError:  # a struct with names that cannot be told from the syntax
+        except SpecError:  # a struct with field names that read like syntax
             fields.append(pa.field(name, pa.string()))
     return pa.schema(fields)
 

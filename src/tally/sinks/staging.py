@@ -1,15 +1,17 @@
-"""The output place: who holds it, what is staged in it, and how the finished result appears.
+"""Outputs that stage their files: who holds the output, what is staged, and how results are published.
 
-A job *claims* its output place with a file that only one can create, and stages everything below
-``_tally/``. Finalizing has two steps, so that a crash at any point costs nothing but time:
+A job *claims* its output with a file that only one job can create, and stages everything below ``_tally/``.
+A generation of results is published in two steps, so that a crash at any point costs nothing but time:
 
-1. *Assemble*: the final files are built below ``_tally/final/``, and last of all the plan
-   (``_tally/manifest.json``), which is the manifest to be. Without a plan this step is simply repeated.
-2. *Publish*: the files are moved to where they belong, then ``_manifest.json`` and ``_SUCCESS`` are
-   written, then the staging folder is removed. Each of it can be repeated without harm.
+1. *Assemble*: build the final files below ``_tally/final/``, and at last the plan (``_tally/manifest.json``), which
+   will be the manifest. Without a plan, this step is repeated.
+2. *Move*: move the files to their places, then write ``_manifest.json``. Each of that can be repeated.
 
-When a finished job is opened again (``jobs retry``), ``_SUCCESS`` is removed and a new claim says which
-generation is published already; its files stay as they are until the next plan is carried out.
+Then ``_SUCCESS`` is written and the staging folder is removed. If the job goes on instead, only what this generation
+staged is removed, and the claim notes that it is published.
+
+When a finished job is opened again (``jobs retry``), ``_SUCCESS`` is removed, and a new claim notes which generation is
+published. Its files stay as they are until the next plan is carried out.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from tally.storage import key_of
 _BYSTANDERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _MANY = 1000
 _PLAN_ONLY = ("moves", "staged")
-"""What a plan says besides the manifest that it becomes."""
+"""Fields of a plan that the manifest does not have."""
 
 
 class StagedSink(Sink):
-    """A sink that stages in its output place. Subclasses say how results are written and assembled.
+    """A sink that stages its files in the output. Subclasses say how results are written and assembled.
 
     format: suffix of the final files of rows: ``parquet``, ``csv`` or ``jsonl``.
     """
@@ -52,22 +54,22 @@ class StagedSink(Sink):
     def assemble(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Build the final files; return what the manifest says of them (see docs/reference/output.md).
+        """Build the final files. Returns what the manifest says about them; see docs/reference/output.md.
 
-        ``moves`` in it, which the manifest does not say: final files that are staged ones (name to name).
+        Besides, ``moves``: for final files that are staged files as they are, final name to staged name.
         """
 
     def _move_files(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
-        """Move the plan's files to their places. Repeatable."""
+        """Move the files of a plan to their places. Repeatable."""
         for name in _files_of(plan):
             self.layout.publish(name)
 
     def listed(self, manifest: dict[str, Any]) -> Iterator[str]:
-        """The names of all files that a manifest stands for."""
+        """The names of all files that belong to a manifest."""
         return iter(_files_of(manifest))
 
     def _retire(self, staged: Sequence[str]) -> None:
-        """Remove what attempts staged, as it is published. Repeatable."""
+        """Remove staged files that are published. Repeatable."""
         self.layout.store.delete([self.layout.staging + name for name in staged])
 
     # -- the contract -------------------------------------------------------------------------------
@@ -78,7 +80,7 @@ class StagedSink(Sink):
 
     @property
     def rolling(self) -> bool:
-        """A folder gains files; one file would have to be written anew each time."""
+        """A folder can gain files. One file would have to be written anew each time."""
         return self.layout.merged is None
 
     def manifest(self) -> dict[str, Any] | None:
@@ -86,7 +88,7 @@ class StagedSink(Sink):
         return self.layout.read_json(self.layout.manifest)
 
     def published(self) -> int | None:
-        """The generation that was published last, or None: what :meth:`finalize` is given was committed later."""
+        """The generation that was published last, or None."""
         manifest = self.manifest()
         return None if manifest is None else int(manifest["generation"])
 
@@ -136,7 +138,7 @@ class StagedSink(Sink):
         if not self.rolling:
             return super().publish(outputs, dead, manifest, confirm=confirm)
         with self.layout.confirmed(confirm):
-            self._tidy_up(confirm)  # after a publication that was cut
+            self._tidy_up(confirm)  # after a crash
             published = self._carry_out(outputs, dead, manifest)
             self._tidy_up(confirm)
         return published
@@ -144,7 +146,7 @@ class StagedSink(Sink):
     def _carry_out(
         self, outputs: Iterable[Output], dead: Iterable[dict[str, Any]], manifest: dict[str, Any]
     ) -> dict[str, Any]:
-        """Assemble and publish a generation, unless that is done. Returns the manifest as it then is."""
+        """Assemble and publish a generation, unless that is done. Returns the manifest."""
         layout = self.layout
         earlier = self.manifest()
         generation = int(manifest.get("generation", 0))
@@ -174,9 +176,9 @@ class StagedSink(Sink):
         return published
 
     def _tidy_up(self, confirm: Callable[[], None]) -> None:
-        """Remove what a published generation left in the staging folder, and note in the claim that it is published.
+        """Remove what a published generation staged, and note in the claim that it is published.
 
-        The claim comes after the staged files: until then, readers take nothing but what is published.
+        In this order: until the claim is written, readers read the final files only, and see nothing twice.
         """
         layout = self.layout
         plan, manifest = layout.read_json(layout.plan), self.manifest()
@@ -197,7 +199,7 @@ class StagedSink(Sink):
         return None if found is None else str(found["job"])
 
     def release(self) -> None:
-        """See :meth:`Sink.release`. A finished output, which has no claim, is left as it is."""
+        """See :meth:`Sink.release`. A finished output has no claim, and stays as it is."""
         layout = self.layout
         if layout.read_json(layout.claim) is None:
             return
@@ -215,14 +217,14 @@ class StagedSink(Sink):
         self.layout.sweep_again()
 
     def committed(self, outputs: Iterable[Output]) -> tuple[str, list[str]]:
-        """See :meth:`Sink.committed`. While a CSV or JSON Lines result is being added to, what was finished before."""
+        """See :meth:`Sink.committed`. While CSV or JSON Lines results are being added to, only those published."""
         layout = self.layout
         claim = layout.read_json(layout.claim)
         manifest = self.manifest()
         final = [] if manifest is None else [file["path"] for file in manifest["files"]]
         running = claim is not None and (manifest is None or manifest["generation"] == claim.get("published"))
         if running and final and layout.merged and layout.store.exists(layout.plan):
-            # The plan's file has replaced the one that the manifest tells of once it is gone from here.
+            # Once the plan's file is gone from here, it has replaced the one of the manifest.
             running = layout.store.exists(layout.final + layout.merged)
         if not running or (final and self.format != "parquet"):
             return self.format, [layout.address(name) for name in final]
@@ -239,7 +241,7 @@ class StagedSink(Sink):
     # -- claiming -----------------------------------------------------------------------------------
 
     def _take(self, job_id: str, overwrite: bool) -> dict[str, Any]:
-        """Create the claim, or return the one that another was faster to create."""
+        """Create the claim. If another job is faster, return its claim."""
         layout = self.layout
         manifest = self._check_free(job_id, overwrite)
         claim = {
@@ -255,7 +257,7 @@ class StagedSink(Sink):
             if (winner := layout.read_json(layout.claim)) is not None:
                 return winner
             raise OutputExistsError(f"{layout} has just been taken by another job") from None
-        try:  # another job may have come and gone between the look and the claim
+        try:  # another job may have come and gone meanwhile
             if self._check_free(job_id, overwrite) != manifest:
                 raise OutputExistsError(f"{layout} has just been written by another job")
         except BaseException:
@@ -264,7 +266,7 @@ class StagedSink(Sink):
         return claim
 
     def _check_free(self, job_id: str, overwrite: bool) -> dict[str, Any] | None:
-        """The manifest of a finished job that is there; an error if anything stands in the way."""
+        """The manifest that may stay or be replaced, if any. Raises OutputExistsError if anything is in the way."""
         manifest = self.manifest()
         if manifest is not None:
             if manifest["job"] == job_id:
@@ -289,7 +291,7 @@ class StagedSink(Sink):
         return manifest
 
     def _present(self) -> Iterator[str]:
-        """Files in the output place, apart from Tally's own marks."""
+        """The files in the output, without Tally's own marks."""
         layout = self.layout
         if layout.merged:
             return (name for name in (layout.merged, *self._dead_names()) if layout.store.exists(name))
@@ -306,7 +308,7 @@ class StagedSink(Sink):
         return [self.layout.dead(self.format)]
 
     def _remove(self, manifest: dict[str, Any]) -> None:
-        """Remove exactly what a manifest stands for, itself last."""
+        """Remove exactly the files of a manifest, and then the manifest."""
         layout = self.layout
         if layout.success:
             layout.store.delete([layout.success])

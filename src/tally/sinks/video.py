@@ -1,4 +1,4 @@
-"""Pictures as videos, with the sound of those that the frames came from."""
+"""Pictures as videos, with the sound of the videos that their frames came from."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ KINDS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "mkv", ".webm": "w
 """Suffixes of videos that can be written, and the kind that each means."""
 
 _DOWNLOADS = 8
-"""Segments that are fetched at once."""
+"""Segments that are downloaded at once."""
 
 
 class VideoSink(StagedSink):
     """Takes arrays ``uint8[height, width, 3]`` (RGB) or ``uint8[height, width]``, one for each frame of a video.
 
     format: ``mp4``, ``mov``, ``mkv`` or ``webm``. audio: whether the source's sound goes with the pictures.
-    Segments are runs of frames without a hole, so that frames which are scored later fit between them.
+    Segments are runs of frames without a gap. So frames that are scored later fit between them.
     """
 
     def __init__(self, layout: OutputLayout, format: str, encoding: Encoding, *, audio: bool = True) -> None:  # noqa: A002
@@ -55,7 +55,7 @@ class VideoSink(StagedSink):
         return False
 
     def check(self, source: Source) -> None:
-        """See :meth:`Sink.check`. Raises SpecError, too, where this machine cannot encode like that."""
+        """See :meth:`Sink.check`. Raises SpecError also if this machine cannot encode like that."""
         super().check(source)
         check(self.encoding, self.format)
         if self.layout.merged and source.several():
@@ -119,9 +119,9 @@ class VideoSink(StagedSink):
 
     @contextmanager
     def _at_hand(self, parts: _Parts, before: File | None) -> Iterator[list[Segment]]:
-        """The segments, and what was finished before, as files of this machine.
+        """The segments, and the finished video of earlier generations, as local files.
 
-        Those of a bucket are fetched to a temporary folder, which holds as much as the finished video does.
+        Those in a bucket are downloaded to a temporary folder, which takes as much space as the finished video.
         """
         from tally.media.video.join import Segment
 
@@ -148,7 +148,7 @@ class VideoSink(StagedSink):
 
 @dataclass(slots=True)
 class _Parts:
-    """What is new of one video. segments: staged name, and tick of the first frame, of each."""
+    """The new parts of one video. segments: staged name and tick of the first frame of each."""
 
     video: Video
     segments: list[tuple[str, int]] = field(default_factory=list)
@@ -169,7 +169,7 @@ def _by_video(outputs: Iterable[Output]) -> dict[str, _Parts]:
 
 
 class VideoWriter(Writer):
-    """Encodes each picture at once; a segment is kept in memory until a hole or the chunk's end."""
+    """Encodes each picture at once. A segment is kept in memory until a gap or the end of the chunk."""
 
     def __init__(self, layout: OutputLayout, attempt: str, encoding: Encoding) -> None:
         self._layout, self._attempt, self._encoding = layout, attempt, encoding

@@ -3,19 +3,21 @@
 A source enumerates items in a stable order, cut into chunks, in the coordinator; and reads one chunk in
 a worker. The object itself is small and picklable: it travels to the workers.
 
-An endless source (``bounded = False``: a queue, say) has no end to plan up to. What holds for it besides:
+An endless source (``bounded = False``), such as a queue, never runs out of items. For it, this holds too:
 
 - :meth:`Source.plan` waits for messages, and returns soon after :meth:`Source.close` was called.
 - A message is acknowledged after its chunk is committed, never before, so that a crash loses none.
-- A crash makes the broker deliver again what was not acknowledged. A message is known by its key: the source
-  does not plan again what it was told of by :meth:`Source.recover`, and acknowledges the newest delivery of a key.
+- After a crash the broker delivers again what was not acknowledged, and the source plans it again. Messages are known
+  by their keys, which the job keeps: the coordinator drops what was planned before, and has it acknowledged if it is
+  done. So a source acknowledges by key, whatever chunk the key came in: every delivery of it that it has in hand.
+- While a key is in hand, another message with the same key is not planned.
 - A chunk's payload holds the messages themselves: workers cannot ask the broker for them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -44,7 +46,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ChunkLimit:
-    """How large the next chunk may be. ``items`` is a multiple of the scorer's batch size."""
+    """The most that the next chunk may hold. ``items`` is a multiple of the scorer's batch size."""
 
     items: int
     bytes: int
@@ -52,7 +54,7 @@ class ChunkLimit:
 
 @dataclass(slots=True)
 class Batch:
-    """What the scorer is given at once.
+    """The items that the scorer is given at once.
 
     Batches are windows over the chunk's positions ``start <= p < stop``, never topped up from the next
     window: the same items always meet in the same batch, whatever failed before them.
@@ -112,22 +114,27 @@ class Source(ABC):
 
     @property
     def order(self) -> str | None:
-        """The one of :attr:`columns` that tells where in the source a row came from, if items are not planned in that
-        order: a merged result is sorted by it, and it is not written."""
+        """The one of :attr:`columns` that holds each row's position in the source, if items are planned in another
+        order. A merged result is sorted by it; it is not written."""
         return None
 
     def several(self) -> bool:
-        """Whether it holds more than one file, or whatever makes one file of the output; True unless it knows."""
+        """Whether it holds more than one file, such as more than one video. True unless the source knows better."""
         return True
 
     def located(self, work: str | None) -> Source:
-        """The same source, which keeps what it has to prepare at ``work``: a folder's path or URL that is the job's
-        own; None if the output has no room for that. Raises SpecError if it cannot do without."""
+        """The same source, with a place for its work files.
+
+        work: path or URL of a folder that belongs to the job; None if the output has no such folder. Raises SpecError
+        if the source cannot do without.
+        """
         return self
 
     def prepare(self) -> None:  # noqa: B027  # most sources have nothing to make ready
-        """Make ready what :meth:`plan` and :meth:`read` need; called in the coordinator before either, each time
-        that a job is begun, gone on with or replayed. It may take long, and a job may be killed meanwhile.
+        """Make what :meth:`plan` and :meth:`read` need.
+
+        Called in the coordinator before either, each time a job is started, resumed or replayed. It may take long, and
+        the job may be killed meanwhile.
         """
 
     @abstractmethod
@@ -147,7 +154,7 @@ class Source(ABC):
         """
 
     def ahead(self, batch_size: int) -> int:
-        """How many items beyond the batch in hand :meth:`read` may be working on at most."""
+        """The most items beyond the current batch that :meth:`read` may be working on."""
         return 0
 
     @abstractmethod
@@ -159,7 +166,7 @@ class Source(ABC):
         """The part of the chunk at positions ``start <= p < stop``."""
 
     def combine(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Fewer chunks with the same items, where that is possible: dead items are replayed with it."""
+        """The same items in fewer chunks, if possible. Dead items are replayed with it."""
         return list(chunks)
 
     def remark(self) -> str | None:
@@ -168,21 +175,15 @@ class Source(ABC):
 
     # -- endless sources only ----------------------------------------------------------------------
 
-    def recover(self, chunks: Iterable[Chunk]) -> None:  # noqa: B027
-        """Before :meth:`plan`, when a job is gone on with: these chunks are planned already and not done.
-
-        Their messages come again, and are not planned again.
-        """
-
     def acknowledge(self, chunks: Sequence[Chunk]) -> None:  # noqa: B027
         """The results of these chunks, or parts of chunks, are committed: the broker may forget their messages.
 
-        Called in the coordinator, from another thread than :meth:`plan`. After a crash, it is called again, before
-        :meth:`plan`, for chunks of which is not known whether it had been.
+        Called in the coordinator, maybe from another thread than :meth:`plan`; after a crash, again for the same
+        chunks. Keys that are not in hand are passed over.
         """
 
     def close(self) -> None:  # noqa: B027
-        """Have :meth:`plan` return soon, and release what it holds. Called from any thread; idempotent.
+        """Make :meth:`plan` return soon, and release connections. Called from any thread; idempotent.
 
-        Messages that are planned and not acknowledged are delivered again to whoever goes on with the job.
+        Messages that are not acknowledged will be delivered again, to whoever resumes the job.
         """

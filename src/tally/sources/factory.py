@@ -26,13 +26,13 @@ GROUP = "tally.sources"
 
 @dataclass(frozen=True, slots=True)
 class SourceRequest:
-    """What a job says of its source.
+    """What a job says about its source.
 
-    uris: as given, paths absolute. scorer: who is to be served; it is not loaded.
-    media: what the source holds, where the job says so.
-    options: the job's options for sources, those that were given: every, size, by, keep, where, time, window,
-        aggregate, csv.
-    without: the job's own output, which is never taken, though it may lie within the source.
+    uris: as given, with absolute paths. scorer: the one that will score the items, not loaded.
+    media: what the source holds, if the job says so.
+    options: the job's options for sources that were given, of every, size, by, keep, where, time, window, aggregate
+        and csv.
+    without: the job's own output, which is never taken, even if it lies within the source.
     """
 
     uris: tuple[str, ...]
@@ -46,11 +46,11 @@ Factory: TypeAlias = Callable[[SourceRequest], Source]
 
 
 def source_for(request: SourceRequest) -> Source:
-    """The source that the request describes. It is looked at, and nothing is read of its items.
+    """The source that the request describes. It is listed and inspected; no item is read.
 
-    Of the kinds that serve the scorer, the one that the job names; if it names none, the first that finds something.
-    Raises SpecError where the scorer cannot be served, SourceNotFoundError where nothing is there, StorageError where
-    it cannot be read.
+    Of the kinds that serve the scorer, the job's ``media`` chooses; without it, the first kind that finds something.
+    Raises SpecError if the scorer cannot be served, SourceNotFoundError if nothing is there, StorageError if it cannot
+    be read.
     """
     if (factory := _foreign(request.uris)) is not None:
         source = factory(request)
@@ -96,7 +96,7 @@ def _frames(request: SourceRequest) -> Source:
 
 
 def _rows(request: SourceRequest) -> Source:
-    """Rows of tables; what the scorer asks for holds where the job says nothing else."""
+    """Rows of tables. The job's options come before those of the scorer."""
     scorer, given = request.scorer, request.options
     options = {name: given[name] for name in ("keep", "where", "csv") if name in given}
     own = scorer.window if "window" not in given else None
@@ -107,7 +107,7 @@ def _rows(request: SourceRequest) -> Source:
         time=given.get("time") or (own.time if own else None),
         window=own.seconds if own else given.get("window"),
         aggregate=own.aggregate if own else given.get("aggregate", ("mean",)),
-        missing_reason=scorer.lacks if scorer.by else None,
+        missing_reason=scorer.missing_reason if scorer.by else None,
         without=request.without,
         **options,
     )
@@ -118,4 +118,4 @@ BUILT_IN: tuple[tuple[Media, type[Source], Factory], ...] = (
     ("video", VideoSource, _frames),
     ("table", TableSource, _rows),
 )
-"""What a job calls it, who says which scorers it serves, and how it is made. The order is that of looking."""
+"""``media`` in a job, the class (which says what it accepts), and the factory, in the order of looking."""

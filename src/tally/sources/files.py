@@ -1,7 +1,6 @@
-"""Items that are files: of folders, one by one, or by a glob; of this machine or of a bucket.
+"""Items that are files: of folders, single ones, or by a glob, on this machine or in a bucket.
 
-A chunk's payload is the list of its names, so that any worker reads exactly those files, whatever has been
-added since.
+A chunk's payload lists the names of its files, so that any worker reads exactly those.
 """
 
 from __future__ import annotations
@@ -41,16 +40,16 @@ class FileSource(Source):
     ) -> FileSource:
         """The source of all files at ``uris``: folders, files and globs, paths or URLs.
 
-        without: a folder or file, absolute or a URL, that is never taken, though it may lie within the places:
+        without: a folder or file, absolute or a URL, that is never taken, even if it lies within the locations:
         the job's own output.
 
         ``*`` and ``?`` stay within a folder, ``**`` crosses folders, and none of them matches a hidden
         name. For images, a folder gives the files with a picture's suffix; files and globs give all.
-        A file that several of the places hold is taken once. Keys are paths relative to the folder, to
-        the part of the glob before its first wildcard, or to the common folder of several places.
+        A file that several of the locations hold is taken once. Keys are paths relative to the folder, to
+        the part of the glob before its first wildcard, or to the common folder of several locations.
 
-        Raises SourceNotFoundError when one of the places is not there or gives nothing, StorageError
-        when it cannot be read, SpecError when files cannot be given as ``input``.
+        Raises SourceNotFoundError if one of the locations is missing or gives nothing, StorageError if it
+        cannot be read, SpecError if files cannot be given as ``input``.
         """
         if input not in cls.accepts:
             raise SpecError(f"files can be scored as image, bytes or path, not as {input}")
@@ -59,7 +58,7 @@ class FileSource(Source):
 
     @property
     def locations(self) -> tuple[Location, ...]:
-        """Where the files are; a chunk's payload names one of them by its index."""
+        """Where the files are. A chunk's payload names its location by index."""
         return self.listing.locations
 
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
@@ -146,7 +145,7 @@ def _parse_cursor(cursor: str) -> tuple[int, str]:
 
 
 def _pack(names: list[str]) -> list[Any]:
-    """Names as JSON that every database takes: one that is not valid UTF-8 becomes its bytes in hexadecimal."""
+    """Names as JSON; see :func:`name_to_json`."""
     if _valid(names):
         return names
     return [name_to_json(name) for name in names]

@@ -1,4 +1,4 @@
-"""The files of one or more places, in a stable order, each once."""
+"""The files of one or more locations, in a stable order, each once."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ _COUNTED_SUFFIXES = 1000
 
 
 def is_video(name: str) -> bool:
-    """Whether a file is a video by its name."""
+    """Whether a file is a video, judged by its name."""
     return _suffix(name) in VIDEOS
 
 
 def is_table(name: str) -> bool:
-    """Whether a file is a table by its name."""
+    """Whether a file is a table, judged by its name."""
     return _suffix(name) in TABLES
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is a picture by its name."""
+    """Whether a file is a picture, judged by its name."""
     return _suffix(name) in images.suffixes()
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What there is at ``uris``; small, immutable but for its count of what it passed over, picklable.
+    """The files at ``uris``. Small and picklable; immutable except for the count of files passed over.
 
     kind: what folders give, judged by the file's suffix; None: every file. Single files and globs give all.
-    without: a folder or file, absolute or a URL, that is never taken though it may lie within the places.
+    without: a folder or file, absolute or a URL, that is never taken, even if it lies within the locations.
     sizes: whether entries carry their size.
     """
 
@@ -74,8 +74,8 @@ class Listing:
     ) -> Listing:
         """The listing of the files at ``uris``: folders, files and globs, paths or URLs.
 
-        Raises SourceNotFoundError when one of the places is not there or gives nothing, StorageError when it
-        cannot be read.
+        Raises SourceNotFoundError if one of the locations is missing or gives nothing, StorageError if it cannot be
+        read.
         """
         if not uris:
             raise SpecError("no source is given", hint="name a folder, a file or a glob")
@@ -89,11 +89,11 @@ class Listing:
 
     @property
     def local(self) -> bool:
-        """Whether all of it is on this machine."""
+        """Whether all files are on this machine."""
         return all(not is_url(location.root) for location in self.locations)
 
     def entries(self, index: int, after: str | None = None) -> Iterator[Entry]:
-        """The files of one place beyond the name ``after``, without those that an earlier place holds too."""
+        """The files of one location beyond the name ``after``, without those that an earlier location holds too."""
         location = self.locations[index]
         entries = self._entries(location, after, self.passed)
         earlier = [
@@ -118,7 +118,7 @@ class Listing:
         return len(list(islice(found, 2))) > 1
 
     def remark(self) -> str | None:
-        """One line on the files that were passed over."""
+        """One line about the files that were passed over."""
         total = sum(self.passed.values())
         if not total:
             return None
@@ -133,7 +133,7 @@ class Listing:
         )
 
     def _entries(self, location: Location, after: str | None, passed: Counter[str]) -> Iterator[Entry]:
-        """The place's files beyond ``after``, in order; counts by suffix those that are not of the kind."""
+        """The location's files beyond ``after``, in order. Files of another kind are counted by suffix."""
         store = open_store(location.root)
         if location.names:
             start = 0 if after is None else bisect_right(location.names, after)
@@ -170,7 +170,7 @@ class Listing:
             yield entry
 
     def _taker(self, location: Location) -> Callable[[str], bool]:
-        """Tells of a name below the place's root whether the place gives it."""
+        """Tells whether the location gives the file of a name below its root."""
         if location.names:
             return frozenset(location.names).__contains__
         if location.pattern is not None:
@@ -193,7 +193,7 @@ def _suffix(name: str) -> str:
 
 
 def _suffix_from(name: str, start: int) -> str:
-    """The suffix, lower case, of a name whose last segment begins at ``start``; that of what is packed is double."""
+    """The suffix, in lower case, of a name whose last segment begins at ``start``; of a packed file, both suffixes."""
     dot = name.rfind(".")
     if dot <= start:
         return ""

@@ -1,4 +1,4 @@
-"""Places to take files from: folders, single files and globs, on this machine or in a bucket."""
+"""Locations of files: folders, single files and globs, on this machine or in a bucket."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHOWN_SUFFIXES = 5
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """One root to list, and which of its files are taken.
+    """A root to list, and which of its files are taken.
 
     root: an absolute path or URL. prefix: what keys begin with. names: exactly these, sorted; or
     pattern: a glob relative to the root; or neither: everything that is not hidden.
@@ -38,12 +38,12 @@ class Location:
 
     @property
     def within(self) -> str:
-        """What the whole path of a file of this place begins with."""
+        """What the whole path of each of its files begins with."""
         return self.root.rstrip("/") + "/"
 
 
 def not_the_output(location: Location, without: str | None) -> Callable[[str], bool] | None:
-    """Tells names that are not the output's; None where the output cannot be among the place's names.
+    """Tells whether a name is none of the output's. None if the output cannot be among the location's names.
 
     A merged output ``out.csv`` has its manifest, its dead items and its staging folder beside it, all of
     whose names begin with ``out.``.
@@ -74,12 +74,12 @@ _MAGIC = re.compile(r"[*?\[]")
 
 
 def locate(uris: Sequence[str]) -> tuple[Location, ...]:
-    """The places that the uris name, with single files of one folder brought together."""
+    """The locations that the uris name; single files of one folder are one location."""
     return _with_prefixes(_merge_files([_locate(uri) for uri in uris]))
 
 
 def _locate(uri: str) -> Location:
-    """What a path or URL names. A name that exists is itself, even where it looks like a glob."""
+    """What a path or URL names. A name that exists is taken as it is, even if it looks like a glob."""
     if is_url(uri) and not uri.lower().startswith("file://"):
         return _locate_remote(uri)
     given = local_of(uri) if is_url(uri) else os.path.expanduser(uri)  # noqa: PTH111
@@ -134,7 +134,7 @@ def _locate_remote(uri: str) -> Location:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """A glob as the folders before its first wildcard, and the rest."""
+    """Splits a glob before its first wildcard."""
     parts = path.split("/")
     cut = next(index for index, part in enumerate(parts) if _MAGIC.search(part))
     root = "/".join(parts[:cut])
@@ -142,7 +142,7 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _missing(path: str) -> SourceNotFoundError:
-    """Says how far the path exists, and what there is of a similar name."""
+    """The error for a path: how far it exists, and which similar names there are."""
     parent, _, name = path.rpartition("/")
     while not Path(parent or "/").is_dir() and parent:
         parent, _, name = parent.rpartition("/")
@@ -163,7 +163,7 @@ def _missing(path: str) -> SourceNotFoundError:
 
 
 def nothing(location: Location, passed: Counter[str], kind: str | None = None) -> SourceNotFoundError:
-    """What to say of a place that gives no file. passed: those that are not of the kind, by suffix."""
+    """The error for a location that gives no file. passed: files of other kinds, counted by suffix."""
     root = key_of(location.root)
     if location.pattern is not None:
         hint = "'*' stays within one folder; '**' crosses folders, as in 'photos/**/*.jpg'"
@@ -192,7 +192,7 @@ def count_suffixes(passed: Counter[str]) -> str:
 
 
 def _merge_files(locations: list[Location]) -> list[Location]:
-    """Neighbouring single files become one place: a shell expands ``*.jpg`` to thousands of them."""
+    """Neighbouring single files become one location: a shell expands ``*.jpg`` to thousands of them."""
     merged: list[Location] = []
     group: list[Location] = []
     for location in [*locations, None]:
@@ -210,7 +210,7 @@ def _merge_files(locations: list[Location]) -> list[Location]:
 
 
 def _with_prefixes(locations: list[Location]) -> tuple[Location, ...]:
-    """Keys of several places are relative to their common folder; with none in common, the place is in the key."""
+    """Keys of several locations are relative to their common folder. Without one, keys begin with the location."""
     if len(locations) == 1:
         return tuple(locations)
     common = ""
@@ -223,7 +223,7 @@ def _with_prefixes(locations: list[Location]) -> tuple[Location, ...]:
 
 
 def _anchor(root: str) -> str:
-    """What two places must share to have a common folder."""
+    """What two locations must share to have a common folder."""
     return "/".join(root.split("/")[:3]) if is_url(root) else "/"
 
 
@@ -282,7 +282,7 @@ def _compile_part(part: str) -> str:
 
 
 def enters(pattern: str) -> Callable[[str], bool]:
-    """Whether a folder can hold what the glob matches: by its depth, and by being hidden."""
+    """Tells whether a folder can hold matches of the glob, by its depth and by whether it is hidden."""
     parts = pattern.split("/")
     depth = None if "**" in parts else len(parts)
     hidden = any(part.startswith(".") for part in parts)

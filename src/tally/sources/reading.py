@@ -23,13 +23,13 @@ LOCAL_THREADS = 2
 REMOTE_THREADS = 16
 
 AHEAD = 2
-"""Batches that are read ahead of the one being scored (or, of small batches, as many items per thread)."""
+"""Batches that are read ahead of the one being scored. Of small batches, as many items per thread."""
 
 AHEAD_BYTES = 256 * 2**20
-"""Prepared values that may wait; the batch being asked for is read in any case."""
+"""Bytes of prepared values that may wait. The batch that is asked for is read in any case."""
 
 _RUN_ITEMS = 32
-"""Items that a thread takes at once, at most: handing over one by one costs more than reading small files."""
+"""The most items that a thread takes at once. Handing over one by one costs more than reading small files."""
 
 
 class Reader:
@@ -49,7 +49,7 @@ class Reader:
         self._folder: Path | None = None
 
     def open(self) -> None:
-        """Make ready what :meth:`close` removes: remote files that are wanted as paths are downloaded."""
+        """Make the folder for downloads, if remote files are given as paths. :meth:`close` removes it."""
         if self._input == "path" and not self._store.is_local:
             self._folder = temporary.make("items")
 
@@ -94,7 +94,7 @@ class Reader:
             raise ItemError(error_line(error), stage="read") from None
 
     def forget(self, start: int, stop: int) -> None:
-        """The consumer is done with these positions: downloaded files are removed."""
+        """Remove the downloads of these positions: the consumer is done with them."""
         if self._folder is not None:
             for position in range(start, stop):
                 shutil.rmtree(Path(self._folder, str(position)), ignore_errors=True)
@@ -130,7 +130,7 @@ def read_ahead(reader: Reader, size: int, threads: int, timings: Timings) -> Ite
         return held + length * mean <= AHEAD_BYTES
 
     def fill(stop: int) -> None:
-        """Start what the batch that ends at ``stop`` needs, and what may be read ahead of it."""
+        """Start the runs that the batch ending at ``stop`` needs, and those that may be read ahead."""
         nonlocal upcoming
         horizon = stop + AHEAD * max(size, threads)
         while upcoming is not None and (upcoming[0] < stop or (upcoming[0] < horizon and room())):
@@ -165,7 +165,7 @@ def read_ahead(reader: Reader, size: int, threads: int, timings: Timings) -> Ite
             yield collect(window)
             reader.forget(window, min(window + size, count))
     finally:
-        # What has not begun never does; what runs ends with the item it is at.
+        # Runs that have not begun are cancelled; the others end with their current item.
         reader.closed = True
         for _, _, run in runs:
             run.cancel()
@@ -178,7 +178,7 @@ _pools_lock = threading.Lock()
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """This process's threads for reading; kept, so that small chunks do not pay for starting them."""
+    """This process's threads for reading, kept so that small chunks do not pay for starting them."""
     key = (os.getpid(), threads)
     with _pools_lock:
         if key not in _pools:
@@ -187,7 +187,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 class _Paths(Sequence[Path]):
-    """Paths made when asked for: a Path costs more than all else that is done for such an item."""
+    """Paths, made when they are asked for: making a Path costs more than the rest of the work on such an item."""
 
     __slots__ = ("_names", "_within")
 

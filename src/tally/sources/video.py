@@ -1,7 +1,7 @@
 """Items that are frames of videos.
 
-A chunk is a range of frames, cut at a keyframe where one is near. It carries all that a worker needs to decode
-exactly these frames: their numbers, their times, where their packets are, and the keyframes to begin at.
+A chunk is a range of frames, cut at a keyframe if one is near. It holds all that a worker needs to decode exactly
+these frames: their numbers and times, the positions of their packets, and the keyframes to begin at.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from tally.sources.reading import AHEAD, AHEAD_BYTES
 from tally.storage import key_of, name_from_json, name_to_json
 
 _SNAP = 0.6
-"""The share of a chunk that may be left out to end it before a keyframe."""
+"""The share of a chunk that may be left out so that it ends before a keyframe."""
 _MISSING = 4096
-"""Missing frames in one chunk at most."""
+"""The most missing frames in one chunk."""
 _COMBINE = 512
 _NEAR = 64
-"""Frames this near to each other are replayed together: decoding what lies between costs little."""
+"""Frames at most this far apart are replayed together: decoding those between costs little."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class VideoSource(Source):
         """The source of all videos at ``uris``: folders, files and globs, paths or URLs.
 
         A frame's key is the video's, a slash, and the frame's number from 0 in six digits or more; a video's
-        key is as a file's. ``without`` as for files: the job's own output.
-        Raises SourceNotFoundError when one of the places is not there or gives no video, StorageError when it
-        cannot be read.
+        key is as a file's. without: the job's own output, as for files.
+        Raises SourceNotFoundError if one of the locations is missing or gives no video, StorageError if it cannot
+        be read.
         """
         return cls(Listing.of(uris, "video", without=without, sizes=False), every, size)
 
@@ -143,7 +143,7 @@ class VideoSource(Source):
             yield Chunk(first, 1, {"key": key, "failed": text, "from": start}, cursor(None))
 
     def _cut(self, numbers: range, most: int, keys: Sequence[Key]) -> int:
-        """How many of the frames the next chunk takes: up to a keyframe, where one is near its end."""
+        """How many of the frames the next chunk takes; it ends before a keyframe if one is near."""
         if len(numbers) <= most:
             return len(numbers)
         at = bisect_right(keys, numbers[most], key=lambda key: key.number) - 1
@@ -155,7 +155,7 @@ class VideoSource(Source):
 
     def _payload(self, timeline: Timeline, numbers: range) -> dict[str, Any]:
         keys = timeline.keys
-        # The one before the nearest, too: see decode().
+        # Also the one before the nearest: see decode().
         begin = max(0, bisect_right(keys, numbers[0], key=lambda key: key.number) - 2)
         end = bisect_right(keys, numbers[-1], key=lambda key: key.number)
         video = timeline.video
@@ -260,7 +260,7 @@ class VideoSource(Source):
 
 
 class _Ahead(threading.Thread):
-    """Decodes and prepares a chunk's frames while the consumer is busy, a bounded number of them ahead."""
+    """Decodes and prepares a chunk's frames while the consumer is busy, a bounded number ahead of it."""
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ __all__ = [
 
 
 def foreign_scheme(place: str) -> str | None:
-    """The scheme of a URL that is of no kind of storage, such as an installed package may know; else None."""
+    """The scheme of a URL that names no storage of ours, in lower case; else None. An installed package may know it."""
     scheme, separator, _ = place.partition("://")
     if not separator or not is_url(place) or scheme.lower() in (*KINDS, "file"):
         return None
@@ -62,7 +62,7 @@ def foreign_scheme(place: str) -> str | None:
 
 
 def normalised(place: str) -> str:
-    """The one way to write a place: a path is absolute and has no ``file://``; no slash at the end."""
+    """The place in the one form that is stored and compared: absolute, without ``file://`` and a slash at the end."""
     if foreign_scheme(place) is None and (not is_url(place) or place[:7].lower() == "file://"):
         return os.path.abspath(local_of(place) if is_url(place) else place)  # noqa: PTH100
     scheme, _, rest = place.partition("://")

@@ -1,4 +1,4 @@
-"""What every store does, and the words for places and failures that all of them share."""
+"""The store contract, and how names, URLs and failures are written in all stores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = ("s3", "s3a", "gs", "az", "abfs", "abfss", "memory")
 """URL schemes of object stores. ``memory`` lives in this process, for tests."""
 
 TEMPORARY = ".tally-tmp-"
-"""Files that are being written begin with it; no listing shows them."""
+"""How the names of files begin while they are written; no listing shows them."""
 
 _NEXT = {
     errno.ENOSPC: "Make room there, or choose another place.",
@@ -54,7 +54,7 @@ CREDENTIALS |= {"s3a": CREDENTIALS["s3"], "abfs": CREDENTIALS["az"], "abfss": CR
 
 
 class Entry(NamedTuple):
-    """One object of a listing. ``size`` in bytes; -1 where sizes were not asked for."""
+    """One object of a listing. ``size`` in bytes; -1 if sizes were not asked for."""
 
     name: str
     size: int
@@ -88,25 +88,25 @@ class Store(ABC):
         after: only names greater than this one (whether or not it exists).
         enter: told the name of each folder below ``prefix``; False leaves the folder out.
         sizes: False saves a local store one system call per file.
-        A folder that does not exist holds nothing. Local: symbolic links are followed except where they
-        lead in a circle, broken ones are listed (with size 0), and what is no regular file is not.
+        A folder that does not exist holds nothing. In a local store, symbolic links are followed unless they
+        lead in a circle; broken links are listed with size 0; pipes, devices and sockets are not listed.
         Raises StorageError naming the folder that cannot be read.
         """
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """The whole content. Raises SourceNotFoundError where there is none."""
+        """The whole content. Raises SourceNotFoundError if there is no such object."""
 
     @abstractmethod
     def read_range(self, name: str, start: int, length: int, *, mark: str = "") -> bytes:
-        """At most ``length`` bytes from byte ``start``: fewer where the object ends before.
+        """At most ``length`` bytes from byte ``start``; fewer if the object ends before.
 
-        mark: of the content that is meant (see :meth:`marked`): StorageError where it is another by now.
+        mark: of the expected content, from :meth:`marked`. Raises StorageError if the content has changed since.
         """
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """In bytes. Raises SourceNotFoundError where there is no such object."""
+        """In bytes. Raises SourceNotFoundError if there is no such object."""
 
     def marked(self, name: str) -> tuple[int, str]:
         """The size in bytes, and a mark that changes with the content; empty where the store keeps none."""
@@ -117,7 +117,7 @@ class Store(ABC):
         return "{} {}".format(*self.marked(name))
 
     def exists(self, name: str) -> bool:
-        """Whether there is an object of this name (a folder is none)."""
+        """Whether there is an object of this name. A folder is not an object."""
         try:
             self.size(name)
         except FileNotFoundError:
@@ -128,13 +128,13 @@ class Store(ABC):
     def write(self, name: str, data: bytes | bytearray | memoryview, *, exclusive: bool = False) -> None:
         """Write all of it, durably, or nothing; folders are made as needed.
 
-        exclusive: raise OutputExistsError where the object exists already. Of several writers at the
-        same moment, one succeeds.
+        exclusive: raise OutputExistsError if the object exists already. Of several writers at the same moment,
+        one succeeds.
         """
 
     @abstractmethod
     def upload(self, name: str, path: Path) -> None:
-        """Write a local file's content under a name, as :meth:`write` does, a part at a time."""
+        """Write the content of a local file under a name. As :meth:`write`, but a part at a time."""
 
     @abstractmethod
     def move(self, source: str, target: str) -> None:
@@ -142,7 +142,7 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, names: Iterable[str]) -> None:
-        """Remove these objects; those that are not there are no error."""
+        """Remove these objects. Missing ones are no error."""
 
     @abstractmethod
     def delete_tree(self, prefix: str = "") -> None:
@@ -167,7 +167,7 @@ class Store(ABC):
         """Remove a folder if it is empty."""
 
     def _inside(self, name: str) -> str:
-        """The name itself. Raises StorageError for one that would lead out of the store."""
+        """The name itself. Raises StorageError if it would lead out of the store."""
         if not name or name[0] == "/" or "\0" in name or (".." in name and ".." in name.split("/")):
             raise StorageError(f"{name!r} is no name inside {key_of(self.url)}")
         return name
@@ -190,7 +190,7 @@ def local_of(url: str) -> str:
 
 
 def key_of(name: str) -> str:
-    r"""The name as valid UTF-8: a byte that is none is written ``\xff``."""
+    r"""The name as valid UTF-8; an invalid byte is written ``\xff``."""
     if name.isascii():
         return name
     try:
@@ -201,7 +201,7 @@ def key_of(name: str) -> str:
 
 
 def name_to_json(name: str) -> str | dict[str, str]:
-    """The name as JSON that every database takes: one that is not valid UTF-8 as its bytes, in hexadecimal."""
+    """The name as JSON that every database takes. A name that is not valid UTF-8 becomes its bytes in hexadecimal."""
     return name if key_of(name) is name else {"bytes": os.fsencode(name).hex()}
 
 
@@ -211,13 +211,13 @@ def name_from_json(name: str | dict[str, str]) -> str:
 
 
 def mask(url: str) -> str:
-    """The URL with passwords, and the values of a query, replaced by ``***``; fit for messages."""
+    """The URL for messages: passwords and the values of a query are replaced by ``***``."""
     url = re.sub(r"(?<=://)[^/@]*:[^/@]*(?=@)", "***", url)
     return re.sub(r"([?&][\w-]+=)[^&]*", r"\1***", url)
 
 
 def _shown(place: str) -> str:
-    """A place for a message: both ends of it where it is very long."""
+    """A place for messages; a very long one is cut in its middle."""
     text = key_of(place)
     return text if len(text) <= 300 else f"{text[:100]}…{text[-150:]}"
 
@@ -232,7 +232,7 @@ def refuse_secrets(url: str) -> None:
 
 
 def failure(doing: str, place: str, error: BaseException, *, hint: str | None = None) -> StorageError:
-    """The StorageError for what the operating system or a client library raised.
+    """The StorageError for an error of the operating system or a client library.
 
     doing: ``read``, ``write``, ``list`` ...: the message begins with "cannot read <place>: ".
     """
@@ -257,7 +257,7 @@ def failure(doing: str, place: str, error: BaseException, *, hint: str | None = 
 
 
 def file_name(name: str) -> str:
-    """The last segment of an object's name, cut in its middle to what file systems allow."""
+    """The last segment of an object's name, cut in its middle to the length that file systems allow."""
     last = name.rsplit("/", 1)[-1]
     raw = os.fsencode(last)
     if len(raw) <= 255:
@@ -269,7 +269,7 @@ def file_name(name: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: ``$TALLY_CACHE``, ``$TALLY_HOME/cache``, or the system's place for caches."""
+    """Where downloads are kept: ``$TALLY_CACHE``, ``$TALLY_HOME/cache``, or the system's cache folder."""
     if folder := os.environ.get("TALLY_CACHE"):
         return Path(folder)
     if home := os.environ.get("TALLY_HOME"):

@@ -1,10 +1,9 @@
 """Buckets and containers: S3, Azure Blob Storage, Google Cloud Storage, through obstore.
 
-What goes wrong on the way and passes is repeated, at two levels. obstore repeats requests that were answered with
-429 or 5xx or not at all, and goes on with a download that was cut; it does so for seconds. What it leaves alone
-(requests that may have been carried out, listings and answers that were cut in their middle) and what lasts
-longer is repeated here, with growing pauses, for minutes. Everything that is repeated here may safely be carried
-out twice; see :meth:`ObjectStore._create` for the one request that needs help for that.
+Failures that pass are retried, at two levels. obstore retries requests that were answered with 429 or 5xx or not at
+all, and resumes downloads that were cut, for some seconds. This module retries, with growing pauses and for minutes,
+what lasts longer and what obstore does not retry: requests that may have been carried out, and listings and answers
+that were cut. All that is retried here may safely be carried out twice; :meth:`ObjectStore._create` says how.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageAwayError, StorageError
 from tally.storage import temporary
-from tally.storage.base import CREDENTIALS, TEMPORARY, Entry, Store, cache_folder, failure, file_name, key_of
+from tally.storage.base import CREDENTIALS, Entry, Store, cache_folder, failure, file_name, key_of
+from tally.storage.publish import whole
 
 if TYPE_CHECKING:
     import obstore
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Who names an endpoint without encryption (a server on the same machine, say) means it.
+# An endpoint given as http:// (a server on the same machine, say) is meant to be unencrypted.
 _ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 _ALLOWED = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
 
 _CONNECT_TIMEOUT = timedelta(seconds=10)
 _SILENCE = timedelta(seconds=30)
-"""After so long without a byte of an answer, a request counts as lost. However long it takes as a whole is right."""
+"""A request counts as lost after this long without a byte of an answer. There is no limit on the whole of it."""
 _SILENCE_LARGE = timedelta(minutes=2)
-"""While much is being sent, or copied by the service, no byte of an answer can be expected for longer."""
+"""The same for large uploads and copies: no byte of an answer comes before all is sent or copied."""
 _WHOLE = timedelta(hours=12)
 
 _RETRY = {
@@ -54,14 +54,14 @@ _RETRY = {
     "retry_timeout": timedelta(minutes=1),
 }
 _GIVE_UP = 180.0
-"""Seconds from the first try after which a request is not repeated any more."""
+"""Seconds after the first try at which retrying ends."""
 _GIVE_UP_UNKNOWN = 30.0
-"""The same, where no connection to the service was ever made: its address may be wrong."""
+"""The same if no connection to the service was ever made: its address may be wrong."""
 _PAUSE, _LONGEST_PAUSE = 0.5, 15.0
 
 _SMALL = 1024**2
 _PART = 16 * 1024**2
-"""What is larger is sent in parts; what is not leaves nothing half done behind when the process is killed."""
+"""Larger objects are sent in parts. Smaller ones leave nothing half done if the process is killed."""
 _PARTS_AT_ONCE = 4
 _MOST_PARTS = 9_000
 
@@ -76,7 +76,7 @@ _reached: set[str] = set()
 
 
 class _AgainError(Exception):
-    """What was done has to be done again."""
+    """The request has to be repeated."""
 
 
 class ObjectStore(Store):
@@ -105,7 +105,7 @@ class ObjectStore(Store):
         return self._base + self._inside(name)
 
     def _client(self, *, large: bool = False) -> obstore.store.ObjectStore:
-        """large: for requests that may be silent for long."""
+        """The client. large: for requests whose answer may take long."""
         # The client's threads do not survive a fork: a child process makes its own.
         key = (os.getpid(), self._place, large and self._scheme != "memory")
         with _clients_lock:
@@ -135,7 +135,7 @@ class ObjectStore(Store):
             raise failure("open", self._place, error, hint=CREDENTIALS.get(self._scheme)) from None
 
     def _again(self, doing: str, name: str, call: Callable[[], T]) -> T:
-        """What ``call`` gives. It is repeated after failures that pass."""
+        """The result of ``call``, which is retried after failures that pass."""
         patience = _Patience(self._place)
         while True:
             try:
@@ -222,7 +222,7 @@ class ObjectStore(Store):
             yield held
 
     def _listed(self, folder: str, after: str | None) -> Iterator[Entry]:
-        """What the service lists beyond a name. A listing that breaks off goes on where it was."""
+        """The service's listing beyond a name. If it breaks off, it is resumed where it was."""
         import obstore
 
         cut = len(self._base)
@@ -317,7 +317,7 @@ class ObjectStore(Store):
                     max_concurrency=_PARTS_AT_ONCE,
                 )
             except Exception as error:
-                # The answer to the last request was lost, and there is nothing left to complete.
+                # The answer to the last request was lost: the upload is complete already.
                 if _Told(error).code in _NOTHING_LEFT:
                     raise _AgainError(str(error)) from None
                 raise
@@ -325,10 +325,10 @@ class ObjectStore(Store):
         self._again("write", name, put)
 
     def _create(self, name: str, content: bytes) -> None:
-        """Write what is not there yet.
+        """Write an object that must not exist yet.
 
-        The object carries a mark of this call. Where an answer was lost, the object that is there already may be
-        this one, and then it has been written.
+        The object carries a mark of this call. If an answer was lost, and the object then exists, the mark tells
+        whether this call has written it.
         """
         import obstore
         from obstore.exceptions import AlreadyExistsError
@@ -373,7 +373,7 @@ class ObjectStore(Store):
             try:
                 self._again("delete", page[0], partial(self._remove, keys))
             except FileNotFoundError:
-                # Azure says so when one of them was not there; which of the others are left, it does not say.
+                # Azure says so if one of them was missing, but not which of the others it has deleted.
                 with ThreadPoolExecutor(_DELETIONS_AT_ONCE, thread_name_prefix="tally-delete") as pool:
                     deque(pool.map(self._delete_one, page), maxlen=0)
 
@@ -396,7 +396,7 @@ class ObjectStore(Store):
         self._download(name, target)
 
     def _download(self, name: str, target: Path) -> str:
-        """The mark of what was downloaded."""
+        """Download, and return the mark of the content."""
         import obstore
 
         key = self._key(name)
@@ -436,26 +436,22 @@ class ObjectStore(Store):
         return target
 
     def _fetch(self, name: str, target: Path, mark: str) -> None:
-        part = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
-        try:
-            if self._download(name, part) != mark:
+        with whole(target) as part:
+            if self._download(name, Path(part)) != mark:
                 raise StorageError(f"{key_of(f'{self.url}/{name}')} has changed while it was read")
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 _while_waiting: Callable[[], None] | None = None
 
 
 def while_waiting(tell: Callable[[], None]) -> None:
-    """Have ``tell`` called, in this process, before and after each pause of a request that is tried again."""
+    """Call ``tell``, in this process, before and after each pause between two tries of a request."""
     global _while_waiting
     _while_waiting = tell
 
 
 class _Patience:
-    """How long a request has been tried, and whether it is worth trying on."""
+    """How long a request has been tried, and whether to try it again."""
 
     def __init__(self, place: str) -> None:
         self._place = place
@@ -467,11 +463,11 @@ class _Patience:
         return time.monotonic() - self._began
 
     def wait(self, error: Exception) -> bool:
-        """Pause before the next try; False, at once, where there should be none."""
+        """Pause before the next try. False, without a pause, if there should be none."""
         if not _is_passing(error):
             return False
         self.tries += 1
-        # Those who failed together come back one by one.
+        # Processes that failed together come back one by one.
         pause = random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE, _PAUSE * 2**self.tries)  # noqa: S311
         unknown = self._place not in _reached and _CONNECTING.search(str(error)) is not None
         if self.seconds + pause > (_GIVE_UP_UNKNOWN if unknown else _GIVE_UP):
@@ -491,7 +487,7 @@ _METADATA = re.compile(r"169\.254\.169\.254|metadata\.google\.internal|fd00:ec2:
 _BEYOND = re.compile(r"status code: 416|Wanted range starting at")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 _TOO_LARGE = "larger than the maximum allowable size for a copy source"
-"""What S3 answers when it is asked to copy more than 5 GiB at once."""
+"""S3's answer to a request to copy more than 5 GiB at once."""
 _NOTHING_LEFT = ("NoSuchUpload", "InvalidBlockList")
 _PASSING_CODES = ("RequestTimeout", "ConditionalRequestConflict", "OperationAborted", "SlowDown")
 _LOCKED_OUT = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthenticationFailed")
@@ -504,7 +500,7 @@ _ADDRESS = {
 
 
 class _Told:
-    """What obstore's text, which is made for its developers, says of an answer."""
+    """The facts about an answer in obstore's error text, which is made for its developers."""
 
     def __init__(self, error: BaseException) -> None:
         self.text = " ".join(str(error).split("\n\nDebug source", 1)[0].split())
@@ -527,7 +523,7 @@ class _Told:
 
 
 def _is_passing(error: Exception) -> bool:
-    """Whether trying again may help: the service was busy, or was not reached, or the answer was lost."""
+    """Whether a retry may help: the service was busy or not reached, or the answer was lost."""
     from obstore.exceptions import GenericError
 
     if isinstance(error, _AgainError):
@@ -543,7 +539,7 @@ def _is_passing(error: Exception) -> bool:
 
 
 def _holds(path: Path, size: int) -> bool:
-    """Whether a download is there as a whole; a machine that lost its power may have kept a part of it."""
+    """Whether a download is complete."""
     try:
         return path.stat().st_size == size
     except FileNotFoundError:
@@ -564,7 +560,7 @@ def _mark(meta: Mapping[str, Any]) -> str:
 
 
 def _all_entered(folder: str, start: int, enter: Callable[[str], bool]) -> bool:
-    """Whether ``enter`` agrees to a folder ("a/b/") and to all above it, from character ``start``."""
+    """Whether ``enter`` accepts a folder ("a/b/") and all folders above it, from character ``start``."""
     end = folder.find("/", start)
     while end >= 0:
         if not enter(folder[:end]):

@@ -1,6 +1,6 @@
 """Folders of this machine."""
 
-# A million names pass through here, and pathlib costs more than the system calls do.
+# For a million names, pathlib would cost more than the system calls.
 # ruff: noqa: PTH100, PTH105, PTH106, PTH108, PTH110, PTH116, PTH120
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class LocalStore(Store):
                     try:
                         size = os.stat(root + name).st_size
                     except OSError:
-                        size = 0  # a broken link, or gone since: reading it will say so
+                        size = 0  # a broken link, or removed meanwhile: reading it will say so
                 yield Entry(name, size)
             else:
                 levels.pop()
 
     def _children(self, folder: str, after: str | None, enter: Callable[[str], bool] | None) -> Iterator[str]:
-        """Names of a folder's files, and of its folders with a "/", sorted; those beyond ``after``."""
+        """The names in a folder beyond ``after``, sorted; those of folders end in "/"."""
         place = self._prefix + folder
         names = []
         try:
@@ -196,7 +196,7 @@ class LocalStore(Store):
             except OSError as error:
                 if not os.path.lexists(path):
                     return
-                # A worker whose coordinator was killed may write, or tidy up, until it notices.
+                # A worker whose coordinator was killed may write or tidy up until it notices.
                 if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or not left:
                     raise failure("delete", path, error) from None
                 time.sleep(_DELETION_PAUSE)

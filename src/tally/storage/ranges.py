@@ -1,4 +1,4 @@
-"""An object of a store as a file, read by ranges: what is asked for, and ahead of it where reading goes in order."""
+"""An object of a store as a file, read by ranges, and read ahead where reading goes in order."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tally.errors import StorageError
 from tally.storage import Store, key_of
 
 BLOCK = 256 * 2**10
-"""Bytes that are fetched at least, but at an object's end."""
+"""Bytes of a block: the least that is fetched, except at an object's end."""
 _RUN = 16
-"""Blocks that one request fetches at most."""
+"""The most blocks that one request fetches."""
 _KEPT = 64
-"""Blocks that are kept: with a run that is being fetched, in memory twice for a moment, a file takes 24 MiB at most."""
+"""Blocks that are kept. Together with a run that is being fetched, a file takes at most 24 MiB."""
 _SEEN = 8
-"""Blocks that have been read already and are kept in any case: readers go back a little."""
+"""Blocks that are kept though they were read: readers go back a little."""
 _LINES = 4
-"""Places that are read on from in turns: sound and pictures may be apart."""
+"""Positions that reading alternates between: sound and pictures may lie apart."""
 
 
 class Seekable(io.RawIOBase):
-    """A file of ``size`` bytes to read from, at ``at``."""
+    """A readable file of ``size`` bytes, at position ``at``."""
 
     def __init__(self, size: int) -> None:
         self.size, self.at = size, 0
@@ -45,17 +45,17 @@ class Seekable(io.RawIOBase):
 
 
 class RangeFile(Seekable):
-    """An object as a seekable file; of one thread.
+    """An object as a seekable file, for one thread.
 
-    A block is fetched when it is wanted. Where blocks are wanted in order, those that follow are fetched meanwhile by
-    a thread: a quarter of what has been read from there so far, so that a reader that stops early has caused
-    little more than half as much again, and two blocks, to be fetched.
+    A block is fetched when it is read. While blocks are read in order, a thread fetches those that follow: a quarter
+    as many as have been read in order so far. A reader that stops early has then caused little more than half as much
+    again, and two blocks, to be fetched.
 
-    known: size and mark of the content that is meant, as :meth:`Store.marked` told; it is asked for if None.
+    known: size and mark of the content, from :meth:`Store.marked`; None asks for them.
     begun: :attr:`blocks` of another file of the same content.
-    fetched: bytes that were waited for. jumps: how often reading went on elsewhere than where it had been before.
+    fetched: bytes that were waited for. jumps: how often reading went on at a new position.
     told: called with :attr:`fetched` after each request that was waited for.
-    Reading raises StorageError where the store fails, and where the content is another than at the beginning.
+    Reading raises StorageError if the store fails, or the content has changed since the beginning.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class RangeFile(Seekable):
         self._count = -(-self.size // BLOCK)
         self._ready: OrderedDict[int, bytes] = OrderedDict()  # not read yet
         self._seen: OrderedDict[int, bytes] = OrderedDict(begun or {})
-        self._lines: OrderedDict[int, int] = OrderedDict()  # block that comes next: how many were read before it
+        self._lines: OrderedDict[int, int] = OrderedDict()  # the next block: how many were read in order before it
         self._ahead: _Fetch | None = None
 
     @property
     def blocks(self) -> dict[int, bytes]:
-        """What is kept of the content, by number of the block."""
+        """The blocks that are kept, by number."""
         return {**self._ready, **self._seen}
 
     def read(self, size: int | None = -1) -> bytes:
-        """At most ``size`` bytes, fewer where a block ends; -1: all that is left."""
+        """At most ``size`` bytes, fewer at the end of a block; -1: all that is left."""
         if size is None or size < 0:
             return self.readall()
         if not size or self.at >= self.size:
@@ -97,7 +97,7 @@ class RangeFile(Seekable):
         return b"".join(iter(lambda: self.read(BLOCK), b""))
 
     def close(self) -> None:
-        """Returns when nothing is fetched any more."""
+        """Close the file. Returns when nothing is being fetched any more."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             ahead.join()
@@ -137,7 +137,7 @@ class RangeFile(Seekable):
         return self._lines[index + 1]
 
     def _go_ahead(self, index: int, run: int) -> None:
-        """Have the blocks that follow fetched, unless there are enough."""
+        """Fetch the blocks that follow in a thread, unless there are enough."""
         if self._ahead is not None:
             if self._ahead.is_alive():
                 return
@@ -150,7 +150,7 @@ class RangeFile(Seekable):
             self._ahead.start()
 
     def _collect(self) -> None:
-        """Take over what is being fetched. A failure counts when its blocks are wanted: they are asked for again."""
+        """Take over what the thread fetched. A failure does not count yet: those blocks are asked for again."""
         ahead, self._ahead = self._ahead, None
         assert ahead is not None
         ahead.join()
@@ -180,7 +180,7 @@ class RangeFile(Seekable):
         try:
             data = self._store.read_range(self._name, start, length, mark=self.mark)
         except StorageError as error:
-            # Of an object that has become shorter, stores say that there is no such range, each in its own words.
+            # If an object has become shorter, each store says in its own words that there is no such range.
             said = error.message.lower()
             if ("range" in said or "changed" in said) and self._store.marked(self._name) != (self.size, self.mark):
                 raise self._changed() from None
@@ -194,7 +194,7 @@ class RangeFile(Seekable):
 
 
 def changed(place: str) -> StorageError:
-    """What to say of an object that is not what it was."""
+    """The error for an object whose content has changed."""
     return StorageError(
         f"{key_of(place)} has changed since the job began: it is not the object that was looked at first",
         hint="Restore it and go on with the job, or score it again with --overwrite.",
@@ -202,7 +202,7 @@ def changed(place: str) -> StorageError:
 
 
 class _Fetch(threading.Thread):
-    """One request; of a thread of its own where it is started, and not just run."""
+    """One request. Started, it runs in a thread of its own; :meth:`run` runs it here."""
 
     def __init__(self, blocks: range, read: Callable[[range], bytes]) -> None:
         super().__init__(name="tally-range", daemon=True)

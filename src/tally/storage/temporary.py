@@ -25,7 +25,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def folder(purpose: str) -> Iterator[Path]:
-    """A new, empty folder, removed at the end. purpose: a word for whoever finds it while it is in use."""
+    """A new, empty folder, removed at the end. purpose: a word in its name, for people who find it."""
     made = make(purpose)
     try:
         yield made
@@ -48,7 +48,7 @@ def make(purpose: str) -> Path:
             descriptor = os.open(made, os.O_RDONLY)
         except FileNotFoundError:
             continue  # swept away before it was locked
-        with suppress(OSError):  # a file system without locks: the folder is never taken for a dead one's
+        with suppress(OSError):  # a file system without locks: then the folder is never swept
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if made.exists():
             with _lock:
@@ -67,7 +67,7 @@ def remove(made: Path) -> None:
 
 
 def sweep() -> None:
-    """Remove the folders of this user's processes that have ended without doing so."""
+    """Remove the folders that this user's killed processes left behind."""
     for place in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):  # somebody else's, or gone by now
             if place.stat().st_uid == os.geteuid():
@@ -75,7 +75,7 @@ def sweep() -> None:
 
 
 def _remove_left(place: Path) -> None:
-    """Remove it, unless somebody holds it. Raises OSError where it is held, or cannot be locked at all."""
+    """Remove it, unless a process holds it. Raises OSError if one does, or it cannot be locked."""
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,5 @@
-"""What the job store must do on every database. Inherit the class, override its fixture ``store``, and name
-it ``Test...``. Leases run out because their row is changed, not because anybody waits.
+"""What the job store must do on every database. Inherit the class, override its fixture ``store``, and name it
+``Test...``. Leases run out because their row is changed, not because anybody waits.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from tally.database.connect import now
-from tally.database.tables import chunks, dead_items, jobs
-from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError
-from tally.jobs.store import Dead, Done, JobRecord, JobStore, Lease, Lost, StoredChunk, connect, new_token
+from tally.database.clock import now
+from tally.database.connect import connect
+from tally.database.lease import new_token
+from tally.database.tables import chunks, dead_items, jobs, received_keys
+from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError, SpecError
+from tally.jobs.chunks import Dead, Done, Lost, StoredChunk
+from tally.jobs.store import JobRecord, JobStore, Lease, Request
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 
@@ -29,6 +33,7 @@ LONG = 3600.0
 DEADLINE = 60.0
 STRANGE = "caf\udce9/\0/☃.jpg"
 """A file name that is no UTF-8, and worse."""
+OUTPUT = {"kind": "rows", "format": "csv", "columns": {"label": "string"}, "unit": "frames", "place": STRANGE}
 
 
 def chunk(first: int, count: int, *, name: str = "photo") -> Chunk:
@@ -62,10 +67,10 @@ def everything(store: JobStore) -> list[list[tuple[Any, ...]]]:
         return [
             [tuple(row) for row in connection.execute(sa.select(table).order_by(table.c.id))]
             for table in (jobs, chunks, dead_items)
-        ]
+        ] + [[tuple(row) for row in connection.execute(sa.select(received_keys).order_by(received_keys.c.key))]]
 
 
-def again(store: JobStore) -> JobStore:
+def second_store(store: JobStore) -> JobStore:
     """A second store on the same database, as another process has it."""
     return JobStore(connect(store.engine.url.render_as_string(hide_password=False)))
 
@@ -106,14 +111,26 @@ class JobStoreContract:
     @pytest.fixture
     def other(self, store: JobStore) -> Iterator[JobStore]:
         """A second store on the same database."""
-        other = again(store)
+        other = second_store(store)
         yield other
         other.engine.dispose()
 
     @pytest.fixture
     def create(self, store: JobStore) -> Callable[..., JobRecord]:
-        def create(fingerprint: str = "f", job_id: str | None = None) -> JobRecord:
-            return store.create(fingerprint=fingerprint, spec={"out": STRANGE}, model={"hash": "h"}, job_id=job_id)
+        def create(
+            fingerprint: str = "f",
+            job_id: str | None = None,
+            place: str = STRANGE,
+            spec: dict[str, Any] | None = None,
+            model: dict[str, Any] | None = None,
+        ) -> JobRecord:
+            return store.create(
+                fingerprint=fingerprint,
+                spec={"out": place} if spec is None else spec,
+                model={"hash": "h"} if model is None else model,
+                output={**OUTPUT, "place": place},
+                job_id=job_id,
+            )
 
         return create
 
@@ -130,6 +147,8 @@ class JobStoreContract:
         assert (record.state, record.wanted, record.alive, record.planned) == ("created", "run", False, False)
         assert (record.items, record.done, record.dead, record.rows, record.generation) == (0, 0, 0, 0, 0)
         assert record.spec == {"out": STRANGE}
+        assert (record.output, record.unit) == (OUTPUT, "frames")
+        assert record.place == str(Path.cwd()) + r"/caf\udce9/\0/☃.jpg"
         assert (record.started_at, record.finished_at, record.owner) == (None, None, None)
         assert store.counts(record.id) == {"pending": 0, "running": 0, "done": 0}
         assert list(store.outputs(record.id)) == []
@@ -169,6 +188,121 @@ class JobStoreContract:
         assert found is not None
         assert found.id == young
 
+    def test_the_newest_job_at_a_place(self, store: JobStore, create: Callable[..., JobRecord]) -> None:
+        assert store.at(STRANGE) is None
+        old, young, cancelled = create().id, create().id, create().id
+        create(place="elsewhere")
+        _age(store, old, young, cancelled)
+        store.release(_acquired(store, cancelled), "cancelled")
+        for place in (STRANGE, STRANGE + "/", STRANGE + "//"):
+            found = store.at(place)
+            assert found is not None
+            assert found.id == young
+        assert store.at(STRANGE[:-1]) is None
+        root = create(place="/").id
+        found = store.at("/")
+        assert found is not None
+        assert (found.id, found.place) == (root, "/")
+
+    def test_a_place_is_found_by_an_index(self, store: JobStore, create: Callable[..., JobRecord]) -> None:
+        create()
+        with store.engine.begin() as connection:
+            row = dict(connection.execute(sa.select(jobs)).mappings().one())
+            many = [{**row, "id": f"many{n}", "place": f"s3://bucket/{n}", "created_at": n} for n in range(3000)]
+            connection.execute(sa.insert(jobs), many)
+        with store.engine.connect() as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql("ANALYZE jobs")
+        plans: list[str] = []
+
+        @sa.event.listens_for(store.engine, "before_cursor_execute")
+        def explain(connection: Any, cursor: Any, statement: str, parameters: Any, *more: Any) -> None:
+            command = "EXPLAIN QUERY PLAN" if store.engine.dialect.name == "sqlite" else "EXPLAIN"
+            if "FROM jobs" in statement:
+                cursor.execute(f"{command} {statement}", parameters)
+                plans.append("\n".join(str(row[-1]) for row in cursor.fetchall()))
+
+        found = store.at("s3://bucket/1234")
+        assert found is not None
+        assert found.id == "many1234"
+        store.list(limit=20)
+        sa.event.remove(store.engine, "before_cursor_execute", explain)
+        by_place, by_creation = plans
+        assert "jobs_by_place" in by_place
+        assert "jobs_by_creation" in by_creation
+        for plan in plans:
+            assert "Sort" not in plan
+            assert "TEMP B-TREE" not in plan
+
+    def test_pages_hold_every_job_once(self, store: JobStore, create: Callable[..., JobRecord]) -> None:
+        ids = [create().id for _ in range(7)]
+        _age(store, *ids)
+        with store.engine.begin() as connection:  # several of the same moment
+            connection.execute(sa.update(jobs).where(jobs.c.id.in_(ids[2:5])).values(created_at=3.3))
+        expected = sorted(ids, key=lambda each: (store.get(each).created_at, each), reverse=True)
+        page = store.list(limit=2)
+        seen = [record.id for record in page.jobs]
+        while page.next is not None:
+            create()  # a job that is created meanwhile moves nothing
+            page = store.list(limit=2, after=page.next)
+            seen += [record.id for record in page.jobs]
+        assert seen == expected
+        assert store.list(limit=7, until=1000.0).next is None
+        for wrong in ("", "x", "x y"):
+            with pytest.raises(SpecError, match="after"):
+                store.list(after=wrong)
+
+    def test_lists_are_filtered(self, store: JobStore, create: Callable[..., JobRecord]) -> None:
+        spec = {"source": ["s3://bucket/Photos 100%/"], "model": "models:/pumps@production", "out": "/data/out_1"}
+        pumps = create(spec=spec, model={"name": "pumps"}, place="/data/out_1")
+        other = create(place="/data/out21", model={"name": "pump"})
+        _age(store, other.id, pumps.id)
+
+        def found(**filters: Any) -> list[str]:
+            return [record.id for record in store.list(**filters).jobs]
+
+        assert found() == [pumps.id, other.id]
+        assert found(model="pumps") == [pumps.id]
+        assert found(model="PUMPS") == []
+        assert found(place="/data/out_1/") == [pumps.id]
+        assert found(text="photos 100%") == found(text="@PRODUCTION") == found(text="t_1") == [pumps.id]
+        assert found(text=pumps.id[2:8]) == [pumps.id]
+        assert found(text="0%/x") == found(text="_t_") == []
+        assert found(since=2.0) == [pumps.id]
+        assert found(since=1.0, until=2.0) == [other.id]
+        assert found(since=1.0, until=3.0, model="pumps", text="photos", place="/data/out_1") == [pumps.id]
+        store.respec(other.id, {**spec, "model": "kittens.onnx"}, output={**OUTPUT, "place": "/moved"})
+        assert found(text="kittens") == found(place="/moved") == [other.id]
+
+    def test_lists_show_a_job_without_coordinator_as_interrupted(
+        self, store: JobStore, create: Callable[..., JobRecord]
+    ) -> None:
+        new, alive, expired, gone, elsewhere, stopped, finished = (create().id for _ in range(7))
+        for job_id in (alive, expired, gone, elsewhere):
+            _acquired(store, job_id)
+        for job_id, state in ((stopped, "interrupted"), (finished, "finished")):
+            store.release(_acquired(store, job_id), state)
+        expire(store, expired)
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        process.wait(DEADLINE)
+        with store.engine.begin() as connection:
+            connection.execute(sa.update(jobs).where(jobs.c.id == gone).values(owner_pid=process.pid))
+            there = {"owner_pid": process.pid, "owner_host": "elsewhere"}
+            connection.execute(sa.update(jobs).where(jobs.c.id == elsewhere).values(**there))
+
+        def found(state: str) -> set[str]:
+            records = store.list(state=state).jobs
+            assert {record.state for record in records} <= {state}
+            return {record.id for record in records}
+
+        assert found("created") == {new}
+        assert found("running") == {alive, elsewhere}
+        assert found("interrupted") == {expired, gone, stopped}
+        assert found("finished") == {finished}
+        assert found("no such state") == set()
+        assert {record.id for record in store.orphaned()} == {expired, gone}
+        assert store.acquire(gone, seconds=LONG) is not None
+        assert {record.id for record in store.orphaned()} == {expired}
+
     # Owning a job ---------------------------------------------------------------------------------
 
     def test_one_coordinator_at_a_time(
@@ -206,7 +340,7 @@ class JobStoreContract:
         assert other.acquire(lease.job_id, seconds=LONG) is not None
 
     def test_a_job_that_is_being_started_is_its_starters(self, store: JobStore) -> None:
-        record = store.create(fingerprint="f", spec={}, model={}, hold=60)
+        record = store.create(fingerprint="f", spec={}, model={}, output={"place": "out"}, hold=60)
         assert (store.get(record.id).state, store.get(record.id).alive) == ("created", True)
         with store.engine.begin() as connection:  # as another process sees it
             connection.execute(sa.update(jobs).where(jobs.c.id == record.id).values(owner_pid=os.getppid()))
@@ -245,8 +379,11 @@ class JobStoreContract:
             lambda: store.commit(lease, lost=[Lost(second.id, [(second.chunk, 1)])]),
             lambda: store.commit(lease, usage={"seconds": 1.0}),
             lambda: store.commit(lease, take=2),
-            lambda: store.again(lease, first.id),
+            lambda: store.second_attempt(lease, first.id),
             lambda: store.reopen(lease, [chunk(0, 1)], published=True),
+            lambda: store.advance(lease),
+            lambda: store.commit(lease, planned=[chunk(4, 1)], received=[["key"]]),
+            lambda: store.forget_keys(lease, older_than=-1.0),
             lambda: store.remark(lease, "hello"),
             lambda: store.mark(lease, "paused"),
             lambda: store.release(lease, "finished", manifest={"files": []}),
@@ -260,11 +397,11 @@ class JobStoreContract:
         self, store: JobStore, lease: Lease, create: Callable[..., JobRecord]
     ) -> None:
         theirs = _acquired(store, create("g").id)
-        store.commit(theirs, planned=[chunk(0, 4)])
+        store.commit(theirs, planned=[chunk(0, 4)], received=[["a", "b", "c", "d"]])
         _, (stored,) = store.commit(theirs, take=1)
         before = everything(store)
         assert store.commit(lease, done=[done(stored)], lost=[Lost(stored.id, [(stored.chunk, 1)])]) == ([], [])
-        store.again(lease, stored.id)
+        store.second_attempt(lease, stored.id)
         assert everything(store)[1:] == before[1:]
 
     # Chunks ---------------------------------------------------------------------------------------
@@ -308,7 +445,7 @@ class JobStoreContract:
     def test_of_two_attempts_the_first_commit_wins(self, store: JobStore, lease: Lease) -> None:
         store.commit(lease, planned=[chunk(0, 3), chunk(3, 3)])
         _, (first, second) = store.commit(lease, take=2)
-        straggler = store.again(lease, first.id)
+        straggler = store.second_attempt(lease, first.id)
         assert straggler != first.attempt
         counted, _ = store.commit(lease, done=[done(first, 0, attempt=straggler)])
         assert [each.attempt for each in counted] == [straggler]
@@ -323,7 +460,7 @@ class JobStoreContract:
     def test_more_attempts_are_counted(self, store: JobStore, other: JobStore, lease: Lease) -> None:
         store.commit(lease, planned=[chunk(0, 3)])
         _, (stored,) = store.commit(lease, take=1)
-        store.again(lease, stored.id)
+        store.second_attempt(lease, stored.id)
         store.release(lease, "interrupted")
         _, (stored,) = other.commit(_acquired(other, lease.job_id), take=1)
         assert stored.attempts == 3
@@ -435,7 +572,8 @@ class JobStoreContract:
     def test_an_attempt_more_is_counted_once(self, store: JobStore, other: JobStore, lease: Lease) -> None:
         store.commit(lease, planned=[chunk(0, 3)])
         _, (stored,) = store.commit(lease, take=1)
-        assert store.again(lease, stored.id, nonce="once") == store.again(lease, stored.id, nonce="once")
+        first = store.second_attempt(lease, stored.id, nonce="once")
+        assert store.second_attempt(lease, stored.id, nonce="once") == first
         store.release(lease, "interrupted")
         _, (stored,) = other.commit(_acquired(other, lease.job_id), take=1)
         assert stored.attempts == 3
@@ -549,27 +687,126 @@ class JobStoreContract:
             each.close()  # type: ignore[attr-defined]
         store.renew(lease, seconds=LONG)
 
-    # What users want ------------------------------------------------------------------------------
+    # Endless sources ------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("wanted", ["pause", "cancel", "run"])
-    def test_the_coordinator_hears_what_is_wanted(
-        self, store: JobStore, other: JobStore, lease: Lease, wanted: str
+    def test_keys_that_were_received_are_known(self, store: JobStore, lease: Lease) -> None:
+        first, second, plain = chunk(0, 2), chunk(2, 3), chunk(5, 2)
+        keys = [["a", STRANGE], ["c", "long" * 1000, "e"], []]
+        assert store.known_keys(lease.job_id, ["a"]) == {}
+        store.commit(lease, planned=[first, second, plain], received=keys)
+        every = [key for some in keys for key in some]
+        assert store.known_keys(lease.job_id, [*every, "new", "photo-5"]) == dict.fromkeys(every, "pending")
+        _, taken = store.commit(lease, take=1)
+        assert store.known_keys(lease.job_id, ["a"]) == {"a": "pending"}
+        store.commit(lease, done=[done(taken[0], 1)])
+        known = {"a": "done", STRANGE: "done", "c": "pending", "long" * 1000: "pending", "e": "pending"}
+        assert store.known_keys(lease.job_id, every) == known
+
+    def test_keys_follow_the_parts_of_a_lost_chunk(self, store: JobStore, lease: Lease) -> None:
+        store.commit(lease, planned=[chunk(0, 4)], received=[["a", "b", "c", "d"]])
+        _, (lost,) = store.commit(lease, take=1)
+        halves = [(part(lost.chunk, 0, 1), 1), (part(lost.chunk, 1, 4), 1)]
+        _, (small, large) = store.commit(lease, lost=[Lost(lost.id, halves)], take=2)
+        store.commit(lease, done=[done(large)])
+        known = {"a": "pending", "b": "done", "c": "done", "d": "done"}
+        assert store.known_keys(lease.job_id, "abcd") == known
+        store.commit(lease, done=[done(small)])
+        assert set(store.known_keys(lease.job_id, "abcd").values()) == {"done"}
+
+    def test_keys_are_stored_with_their_chunk_or_not_at_all(
+        self, store: JobStore, lease: Lease, create: Callable[..., JobRecord]
+    ) -> None:
+        for _ in range(2):
+            store.commit(lease, planned=[chunk(0, 2)], received=[["a", "b"]], nonce="once")
+        before = everything(store)
+        assert store.counts(lease.job_id)["pending"] == 1
+        mistakes: list[tuple[list[Chunk], list[list[str]]]] = [
+            ([chunk(2, 2)], [["c"]]),
+            ([chunk(2, 2)], [["c", "d"], ["e"]]),
+            ([], [["c"]]),
+        ]
+        for planned, received in mistakes:
+            with pytest.raises(ValueError, match="keys"):
+                store.commit(lease, planned=planned, received=received)
+        with pytest.raises(sa.exc.IntegrityError):  # whoever plans a known key has not asked for it
+            store.commit(lease, planned=[chunk(2, 2)], received=[["c", "a"]])
+        assert everything(store) == before
+        theirs = _acquired(store, create("g").id)
+        store.commit(theirs, planned=[chunk(0, 1)], received=[["a"]])
+        assert store.known_keys(theirs.job_id, ["a", "b"]) == {"a": "pending"}
+
+    def test_many_keys_at_once(self, store: JobStore, lease: Lease) -> None:
+        keys = [f"message {number}" for number in range(2500)]
+        planned = [chunk(first, 100) for first in range(0, 2500, 100)]
+        store.commit(lease, planned=planned, received=[keys[each.first : each.first + 100] for each in planned])
+        assert store.known_keys(lease.job_id, ["new", *keys]) == dict.fromkeys(keys, "pending")
+
+    def test_old_keys_of_finished_items_are_forgotten(
+        self, store: JobStore, lease: Lease, create: Callable[..., JobRecord]
+    ) -> None:
+        theirs = _acquired(store, create("g").id)
+        for each in (lease, theirs):
+            store.commit(each, planned=[chunk(0, 2), chunk(2, 1), chunk(3, 1)], received=[["a", "b"], ["c"], ["d"]])
+            _, (first, _, last) = store.commit(each, take=3)
+            store.commit(each, done=[done(first), done(last)])
+        with store.engine.begin() as connection:
+            old = received_keys.c.position < 3
+            connection.execute(sa.update(received_keys).where(old).values(at=now() - 1000))
+        assert store.forget_keys(lease, older_than=2000) == 0
+        assert store.forget_keys(lease, older_than=500) == 2
+        assert store.known_keys(lease.job_id, "abcd") == {"c": "pending", "d": "done"}
+        assert len(store.known_keys(theirs.job_id, "abcd")) == 4
+
+    def test_what_is_done_once_a_generation_is_settled_belongs_to_the_next(
+        self, store: JobStore, other: JobStore, lease: Lease
+    ) -> None:
+        store.commit(lease, planned=[chunk(0, 2), chunk(2, 2), chunk(4, 2)], received=[["a", "b"], [], []])
+        _, (first, second) = store.commit(lease, take=2)
+        store.commit(lease, done=[done(first)])
+        assert store.advance(lease, nonce="once") == 1
+        before = everything(store)
+        assert store.advance(lease, nonce="once") == 1
+        assert everything(store) == before
+        assert store.get(lease.job_id).generation == 1
+        store.commit(lease, planned=[chunk(6, 2)], done=[done(second)])
+
+        def files(generation: int) -> list[list[str]]:
+            return [each.files for each in store.outputs(lease.job_id, generation=generation)]
+
+        assert files(0) == [[f"{first.attempt}.parquet"]]
+        assert files(1) == [[f"{second.attempt}.parquet"]]
+        assert store.advance(lease) == 2
+        expire(store, lease.job_id)
+        lease = _acquired(other, lease.job_id)
+        _, taken = other.commit(lease, take=9)
+        assert [each.chunk.first for each in taken] == [4, 6]
+        other.commit(lease, done=[done(each) for each in taken])
+        assert (files(0), files(1)) == ([[f"{first.attempt}.parquet"]], [[f"{second.attempt}.parquet"]])
+        assert files(2) == [[f"{each.attempt}.parquet"] for each in taken]
+        record = store.get(lease.job_id)
+        assert (record.items, record.done, record.rows, record.generation) == (8, 8, 8, 2)
+
+    # Requests -------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("asked", ["pause", "cancel", "run"])
+    def test_the_coordinator_learns_of_requests(
+        self, store: JobStore, other: JobStore, lease: Lease, asked: Request
     ) -> None:
         assert store.renew(lease, seconds=LONG) == "run"
-        other.want(lease.job_id, wanted)
-        assert store.renew(lease, seconds=LONG) == wanted
+        other.request(lease.job_id, asked)
+        assert store.renew(lease, seconds=LONG) == asked
         store.release(lease, "interrupted")
         lease = _acquired(store, lease.job_id)
         assert store.renew(lease, seconds=LONG) == "run"
 
-    def test_what_has_ended_wants_nothing(
+    def test_a_job_that_has_ended_takes_no_requests(
         self, store: JobStore, lease: Lease, create: Callable[..., JobRecord]
     ) -> None:
         store.release(lease, "finished")
         with pytest.raises(JobStateError, match="is finished"):
-            store.want(lease.job_id, "pause")
+            store.request(lease.job_id, "pause")
         with pytest.raises(JobNotFoundError):
-            store.want("nosuchjob", "pause")
+            store.request("nosuchjob", "pause")
 
     def test_pausing_shows(self, store: JobStore, lease: Lease) -> None:
         store.mark(lease, "paused")
@@ -602,7 +839,7 @@ class JobStoreContract:
     def test_delete_forgets_one_job(self, store: JobStore, lease: Lease, create: Callable[..., JobRecord]) -> None:
         kept = _acquired(store, create("g").id)
         for each in (lease, kept):
-            store.commit(each, planned=[chunk(0, 2), chunk(2, 2)])
+            store.commit(each, planned=[chunk(0, 2), chunk(2, 2), chunk(4, 1)], received=[[], [], ["key"]])
             _, (stored, _) = store.commit(each, take=2)
             store.commit(each, done=[done(stored, 0)])
         store.delete(lease.job_id)
@@ -610,8 +847,9 @@ class JobStoreContract:
             store.get(lease.job_id)
         with pytest.raises(OwnershipLostError):
             store.commit(lease, take=1)
-        assert [len(rows) for rows in everything(store)] == [1, 2, 1]
-        assert store.counts(kept.job_id) == {"pending": 0, "running": 1, "done": 1}
+        assert [len(rows) for rows in everything(store)] == [1, 3, 1, 1]
+        assert store.counts(kept.job_id) == {"pending": 1, "running": 1, "done": 1}
+        assert store.known_keys(kept.job_id, ["key"]) == {"key": "pending"}
         store.delete(lease.job_id)
 
     # Several at once ------------------------------------------------------------------------------
@@ -708,6 +946,13 @@ class JobStoreContract:
                         stores[0].reopen(lease, replay, published=counts["pending"] + counts["running"] == 0)
                         replayed.update(each.first for each in replay)
             _audit(stores[1], job_id, len(running), Counter(range(planned)) + replayed)
+
+
+def _age(store: JobStore, *ids: str) -> None:
+    """The jobs were created one second after another, the first at 1.0."""
+    with store.engine.begin() as connection:
+        for second, job_id in enumerate(ids, 1):
+            connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(created_at=float(second)))
 
 
 def _acquired(store: JobStore, job_id: str) -> Lease:

@@ -58,9 +58,9 @@ class RegistryContract(_Contract):
     """Names, versions and aliases."""
 
     def test_versions_count_up(self, registry: Registry, tmp_path: Path) -> None:
-        first = registry.add("faces", self.script(tmp_path, 1), metadata={"metrics": {"ap": 0.5}})
-        second = registry.add("faces", self.script(tmp_path, 2))
-        other = registry.add("dogs", self.script(tmp_path, 3))
+        first = registry.add("faces", resolve(self.script(tmp_path, 1)), metadata={"metrics": {"ap": 0.5}})
+        second = registry.add("faces", resolve(self.script(tmp_path, 2)))
+        other = registry.add("dogs", resolve(self.script(tmp_path, 3)))
         assert [str(first), str(second), str(other)] == ["models:/faces/1", "models:/faces/2", "models:/dogs/1"]
         assert [str(each) for each in registry.list()] == [str(other), str(first), str(second)]
         shown = registry.show("faces")
@@ -72,7 +72,7 @@ class RegistryContract(_Contract):
 
     def test_names_are_looked_up(self, registry: Registry, tmp_path: Path) -> None:
         for number in (1, 2):
-            registry.add("faces", self.script(tmp_path, number))
+            registry.add("faces", resolve(self.script(tmp_path, number)))
         registry.alias("faces", "production", 1)
         assert registry.get("models:/faces").version == 2
         assert registry.get("models:/faces/1").version == 1
@@ -91,7 +91,7 @@ class RegistryContract(_Contract):
 
     def test_aliases_move_and_roll_back(self, registry: Registry, tmp_path: Path) -> None:
         for number in (1, 2, 3):
-            registry.add("faces", self.script(tmp_path, number), alias="production")
+            registry.add("faces", resolve(self.script(tmp_path, number)), alias="production")
         assert registry.rollback("faces", "production").version == 2
         assert registry.rollback("faces", "production").version == 1
         with pytest.raises(ModelError, match="no earlier version to go back to"):
@@ -118,7 +118,7 @@ class RegistryContract(_Contract):
 
     def test_rollback_passes_over_removed_versions(self, registry: Registry, tmp_path: Path) -> None:
         for number in (1, 2, 3):
-            registry.add("faces", self.script(tmp_path, number), alias="production")
+            registry.add("faces", resolve(self.script(tmp_path, number)), alias="production")
         registry.remove("faces", 2)
         assert registry.rollback("faces", "production").version == 1
         with pytest.raises(ModelError):
@@ -128,10 +128,10 @@ class RegistryContract(_Contract):
         path = self.script(tmp_path, 1)
         for name in ("", "Faces", "a/b", "a@b", "-a", "ä", "a" * 129):
             with pytest.raises(SpecError, match=r"the name .* is not allowed"):
-                registry.add(name, path)
+                registry.add(name, resolve(path))
         for alias in ("Production", "a/b", "3"):
             with pytest.raises(SpecError, match="the alias"):
-                registry.add("faces", path, alias=alias)
+                registry.add("faces", resolve(path), alias=alias)
         with pytest.raises(SpecError, match="Nothing is a Python object, which a registry cannot keep"):
             registry.add("faces", resolve(Nothing()))
         assert registry.list() == []
@@ -142,10 +142,10 @@ class ContentContract(_Contract):
 
     def test_the_same_content_is_added_once(self, registry: Registry, tmp_path: Path) -> None:
         path = self.script(tmp_path, 1)
-        first, again = registry.add("faces", path), registry.add("faces", path, alias="staging")
+        first, again = registry.add("faces", resolve(path)), registry.add("faces", resolve(path), alias="staging")
         assert (first.existed, again.existed) == (False, True)
         assert (again.version, again.aliases) == (1, ("staging",))
-        other = registry.add("dogs", path)
+        other = registry.add("dogs", resolve(path))
         assert not other.existed
         assert other.location == first.location
         assert [f"sha256:{each}" for each in self.kept(registry)] == [first.hash]
@@ -168,9 +168,9 @@ class ContentContract(_Contract):
         assert registry.add("copies", kept).hash == added.hash
 
     def test_removing(self, registry: Registry, tmp_path: Path) -> None:
-        first = registry.add("faces", self.script(tmp_path, 1))
-        second = registry.add("faces", self.script(tmp_path, 2), alias="production")
-        copy = registry.add("dogs", self.script(tmp_path, 1))
+        first = registry.add("faces", resolve(self.script(tmp_path, 1)))
+        second = registry.add("faces", resolve(self.script(tmp_path, 2)), alias="production")
+        copy = registry.add("dogs", resolve(self.script(tmp_path, 1)))
         with pytest.raises(ModelError, match="cannot be removed: faces@production points at it"):
             registry.remove("faces", 2)
         registry.remove("faces", 1)
@@ -185,10 +185,10 @@ class ContentContract(_Contract):
             registry.remove("faces", 1)
         # Numbers are not used again, not even for what was there before.
         registry.alias("faces", "production", 2)
-        assert registry.add("faces", self.script(tmp_path, 1)).version == 3
+        assert registry.add("faces", resolve(self.script(tmp_path, 1))).version == 3
 
     def test_changed_content_is_noticed_and_mended(self, registry: Registry, tmp_path: Path) -> None:
-        added = registry.add("faces", self.script(tmp_path, 1))
+        added = registry.add("faces", resolve(self.script(tmp_path, 1)))
         assert registry.verify("faces", 1) == registry.get("models:/faces/1")
         assert (registry.fetch(added) / "score.py").stat().st_mode & 0o222 == 0
         store, name = open_store(registry.root), f"sha256/{added.hash.removeprefix('sha256:')}/score.py"
@@ -196,19 +196,19 @@ class ContentContract(_Contract):
             store.write(name, damaged.encode())
             with pytest.raises(ModelChangedError, match="models:/faces/1: the registry's copy was changed"):
                 registry.verify("faces", 1)
-            assert registry.add("faces", self.script(tmp_path, 1)).existed
+            assert registry.add("faces", resolve(self.script(tmp_path, 1))).existed
             registry.verify("faces", 1)
         store.delete([name])
         with pytest.raises(ModelChangedError, match="the registry's copy was changed"):
             registry.fetch(added)
 
     def test_content_that_is_gone_is_not_found(self, registry: Registry, tmp_path: Path) -> None:
-        added = registry.add("faces", self.script(tmp_path, 1))
+        added = registry.add("faces", resolve(self.script(tmp_path, 1)))
         open_store(registry.root).delete_tree(f"sha256/{added.hash.removeprefix('sha256:')}")
         for use in (lambda: registry.verify("faces", 1), lambda: registry.fetch(added)):
             with pytest.raises(ModelNotFoundError, match=r"Is TALLY_REGISTRY what it was .*: tally models add faces"):
                 use()
-        assert registry.add("faces", self.script(tmp_path, 1)).existed
+        assert registry.add("faces", resolve(self.script(tmp_path, 1))).existed
         registry.verify("faces", 1)
 
     def test_adding_at_once(self, registry: Registry, tmp_path: Path) -> None:

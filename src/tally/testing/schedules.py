@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from tally.database.connect import connect, now
+from tally.database.clock import now
+from tally.database.connect import connect
 from tally.database.tables import schedule_runs
 from tally.errors import JobStateError, OwnershipLostError, SpecError
 from tally.triggers.cron import Cron, Interval

@@ -1,11 +1,16 @@
-"""What every source must do. Inherit the class, override its three fixtures, and name it ``Test...``."""
+"""What every source must do. Inherit the class, override its fixtures, and name it ``Test...``.
+
+:class:`SourceContract` for sources with an end, :class:`TableSourceContract` for those of tables,
+:class:`EndlessSourceContract` for queues.
+"""
 
 from __future__ import annotations
 
 import json
 import pickle
+import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -73,6 +78,21 @@ class SourceContract:
     def chunk(self, source: Source) -> Chunk:
         """The source's largest chunk."""
         return max(chunks_of(source, 1000), key=lambda chunk: chunk.count)
+
+    def test_it_says_what_it_is(self, source: Source, input: Any) -> None:  # noqa: A002
+        assert input in source.accepts
+        assert source.unit in ("items", "frames", "rows")
+        assert source.media in (None, "image", "video", "table")
+        assert source.bounded
+
+    def test_acknowledging_and_closing_change_nothing(self, source: Source, keys: list[str]) -> None:
+        chunks = chunks_of(source, 2)
+        source.acknowledge(chunks)
+        source.acknowledge(chunks)
+        assert chunks_of(source, 2) == chunks
+        source.close()
+        source.close()
+        assert [key for chunk in chunks for key in source.keys(chunk)] == keys
 
     @pytest.mark.parametrize("items", [1, 2, 3, 1000])
     def test_chunks_hold_every_item_once_in_order(self, source: Source, keys: list[str], items: int) -> None:
@@ -191,6 +211,189 @@ class SourceContract:
                 pass
         assert timings.read + timings.decode > 0
         assert timings.score == timings.write == 0
+
+
+class Planning:
+    """Plans a source in a thread of its own, as a coordinator does; chunks of at most ``items``."""
+
+    def __init__(self, source: Source, items: int = 3) -> None:
+        self.source = source
+        self.asked = 0
+        """How often the limit of a chunk was asked for."""
+        self._items = items
+        self._chunks: queue.Queue[Any] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for chunk in self.source.plan(None, 0, self._limit):
+                self._chunks.put(chunk)
+        except BaseException as error:
+            self._chunks.put(error)
+
+    def _limit(self) -> ChunkLimit:
+        self.asked += 1
+        return ChunkLimit(self._items, 1 << 40)
+
+    def items(self, count: int) -> list[Chunk]:
+        """The next chunks, of so many items together; waits for them."""
+        chunks: list[Chunk] = []
+        while sum(chunk.count for chunk in chunks) < count:
+            found = self._chunks.get(timeout=60)
+            if isinstance(found, BaseException):
+                raise found
+            chunks.append(found)
+        assert sum(chunk.count for chunk in chunks) == count
+        return chunks
+
+    def close(self) -> list[Chunk]:
+        """Close the source; the chunks that nobody has asked for."""
+        self.source.close()
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "closing has not ended plan()"
+        return list(self._chunks.queue)
+
+
+class EndlessSourceContract:
+    """Override ``make`` (a new source of the same queue, as another process would have it), ``send`` (puts messages of
+    these keys into the queue) and ``acknowledged`` (the keys that were acknowledged, in order; again if they were
+    again), and ``input``, if it is not ``bytes``.
+    """
+
+    @pytest.fixture
+    def make(self) -> Callable[[], Source]:
+        raise NotImplementedError("override the fixture make")
+
+    @pytest.fixture
+    def send(self) -> Callable[[Sequence[str]], None]:
+        raise NotImplementedError("override the fixture send")
+
+    @pytest.fixture
+    def acknowledged(self) -> Callable[[], list[str]]:
+        raise NotImplementedError("override the fixture acknowledged")
+
+    @pytest.fixture
+    def input(self) -> str:
+        return "bytes"
+
+    @pytest.fixture
+    def planning(self, make: Callable[[], Source]) -> Any:
+        """Begins to plan with a source that is made; closes all of them at the end."""
+        begun: list[Planning] = []
+
+        def begin() -> Planning:
+            source = make()
+            source.prepare()
+            begun.append(Planning(source))
+            return begun[-1]
+
+        yield begin
+        for each in begun:
+            each.close()
+
+    def test_it_says_what_it_is(self, make: Any, input: Any) -> None:  # noqa: A002
+        source = make()
+        assert not source.bounded
+        assert input in source.accepts
+        source.close()
+
+    def test_messages_are_planned_as_they_come(self, planning: Any, send: Any) -> None:
+        send(["a", "b", "c", "d"])
+        planned = planning()
+        chunks = planned.items(4)
+        send(["e"])
+        chunks += planned.items(1)
+        assert [key for chunk in chunks for key in planned.source.keys(chunk)] == ["a", "b", "c", "d", "e"]
+        assert all(chunk.count == len(planned.source.keys(chunk)) <= 3 for chunk in chunks)
+        assert [chunk.first for chunk in chunks] == [
+            sum(each.count for each in chunks[:at]) for at in range(len(chunks))
+        ]
+
+    def test_the_limit_is_asked_once_for_each_chunk(self, planning: Any, send: Any) -> None:
+        planned = planning()
+        chunks = []
+        for key in ("a", "b", "c"):
+            send([key])
+            chunks += planned.items(1)
+        planned.close()
+        assert len(chunks) <= planned.asked <= len(chunks) + 1
+
+    def test_closing_ends_the_planning(self, planning: Any, send: Any) -> None:
+        idle = planning()
+        assert idle.close() == []
+        idle.source.close()
+        send(["a"])
+        [chunk] = planning().items(1)
+        assert chunk.count == 1
+
+    def test_chunks_are_json_and_are_read_anywhere(self, planning: Any, send: Any, input: Any) -> None:  # noqa: A002
+        send(["a", "b", "c"])
+        planned = planning()
+        scorer = Recorder()
+        scorer.input, scorer.batch_size = input, 2
+        there = pickle.loads(pickle.dumps(planned.source))  # noqa: S301  # our own bytes
+        for chunk in planned.items(3):
+            again = Chunk(chunk.first, chunk.count, json.loads(json.dumps(chunk.payload)), chunk.cursor)
+            batches = list(there.read(again, scorer, Timings()))
+            assert [key for batch in batches for key in batch.keys] == planned.source.keys(chunk)
+            assert [position for batch in batches for position in batch.positions] == list(range(chunk.count))
+
+    def test_nothing_is_acknowledged_before_it_is_done(self, planning: Any, send: Any, acknowledged: Any) -> None:
+        send(["a", "b", "c"])
+        planned = planning()
+        chunks = planned.items(3)
+        assert acknowledged() == []
+        planned.source.acknowledge(chunks)
+        assert acknowledged() == ["a", "b", "c"]
+        planned.source.acknowledge(chunks)
+        assert acknowledged() == ["a", "b", "c"]
+
+    def test_parts_are_acknowledged_one_by_one(self, planning: Any, send: Any, acknowledged: Any) -> None:
+        send(["a", "b", "c"])
+        planned = planning()
+        for chunk in planned.items(3):
+            for at in range(chunk.count):
+                part = planned.source.slice(chunk, at, at + 1)
+                planned.source.acknowledge([part])
+                assert acknowledged()[-1:] == planned.source.keys(part)
+        assert acknowledged() == ["a", "b", "c"]
+
+    def test_what_was_not_acknowledged_comes_again(self, planning: Any, send: Any, acknowledged: Any) -> None:
+        send(["a", "b", "c"])
+        first = planning()
+        done, *_ = [first.source.slice(chunk, 0, 1) for chunk in first.items(3)]
+        first.source.acknowledge([done])
+        first.close()
+        second = planning()
+        chunks = second.items(2)
+        assert [key for chunk in chunks for key in second.source.keys(chunk)] == ["b", "c"]
+        second.source.acknowledge(chunks)
+        assert acknowledged() == ["a", "b", "c"]
+
+    def test_the_chunks_of_before_a_crash_are_acknowledged_by_key(
+        self, planning: Any, send: Any, acknowledged: Any
+    ) -> None:
+        send(["a", "b"])
+        first = planning()
+        before = first.items(2)
+        first.close()
+        second = planning()
+        second.source.acknowledge(before)  # not delivered again yet, or just now
+        second.items(2)
+        assert set(acknowledged()) <= {"a", "b"}
+        second.source.acknowledge(before)
+        assert acknowledged() == ["a", "b"]
+
+    def test_a_message_that_comes_twice_is_one_item(self, planning: Any, send: Any, acknowledged: Any) -> None:
+        send(["a"])
+        planned = planning()
+        [chunk] = planned.items(1)
+        send(["a", "b"])
+        [other] = planned.items(1)
+        assert planned.source.keys(other) == ["b"]
+        planned.source.acknowledge([chunk, other])
+        assert sorted(acknowledged()) == ["a", "a", "b"]
 
 
 class TableSourceContract(SourceContract):

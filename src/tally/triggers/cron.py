@@ -1,14 +1,14 @@
 """When a schedule ticks: cron's five fields, read on the clock of a time zone.
 
-What becomes of local times that the clock skips or shows twice is decided here, as Debian's cron does it:
+Local times that the clock skips or repeats are treated as Debian's cron does:
 
-- Minutes and hours that are both given as numbers, lists or ranges (``30 2 * * *``) name times of day. Each is a
-  tick once a day: a skipped time ticks in the first moment after the gap, and of a repeated one only the first.
-- If one of them begins with ``*`` (``0 * * * *``, ``*/15 * * * *``), whatever the clock shows is a tick: what it skips
-  is none, and what it repeats is two.
+- If minutes and hours are both numbers, lists or ranges (``30 2 * * *``), they name times of day. Each ticks once a
+  day: a skipped time ticks at the first moment after the gap, a repeated one only the first time.
+- If one of them begins with ``*`` (``0 * * * *``, ``*/15 * * * *``), every matching time that the clock shows is a
+  tick: a skipped one is none, and a repeated one is two.
 
-All ticks of one day are worked out together, whatever the question, so that the answers never contradict each
-other: the intervals between neighbouring ticks tile time, without gap or overlap.
+All ticks of a day are computed together, so that different questions never get contradicting answers. The intervals
+between neighbouring ticks tile time, without gap or overlap.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from tally.text import did_you_mean
 
 _DAY = 86_400
 _SPANS = (_DAY, 8 * _DAY, 70 * _DAY, 1500 * _DAY, 30_000 * _DAY)
-"""How far to look for a neighbouring tick, in turn; 29 February on a certain weekday comes every 28 or 40 years."""
+"""Seconds in which to look for a neighbouring tick, in turn. 29 February on a Monday comes every 28 or 40 years."""
 _YEARS = (1971, 2200)
-"""Nothing ticks outside."""
+"""There are no ticks outside these years."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """The time from one tick to the next, in epoch seconds; its run happens at its end."""
+    """The time from one tick to the next, in epoch seconds. It is run at its end."""
 
     start: int
     end: int
@@ -44,7 +44,7 @@ def zone(name: str) -> ZoneInfo:
     """The time zone by its IANA name. Raises SpecError."""
     try:
         return ZoneInfo(name)
-    except (ValueError, OSError, LookupError):  # a name that is no path, a folder of zones, none at all
+    except (ValueError, OSError, LookupError):  # not a path, a folder of zones, nothing at all
         from zoneinfo import available_timezones
 
         raise SpecError(
@@ -79,7 +79,7 @@ class Cron:
         if problems:
             raise SpecError(problems, hint="\n  ".join(hint for hint in hints if hint))
         self._elapsed = fields[0].startswith("*") or fields[1].startswith("*")
-        # Neighbouring questions share days.
+        # Consecutive questions are about the same days.
         self._on = lru_cache(maxsize=64)(self._ticks_on)
 
     def ticks(self, start: float, end: float) -> list[int]:
@@ -109,11 +109,11 @@ class Cron:
         raise SpecError(f"cron: {self.expression!r} never came to pass before {self.text(moment)}")
 
     def ending(self, after: float, until: float) -> list[Interval]:
-        """The intervals whose end, when they are run, is in ``after < end <= until``."""
+        """The intervals that are to be run in ``after < end <= until``: those that end then."""
         return self._between(self.ticks(int(after) + 1, int(until) + 1), back=True)
 
     def starting(self, start: float, stop: float) -> list[Interval]:
-        """The intervals that begin in ``start <= t < stop``: of ranges that tile time, each is in one."""
+        """The intervals that begin in ``start <= t < stop``. Of ranges that tile time, each interval is in one."""
         return self._between(self.ticks(start, stop), back=False)
 
     def next(self, moment: float, count: int) -> list[Interval]:
@@ -124,7 +124,7 @@ class Cron:
         return [Interval(*pair) for pair in pairwise(found)]
 
     def clock_change(self, moment: float) -> tuple[int, timedelta] | None:
-        """The next moment within 400 days at which the zone's clock is set, and by how much."""
+        """The next moment within 400 days at which the zone's clock is set forward or back, and by how much."""
         begin = int(moment)
         for day in range(begin, begin + 400 * _DAY, _DAY):
             before, after = self._offset(day), self._offset(day + _DAY)
@@ -152,7 +152,7 @@ class Cron:
     def moment(self, text: str, flag: str) -> int:
         """A date or time as a user writes it, on the zone's clock unless it has an offset; as epoch seconds.
 
-        A time that comes twice is the first of the two; one that is skipped is the first moment after the gap.
+        A repeated time is the first of the two; a skipped one is the first moment after the gap.
         Raises SpecError that names ``flag``.
         """
         try:
@@ -175,7 +175,7 @@ class Cron:
         return self.local(moment).utcoffset() or timedelta()
 
     def _ticks_on(self, day: date) -> tuple[int, ...]:
-        """All ticks at which the clock shows this date (or, of a skipped one, those that stand for it)."""
+        """All ticks of this date on the zone's clock, those for its skipped times included."""
         if day.month not in self._fields.months or not self._fields.match_day(day):
             return ()
         times = (time(hour, minute) for hour in self._fields.hours for minute in self._fields.minutes)
@@ -191,7 +191,7 @@ class Cron:
             return [first, second] if elapsed else [first]
         if elapsed:
             return []
-        # Skipped. The gap ends between the two, which read the clock as it was set after and before.
+        # Skipped. The two moments read the clock as it is set after and before the gap, whose end is between them.
         low, high = second, first
         before = self._offset(low)
         while high - low > 1:

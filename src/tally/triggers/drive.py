@@ -1,19 +1,19 @@
 """One run of a schedule, in a process of its own: ``python -m tally.triggers.drive RUN TOKEN``.
 
-It starts the interval's job, or finds the one that an earlier process started, sees it through, and writes down what
-became of it. It holds the run's lease itself, so it goes on if the loop that started it is killed. It waits while the
-database is away.
+It starts the interval's job, or finds the one that an earlier process started, sees it through, and notes its outcome.
+It has the run's lease itself, so it continues if the loop that started it is killed. It waits while the database is
+away.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 
-from tally.database.connect import Patience
+from tally.database.renewer import LeaseRenewer
+from tally.database.waiting import Patience
 from tally.errors import (
     JobExistsError,
     JobNotFoundError,
@@ -22,7 +22,6 @@ from tally.errors import (
     OwnershipLostError,
     SourceNotFoundError,
     SpecError,
-    StorageError,
     TallyError,
     UntrustedModelError,
 )
@@ -31,20 +30,23 @@ from tally.jobs.facade import Jobs
 from tally.jobs.signals import stop_on_signals
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord
+from tally.text import error_line
 from tally.triggers.store import LEASE_SECONDS, Run, ScheduleStore
 from tally.triggers.template import fill
 
 log = logging.getLogger("tally")
 
 _FOR_GOOD = (SpecError, SourceNotFoundError, ModelNotFoundError, ModelChangedError, UntrustedModelError)
-"""Another try would end the same."""
+"""Errors that another attempt would end with, too."""
 
 
 def drive(jobs: Jobs, run_id: int, token: str) -> Run:
-    """See the run through in this process; returns it as it then is. Raises OwnershipLostError if it is another's."""
+    """See the run through in this process; returns it as it then is. Raises OwnershipLostError if another has it."""
     store, patiently = ScheduleStore(jobs.store.engine), Patience(what="the run")
     run = patiently(lambda: store.begin(run_id, token))
-    with _held(store, run_id, token):
+    renew = partial(store.renew, run_id, token)
+    # If the lease is lost, the job continues here: whoever has the run by then follows it.
+    with LeaseRenewer(renew, every=LEASE_SECONDS / 6, what=f"run {run_id}", patience=patiently):
         try:
             state = _see_through(jobs, store, run, token, patiently)
         except OwnershipLostError:
@@ -52,7 +54,7 @@ def drive(jobs: Jobs, run_id: int, token: str) -> Run:
         except Exception as error:
             if not isinstance(error, TallyError):
                 log.exception("run %d of schedule %s", run_id, run.schedule)
-            text = str(error) if isinstance(error, TallyError) else f"{type(error).__name__}: {error}"
+            text = str(error) if isinstance(error, TallyError) else error_line(error)
             for_good = isinstance(error, _FOR_GOOD)
             patiently(lambda: store.fail(run_id, token, text, for_good=for_good))
         else:
@@ -74,7 +76,7 @@ def _see_through(jobs: Jobs, store: ScheduleStore, run: Run, token: str, patient
 
 
 def _job(jobs: Jobs, store: ScheduleStore, run: Run, token: str) -> JobRecord:
-    """The job of the interval: the one that this run began, one that did or does exactly that, or a new one."""
+    """The job of the interval: the one that this run started, an earlier one with the same spec, or a new one."""
     if run.job_id is not None:
         with suppress(JobNotFoundError):
             return jobs.get(run.job_id)
@@ -98,31 +100,8 @@ def _print(event: Event) -> None:
         print(event.text)
 
 
-@contextmanager
-def _held(store: ScheduleStore, run_id: int, token: str) -> Iterator[None]:
-    """Renew the lease meanwhile."""
-    ended = threading.Event()
-
-    def keep() -> None:
-        while not ended.wait(LEASE_SECONDS / 6):
-            try:
-                store.renew(run_id, token)
-            except OwnershipLostError:
-                return  # whoever has it now follows the job, so that it may go on
-            except StorageError as error:
-                log.warning("cannot renew the lease of run %d: %s", run_id, error)
-
-    thread = threading.Thread(target=keep, name="lease", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def main() -> int:
-    """The process; 0 if the run could be brought to an end, whatever that was."""
+    """The process; its exit code is 0 whenever the run was settled, also as failed."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     run_id, token = int(sys.argv[1]), sys.argv[2]
     try:

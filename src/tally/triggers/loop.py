@@ -1,8 +1,8 @@
 """The loop that runs schedules: it turns ticks into runs, and starts a process for each run that may begin.
 
-All that it knows is in the store. The processes hold their runs themselves and go on if the loop is killed; the next
-loop, or another one beside it, takes over the runs whose process is gone. So any number of loops may work at once,
-on any number of hosts with one database.
+Its whole state is in the store. The processes have the leases of their runs, and continue if the loop is killed. The
+next loop, or another one beside it, takes over runs whose process is gone. So any number of loops may work at once, on
+any number of hosts with one database. No model is opened in this process, and no user's code is imported.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tally.alerts import delivery
+from tally.alerts.delivery import deliver
+from tally.alerts.evaluation import evaluate
+from tally.alerts.job import unevaluated
 from tally.config import settings
-from tally.database.connect import Patience
+from tally.database.waiting import Patience
 from tally.errors import DatabaseAwayError, OwnershipLostError, SpecError, TallyError
-from tally.jobs.store import JobStore
-from tally.jobs.tidy import sink_of
 from tally.triggers.cron import Cron, Interval
 from tally.triggers.store import Run, Schedule, ScheduleStore
 
 log = logging.getLogger("tally")
 
 LOOK_SECONDS = 2.0
-"""How often to look at what other processes have changed."""
+"""Seconds between two looks at what other processes have changed."""
 ALERT_SECONDS = 10.0
-"""How often to look for alerts that are to be sent."""
+"""Seconds between two looks for alerts that are due."""
 GRACE_SECONDS = 60.0
-"""A tick that is seen later than that was missed, and catch-up decides."""
+"""A tick that is noticed later than this was missed: catch-up decides about it."""
 STOP_SECONDS = 40.0
-"""How long running jobs may take to save what they have, once the loop is told to stop."""
+"""How long running jobs may take to save what they have, once the loop is to stop."""
 _MISSED_SHOWN = 1000
-"""So many missed intervals are written down, at most, at a time."""
+"""Missed intervals, at most, that are noted at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class _Child:
 
 
 def log_of(name: str) -> Path:
-    """What the processes that drive the schedule's runs printed."""
+    """The output of the processes that drive the schedule's runs."""
     return settings().home / "logs" / f"schedule-{name}.log"
 
 
@@ -57,7 +57,7 @@ class Loop:
     """Runs schedules until it is stopped, or until nothing is left to do. :meth:`stop` may be called by any thread.
 
     names: only these schedules. within: only runs that exist already and begin within this interval.
-    say: gets a line for whatever happens. listen: is called after each turn.
+    say: gets a line for each event. listen: is called after each turn.
     """
 
     def __init__(
@@ -74,26 +74,26 @@ class Loop:
         self._clocks: dict[tuple[str, str], Cron] = {}
         self._refused: set[str] = set()
         self._patience = Patience(say, what="the schedule")
-        self._wake, self._told = threading.Event(), threading.Event()
+        self._wake, self._stopping = threading.Event(), threading.Event()
         self._stops = 0
         self.begun = self.failed = 0
-        """How many runs it began, and how many of them ended as failed."""
+        """How many runs were started, and how many of them failed."""
 
     @property
     def stopped(self) -> bool:
-        """Whether it was told to stop."""
+        """Whether :meth:`stop` was called."""
         return self._stops > 0
 
     def stop(self) -> None:
-        """Begin nothing more; running jobs save what they have. Told twice, they are killed."""
+        """Start no more runs; running jobs save what they have. Called twice, it kills them."""
         self._stops += 1
         self._wake.set()
-        self._told.set()
+        self._stopping.set()
 
     def run(self, *, forever: bool = False) -> None:
-        """Run what is due, and with ``forever`` what will be; returns when all of it has ended, or on :meth:`stop`."""
+        """Run what is due, with ``forever`` also what will be; returns when all has ended, or after :meth:`stop`."""
         if forever:
-            threading.Thread(target=self._tell, name="tally-alerts", daemon=True).start()
+            threading.Thread(target=self._deliver_alerts, name="tally-alerts", daemon=True).start()
         try:
             while not self.stopped:
                 pause = LOOK_SECONDS
@@ -105,7 +105,7 @@ class Loop:
                 except OSError as error:  # StorageError is one
                     if not forever:
                         raise
-                    log.warning("%s", error)  # a disk that has room again is gone on with
+                    log.warning("%s", error)  # such as a full disk, which may have room again later
                 if pause <= 0:
                     return
                 self._wake.wait(pause)
@@ -113,22 +113,22 @@ class Loop:
         finally:
             self._end()
 
-    def _tell(self) -> None:
-        """Send the alerts of all jobs that are not delivered yet, also of those whose process did not come to it."""
-        jobs = JobStore(self._store.engine)
+    def _deliver_alerts(self) -> None:
+        """Deliver the alerts of all jobs, also of those whose process was killed before it could."""
+        engine = self._store.engine
         while not self.stopped:
             try:
-                for record in delivery.unevaluated(jobs):
-                    delivery.evaluate(jobs, record, sink_of(record))
-                delivery.deliver(jobs)
+                for job_id in unevaluated(engine):
+                    evaluate(engine, job_id)
+                deliver(engine)
             except DatabaseAwayError:
-                pass  # the loop says so
+                pass  # the loop reports it
             except (OSError, TallyError) as error:
                 log.warning("alerts: %s", error)
-            self._told.wait(ALERT_SECONDS)
+            self._stopping.wait(ALERT_SECONDS)
 
     def _turn(self, forever: bool) -> float:
-        """All that there is to do now; returns for how many seconds that was all, or 0 if for good."""
+        """Do everything that is due now; returns the seconds until there may be more, or 0 if there will be none."""
         schedules = [each for each in self._store.all() if not self._names or each.name in self._names]
         at = self._store.clock()
         pause = LOOK_SECONDS
@@ -158,7 +158,7 @@ class Loop:
         return self._clocks[key]
 
     def _plan(self, schedule: Schedule, clock: Cron, at: float) -> None:
-        """Make runs of the ticks that have come."""
+        """Turn the ticks that have passed into runs."""
         ended = clock.ending(schedule.planned_until, at)
         if not ended:
             return
@@ -186,7 +186,7 @@ class Loop:
         command = [sys.executable, "-m", "tally.triggers.drive", str(run.id), run.token]
         try:
             with log_file.open("ab") as output:
-                # In a session of its own: Ctrl-C is for the loop, which stops it cleanly.
+                # In a session of its own: Ctrl-C goes to the loop only, which stops the process cleanly.
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
                 )
@@ -198,17 +198,17 @@ class Loop:
         self._say(
             f"{run.schedule}: {clock.span(run.interval)} begins" + (f" ({run.reason})" if run.reason != "cron" else "")
         )
-        threading.Thread(target=self._await, args=(process,), daemon=True).start()
+        threading.Thread(target=self._wake_when_ended, args=(process,), daemon=True).start()
 
-    def _await(self, process: subprocess.Popen[bytes]) -> None:
+    def _wake_when_ended(self, process: subprocess.Popen[bytes]) -> None:
         process.wait()
         self._wake.set()
 
     def _reap(self) -> None:
-        """What has become of the runs whose process has ended."""
+        """Settle the runs whose process has ended."""
         for child in [each for each in self._children if each.process.poll() is not None]:
             run, token = child.run, child.run.token or ""
-            with suppress(OwnershipLostError):  # it has come to its end, as it should
+            with suppress(OwnershipLostError):  # its process has settled it, as it should
                 self._store.put_back(run.id, token, counted=not self.stopped)
             with suppress(OwnershipLostError, SpecError):  # removed meanwhile
                 run = self._store.run(run.id)
@@ -218,17 +218,17 @@ class Loop:
                 ended = {"pending": "will be gone on with", "running": "goes on in another process"}
                 line = f"{run.schedule}: {what} {ended.get(run.state, run.state)}{job}"
                 self._say(f"{line}: {run.error}" if run.error else line)
-            self._children.remove(child)  # only now: the database may have been away, and then it is looked at again
+            self._children.remove(child)  # last: if the database is away, the next turn tries again
 
     def _end(self) -> None:
-        """Let the processes save what they have."""
+        """Stop the processes, which save what they have."""
         deadline = time.monotonic() + STOP_SECONDS
         for child in self._children:
             child.process.terminate()
         while self._children:
             try:
                 self._reap()
-            except DatabaseAwayError:  # whose lease has run out is taken over, and so found out about
+            except DatabaseAwayError:  # their leases run out, and another loop takes over
                 self._children = [each for each in self._children if each.process.poll() is None]
             if self._stops > 1 or time.monotonic() > deadline:
                 for child in self._children:

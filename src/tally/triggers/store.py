@@ -1,46 +1,44 @@
-"""The store of schedules: what runs when, and what has become of each interval.
+"""The store of schedules: what runs when, and the state of each interval.
 
-There is one row for each interval of a schedule, so that nothing runs an interval beside another run of it. A run is
-``pending``, ``running``, ``finished``, ``failed`` or ``skipped``. Whoever takes a pending run gets a token and a lease,
-and sends the token with every change: one that has lost its run changes nothing. A run whose holder's lease ran out,
-or whose process is gone from this host, is taken over. Leases and waits go by the database's clock; statements are
-portable between SQLite and PostgreSQL.
+Each interval of a schedule has one row, so that no interval is run twice at a time. A run is ``pending``, ``running``,
+``finished``, ``failed`` or ``skipped``. Whoever claims a pending run gets its lease (:mod:`tally.database.lease`), and
+names the lease's token in every change. A run whose lease is lost is taken over. Waiting times go by the database's
+clock; statements are portable between SQLite and PostgreSQL.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
-from tally.database.connect import now
+from tally.database import lease
+from tally.database.clock import now
 from tally.database.tables import schedule_runs as runs
 from tally.database.tables import schedules
 from tally.errors import JobStateError, OwnershipLostError, SpecError
-from tally.jobs.store import here, is_alive
 from tally.text import did_you_mean, storable
 from tally.triggers.cron import Cron, Interval
 
 LEASE_SECONDS = 30.0
 PARALLEL = 4
-"""Runs of one schedule at the same time, where they may overlap."""
+"""Runs of one schedule at the same time, at most, where they may overlap."""
 TRIES = 3
-"""A run that ended with an error so often stays failed."""
+"""A run that ended with an error this often stays failed."""
 BACK_OFF = 10.0
 """Seconds until a failed run's second try; six times that until its third."""
 BEGINNINGS = 20
-"""A run that was begun so often without coming to any end stays failed: it may be what kills its process."""
+"""A run that was started this often without ending stays failed: it may be what kills its process."""
 _LANES = ("cron", "backfill")
-"""Backfills neither hold up what runs on time, nor are held up by it."""
+"""Backfills and scheduled runs do not wait for each other."""
 _ROWS = 500
-_AFRESH: dict[str, Any] = {
+_RESET: dict[str, Any] = {
     "state": "pending", "job_id": None, "attempts": 0, "failures": 0, "error": None, "next_at": None,
     "started_at": None, "finished_at": None,
 }  # fmt: skip
-"""What a run is that is begun anew, because somebody asked for it."""
+"""The columns of a run that is to start over, because somebody asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +63,11 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One interval of a schedule, and what has become of it. Times are seconds since the epoch.
+    """One interval of a schedule, and its state. Times are seconds since the epoch.
 
-    reason: cron (on time), catch-up or backfill. again: over the results of an earlier run.
-    attempts: how often it was begun; failures: how often it ended with an error.
-    token: for whoever claimed it just now; None otherwise.
+    reason: cron (on time), catch-up or backfill. again: it overwrites the results of an earlier run.
+    attempts: how often it was started; failures: how often it ended with an error.
+    token: of the lease, for whoever has just claimed the run; None otherwise.
     """
 
     id: int
@@ -142,7 +140,7 @@ class ScheduleStore:
             return {str(state): int(n) for state, n in connection.execute(query.group_by(runs.c.state)).all()}
 
     def unsettled(self, names: Iterable[str], *, within: Interval | None = None) -> int:
-        """How many runs are at work or wait for it; those of paused schedules only if ``within`` names them."""
+        """How many runs are pending or running; of paused schedules, only those that ``within`` names."""
         query = (
             sa.select(sa.func.count())
             .join(schedules, schedules.c.name == runs.c.schedule)
@@ -169,7 +167,7 @@ class ScheduleStore:
     ) -> Schedule:
         """A new schedule; its first tick is the first one after ``since`` (now, if left out).
 
-        replace: change the one of that name; what it has run stays known, and it goes on where it was, or at ``since``.
+        replace: change the schedule of that name; its runs stay, and it continues where it was, or at ``since``.
         Raises SpecError if there is one by that name.
         """
         values: dict[str, Any] = {
@@ -191,13 +189,13 @@ class ScheduleStore:
         return self.get(name)
 
     def pause(self, name: str, paused: bool) -> Schedule:
-        """Let nothing new begin, or let it again; what runs goes on."""
+        """Start no more runs, or start them again; what is running continues."""
         with self.engine.begin() as connection:
             connection.execute(sa.update(schedules).where(schedules.c.name == name).values(paused=int(paused)))
         return self.get(name)
 
     def remove(self, name: str) -> None:
-        """Forget the schedule and its runs; jobs and results stay. Raises JobStateError while one is running."""
+        """Delete the schedule and its runs; jobs and results stay. Raises JobStateError while one is running."""
         schedule = self.get(name)
         with self.engine.begin() as connection:
             self._lock(connection, name)
@@ -205,7 +203,7 @@ class ScheduleStore:
                 sa.select(runs, now().label("clock")).where(runs.c.schedule == name, runs.c.state == "running")
             )
             for row in rows.mappings():
-                if is_alive(row):
+                if lease.is_held(row):
                     raise JobStateError(
                         f"schedule {name!r} is running its interval of {schedule.clock().text(row['interval_start'])}",
                         hint=f"Stop it first: tally jobs cancel {row['job_id']}" if row["job_id"] else None,
@@ -214,10 +212,10 @@ class ScheduleStore:
             connection.execute(sa.delete(schedules).where(schedules.c.name == name))
 
     def backfill(self, name: str, intervals: Sequence[Interval], *, again: bool = False) -> list[Run]:
-        """See to it that each of these intervals gets a run, unless it is finished; returns their runs.
+        """Give each of these intervals a run, unless it is finished; returns their runs.
 
-        Failed and skipped ones are begun again. again: finished ones too; but where an earlier such backfill of the
-        same intervals has not come to its end, it is gone on with.
+        Failed and skipped runs start over. again: finished ones too; but if an earlier such backfill of the same
+        intervals has not ended, that one is continued.
         """
         if not intervals:
             return []
@@ -234,7 +232,7 @@ class ScheduleStore:
             for state in redo:
                 values: dict[str, Any] = {"reason": "backfill"}
                 if state != "pending":
-                    values |= _AFRESH
+                    values |= _RESET
                 if state == "finished":
                     values |= {"again": 1}
                 ids = [known[each]["id"] for each in intervals if each in known]
@@ -245,10 +243,10 @@ class ScheduleStore:
         return [run for run in reversed(self.runs(name, within=within)) if run.interval in wanted]
 
     def retry(self, name: str) -> int:
-        """Let the failed runs of the schedule be tried again; returns how many there are."""
+        """Start the failed runs of the schedule over; returns how many there are."""
         with self.engine.begin() as connection:
             it = (runs.c.schedule == name, runs.c.state == "failed")
-            return connection.execute(sa.update(runs).where(*it).values(**_AFRESH)).rowcount
+            return connection.execute(sa.update(runs).where(*it).values(**_RESET)).rowcount
 
     # -- the loop's changes ------------------------------------------------------------------------
 
@@ -295,14 +293,14 @@ class ScheduleStore:
         return True
 
     def claim(self, name: str, *, within: Interval | None = None) -> Run | None:
-        """The schedule's next run that may be begun, with a token; or one whose process is gone.
+        """Take the schedule's next run that may be started, or one whose process is gone; None if there is none.
 
-        Runs are begun in the order of their intervals; if they may not overlap, one after another, and one that waits
-        for its next try holds up those behind it.
+        Runs are started in the order of their intervals. If they may not overlap, one follows another, and one that
+        waits for its next attempt holds up those behind it.
         within: only runs that begin within this interval, even if the schedule is paused.
         """
         if not self.unsettled([name], within=within):
-            return None  # without a transaction that others would have to wait for
+            return None  # avoids a transaction that others would have to wait for
         with self.engine.begin() as connection:
             row = self._lock(connection, name)
             if row is None:
@@ -313,7 +311,7 @@ class ScheduleStore:
             running = connection.execute(query.where(runs.c.state == "running")).mappings().all()
             idle = row["paused"] and within is None
             for each in running:
-                lost = not is_alive(each) and _is_within(each["interval_start"], within)
+                lost = not lease.is_held(each) and _is_within(each["interval_start"], within)
                 if lost and not idle and (taken := self._take(connection, each)) is not None:
                     return taken
             for lane in _LANES:
@@ -329,27 +327,27 @@ class ScheduleStore:
                     return taken
         return None
 
-    # -- changes of whoever holds a run ------------------------------------------------------------
+    # -- changes by whoever has a run's lease ------------------------------------------------------------
 
     def begin(self, run_id: int, token: str) -> Run:
-        """This process holds the run from now on. Raises OwnershipLostError if it is another's."""
-        self._own(run_id, token, **here(LEASE_SECONDS), started_at=now())
+        """This process takes the claimed run. Raises OwnershipLostError if another one has it."""
+        self._change(run_id, token, **lease.granted(token, LEASE_SECONDS), started_at=now())
         return self.run(run_id)
 
     def renew(self, run_id: int, token: str) -> None:
         """Extend the lease. Raises OwnershipLostError."""
-        self._own(run_id, token, lease_until=now() + LEASE_SECONDS)
+        self._change(run_id, token, **lease.granted(token, LEASE_SECONDS))
 
     def assign(self, run_id: int, token: str, job_id: str) -> None:
-        """The run is done by this job. Raises OwnershipLostError."""
-        self._own(run_id, token, job_id=job_id)
+        """Note which job does the run. Raises OwnershipLostError."""
+        self._change(run_id, token, job_id=job_id)
 
     def finish(self, run_id: int, token: str) -> None:
         """The interval is done. Raises OwnershipLostError."""
-        self._own(run_id, token, **_free("finished"), error=None, finished_at=now())
+        self._change(run_id, token, **_free("finished"), error=None, finished_at=now())
 
     def fail(self, run_id: int, token: str, error: str, *, for_good: bool = False) -> None:
-        """The run ended with an error: it is tried again later, unless that was the last time or ``for_good``.
+        """The run ended with an error: there is another attempt later, unless that was the last one or ``for_good``.
 
         Raises OwnershipLostError.
         """
@@ -359,30 +357,30 @@ class ScheduleStore:
             values |= {**_free("failed"), "finished_at": now()}
         else:
             values |= {**_free("pending"), "next_at": now() + BACK_OFF * 6 ** (failures - 1)}
-        self._own(run_id, token, **values)
+        self._change(run_id, token, **values)
 
     def put_back(self, run_id: int, token: str, *, counted: bool) -> None:
-        """The run was stopped before its end. counted: as one of the times that it was begun, as nobody stopped it
+        """The run was stopped before its end, and is pending again. counted: the attempt counts, as nobody stopped it
         on purpose. Raises OwnershipLostError."""
         attempts = runs.c.attempts if counted else runs.c.attempts - 1
-        self._own(run_id, token, **_free("pending"), attempts=attempts)
+        self._change(run_id, token, **_free("pending"), attempts=attempts)
 
     # -- inside transactions -----------------------------------------------------------------------
 
-    def _own(self, run_id: int, token: str, /, **values: Any) -> None:
+    def _change(self, run_id: int, token: str, /, **values: Any) -> None:
         with self.engine.begin() as connection:
-            it = (runs.c.id == run_id, runs.c.token == token, runs.c.state == "running")
-            if connection.execute(sa.update(runs).where(*it).values(**values)).rowcount == 0:
+            running = (runs.c.id == run_id, runs.c.state == "running")
+            if not lease.change(connection, runs, *running, token=token, **values):
                 raise OwnershipLostError("the run of this interval has been taken over by another process")
 
     def _lock(self, connection: sa.Connection, name: str) -> sa.RowMapping | None:
-        """Nobody else plans or claims runs of this schedule until the transaction ends."""
+        """Keep others from planning or claiming runs of this schedule until the transaction ends."""
         it = schedules.c.name == name
         connection.execute(sa.update(schedules).where(it).values(paused=schedules.c.paused))
         return connection.execute(sa.select(schedules).where(it)).mappings().first()
 
     def _busy(self, connection: sa.Connection, schedule: Schedule) -> int | None:
-        """The interval of a run that is at work or waits for it."""
+        """The start of the oldest interval whose run is pending or running."""
         query = sa.select(runs.c.interval_start).where(
             runs.c.schedule == schedule.name, runs.c.state.in_(("pending", "running")), _in_lane("cron")
         )
@@ -398,10 +396,14 @@ class ScheduleStore:
                 .values(**_free("failed"), error=error, finished_at=now())
             )  # fmt: skip
             return None
-        token = secrets.token_hex(16)
-        values = {"state": "running", "token": token, "attempts": row["attempts"] + 1, **here(LEASE_SECONDS)}
-        connection.execute(sa.update(runs).where(runs.c.id == row["id"]).values(**values))
-        return _run({**row, "state": "running", "attempts": row["attempts"] + 1}, token)
+        token, seen = lease.new_token(), {"state": "running", "attempts": row["attempts"] + 1}
+        acquired = lease.acquire(
+            connection, runs, runs.c.id == row["id"],
+            token=token, seconds=LEASE_SECONDS, instead_of=row["owner"], **seen,
+        )  # fmt: skip
+        if not acquired:
+            return None
+        return _run({**row, **seen}, token)
 
     def _insert(
         self,
@@ -414,7 +416,7 @@ class ScheduleStore:
         error: str | None = None,
         again: bool = False,
     ) -> None:
-        """Runs for those of the intervals that have none."""
+        """Add runs for those of the intervals that have none."""
         known: set[Interval] = set()
         for begin in range(0, len(intervals), _ROWS):
             starts = [each.start for each in intervals[begin : begin + _ROWS]]
@@ -466,9 +468,9 @@ def _lane(row: sa.RowMapping) -> str:
 
 
 def _free(state: str) -> dict[str, Any]:
-    """Nobody holds the run any more."""
+    """The columns of a run that nobody works on."""
     return {
-        "state": state, "token": None, "owner_host": None, "owner_pid": None, "lease_until": None, "next_at": None,
+        "state": state, **lease.RETURNED, "next_at": None,
     }  # fmt: skip
 
 
@@ -478,5 +480,5 @@ def _schedule(row: sa.RowMapping) -> Schedule:
 
 
 def _run(row: Mapping[Any, Any], token: str | None = None) -> Run:
-    values = {name: row[name] for name in Run.__slots__}
+    values = {name: row[name] for name in Run.__slots__ if name != "token"}
     return Run(**values | {"again": bool(row["again"]), "token": token})

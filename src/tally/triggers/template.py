@@ -1,8 +1,8 @@
-"""The job of a schedule: a job file in whose values the interval of each run is filled in.
+"""The job of a schedule: a job file with placeholders for the interval of each run.
 
-``{interval_start}`` and ``{interval_end}`` stand for the interval's times on the clock of the schedule's zone, with
-``_utc`` appended on that of UTC; ISO 8601 with the offset, or as a format of ``strftime`` says:
-``{interval_start:%Y/%m/%d}``. No other braces mean anything here: ``{Device}`` belongs to the job.
+``{interval_start}`` and ``{interval_end}`` are the interval's times on the clock of the schedule's zone; with ``_utc``
+appended, on UTC's. They are written in ISO 8601 with the offset, or in a format of ``strftime``:
+``{interval_start:%Y/%m/%d}``. Other braces mean nothing here: ``{Device}`` belongs to the job.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ NAMES = ("interval_start", "interval_end", "interval_start_utc", "interval_end_u
 _PLACEHOLDER = re.compile(r"\{(interval\w*)(?::([^{}]*))?\}")
 _DAY = 86_400
 _DISTANCES = (0, 0.5, 1, 7, 28, 29, 30, 31, 365, 366)
-"""Days after which a format that leaves something out gives the same text again."""
+"""Days after which a format that omits something, such as the year, repeats itself."""
 _NEIGHBOURS = 50
 
 
 def read(path: str) -> dict[str, Any]:
-    """The fields of a job file, with absolute places: the file may go away. Raises SpecError or StorageError."""
+    """The fields of a job file, with absolute paths, as the file may go away. Raises SpecError or StorageError."""
     try:
         return read_spec(path).model_dump(mode="json", exclude_unset=True)
     except SpecError as error:
@@ -43,9 +43,9 @@ def fill(fields: Mapping[str, Any], interval: Interval, cron: Cron) -> JobSpec:
 
 
 def check(fields: Mapping[str, Any], cron: Cron | None, moment: float) -> list[str]:
-    """Everything that would keep runs after ``moment`` from working, as far as can be told without running one.
+    """Every problem of runs after ``moment`` that can be found without running one.
 
-    cron: None where that is not known; then nothing is filled in.
+    cron: None where it is not known; then only the placeholders are checked.
     """
     problems = [
         f"{field}: there is no placeholder {name!r}{did_you_mean(name, NAMES)}"
@@ -71,7 +71,7 @@ def check(fields: Mapping[str, Any], cron: Cron | None, moment: float) -> list[s
 
 
 def _sample(cron: Cron, moment: float) -> list[Interval]:
-    """Intervals at distances at which formats collide: neighbours, and where the clock is set back."""
+    """Intervals that an incomplete format may confuse: neighbours, the same time on other days, a repeated hour."""
     found = cron.next(moment, _NEIGHBOURS)
     begin = found[0].start
     for days in _DISTANCES:
@@ -93,7 +93,7 @@ def _clash(one: Interval, other: Interval, cron: Cron) -> str:
 
 
 def _placeholders(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """Where placeholders stand, and their names."""
+    """The field of each placeholder, and its name."""
     if isinstance(value, str):
         yield from ((field, found[1]) for found in _PLACEHOLDER.finditer(value))
     elif isinstance(value, Mapping):
@@ -120,7 +120,7 @@ def _text(name: str, form: str | None, interval: Interval, cron: Cron) -> str:
         local = local.astimezone(UTC)
     if not form:
         return local.isoformat()
-    # %s is not Python's, and where a platform knows it, it goes by the clock of this host.
+    # Python does not define %s; where the platform does, it depends on this host's time zone.
     form = re.sub("%(%|s)", lambda found: "%%" if found[1] == "%" else str(int(local.timestamp())), form)
     try:
         return local.strftime(form)

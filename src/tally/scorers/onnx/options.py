@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from tally.errors import ModelLoadError, SpecError
-from tally.scorers.onnx.session import open_session
-from tally.scorers.vision import processing
+from tally.models.labels import read_labels
+from tally.scorers.onnx.session import signature
 from tally.scorers.vision.detection import DECODERS
-from tally.scorers.vision.processing import Preprocess, Size
+from tally.scorers.vision.preprocess import Preprocess, Size
 
 Task = Literal["classify", "detect", "restyle", "embed", "segment"]
 
@@ -36,8 +36,8 @@ class OnnxOptions(BaseModel):
     """Options of an ONNX vision scorer, as written under ``options:`` in ``tally.yaml``.
 
     file: the model's file name inside the artifacts folder.
-    labels: a file there (see :func:`tally.scorers.vision.processing.read_labels`), or the names themselves.
-    top: how many classes to report (classify). softmax: see :func:`tally.scorers.vision.processing.probabilities`.
+    labels: a file there (see :func:`tally.models.labels.read_labels`), or the names themselves.
+    top: how many classes to report (classify). softmax: see :func:`tally.scorers.vision.outputs.probabilities`.
     output: ``rows`` (pixels of each class) or ``image`` (the label map), for segment.
     threads: of ONNX Runtime, in each worker. batch_size: pictures scored at once.
     classes, batch, assumed: found by :func:`inspect`: the number of classes, the batch size that the model is
@@ -121,15 +121,8 @@ def _show(dims: Sequence[int | None]) -> str:
 
 def _examine(path: Path) -> _Facts:
     """Read the facts. Raises ModelLoadError unless the model takes pictures and gives tensors."""
-    session = open_session(path, ["CPUExecutionProvider"], optimise=False)
-    try:
-        return _read_facts(path, session)
-    except UnicodeDecodeError:
-        raise ModelLoadError(f"{path}: the model is damaged (its names are no text)", hint="Fetch it again.") from None
-
-
-def _read_facts(path: Path, session: Any) -> _Facts:
-    inputs, outputs = session.get_inputs(), session.get_outputs()
+    found = signature(path)
+    inputs, outputs = found.inputs, found.outputs
     if len(inputs) != 1:
         names = ", ".join(i.name for i in inputs) or "none"
         raise ModelLoadError(f"{path}: a vision model takes one picture, this one has {len(inputs)} inputs ({names})")
@@ -149,7 +142,7 @@ def _read_facts(path: Path, session: Any) -> _Facts:
         TENSOR_TYPES[picture.type],
         tuple(o.name for o in outputs),
         tuple(_dims(o.shape) for o in outputs),
-        session.get_modelmeta().custom_metadata_map,
+        found.metadata,
     )
 
 
@@ -217,7 +210,7 @@ class _Resolver:
         if not isinstance(labels, str):
             return labels
         try:
-            return processing.read_labels(self.facts.path.parent / labels)
+            return read_labels(self.facts.path.parent / labels)
         except SpecError as error:
             self.problems += error.problems
             return None

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 
 from tally.errors import ItemError, ModelLoadError, SpecError
+from tally.models.base import Kind
+from tally.models.labels import read_labels
+from tally.models.reference import ModelRef
 from tally.scorers.base import Item, Result, Scorer
 from tally.scorers.onnx.options import OnnxOptions, Task, inspect
-from tally.scorers.onnx.session import choose_providers, open_session, plain_reason
-from tally.scorers.vision import processing
+from tally.scorers.onnx.session import choose_providers, external_names, open_session, plain_reason
 from tally.scorers.vision.detection import detect_rows
-from tally.scorers.vision.processing import Array, Prepared
+from tally.scorers.vision.outputs import classify_rows, label_map, restore_image, restore_map, segment_rows
+from tally.scorers.vision.preprocess import Array, Prepared, Preprocessor
 
 __all__ = ["OnnxOptions", "OnnxVisionScorer", "inspect"]
 
@@ -27,6 +30,69 @@ _SHORT_NAMES = {
     "CUDAExecutionProvider": "CUDA",
     "TensorrtExecutionProvider": "TensorRT",
 }
+
+
+class OnnxKind(Kind):
+    """ONNX models of pictures."""
+
+    reads_files = False
+    comments = {  # noqa: RUF012
+        "task": "classify, detect, restyle, embed or segment",
+        "labels": "names of the classes, one per line, in the model's order",
+        "preprocess": "how a picture becomes the model's input",
+        "size": "width, height in pixels",
+        "resize": "squash, crop (shorter side, then the centre) or letterbox",
+        "channels": "rgb, bgr or gray",
+        "scale": "a pixel x in 0..255 becomes (x * scale - mean) / std",
+        "mean": "in the model's channel order",
+        "top": "how many classes to report",
+        "softmax": "auto, always or never",
+        "decoder": "how boxes are decoded",
+        "score_threshold": "boxes below it are left out",
+        "iou_threshold": "boxes of one class that overlap more are one",
+    }
+
+    def recognises(self, path: Path) -> bool:
+        from tally.scorers.tabular.onnx import takes_table
+
+        return not takes_table(path)
+
+    def companions(self, path: Path) -> list[str]:
+        return external_names(path)
+
+    def inspect(self, path: Path, options: Mapping[str, Any], *, trusted: bool) -> dict[str, Any]:
+        return inspect(path, options)
+
+    def create(self, ref: ModelRef) -> Scorer:
+        return OnnxVisionScorer(ref.options)
+
+    def package(self, ref: ModelRef) -> dict[str, Any]:
+        options = {name: value for name, value in ref.options.items() if name not in _FOUND}
+        return {"file": ref.entry, "options": options}
+
+    def starting_options(self, ref: ModelRef) -> dict[str, Any]:
+        options, task = ref.options, ref.options["task"]
+        labels, classes = options.get("labels"), options.get("classes")
+        if isinstance(labels, str):
+            labels = read_labels(ref.location / ref.artifacts / labels)
+        elif labels is None and classes and task in ("classify", "detect", "segment"):
+            labels = [f"class {number}" for number in range(classes)]  # placeholders, to be replaced
+        without = {*_FOUND, "threads", *(name for name, only in _ONLY_FOR.items() if only != task)}
+        return {name: value for name, value in options.items() if name not in without} | {"labels": labels}
+
+
+_FOUND = ("file", "classes", "batch")
+"""Options that inspecting the model tells."""
+
+_ONLY_FOR = {
+    "top": "classify",
+    "softmax": "classify",
+    "decoder": "detect",
+    "score_threshold": "detect",
+    "iou_threshold": "detect",
+    "output": "segment",
+}
+"""Options that mean something for one task only."""
 
 
 class OnnxVisionScorer(Scorer):
@@ -45,7 +111,7 @@ class OnnxVisionScorer(Scorer):
             raise SpecError("the options are not complete", hint="Pass them through tally.scorers.onnx.scorer.inspect.")
         self.task: Task = task
         self.batch_size = self.options.batch_size
-        self.preprocessor = processing.Preprocessor(preprocess)
+        self.preprocessor = Preprocessor(preprocess)
         self.size = preprocess.size
         if preprocess.resize == "crop" and self.size:
             self.size = (self.preprocessor.shorter, self.preprocessor.shorter)
@@ -80,7 +146,7 @@ class OnnxVisionScorer(Scorer):
         count = 2 if self.options.decoder == "ssd" and self.task == "detect" else 1
         self._outputs = [output.name for output in self._session.get_outputs()[:count]]
         labels = self.options.labels
-        self._names = processing.read_labels(artifacts / labels) if isinstance(labels, str) else list(labels or ())
+        self._names = read_labels(artifacts / labels) if isinstance(labels, str) else list(labels or ())
         if self.options.decoder == "ssd" and len(self._names) == (self.options.classes or 0) + 1:
             del self._names[0]  # the background
 
@@ -142,7 +208,7 @@ class OnnxVisionScorer(Scorer):
         height, width = shape[1:] if self.preprocessor.nchw else shape[:2]
         size = (width, height)
         if self.task == "classify":
-            return processing.classify_rows(first, self._name, top=options.top, softmax=options.softmax)
+            return classify_rows(first, self._name, top=options.top, softmax=options.softmax)
         if self.task == "embed":
             return {"embedding": first.reshape(-1).astype(np.float32).tolist()}
         if self.task == "detect":
@@ -156,11 +222,11 @@ class OnnxVisionScorer(Scorer):
                 iou_threshold=options.iou_threshold,
             )
         if self.task == "restyle":
-            return processing.restore_image(self.preprocessor.pixels(first), prepared, size)
-        classes = processing.label_map(first, (height, width), channels_last=not self.preprocessor.nchw)
+            return restore_image(self.preprocessor.pixels(first), prepared, size)
+        classes = label_map(first, (height, width), channels_last=not self.preprocessor.nchw)
         if self.output == "image":
-            return processing.restore_map(classes, prepared, size).astype(np.uint8)
-        return processing.segment_rows(classes, prepared, size, self._name)
+            return restore_map(classes, prepared, size).astype(np.uint8)
+        return segment_rows(classes, prepared, size, self._name)
 
     def _name(self, index: int) -> str:
         return self._names[index] if index < len(self._names) else str(index)

@@ -1,13 +1,18 @@
-"""Opening ONNX models: sessions, readable refusals of what is no usable model, and execution providers."""
+"""Opening ONNX models: sessions, what models say of themselves, readable refusals, and execution providers."""
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tally.errors import ModelLoadError, ModelNotFoundError
+from tally.models.hashing import content_hash
 
 
 def open_session(
@@ -34,6 +39,67 @@ def open_session(
         return onnxruntime.InferenceSession(str(path), settings, providers=list(providers), enable_fallback=0)
     except Exception as error:
         raise _refusal(path, head, str(error)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An input or output. type: as ONNX Runtime names it (``tensor(float)``). shape: names where sizes vary."""
+
+    name: str
+    type: str
+    shape: tuple[int | str | None, ...]
+
+    @classmethod
+    def of(cls, node: Any) -> Node:
+        return cls(node.name, node.type, tuple(node.shape or ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a model file says about itself."""
+
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    metadata: Mapping[str, str]
+
+
+def signature(path: Path) -> Signature:
+    """What a model file says about itself; a process opens the same content once. Raises as :func:`open_session`."""
+    _head(path)
+    return _signature(path, content_hash(path.parent, (path.name, *external_data(path))))
+
+
+@lru_cache(maxsize=64)
+def _signature(path: Path, content: str) -> Signature:
+    session = open_session(path, ["CPUExecutionProvider"], optimise=False)
+    try:
+        return Signature(
+            tuple(map(Node.of, session.get_inputs())),
+            tuple(map(Node.of, session.get_outputs())),
+            dict(session.get_modelmeta().custom_metadata_map),
+        )
+    except UnicodeDecodeError:
+        raise ModelLoadError(f"{path}: the model is damaged (its names are no text)", hint="Fetch it again.") from None
+
+
+def external_names(path: Path) -> list[str]:
+    """Names of the files that an ONNX model says hold its large weights.
+
+    Each tensor names its file in a protobuf entry ``{key: "location", value: name}``. Searching for that
+    entry's bytes finds them without reading gigabytes of protobuf into memory.
+    """
+    names: set[str] = set()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for match in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", content):
+            low, *high = match[1]
+            length = (low & 0x7F) | (high[0] << 7 if high else 0)
+            names.add(os.fsdecode(content[match.end() : match.end() + length]))
+    return sorted(name for name in names if not os.path.isabs(name))  # noqa: PTH117
+
+
+def external_data(path: Path) -> list[str]:
+    """Files beside an ONNX model that hold its large weights."""
+    return [name for name in external_names(path) if (path.parent / name).is_file()]
 
 
 _FORMATS = (

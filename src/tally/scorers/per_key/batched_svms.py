@@ -1,4 +1,4 @@
-"""Thousands of one-class SVMs, scored together as stacked arrays.
+"""Thousands of one-class SVMs, scored in batches.
 
 Every kernel is brought into one form. With rows and support vectors extended by two columns, one product of matrices
 gives what the kernel's function is applied to::
@@ -161,7 +161,7 @@ def parameters(estimator: Any) -> Svm | None:
     )
 
 
-class Stack:
+class BatchedSvms:
     """Many one-class SVMs, ready to score. Not changed by scoring, so threads may share one."""
 
     def __init__(self, models: Svms) -> None:

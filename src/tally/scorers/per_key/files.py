@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tally.errors import ModelError, ModelLoadError, ModelNotFoundError, SpecError, TallyError, UntrustedModelError
-from tally.models.hashing import counts
+from tally.errors import ModelError, ModelLoadError, SpecError, TallyError, UntrustedModelError
+from tally.models.base import Candidate, Kind, ModelRequest, merged
+from tally.models.hashing import check_content, content_hash
+from tally.models.mirror import errors_name, fetched, is_here, upload_to_mirror, uploaded_below
+from tally.models.readable import check_readable
+from tally.models.reference import ModelRef
 from tally.scorers.base import Scorer
-from tally.scorers.per_key.batched_svms import Integers, Stack, Svm, Svms, parameters
+from tally.scorers.per_key.batched_svms import BatchedSvms, Integers, Svm, Svms, parameters
 from tally.scorers.per_key.keys import (
     DETECTOR,
     OPEN_MODELS,
-    Key,
     KeyIndex,
     ModelPerKey,
     columns_differ,
@@ -27,116 +30,17 @@ from tally.scorers.per_key.keys import (
     or_error,
 )
 from tally.scorers.per_key.packed import Model, Written, agreed_features, write
+from tally.scorers.per_key.templates import PLACEHOLDER, columns_of, find, local_template, read_key
 from tally.scorers.tabular import tables
-from tally.scorers.tabular.sklearn import scorer_of
+from tally.scorers.tabular.sklearn import FORMATS, open_estimator, scorer_of
+from tally.storage import is_url
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
-
-def find(template: str, by: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
-    """The folder above all placeholders of a template, and the files in it that match, sorted, relative to it.
-
-    ``{Device}`` stands for any part of one name. Raises SpecError if placeholders and ``by`` are not the same,
-    ModelNotFoundError if no file matches.
-    """
-    _check_columns(template, by)
-    parts = Path(template).parts
-    first = next(index for index, part in enumerate(parts) if _PLACEHOLDER.search(part))
-    folder = Path(*parts[:first])
-    pattern = _pattern("/".join(parts[first:]))
-    files = [name for name in _walk(folder, parts[first:]) if pattern.fullmatch(name)]
-    if not files:
-        there = f"the folder {folder} does not exist" if not folder.is_dir() else f"{folder} was searched"
-        raise ModelNotFoundError(f"no model file matches {template!r}", hint=f"{there[0].upper()}{there[1:]}.")
-    return folder, tuple(sorted(files))
-
-
-def local_template(template: str, by: Sequence[str]) -> tuple[str, str | None]:
-    """The template for :func:`find`; of a URL, whose objects are fetched, also the URL of the folder that they are in.
-
-    Raises as :func:`find` does.
-    """
-    from tally.models.download import folder as fetched
-    from tally.storage import is_url, open_store
-
-    if not is_url(template):
-        return template, None
-    _check_columns(template, by)
-    folder, within = template[: (cut := template.rindex("/", 0, template.index("{")))], template[cut + 1 :]
-    pattern = _pattern(within)
-    depth = within.count("/")
-    entries = open_store(folder).list(enter=lambda name: name.count("/") < depth)
-    names = [entry.name for entry in entries if pattern.fullmatch(entry.name) and counts(entry.name)]
-    if not names:
-        raise ModelNotFoundError(f"no model file matches {template!r}", hint=f"{folder} was searched.")
-    return str(fetched(folder, names) / within), folder
-
-
-def _check_columns(template: str, by: Sequence[str]) -> None:
-    named = list(dict.fromkeys(_PLACEHOLDER.findall(template)))
-    problems = [f"{template}: {{{name}}} is no column of the key ({', '.join(by)})" for name in named if name not in by]
-    problems += [f"{template}: the column {name} of the key chooses no model" for name in by if name not in named]
-    if problems:
-        raise SpecError(problems, hint="For example: --model-per Device,Tag='models/{Device}_{Tag}.skops'")
-
-
-def _walk(folder: Path, parts: Sequence[str], above: str = "") -> Iterator[str]:
-    """Files below a folder whose path is made of names like ``parts``. Hidden ones are left out."""
-    part, rest = parts[0], parts[1:]
-    if _PLACEHOLDER.search(part):
-        pattern = _pattern(part)
-        try:
-            names = [name for name in os.listdir(folder / above) if pattern.fullmatch(name)]
-        except OSError:
-            return
-        names = [name for name in names if not name.startswith(".") or part.startswith(".")]
-    else:
-        names = [part]
-    for name in names:
-        path = f"{above}{name}"
-        if rest:
-            yield from _walk(folder, rest, f"{path}/")
-        elif (folder / path).is_file():
-            yield path
-
-
-def _pattern(template: str, *, lazy: bool = False) -> re.Pattern[str]:
-    """What paths of models look like; its groups are the placeholders in the order in which they first appear."""
-    text, seen = "", list[str]()
-    for index, piece in enumerate(_PLACEHOLDER.split(template)):
-        if index % 2 == 0:
-            text += re.escape(piece)
-        elif piece in seen:
-            text += f"(?P=c{seen.index(piece)})"
-        else:
-            text += f"(?P<c{len(seen)}>[^/]+{'?' if lazy else ''})"
-            seen.append(piece)
-    return re.compile(text)
-
-
-def read_key(template: str, file: str) -> Key:
-    """The key that a file was made for. template: as :func:`find` takes it, without the folder.
-
-    Raises SpecError where the name can be read in more than one way. The values are in the order in which the
-    template first names them.
-    """
-    greedy, lazy = (_pattern(template, lazy=lazy).fullmatch(file) for lazy in (False, True))
-    if greedy is None or lazy is None or greedy.groups() != lazy.groups():
-        found = " or ".join(", ".join(each.groups()) for each in (greedy, lazy) if each)
-        raise SpecError(f"{file}: cannot tell {template} apart: {found or 'it does not match'}")
-    return greedy.groups()
-
-
-def columns_of(template: str) -> list[str]:
-    """The placeholders of a template, in the order in which it first names them."""
-    return list(dict.fromkeys(_PLACEHOLDER.findall(template)))
-
-
-class KeyedOptions(tables.TableOptions):
-    """Options of a keyed scorer, as :func:`inspect` completes them.
+class PerKeyFilesOptions(tables.TableOptions):
+    """Options of a scorer of one file for each key, as :func:`inspect` completes them.
 
     folder, files: where the models are. template: of the files' names, within the folder.
     names, count, columns: what the first model takes and gives, and so all others have to.
@@ -165,7 +69,7 @@ def inspect(
     """Look at the first of many models that can be opened, and fill in every option that was left out.
 
     template: within the folder. folder, files: as :func:`find` returns them. Returns options (JSON-able) for
-    :class:`KeyedScorer`. Raises SpecError with every problem, UntrustedModelError, and ModelLoadError if no model
+    :class:`PerKeyFilesScorer`. Raises SpecError with every problem, UntrustedModelError, and ModelLoadError if no model
     can be opened.
     """
     if problems := tables.TableOptions.problems_in(options):
@@ -190,7 +94,7 @@ def inspect(
     assumed = [f"{each.message}: rows of that key are going to fail" for each in failed]
     if names is None and count is not None:
         assumed.append(tables.assumed_features(count, "the models were"))
-    found = KeyedOptions(
+    found = PerKeyFilesOptions(
         **given.model_dump(),
         folder=str(folder.absolute()),
         template=template,
@@ -207,12 +111,12 @@ def inspect(
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """One model, open. stacked: its parameters, if it is to be scored together with others; else ``scorer``.
+    """One model, open. svm: its parameters, if it is scored in a batch with others; else ``scorer``.
     estimator: of scikit-learn, if it is one."""
 
     features: Sequence[str] | int | None
     columns: Mapping[str, str] | None
-    stacked: Svm | None = None
+    svm: Svm | None = None
     scorer: Scorer | None = None
     estimator: Any = None
 
@@ -230,8 +134,6 @@ def open_model(
 
     Raises ModelNotFoundError, ModelLoadError, UntrustedModelError, SpecError.
     """
-    from tally.scorers.tabular.sklearn import FORMATS, open_estimator
-
     path = folder / file
     name = f"{called or folder.name}/{file}"
     if path.suffix.lower() == ".onnx":
@@ -252,12 +154,79 @@ def open_model(
     features = agreed_features(features, estimator, name)
     svm = parameters(estimator)
     if svm is not None:
-        return Opened(features, DETECTOR, stacked=svm, estimator=estimator)
+        return Opened(features, DETECTOR, svm=svm, estimator=estimator)
     alone = scorer_of(estimator, features)
     return Opened(features, alone.columns, scorer=alone, estimator=estimator)
 
 
-class KeyedScorer(ModelPerKey):
+class PerKeyFilesKind(Kind):
+    """A model file for each key of a table, given as a template of their names."""
+
+    reads_files = False
+
+    def resolve(self, found: Candidate, request: ModelRequest) -> ModelRef:
+        template, by = found.entry, request.by
+        if not by:
+            columns = ",".join(columns_of(template))
+            raise SpecError(
+                f"{template!r} names a model for each key, and no columns make keys",
+                hint=f"Say which: --model-per {columns}='{template}'",
+            )
+        local, mirror = local_template(template, by)
+        path = Path(os.path.abspath(Path(local).expanduser()))  # noqa: PTH100 - keeps links, drops ".."
+        folder, files = find(str(path), by)
+        if not request.trust:
+            for name in files:
+                with suppress(ModelLoadError):  # only the rows of a damaged model's key fail
+                    check_readable(folder / name, trusted=False)
+        within = str(path.relative_to(folder))
+        digest = content_hash(folder, files)
+        with errors_name(mirror or str(folder), instead_of=folder):
+            options = inspect(within, by, folder, files, merged({}, request.settings), trusted=request.trust)
+        return ModelRef(
+            kind=self.name,
+            name=template,
+            location=folder,
+            entry=within,
+            files=files,
+            hash=digest,
+            assumed=tuple(options.pop("assumed", ())),
+            options=options,
+            trusted=request.trust,
+            mirror=mirror,
+        )
+
+    def refreshed(self, ref: ModelRef) -> ModelRef:
+        """With the files of keys that had none."""
+        said = {name: value for name in ("features", "batch_size") if (value := ref.options.get(name)) is not None}
+        request = ModelRequest(settings=said, by=ref.options["by"], trust=ref.trusted)
+
+        def again(template: str) -> ModelRef:
+            return self.resolve(Candidate("a model for each key", template), request)
+
+        if is_url(ref.name):
+            found = again(ref.name)
+            check_content(str(ref), found.location, ref.files, ref.hash)
+            return found
+        if not is_here(ref, any):
+            fetched(ref)
+            return ref  # new files are added on another machine
+        check_content(str(ref), ref.location, ref.files, ref.hash)
+        found = replace(again(str(ref.location / ref.entry)), name=ref.name)
+        place = uploaded_below(ref)
+        return found if place is None else upload_to_mirror(found, place)
+
+    def create(self, ref: ModelRef) -> Scorer:
+        return PerKeyFilesScorer(ref.options)
+
+    def package(self, ref: ModelRef) -> dict[str, Any]:
+        raise SpecError(
+            f"{ref.name} is a file for each key, which a registry cannot keep one by one",
+            hint=f"Put them into one: tally models pack '{ref.name}' --by COLUMNS --out FOLDER --name NAME",
+        )
+
+
+class PerKeyFilesScorer(ModelPerKey):
     """Scores tables with one model file for each key; options as :func:`inspect` returns them.
 
     Models are opened when their key first comes, and ``OPEN_MODELS`` of them are kept open. One-class SVMs are scored
@@ -265,7 +234,7 @@ class KeyedScorer(ModelPerKey):
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self.options = KeyedOptions.complete(options)
+        self.options = PerKeyFilesOptions.complete(options)
         super().__init__(
             by=self.options.by,
             features=self.options.features or self.options.names or self.options.count,
@@ -280,7 +249,7 @@ class KeyedScorer(ModelPerKey):
     def load(self, artifacts: Path, device: str) -> None:
         self._folder, self._device = artifacts, device
 
-    def lacks(self, key: Mapping[str, Any]) -> str | None:
+    def missing_reason(self, key: Mapping[str, Any]) -> str | None:
         found = key_of(self.by, key)
         if found is not None and self._path(found) in self._numbers:
             return None
@@ -290,19 +259,19 @@ class KeyedScorer(ModelPerKey):
 
     def _path(self, key: Sequence[str]) -> str:
         values = dict(zip(self.by, key, strict=True))
-        return _PLACEHOLDER.sub(lambda found: values[found[1]], self.options.template)
+        return PLACEHOLDER.sub(lambda found: values[found[1]], self.options.template)
 
     def _find(self, keys: Sequence[pa.Array]) -> Integers:
         index = KeyIndex.of_rows(keys)
         numbers = [self._numbers.get(self._path(key), -1) for key in index]
         return np.append(np.array(numbers, np.int64), -1)[index.find(keys)]
 
-    def _stack(self, present: Integers) -> tuple[Stack | None, Integers]:
+    def _batched(self, present: Integers) -> tuple[BatchedSvms | None, Integers]:
         members = {number: self._members(number) for number in present.tolist()}
-        svms = {number: each.stacked for number, each in members.items() if isinstance(each, Opened) and each.stacked}
+        svms = {number: each.svm for number, each in members.items() if isinstance(each, Opened) and each.svm}
         places = np.full(len(self._numbers), -1)
         places[list(svms)] = np.arange(len(svms))
-        return (Stack(Svms.of(list(svms.values()))) if svms else None), places
+        return (BatchedSvms(Svms.of(list(svms.values()))) if svms else None), places
 
     def _member(self, number: int) -> Opened | TallyError:
         file = self.options.files[number]

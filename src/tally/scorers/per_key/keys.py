@@ -14,7 +14,7 @@ import numpy as np
 
 from tally.errors import ItemError, ModelLoadError, TallyError
 from tally.scorers.base import Results, Scorer, TableResult
-from tally.scorers.per_key.batched_svms import Integers, Stack
+from tally.scorers.per_key.batched_svms import BatchedSvms, Integers
 from tally.scorers.tabular import tables
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ DETECTOR: Mapping[str, str] = {"anomaly": "bool", "score": "float64"}
 """The columns that detectors of anomalies give."""
 
 OPEN_MODELS = 4096
-"""Models that cannot be stacked, and are kept open at the same time."""
+"""Models that cannot be batched, and are kept open at the same time."""
 
 T = TypeVar("T")
 Key: TypeAlias = tuple[str, ...]
@@ -172,15 +172,15 @@ class ModelPerKey(Scorer):
         """The model of each row, int64[n]; -1 where there is none. keys: the columns of the key."""
         raise NotImplementedError
 
-    def _stack(self, present: Integers) -> tuple[Stack | None, Integers]:
-        """The stacked models, and the position there of each model, int64[models]; -1 of one that is not stacked.
+    def _batched(self, present: Integers) -> tuple[BatchedSvms | None, Integers]:
+        """The batched SVMs, and the position there of each model, int64[models]; -1 of a model that is not batched.
 
         present: the models that are wanted now.
         """
         raise NotImplementedError
 
     def _open(self, number: int) -> Scorer:
-        """The scorer of one model that is not stacked. Raises TallyError."""
+        """The scorer of one model that is not batched. Raises TallyError."""
         raise NotImplementedError
 
     def _kept(self, number: int) -> Scorer | TallyError:
@@ -197,12 +197,12 @@ class ModelPerKey(Scorer):
         present = np.unique(number[number >= 0])
         if not len(present):
             return [errors[row] for row in range(len(number))]
-        stack, places = self._stack(present)
+        svms, places = self._batched(present)
         place = np.append(places, -1)[number]
         features = table.select(range(len(self.by), table.num_columns))
         pieces: list[Piece] = []
-        if stack is not None and (rows := np.flatnonzero(place >= 0)).size:
-            pieces.append((rows, _decide(stack, place[rows], _taken(features, rows), rows, errors)))
+        if svms is not None and (rows := np.flatnonzero(place >= 0)).size:
+            pieces.append((rows, _decide(svms, place[rows], _taken(features, rows), rows, errors)))
         for each in present[places[present] < 0].tolist():
             rows = np.flatnonzero(number == each)
             pieces += self._alone(each, _taken(features, rows), rows, errors)
@@ -212,7 +212,7 @@ class ModelPerKey(Scorer):
         return TableResult(found, errors) if errors else found
 
     def _missing(self, key: Mapping[str, Any]) -> str:
-        return self.lacks(key) or f"there is no model for {shown(self.by, list(key.values()))}"
+        return self.missing_reason(key) or f"there is no model for {shown(self.by, list(key.values()))}"
 
     def _alone(self, number: int, table: pa.Table, rows: Integers, errors: dict[int, Exception]) -> Iterator[Piece]:
         """What one model says about its rows. What goes wrong is added to ``errors``."""
@@ -230,8 +230,10 @@ class ModelPerKey(Scorer):
                 errors |= {int(rows[start + row]): error for row, error in enumerate(cast("list[Exception]", results))}
 
 
-def _decide(stack: Stack, model: Integers, table: pa.Table, rows: Integers, errors: dict[int, Exception]) -> pa.Table:
-    """What stacked models say about rows. What goes wrong is added to ``errors``, under the numbers in ``rows``."""
+def _decide(
+    svms: BatchedSvms, model: Integers, table: pa.Table, rows: Integers, errors: dict[int, Exception]
+) -> pa.Table:
+    """What batched SVMs say about rows. What goes wrong is added to ``errors``, under the numbers in ``rows``."""
     import pyarrow as pa
 
     if not tables.is_numeric(table):
@@ -240,7 +242,7 @@ def _decide(stack: Stack, model: Integers, table: pa.Table, rows: Integers, erro
         score = np.zeros(len(rows))
     else:
         values = tables.matrix(table)
-        score = stack.decision(values, model)
+        score = svms.decision(values, model)
         if (wrong := np.flatnonzero(np.isnan(score))).size:
             reasons = tables.unusable(table, values, nan=False)
             overflow = ItemError("values are too large for the model's arithmetic")
@@ -277,9 +279,9 @@ def _placed(pieces: Sequence[Piece], count: int) -> pa.Table:
     found = pa.concat_tables([table for _, table in pieces], promote_options="permissive")
     if len(pieces) == 1 and len(pieces[0][0]) == count:
         return found
-    origin = np.full(count, -1)
-    origin[np.concatenate([rows for rows, _ in pieces])] = np.arange(found.num_rows)
-    return found.take(pa.array(origin, mask=origin < 0))
+    place_of = np.full(count, -1)
+    place_of[np.concatenate([rows for rows, _ in pieces])] = np.arange(found.num_rows)
+    return found.take(pa.array(place_of, mask=place_of < 0))
 
 
 def or_error(open_one: Callable[[], T]) -> T | TallyError:

@@ -1,7 +1,7 @@
 """Many models in one Parquet file: one row for each key, thousands of them loaded in milliseconds.
 
 One-class SVMs, with or without a StandardScaler before them, are kept as numbers and scored together (see
-``stacked.py``); opening them runs no code. Any other scikit-learn model is kept whole, in skops' format.
+``batched_svms.py``); opening them runs no code. Any other scikit-learn model is kept whole, in skops' format.
 
 Columns of the file: those of the key; ``svm``, a struct of the fields of
 :class:`~tally.scorers.per_key.batched_svms.Svm`, lists flattened row by row; ``content``, a skops file's bytes, where
@@ -12,7 +12,6 @@ the features, and the columns of results.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -25,11 +24,14 @@ import numpy as np
 import yaml
 
 from tally.errors import ModelLoadError, SpecError, StorageError, TallyError, UntrustedModelError
+from tally.models.base import Kind
+from tally.models.reference import ModelRef
 from tally.scorers.base import Scorer, Window
-from tally.scorers.per_key.batched_svms import KERNELS, Integers, Stack, Svms, parameters
+from tally.scorers.per_key.batched_svms import KERNELS, BatchedSvms, Integers, Svms, parameters
 from tally.scorers.per_key.keys import DETECTOR, KeyIndex, ModelPerKey, columns_differ, key_of, shown, whole
 from tally.scorers.tabular import tables
 from tally.scorers.tabular.sklearn import open_estimator, scorer_of
+from tally.storage import publish
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,16 +62,16 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What :func:`write` wrote. stacked: models kept as numbers; whole: models kept in skops' format."""
+    """What :func:`write` wrote. batched: SVMs kept as numbers; whole: models kept in skops' format."""
 
     folder: Path
-    stacked: int
+    batched: int
     whole: int
     requires_trust: bool
 
     @property
     def models(self) -> int:
-        return self.stacked + self.whole
+        return self.batched + self.whole
 
 
 # ----------------------------------------------------------------------------------------------------- writing
@@ -87,9 +89,10 @@ def write(
 ) -> Written:
     """Write a model package of many models; they are taken from ``models`` and written as they come.
 
-    by: the columns of the key. features: names of the columns that every model takes, or how many there are; found
-    from the first model if left out. window: what readings are gathered over first; features are what is made of it.
-    name: of the package; the folder's if left out.
+    by: the columns of the key. features: names of the columns that every model takes, or how many there are;
+    taken from the first model by default.
+    window: what readings are gathered over first; features are what is made of it.
+    name: of the package; the folder's by default.
     trusted: models may hold types that do more than compute; scoring then needs trust too.
     Nothing is written unless all is well. Raises SpecError (a key twice, models that do not fit together),
     UntrustedModelError, StorageError.
@@ -97,17 +100,14 @@ def write(
     there = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{FILE}.{os.getpid()}.part"
         try:
-            written = _write(part, folder, iter(models), _Packer(tuple(by), features, window, trusted))
+            with publish.whole(folder / FILE) as part:
+                written = _write(Path(part), folder, iter(models), _Packer(tuple(by), features, window, trusted))
             described: dict[str, Any] = {"name": name or folder.absolute().name, "file": FILE}
             if written.requires_trust:
                 described["requires_trust"] = True
-            part.replace(folder / FILE)
             (folder / "tally.yaml").write_text(yaml.safe_dump(described, sort_keys=False), "utf-8")
         finally:
-            with suppress(OSError):
-                part.unlink()
             if not there:
                 with suppress(OSError):
                     folder.rmdir()  # if nothing is in it
@@ -148,7 +148,7 @@ def _write(
             writer.close()
     if writer is None:
         raise SpecError("there are no models to pack")
-    return Written(folder, packer.stacked, packer.whole, packer.requires_trust)
+    return Written(folder, packer.batched, packer.whole, packer.requires_trust)
 
 
 class _Packer:
@@ -159,7 +159,7 @@ class _Packer:
     ) -> None:
         self.by, self.features, self.window, self.trusted = by, features, window, trusted
         self.columns: Mapping[str, str] | None = None
-        self.stacked = self.whole = 0
+        self.batched = self.whole = 0
         self.requires_trust = False
         self._seen: set[Any] = set()
 
@@ -182,7 +182,7 @@ class _Packer:
             columns = scorer_of(model.estimator, self.features).columns
             self.whole += 1
         else:
-            self.stacked += 1
+            self.batched += 1
         if problem := columns_differ(columns, self.columns, name):
             raise SpecError(problem)
         self.columns = self.columns or columns
@@ -304,6 +304,16 @@ def inspect(path: Path, options: Mapping[str, Any], *, trusted: bool) -> dict[st
     return found.model_dump(mode="json")
 
 
+class PackedKind(Kind):
+    """Many models in one Parquet file."""
+
+    def inspect(self, path: Path, options: Mapping[str, Any], *, trusted: bool) -> dict[str, Any]:
+        return inspect(path, options, trusted=trusted)
+
+    def create(self, ref: ModelRef) -> Scorer:
+        return PackedScorer({**ref.options, "path": str(ref.location / ref.entry)})
+
+
 class PackedScorer(ModelPerKey):
     """Scores tables with the models of one file; options as :func:`inspect` returns them.
 
@@ -327,7 +337,7 @@ class PackedScorer(ModelPerKey):
         index = KeyIndex([whole(table.column(name)) for name in self.options.by])
         return frozenset(index)
 
-    def lacks(self, key: Mapping[str, Any]) -> str | None:
+    def missing_reason(self, key: Mapping[str, Any]) -> str | None:
         found = key_of(self.by, key)
         if found is not None and found in self._keys:
             return None
@@ -345,17 +355,17 @@ class PackedScorer(ModelPerKey):
             svms = whole(table.column("svm"))
             valid = np.asarray(svms.is_valid())
             self._places = np.where(valid, np.cumsum(valid) - 1, -1)
-            self._stacked = Stack(_unpacked(svms.drop_null())) if valid.any() else None
+            self._svms = BatchedSvms(_unpacked(svms.drop_null())) if valid.any() else None
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ModelLoadError(f"{path} is damaged: {error}") from None
-        if self._stacked is not None and self.options.count != self._stacked.models.vectors.shape[1]:
+        if self._svms is not None and self.options.count != self._svms.models.vectors.shape[1]:
             raise ModelLoadError(f"{path} is damaged: its models do not have {self.options.count} features")
 
     def _find(self, keys: Sequence[pa.Array]) -> Integers:
         return self._index.find(keys)
 
-    def _stack(self, present: Integers) -> tuple[Stack | None, Integers]:
-        return self._stacked, self._places
+    def _batched(self, present: Integers) -> tuple[BatchedSvms | None, Integers]:
+        return self._svms, self._places
 
     def _open(self, number: int) -> Scorer:
         name = shown(self.by, self._index.key(number))
@@ -369,9 +379,11 @@ class PackedScorer(ModelPerKey):
         return scorer
 
     def describe(self) -> str:
-        stacked = 0 if self._stacked is None else len(self._stacked)
-        whole = len(self._index) - stacked
-        parts = [f"{stacked:,} stacked"] * bool(stacked) + [f"{whole:,} whole"] * bool(whole)
+        batched = 0 if self._svms is None else len(self._svms)
+        whole = len(self._index) - batched
+        parts = [f"{batched:,} batched SVM{'' if batched == 1 else 's'}"] * bool(batched) + [f"{whole:,} whole"] * bool(
+            whole
+        )
         return f"{len(self._index):,} models ({', '.join(parts)}) by {', '.join(self.by)}, batch {self.batch_size}"
 
 

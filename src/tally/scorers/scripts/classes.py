@@ -8,19 +8,34 @@ import sys
 from collections.abc import Mapping
 from modulefinder import ModuleFinder
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from tally.errors import ModelLoadError, ModelNotFoundError, SpecError
-from tally.models.reference import BATCH_LIMIT
+from tally.models.hashing import known_hash
+from tally.models.reference import BATCH_LIMIT, ModelRef
 from tally.scorers.base import Scorer
 from tally.scorers.scripts.script import load_module, outline
 from tally.text import did_you_mean
 
 
-def scorer_class(path: Path, wanted: str) -> type[Scorer]:
-    """The one Scorer that a file defines, or the one called ``wanted``."""
+class _Loaded(NamedTuple):
+    """A module that is in use, and the files that it and its neighbours came from: path to SHA-256."""
 
-    module = load_module(path)
+    module: ModuleType
+    files: dict[Path, bytes]
+
+
+_loaded: dict[Path, _Loaded] = {}
+
+
+def scorer_class(path: Path, wanted: str) -> type[Scorer]:
+    """The one Scorer that a file defines, or the one called ``wanted``.
+
+    A process runs the file once, and again if it, or a module beside it that it imports, has changed.
+    Raises ModelLoadError.
+    """
+    module = _module(path)
     found = {
         name: value
         for name, value in vars(module).items()
@@ -40,7 +55,25 @@ def scorer_class(path: Path, wanted: str) -> type[Scorer]:
     return next(iter(found.values()))
 
 
+def _module(path: Path) -> ModuleType:
+    files = {each: known_hash(each) for each in local_modules(path)}
+    known = _loaded.get(path)
+    if known is not None and known.files == files:
+        return known.module
+    if any(each.files.get(file, digest) != digest for each in _loaded.values() for file, digest in files.items()):
+        # Python would not import a changed neighbour again by itself.
+        ours = {str(file) for file in files}
+        for name, module in list(sys.modules.items()):
+            if getattr(module, "__file__", None) in ours:
+                del sys.modules[name]
+        importlib.invalidate_caches()
+    module = load_module(path)
+    _loaded[path] = _Loaded(module, files)
+    return module
+
+
 def import_class(text: str, folder: Path | None) -> type[Scorer]:
+    """The Scorer ``module:Class``. folder: made importable. Raises ModelNotFoundError, ModelLoadError."""
     if folder is not None and str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     module, _, name = text.partition(":")
@@ -98,3 +131,11 @@ def local_modules(path: Path) -> list[Path]:
     finder.run_script(str(path))
     found = {Path(file) for each in finder.modules.values() if (file := getattr(each, "__file__", None))}
     return [path, *sorted(found - {path})]
+
+
+def not_a_package(ref: ModelRef, what: str) -> SpecError:
+    """The error of registering a model that has no file of its own."""
+    return SpecError(
+        f"{ref.name} is {what}, which a registry cannot keep",
+        hint="Register the .py file that defines it, or a package: 'tally new package NAME'.",
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from email.message import Message
-from email.parser import HeaderParser
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
+
+if TYPE_CHECKING:
+    from email.message import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,9 @@ def parse(body: bytes, content_type: str | None) -> Form | None:
 
     Parts that are damaged are left out.
     """
+    from email.message import Message  # not before a request is there: importing it takes a while
+    from email.parser import HeaderParser
+
     header = Message()
     header["Content-Type"] = content_type or "application/octet-stream"
     kind = header.get_content_type()

@@ -90,20 +90,27 @@ class Surroundings:
     def _leave(self) -> None:
         outside = self._outside
         assert outside is not None
-        folders = {str(Path(each).absolute()) for each in set(self._path).difference(outside.path)} | {self._folder}
-        own = {name for name in self._modules if name in sys.modules}
-        for name in reversed(list(sys.modules)):
-            if name == outside.last_module:
-                break
-            home = _home(name)
-            if home in folders and not _is_system(home):
-                own.add(name)
+        own = {name for name in self._modules if name in sys.modules} | self._imported(outside)
         self._modules = {name: sys.modules.pop(name) for name in own}
         sys.modules.update(outside.modules)
         self._variables = _exchange(outside.variables)
         self._path, sys.path = sys.path, outside.path
         self._argv, sys.argv = sys.argv, outside.argv
         Surroundings._current = None
+
+    def _imported(self, outside: _Outside) -> set[str]:
+        """Those of its own modules that the script has imported since it was entered."""
+        found: set[str] = set()
+        if next(reversed(sys.modules)) == outside.last_module:
+            return found
+        folders = {str(Path(each).absolute()) for each in set(self._path).difference(outside.path)} | {self._folder}
+        for name in reversed(list(sys.modules)):
+            if name == outside.last_module:
+                break
+            home = _home(name)
+            if home in folders and not _is_system(home):
+                found.add(name)
+        return found
 
     def _is_foreign(self, home: str | None) -> bool:
         """Whether a module found there hides the one of the same name that stands beside the script."""

@@ -1,11 +1,9 @@
-"""Scorers that are live objects or classes of the calling program: workers get them in their pickled form."""
+"""Scorers that are objects or classes of the calling program, pickled for the workers."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +12,68 @@ import cloudpickle
 
 from tally.config import settings
 from tally.errors import ModelLoadError, SpecError, StorageError
+from tally.models import kinds
+from tally.models.base import Candidate, Kind, ModelRequest, covering
+from tally.models.hashing import check_content, content_hash
+from tally.models.reference import ModelRef
 from tally.scorers.base import Scorer
+from tally.scorers.scripts.classes import check_options, not_a_package
+from tally.storage.publish import write_whole
 
 PICKLED = "scorer.pkl"
 
 
+class ObjectKind(Kind):
+    """A Scorer of the calling program, object or class: workers get it in its pickled form, from a private file."""
+
+    def resolve(self, found: Candidate, request: ModelRequest) -> ModelRef:
+        model = found.value
+        kind = model if isinstance(model, type) else type(model)
+        if not issubclass(kind, Scorer):
+            raise SpecError(
+                f"a model is a path, a name or a tally.Scorer, not {model!r}",
+                hint=f"Supported paths are {kinds.supported()}.",
+            )
+        if isinstance(model, type):
+            options = check_options(kind, request.settings, kind.__name__)
+        elif unknown := [name for name in request.settings if name != "batch_size"]:
+            raise SpecError(
+                f"{kind.__name__} is a finished object: {', '.join(unknown)} can no longer be set",
+                hint="Give the class instead of an object, or set it when making the object.",
+            )
+        else:
+            options = dict(request.settings)
+        folder = store(model, kind.__name__)
+        files: tuple[str, ...] = (PICKLED,)
+        if request.artifacts is not None:
+            files = covering(files, folder, Path(request.artifacts))
+        return ModelRef(
+            kind=self.name,
+            name=kind.__name__,
+            location=folder,
+            entry=PICKLED,
+            files=files,
+            artifacts=request.artifacts or ".",
+            hash=content_hash(folder, files),
+            options=options,
+            trusted=True,
+        )
+
+    def create(self, ref: ModelRef) -> Scorer:
+        options = dict(ref.options)
+        size = options.pop("batch_size", None)
+        check_content(ref.name, ref.location, ref.files, ref.hash)  # before anything in it runs
+        scorer = load(ref.location / ref.entry, ref.name, options)
+        if size is not None:
+            scorer.batch_size = size
+        return scorer
+
+    def package(self, ref: ModelRef) -> dict[str, Any]:
+        raise not_a_package(ref, "a Python object")
+
+
 def store(model: object, name: str) -> Path:
-    """A folder of this user that holds a Scorer, object or class, in ``PICKLED``: for the same model the same one.
+    """A folder of this user that holds a Scorer, object or class, in ``PICKLED``. The same model has the same folder.
 
     Raises SpecError for what cannot be pickled, StorageError.
     """
@@ -31,7 +84,7 @@ def store(model: object, name: str) -> Path:
 
 
 def load(path: Path, name: str, options: Mapping[str, Any]) -> Scorer:
-    """The object; of a class, one made with these options. It is not checked here whose pickle this is.
+    """The object, or one that a pickled class makes with these options. The caller checks the file's content before.
 
     Raises ModelLoadError.
     """
@@ -40,7 +93,7 @@ def load(path: Path, name: str, options: Mapping[str, Any]) -> Scorer:
         return cast("Scorer", found(**options) if isinstance(found, type) else found)
     except Exception as error:
         raise ModelLoadError(
-            f"{name} cannot be brought back: {type(error).__name__}: {error}",
+            f"{name} cannot be unpickled: {type(error).__name__}: {error}",
             hint="The modules that it uses must be importable in the workers too.",
         ) from error
 
@@ -66,15 +119,12 @@ def _pickled(model: object, name: str) -> bytes:
 
 
 def _write_private(path: Path, content: bytes) -> None:
-    """Write a file that only this user can read, whole or not at all."""
+    """Write a file that only this user can read, unless it is there."""
     if path.is_file():
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # mode 0600
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(temporary).replace(path)
+        write_whole(path, content, private=True)
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror}",

@@ -14,8 +14,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from tally.errors import ItemError, ModelLoadError, SpecError
+from tally.models.base import Kind
+from tally.models.labels import read_labels
+from tally.models.reference import ModelRef
 from tally.scorers.base import Results, Scorer
-from tally.scorers.onnx.session import choose_providers, open_session, plain_reason
+from tally.scorers.onnx.session import Node, choose_providers, external_names, open_session, plain_reason, signature
 from tally.scorers.tabular import tables
 from tally.scorers.tabular.tables import Array
 
@@ -48,8 +51,8 @@ class _Port(BaseModel):
     batch: int | None
 
     @classmethod
-    def of(cls, node: Any) -> _Port:
-        dims = [size if isinstance(size, int) and size > 0 else None for size in node.shape or ()]
+    def of(cls, node: Node) -> _Port:
+        dims = [size if isinstance(size, int) and size > 0 else None for size in node.shape]
         return cls(
             name=node.name,
             dtype=node.type,
@@ -95,8 +98,7 @@ class OnnxTableOptions(_Given):
 
 def takes_table(path: Path) -> bool:
     """Whether every input of a model is a row of values. Raises ModelNotFoundError, ModelLoadError."""
-    session = open_session(path, ["CPUExecutionProvider"], optimise=False)
-    return _is_table([_Port.of(node) for node in session.get_inputs()])
+    return _is_table([_Port.of(node) for node in signature(path).inputs])
 
 
 def _is_table(inputs: Sequence[_Port]) -> bool:
@@ -112,9 +114,9 @@ def inspect(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     if problems := _Given.problems_in(options):
         raise SpecError([f"{path.name}: {each}" for each in problems])
     given = _Given.model_validate(dict(options))
-    session = open_session(path, ["CPUExecutionProvider"], optimise=False)
-    inputs = [_Port.of(node) for node in session.get_inputs()]
-    outputs = [_Port.of(node) for node in session.get_outputs()]
+    found_in_file = signature(path)
+    inputs = [_Port.of(node) for node in found_in_file.inputs]
+    outputs = [_Port.of(node) for node in found_in_file.outputs]
     if not _is_table(inputs):
         shown = ", ".join(f"{port.name}: {port.dtype} of {port.rank} axes" for port in inputs) or "nothing"
         raise ModelLoadError(
@@ -154,8 +156,6 @@ def inspect(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 def _read_labels(path: Path, labels: str | list[str] | None) -> list[str] | None:
     if not isinstance(labels, str):
         return labels
-    from tally.scorers.vision.processing import read_labels
-
     return read_labels(path.parent / labels)
 
 
@@ -220,6 +220,24 @@ def _columns(task: Task, outputs: Sequence[_Port]) -> dict[str, str] | None:
     kinds = [{"object": "string", "float16": "float32"}.get(_NUMPY[port.dtype], _NUMPY[port.dtype]) for port in outputs]
     pairs = zip(outputs, kinds, strict=True)
     return {port.name: kind if port.width == 1 else f"list<{kind}>" for port, kind in pairs}
+
+
+class OnnxTableKind(Kind):
+    """ONNX models whose inputs are rows of values."""
+
+    reads_files = False
+
+    def recognises(self, path: Path) -> bool:
+        return takes_table(path)
+
+    def companions(self, path: Path) -> list[str]:
+        return external_names(path)
+
+    def inspect(self, path: Path, options: Mapping[str, Any], *, trusted: bool) -> dict[str, Any]:
+        return inspect(path, options)
+
+    def create(self, ref: ModelRef) -> Scorer:
+        return OnnxTableScorer(ref.options)
 
 
 class OnnxTableScorer(Scorer):
@@ -371,7 +389,7 @@ def _tensor(port: _Port, table: pa.Table, values: Array | None, start: int, end:
 
 def _probabilities(scores: Array, softmax: str) -> Array:
     """``[n, classes]`` scores as float64 probabilities, each row as by
-    :func:`tally.scorers.vision.processing.probabilities`."""
+    :func:`tally.scorers.vision.outputs.probabilities`."""
     values = scores.astype(np.float64)
     if softmax == "never":
         return values

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError, TallyError, UntrustedModelError
+from tally.models import kinds
+from tally.models.base import Kind
+from tally.models.reference import ModelRef
 from tally.scorers.base import Results, Scorer
 from tally.scorers.tabular import tables
 
@@ -91,7 +94,7 @@ def _opened(folder: Path, trusted: bool) -> Any:
     except ImportError as error:
         raise ModelLoadError(
             f"{folder} cannot be opened: mlflow is not installed ({error})",
-            hint="Install it with: pip install 'tally-scoring[mlflow]'",
+            hint=kinds.install_hint("pyfunc"),
         ) from None
     try:
         with _quiet():
@@ -153,6 +156,18 @@ def _quiet() -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+class PyfuncKind(Kind):
+    """MLflow models: folders with an ``MLmodel``."""
+
+    reads_files = False
+
+    def inspect(self, path: Path, options: Mapping[str, Any], *, trusted: bool) -> dict[str, Any]:
+        return inspect(path.parent, options, trusted=trusted)
+
+    def create(self, ref: ModelRef) -> Scorer:
+        return PyfuncScorer(ref.options)
 
 
 class PyfuncScorer(Scorer):

@@ -18,6 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from tally.errors import ModelLoadError, ModelNotFoundError, SpecError, UntrustedModelError
+from tally.models import kinds
+from tally.models.base import Kind as ModelKind
+from tally.models.inspected import inspected_before
+from tally.models.reference import ModelRef
 from tally.scorers.base import Results, Scorer
 from tally.scorers.tabular import tables
 from tally.scorers.tabular.trees import TYPES, UncheckedTreeError, check_trees
@@ -110,7 +114,7 @@ def _require(module: str, name: str) -> None:
             package = {"sklearn": "scikit-learn"}.get(each, each)
             raise ModelLoadError(
                 f"{name} cannot be opened: {package} is not installed",
-                hint="Install it with: pip install 'tally-scoring[sklearn]'",
+                hint=kinds.install_hint("sklearn"),
             )
 
 
@@ -385,6 +389,25 @@ def _thread_pools() -> Any:
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()
+
+
+class SklearnKind(ModelKind):
+    """scikit-learn models in skops files and pickles."""
+
+    reads_files = False
+
+    def inspect(self, path: Path, options: Mapping[str, Any], *, trusted: bool) -> dict[str, Any]:
+        # Opening a model imports all of scikit-learn, which takes seconds.
+        return inspected_before(
+            path,
+            options,
+            trusted=trusted,
+            distributions=("scikit-learn", "skops"),
+            inspect=lambda: inspect(path, options, trusted=trusted),
+        )
+
+    def create(self, ref: ModelRef) -> Scorer:
+        return SklearnScorer(ref.options)
 
 
 class SklearnScorer(Scorer):

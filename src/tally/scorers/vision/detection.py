@@ -1,7 +1,7 @@
 """Box decoders and non-maximum suppression: from a detector's raw outputs to rows, in numpy.
 
 Boxes are ``float32[n, 4]``: xmin, ymin, xmax, ymax, in pixels of the tensor that the model was given, until
-:meth:`~tally.scorers.vision.processing.Prepared.original` moves them to the original picture. A candidate stands for
+:meth:`~tally.scorers.vision.preprocess.Prepared.original` moves them to the original picture. A candidate stands for
 its best class. All functions are pure and thread-safe.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from tally.errors import ItemError
 from tally.scorers.base import Row
-from tally.scorers.vision.processing import Array, Prepared, Size
+from tally.scorers.vision.preprocess import Array, Prepared, Size
 
 Shape: TypeAlias = Sequence[int | str | None]
 """Of an output, batch axis included; a name or None where it varies."""

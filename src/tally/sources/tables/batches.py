@@ -1,4 +1,4 @@
-"""Batches of rows out of a chunk's pieces, made ahead of the consumer."""
+"""Batches of rows out of a chunk's row ranges, made ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tally.sources.tables.source import TableSource
 
 READY = 1
-"""Batches that wait while one is scored; one more is being made."""
+"""Batches that wait while one is scored. One more is being made."""
 
 
 class Reader:
@@ -57,7 +57,7 @@ class Reader:
             self._close()
 
     def _found(self, row_range: RowRange) -> Iterator[tuple[int, int, Any]]:
-        """Runs of the piece's items: the first item, their number, and a record batch or their errors."""
+        """Runs of the range's items: the first item, their number, and a record batch or their errors."""
         if row_range[0] == "key":
             yield 0, 1, [ItemError(row_range[2])]
         elif row_range[0] == "bad":
@@ -142,7 +142,7 @@ class _Window:
 
 
 def plain(table: pa.Table, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """The table with the columns' plain types; of a file among others, with the types that they have in common."""
+    """The table with plain column types. types: those that all files of the source have in common."""
     for index, name in enumerate(table.schema.names):
         kind = table.schema.field(index).type
         expected = types.get(name) or plain_type(kind)

@@ -1,7 +1,7 @@
-"""CSV and its relatives: how a file is written, and its rows by DuckDB.
+"""CSV and its relatives: the dialect of a file, and its rows, read by DuckDB.
 
-What DuckDB guesses about a file depends on faults in it; here, how it is written is found out first, from its
-beginning, and DuckDB is told all of it. A line that does not fit is then a fault of that line.
+DuckDB's own guesses about a dialect depend on faults in the file. So the dialect is found here first, from the
+beginning of the file, and DuckDB is told all of it. A line that does not fit is then a fault of that line alone.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _VALUE = re.compile(r"[-+]?[\d.,]*\d[\d.,]*([eE][-+]?\d+)?%?|\d{4}-\d\d?-\d\d?([
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one file is written. names: of all its columns, in order."""
+    """How one file is written. names: all its columns, in order."""
 
     names: tuple[str, ...]
     delim: str = ","
@@ -66,7 +66,7 @@ class Dialect:
     dateformat: str | None = None
 
     def remark(self) -> str | None:
-        """What was assumed, where that is not the usual."""
+        """What was assumed about the file, if it is unusual."""
         said = []
         if self.delim != ",":
             said.append(f"the delimiter is {_DELIMITER_NAMES.get(self.delim, repr(self.delim))}")
@@ -80,7 +80,7 @@ _DELIMITER_NAMES = {";": "a semicolon", "\t": "a tab", "|": "a vertical bar", " 
 
 
 def check_options(options: Mapping[str, Any]) -> list[str]:
-    """Every problem with the options for CSV that are given."""
+    """Every problem with the given options for CSV."""
     problems = []
     for name, value in options.items():
         if name not in OPTIONS:
@@ -117,7 +117,7 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def look(path: Path, name: str, options: Mapping[str, Any]) -> Dialect | None:
-    """How the file is written; None if it holds nothing. Raises StorageError when that cannot be told.
+    """The dialect of a file; None if the file is empty. Raises StorageError if there is no telling.
 
     name: what to call the file in messages.
     """
@@ -168,7 +168,7 @@ def _is_utf8(encoding: str) -> bool:
 
 
 def _decoded(head: bytes, encoding: str, name: str) -> str:
-    """The beginning as text. The first line has to be right: it may name the columns."""
+    """The beginning as text. The first line must be valid: it may name the columns."""
     text = head.decode(encoding, "replace").removeprefix("\ufeff")
     if "\0" in text[:4096]:
         raise StorageError(
@@ -195,7 +195,7 @@ def _cut_first(text: str, skip: int, comment: str) -> str:
 
 
 def _delimiter(text: str, quote: str, escape: str) -> str:
-    """The delimiter that cuts most of the records into equally many parts."""
+    """The delimiter that cuts the most records into the same number of parts."""
     best, chosen = (0.5, 1), ","
     for each in _DELIMITERS:
         rows = _parse(text, each, quote, escape, complete=True)
@@ -227,7 +227,7 @@ def _parse(text: str, delim: str, quote: str, escape: str, *, complete: bool) ->
         else:
             if not complete:
                 rows = rows[:-1]
-    except csv.Error:  # a field of endless length
+    except csv.Error:  # a field that never ends
         pass
     return rows
 
@@ -237,7 +237,7 @@ def _width(rows: Sequence[Sequence[str]]) -> int:
 
 
 def _names(cells: Sequence[str]) -> tuple[str, ...]:
-    """Column names: those without one are numbered, those that come again too."""
+    """Unique column names: missing and repeated ones are numbered."""
     names: list[str] = []
     lower: set[str] = set()
     for index, cell in enumerate(cells):
@@ -296,7 +296,7 @@ def readable(path: Path, dialect: Dialect, folder: Path, name: str) -> Path:
 
 
 def relation(path: Path, dialect: Dialect, types: Mapping[str, str], *, strict: bool = True) -> str:
-    """The file as an SQL relation of all its columns; those without a type are text. Faults are noted by DuckDB."""
+    """The file as an SQL relation of all its columns; columns without a type are text. DuckDB notes its faults."""
     columns = ", ".join(f"{sql_text(name)}: {sql_text(types.get(name, 'VARCHAR'))}" for name in dialect.names)
     nulls = ", ".join(map(sql_text, dict.fromkeys(["", *dialect.nullstr])))
     parts = [
@@ -328,7 +328,7 @@ def relation(path: Path, dialect: Dialect, types: Mapping[str, str], *, strict: 
 
 
 def infer_types(connection: Any, path: Path, dialect: Dialect, rows: int) -> tuple[dict[str, InferredType], bool]:
-    """The types of the file's columns by its first rows, and whether these are all that there are."""
+    """The types of the file's columns, from its first rows, and whether those are all of its rows."""
     columns = {name: Text(sql_name(name), sql_name(name)) for name in dialect.names}
 
     def sampled(strict: bool) -> tuple[dict[str, InferredType], bool]:
@@ -351,7 +351,7 @@ def infer_types(connection: Any, path: Path, dialect: Dialect, rows: int) -> tup
 
 
 def lenient(run: Callable[[bool], T]) -> T:
-    """What ``run(strict=True)`` gives; of a file that mixes line endings, which DuckDB refuses, ``run(False)``."""
+    """The result of ``run(True)``; of ``run(False)`` for mixed line endings, which DuckDB refuses if strict."""
     import duckdb
 
     try:
@@ -364,7 +364,7 @@ def lenient(run: Callable[[bool], T]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A line that could not be read. before: how many good rows stand before it."""
+    """A line that could not be read. before: how many good rows come before it."""
 
     line: int
     before: int
@@ -372,7 +372,7 @@ class Fault:
 
 
 def faults(connection: Any, path: Path, dialect: Dialect, name: str) -> Iterator[Fault]:
-    """The lines that DuckDB noted while it read the file, in order; afterwards they are forgotten."""
+    """The faults that DuckDB noted while it read the file, in order. Afterwards they are forgotten."""
     if not _has_faults(connection):
         return
     found = connection.execute(
@@ -398,7 +398,7 @@ def faults(connection: Any, path: Path, dialect: Dialect, name: str) -> Iterator
 
 
 def _told(kind: str, message: str) -> str:
-    """DuckDB's words in ours."""
+    """The fault in our words, from DuckDB's."""
     if match := re.search(r"Could not convert string \"(.*)\" to '(.*)'", message, re.DOTALL):
         return f"could not convert {match[1][:100]!r} to {match[2]}"
     return {
@@ -409,7 +409,7 @@ def _told(kind: str, message: str) -> str:
 
 
 def _line_numbers(path: Path, positions: Sequence[int]) -> list[int]:
-    """The lines in which bytes stand; positions ascend and count from 1."""
+    """The line number of each byte position. Positions ascend and count from 1."""
     numbers: list[int] = []
     with open_plain(path) as file:
         at, line = 0, 1

@@ -1,4 +1,4 @@
-"""What a file of rows is: its format by its name, its columns, and how its Parquet is opened."""
+"""Files of rows: the format that a name means, column types, and opening Parquet and Arrow files."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def format_of(name: str) -> Format | None:
 
 
 def known_format(name: str, *, csv: bool) -> Format:
-    """As :func:`format_of`. csv: options for CSV are given: any other name is taken for such a file.
+    """As :func:`format_of`. csv: options for CSV are given, so that any other name means CSV.
 
-    Raises SpecError for a file that is no table by its name.
+    Raises SpecError if the name is not that of a table.
     """
     found = format_of(name)
     if found is not None:
@@ -74,7 +74,7 @@ def known_format(name: str, *, csv: bool) -> Format:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type without how it is stored: no dictionaries, no large or view variants."""
+    """The type without its storage: no dictionaries, no large or view variants."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -89,14 +89,14 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def is_numeric(kind: pa.DataType) -> bool:
-    """Integers, floats and decimals; truth values are none."""
+    """Whether it is a type of integers, floats or decimals. Booleans are not numbers."""
     import pyarrow as pa
 
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
 def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
-    """The type that holds the values of both (integers and floats: float64), or None."""
+    """The type that holds the values of both (float64 for integers and floats), or None."""
     import pyarrow as pa
 
     if first == second:
@@ -113,7 +113,7 @@ def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
 
 
 def unify(schemas: Sequence[tuple[str, pa.Schema]]) -> tuple[pa.Schema, list[str]]:
-    """One schema for files that must agree in their columns by name, and the problems that there are.
+    """One schema for files that must have the same columns by name, and the problems found.
 
     schemas: name of each file, and its schema with plain types.
     """
@@ -151,7 +151,7 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
 
 
 class _Ranges(Seekable):
-    """A remote object as a file: each read is a request, as Parquet is read in few and large pieces. Of one thread."""
+    """A remote object as a file, for one thread. Each read is a request: Parquet is read in few and large pieces."""
 
     def __init__(self, store: Store, name: str) -> None:
         size, self._mark = store.marked(name)
@@ -170,7 +170,7 @@ class _Ranges(Seekable):
 
 
 def open_parquet(store: Store, name: str) -> pq.ParquetFile:
-    """Open a Parquet file; of one in a bucket, only the parts that are asked for are fetched.
+    """Open a Parquet file. From a bucket, only the parts that are read are fetched.
 
     Raises SourceNotFoundError or StorageError.
     """
@@ -210,7 +210,7 @@ def open_arrow(store: Store, name: str) -> pa.ipc.RecordBatchStreamReader | pa.i
 
 
 def _first_line(error: BaseException, what: str) -> BaseException:
-    """The error as one line that begins with what is wrong in plain words; system errors as they are."""
+    """The error as one line that says first, in plain words, what is wrong. System errors stay as they are."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
     text = str(error).split("\n", 1)[0].strip().rstrip(".")

@@ -1,7 +1,8 @@
-"""Bringing tables into work files: Parquet whose rows are converted, chosen, gathered and grouped, out of core.
+"""Converting tables to work files: Parquet with the rows selected, aggregated over windows and grouped, out of core.
 
-First every file that is not Parquet becomes one, row for row. Then, where rows are chosen, grouped by key or gathered
-over windows, one sorted Parquet file is made of all. Lines that cannot be read are listed beside.
+First, every file that is not Parquet is converted, row for row. Then, if rows are selected, grouped by key or
+aggregated over windows, all files become one sorted Parquet file. Lines that cannot be read are listed in a file of
+their own.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ if TYPE_CHECKING:
 ROWS, KEYS, BAD = "rows.parquet", "keys.parquet", "bad.parquet"
 FIRST, COUNT = "_first", "_rows"
 _MEMORY = 4 * 1024**3
-"""Bytes that DuckDB may hold; what has no room there is put on disk."""
+"""Bytes of memory for DuckDB. It spills the rest to disk."""
 _GROUP_ROWS = 122_880
 _BATCH_ROWS = 65_536
 _ORIGIN = "make_timestamp(2000, 1, 3, 0, 0, 0)"
-"""A Monday: windows of days and of weeks begin at midnight, those of weeks with a Monday."""
+"""A Monday: windows of days and weeks begin at midnight, windows of weeks on Mondays."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """What is to be made of the files. types: of the columns of CSV and JSON Lines, as DuckDB calls them."""
+    """What to make of the files. types: DuckDB's, of the columns of CSV and JSON Lines."""
 
     request: TableRequest
     selection: Selection
@@ -48,14 +49,14 @@ class Query:
 
     @property
     def sorts(self) -> bool:
-        """Whether one file is made of all, not one of each."""
+        """Whether all files become one, instead of one each."""
         return bool(self.request.by or self.request.where or self.request.window is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """One file. key: what its rows' keys begin with. location: index of the place that lists it. size: in bytes, as
-    it was listed. rows: how many it has, where that is known."""
+    """One file. key: the beginning of its rows' keys. location: index of the location that lists it. size: in bytes, as
+    listed. rows: their number, if it is known."""
 
     key: str
     store: Store
@@ -70,9 +71,9 @@ class TableFile:
 class Made:
     """What was made: JSON-able.
 
-    kind: ``files`` (one table for each file), ``rows`` (one table, each row with its place in the whole input) or
-    ``windows``. files: key of each file and its number of rows. tables: their names and numbers of rows. bad: number
-    of lines that could not be read. keys: number of keys. timeless: rows without a time, which are in no window.
+    kind: ``files`` (one table for each file), ``rows`` (one table, each row with its position in the whole input) or
+    ``windows``. files: key and number of rows of each file. tables: name and number of rows of each work file. bad:
+    number of lines that could not be read. keys: number of keys. timeless: rows without a time, which are in no window.
     """
 
     kind: str
@@ -112,7 +113,7 @@ def make(inputs: Iterable[TableFile], query: Query, folder: Path) -> Made:
 
 @contextmanager
 def connect(spill: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A DuckDB that stays within a share of the memory. spill: where it may put what has no room there."""
+    """A DuckDB with limited memory. spill: the folder for what does not fit."""
     import duckdb
 
     config: dict[str, Any] = {"threads": os.cpu_count() or 1}
@@ -126,7 +127,7 @@ def connect(spill: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def link(path: Path, folder: Path, number: int, suffix: str) -> Path:
-    """The file under a name that DuckDB takes for no pattern."""
+    """A link to the file whose name DuckDB does not take for a pattern."""
     target = folder / f"{number:06d}{suffix}"
     target.symlink_to(path)
     return target
@@ -138,7 +139,7 @@ def link(path: Path, folder: Path, number: int, suffix: str) -> Path:
 def _convert(
     connection: Any, inputs: Iterable[TableFile], query: Query, folder: Path, links: Path
 ) -> tuple[list[tuple[str, int]], list[tuple[Path, int]]]:
-    """Every file as Parquet: key and number of rows of each, and path and number of rows of its table."""
+    """Convert every file to Parquet. Returns key and rows of each file, and path and rows of each table."""
     import duckdb
 
     files: list[tuple[str, int]] = []
@@ -166,7 +167,7 @@ def _convert(
 
 
 def _columns(query: Query) -> list[str]:
-    """The columns that are brought along: a condition may be about any."""
+    """The columns that are converted: all of them if there is a condition, which may name any."""
     return list(query.types) if query.request.where is not None else list(query.selection.inputs)
 
 
@@ -230,7 +231,7 @@ def _batches(reader: Any) -> Iterator[pa.RecordBatch]:
         yield from reader
 
 
-# -- chosen, gathered, grouped ------------------------------------------------------------------------
+# -- selected, aggregated, grouped --------------------------------------------------------------------
 
 
 def _arrange(
@@ -241,7 +242,7 @@ def _arrange(
     folder: Path,
     links: Path,
 ) -> Made:
-    """One table of all rows that are wanted, with an index of its keys."""
+    """Make one table of the selected rows, with an index of its keys."""
     request = query.request
     bad = _count(folder / BAD)
     kind = "rows" if request.window is None else "windows"
@@ -255,7 +256,7 @@ def _arrange(
     if not paths:
         return Made(kind, files, [], bad)
     connection.execute(f"SET VARIABLE offsets = {offsets}::BIGINT[]")
-    # A condition is the user's SQL: it has no business with other files.
+    # A condition is the user's SQL: it must not read other files.
     listed = ", ".join(sql_text(path) for path in paths)
     allowed = ", ".join(sql_text(os.path.realpath(path)) for path in paths)
     connection.execute(
@@ -304,7 +305,7 @@ def _windows_of(query: Query, source: str) -> str:
     zoned = "TIMESTAMPTZ" if "tz=" in str(query.selection.inputs[query.request.time or ""]) else "TIMESTAMP"
     plain = f"{time}::{zoned}::TIMESTAMP"
     begin = f"time_bucket(to_microseconds({request.window}), {plain}, {_ORIGIN})"
-    # In the order of time, and of the input where times are equal.
+    # Ordered by time, and by position in the input where times are equal.
     latest = f"epoch_us({plain})::HUGEINT * 1000000000000 + {ORDER}"
     made = []
     for name, (column, how) in query.selection.aggregates.items():
@@ -318,7 +319,7 @@ def _windows_of(query: Query, source: str) -> str:
         }[how]
         made.append(f"{expression} AS {sql_name(name)}")
     chosen = ", ".join([f"({begin})::{zoned} AS {time}", *made])
-    # Numbered, as a name that the result shares with the input would mean the input's column.
+    # By number: a name that result and input share would mean the input's column.
     groups = ", ".join(str(index + 1) for index in range(len(request.by) + 1))
     return f"SELECT {by}{chosen} FROM {source} WHERE {time} IS NOT NULL GROUP BY {groups} ORDER BY {groups}"  # noqa: S608
 
@@ -341,7 +342,7 @@ def _first_line(error: Exception) -> Exception:
 
 
 class _Bad:
-    """Writes the lines that cannot be read, as they are found; no file if there are none."""
+    """Writes the lines that cannot be read, as they are found. Without any, there is no file."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa

@@ -16,7 +16,7 @@ _PLAIN = "('BIGINT', 'UBIGINT', 'HUGEINT', 'DOUBLE', 'DECIMAL', 'BOOLEAN')"
 
 
 def _lines(path: Path) -> str:
-    """The lines that are not empty, with the numbers of line and record from 1."""
+    """The lines that are not empty, with their line and record numbers, from 1."""
     packed = ", compression = 'gzip'" if path.suffix.lower() == ".gz" else ""
     read = (
         f"read_csv({sql_text(path)}, auto_detect = false, columns = {{'text': 'VARCHAR'}}, delim = '\x01', "
@@ -37,8 +37,8 @@ def _path(name: str) -> str:
 
 
 def infer_types(connection: Any, path: Path, rows: int) -> tuple[dict[str, InferredType], bool]:
-    """The file's columns, in the order in which they come first, and their types by its first rows; and whether these
-    are all that there are."""
+    """The file's columns, in order of first appearance, with their types from its first rows; and whether those are all
+    of its rows."""
     connection.execute(
         f"CREATE OR REPLACE TEMP TABLE sample AS SELECT * FROM {_lines(path)} LIMIT {rows}"  # noqa: S608
     )
@@ -75,7 +75,7 @@ def rows(path: Path, types: Mapping[str, str]) -> str:
 
 
 def faults(connection: Any, path: Path, types: Mapping[str, str], name: str) -> Iterator[Fault]:
-    """The lines that are no objects, or whose values are not of their column's type."""
+    """The lines that are not objects, or hold values of a wrong type."""
     tests = [
         f"WHEN {_value(column)} IS NOT NULL AND {_cast(column, kind)} IS NULL "
         f"THEN {{'column': {sql_text(column)}, 'value': {_value(column)}, 'kind': {sql_text(kind)}}}"

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from tally.sources.tables.work_files import WorkFiles
 
 _LOWER = 4
-"""The digits of a number that are looked up; those before them are the same for ten thousand keys in a row."""
+"""The last digits of a number, which are looked up. Those before them are the same for ten thousand keys in a row."""
 _DIGITS = np.frombuffer("".join(f"{n:04d}" for n in range(10**_LOWER)).encode(), np.uint8).reshape(-1, _LOWER)
 
 
 def numbered(name: str, start: int, count: int) -> pa.StringArray:
-    """``<name>#<number>`` of the rows from ``start`` (counted from 0; numbers count from 1) on."""
+    """``<name>#<number>`` of ``count`` rows from ``start`` on, which counts from 0; numbers count from 1."""
     parts = []
     first, stop = start + 1, start + 1 + count
     while first < stop:
-        # Numbers of one length make keys of one length: they are a matrix of characters.
+        # Numbers of one length make keys of one length: a matrix of characters.
         digits = len(str(first))
         last = min(stop, 10**digits)
         parts.append(_matrix(f"{name}#", first, last, digits))
@@ -37,7 +37,7 @@ def numbered(name: str, start: int, count: int) -> pa.StringArray:
 
 
 def _matrix(prefix: str, first: int, last: int, digits: int) -> pa.StringArray:
-    """Keys with the numbers ``first <= number < last``, which have so many digits."""
+    """The keys of the numbers ``first <= number < last``, all of ``digits`` digits."""
     pattern = _pattern(prefix, digits)
     cells = np.empty((last - first, pattern.shape[1]), np.uint8)
     upper = slice(pattern.shape[1] - digits, pattern.shape[1] - _LOWER)
@@ -55,7 +55,7 @@ def _matrix(prefix: str, first: int, last: int, digits: int) -> pa.StringArray:
 
 @lru_cache(maxsize=8)
 def _pattern(prefix: str, digits: int) -> np.ndarray[Any, Any]:
-    """The keys' characters for all values of the number's last digits: what keys of one length share."""
+    """The characters of keys of one length, for all values of the number's last digits."""
     start = np.frombuffer(prefix.encode(), np.uint8)
     cells = np.empty((10**_LOWER, len(start) + digits), np.uint8)
     cells[:, : len(start)] = start
@@ -65,7 +65,7 @@ def _pattern(prefix: str, digits: int) -> np.ndarray[Any, Any]:
 
 
 def _strings(cells: np.ndarray[Any, Any]) -> pa.StringArray:
-    """A matrix of characters as strings, one a row. Of at most 2 GiB."""
+    """A matrix of characters, at most 2 GiB, as strings, one per row."""
     rows, width = cells.shape
     if rows * width >= 2**31:
         half = rows // 2
@@ -98,7 +98,7 @@ def times(column: Any, window: int) -> Any:
 
 
 class Rows:
-    """Keys of rows by where they stood in the input. Lines that could not be read are counted, too."""
+    """Keys of rows by their position in the input. Lines that could not be read count, too."""
 
     def __init__(self, work: WorkFiles) -> None:
         self._files, self._work = work.made.files, work
@@ -109,7 +109,7 @@ class Rows:
 
     @cached_property
     def _lost(self) -> dict[int, np.ndarray[Any, Any]]:
-        """For each file with lines that could not be read: how many good rows stand before each of them."""
+        """For each file with lines that could not be read: how many good rows come before each of them."""
         if not self._work.made.bad:
             return {}
         with self._work.parquet(BAD) as file:
@@ -118,15 +118,15 @@ class Rows:
         return {int(number): before[files == number] for number in np.unique(files)}
 
     def of_file(self, file: int, start: int, count: int) -> pa.StringArray:
-        """Of rows that follow each other in a file."""
+        """The keys of consecutive rows of a file."""
         if file not in self._lost:
             return numbered(self._files[file][0], start, count)
         return self._of(np.full(count, file), np.arange(start, start + count, dtype=np.int64))
 
-    def at(self, locations: np.ndarray[Any, Any]) -> pa.StringArray:
-        """Of rows anywhere in the input: ``int64[n]``, counted from 0 over all files."""
-        files = np.searchsorted(self._starts, locations, "right") - 1
-        return self._of(files, locations - self._starts[files])
+    def at(self, positions: np.ndarray[Any, Any]) -> pa.StringArray:
+        """The keys of rows anywhere in the input. positions: ``int64[n]``, counted from 0 over all files."""
+        files = np.searchsorted(self._starts, positions, "right") - 1
+        return self._of(files, positions - self._starts[files])
 
     def _of(self, files: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> pa.StringArray:
         numbers = rows + 1

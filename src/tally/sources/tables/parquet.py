@@ -1,4 +1,4 @@
-"""Runs of rows out of Parquet files, decoded as they are wanted."""
+"""Runs of rows out of Parquet files, decoded when they are read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 DECODED = 65_536
-"""Rows that are decoded at once, at least."""
+"""The least number of rows that are decoded at once."""
 
 
 class Footer(NamedTuple):
-    """What planning takes from a file's footer.
+    """The part of a file's footer that planning needs.
 
-    ends: where its row groups end, in rows. weight: bytes that a row takes, unpacked, in the columns that are read.
+    ends: of its row groups, in rows. weight: bytes of a row, unpacked, in the columns that are read.
     """
 
     ends: tuple[int, ...]
@@ -27,12 +27,12 @@ class Footer(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many the file has."""
+        """The number of rows of the file."""
         return self.ends[-1] if self.ends else 0
 
 
 def footer_of(meta: pq.FileMetaData, columns: Collection[str]) -> Footer:
-    """The part of a file's metadata that planning takes, where these columns are read."""
+    """The part of a file's metadata that planning needs. columns: those that will be read."""
     groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
     size = sum(
         column.total_uncompressed_size
@@ -45,9 +45,9 @@ def footer_of(meta: pq.FileMetaData, columns: Collection[str]) -> Footer:
 
 
 class Stream:
-    """Reads runs of rows of one file. Runs that ascend share what is decoded. Of one thread; owns the file.
+    """Reads runs of rows of one file, which it owns; for one thread. Ascending runs share what is decoded.
 
-    columns: what is read. rows: how many are decoded at once.
+    columns: those that are read. rows: how many are decoded at once.
     """
 
     def __init__(self, file: pq.ParquetFile, columns: Sequence[str], rows: int) -> None:
@@ -57,10 +57,10 @@ class Stream:
         self._group = -1
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.RecordBatch | None = None
-        self._at = 0  # the row that the batch in hand begins with
+        self._at = 0  # the first row of the current batch
 
     def read(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
-        """Rows ``start <= row < stop``, in order, in pieces."""
+        """The rows ``start <= row < stop``, in order, in several batches."""
         while start < stop:
             batch = self._holding(start)
             taken = batch.slice(start - self._at, stop - start)
@@ -68,7 +68,7 @@ class Stream:
             yield taken
 
     def _holding(self, row: int) -> pa.RecordBatch:
-        """The decoded batch in which a row is."""
+        """The decoded batch that holds a row."""
         group = bisect.bisect_right(self._ends, row)
         if group != self._group or row < self._at:
             self._group, self._at, self._batch = group, self._ends[group - 1] if group else 0, None

@@ -1,8 +1,8 @@
-"""Chunks of tables as lists of pieces, each of which is one of
+"""Chunks of tables as lists of row ranges. Each is one of
 
-- ``["rows", place, name, start, stop, rows]``: rows of a Parquet file that has so many in all; ``place`` is the index
-  of one of the listing's places, or -1 for a work file;
-- ``["key", ordinal, message]``: a key that has no model, one item for all its rows;
+- ``["rows", location, name, start, stop, rows]``: rows of a Parquet file that has ``rows`` in all; ``location`` is an
+  index into the listing's locations, or -1 for a work file;
+- ``["key", ordinal, message]``: a key without a model, one item for all its rows;
 - ``["bad", start, stop]``: lines that could not be read.
 """
 
@@ -18,9 +18,9 @@ from tally.sources.base import Chunk, ChunkLimit
 RowRange = list[Any]
 
 MOST = 2048
-"""Pieces in one chunk at most."""
+"""The most row ranges in one chunk."""
 _SNAP = 0.6
-"""The share of a chunk that it keeps at least, so that it may end where a row group does."""
+"""The least share of a chunk that is kept when it is shortened to end with a row group."""
 
 
 def length(row_range: RowRange) -> int:
@@ -31,14 +31,14 @@ def length(row_range: RowRange) -> int:
 
 
 def part(row_range: RowRange, start: int, stop: int) -> RowRange:
-    """The piece's items ``start <= item < stop``."""
+    """The range's items ``start <= item < stop``."""
     if row_range[0] == "rows":
         return [*row_range[:3], row_range[3] + start, row_range[3] + stop, row_range[5]]
     return ["bad", row_range[1] + start, row_range[1] + stop] if row_range[0] == "bad" else row_range
 
 
 def append(row_ranges: list[RowRange], row_range: RowRange) -> None:
-    """Add a piece, to the last one where it follows on it."""
+    """Add a range; extend the last one if it continues that."""
     last = row_ranges[-1] if row_ranges else None
     if last is not None and last[0] == row_range[0]:
         if row_range[0] == "rows" and last[1:3] == row_range[1:3] and last[4] == row_range[3]:
@@ -51,7 +51,7 @@ def append(row_ranges: list[RowRange], row_range: RowRange) -> None:
 
 
 class Packer:
-    """Fills chunks with pieces, as far as each one's limit allows. first: the ordinal of the next item."""
+    """Fills chunks with row ranges up to each chunk's limit. first: the ordinal of the next item."""
 
     def __init__(self, first: int, limit: Callable[[], ChunkLimit]) -> None:
         self.any = False  # whether there was an item
@@ -62,7 +62,7 @@ class Packer:
         self._cursor: Any = None
 
     def room(self, weight: int) -> int:
-        """How many items of so many bytes each still fit; at least one into an empty chunk."""
+        """How many more items of ``weight`` bytes each fit; at least one into an empty chunk."""
         if self._bound is None:
             self._bound = self._limit()
         if len(self._row_ranges) >= MOST:
@@ -80,21 +80,21 @@ class Packer:
         self.any = True
 
     def flush(self) -> Iterator[Chunk]:
-        """The chunk as far as it is filled, if it holds anything."""
+        """The chunk as it is, if it holds anything."""
         if self._count:
             yield Chunk(self._first, self._count, {"pieces": self._row_ranges}, json.dumps(self._cursor))
             self._first += self._count
         self._bound, self._row_ranges, self._count, self._bytes = None, [], 0, 0
 
     def make_room(self, count: int, weight: int) -> Iterator[Chunk]:
-        """Begin a new chunk if so many items do not fit into this one."""
+        """Begin a new chunk if ``count`` items do not fit into the current one."""
         if self._count and self.room(weight) < count:
             yield from self.flush()
 
     def cut(
         self, head: RowRange, start: int, ends: Sequence[int], weight: int, cursor: Callable[[int], Any]
     ) -> Iterator[Chunk]:
-        """The chunks of a file's rows from ``start`` on, cut at the end of a row group where one is near.
+        """The chunks of a file's rows from ``start`` on, cut at the end of a row group if one is near.
 
         ends: of its row groups. cursor: after so many rows of the file.
         """

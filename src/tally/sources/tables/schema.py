@@ -1,4 +1,4 @@
-"""The columns of many files as one table: looked at once, with every problem that there is."""
+"""The columns of many files as one table: one inspection, which reports every problem."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _THREADS = 16
 _LOOKED_AT = 64
-"""Files of text that are looked at; of more, the others have to be alike."""
+"""The most text files that are inspected. Further ones have to be like them."""
 _TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*(\(\d+(, *\d+)?\))?")
 
 
@@ -32,8 +32,8 @@ _TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*(\(\d+(, *\d+)?\))?")
 class Found:
     """One schema for all files.
 
-    types: of the columns of CSV and JSON Lines, as DuckDB calls them. assumed: what was taken for granted of CSV
-    files, in words. metadata: of each Parquet file, by its location and name.
+    types: DuckDB's, of the columns of CSV and JSON Lines. assumed: what was assumed about CSV files, in words.
+    metadata: of each Parquet file, by location and name.
     """
 
     schema: pa.Schema
@@ -53,7 +53,7 @@ class Found:
         return problems
 
     def check_where(self, where: str) -> list[str]:
-        """What DuckDB says against a condition."""
+        """The problems that DuckDB finds with a condition."""
         import duckdb
 
         with connect() as connection:
@@ -68,7 +68,7 @@ class Found:
 
 @dataclass(frozen=True)
 class _Looked:
-    """One file of text. names: all its columns; those of JSON Lines need not be in every file."""
+    """A text file that was inspected. names: all its columns; those of JSON Lines need not be in every file."""
 
     key: str
     names: tuple[str, ...]
@@ -78,7 +78,7 @@ class _Looked:
 
 
 def inspect(inputs: Sequence[TableFile], request: TableRequest, csv: Mapping[str, Any]) -> Found:
-    """The schema of all files. Raises StorageError when one cannot be read, SourceNotFoundError if all are empty."""
+    """The schema of all files. Raises StorageError if one cannot be read, SourceNotFoundError if all are empty."""
     import pyarrow as pa
 
     binary = [each for each in inputs if each.format in ("parquet", "arrow")]
@@ -117,7 +117,7 @@ def inspect(inputs: Sequence[TableFile], request: TableRequest, csv: Mapping[str
 
 
 def _schema(each: TableFile) -> tuple[pa.Schema, pq.FileMetaData | None]:
-    """The file's schema, with plain types; of a Parquet file, its metadata, too."""
+    """The file's schema, with plain types; and the metadata of a Parquet file."""
     import pyarrow as pa
 
     meta = None
@@ -165,7 +165,7 @@ def _look_at(texts: Sequence[TableFile], csv: Mapping[str, Any]) -> list[_Looked
 def _settle(
     looked: Sequence[_Looked], request: TableRequest, csv: Mapping[str, Any], problems: list[str], connection: Any
 ) -> dict[str, str]:
-    """The type of every column of the files of text."""
+    """The type of every column of the text files."""
     import duckdb
 
     names = list(dict.fromkeys(name for each in looked for name in each.names))
@@ -174,7 +174,7 @@ def _settle(
     types = {name: _type(name, inferred[name], request, whole=whole) for name in names}
     if isinstance(request.features, int):
         numbers = [n for n in names if types[n] in ("BIGINT", "DOUBLE") and n not in (*request.by, request.time)]
-        if len(numbers) < request.features:  # a kept column is one that the model takes
+        if len(numbers) < request.features:  # then the model takes a kept column
             types = {name: _type(name, inferred[name], replace(request, keep=()), whole=whole) for name in names}
     for name, kind in csv.get("types", {}).items():
         if name not in types:
@@ -204,10 +204,10 @@ def _type(name: str, inferred: Sequence[InferredType], request: TableRequest, *,
     if name in request.by:
         return kind
     if kind == "BIGINT" and not whole:
-        return "DOUBLE"  # what was not looked at may have fractions
+        return "DOUBLE"  # rows that were not sampled may have fractions
     named = not isinstance(request.features, int) and name in (request.features or ())
     if not known and named:
-        return "DOUBLE"  # no value at all: a model that names its columns takes numbers
+        return "DOUBLE"  # no value at all: the columns that a model names hold numbers
     if kind != "VARCHAR" or not known:
         return kind
     mostly = {each.mostly or "VARCHAR" for each in known}

@@ -1,9 +1,9 @@
 """Items that are rows of tables: Parquet, CSV, JSON Lines and Arrow, in one file or many.
 
-Parquet is read in place. Everything else, and rows that are chosen, grouped by key or gathered over windows, are first
-brought into work files (:mod:`tally.sources.tables.ingest`) and read from there, by any process that sees these.
+Parquet is read in place. Other formats, and rows that are selected, grouped by key or aggregated over windows, are
+first converted to work files (:mod:`tally.sources.tables.ingest`) and read from there, by any process that sees them.
 
-Chunks are lists of pieces: see :mod:`tally.sources.tables.row_ranges`.
+Chunks are lists of row ranges: see :mod:`tally.sources.tables.row_ranges`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ MissingReason = Callable[[Mapping[str, Any]], "str | None"]
 class TableSource(Source):
     """Rows of tables. Make it with :meth:`describe`; small, immutable, picklable.
 
-    features: names of the columns that a scorer is given after those of ``by``, in order. columns: what results carry:
-    key columns, then kept columns. order: see :class:`Source`; set where rows are grouped by key.
-    scratch: where work files are kept.
+    features: the columns that a scorer is given after those of ``by``, in order. columns: those that results carry: key
+    columns, then kept columns. order: see :class:`Source`; set if rows are grouped by key.
+    scratch: place of the work files.
     """
 
     accepts: ClassVar = frozenset[Input]({"table"})
@@ -68,7 +68,7 @@ class TableSource(Source):
     scratch: str | None = None
     missing_reason: MissingReason | None = field(default=None, compare=False, repr=False)
     footers: Mapping[tuple[int, str], tuple[int, Footer]] = field(default_factory=dict, compare=False, repr=False)
-    """Of Parquet files, by location and name, as they were looked at: size in bytes, and footer."""
+    """Size in bytes and footer of each Parquet file that was inspected, by location and name."""
 
     @classmethod
     def describe(
@@ -88,21 +88,21 @@ class TableSource(Source):
     ) -> TableSource:
         """The source of all rows of the tables at ``uris``: folders, files and globs, paths or URLs.
 
-        features: the columns that the model takes: names; n: the n numeric columns that there are besides key, time
-        and (if there are too many) kept ones; None: all columns. With a window they are called as what is made of
-        them, such as ``Value_mean``; ``count`` counts the window's rows.
+        features: the columns that the model takes: names; n: the only n numeric columns besides key, time and (if
+        there are too many) kept ones; None: all columns. With a window, features are called by column and aggregate,
+        such as ``Value_mean``; ``count`` counts the window's rows.
         by: columns whose values make a key. Rows of one key follow each other, in input order.
         keep: columns that results carry besides the key; ``*`` stands for all.
         where: a condition in DuckDB's SQL. time: the column of timestamps.
-        window: seconds; readings are gathered over windows of this length, which begin at multiples of it from
-        Monday, 2000-01-03 00:00 (UTC, or the time that the column is in). Nulls are ignored; a window without a
-        reading gives no row, and a row without a time is in no window.
+        window: seconds; readings are aggregated over windows of this length, which begin at multiples of it from
+        Monday, 2000-01-03 00:00 (UTC, or the time zone of the column). Nulls are ignored. A window without readings
+        gives no row, and a row without a time is in no window.
         csv: see :data:`tally.sources.tables.delimited.OPTIONS`.
-        lacks: tells why there is no model for a key, if there is none: its rows are then one dead item.
-        without: as of files: the job's own output.
+        missing_reason: tells why there is no model for a key, if there is none. All its rows are then one dead item.
+        without: the job's own output, as for files.
 
-        Raises SpecError with every problem that there is, SourceNotFoundError when one of the places is not there or
-        gives no table, StorageError when a file cannot be read.
+        Raises SpecError with every problem, SourceNotFoundError if one of the locations is missing or gives no table,
+        StorageError if a file cannot be read.
         """
         listing = Listing.of(uris, "table", without=without)
         options = dict(csv or {})
@@ -140,7 +140,7 @@ class TableSource(Source):
         return replace(source, footers=footers)
 
     def located(self, work: str | None) -> TableSource:
-        """The same source, which keeps its work files at ``work``: a folder's path, or a URL."""
+        """See :meth:`Source.located`."""
         if work is None and not self.in_place:
             raise SpecError(
                 "these rows have to be prepared before they are scored, and the output has no room for that",
@@ -165,7 +165,7 @@ class TableSource(Source):
         return ORDER if self.by and self.query.request.window is None else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # What only planning takes stays with whoever plans; what was looked up is looked up again.
+        # What only planning needs stays in the coordinator. What was looked up is looked up again.
         kept = {name: value for name, value in self.__dict__.items() if name not in _LOOKED_UP}
         return {**kept, "missing_reason": None, "footers": {}}
 
@@ -175,9 +175,9 @@ class TableSource(Source):
     # -- work files --------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Make the work files, if any are needed and they are not there.
+        """Make the work files, if they are needed and missing.
 
-        Raises StorageError when that fails, or when they were made from the source as it was before it changed.
+        Raises StorageError if that fails, or if the source has changed since they were made.
         """
         if self.in_place:
             return
@@ -187,7 +187,7 @@ class TableSource(Source):
             self.__dict__.pop(name, None)
 
     def _known(self, file: TableFile) -> TableFile:
-        """The file with its number of rows, where its footer was read."""
+        """The file with its number of rows, if its footer was read."""
         size, footer = self.footers.get((file.location, file.name), (None, None))
         return replace(file, rows=footer.rows) if footer is not None and size == file.size else file
 
@@ -205,7 +205,7 @@ class TableSource(Source):
 
     @cached_property
     def _index(self) -> pa.Table:
-        """The keys, in the order of their rows: the columns of ``by``, the first row, and how many there are."""
+        """The keys, in the order of their rows: the columns of ``by``, the first row, and the number of rows."""
         return self._work.parquet(KEYS).read()
 
     def _open(self, location: int, name: str) -> pq.ParquetFile:
@@ -215,15 +215,15 @@ class TableSource(Source):
 
     @property
     def unread(self) -> int:
-        """How many lines could not be read. After :meth:`prepare`."""
+        """The number of lines that could not be read. Known after :meth:`prepare`."""
         return 0 if self.in_place else self._work.made.bad
 
     # -- groups ------------------------------------------------------------------------------------
 
     def groups(self) -> list[tuple[dict[str, Any], int, int]]:
-        """Each key of a source that is grouped by ``by``: its values by column, its first row, and how many it has.
+        """Each key of a source that is grouped by ``by``: its values by column, its first row, and its number of rows.
 
-        After :meth:`prepare`. Rows that could not be read are in none.
+        Known after :meth:`prepare`. Lines that could not be read belong to none.
         """
         if not self._work.made.keys:
             return []
@@ -231,7 +231,7 @@ class TableSource(Source):
         return [({name: row[name] for name in self.by}, row[FIRST], row[COUNT]) for row in values]
 
     def group_table(self, first: int, rows: int) -> pa.Table:
-        """A run of rows of a grouped source, such as one key's: the columns of ``by``, then the features."""
+        """Consecutive rows of a grouped source, such as those of one key: the columns of ``by``, then the features."""
         import pyarrow as pa
 
         names = list(dict.fromkeys([*self.by, *self.features]))
@@ -286,16 +286,16 @@ class TableSource(Source):
     def _plan_file(
         self, packer: Packer, location: int, name: str, start: int, needed: set[str], size: int | None
     ) -> Iterator[Chunk]:
-        """The chunks of a file from a row on. size: as it is listed now; None if it is not listed."""
+        """The chunks of a file from a row on. size: as listed now; None if it is not listed."""
         seen, footer = self.footers.get((location, name), (None, None))
-        if footer is None or size not in (None, seen):  # it was added or changed since
+        if footer is None or size not in (None, seen):  # added or changed since the inspection
             with self._open(location, name) as file:
                 footer = footer_of(file.metadata, needed)
         packed = name_to_json(name)
         yield from packer.cut(["rows", location, packed], start, *footer, lambda stop: [location, packed, stop])
 
     def _plan_work(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
-        """Tables whose rows are items in their order."""
+        """The chunks of work files whose rows are items in their order."""
         if cursor is not None and cursor[0] != "rows":
             return
         began, row = (0, 0) if cursor is None else cursor[1:]
@@ -309,7 +309,7 @@ class TableSource(Source):
             yield from packer.cut(["rows", -1, name], start, *footer, partial(_after_rows, number))
 
     def _plan_keys(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
-        """Whole keys, as far as a chunk may hold them."""
+        """Chunks of whole keys, as far as they fit."""
         if cursor is not None and cursor[0] != "keys":
             return
         ordinal, inside = (0, 0) if cursor is None else cursor[1:]
@@ -346,7 +346,7 @@ class TableSource(Source):
             at += taken
 
     def _reason(self, ordinal: int) -> str | None:
-        """Why the key has no model, with how many rows that concerns."""
+        """Why the key has no model, and how many rows that concerns."""
         assert self.missing_reason is not None
         reason = self.missing_reason(self.key_values(ordinal))
         rows = self._index[COUNT][ordinal].as_py()
@@ -379,7 +379,7 @@ class TableSource(Source):
         return Chunk(chunk.first + start, stop - start, {"pieces": row_ranges}, chunk.cursor)
 
     def combine(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Fewer chunks with the same items; a key that has a model by now is its rows instead."""
+        """See :meth:`Source.combine`. A key that has a model by now becomes its rows."""
         combined: list[Chunk] = []
         row_ranges: list[RowRange] = []
         count = first = 0
@@ -422,10 +422,10 @@ class TableSource(Source):
         finally:
             ahead.stop()
 
-    # Of pieces ------------------------------------------------------------------------------------
+    # Of row ranges -------------------------------------------------------------------------------
 
     def open_rows(self, row_range: RowRange) -> pq.ParquetFile:
-        """The file of a piece of rows. Raises StorageError when it is not what it was."""
+        """The file of a range of rows. Raises StorageError if it has changed."""
         name = name_from_json(row_range[2])
         file = self._open(row_range[1], name)
         if file.metadata.num_rows != row_range[5]:
@@ -449,13 +449,13 @@ class TableSource(Source):
             stream.close()
 
     def key_columns(self, row_range: RowRange) -> list[str]:
-        """The columns of a piece's file that its keys are made of."""
+        """The columns that a range's keys are made of."""
         if row_range[1] >= 0 or self._work.made.kind == "files":
             return []
         return [ORDER] if self._work.made.kind == "rows" else [*self.by, self.query.request.time or ""]
 
     def keys_of(self, row_range: RowRange, start: int, rows: Any, count: int) -> pa.StringArray:
-        """The keys of ``count`` rows from row ``start`` of a piece's file on. rows: their :meth:`key_columns`."""
+        """The keys of ``count`` rows of a range's file from row ``start`` on. rows: their :meth:`key_columns`."""
         from tally.sources.tables.keys import joined, numbered, times
 
         location, name = row_range[1], name_from_json(row_range[2])
@@ -477,18 +477,18 @@ class TableSource(Source):
 
 
 def _after_rows(number: int, stop: int) -> list[Any]:
-    """The cursor after so many rows of a work file."""
+    """The cursor after ``stop`` rows of a work file."""
     return ["rows", number, stop]
 
 
 def _bounded(row_range: RowRange) -> Iterator[RowRange]:
-    """The piece in parts that are not too large for one chunk."""
+    """The range in parts that fit into one chunk."""
     for start in range(0, length(row_range), _COMBINE):
         yield part(row_range, start, min(start + _COMBINE, length(row_range)))
 
 
 def _inputs(listing: Listing, csv: Mapping[str, Any], problems: list[str]) -> Iterator[TableFile]:
-    """The files, in order. Those that are no tables by their name are problems."""
+    """The files, in order. Names that are not those of tables are problems."""
     for index, location in enumerate(listing.locations):
         store = open_store(location.root)
         for entry in listing.entries(index):
@@ -500,8 +500,8 @@ def _inputs(listing: Listing, csv: Mapping[str, Any], problems: list[str]) -> It
 
 
 def fingerprint(inputs: Sequence[TableFile], query: Query) -> str:
-    """Identifies the files as they are, and what is made of them."""
-    # As it was written when jobs that may still be resumed were begun.
+    """Identifies the files' contents and what is made of them."""
+    # With the names of earlier versions, whose jobs may still be resumed.
     described = repr(query).replace("request=TableRequest(", "wanted=Wanted(", 1)
     digest = hashlib.sha256(described.encode())
     for each in inputs:
@@ -510,7 +510,7 @@ def fingerprint(inputs: Sequence[TableFile], query: Query) -> str:
 
 
 class _Keys(Sequence[str]):
-    """The keys of a chunk's items, made when asked for."""
+    """The keys of a chunk's items, made when they are asked for."""
 
     def __init__(self, source: TableSource, row_ranges: Sequence[RowRange]) -> None:
         self._source, self._row_ranges = source, row_ranges

@@ -1,4 +1,4 @@
-"""Types of columns that a file holds as text: found out from a sample, by DuckDB."""
+"""Types of columns that a file holds as text, inferred from a sample by DuckDB."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SAMPLE_CELLS = 1_000_000
-"""Values that are looked at to find out types, over all files; at least ``SAMPLE_ROWS`` rows of each file."""
+"""Values that are sampled over all files; at least ``SAMPLE_ROWS`` rows of each file."""
 SAMPLE_ROWS = 20_000
 
 MOSTLY, FEW = 0.9, 3
-"""A column that has to hold numbers or times does, where this share of its values are such, or all but a few, and in
-any case more than half; the others are faults."""
+"""A column that should hold numbers or times is accepted if this share of its values, or all but a few, are such, and
+more than half in any case. The others are faults."""
 
 _KINDS = {
-    # What begins with a zero is a code and not a number: 08123.
+    # A value that begins with a zero, such as 08123, is a code and not a number.
     "BIGINT": "regexp_full_match({number}, '[-+]?(0|[1-9][0-9]{{0,17}})')",
     "DOUBLE": "regexp_full_match({number}, '[-+]?((0|[1-9][0-9]{{0,17}})([.][0-9]*)?|[.][0-9]+)([eE][-+]?[0-9]+)?"
     "|(?i:nan|[-+]?inf(inity)?)')",
@@ -29,7 +29,7 @@ _KINDS = {
     "TIMESTAMPTZ": "{zoned}",
     "TIMESTAMP": "{time} IS NOT NULL",
 }
-"""What tells that a value is of a type and of none of those before."""
+"""For each type, the test that a value is of it, if it is of none of the types before."""
 _ZONED = (
     "regexp_matches({text}, '[0-9]:[0-9.:]+ ?(Z|[-+][0-9]{{2}}(:?[0-9]{{2}})?)$') "
     "AND TRY_CAST({text} AS TIMESTAMPTZ) IS NOT NULL"
@@ -38,8 +38,8 @@ _ZONED = (
 
 @dataclass(frozen=True, slots=True)
 class InferredType:
-    """strict: the DuckDB type that all sampled values have (VARCHAR if none; empty if there are no values). mostly:
-    DOUBLE, TIMESTAMP or TIMESTAMPTZ where most of them are such."""
+    """strict: the DuckDB type of all sampled values (VARCHAR if they have none in common; empty without values).
+    mostly: DOUBLE, TIMESTAMP or TIMESTAMPTZ if most of them are such."""
 
     strict: str
     mostly: str | None = None
@@ -47,8 +47,8 @@ class InferredType:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A column as SQL. text: its text, NULL where it has no value. unquoted: NULL too where the file says that the
-    value is a text and not a number."""
+    """A column as SQL. text: its text, NULL without a value. unquoted: the same, but NULL also if the file marks the
+    value as text."""
 
     text: str
     unquoted: str
@@ -63,10 +63,10 @@ def infer(
     timestampformat: str | None = None,
     dateformat: str | None = None,
 ) -> dict[str, InferredType]:
-    """The types of a relation's columns of text."""
+    """The types of a relation's text columns."""
     found: dict[str, InferredType] = {}
     names = list(columns)
-    for start in range(0, len(names), 100):  # wide tables: a query's size is bounded
+    for start in range(0, len(names), 100):  # the size of a query is bounded, also for wide tables
         part = names[start : start + 100]
         kinds = [f"histogram({_kind(columns[name], decimal, timestampformat, dateformat)})" for name in part]
         row = connection.execute(f"SELECT {', '.join(kinds)} FROM {relation}").fetchone()  # noqa: S608
@@ -75,9 +75,9 @@ def infer(
 
 
 def _kind(column: Text, decimal: str, timestampformat: str | None, dateformat: str | None) -> str:
-    """An expression for the kind of a column's values; a later test is made only where the earlier ones fail."""
+    """An SQL expression for the type of a column's values. Each test is made only if those before it fail."""
     text, plain = f"trim({column.text})", f"trim({column.unquoted})"
-    locations = {
+    parts = {
         "text": text,
         "plain": plain,
         "number": plain if decimal == "." else f"replace({plain}, {sql_text(decimal)}, '.')",
@@ -89,7 +89,7 @@ def _kind(column: Text, decimal: str, timestampformat: str | None, dateformat: s
         else f"TRY_CAST({text} AS TIMESTAMP)",
         "zoned": "false" if timestampformat else _ZONED.format(text=text),
     }
-    tests = " ".join(f"WHEN {test.format_map(locations)} THEN {sql_text(kind)}" for kind, test in _KINDS.items())
+    tests = " ".join(f"WHEN {test.format_map(parts)} THEN {sql_text(kind)}" for kind, test in _KINDS.items())
     return f"CASE WHEN {column.text} IS NULL THEN NULL {tests} ELSE 'VARCHAR' END"
 
 
@@ -107,7 +107,7 @@ def _decide(counts: Mapping[str, int]) -> InferredType:
 
 
 def arrow_type(connection: Any, kind: str) -> pa.DataType:
-    """The Arrow type of a DuckDB type. Raises duckdb.Error for one that there is not."""
+    """The Arrow type of a DuckDB type. Raises duckdb.Error for an unknown one."""
     import pyarrow as pa
 
     simple = {

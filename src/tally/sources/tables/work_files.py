@@ -1,7 +1,7 @@
-"""Where a table job's work files are kept, so that they are made once and whole.
+"""The work files of a table job: made once, and whole.
 
-Whoever makes them does so in a folder of a random name, and then writes the marker, which names that folder. Of several
-that do so at once the first marker counts, and the other folders are removed; so are those that a crash left behind.
+They are made in a folder of a random name; then a marker is written that names the folder. If several processes do so
+at once, the first marker counts. The other folders are removed, and so are those that a crash left behind.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 MARKER = "table.json"
 _PREFIX = "table-"
-"""What the folders' names begin with."""
+"""The beginning of the folders' names."""
 
 
 class WorkFolder:
-    """The work files at a place: a folder's path, or a URL."""
+    """A place for work files: the path of a folder, or a URL."""
 
     def __init__(self, location: str) -> None:
         self._store: Store = open_store(location)
 
     def ensure(self, fingerprint: str, make: Callable[[Path], Made]) -> None:
-        """Make them unless they are there. make: makes them in a new folder of this machine.
+        """Make the work files unless they are there. make: makes them in a new folder of this machine.
 
-        fingerprint: of the source and of what is made of it. Raises StorageError if they were made of another.
+        fingerprint: of the source and of what is made of it. Raises StorageError if there are files with another one.
         """
         if self._known(fingerprint):
             return
@@ -50,7 +50,7 @@ class WorkFolder:
         except OutputExistsError:
             self._store.delete_tree(name)
         except StorageError:
-            # Another may have been faster, and have removed this folder.
+            # Another process may have been faster, and have removed this folder.
             if not self._known(fingerprint):
                 self._store.delete_tree(name)
                 raise
@@ -62,7 +62,7 @@ class WorkFolder:
 
     @contextmanager
     def _folder(self, name: str) -> Iterator[Path]:
-        """An empty folder whose files are in the store under ``name`` in the end."""
+        """An empty local folder, whose files are in the store under ``name`` in the end."""
         if self._store.is_local:
             folder = Path(self._store.url, name)
             try:
@@ -98,7 +98,7 @@ class WorkFolder:
         return found
 
     def _sweep(self) -> None:
-        """Remove what others made, or left behind."""
+        """Remove the folders that other processes made or left behind."""
         marker = self._marker()
         assert marker is not None
         for name in self._store.folders() - {marker["folder"]}:
@@ -106,7 +106,7 @@ class WorkFolder:
                 self._store.delete_tree(name)
 
     def open(self) -> WorkFiles:
-        """The files. Raises StorageError when they were not made."""
+        """The files. Raises StorageError if they were not made."""
         marker = self._marker()
         if marker is None:
             raise StorageError(
@@ -116,7 +116,7 @@ class WorkFolder:
 
 
 class WorkFiles:
-    """Work files that are there."""
+    """Work files that exist."""
 
     def __init__(self, store: Store, folder: str, made: Made) -> None:
         self.made = made

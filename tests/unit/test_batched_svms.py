@@ -1,4 +1,4 @@
-"""Stacked one-class SVMs beside scikit-learn's own."""
+"""Batched one-class SVMs beside scikit-learn's own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sklearn.preprocessing import RobustScaler, StandardScaler
 from sklearn.svm import OneClassSVM
 
 from tally.scorers.per_key import batched_svms
-from tally.scorers.per_key.batched_svms import Stack, Svms, parameters
+from tally.scorers.per_key.batched_svms import BatchedSvms, Svms, parameters
 
 KERNELS: dict[str, dict[str, Any]] = {
     "rbf": {},
@@ -60,7 +60,7 @@ def probes(models: list[Any], features: int, scaled: str, count: int) -> tuple[n
 def assert_like_sklearn(models: list[Any], rows: np.ndarray, which: np.ndarray) -> None:
     """Decision values within 1e-9 of scikit-learn's, or within what rounding does to a sum of such terms."""
     svms = Svms.of([parameters(model) for model in models])  # type: ignore[misc]
-    found = Stack(svms).decision(rows, which)
+    found = BatchedSvms(svms).decision(rows, which)
     for number, model in enumerate(models):
         here = which == number
         if not here.any():
@@ -133,7 +133,7 @@ def test_one_support_vector_decides_exactly_at_its_place() -> None:
     rows = np.array([[20.25], [20.26], [20.24], [1e6]])
 
     assert_like_sklearn([model], rows, np.zeros(4, int))
-    found = Stack(Svms.of([parameters(model)])).decision(rows, np.zeros(4, int))  # type: ignore[list-item]
+    found = BatchedSvms(Svms.of([parameters(model)])).decision(rows, np.zeros(4, int))  # type: ignore[list-item]
     np.testing.assert_array_equal(found, model.decision_function(rows))
 
 
@@ -169,7 +169,7 @@ def test_rows_out_of_this_world_are_decided_without_warnings() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = Stack(Svms.of([parameters(model) for model in models])).decision(rows, np.arange(9) % 3)  # type: ignore[misc]
+        found = BatchedSvms(Svms.of([parameters(model) for model in models])).decision(rows, np.arange(9) % 3)  # type: ignore[misc]
 
     for row, number, value in zip(rows, np.arange(9) % 3, found, strict=True):
         with np.errstate(all="ignore"):
@@ -181,10 +181,10 @@ def test_rows_that_are_not_finite_give_nan_and_leave_their_neighbours_alone() ->
     models = [fitted(100, 2, "scaled", kernel) for kernel in ("rbf", "linear", "poly 3")]
     rows = np.random.default_rng(5).normal(20, 2, (90, 2))
     which = np.arange(90) % 3
-    clean = Stack(Svms.of([parameters(model) for model in models])).decision(rows, which)  # type: ignore[misc]
+    clean = BatchedSvms(Svms.of([parameters(model) for model in models])).decision(rows, which)  # type: ignore[misc]
     rows[4, 1], rows[11, 0], rows[30] = np.nan, np.inf, -np.inf
 
-    found = Stack(Svms.of([parameters(model) for model in models])).decision(rows, which)  # type: ignore[misc]
+    found = BatchedSvms(Svms.of([parameters(model) for model in models])).decision(rows, which)  # type: ignore[misc]
 
     assert np.flatnonzero(np.isnan(found)).tolist() == [4, 11, 30]
     kept = ~np.isnan(found)
@@ -192,19 +192,19 @@ def test_rows_that_are_not_finite_give_nan_and_leave_their_neighbours_alone() ->
 
 
 def test_no_rows_give_no_decisions() -> None:
-    stack = Stack(Svms.of([parameters(fitted(10, 3, "bare", "rbf"))]))  # type: ignore[list-item]
+    svms = BatchedSvms(Svms.of([parameters(fitted(10, 3, "bare", "rbf"))]))  # type: ignore[list-item]
 
-    assert stack.decision(np.empty((0, 3)), np.empty(0, np.int64)).shape == (0,)
+    assert svms.decision(np.empty((0, 3)), np.empty(0, np.int64)).shape == (0,)
 
 
 def test_a_thousand_models_are_not_a_thousand_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [parameters(fitted(rows, 1, "scaled", "rbf", seed=rows)) for rows in range(20, 60)]
-    stack = Stack(Svms.of([few[number % 40] for number in range(1000)]))  # type: ignore[misc]
+    svms = BatchedSvms(Svms.of([few[number % 40] for number in range(1000)]))  # type: ignore[misc]
     calls = []
-    score = Stack._score
-    monkeypatch.setattr(Stack, "_score", lambda *given: calls.append(1) or score(*given))
+    score = BatchedSvms._score
+    monkeypatch.setattr(BatchedSvms, "_score", lambda *given: calls.append(1) or score(*given))
 
-    stack.decision(np.random.default_rng(0).normal(20, 3, (20_000, 1)), np.arange(20_000) // 20)
+    svms.decision(np.random.default_rng(0).normal(20, 3, (20_000, 1)), np.arange(20_000) // 20)
 
     assert len(calls) < 50
 
@@ -220,19 +220,19 @@ def test_a_thousand_models_are_not_a_thousand_calls(monkeypatch: pytest.MonkeyPa
     ],
     ids=["forest", "other scaler", "more steps", "precomputed", "function"],
 )
-def test_what_cannot_be_stacked_is_said_to_be_none(model: Any) -> None:
+def test_what_cannot_be_batched_is_said_to_be_none(model: Any) -> None:
     values = np.random.default_rng(0).normal(size=(20, 20))
 
     assert parameters(model.fit(values @ values.T)) is None
 
 
-def test_sparse_training_cannot_be_stacked() -> None:
+def test_sparse_training_cannot_be_batched() -> None:
     sparse = pytest.importorskip("scipy.sparse")
 
     assert parameters(OneClassSVM().fit(sparse.csr_array(np.eye(5)))) is None
 
 
-def test_a_model_that_is_not_fitted_cannot_be_stacked() -> None:
+def test_a_model_that_is_not_fitted_cannot_be_batched() -> None:
     assert parameters(OneClassSVM()) is None
 
 

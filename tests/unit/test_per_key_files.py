@@ -27,8 +27,9 @@ from sklearn.svm import OneClassSVM
 from tally.errors import ModelLoadError, ModelNotFoundError, SpecError, UntrustedModelError
 from tally.models.load import load
 from tally.models.resolve import resolve
-from tally.scorers.per_key import files as keyed
-from tally.scorers.per_key.files import KeyedScorer, find, inspect, pack, read_key
+from tally.scorers.per_key import files as per_key_files
+from tally.scorers.per_key.files import PerKeyFilesScorer, inspect, pack
+from tally.scorers.per_key.templates import find, read_key
 
 NAMES = "{Device}_{Tag}.skops"
 
@@ -54,10 +55,10 @@ def save(folder: Path, devices: int = 3) -> dict[tuple[int, str], Any]:
     return models
 
 
-def opened(template: str, by: tuple[str, ...] = ("Device", "Tag"), *, trusted: bool = False) -> KeyedScorer:
+def opened(template: str, by: tuple[str, ...] = ("Device", "Tag"), *, trusted: bool = False) -> PerKeyFilesScorer:
     folder, files = find(template, by)
     options = inspect(Path(template).relative_to(folder).as_posix(), by, folder, files, {}, trusted=trusted)
-    scorer = KeyedScorer(options)
+    scorer = PerKeyFilesScorer(options)
     scorer.load(folder, "cpu")
     return scorer
 
@@ -147,10 +148,10 @@ def test_a_key_without_a_file_says_which_file_is_missing(tmp_path: Path) -> None
     save(tmp_path / "models")
     scorer = opened(f"{tmp_path}/models/{NAMES}")
 
-    assert scorer.lacks({"Device": 3, "Tag": "heat"}) is None
-    assert scorer.lacks({"Device": 3.0, "Tag": "heat"}) is None
-    assert scorer.lacks({"Device": 9, "Tag": "heat"}) == "there is no model models/9_heat.skops"
-    assert scorer.lacks({"Device": None, "Tag": None}) == "Device and Tag is null, which chooses no model"
+    assert scorer.missing_reason({"Device": 3, "Tag": "heat"}) is None
+    assert scorer.missing_reason({"Device": 3.0, "Tag": "heat"}) is None
+    assert scorer.missing_reason({"Device": 9, "Tag": "heat"}) == "there is no model models/9_heat.skops"
+    assert scorer.missing_reason({"Device": None, "Tag": None}) == "Device and Tag is null, which chooses no model"
     found: Any = scorer.score(pa.table({"Device": [1.0, 9.0, None], "Tag": ["heat"] * 3, "Value": [1.0] * 3}))
     assert [str(found.errors[row]) for row in (1, 2)] == [
         "there is no model models/9_heat.skops",
@@ -169,7 +170,7 @@ def test_values_are_written_into_names_as_people_write_them(value: Any, name: st
 
     found: Any = scorer.score(pa.table({"key": [value, value], "Value": [20.0, 21.0]}))
 
-    assert scorer.lacks({"key": value}) is None
+    assert scorer.missing_reason({"key": value}) is None
     assert found.num_rows == 2
 
 
@@ -179,7 +180,7 @@ def test_values_never_lead_out_of_the_folder(tmp_path: Path) -> None:
     scorer = opened(f"{tmp_path}/models/{NAMES}")
 
     for device in ("../1", str(tmp_path / "1"), "./1", "x/../1"):
-        assert "there is no model" in str(scorer.lacks({"Device": device, "Tag": "heat"}))
+        assert "there is no model" in str(scorer.missing_reason({"Device": device, "Tag": "heat"}))
         found: Any = scorer.score(pa.table({"Device": [device], "Tag": ["heat"], "Value": [1.0]}))
         assert "there is no model" in str(found[0])
 
@@ -231,9 +232,9 @@ def test_models_are_opened_once_and_only_when_their_key_comes(tmp_path: Path, mo
     save(tmp_path)
     scorer = opened(f"{tmp_path}/{NAMES}")
     asked: list[str] = []
-    real = keyed.open_model
+    real = per_key_files.open_model
     monkeypatch.setattr(
-        keyed, "open_model", lambda folder, file, *a, **k: asked.append(file) or real(folder, file, *a, **k)
+        per_key_files, "open_model", lambda folder, file, *a, **k: asked.append(file) or real(folder, file, *a, **k)
     )
 
     table = pa.table({"Device": [1, 2, 1, 2], "Tag": ["heat", "heat", "flow", "heat"], "Value": [10.0] * 4})
@@ -244,7 +245,7 @@ def test_models_are_opened_once_and_only_when_their_key_comes(tmp_path: Path, mo
 
 
 def test_more_models_than_are_kept_open_are_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keyed, "OPEN_MODELS", 2)
+    monkeypatch.setattr(per_key_files, "OPEN_MODELS", 2)
     models = save(tmp_path)
     scorer = opened(f"{tmp_path}/{NAMES}")
 
@@ -263,7 +264,7 @@ def test_packed_files_score_as_the_files_do(tmp_path: Path) -> None:
 
     written = pack(f"{tmp_path}/models/{NAMES}", ("Device", "Tag"), tmp_path / "packed", name="pumps")
 
-    assert (written.stacked, written.whole) == (3, 3)
+    assert (written.batched, written.whole) == (3, 3)
     found: Any = load(resolve(tmp_path / "packed"), "cpu").score(table)
     assert found.equals(opened(f"{tmp_path}/models/{NAMES}").score(table))
     keys = pa.parquet.read_table(tmp_path / "packed" / "models.parquet", columns=["Device", "Tag"])
@@ -291,7 +292,7 @@ def test_numbers_with_leading_zeros_stay_as_they_are(tmp_path: Path) -> None:
     pack(f"{tmp_path}/{{Device}}.skops", ("Device",), tmp_path / "packed")
 
     scorer: Any = load(resolve(tmp_path / "packed"), "cpu")
-    assert [scorer.lacks({"Device": value}) is None for value in ("007", 8, 7)] == [True, True, False]
+    assert [scorer.missing_reason({"Device": value}) is None for value in ("007", 8, 7)] == [True, True, False]
 
 
 def test_the_command_packs_and_registers(tmp_path: Path, cli: Callable[..., Any]) -> None:
@@ -301,7 +302,7 @@ def test_the_command_packs_and_registers(tmp_path: Path, cli: Callable[..., Any]
     ran = cli("models", "pack", f"{tmp_path}/models/{NAMES}", "--by", "Device,Tag", "--out", out, "--name", "pumps")
 
     assert ran.code == 0
-    assert f"packed 6 models into {out}: 3 stacked, 3 kept whole" in ran.out
+    assert f"packed 6 models into {out}: 3 batched SVMs, 3 kept whole" in ran.out
     assert "added models:/pumps/1" in ran.out
     assert "--model models:/pumps" in ran.err
     assert resolve("models:/pumps").kind == "packed"

@@ -1,27 +1,22 @@
-"""Everything around a vision model that is not the model, in numpy and Pillow: preprocessing, and turning
-outputs into rows and pictures. Boxes are decoded in :mod:`tally.scorers.vision.detection`.
+"""From a picture to the tensor that a vision model is given, in numpy and Pillow.
 
-Pictures are ``uint8[height, width, 3]`` RGB. Sizes are ``(width, height)`` in pixels. A *tensor* is what the
-model is given for one picture, ``[channels, height, width]`` or ``[height, width, channels]``. All functions
-are pure and thread-safe.
+Pictures are ``uint8[height, width, 3]`` RGB. Sizes are ``(width, height)`` in pixels. A *tensor* is what the model is
+given for one picture, ``[channels, height, width]`` or ``[height, width, channels]``. All functions are pure and
+thread-safe.
 """
 
 from __future__ import annotations
 
-import ast
-import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from tally.errors import ItemError, SpecError
-from tally.scorers.base import Item, Row
+from tally.errors import ItemError
+from tally.scorers.base import Item
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Size: TypeAlias = tuple[int, int]
@@ -34,9 +29,6 @@ _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-
-
-# ---------------------------------------------------------------------------------------------- settings
 
 
 def _as_size(value: Any) -> Any:
@@ -123,9 +115,6 @@ class Preprocess(BaseModel):
     def identity(self) -> bool:
         """Whether pixels keep their values 0..255."""
         return self.scale in (None, 1.0) and not any(self.mean or ()) and set(self.std or ()) <= {1.0}
-
-
-# ----------------------------------------------------------------------------------------- preprocessing
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,141 +241,3 @@ class Preprocessor:
             values = values[:, :, ::-1]
         picture: Array = np.clip(np.rint(values), 0, 255).astype(np.uint8)
         return np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
-
-
-# -------------------------------------------------------------------------------------------- classify
-
-
-def probabilities(scores: Array, softmax: str = "auto") -> Array:
-    """One picture's class scores, any shape with one axis longer than 1, as ``float32[classes]``.
-
-    softmax: ``auto`` applies it unless the scores are probabilities already (not negative, sum about 1);
-    ``always``; ``never``. uint8 scores are probabilities in units of 1/256.
-    """
-    if scores.dtype == np.uint8 and softmax != "always":
-        return scores.reshape(-1).astype(np.float32) / 256
-    values: Array = scores.reshape(-1).astype(np.float32)
-    if softmax == "never" or (softmax == "auto" and values.min() >= 0 and abs(float(values.sum()) - 1) < 0.01):
-        return values
-    values = np.exp(values - values.max())
-    values /= values.sum()
-    return values
-
-
-def classify_rows(scores: Array, name: Callable[[int], str], *, top: int, softmax: str) -> Row | list[Row]:
-    """The best class as ``label, index, score``; the best ``top`` ones, with their ``rank`` from 1, when
-    that is more than one. Equal scores are ranked by index."""
-    values = probabilities(scores, softmax)
-    if top == 1:
-        best = int(values.argmax())
-        return {"label": name(best), "index": best, "score": float(values[best])}
-    order = np.argsort(-values, kind="stable")[:top].tolist()
-    return [
-        {"label": name(i), "index": i, "score": float(values[i]), "rank": rank} for rank, i in enumerate(order, start=1)
-    ]
-
-
-# ------------------------------------------------------------------------------------ segment and restyle
-
-
-def label_map(output: Array, spatial: tuple[int, int], *, channels_last: bool) -> Array:
-    """Class index of every output pixel, ``int64[h, w]``.
-
-    output: class scores ``[h, w, classes]`` or ``[classes, h, w]`` (told apart by ``spatial``, the tensor's
-        height and width, else by ``channels_last``), one foreground score, or class indices ``[h, w]``.
-    """
-    if output.ndim == 3 and 1 not in (output.shape[0], output.shape[-1]):
-        if output.shape[:2] == spatial:
-            channels_last = True
-        elif output.shape[1:] == spatial:
-            channels_last = False
-        return np.asarray(output.argmax(axis=-1 if channels_last else 0))
-    flat = output
-    if output.ndim == 3:
-        last = output.shape[-1] == 1 and (channels_last or output.shape[0] != 1)
-        flat = output.squeeze(-1 if last else 0)
-    if np.issubdtype(flat.dtype, np.integer):
-        return flat.astype(np.int64)
-    # one channel: foreground, as a probability or as a logit
-    probability = flat.min() >= 0 and flat.max() <= 1
-    return (flat > (0.5 if probability else 0.0)).astype(np.int64)
-
-
-def segment_rows(classes: Array, prepared: Prepared, tensor_size: Size, name: Callable[[int], str]) -> list[Row]:
-    """``label, index, pixels, share`` of every class in a label map of the whole tensor, letterbox borders left
-    out. Shares add up to 1; pixels are those of the original, in proportion."""
-    left, top, right, bottom = _region(prepared, tensor_size, (classes.shape[1], classes.shape[0]))
-    shown = classes[round(top) : round(bottom), round(left) : round(right)]
-    indices, counts = np.unique(shown, return_counts=True)
-    shares = counts / shown.size
-    pixels = np.rint(shares * (prepared.width * prepared.height))
-    return [
-        {"label": name(int(i)), "index": int(i), "pixels": int(n), "share": float(share)}
-        for i, n, share in zip(indices, pixels, shares, strict=True)
-    ]
-
-
-def restore_map(classes: Array, prepared: Prepared, tensor_size: Size) -> Array:
-    """A label map of the whole tensor to the original's size (nearest), letterbox borders cut off."""
-    left, top, right, bottom = _region(prepared, tensor_size, (classes.shape[1], classes.shape[0]))
-    columns = left + (np.arange(prepared.width) + 0.5) * ((right - left) / prepared.width)
-    rows = top + (np.arange(prepared.height) + 0.5) * ((bottom - top) / prepared.height)
-    restored: Array = classes[rows.astype(np.intp)][:, columns.astype(np.intp)]
-    return restored
-
-
-def restore_image(picture: Array, prepared: Prepared, tensor_size: Size) -> Array:
-    """A picture of the whole tensor to the original's size, letterbox borders cut off."""
-    height, width = picture.shape[:2]
-    extra = (width - tensor_size[0], height - tensor_size[1])
-    if max(extra) < 32 and min(extra) >= 0:
-        # rounded up to a multiple of the model's stride: the surplus is at the right and at the bottom
-        picture = picture[: tensor_size[1], : tensor_size[0]]
-    left, top, right, bottom = map(round, _region(prepared, tensor_size, (picture.shape[1], picture.shape[0])))
-    # cut first: a filter that is given a box still looks at the border's colour around it
-    picture = np.ascontiguousarray(picture[top : max(bottom, top + 1), left : max(right, left + 1)])
-    if picture.shape[:2] == (prepared.height, prepared.width):
-        return picture
-    return np.asarray(Image.fromarray(picture).resize((prepared.width, prepared.height), Image.Resampling.BICUBIC))
-
-
-def _region(prepared: Prepared, tensor_size: Size, output_size: Size) -> tuple[float, float, float, float]:
-    x, y = output_size[0] / tensor_size[0], output_size[1] / tensor_size[1]
-    left, top, right, bottom = prepared.region
-    return left * x, top * y, right * x, bottom * y
-
-
-# ---------------------------------------------------------------------------------------------- labels
-
-
-def read_labels(path: Path) -> list[str]:
-    """The class names in a file: a text file with one on each line, up to the first empty line; or a list,
-    or a mapping of index to name, in JSON or as Python prints it. Raises SpecError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except OSError as error:
-        raise SpecError(f"labels: {path} cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError:
-        raise SpecError(f"labels: {path} is not text in UTF-8") from None
-    if not text.startswith(("{", "[")):
-        lines = [line.strip() for line in text.splitlines()]
-        names = lines[: lines.index("")] if "" in lines else lines
-        if not text:
-            raise SpecError(f"labels: {path} is empty")
-        return names
-    try:
-        value = json.loads(text)
-    except ValueError:
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise SpecError(f"labels: {path} is neither JSON nor one name on each line") from None
-    if isinstance(value, dict):
-        try:
-            value = {int(index): str(label) for index, label in value.items()}
-            return [value[i] for i in range(len(value))]
-        except (KeyError, ValueError, TypeError):
-            raise SpecError(f"labels: {path} must map the indices 0, 1, 2 ... to names") from None
-    if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
-        raise SpecError(f"labels: {path} must hold a list of names")
-    return value

@@ -1,4 +1,4 @@
-"""Models that come from elsewhere: from buckets, and from where a job's model was carried for other machines."""
+"""Models that come from elsewhere: from buckets, and from the mirror that a job's model was uploaded to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.colours import model
 from tally.config import settings
 from tally.errors import ModelChangedError, ModelLoadError, ModelNotFoundError, SpecError, StorageError
 from tally.models.load import create, load, verify
-from tally.models.mirror import CONTENTS, carry, fetch, fetched
+from tally.models.mirror import CONTENTS, fetch, fetched, upload_to_mirror
 from tally.models.reference import ModelRef
 from tally.models.registry import open_registry
 from tally.models.resolve import refreshed, resolve
@@ -118,7 +118,7 @@ def test_an_onnx_file_brings_what_belongs_to_it(tmp_path: Path, bucket: str, dow
 
     ref = resolve(f"{bucket}/models/colours.onnx")
 
-    assert (ref.name, ref.kind, ref.origin) == ("colours", "onnx", f"{bucket}/models")
+    assert (ref.name, ref.kind, ref.mirror) == ("colours", "onnx", f"{bucket}/models")
     assert ref.hash == resolve(path).hash
     assert sorted(downloads) == ["colours.onnx", "colours.onnx.yaml", "colours.weights", "names/of.txt"]
     assert label(ref) == "red"
@@ -155,7 +155,7 @@ def test_a_package_is_fetched_whole(tmp_path: Path, bucket: str, downloads: list
 
     ref = resolve(f"{bucket}/{written}")
 
-    assert (ref.name, ref.files, ref.origin) == ("mine", (".",), f"{bucket}/packages/mine")
+    assert (ref.name, ref.files, ref.mirror) == ("mine", (".",), f"{bucket}/packages/mine")
     assert sorted(downloads) == ["deep/m.onnx", "names.txt", "tally.yaml"]
     assert ref.hash == resolve(folder).hash
     assert label(ref) == "red"
@@ -169,7 +169,7 @@ def test_python_files_bring_their_neighbours(tmp_path: Path, bucket: str) -> Non
 
     ref = resolve(f"{bucket}/code/score.py")
 
-    assert (ref.kind, ref.files, ref.origin) == ("script", ("score.py", "said.py"), f"{bucket}/code")
+    assert (ref.kind, ref.files, ref.mirror) == ("script", ("score.py", "said.py"), f"{bucket}/code")
     assert f"assumed {bucket}/code;" in ref.assumed[0]
     assert answers(ref) == [{"prediction": "from afar"}] * 2
 
@@ -183,7 +183,7 @@ def test_labels_and_artifacts_may_be_in_buckets(tmp_path: Path, bucket: str) -> 
     ref = resolve(path, labels=f"{bucket}/lists/names.txt")
     assert ref.options["labels"] == ["red", "green", "blue"]
     assert ref.hash == resolve(path, labels=tmp_path / "names.txt").hash
-    assert ref.origin is None  # nothing holds all of it yet
+    assert ref.mirror is None  # nothing holds all of it yet
     script = tmp_path / "m" / "score.py"
     script.write_text(SCRIPT.format(answer="x"))
     ref = resolve(script, artifacts=f"{bucket}/weights/v1/")
@@ -242,19 +242,19 @@ def test_a_template_in_a_bucket_and_what_comes_to_it(
     ref = resolve(template, by=("Device",))
 
     assert (ref.name, ref.kind, ref.files) == (template, "keyed", ("fan.skops", "pump.skops"))
-    assert ref.origin == f"{bucket}/models"
+    assert ref.mirror == f"{bucket}/models"
     assert ref.hash == resolve(str(tmp_path / "m" / "{Device}.skops"), by=("Device",)).hash
-    assert create(ref).lacks({"Device": "gate"}) == "there is no model models/gate.skops"
+    assert create(ref).missing_reason({"Device": "gate"}) == "there is no model models/gate.skops"
     far = elsewhere(ref)
-    assert load(far, "cpu").lacks({"Device": "gate"}) == "there is no model models/gate.skops"
+    assert load(far, "cpu").missing_reason({"Device": "gate"}) == "there is no model models/gate.skops"
     saved(tmp_path / "more", "gate")
     store.upload("gate.skops", tmp_path / "more" / "gate.skops")
     verify(far)
     new = refreshed(far)
     assert (new.name, new.files) == (template, ("fan.skops", "gate.skops", "pump.skops"))
-    assert load(new, "cpu").lacks({"Device": "gate"}) is None
+    assert load(new, "cpu").missing_reason({"Device": "gate"}) is None
     pack(template, ["Device"], tmp_path / "packed")
-    assert create(resolve(tmp_path / "packed")).lacks({"Device": "gate"}) is None
+    assert create(resolve(tmp_path / "packed")).missing_reason({"Device": "gate"}) is None
     store.write("fan.skops", b"another")
     with pytest.raises(ModelChangedError):
         refreshed(far)
@@ -266,22 +266,22 @@ def test_a_template_in_a_bucket_and_what_comes_to_it(
         resolve(f"{bucket}/none/{{Device}}.skops", by=("Device",))
 
 
-def test_new_keys_of_carried_models_are_carried_too(
+def test_new_keys_of_uploaded_models_are_uploaded_too(
     tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]
 ) -> None:
     saved(tmp_path / "m", "pump", "fan")
-    ref = carry(resolve(str(tmp_path / "m" / "{Device}.skops"), by=("Device",)), f"{bucket}/job")
+    ref = upload_to_mirror(resolve(str(tmp_path / "m" / "{Device}.skops"), by=("Device",)), f"{bucket}/job")
     assert refreshed(ref) == ref
     saved(tmp_path / "m", "gate")
     new = refreshed(ref)
     assert len(new.files) == 3
-    assert new.origin == f"{bucket}/job/{new.hash.removeprefix('sha256:')}"
+    assert new.mirror == f"{bucket}/job/{new.hash.removeprefix('sha256:')}"
     far = elsewhere(new)
-    assert load(far, "cpu").lacks({"Device": "gate"}) is None
+    assert load(far, "cpu").missing_reason({"Device": "gate"}) is None
     assert refreshed(far) == far
 
 
-# ---------------------------------------------------------------------------------------------- carrying
+# ---------------------------------------------------------------------------------------------- uploading
 
 
 class Doubling(Scorer):
@@ -294,26 +294,26 @@ class Doubling(Scorer):
         return [{"value": self.factor * len(each)} for each in batch]
 
 
-def test_a_model_with_parts_elsewhere_is_carried_whole(
+def test_a_model_with_parts_elsewhere_is_uploaded_whole(
     tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef], downloads: list[str]
 ) -> None:
     path = model(tmp_path / "m" / "colours.onnx", external="colours.weights")
     (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
     ref = resolve(path, labels=tmp_path / "names.txt")
 
-    carried = carry(ref, f"{bucket}/work")
+    uploaded_ref = upload_to_mirror(ref, f"{bucket}/work")
 
-    assert carried.origin == f"{bucket}/work/{ref.hash.removeprefix('sha256:')}"
-    assert carry(carried, f"{bucket}/other").origin == carried.origin
-    assert label(carried) == "red"
+    assert uploaded_ref.mirror == f"{bucket}/work/{ref.hash.removeprefix('sha256:')}"
+    assert upload_to_mirror(uploaded_ref, f"{bucket}/other").mirror == uploaded_ref.mirror
+    assert label(uploaded_ref) == "red"
     assert downloads == []  # it is here
-    far = elsewhere(carried)
+    far = elsewhere(uploaded_ref)
     assert label(far) == "red"
     assert sorted(downloads) == ["colours.onnx", "colours.weights", "names.txt"]
     assert in_cache() == [ref.hash.removeprefix("sha256:")]
     assert label(far) == "red"
     assert len(downloads) == 3
-    assert label(carry(far, f"{bucket}/work")) == "red"
+    assert label(upload_to_mirror(far, f"{bucket}/work")) == "red"
 
 
 def test_scripts_with_artifacts(tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
@@ -327,7 +327,7 @@ def test_scripts_with_artifacts(tmp_path: Path, bucket: str, elsewhere: Callable
     weights = tmp_path / "weights"
     weights.mkdir()
     (weights / "word").write_text("hello")
-    far = elsewhere(carry(resolve(script, artifacts=weights), str(tmp_path / "shared")))
+    far = elsewhere(upload_to_mirror(resolve(script, artifacts=weights), str(tmp_path / "shared")))
     assert not weights.exists()
     assert create(far).input == "path"
     assert answers(far) == [{"prediction": "hello"}] * 2
@@ -342,27 +342,27 @@ def test_empty_artifacts_are_a_folder_everywhere(
         "from tally import Scorer\nclass It(Scorer):\n    def load(self, artifacts, device):\n"
         "        self.there = artifacts.is_dir()\n    def score(self, batch): return [{'there': self.there}] * 2\n"
     )
-    far = elsewhere(carry(resolve(tmp_path / "code" / "it.py", artifacts=tmp_path / "weights"), bucket))
+    far = elsewhere(upload_to_mirror(resolve(tmp_path / "code" / "it.py", artifacts=tmp_path / "weights"), bucket))
     assert answers(far) == [{"there": True}] * 2
 
 
-def test_live_objects_are_carried(bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
+def test_objects_are_uploaded(bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
     ref = resolve(Doubling(3))
     assert list(open_store(f"{bucket}/w").list()) == []
-    far = elsewhere(carry(ref, f"{bucket}/w"))
+    far = elsewhere(upload_to_mirror(ref, f"{bucket}/w"))
     assert create(far).input == "bytes"
     assert load(far, "cpu").score([b"ab"]) == [{"value": 6}]
-    open_store(far.origin or "").write("scorer.pkl", b"something else")
+    open_store(far.mirror or "").write("scorer.pkl", b"something else")
     with pytest.raises(ModelChangedError):
         load(elsewhere(far), "cpu")
 
 
-def test_a_packed_file_is_carried(tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
+def test_a_packed_file_is_uploaded(tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
     saved(tmp_path / "m", "pump", "fan")
     pack(str(tmp_path / "m" / "{Device}.skops"), ["Device"], tmp_path / "packed")
-    far = elsewhere(carry(resolve(tmp_path / "packed"), bucket))
-    assert create(far).lacks({"Device": "fan"}) is None
-    assert load(far, "cpu").lacks({"Device": "gate"}) == "there is no model for Device=gate"
+    far = elsewhere(upload_to_mirror(resolve(tmp_path / "packed"), bucket))
+    assert create(far).missing_reason({"Device": "fan"}) is None
+    assert load(far, "cpu").missing_reason({"Device": "gate"}) == "there is no model for Device=gate"
 
 
 def test_importable_classes(tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
@@ -375,7 +375,7 @@ def test_importable_classes(tmp_path: Path, bucket: str, elsewhere: Callable[[Mo
     (here / "package_for_test" / "__init__.py").touch()
     (here / "package_for_test" / "b.py").write_text("X = 1")
     sys.path.insert(0, str(here))
-    refs = [carry(resolve(name), bucket) for name in ("alone_for_test:It", "package_for_test.part:It")]
+    refs = [upload_to_mirror(resolve(name), bucket) for name in ("alone_for_test:It", "package_for_test.part:It")]
     shutil.copytree(here, tmp_path / "there")
 
     def forget() -> None:
@@ -400,7 +400,7 @@ def test_importable_classes(tmp_path: Path, bucket: str, elsewhere: Callable[[Mo
         load(part, "cpu")
 
 
-def test_nothing_is_carried_twice_and_halves_are_completed(
+def test_nothing_is_uploaded_twice_and_halves_are_completed(
     tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploads: list[str] = []
@@ -412,40 +412,40 @@ def test_nothing_is_carried_twice_and_halves_are_completed(
 
     monkeypatch.setattr(ObjectStore, "upload", upload)
     ref = resolve(model(tmp_path / "m" / "colours.onnx", external="w"))
-    origin = carry(ref, bucket).origin
+    mirror = upload_to_mirror(ref, bucket).mirror
     assert sorted(uploads) == ["colours.onnx", "w"]
-    assert carry(ref, bucket).origin == origin
+    assert upload_to_mirror(ref, bucket).mirror == mirror
     assert len(uploads) == 2
-    assert origin is not None
+    assert mirror is not None
     for lost in (CONTENTS, "w"):
-        open_store(origin).delete([lost])
+        open_store(mirror).delete([lost])
         uploads.clear()
-        carry(ref, bucket)
+        upload_to_mirror(ref, bucket)
         assert sorted(uploads) == ["colours.onnx", "w"]
     (tmp_path / "m" / "w").write_bytes(b"changed meanwhile")
-    open_store(origin).delete_tree()
+    open_store(mirror).delete_tree()
     with pytest.raises(ModelChangedError, match="it changed while it was copied"):
-        carry(ref, bucket)
+        upload_to_mirror(ref, bucket)
     shutil.rmtree(tmp_path / "m")
     with pytest.raises(ModelNotFoundError, match=f"is not on this machine \\({HOST}\\)"):
-        carry(ref, bucket)
+        upload_to_mirror(ref, bucket)
 
 
 # ---------------------------------------------------------------------------------------------- fetching
 
 
 @pytest.fixture
-def carried(tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> ModelRef:
+def uploaded_ref(tmp_path: Path, bucket: str, elsewhere: Callable[[ModelRef], ModelRef]) -> ModelRef:
     """A script that answers yes, on a machine that has to fetch it."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "score.py").write_text(SCRIPT.format(answer="yes"))
-    return elsewhere(carry(resolve(tmp_path / "code" / "score.py"), bucket))
+    return elsewhere(upload_to_mirror(resolve(tmp_path / "code" / "score.py"), bucket))
 
 
 YES = [{"prediction": "yes"}] * 2
 
 
-def test_without_an_origin_the_machine_is_named(tmp_path: Path, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
+def test_without_a_mirror_the_machine_is_named(tmp_path: Path, elsewhere: Callable[[ModelRef], ModelRef]) -> None:
     path = model(tmp_path / "m" / "colours.onnx")
     far = elsewhere(resolve(path))
     with pytest.raises(ModelNotFoundError) as caught:
@@ -458,57 +458,57 @@ def test_without_an_origin_the_machine_is_named(tmp_path: Path, elsewhere: Calla
 def test_other_content_at_the_path_is_not_used(tmp_path: Path, bucket: str) -> None:
     script = tmp_path / "score.py"
     script.write_text(SCRIPT.format(answer="yes"))
-    ref = carry(resolve(script), bucket)
+    ref = upload_to_mirror(resolve(script), bucket)
     script.write_text(SCRIPT.format(answer="no"))
     assert answers(ref) == YES
 
 
-def test_a_damaged_cache_is_mended(carried: ModelRef, downloads: list[str]) -> None:
-    assert answers(carried) == YES
-    kept = fetched(carried).location / "score.py"
+def test_a_damaged_cache_is_mended(uploaded_ref: ModelRef, downloads: list[str]) -> None:
+    assert answers(uploaded_ref) == YES
+    kept = fetched(uploaded_ref).location / "score.py"
     kept.chmod(0o644)
     for damage in (lambda: kept.write_text("no"), kept.unlink, lambda: shutil.rmtree(kept.parent)):
         damage()
         downloads.clear()
-        assert answers(carried) == YES
+        assert answers(uploaded_ref) == YES
         assert downloads == ["score.py"]
         kept.chmod(0o644)
     (kept.parent / "__pycache__").mkdir(exist_ok=True)
-    assert answers(carried) == YES
+    assert answers(uploaded_ref) == YES
     assert len(downloads) == 1
 
 
-def test_what_a_killed_process_left_is_removed(carried: ModelRef) -> None:
-    digest = carried.hash.removeprefix("sha256:")
+def test_what_a_killed_process_left_is_removed(uploaded_ref: ModelRef) -> None:
+    digest = uploaded_ref.hash.removeprefix("sha256:")
     models = Path(os.environ["TALLY_CACHE"]) / "models"
     left = models / f".{digest}-abc" / "new"
     left.mkdir(parents=True)
     (left / "score.py").write_text("half of")
     (models / f".{digest}.lock").touch()
-    assert answers(carried) == YES
+    assert answers(uploaded_ref) == YES
     assert in_cache() == [digest]
 
 
-def test_damage_at_the_origin_is_told(carried: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
-    origin = carried.origin or ""
-    store = open_store(origin)
+def test_damage_at_the_mirror_is_told(uploaded_ref: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror = uploaded_ref.mirror or ""
+    store = open_store(mirror)
     content = store.read("score.py")
     store.write("score.py", content[:-9])
-    with pytest.raises(ModelChangedError, match=f"model score: what {origin} holds is not its content"):
-        load(carried, "cpu")
+    with pytest.raises(ModelChangedError, match=f"model score: what {mirror} holds is not its content"):
+        load(uploaded_ref, "cpu")
     store.delete(["score.py"])
-    with pytest.raises(ModelNotFoundError, match=f"not, or not all of it, at {origin}: .*no such object"):
-        load(carried, "cpu")
+    with pytest.raises(ModelNotFoundError, match=f"not, or not all of it, at {mirror}: .*no such object"):
+        load(uploaded_ref, "cpu")
     store.delete_tree()
     with pytest.raises(ModelNotFoundError, match=HOST):
-        verify(carried)
+        verify(uploaded_ref)
     assert in_cache() == []
     # Without the list, but whole: as a folder that a user keeps.
     store.write("score.py", content)
-    assert answers(carried) == YES
+    assert answers(uploaded_ref) == YES
 
 
-def test_a_broken_download_is_tried_once_more(carried: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_download_is_tried_once_more(uploaded_ref: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
     real, times = ObjectStore.download, Counter[str]()
 
     def download(self: ObjectStore, name: str, target: Path) -> None:
@@ -518,15 +518,15 @@ def test_a_broken_download_is_tried_once_more(carried: ModelRef, monkeypatch: py
             target.write_bytes(target.read_bytes()[:5])
 
     monkeypatch.setattr(ObjectStore, "download", download)
-    assert answers(carried) == YES
+    assert answers(uploaded_ref) == YES
     assert times == {"score.py": 2}
 
 
-def test_lists_are_not_believed(carried: ModelRef, tmp_path: Path) -> None:
+def test_lists_are_not_believed(uploaded_ref: ModelRef, tmp_path: Path) -> None:
     """Whoever can write to the bucket cannot write elsewhere on the machines that read it."""
-    store = open_store(carried.origin or "")
+    store = open_store(uploaded_ref.mirror or "")
     store.write(CONTENTS, b"not JSON")
-    assert answers(carried) == YES
+    assert answers(uploaded_ref) == YES
     evil = "../../../../evil"
     digest = "0" * 64
     from tally.models.hashing import combined
@@ -537,11 +537,11 @@ def test_lists_are_not_believed(carried: ModelRef, tmp_path: Path) -> None:
         fetch("evil", store.url, (".",), wanted)
 
 
-def test_a_full_disk_is_told(carried: ModelRef, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_is_told(uploaded_ref: ModelRef, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TALLY_CACHE", str(tmp_path / "file"))
     with pytest.raises(StorageError, match=r"cannot keep a model in .*\n  TALLY_CACHE names"):
-        load(carried, "cpu")
+        load(uploaded_ref, "cpu")
 
 
 # ----------------------------------------------------------------------------- many processes, one machine
@@ -622,16 +622,16 @@ def said(running: subprocess.Popen[str]) -> str:
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: Callable[[ModelRef], ModelRef]) -> ModelRef:
-    """A carried script whose origin is in the S3 that :func:`web` serves from ``bucket/``."""
+    """An uploaded script whose mirror is in the S3 that :func:`web` serves from ``bucket/``."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "score.py").write_text(SCRIPT.format(answer="yes"))
-    ref = carry(resolve(tmp_path / "code" / "score.py"), str(tmp_path / "bucket"))
+    ref = upload_to_mirror(resolve(tmp_path / "code" / "score.py"), str(tmp_path / "bucket"))
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     digest = ref.hash.removeprefix("sha256:")
-    return ModelRef.from_dict({**elsewhere(ref).to_dict(), "origin": f"s3://bucket/{digest}"})
+    return ModelRef.from_dict({**elsewhere(ref).to_dict(), "mirror": f"s3://bucket/{digest}"})
 
 
 def test_ten_processes_of_a_machine_fetch_once(
@@ -688,12 +688,12 @@ def test_a_registry_in_a_bucket(
     elsewhere: Callable[[ModelRef], ModelRef],
 ) -> None:
     monkeypatch.setenv("TALLY_REGISTRY", f"{bucket}/registry")
-    added = open_registry().add("faces", script, alias="production")
+    added = open_registry().add("faces", resolve(script), alias="production")
     assert added.location == f"{bucket}/registry/sha256/{added.hash.removeprefix('sha256:')}"
     assert added.added_on == HOST
     ref = resolve("models:/faces@production")
-    assert (ref.name, ref.version, ref.origin, ref.hash) == ("faces", 1, added.location, added.hash)
-    assert carry(ref, f"{bucket}/other") == ref
+    assert (ref.name, ref.version, ref.mirror, ref.hash) == ("faces", 1, added.location, added.hash)
+    assert upload_to_mirror(ref, f"{bucket}/other") == ref
     assert sorted(downloads) == ["score.py", "tally.yaml"]
     assert answers(ref) == YES
     assert resolve("models:/faces") == ref
@@ -713,7 +713,7 @@ def test_a_registry_that_others_do_not_see(
 ) -> None:
     """A database for all, and content in one's own home."""
     monkeypatch.setattr(platform, "node", lambda: "laptop")
-    open_registry().add("faces", script)
+    open_registry().add("faces", resolve(script))
     monkeypatch.undo()
     monkeypatch.setenv("TALLY_HOME", str(tmp_path / "another"))
     monkeypatch.setenv("TALLY_DATABASE", f"sqlite:///{home}/tally.db")

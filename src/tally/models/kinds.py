@@ -1,0 +1,199 @@
+"""The kinds of model: one table.
+
+A new framework is one file with its :class:`~tally.models.base.Kind` and its scorer, and one line in :data:`BUILT_IN`.
+An installed package adds a kind by an entry point in the group ``tally.scorers``, whose name is the kind's and whose
+value is a subclass of ``Kind``. What the table claims comes before what packages claim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from tally import extensions
+from tally.errors import ModelLoadError, SpecError
+from tally.models.base import Flag, Form, Kind, Traits, is_suffix
+
+GROUP = "tally.scorers"
+"""The entry points of other packages' kinds."""
+
+
+class _Line(NamedTuple):
+    """adapter: the Kind's class, imported when the kind is first used. libraries: what loading its models imports."""
+
+    adapter: str
+    traits: Traits
+    libraries: tuple[str, ...] = ()
+
+
+_SKLEARN, _MLFLOW = "tally-scoring[sklearn]", "tally-scoring[mlflow]"
+
+BUILT_IN: Mapping[str, _Line] = {
+    # Of kinds that claim the same names, the first that recognises the file is taken.
+    "onnx": _Line(
+        "tally.scorers.onnx.scorer:OnnxKind",
+        Traits(claims=(".onnx",), flags=("task", "labels")),
+        ("onnxruntime",),
+    ),
+    "onnx_table": _Line(
+        "tally.scorers.tabular.onnx:OnnxTableKind",
+        Traits(claims=(".onnx",), flags=("task", "labels")),
+    ),
+    "sklearn": _Line(
+        "tally.scorers.tabular.sklearn:SklearnKind",
+        Traits(
+            claims=(".skops", ".joblib", ".pkl", ".pickle"),
+            extra=_SKLEARN,
+            runs_code=True,
+            pickles=(".joblib", ".pkl", ".pickle"),
+        ),
+        ("sklearn", "skops.io"),
+    ),
+    "pyfunc": _Line(
+        "tally.scorers.tabular.pyfunc:PyfuncKind",
+        Traits(claims=("MLmodel",), extra=_MLFLOW, runs_code=True),
+        ("mlflow.pyfunc",),
+    ),
+    "packed": _Line(
+        "tally.scorers.per_key.packed:PackedKind",
+        Traits(claims=(".parquet",), extra=_SKLEARN, runs_code=True),
+    ),
+    "keyed": _Line(
+        "tally.scorers.per_key.files:PerKeyFilesKind",
+        Traits(form="template", extra=_SKLEARN, runs_code=True),
+    ),
+    "script": _Line(
+        "tally.scorers.scripts.kinds:ScriptKind",
+        Traits(claims=(".py",), flags=("artifacts",), entry=True),
+    ),
+    "python": _Line(
+        "tally.scorers.scripts.kinds:PythonKind",
+        Traits(claims=(".py",), flags=("artifacts",), entry=True, form="class"),
+    ),
+    "object": _Line(
+        "tally.scorers.scripts.pickled:ObjectKind",
+        Traits(flags=("artifacts",), form="object"),
+    ),
+}
+
+
+def get(name: str) -> Kind:
+    """The kind of this name. Raises ModelLoadError if there is none, SpecError if its package cannot be used."""
+    if name in BUILT_IN:
+        return _built_in(name)
+    found = extensions.find(GROUP, name)
+    if found is None:
+        raise ModelLoadError(
+            f"models of kind {name!r} cannot be scored: no such kind is installed here",
+            hint=f"Kinds are {', '.join(names())}. Install the package that brings {name!r}, on every machine.",
+        )
+    if not (isinstance(found, type) and issubclass(found, Kind)):
+        raise SpecError(f"the entry point {name!r} in {GROUP} is {found!r}, not a subclass of tally.models.base.Kind")
+    return found(name)
+
+
+@cache
+def _built_in(name: str) -> Kind:
+    line = BUILT_IN[name]
+    module, _, adapter = line.adapter.partition(":")
+    kind: Kind = getattr(import_module(module), adapter)(name, line.traits)
+    return kind
+
+
+def install_hint(name: str) -> str:
+    """How to install what a kind of ours needs."""
+    return f"Install it with: pip install '{BUILT_IN[name].traits.extra}'"
+
+
+def names() -> list[str]:
+    """The names of all kinds."""
+    return [*BUILT_IN, *(each for each in extensions.names(GROUP) if each not in BUILT_IN)]
+
+
+def has_files(name: str) -> bool:
+    """Whether there is a kind of this name whose models are files, as a package holds them."""
+    line = BUILT_IN.get(name)
+    return bool(line.traits.claims) if line is not None else name in extensions.names(GROUP)
+
+
+def table() -> Iterator[tuple[str, Traits]]:
+    """Every kind's name and traits. Raises SpecError for an installed package that cannot be used, after the others."""
+    for name, line in BUILT_IN.items():
+        yield name, line.traits
+    broken = None
+    for name in extensions.names(GROUP):
+        if name in BUILT_IN:
+            continue
+        try:
+            yield name, get(name).traits
+        except SpecError as error:
+            broken = error
+    if broken is not None:
+        raise broken
+
+
+def of_file(path: Path, wanted: str | None = None) -> Kind | None:
+    """The kind of a file: the first that claims its name and recognises it; None if none does.
+
+    wanted: the kind that is taken if it does so too. Raises ModelLoadError for a file that is damaged.
+    """
+    if wanted is not None and (kind := get(wanted)).traits.claims_name(path.name) and kind.recognises(path):
+        return kind
+    for name, traits in table():
+        if traits.claims_name(path.name) and (kind := get(name)).recognises(path):
+            return kind
+    return None
+
+
+def modules_for(name: str) -> tuple[str, ...]:
+    """The modules that a worker is going to import for a model with this name, as far as the name tells."""
+    line = next((each for each in BUILT_IN.values() if each.traits.claims_name(name)), None)
+    return () if line is None else (line.adapter.partition(":")[0], *line.libraries)
+
+
+def of_form(form: Form) -> Kind:
+    """The kind whose models are given in this form."""
+    return next(get(name) for name, line in BUILT_IN.items() if line.traits.form == form)
+
+
+def claiming(name: str) -> Traits | None:
+    """The traits of the first kind that claims a file's name."""
+    return next((traits for _, traits in table() if traits.claims_name(name)), None)
+
+
+def of_name(name: str) -> Kind | None:
+    """The first kind that claims a file's name; the file itself may say another."""
+    return next((get(each) for each, traits in table() if traits.claims_name(name)), None)
+
+
+def markers() -> Iterator[str]:
+    """The files that make a folder a model."""
+    return (marker for _, traits in table() for marker in traits.markers)
+
+
+def taking(flag: Flag) -> list[str]:
+    """The names of the kinds that take an option of the user."""
+    return [name for name, traits in _usable() if flag in traits.flags]
+
+
+def claims(*, entry: bool | None = None) -> list[str]:
+    """What the names of models end in. entry: of code alone, or of all but code."""
+    found = (each for _, traits in _usable() if entry in (None, traits.entry) for each in traits.claims)
+    return list(dict.fromkeys(found))
+
+
+def supported() -> str:
+    """What a model may be, for messages."""
+    *suffixes, last = filter(is_suffix, claims())
+    folders = " or ".join(("tally.yaml", *(each for each in claims() if not is_suffix(each))))
+    return f"{', '.join(suffixes)} and {last} files, and folders with a {folders}"
+
+
+def _usable() -> Iterator[tuple[str, Traits]]:
+    """As :func:`table`; what cannot be used is left out."""
+    with suppress(SpecError):
+        yield from table()

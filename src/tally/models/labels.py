@@ -1,0 +1,42 @@
+"""Names of a model's classes, as files hold them."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+from tally.errors import SpecError
+
+
+def read_labels(path: Path) -> list[str]:
+    """The class names in a file: a text file with one on each line, up to the first empty line; or a list,
+    or a mapping of index to name, in JSON or as Python prints it. Raises SpecError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except OSError as error:
+        raise SpecError(f"labels: {path} cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise SpecError(f"labels: {path} is not text in UTF-8") from None
+    if not text.startswith(("{", "[")):
+        lines = [line.strip() for line in text.splitlines()]
+        names = lines[: lines.index("")] if "" in lines else lines
+        if not text:
+            raise SpecError(f"labels: {path} is empty")
+        return names
+    try:
+        value = json.loads(text)
+    except ValueError:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise SpecError(f"labels: {path} is neither JSON nor one name on each line") from None
+    if isinstance(value, dict):
+        try:
+            value = {int(index): str(label) for index, label in value.items()}
+            return [value[i] for i in range(len(value))]
+        except (KeyError, ValueError, TypeError):
+            raise SpecError(f"labels: {path} must map the indices 0, 1, 2 ... to names") from None
+    if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
+        raise SpecError(f"labels: {path} must hold a list of names")
+    return value

@@ -1,0 +1,31 @@
+"""Settings come from the environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tally.config import settings
+from tally.errors import (
+    SpecError,
+)
+
+
+def test_settings_come_from_the_environment_when_asked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings().home == home
+    assert settings().database == f"sqlite:///{home}/tally.db"
+    monkeypatch.setenv("TALLY_DATABASE", "postgresql+psycopg://me:s3:cr@t@db/tally")
+    assert settings().database.endswith("@db/tally")
+    assert "s3" not in repr(settings())
+    assert "postgresql+psycopg://me:***@db/tally" in repr(settings())
+
+
+def test_settings_report_all_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TALLY_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("TALLY_DATABASE", "mysql://me:secret@db/x")
+    with pytest.raises(SpecError) as caught:
+        settings()
+    assert len(caught.value.problems) == 2
+    assert "secret" not in str(caught.value)

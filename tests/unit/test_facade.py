@@ -1,0 +1,170 @@
+"""The one facade of jobs: what is asked of it, and that looking opens nothing."""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import subprocess
+import typing
+from pathlib import Path
+
+import pytest
+from tests.faults.storms import tally
+
+import tally as package
+from tally.api import Job, score
+from tally.errors import JobNotFoundError, JobStateError
+from tally.jobs.events import ChunkDone, Event, Events, Finished, Note, Progress, Started
+from tally.jobs.facade import Jobs
+from tally.jobs.spec import JobSpec, make
+from tally.jobs.stop import Stop
+
+SCORER = """
+from tally import Scorer
+
+with open("imported", "a") as file:
+    file.write("imported\\n")
+
+class Lengths(Scorer):
+    input = "bytes"
+
+    def score(self, batch):
+        return [{"length": len(content)} for content in batch]
+"""
+
+
+@pytest.fixture
+def items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "items"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.txt").write_bytes(b"x" * number)
+    (tmp_path / "lengths.py").write_text(SCORER)
+    return folder
+
+
+def spec_of(items: Path, out: str = "out", **more: object) -> JobSpec:
+    return make(source=[str(items)], model="lengths.py", out=out, workers=1, **more)
+
+
+def test_a_job_from_submit_to_delete(items: Path) -> None:
+    jobs, told = Jobs(), list[Event]()
+    record = jobs.submit(spec_of(items))
+    assert (record.state, record.place, record.unit) == ("created", str(items.parent / "out"), "items")
+    assert record.output["kind"] == "rows"
+    assert jobs.run(record.id, events=Events(told.append)).state == "finished"
+    assert [type(event) for event in told if isinstance(event, Started | ChunkDone | Finished)] == [
+        Started, ChunkDone, Finished,
+    ]  # fmt: skip
+    assert any(isinstance(event, Note) and "Lengths" in event.text for event in told)
+    assert isinstance(told[-2], Progress)
+    found = jobs.at("out/")
+    assert found is not None
+    assert found.id == jobs.get("out").id == jobs.get(record.id[:4]).id == record.id
+    assert sorted(row["length"] for row in jobs.results(record.id).to_pylist()) == [0, 1, 2, 3, 4]
+    jobs.delete(record.id)
+    with pytest.raises(JobNotFoundError):
+        jobs.get(record.id)
+    assert jobs.at("out") is None
+
+
+def test_looking_opens_no_model_runs_no_code_and_reads_no_source(items: Path) -> None:
+    job = score(items, "lengths.py", "out", workers=1, quiet=True)
+    for path in [*items.iterdir(), Path("lengths.py")]:
+        path.unlink()
+    items.rmdir()
+    before = Path("imported").read_text()
+    for command in (
+        ("jobs", "list"),
+        ("jobs", "show", job.id),
+        ("jobs", "dead", job.id),
+        ("jobs", "alerts", job.id),
+        ("query", "out", "select sum(length) as total from results"),
+        ("jobs", "delete", "out"),
+    ):
+        done = subprocess.run(tally(*command), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        if command[0] == "query":
+            assert "10" in done.stdout
+    assert Path("imported").read_text() == before
+    assert list(Path("out").glob("*.parquet")), "results stay"
+
+
+def test_an_unfinished_job_is_cancelled_and_deleted_without_its_model(items: Path) -> None:
+    jobs = Jobs()
+    for place, remove in (("one", jobs.cancel), ("two", jobs.delete)):
+        record = jobs.submit(spec_of(items, place))
+        lease = jobs.store.acquire(record.id, seconds=60)
+        assert lease is not None
+        jobs.store.release(lease, "interrupted")
+        assert Path(place).exists()
+        Path("lengths.py").rename("moved.py")
+        remove(record.id)
+        Path("moved.py").rename("lengths.py")
+        assert not Path(place, "_tally").exists()
+
+
+def test_a_stop_may_come_before_the_job_is_under_way(items: Path) -> None:
+    jobs, stop = Jobs(), Stop()
+    record = jobs.submit(spec_of(items))
+    stop()
+    assert jobs.run(record.id, stop=stop).state == "interrupted"
+    assert jobs.see_through(record.id).state == "finished"
+    assert jobs.see_through(record.id).state == "finished", "it has ended already"
+    with pytest.raises(JobStateError):
+        jobs.run(record.id)
+
+
+def test_what_is_asked_of_jobs_that_nobody_drives(items: Path) -> None:
+    jobs = Jobs()
+    record = jobs.submit(spec_of(items))
+    jobs.run(record.id)
+    with pytest.raises(JobStateError, match="is not running: it is finished"):
+        jobs.pause(record.id)
+    with pytest.raises(JobStateError, match="is finished: there is nothing to cancel"):
+        jobs.cancel(record.id)
+    assert not jobs.unpause(record.id).alive
+
+
+def test_jobs_are_listed_by_what_they_are(items: Path) -> None:
+    first = score(items, "lengths.py", "first", workers=1, quiet=True)
+    second = score(items, "lengths.py", "second", workers=1, quiet=True)
+    assert [job.id for job in package.jobs()] == [second.id, first.id]
+    assert [job.id for job in package.jobs(limit=1)] == [second.id]
+    assert [job.id for job in package.jobs(place="first/")] == [first.id]
+    assert [job.id for job in package.jobs(text="FIRST")] == [first.id]
+    assert [job.id for job in package.jobs(state="finished", model="lengths")] == [second.id, first.id]
+    assert package.jobs(state="failed") == []
+    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+    assert len(package.jobs(since=yesterday)) == 2
+    assert package.jobs(until=yesterday) == []
+    assert all(isinstance(job, Job) for job in package.jobs())
+
+
+def test_pages_on_the_command_line(items: Path) -> None:
+    ids = [score(items, "lengths.py", f"out{n}", workers=1, quiet=True).id for n in range(3)]
+    seen: list[str] = []
+    more: list[str] = []
+    for _ in range(3):
+        done = subprocess.run(tally("jobs", "list", "-n", 1, *more), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        seen.append(done.stdout.splitlines()[1].split()[0])
+        more = done.stderr.split()[-2:]
+    assert seen == ids[::-1]
+    assert "there are more" not in done.stderr
+    wrong = subprocess.run(tally("jobs", "list", "--after", "x"), capture_output=True, text=True, timeout=60)
+    assert wrong.returncode != 0
+    assert "not where a page of jobs begins" in wrong.stderr
+
+
+def test_score_takes_every_field_of_a_job_by_its_name_and_default() -> None:
+    parameters = inspect.signature(score).parameters
+    assert all(each.kind is not each.VAR_KEYWORD for each in parameters.values())
+    own = {"source", "model", "out", "resume", "overwrite", "quiet"}
+    assert parameters.keys() - own == JobSpec.model_fields.keys() - own
+    empty = {"settings": {}, "csv": {}, "resources": {}}
+    for name in parameters.keys() - own:
+        default = parameters[name].default
+        assert (empty[name] if default is None and name in empty else default) == JobSpec.model_fields[name].default
+    assert typing.get_type_hints(score)["batch_size"] == (int | None)
