@@ -114,7 +114,7 @@ class _Slot(Slot):
                     rung()
 
     def unread(self) -> Inbox | None:
-        """The task's inbox, to be read now: the next ring is told again."""
+        """The task's inbox, to be read now; the next ring is a new event."""
         self._rung = False
         return self.inbox
 

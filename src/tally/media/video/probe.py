@@ -214,8 +214,8 @@ def _is_untimed(container: InputContainer, stream: VideoStream, packets: list[_P
 
     codec: Any = stream.codec_context.codec
     may_differ = codec.properties & Properties.REORDER.value
-    told = not set(container.format.name.split(",")) & _UNTIMED and all(packet.pts is not None for packet in packets)
-    return bool(may_differ) and not told
+    timed = not set(container.format.name.split(",")) & _UNTIMED and all(packet.pts is not None for packet in packets)
+    return bool(may_differ) and not timed
 
 
 def _lost(container: InputContainer, stream: VideoStream, packets: list[_Packet]) -> int:
