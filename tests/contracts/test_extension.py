@@ -164,5 +164,7 @@ def test_an_extension_for_another_version_of_the_contracts_is_refused(
     if not refused:
         assert extensions.find("tally.sources", "lines").contract_version == 1
         return
-    with pytest.raises(SpecError, match=rf"tally-lines, .*written for version {version} of Tally's contracts, .* version 1\n"):
+    with pytest.raises(
+        SpecError, match=rf"tally-lines, .*written for version {version} of Tally's contracts, .* version 1\n"
+    ):
         extensions.find("tally.sources", "lines")
