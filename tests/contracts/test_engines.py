@@ -50,6 +50,33 @@ class TestLocalEngine(EngineContract):
             assert all(ended(pid) for pid in pids)
             assert _children() == others
 
+    def test_what_prepared_workers_import_and_print_early_is_in_the_log(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Engine, start: Callable[..., Engine]
+    ) -> None:
+        (tmp_path / "talkative.py").write_text(
+            "import os\nprint('imported', flush=True)\nos.write(2, b'natively\\n')\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        log = tmp_path / "workers.log"
+        engine.prepare(slots=1, modules=("no.such.module", "talkative"))
+        start(log=log)
+        engine.submit(tasks.say, "later").result(DEADLINE)
+        lines = log.read_text().splitlines()
+        assert sorted(lines[:2]) == ["imported", "natively"]
+        assert sorted(lines[2:]) == ["later printed", "later written"]
+
+    def test_a_prepared_worker_that_dies_is_replaced_once_it_is_needed(
+        self, engine: Engine, start: Callable[..., Engine]
+    ) -> None:
+        others = _children()
+        engine.prepare(slots=1)
+        until(lambda: bool(_children() - others), "a prepared worker")
+        [pid] = _children() - others
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: ended(pid), "its end")
+        start(1, args=("a",))
+        assert engine.submit(tasks.describe).result(DEADLINE).args == ("a",)
+
     def test_a_worker_that_is_not_killed_ends_in_order(
         self, tmp_path: Path, start: Callable[..., Engine], engine: Engine
     ) -> None:

@@ -220,7 +220,7 @@ class LocalEngine(SupervisedEngine[_Slot]):
             self.resize(slots)
 
     def prepare(self, *, slots: int, modules: Sequence[str] = ()) -> None:
-        self._folder, self._threads, self._modules = new_folder(), self._share(slots), modules
+        self._folder, self._threads, self._modules, self._made = new_folder(), self._share(slots), modules, 0
         self._launch(slots)
 
     def _share(self, slots: int) -> int:
@@ -241,7 +241,7 @@ class LocalEngine(SupervisedEngine[_Slot]):
         folder: for the files of the workers; it is removed with the engine, by the workers if they outlive it.
         threads: how many a numeric library in one worker may use, where the environment does not say.
         """
-        self._folder, self._threads = folder, threads
+        self._folder, self._threads, self._made = folder, threads, 0
         self._tell(setup, limits, log)
         self._launch(slots)
 
@@ -280,9 +280,9 @@ class LocalEngine(SupervisedEngine[_Slot]):
         for slot in [slot for slot in self._slots if slot.task is None][: max(0, len(self._slots) - self._wanted)]:
             self._remove(slot, kill=False)
         setup = self._folder / _SETUP
-        if self._made and not setup.exists():
-            return  # what died while it was prepared is replaced when it is needed
         while len(self._slots) < self._wanted:
+            if self._made >= self._wanted and not setup.exists():
+                return  # what died while it was prepared is replaced when it is needed
             self._made += 1
             slot = _Slot(self._folder, self._made, setup, self._threads, self._modules)
             self._slots.append(slot)

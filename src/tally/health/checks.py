@@ -25,7 +25,8 @@ EXTRAS = {
     "train": ("torch", "tensorboard"),
     "mlflow": ("mlflow-skinny",),
 }
-"""Optional dependencies by the name of the extra that brings them; a test keeps the names true."""
+"""Optional dependencies by the name of the extra that brings them; a test keeps the names true. What only authors of
+extensions need (``testing``) is left out."""
 
 
 class Warn(Exception):  # noqa: N818 - an outcome, not an error

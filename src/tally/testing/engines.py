@@ -144,6 +144,26 @@ class EngineContract:
         assert states[0].args == ("a", {"b": [1.5, None]})
         assert len({state.pid for state in states}) == 1
 
+    def test_prepared_workers_are_set_up_as_others(self, engine: Engine, start: Callable[..., Engine]) -> None:
+        engine.prepare(slots=2, modules=("colorsys", "no.such.module"))
+        start(2, args=("a",))
+        states = [each.result(DEADLINE) for each in [engine.submit(tasks.describe) for _ in range(20)]]
+        assert {state.args for state in states} == {("a",)}
+        assert len({state.pid for state in states}) <= 2
+        assert engine.slots == 2
+
+    def test_prepared_workers_that_die_are_replaced(self, engine: Engine, start: Callable[..., Engine]) -> None:
+        engine.prepare(slots=1, modules=("colorsys",))
+        start(1, args=("a",))
+        with pytest.raises(WorkerCrashedError):
+            engine.submit(tasks.die, "3").result(DEADLINE)
+        assert engine.submit(tasks.describe).result(DEADLINE).args == ("a",)
+
+    def test_what_is_prepared_can_be_stopped(self, engine: Engine) -> None:
+        engine.prepare(slots=2)
+        engine.stop(kill=True)
+        engine.stop()
+
     def test_slots_work_at_the_same_time(self, start: Callable[..., Engine], gate: Gate) -> None:
         engine = start(2)
         futures = [engine.submit(tasks.wait_at, gate.address) for _ in range(3)]
