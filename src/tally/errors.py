@@ -194,3 +194,21 @@ class WorkerMemoryError(WorkerError, MemoryError):
 
 class WorkerStoppedError(WorkerError):
     """The task was asked to stop, did not in time, and its worker was killed: no item is to blame."""
+
+
+def error_line(error: BaseException) -> str:
+    """An exception in one line: ``ValueError: what it says``."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def raised_at(error: BaseException, file: str | None = None) -> str | None:
+    """``score.py, line 7``: where an exception was raised, or the last line of ``file`` on the way there, if any."""
+    found = None
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if file is None or name == file:
+            found = f"{name.rsplit('/', 1)[-1]}, line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return found

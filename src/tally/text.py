@@ -1,5 +1,4 @@
-"""Text that every database takes, quoted SQL, quantities and times as people write them, errors in a line, and
-suggestions for mistyped words."""
+"""Text that every database takes, quantities and times as people write them, suggestions for mistyped words."""
 
 from __future__ import annotations
 
@@ -35,16 +34,6 @@ def storable(text: str) -> str:
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
-def sql_name(name: str) -> str:
-    """The name of a column or table, quoted for SQL."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def sql_text(text: object) -> str:
-    """The text as a literal of SQL; a path, say, is written as it is."""
-    return "'" + str(text).replace("'", "''") + "'"
-
-
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The known word that is most like ``word``, if any is close."""
     return next(iter(get_close_matches(word, list(known), n=1)), None)
@@ -54,21 +43,3 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` to end a message with, or nothing."""
     found = closest(word, known)
     return f"; did you mean {found!r}?" if found is not None else ""
-
-
-def error_line(error: BaseException) -> str:
-    """An exception in one line: ``ValueError: what it says``."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def raised_at(error: BaseException, file: str | None = None) -> str | None:
-    """``score.py, line 7``: where an exception was raised, or the last line of ``file`` on the way there, if any."""
-    found = None
-    trace = error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if file is None or name == file:
-            found = f"{name.rsplit('/', 1)[-1]}, line {trace.tb_lineno}"
-        trace = trace.tb_next
-    return found

@@ -29,7 +29,7 @@ LAYERS = (
     ("media",),
     ("database",),
     ("storage",),
-    ("config", "errors", "extensions", "text"),
+    ("config", "errors", "extensions", "sql", "text"),
 )
 """From the top to the bottom, as ``docs/discussion/map.md`` draws them."""
 

@@ -13,8 +13,8 @@ from tally.alerts.job import AlertedJob
 from tally.alerts.rules import Rule
 from tally.database.clock import now
 from tally.database.tables import alerts, jobs
-from tally.errors import SourceNotFoundError, SpecError, TallyError
-from tally.text import error_line, storable
+from tally.errors import SourceNotFoundError, SpecError, TallyError, error_line
+from tally.text import storable
 
 
 def check(alert_rules: Sequence[str], hook: str | None, columns: Collection[str] | None) -> None:

@@ -79,6 +79,8 @@ MOST_AHEAD = 2048
 """Planned chunks that wait to be stored, at most."""
 PUBLISH_SECONDS = 60.0
 """Seconds between two generations of results of an endless source."""
+KEYS_SECONDS = 7 * 86_400.0
+"""How long keys of messages that are done are kept, so that a late delivery of one of them is known."""
 QUIET_SECONDS = 5.0
 """Seconds without any outcome before the engine is asked why."""
 COLLECTION_THRESHOLDS = (50_000, 20, 20)
@@ -687,6 +689,7 @@ class Coordinator:
         nonce = new_nonce()
         self._patience(lambda: self._store.advance(self._lease, nonce=nonce))
         self._publish_settled()
+        self._patience(lambda: self._store.forget_keys(self._lease, older_than=KEYS_SECONDS))
         self._unpublished = False
         self._published_at = time.monotonic()
 

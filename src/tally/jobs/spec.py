@@ -32,19 +32,19 @@ class JobSpec(BaseModel):
     source: folders, files, globs or bucket URLs. out: a folder, a bucket URL, or one file: ``.csv``, ``.parquet``
     or ``.jsonl`` for rows, ``.mp4``, ``.mov``, ``.mkv`` or ``.webm`` for a video. Relative paths are made absolute
     when the spec is made.
-    media: what the source holds; found out if left out.
-    by, keep, where, time, window, aggregate, csv: of tables. by: columns whose values make a key, which chooses the
+    media: what the source holds; detected by default.
+    by, keep, where, time, window, aggregate, csv: tables only. by: columns whose values make a key, which chooses the
     model where ``model`` is a template (``models/{Device}.skops``). keep: input columns that the results carry; ``*``
     stands for all. where: a condition in SQL; other rows are not there. time: the column of timestamps.
     window: seconds that readings are gathered over before they are scored (``5m`` is understood).
     aggregate: what is made of each window's values. csv: options for reading CSV.
-    alerts: rules that are looked at when the job has ended; webhook: where it is told that one of them holds.
-    every, size, frames, codec, crf, audio: of videos. size: (width, height) in pixels (``640x360`` is understood).
+    alerts: rules that are evaluated when the job has ended; webhook: who is told when one of them holds.
+    every, size, frames, codec, crf, audio: videos only. size: (width, height) in pixels (``640x360`` is understood).
     engine: who runs the workers: ``local`` on this machine, ``ray`` on a Ray cluster, or one of an installed package.
     workers: the least and the most of them (``4..64`` is understood, and one number for both); None: one for each core.
-    address, cpus, gpus, resources: of the engine ``ray``. address: the cluster's, ``http://HEAD:8265``; found by Ray's
-    own rules if left out. cpus, gpus, resources: what each worker reserves; gpus may be a part of one, and resources
-    are the cluster's own (``{"tpu": 1}``).
+    address, cpus, gpus, resources: the engine ``ray`` only. address: the cluster's, ``http://HEAD:8265``; found by
+    Ray's own rules by default. cpus, gpus, resources: what each worker reserves; gpus may be a part of one, and
+    resources are the cluster's own (``{"tpu": 1}``).
     timeout: seconds that one batch may take. memory: bytes that one worker may hold (``2GiB`` is understood), and on
     a cluster reserves; None: four fifths of the machine's memory, shared by its workers.
     max_dead: share of dead items above which the job stops, once ``min_dead`` items are finished.

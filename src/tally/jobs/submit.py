@@ -41,7 +41,8 @@ def submit(
     earlier = store.find(fingerprint)
     if earlier is not None and _still_there(earlier, parts.sink):
         if resume and not earlier.alive and earlier.state != "finished":
-            return store.respec(earlier.id, spec.model_dump(mode="json")), parts
+            fields = spec.model_dump(mode="json")
+            return store.respec(earlier.id, fields, output=parts.describe_output()), parts
         _make_way(store, earlier, spec, overwrite=overwrite)
     record = store.create(
         fingerprint=fingerprint,

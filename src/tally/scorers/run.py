@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tally.errors import ItemError, SpecError, TallyError
+from tally.errors import ItemError, SpecError, TallyError, error_line, raised_at
 from tally.scorers.base import Item, Result, Scorer, TableResult
 from tally.storage import file_name, temporary
-from tally.text import did_you_mean, error_line, raised_at
+from tally.text import did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa

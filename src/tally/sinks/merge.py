@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from tally.sinks import columns
 from tally.sinks.columns import KEY
 from tally.sinks.layout import File, OutputLayout
+from tally.sql import sql_name, sql_text
 from tally.storage import failure, temporary
-from tally.text import sql_name, sql_text
 
 PART_ROWS = 1_000_000
 PART_BYTES = 128 * 1024**2

@@ -14,8 +14,8 @@ from tally.errors import SpecError, StorageError
 from tally.sinks.base import Output, Sink
 from tally.sinks.columns import KEY, printable, schema_of, type_named
 from tally.sinks.merge import CSV, plain_path
+from tally.sql import sql_text
 from tally.storage import failure, is_url, open_store, temporary
-from tally.text import sql_text
 
 Dead: TypeAlias = "pa.Table | Iterable[Mapping[str, Any]]"
 

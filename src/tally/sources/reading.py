@@ -12,12 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, overload
 
-from tally.errors import ItemError, StorageAwayError, TallyError
+from tally.errors import ItemError, StorageAwayError, TallyError, error_line
 from tally.scorers.base import Input, Item, Scorer
 from tally.scorers.run import prepare
 from tally.sources.base import Batch, Timings
 from tally.storage import Store, file_name, temporary
-from tally.text import error_line
 
 LOCAL_THREADS = 2
 REMOTE_THREADS = 16

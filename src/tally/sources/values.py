@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tally.errors import ItemError, StorageAwayError, TallyError
+from tally.errors import ItemError, StorageAwayError, TallyError, error_line
 from tally.scorers.base import Item, Scorer
 from tally.scorers.run import prepare
 from tally.sources.base import Batch, Timings
-from tally.text import error_line
 
 
 def read_values(keys: Sequence[str], fetch: Callable[[int], Any], scorer: Scorer, timings: Timings) -> Iterator[Batch]:

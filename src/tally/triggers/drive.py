@@ -24,13 +24,13 @@ from tally.errors import (
     SpecError,
     TallyError,
     UntrustedModelError,
+    error_line,
 )
 from tally.jobs.events import Event, Events, Note
 from tally.jobs.facade import Jobs
 from tally.jobs.signals import stop_on_signals
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord
-from tally.text import error_line
 from tally.triggers.store import LEASE_SECONDS, Run, ScheduleStore
 from tally.triggers.template import fill
 

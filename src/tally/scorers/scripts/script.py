@@ -17,12 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from tally.errors import ItemError, ModelLoadError, SpecError, TallyError
+from tally.errors import ItemError, ModelLoadError, SpecError, TallyError, raised_at
 from tally.scorers.base import Input, Item, Request, Response, Result, Results, Scorer
 from tally.scorers.scripts import azureml, requests
 from tally.scorers.scripts.answers import answers_of, result_of
 from tally.scorers.scripts.isolation import Surroundings
-from tally.text import raised_at
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from tally.errors import StorageError
 from tally.sources.tables.type_inference import InferredType, Text, infer
-from tally.text import did_you_mean, sql_name, sql_text
+from tally.sql import sql_name, sql_text
+from tally.text import did_you_mean
 
 T = TypeVar("T")
 

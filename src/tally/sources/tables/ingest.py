@@ -21,8 +21,9 @@ from tally.errors import StorageError
 from tally.sources.tables import delimited, jsonlines
 from tally.sources.tables.formats import Format, open_arrow, plain_type
 from tally.sources.tables.select import ORDER, Selection, TableRequest
+from tally.sql import sql_name, sql_text
 from tally.storage import Store, failure, temporary
-from tally.text import did_you_mean, sql_name, sql_text
+from tally.text import did_you_mean
 
 if TYPE_CHECKING:
     import duckdb

@@ -8,7 +8,7 @@ from typing import Any
 
 from tally.sources.tables.delimited import Fault, forget_faults
 from tally.sources.tables.type_inference import InferredType, Text, infer
-from tally.text import sql_name, sql_text
+from tally.sql import sql_name, sql_text
 
 _LINE_BYTES = 16 << 20
 _BUFFER_BYTES = 32 << 20

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tally.text import sql_text
+from tally.sql import sql_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
