@@ -75,3 +75,15 @@ def test_the_ways_to_ask_are_seen() -> None:
         "isinstance(x, (A, b.B)); type(x) is C\nmatch x:\n    case D(): pass\nissubclass(x, E)\nisinstance(x, F | G)"
     )
     assert set().union(*(names for _, names in asked(ast.parse(source)))) >= {"A", "B", "C", "D", "E", "F", "G"}
+
+
+def test_the_table_of_sources_says_what_the_classes_accept() -> None:
+    from tally.sources.factory import BUILT_IN
+    from tally.sources.files import FileSource
+    from tally.sources.tables.source import TableSource
+    from tally.sources.video import VideoSource
+
+    kinds = (FileSource, VideoSource, TableSource)
+    assert [(line.media, line.accepts) for line in BUILT_IN] == [
+        (kind.media or "image", kind.accepts) for kind in kinds
+    ]

@@ -6,6 +6,8 @@ Imports inside functions count too; those under ``TYPE_CHECKING`` do not, as not
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,3 +115,24 @@ def test_nothing_goes_in_circles() -> None:
     for module in GRAPH:
         visit(module, ())
     assert found == []
+
+
+def test_commands_import_what_is_heavy_only_when_it_is_used() -> None:
+    """What takes long to import would be waited for by every command."""
+    program = "import sys, tally.jobs.facade; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    heavy = {
+        "alembic",
+        "av",
+        "cloudpickle",
+        "duckdb",
+        "numpy",
+        "onnxruntime",
+        "pandas",
+        "PIL",
+        "pyarrow",
+        "ray",
+        "rich",
+    }
+    assert loaded & heavy == set()

@@ -14,11 +14,11 @@ from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tally.errors import ItemError
 
+# NumPy and Pillow are imported by the functions that need them: commands that look at jobs decode nothing.
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image as PillowImage
 
 MAX_PIXELS = 128_000_000
@@ -210,6 +210,8 @@ def _rgb(image: PillowImage.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def _strips(image: PillowImage.Image) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
     """Rows from the top, some at a time: converting all at once would hold a large picture three times."""
+    import numpy as np
+
     width, height = image.size
     rows = max(1, _STRIP_PIXELS // max(width, 1))
     if rows >= height:
@@ -222,6 +224,8 @@ def _strips(image: PillowImage.Image) -> Iterator[tuple[int, np.ndarray[Any, Any
 def _pixels(
     image: PillowImage.Image, convert: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] | None = None
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    import numpy as np
+
     out = np.empty((image.height, image.width, 3), np.uint8)
     for top, strip in _strips(image):
         if convert is not None:
@@ -232,6 +236,8 @@ def _pixels(
 
 def _extremes(image: PillowImage.Image) -> tuple[float, float]:
     """Smallest and largest finite sample; (0, 0) where there is none."""
+    import numpy as np
+
     low, high = np.inf, -np.inf
     for _, strip in _strips(image):
         finite = strip[np.isfinite(strip)]
@@ -242,6 +248,8 @@ def _extremes(image: PillowImage.Image) -> tuple[float, float]:
 
 def _scale(samples: np.ndarray[Any, Any], low: float, high: float) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Map low ... high to 0 ... 255, rounded; NaN becomes 0."""
+    import numpy as np
+
     spread = (high - low) or 1.0
     with np.errstate(all="ignore"):
         scaled = (samples.astype(np.float64) - low) * (255.0 / spread) + 0.5

@@ -14,20 +14,13 @@ from typing import Literal, TypeAlias
 
 from tally import extensions
 from tally.errors import SpecError
-from tally.media.video.encode import DEFAULTS, Encoding
 from tally.sinks.base import OutputDescription, Sink
-from tally.sinks.files import KINDS, FilesSink
+from tally.sinks.formats import PICTURES, ROWS, VIDEOS
 from tally.sinks.layout import OutputLayout
-from tally.sinks.rows import RowsSink
-from tally.sinks.video import KINDS as VIDEOS
-from tally.sinks.video import VideoSink
 from tally.storage import foreign_scheme, is_url, key_of, local_of, normalised
 
 GROUP = "tally.sinks"
 """The entry points of other packages' sinks."""
-
-ROWS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-"""Suffixes of a merged file of rows, and the format that each means."""
 
 _FORMATS = {
     "rows": ("rows", ("csv", "parquet", "jsonl")),
@@ -107,15 +100,25 @@ def _foreign(scheme: str) -> Factory | None:
     return found
 
 
+# What a kind of sink imports takes time: only that of the kind at hand is imported.
+
+
 def _rows(description: OutputDescription) -> Sink:
+    from tally.sinks.rows import RowsSink
+
     return RowsSink(_layout(description), description.format or "parquet", description.columns, description.order)
 
 
 def _pictures(description: OutputDescription) -> Sink:
+    from tally.sinks.files import FilesSink
+
     return FilesSink(_layout(description), description.format, description.columns)
 
 
 def _video(description: OutputDescription) -> Sink:
+    from tally.media.video.encode import DEFAULTS, Encoding
+    from tally.sinks.video import VideoSink
+
     kind, options = description.format or "mp4", description.options
     encoding = Encoding(options.get("codec") or DEFAULTS[kind], options.get("crf"))
     return VideoSink(_layout(description), kind, encoding, audio=options.get("audio", True))
@@ -137,7 +140,7 @@ def _check(out: str, local: Path | None, suffix: str, output: str, wanted: str |
     if wanted is not None and wanted not in formats:
         raise SpecError(f"{what} cannot be written as {wanted!r}", hint=f"Formats are {', '.join(formats)}.")
     if output == "image":
-        if suffix in ROWS or suffix in KINDS or suffix in _FILES or (local is not None and local.is_file()):
+        if suffix in ROWS or suffix in PICTURES or suffix in _FILES or (local is not None and local.is_file()):
             raise SpecError(
                 f"the scorer gives pictures, and {out!r} is one file", hint="Give a folder: --out pictures/"
             )
@@ -152,7 +155,7 @@ def _check(out: str, local: Path | None, suffix: str, output: str, wanted: str |
             hint=f"End it with a slash to write into the folder: --out {out}/",
         )
     if not merged and (
-        suffix in ROWS or suffix in _FILES or suffix in KINDS or (local is not None and local.is_file())
+        suffix in ROWS or suffix in _FILES or suffix in PICTURES or (local is not None and local.is_file())
     ):
         is_file = "is a file" if local is not None and local.is_file() else "looks like one file"
         *some, last = [f".{each}" for each in formats]

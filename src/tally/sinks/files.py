@@ -17,6 +17,7 @@ import numpy as np
 from tally.errors import ItemError
 from tally.scorers.base import Result
 from tally.sinks.base import Output, OutputDescription, Writer
+from tally.sinks.formats import PICTURES
 from tally.sinks.layout import File, OutputLayout, attempt_of
 from tally.sinks.rows import RowsSink
 from tally.sources.base import Chunk
@@ -24,9 +25,6 @@ from tally.storage import TEMPORARY
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-KINDS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-"""Suffixes of pictures that can be written."""
 
 QUALITY = 92
 """The quality of JPEG and WebP."""
@@ -163,7 +161,7 @@ class PictureWriter(Writer):
             try:
                 array = picture(result)
                 name = file_for(key, self._pictures, labels=array.ndim == 2)
-                data = encode(array, KINDS[PurePosixPath(name).suffix.lower()])
+                data = encode(array, PICTURES[PurePosixPath(name).suffix.lower()])
             except ItemError as error:
                 failed.append((index, error))
                 continue
@@ -231,7 +229,7 @@ def encode(array: np.ndarray[Any, np.dtype[np.uint8]], kind: str) -> bytes:
 
 def file_for(key: str, pictures: str | None, *, labels: bool) -> str:
     """The file name of an item's picture; see :func:`named`."""
-    return named(key, "png" if labels else pictures, KINDS)
+    return named(key, "png" if labels else pictures, PICTURES)
 
 
 def named(key: str, kind: str | None, kinds: Mapping[str, str]) -> str:

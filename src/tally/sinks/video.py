@@ -17,6 +17,7 @@ from tally.media.video.metadata import Video
 from tally.scorers.base import Result
 from tally.sinks.base import Output, OutputDescription, Writer
 from tally.sinks.files import marked, named, picture
+from tally.sinks.formats import VIDEOS
 from tally.sinks.layout import File, OutputLayout, staged_name
 from tally.sinks.rows import write_dead
 from tally.sinks.staging import StagedSink
@@ -25,9 +26,6 @@ from tally.storage import temporary
 
 if TYPE_CHECKING:
     from tally.media.video.join import Segment
-
-KINDS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "mkv", ".webm": "webm"}
-"""Suffixes of videos that can be written, and the kind that each means."""
 
 _DOWNLOADS = 8
 """Segments that are downloaded at once."""
@@ -105,7 +103,7 @@ class VideoSink(StagedSink):
         }
 
     def _name(self, key: str, taken: set[str]) -> str:
-        name = self.layout.merged or named(key, self.format, KINDS)
+        name = self.layout.merged or named(key, self.format, VIDEOS)
         return marked(name, key) if name in taken else name
 
     def _joined(self, name: str, parts: _Parts, before: File | None) -> tuple[File, list[str]]:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from tally import extensions
 from tally.errors import SourceNotFoundError, SpecError
-from tally.scorers.base import Scorer
+from tally.scorers.base import Input, Scorer
 from tally.sources.base import Media, Source
 from tally.sources.files import FileSource
-from tally.sources.tables.source import TableSource
-from tally.sources.video import VideoSource
 from tally.storage import foreign_scheme
 
 GROUP = "tally.sources"
@@ -58,13 +56,13 @@ def source_for(request: SourceRequest) -> Source:
             served = " or ".join(sorted(source.accepts))
             raise SpecError(f"{request.uris[0]} gives {served}, and the model is given {request.scorer.input}")
         return source
-    factories = [(media, factory) for media, kind, factory in BUILT_IN if request.scorer.input in kind.accepts]
-    if len(factories) > 1 and request.media is not None:
-        factories = [each for each in factories if each[0] == request.media]
+    lines = [each for each in BUILT_IN if request.scorer.input in each.accepts]
+    if len(lines) > 1 and request.media is not None:
+        lines = [each for each in lines if each.media == request.media]
     first: SourceNotFoundError | None = None
-    for _, factory in factories:
+    for line in lines:
         try:
-            return factory(request)
+            return line.make(request)
         except SourceNotFoundError as error:
             first = first or error
     assert first is not None
@@ -91,12 +89,16 @@ def _files(request: SourceRequest) -> Source:
 
 
 def _frames(request: SourceRequest) -> Source:
+    from tally.sources.video import VideoSource
+
     options = {name: request.options[name] for name in ("every", "size") if name in request.options}
     return VideoSource.describe(request.uris, **options, without=request.without)
 
 
 def _rows(request: SourceRequest) -> Source:
     """Rows of tables. The job's options come before those of the scorer."""
+    from tally.sources.tables.source import TableSource
+
     scorer, given = request.scorer, request.options
     options = {name: given[name] for name in ("keep", "where", "csv") if name in given}
     own = scorer.window if "window" not in given else None
@@ -113,9 +115,18 @@ def _rows(request: SourceRequest) -> Source:
     )
 
 
-BUILT_IN: tuple[tuple[Media, type[Source], Factory], ...] = (
-    ("image", FileSource, _files),
-    ("video", VideoSource, _frames),
-    ("table", TableSource, _rows),
+class _Line(NamedTuple):
+    """media: what a job calls it. accepts: as in :class:`Source`. make: imports it, and makes one."""
+
+    media: Media
+    accepts: frozenset[Input]
+    make: Factory
+
+
+BUILT_IN: tuple[_Line, ...] = (
+    _Line("image", frozenset({"image", "bytes", "path"}), _files),
+    _Line("video", frozenset({"image", "frame"}), _frames),
+    _Line("table", frozenset({"table"}), _rows),
 )
-"""``media`` in a job, the class (which says what it accepts), and the factory, in the order of looking."""
+"""In the order in which they look for something to score. What a kind of source imports takes time: only that of the
+kinds that serve the scorer is imported."""
