@@ -87,8 +87,13 @@ def test_a_job_in_which_everything_fails_stops_early(tmp_path: Path) -> None:
     folder.mkdir()
     for number in range(30_000):
         (folder / f"{number:05}.bin").touch()
+    scorer = tmp_path / "failing.py"
+    text = (SCORERS / "failing.py").read_text()
+    # Slowly, so that a coordinator that has to wait for a core does not find everything done.
+    scorer.write_text(text.replace("        raise", "        __import__('time').sleep(0.001)\n        raise"))
+    assert scorer.read_text() != text
     with pytest.raises(JobError, match=r"stopped early: [\d,]+ of the first [\d,]+ items failed.*model server is away"):
-        tally.score(folder, SCORERS / "failing.py", tmp_path / "out", workers=2, quiet=True)
+        tally.score(folder, scorer, tmp_path / "out", workers=2, quiet=True)
     record = Jobs().store.newest(limit=1)[0]
     assert record.state == "failed"
     assert 1000 <= record.done < 30_000

@@ -39,7 +39,9 @@ def submit(
         events.note(line)
     fingerprint = spec.fingerprint(ref.hash)
     earlier = store.find(fingerprint)
-    if earlier is not None and _still_there(earlier, parts.sink):
+    if earlier is not None and earlier.state == "created" and not earlier.alive and parts.sink.holder() != earlier.id:
+        store.delete(earlier.id)  # whoever made it was killed before it had its place
+    elif earlier is not None and _still_there(earlier, parts.sink):
         if resume and not earlier.alive and earlier.state != "finished":
             fields = spec.model_dump(mode="json")
             return store.respec(earlier.id, fields, output=parts.describe_output()), parts
