@@ -105,17 +105,25 @@ class Jobs:
             held=in_this_process,
         )
 
-    def see_through(self, job: str, *, events: Events | None = None, stop: Stop | None = None) -> JobRecord:
-        """Drive the job, or follow whoever does, until it has ended, or was stopped here."""
+    def see_through(
+        self, job: str, *, events: Events | None = None, stop: Stop | None = None, engine: Engine | None = None
+    ) -> JobRecord:
+        """Drive the job, or follow whoever does, until it has ended, or was stopped here.
+
+        engine: as for :meth:`run`.
+        """
         events, stop = events or Events(), stop or Stop()
         patiently = Patience(events.waiting)
         record = patiently(lambda: self.get(job))
         while record.state not in ENDED and not stop.asked:
+            prepared, engine = engine, None
             if is_driven(record):
+                if prepared is not None:
+                    prepared.stop(kill=True)
                 record = self.follow(record.id, events=events, stop=stop)
                 continue
             try:
-                return self.run(record.id, events=events, stop=stop)
+                return self.run(record.id, events=events, stop=stop, engine=prepared)
             except DatabaseAwayError:  # before the job was taken, or after it was put down
                 record = patiently(lambda: self.get(job))
             except JobStateError:  # another process was faster

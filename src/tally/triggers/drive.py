@@ -28,7 +28,9 @@ from tally.errors import (
 )
 from tally.jobs.events import Event, Events, Note
 from tally.jobs.facade import Jobs
+from tally.jobs.prestart import prestarted
 from tally.jobs.signals import stop_on_signals
+from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord
 from tally.triggers.store import LEASE_SECONDS, Run, ScheduleStore
@@ -69,19 +71,23 @@ def drive(jobs: Jobs, run_id: int, token: str) -> Run:
 
 def _see_through(jobs: Jobs, store: ScheduleStore, run: Run, token: str, patiently: Patience) -> str:
     """Drive the run's job, or follow whoever does; the state that it ends in."""
-    record = patiently(lambda: _job(jobs, store, run, token))
+    spec = patiently(lambda: _spec(store, run))
     stop = Stop()
-    with stop_on_signals(stop):
-        return jobs.see_through(record.id, stop=stop).state
+    with prestarted(spec) as engine, stop_on_signals(stop):
+        record = patiently(lambda: _job(jobs, store, run, spec, token))
+        return jobs.see_through(record.id, engine=engine, stop=stop).state
 
 
-def _job(jobs: Jobs, store: ScheduleStore, run: Run, token: str) -> JobRecord:
+def _spec(store: ScheduleStore, run: Run) -> JobSpec:
+    schedule = store.get(run.schedule)
+    return fill(schedule.template, run.interval, schedule.clock())
+
+
+def _job(jobs: Jobs, store: ScheduleStore, run: Run, spec: JobSpec, token: str) -> JobRecord:
     """The job of the interval: the one that this run started, an earlier one with the same spec, or a new one."""
     if run.job_id is not None:
         with suppress(JobNotFoundError):
             return jobs.get(run.job_id)
-    schedule = store.get(run.schedule)
-    spec = fill(schedule.template, run.interval, schedule.clock())
     try:
         record = jobs.submit(spec, resume=True, overwrite=run.again, events=Events(_print))
     except JobExistsError as error:
