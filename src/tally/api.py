@@ -106,8 +106,8 @@ def score(
         memory: bytes (or ``"2GiB"``) that one worker may hold. attempts: how often a lost chunk is tried.
     Ray. engine: ``ray``; address: of the cluster's dashboard; cpus, gpus, resources: what each worker reserves.
     Limits. max_dead: share of dead items above which the job stops, once min_dead items are done. strict: stop at the
-        first one. price_per_hour: what the machine costs. alerts: rules that are judged at the end; webhook: where
-        it is told that one of them holds.
+        first one. price_per_hour: what the machine costs. alerts: rules that are evaluated when the job has ended;
+        webhook: who is told if one of them holds.
 
     Raises TallyError with the next step; JobExistsError when the same was asked for before. Ctrl-C stops
     the job cleanly and raises KeyboardInterrupt; the same call with ``resume=True`` goes on.
@@ -210,7 +210,7 @@ class Job:
         return found
 
     def pause(self) -> None:
-        """Have nothing more handed out; what runs is finished and saved. :meth:`resume` goes on."""
+        """Hand out nothing more; what runs is finished and saved. :meth:`resume` goes on."""
         self._jobs.pause(self.id)
 
     def cancel(self) -> None:
@@ -218,7 +218,8 @@ class Job:
         self._jobs.cancel(self.id)
 
     def resume(self, *, quiet: bool = False) -> Job:
-        """Go on with a job that was paused, interrupted or has failed; one that another process drives is told to."""
+        """Go on with a job that was paused, interrupted or has failed; if another process drives it, that
+        process goes on."""
         if not self._jobs.unpause(self.id).alive:
             self._run(quiet=quiet)
         return self

@@ -106,7 +106,7 @@ class Jobs:
         )
 
     def see_through(self, job: str, *, events: Events | None = None, stop: Stop | None = None) -> JobRecord:
-        """Drive the job, or follow whoever does, until it has ended, or was stopped here."""
+        """Drive the job, or follow it while another process drives it, until it has ended or is stopped here."""
         events, stop = events or Events(), stop or Stop()
         patiently = Patience(events.waiting)
         record = patiently(lambda: self.get(job))
@@ -140,7 +140,7 @@ class Jobs:
     # -- asking of a job ---------------------------------------------------------------------------
 
     def pause(self, job: str) -> JobRecord:
-        """Have nothing more handed out until it is resumed. Raises JobStateError unless the job is running."""
+        """Hand out nothing more until the job is resumed. Raises JobStateError unless it is running."""
         record = self.get(job)
         if not record.alive:
             go_on = f"Go on with: tally jobs resume {record.id}"
@@ -151,7 +151,7 @@ class Jobs:
         return record
 
     def unpause(self, job: str) -> JobRecord:
-        """Ask whoever drives the job to hand out again; the job's record. Without a driver, :meth:`run` goes on."""
+        """Have the process that drives the job hand out again. If it is not ``alive``, :meth:`run` goes on with it."""
         record = self.get(job)
         if record.alive:
             self.store.request(record.id, "run")
@@ -160,7 +160,7 @@ class Jobs:
     def cancel(self, job: str) -> JobRecord:
         """Stop the job for good, and remove what it had not finished writing.
 
-        Returns the job as it is: ``alive`` where its coordinator has been told, and is going to do that.
+        Returns the job. It is ``alive`` if a coordinator has it, which has been told, and stops soon.
         """
         record = self.get(job)
         self.store.request(record.id, "cancel")

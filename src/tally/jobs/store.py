@@ -264,7 +264,7 @@ class JobStore:
     def acquire(self, job_id: str, *, seconds: float, held: bool = False, token: str | None = None) -> Lease | None:
         """Take over the job, unless somebody drives it. None if somebody does.
 
-        held: also take a new job that its creator still holds, who has asked this process to drive it.
+        held: also take a new job that the process which made it still holds: it has asked this one to drive the job.
         token: of the lease, from :func:`tally.database.lease.new_token`. To repeat the call after its answer was lost,
             use the same one.
         Chunks that were handed out before are pending again.

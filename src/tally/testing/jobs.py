@@ -728,7 +728,7 @@ class JobStoreContract:
         for planned, received in mistakes:
             with pytest.raises(ValueError, match="keys"):
                 store.commit(lease, planned=planned, received=received)
-        with pytest.raises(sa.exc.IntegrityError):  # whoever plans a known key has not asked for it
+        with pytest.raises(sa.exc.IntegrityError):  # what plans a known key has not asked whether it is known
             store.commit(lease, planned=[chunk(2, 2)], received=[["c", "a"]])
         assert everything(store) == before
         theirs = _acquired(store, create("g").id)
