@@ -90,7 +90,8 @@ def drive(
             workers=(least, most),
             batch_size=parts.batch_size,
             manifest=_facts(spec, parts.model),
-            events=events,
+            # Its own, as the caller's may serve several jobs, or this one again.
+            events=Events(events, _alerts_of(store, events, patience)),
         )
     except BaseException as error:
         engine.stop(kill=True)
@@ -98,7 +99,6 @@ def drive(
         with suppress(DatabaseAwayError):  # the error at hand is the one to tell
             store.release(lease, "interrupted" if stopped else "failed", error=str(error) or None)
         raise
-    events.subscribe(_alerts_of(store, events, patience))
     stop.attach(coordinator)
     coordinator.run()
     return patience(lambda: store.get(record.id))
