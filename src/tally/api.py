@@ -11,6 +11,7 @@ from tally.errors import JobStateError
 from tally.jobs.facade import Jobs
 from tally.jobs.prestart import prestarted
 from tally.jobs.spec import make
+from tally.jobs.states import State
 from tally.jobs.store import JobRecord
 from tally.scorers.base import Scorer
 
@@ -141,7 +142,7 @@ def _name(scorer: Any) -> str:
 
 def jobs(
     *,
-    state: Literal["created", "running", "paused", "interrupted", "failed", "finished", "cancelled"] | None = None,
+    state: State | None = None,
     model: str | None = None,
     place: Place | None = None,
     text: str | None = None,
@@ -151,6 +152,7 @@ def jobs(
 ) -> list[Job]:
     """The newest jobs, newest first: those for which everything given is true.
 
+    state: created, running, paused, interrupted, failed, finished or cancelled.
     model: its name. place: where they write to. text: part of the id, the model, a source or the place.
     since, until: created then or later, and before; a time without a zone is on this machine's clock.
     """

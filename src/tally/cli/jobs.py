@@ -12,13 +12,11 @@ import click
 from tally.cli.console import table
 from tally.cli.foreground import cost, duration, share
 from tally.cli.values import moment
+from tally.jobs.states import ENDED, STATES
 from tally.text import local_time
 
 if TYPE_CHECKING:
     from tally.jobs.store import JobRecord
-
-
-STATES = ("created", "running", "paused", "interrupted", "failed", "finished", "cancelled")
 
 
 @click.group()
@@ -42,7 +40,7 @@ def jobs() -> None:
 @click.option("--after", metavar="PAGE", help="The next page: what the one before says at its end.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(as_json: bool, **wanted: Any) -> None:
-    """The newest jobs: all, or those to which every given option applies."""
+    """The newest jobs: all, or those that are asked for."""
     from tally.jobs.facade import Jobs
 
     page = Jobs().list(**wanted)
@@ -168,7 +166,6 @@ def retry(job: str, dead: bool, quiet: bool) -> int:
     """Replay a job's dead items, after their cause was mended; what succeeds joins the results."""
     from tally.cli.foreground import see_through
     from tally.jobs.facade import Jobs
-    from tally.jobs.store import ENDED
 
     jobs = Jobs()
     record = jobs.get(job)
@@ -227,9 +224,7 @@ def delete(job: str, dry_run: bool) -> None:
 
     jobs = Jobs()
     record = jobs.get(job)
-    unfinished = (
-        "" if record.state in ("finished", "cancelled") else f", and its unfinished output at {record.spec['out']}"
-    )
+    unfinished = "" if record.state in ENDED else f", and its unfinished output at {record.spec['out']}"
     if dry_run:
         click.echo(f"would remove job {record.id} from the list{unfinished}")
         return

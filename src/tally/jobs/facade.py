@@ -21,8 +21,9 @@ from tally.jobs.follow import LOOK_SECONDS, Follower, is_driven
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.run import drive
 from tally.jobs.spec import JobSpec, absolute
+from tally.jobs.states import ENDED, State
 from tally.jobs.stop import Stop
-from tally.jobs.store import ENDED, JobPage, JobRecord, JobStore
+from tally.jobs.store import JobPage, JobRecord, JobStore
 from tally.jobs.submit import submit, submit_failed
 from tally.sinks.base import Output, Sink
 
@@ -205,7 +206,7 @@ class Jobs:
     def list(
         self,
         *,
-        state: str | None = None,
+        state: State | None = None,
         model: str | None = None,
         place: str | None = None,
         text: str | None = None,

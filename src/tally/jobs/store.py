@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -25,16 +25,11 @@ from tally.database.tables import dead_items, jobs
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError, SpecError
 from tally.jobs import chunks, received_keys
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
+from tally.jobs.states import ENDED, Request
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 from tally.storage import normalised
 from tally.text import storable
-
-Request: TypeAlias = Literal["run", "pause", "cancel"]
-"""What a user asks of a job."""
-
-ENDED = ("finished", "cancelled")
-"""Final states; only ``jobs retry`` opens such a job again."""
 
 CHANNEL = "tally_jobs"
 """PostgreSQL's NOTIFY channel for requests; the payload is the job's id."""

@@ -25,7 +25,8 @@ from tally.database.lease import new_token
 from tally.database.tables import chunks, dead_items, jobs, received_keys
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError, SpecError
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk
-from tally.jobs.store import JobRecord, JobStore, Lease, Request
+from tally.jobs.states import Request
+from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 
