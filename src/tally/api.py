@@ -11,6 +11,7 @@ from tally.errors import JobStateError
 from tally.jobs.facade import Jobs
 from tally.jobs.prestart import prestarted
 from tally.jobs.spec import make
+from tally.jobs.states import State
 from tally.jobs.store import JobRecord
 from tally.scorers.base import Scorer
 
@@ -106,8 +107,8 @@ def score(
         memory: bytes (or ``"2GiB"``) that one worker may hold. attempts: how often a lost chunk is tried.
     Ray. engine: ``ray``; address: of the cluster's dashboard; cpus, gpus, resources: what each worker reserves.
     Limits. max_dead: share of dead items above which the job stops, once min_dead items are done. strict: stop at the
-        first one. price_per_hour: what the machine costs. alerts: rules that are judged at the end; webhook: where
-        it is told that one of them holds.
+        first one. price_per_hour: what the machine costs. alerts: rules that are evaluated when the job has ended;
+        webhook: who is told if one of them holds.
 
     Raises TallyError with the next step; JobExistsError when the same was asked for before. Ctrl-C stops
     the job cleanly and raises KeyboardInterrupt; the same call with ``resume=True`` goes on.
@@ -141,7 +142,7 @@ def _name(scorer: Any) -> str:
 
 def jobs(
     *,
-    state: Literal["created", "running", "paused", "interrupted", "failed", "finished", "cancelled"] | None = None,
+    state: State | None = None,
     model: str | None = None,
     place: Place | None = None,
     text: str | None = None,
@@ -151,6 +152,7 @@ def jobs(
 ) -> list[Job]:
     """The newest jobs, newest first: those for which everything given is true.
 
+    state: created, running, paused, interrupted, failed, finished or cancelled.
     model: its name. place: where they write to. text: part of the id, the model, a source or the place.
     since, until: created then or later, and before; a time without a zone is on this machine's clock.
     """
@@ -210,7 +212,7 @@ class Job:
         return found
 
     def pause(self) -> None:
-        """Have nothing more handed out; what runs is finished and saved. :meth:`resume` goes on."""
+        """Hand out nothing more; what runs is finished and saved. :meth:`resume` goes on."""
         self._jobs.pause(self.id)
 
     def cancel(self) -> None:
@@ -218,7 +220,8 @@ class Job:
         self._jobs.cancel(self.id)
 
     def resume(self, *, quiet: bool = False) -> Job:
-        """Go on with a job that was paused, interrupted or has failed; one that another process drives is told to."""
+        """Go on with a job that was paused, interrupted or has failed; if another process drives it, that
+        process goes on."""
         if not self._jobs.unpause(self.id).alive:
             self._run(quiet=quiet)
         return self

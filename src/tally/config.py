@@ -28,7 +28,7 @@ class Settings:
     registry: str
 
     def log_of(self, job_id: str) -> Path:
-        """What the job's workers printed: scripts, native libraries, warnings. Its folder is made."""
+        """The file of what the job's workers print: scripts, native libraries, warnings. Its folder is created."""
         folder = self.home / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{job_id}.log"

@@ -107,7 +107,7 @@ class _Lines:
     def _show(self, progress: Progress) -> None:
         tenth = 10 * progress.done // progress.items
         if self._tenth is None:
-            self._tenth = 0 if progress.rate else tenth  # a job that is resumed did not reach that now
+            self._tenth = 0 if progress.rate else tenth  # a job that is resumed had reached that before
         if tenth > self._tenth:
             self._tenth = tenth
             self._say(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tests.extension import EXAMPLE, install
+from tests.extensions import EXAMPLE, install_example
 
 from tally import extensions
 from tally.errors import SpecError, StorageError
@@ -41,7 +41,7 @@ class Words(Scorer):
 
 @pytest.fixture
 def installed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = install(tmp_path_factory.mktemp("site"))
+    folder = install_example(tmp_path_factory.mktemp("site"))
     monkeypatch.syspath_prepend(folder)
     importlib.invalidate_caches()
     yield folder

@@ -69,6 +69,16 @@ def test_a_job_from_submit_to_delete(items: Path) -> None:
     assert jobs.at("out") is None
 
 
+def test_alerts_are_told_once_however_often_the_same_events_are_used(
+    items: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    concluded: list[str] = []
+    monkeypatch.setattr("tally.jobs.run.conclude", lambda engine, job, **more: concluded.append(job))
+    jobs, events = Jobs(), Events()
+    ids = [jobs.run(jobs.submit(spec_of(items, out)).id, events=events).id for out in ("out", "other")]
+    assert concluded == ids
+
+
 def test_looking_opens_no_model_runs_no_code_and_reads_no_source(items: Path) -> None:
     job = score(items, "lengths.py", "out", workers=1, quiet=True)
     for path in [*items.iterdir(), Path("lengths.py")]:

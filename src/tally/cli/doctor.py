@@ -16,14 +16,14 @@ from tally.health.checks import Skip, Warn
 LOCAL_SECONDS = 30.0
 """How long a check of this machine may take: it imports libraries, and a busy machine is slow at that."""
 REMOTE_SECONDS = 20.0
-"""How long a check of something else may take, as a last resort: its single requests have limits of some seconds."""
+"""How long a check of something else may take, as a last resort: each of its requests has a limit of some seconds."""
 
 _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red", "-": "bright_black"}
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """remote: it waits for something else more than it works, so that it is begun before its turn."""
+    """remote: it mostly waits for something else, so it is begun before its turn."""
 
     name: str
     run: Callable[[], str]
@@ -72,7 +72,7 @@ class _Running(threading.Thread):
 
     def outcome(self) -> tuple[str, str]:
         """``ok``, ``warn``, ``FAIL`` or ``-``, and what is to be said of it."""
-        # Of checks that were begun together, the first that hangs takes the time of all.
+        # Checks that were begun together go on while the first of them is waited for.
         limit = REMOTE_SECONDS if self._check.remote else LOCAL_SECONDS
         self.join(limit)
         return self._outcome or ("FAIL", f"no answer within {limit:g} s")
@@ -90,7 +90,7 @@ def _run(checks: Sequence[Check]) -> Iterator[tuple[str, str, str]]:
 @click.option("--write", is_flag=True, help="Write, read back and delete a small object at each PLACE.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), help="With ray, no Ray or a dead cluster is a failure.")
 @click.option(
-    "--address", metavar="URL", help="Of Ray: the cluster, http://HEAD:8265; found by Ray's rules if left out."
+    "--address", metavar="URL", help="Ray only: the cluster, http://HEAD:8265; found by Ray's own rules by default."
 )
 def doctor(places: tuple[str, ...], write: bool, engine: str | None, address: str | None) -> int:
     """Check this installation, and what it is connected to: database, buckets, cluster.

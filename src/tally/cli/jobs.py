@@ -12,13 +12,11 @@ import click
 from tally.cli.console import table
 from tally.cli.foreground import cost, duration, share
 from tally.cli.values import moment
+from tally.jobs.states import ENDED, STATES
 from tally.text import local_time
 
 if TYPE_CHECKING:
     from tally.jobs.store import JobRecord
-
-
-STATES = ("created", "running", "paused", "interrupted", "failed", "finished", "cancelled")
 
 
 @click.group()
@@ -35,12 +33,14 @@ def jobs() -> None:
 @click.option("--model", help="Only jobs with the model of this name.")
 @click.option("--out", "place", help="Only jobs that write to this place.")
 @click.option("--text", help="Only jobs with this in their id, model, sources or output.")
-@click.option("--since", callback=moment, metavar="TIME", help="Only jobs created since: 2026-11-28, or 2d ago.")
-@click.option("--until", callback=moment, metavar="TIME", help="Only jobs created before.")
-@click.option("--after", metavar="PAGE", help="The page that follows another, as that one says.")
+@click.option(
+    "--since", callback=moment, metavar="TIME", help="Only jobs created since then: 2026-11-28, or 2d for two days ago."
+)
+@click.option("--until", callback=moment, metavar="TIME", help="Only jobs created before then.")
+@click.option("--after", metavar="PAGE", help="The next page: what the one before says at its end.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(as_json: bool, **wanted: Any) -> None:
-    """The newest jobs, all or those for which everything given is true."""
+    """The newest jobs: all, or those that are asked for."""
     from tally.jobs.facade import Jobs
 
     page = Jobs().list(**wanted)
@@ -136,7 +136,7 @@ def pause(job: str) -> None:
 @click.argument("job")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
 def resume(job: str, quiet: bool) -> int:
-    """Go on with a job that was paused, interrupted, killed or has failed; follow one that a cluster does."""
+    """Go on with a job that was paused, interrupted, killed or has failed; follow one that runs in a cluster."""
     from tally.cli.foreground import see_through
     from tally.jobs.facade import Jobs
 
@@ -166,7 +166,6 @@ def retry(job: str, dead: bool, quiet: bool) -> int:
     """Replay a job's dead items, after their cause was mended; what succeeds joins the results."""
     from tally.cli.foreground import see_through
     from tally.jobs.facade import Jobs
-    from tally.jobs.store import ENDED
 
     jobs = Jobs()
     record = jobs.get(job)
@@ -200,7 +199,7 @@ def dead(job: str, limit: int, as_json: bool) -> None:
 
 @jobs.command(short_help="The alerts of a job, and what became of them.")
 @click.argument("job")
-@click.option("--send", is_flag=True, help="Send those that are not delivered, now; given up ones too.")
+@click.option("--send", is_flag=True, help="Send now those that are not delivered, also those that were given up.")
 def alerts(job: str, send: bool) -> int:
     """The rules of a job that has ended, what was measured, and whether the webhook was told."""
     from tally.jobs.facade import Jobs
@@ -225,9 +224,7 @@ def delete(job: str, dry_run: bool) -> None:
 
     jobs = Jobs()
     record = jobs.get(job)
-    unfinished = (
-        "" if record.state in ("finished", "cancelled") else f", and its unfinished output at {record.spec['out']}"
-    )
+    unfinished = "" if record.state in ENDED else f", and its unfinished output at {record.spec['out']}"
     if dry_run:
         click.echo(f"would remove job {record.id} from the list{unfinished}")
         return

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -36,23 +37,25 @@ def schedule() -> None:
 @click.argument("name")
 @click.argument("file")
 @click.option("--cron", required=True, help="Minute, hour, day, month, weekday: '0 * * * *' is every full hour.")
-@click.option("--timezone", default="UTC", show_default=True, help="Whose clock that is, e.g. Europe/Berlin.")
+@click.option("--timezone", default="UTC", show_default=True, help="The time zone of that clock, e.g. Europe/Berlin.")
 @click.option(
     "--overlap",
     type=click.Choice(["queue", "skip", "parallel"]),
     default="queue",
     show_default=True,
-    help="What becomes of a run that is due while the one before it is at work.",
+    help="What to do with a run that is due while the one before it still runs.",
 )
 @click.option(
     "--catch-up",
     type=click.Choice(["all", "latest", "none"]),
     default="all",
     show_default=True,
-    help="Which intervals are made up for that were missed while nothing ran.",
+    help="Which of the intervals that were missed while nothing ran are run later.",
 )
-@click.option("--from", "since", metavar="TIME", help="Begin with the intervals from then on.  [default: now]")
-@click.option("--replace", is_flag=True, help="Change the schedule of that name.")
+@click.option(
+    "--from", "since", metavar="TIME", help="Begin with the first interval from this time on.  [default: now]"
+)
+@click.option("--replace", is_flag=True, help="Change the schedule that has this name.")
 def add(
     name: str, file: str, cron: str, timezone: str, overlap: str, catch_up: str, since: str | None, replace: bool
 ) -> None:
@@ -90,8 +93,6 @@ def add(
         problems += template.check(fields, clock, now)
     if problems or clock is None or fields is None:
         raise SpecError(problems, hint="\n  ".join(hint for hint in hints if hint) or None)
-    from pathlib import Path
-
     added = store.add(
         name, template=fields, file=str(Path(file).absolute()), cron=clock, overlap=overlap, catch_up=catch_up,
         since=begin, replace=replace,
@@ -135,7 +136,7 @@ _STATES = ("running", "pending", "failed", "skipped", "finished")
 @click.option("-n", "--limit", type=click.IntRange(1), default=10, show_default=True, help="How many runs.")
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(name: str, limit: int, as_json: bool) -> None:
-    """Everything about a schedule: its next times, its last runs, and what becomes of them when the clock is set."""
+    """Everything about a schedule: its next times, its last runs, and what happens when the clock is set."""
     from tally.triggers.loop import log_of
 
     store = _open()
@@ -171,17 +172,17 @@ def show(name: str, limit: int, as_json: bool) -> None:
 @schedule.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def pause(names: tuple[str, ...]) -> None:
-    """Begin no more runs; what runs now goes on."""
+    """Start no more runs; what runs now goes on."""
     store = _open()
     for found in [store.get(name) for name in names]:
         store.pause(found.name, True)
         click.echo(f"schedule {found.name} is paused; go on with: tally schedule resume {found.name}")
 
 
-@schedule.command(short_help="Begin runs again.")
+@schedule.command(short_help="Start runs again.")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def resume(names: tuple[str, ...]) -> None:
-    """Begin runs again; --catch-up says what becomes of the intervals that were missed meanwhile."""
+    """Start runs again; --catch-up says which of the intervals that were missed meanwhile are run."""
     store = _open()
     for found in [store.get(name) for name in names]:
         missed = len(found.clock().ending(found.planned_until, store.clock()))
@@ -192,8 +193,8 @@ def resume(names: tuple[str, ...]) -> None:
 
 @schedule.command(short_help="Run what is due, or --forever.")
 @click.argument("names", nargs=-1, metavar="[NAME...]")
-@click.option("--forever", is_flag=True, help="And go on with what will be due.")
-@click.option("--failed", is_flag=True, help="And try failed runs again.")
+@click.option("--forever", is_flag=True, help="Go on, and run whatever becomes due.")
+@click.option("--failed", is_flag=True, help="Also try failed runs again.")
 def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
     """Run what is due, of all schedules or those named, and wait for it.
 
@@ -239,7 +240,7 @@ def remove(name: str) -> None:
 @click.argument("name")
 @click.option("--from", "since", required=True, metavar="TIME", help="The first interval begins then, or after it.")
 @click.option("--to", "until", metavar="TIME", help="The last one begins before then.  [default: now]")
-@click.option("--again", is_flag=True, help="Finished intervals too: their results are replaced.")
+@click.option("--again", is_flag=True, help="Also run finished intervals again: their results are replaced.")
 def backfill(name: str, since: str, until: str | None, again: bool) -> int:
     """Run the intervals that begin from --from on and before --to, unless they are finished.
 

@@ -66,7 +66,7 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
     "--format", help="parquet, csv or jsonl for rows; jpg, png or webp for pictures; mp4, mov, mkv or webm for videos."
 )
 @click.option("--overlay", is_flag=True, help="Draw boxes and labels onto the pictures, and write those.")
-@click.option("--every", type=int, help="Videos only: every N-th frame only.")
+@click.option("--every", type=int, help="Videos only: score every N-th frame only.")
 @click.option("--size", metavar="WxH", help="Videos only: scale frames to this size in pixels first, e.g. 640x360.")
 @click.option("--frames", help="Videos only: write frames as jpg, png or webp files, and not a video.")
 @click.option(
@@ -99,9 +99,13 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--timeout", type=float, help="Seconds that one batch may take.  [default: 120]")
 @click.option("--memory", help="Memory that one worker may hold, e.g. 2GiB.")
 @click.option("--max-dead", help="Share of failed items at which the job stops.  [default: 50%]")
-@click.option("--min-dead", type=int, help="... once this many items are done.  [default: 1000]")
+@click.option("--min-dead", type=int, help="Items that must be done before --max-dead counts.  [default: 1000]")
 @click.option(
-    "--alert", "alerts", multiple=True, metavar="RULE", help="Tell the webhook if it holds in the end: 'anomalies > 0'."
+    "--alert",
+    "alerts",
+    multiple=True,
+    metavar="RULE",
+    help="Tell the webhook if this holds when the job ends: 'anomalies > 0'.",
 )
 @click.option("--webhook", help="Where alerts are sent: https://..., or env:NAME.")
 @click.option("--strict", is_flag=True, help="Stop at the first item that fails.")
@@ -184,7 +188,7 @@ def _start(spec: JobSpec, *, resume: bool, overwrite: bool, quiet: bool) -> int:
 
 
 def _submit(jobs: Jobs, spec: JobSpec, *, resume: bool, overwrite: bool, quiet: bool) -> str:
-    """The id of the job for this spec; where it was begun before and somebody is there, asks whether to resume it."""
+    """The id of the job for this spec. If it was begun before, asks on a terminal whether to resume it."""
     from tally.jobs.events import Event, Events, Note
     from tally.terminal import interactive
 

@@ -42,7 +42,7 @@ def simulate() -> None:
     callback=share,
     default="0%",
     show_default=True,
-    help="Share of readings that come twice, or with a clock that was set back.",
+    help="Share of readings that come twice, or from a clock that was set back.",
 )
 @click.option(
     "--labels", type=click.Path(path_type=Path), help="Also write which readings are anomalous: .parquet or .csv."

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tally.training.style import Step
 
 SHOWN = 5
-"""Keys that are named, of those without a model."""
+"""The most keys without a model that are named."""
 
 
 @click.group()
@@ -31,11 +31,14 @@ def train() -> None:
 @click.option(
     "--content", type=click.Path(path_type=Path), help="Folder of photos to practise on.  [default: drawn pictures]"
 )
-@click.option("--steps", default=1000, show_default=True, help="More steps, a closer likeness.")
+@click.option("--steps", default=1000, show_default=True, help="Steps of training: more give a closer likeness.")
 @click.option(
-    "--size", default=384, show_default=True, help="The style picture's shorter side in pixels: more, larger strokes."
+    "--size",
+    default=384,
+    show_default=True,
+    help="The style picture's shorter side in pixels; more gives larger strokes.",
 )
-@click.option("--strength", default=1.0, show_default=True, help="Of the style against the content.")
+@click.option("--strength", default=1.0, show_default=True, help="Weight of the style against the content.")
 @click.option("--vgg", type=click.Path(path_type=Path), help="Weights of torchvision's vgg16 or vgg19, to judge with.")
 @click.option("--seed", default=1, show_default=True, help="The same seed, the same model.")
 @click.option("--name", help="In the registry.  [default: the name of the out folder]")
@@ -96,16 +99,22 @@ def style(
 @click.option(
     "--nu", callback=share, default="0.01", show_default=True, help="Share of the training rows that may be anomalous."
 )
-@click.option("--gamma", default="scale", show_default=True, help="Of SVMs: scale, auto or a number; more, closer.")
+@click.option(
+    "--gamma", default="scale", show_default=True, help="SVMs only: scale, auto, or a number; more fits closer."
+)
 @click.option("--time", help="Column of timestamps.")
-@click.option("--window", callback=duration, help="Gather readings over so long a time first, e.g. 5m.")
-@click.option("--aggregate", callback=names, default="mean", show_default=True, help="... as mean,min,max,last,count.")
-@click.option("--where", help="Rows to train with: a condition in SQL.")
+@click.option("--window", callback=duration, help="Gather readings over this time first, e.g. 5m.")
+@click.option(
+    "--aggregate", callback=names, default="mean", show_default=True, help="Windows only: mean,min,max,last,count."
+)
+@click.option("--where", help="Train only with the rows for which this SQL condition holds.")
 @click.option(
     "--csv", "csv_options", multiple=True, metavar="KEY=VALUE", help="How to read CSV, e.g. delim=';' or header=false."
 )
-@click.option("--max-rows", default=2000, show_default=True, help="Rows of each key, spread over all that it has.")
-@click.option("-w", "--workers", type=int, help="Worker processes; one per core if left out.")
+@click.option(
+    "--max-rows", default=2000, show_default=True, help="Rows to train with for each key, spread over all of its rows."
+)
+@click.option("-w", "--workers", type=int, help="Worker processes; one per core by default.")
 @click.option("--seed", default=1, show_default=True, help="The same seed, the same models.")
 @click.option("--name", help="In the registry.  [default: the name of the out folder]")
 def anomaly(
@@ -183,7 +192,7 @@ class _Line:
         self._terminal = sys.stderr.isatty()
 
     def tell(self, done: int, of: int, unit: str, more: str) -> None:
-        """So many are done (0: the clock starts now); what ``more`` says is added."""
+        """Show that ``done`` are done (0: the clock starts now), with ``more`` at the end of the line."""
         tenth = 10 * done // of > 10 * self.done // of
         self.done = done
         now = time.monotonic()
@@ -204,7 +213,7 @@ class _Line:
 
 
 class _Progress(_Line):
-    """Of steps."""
+    """Shows the steps of a training."""
 
     def __init__(self, events: Path) -> None:
         super().__init__()
@@ -217,7 +226,7 @@ class _Progress(_Line):
 
 
 class _Keys(_Line):
-    """Of keys."""
+    """Shows how many keys are done."""
 
     def __call__(self, step: anomalies.Step) -> None:
         self.tell(step.done, step.of, "keys", f"{step.rows:,} rows, {step.failed:,} without a model")

@@ -21,7 +21,9 @@ def moment(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     try:
         return datetime.fromisoformat(value).astimezone().timestamp()
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no time such as 2026-11-28, '2026-11-28 14:30' or 2d ago") from None
+        raise click.BadParameter(
+            f"{value!r} is no time such as 2026-11-28, '2026-11-28 14:30' or 2d (two days ago)"
+        ) from None
 
 
 def duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:

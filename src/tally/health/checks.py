@@ -34,7 +34,7 @@ class Warn(Exception):  # noqa: N818 - an outcome, not an error
 
 
 class Skip(Exception):  # noqa: N818
-    """There is nothing to check; the text says how there would be."""
+    """There is nothing to check; the text says what to install or set first."""
 
 
 def python() -> str:

@@ -49,7 +49,7 @@ def database() -> str:
     try:
         url = sa.make_url(settings().database)
     except sa.exc.ArgumentError:
-        raise StorageError("TALLY_DATABASE is no URL that can be understood", hint=_DATABASE) from None
+        raise StorageError("TALLY_DATABASE cannot be understood as a URL", hint=_DATABASE) from None
     hidden = {name: "***" for name in url.query if "password" in name.lower()}
     shown = url.update_query_dict(hidden).render_as_string(hide_password=True)
     sqlite = url.get_backend_name() == "sqlite"
@@ -139,7 +139,7 @@ _CURRENT = "schema current"
 
 
 def _schema(connection: sa.Connection) -> str:
-    """How the schema stands to this version of Tally."""
+    """The schema's revision, and whether this version of Tally knows it."""
     import sqlalchemy as sa
 
     from tally.database.migrate import HEAD
@@ -171,7 +171,7 @@ _SETTINGS = {
     "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_USE_EMULATOR"),
     "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY"),
 }
-"""What in the environment says that a kind of store is meant to be used."""
+"""Environment variables that say that a kind of store is used."""
 _KINDS = {"s3a": "s3", "abfs": "az", "abfss": "az"}
 _REFUSED = (
     *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed"),
@@ -192,7 +192,7 @@ def _no_service() -> str:
 
 
 def _service(kind: str) -> str:
-    """Whether a service answers, and accepts the credentials: a bucket that is not there is looked for."""
+    """Whether a service answers, and accepts the credentials: asks it for a bucket that does not exist."""
     if kind == "gs" and (file := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")) and not os.access(file, os.R_OK):
         raise StorageError(f"GOOGLE_APPLICATION_CREDENTIALS names {file!r}, which cannot be read")
     endpoint = _endpoint(kind)
@@ -201,7 +201,7 @@ def _service(kind: str) -> str:
     if kind == "s3" and _is_set("AWS_SKIP_SIGNATURE"):
         return f"{text}; no credentials are used (AWS_SKIP_SIGNATURE): public buckets only"
     try:
-        # The answer to this, unlike the one to a listing, always says what it is that is not there.
+        # Reading, unlike listing, always says whether it is the bucket or the object that is missing.
         open_store(f"{kind}://tally-doctor-{secrets.token_hex(8)}").read("nothing")
     except SourceNotFoundError:
         pass
@@ -261,7 +261,7 @@ def place(url: str, *, write: bool = False) -> str:
 
 
 def _rights(store: Store, url: str, *, write: bool) -> dict[str, tuple[bool, str]]:
-    """For each right, whether nothing speaks against it, and what is to be said of that."""
+    """For each right: False if it is missing, and a text about it."""
     outcomes: dict[str, tuple[bool, str]] = {}
     name = None
     try:
@@ -293,11 +293,11 @@ def _object(url: str) -> tuple[Store, str] | None:
     return (store, name) if store.exists(name) else None
 
 
-_TWICE = "an object can be created twice: the service knows no conditional writes, which keep jobs apart"
+_TWICE = "an object can be created twice: the service has no conditional writes, which keep jobs apart"
 
 
 def _write(store: Store) -> tuple[bool, str]:
-    """Write, read back, write again in vain, and delete an object that nobody else has."""
+    """Write an object under a new name, read it back, see that it cannot be created twice, and delete it."""
     name, content = f"_tally-doctor-{secrets.token_hex(8)}", b"tally doctor"
     try:
         store.write(name, content, exclusive=True)
@@ -353,7 +353,7 @@ def ray(address: str | None, *, needed: bool) -> str:
             f"{mask(named)}: Ray Client is not used", hint="Give the dashboard's address: http://HEAD:8265"
         )
     try:
-        # Ray itself waits long for a head that is not there.
+        # Ray itself would wait long for a head that is not there.
         if named and is_url(named):
             _answers(named)
         elif (head := _left_by_ray_start() if named in (None, "auto") else named) not in (None, "local"):
@@ -419,7 +419,7 @@ def _answers(url: str) -> None:
     scheme, host = parts.scheme.lower(), parts.hostname or ""
     port = parts.port or _PORTS.get(scheme, 80)
     proxy = None if proxy_bypass(host) else getproxies().get(scheme)
-    if proxy:  # what a client would ask for is the proxy's to reach
+    if proxy:  # the proxy has to reach the server, not this machine
         through = urlsplit(proxy if "://" in proxy else f"//{proxy}")
         _listens(f"{through.hostname}:{through.port or 80}", through="the proxy of the environment, ")
         return

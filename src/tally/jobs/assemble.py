@@ -58,7 +58,7 @@ def make_scorer(spec: JobSpec, model: ModelRef) -> Scorer:
 
 
 def _check_options(spec: JobSpec, input: Input) -> None:  # noqa: A002  # the scorer's word
-    """Raises SpecError for an option that says nothing to what the model is given."""
+    """Raises SpecError for an option that does not apply to what the model takes."""
     if input == "table":
         if other := _first_given(spec, *_DECODING, *_ENCODING, "frames", "overlay"):
             raise SpecError(f"{other}: is for pictures and videos, and the model is given tables")
@@ -71,7 +71,7 @@ def _check_options(spec: JobSpec, input: Input) -> None:  # noqa: A002  # the sc
 
 
 def _media(spec: JobSpec, input: Input) -> Media | None:  # noqa: A002
-    """What the source holds, as the spec says, or the scorer, or the names of files; None where one has to look."""
+    """What the source holds, if the spec, the scorer or the names of files tell; None if one has to look."""
     if input not in ("image", "frame"):
         return spec.media
     video = next(filter(is_video, spec.source), None)

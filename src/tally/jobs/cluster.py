@@ -1,8 +1,8 @@
 """A job whose coordinator runs inside a Ray cluster, as a Ray job: started from here, and followed from here.
 
-The command line is only an onlooker. It may be killed; the job goes on, and whoever follows it next finds it by the
-database. The other way round, when the coordinator was lost (with the cluster's head, say), who follows the job
-starts another, which goes on where the lost one was.
+The command line only follows. If it is killed, the job goes on, and the next command that follows it finds it in the
+database. If the coordinator is lost instead (with the cluster's head, say), the process that follows the job starts
+another one, which goes on where the lost one was.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from tally.jobs.follow import Follower, is_driven
 from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord, JobStore
+from tally.jobs.tidy import sink_of
+from tally.models.mirror import upload_to_mirror
+from tally.models.reference import ModelRef
 from tally.storage import is_url, mask
 
 if TYPE_CHECKING:
     from tally.engines.ray.cluster import Cluster, State
 
 SUBMITTED_BY = "TALLY_SUBMITTED_BY"
-"""Names, in the coordinator's environment, the versions of the command line that started it."""
+"""Environment variable of the coordinator: the versions of the command line that started it."""
 
 LOSSES = 5
-"""Coordinators in a row that end without having done anything before that counts as no accident."""
+"""So many coordinators in a row that end without having done anything are no accident: the job fails."""
 
 
 def cluster_for(spec: JobSpec) -> Cluster | None:
@@ -48,7 +51,7 @@ def drive_in_cluster(
 ) -> JobRecord:
     """Have the job driven in the cluster until it is finished or stopped; returns it as it then is.
 
-    stop ends the looking on, which the job does not notice; so does KeyboardInterrupt. Raises what made the job fail.
+    stop and KeyboardInterrupt end the following; the job goes on. Raises what made the job fail.
     """
     driver = _Driver(store, job_id, cluster, events, stop, retry_dead)
     try:
@@ -74,9 +77,9 @@ class _Driver:
         self._losses, self._done_before = 0, -1
 
     def wait_for_cluster(self) -> bool:
-        """Until the cluster is there, if the job has begun in it; a new job is not begun where there is none.
+        """Wait for the cluster, if the job has begun in it. Returns whether it is there: False if told to stop first.
 
-        Returns whether it is there: False once we are told to stop.
+        Raises ClusterLostError for a new job, which is not begun without its cluster.
         """
         while not self._stop.asked:
             try:
@@ -131,7 +134,7 @@ class _Driver:
         return None
 
     def _was_driven(self, record: JobRecord) -> bool:
-        """Whether a coordinator has had the job since we look."""
+        """Whether a coordinator has had the job since this process began to look."""
         before = self._before
         return self._follower.saw_it_driven or (
             (record.state, record.error, record.usage) != (before.state, before.error, before.usage)
@@ -142,7 +145,7 @@ class _Driver:
         command = f"-m tally coordinate {record.id} --quiet"
         if self._retry_dead and record.dead == self._before.dead:  # none of them is being replayed yet
             command += " --dead"
-        # Whoever began a cluster on this machine may not have its Python first on the path.
+        # A cluster that was started on this machine may have another Python first on its path.
         ours = shlex.quote(sys.executable)
         self._cluster.submit(
             f'p={ours}; "$p" -c \'import tally\' 2>/dev/null || p=python; exec "$p" {command}', name, _environment()
@@ -156,7 +159,7 @@ def _over(record: JobRecord) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """What the coordinator is told beside what is set in the cluster. Ray shows it on its pages: no secrets."""
+    """The coordinator's environment variables, besides the cluster's own. No secrets: Ray shows them on its pages."""
     from tally.engines.ray.cluster import versions
 
     told = {SUBMITTED_BY: versions()}
@@ -185,10 +188,6 @@ def check_versions() -> None:
 
 def _upload_model(store: JobStore, record: JobRecord) -> JobRecord:
     """Put a model that only this machine has where the cluster's nodes can fetch it: beside the output."""
-    from tally.jobs.tidy import sink_of
-    from tally.models.mirror import upload_to_mirror
-    from tally.models.reference import ModelRef
-
     work = sink_of(record).work
     if work is None or not is_url(work):
         return record  # who can write the output sees this machine's files, or the same at the same paths
@@ -198,7 +197,7 @@ def _upload_model(store: JobStore, record: JobRecord) -> JobRecord:
 
 
 def _keep_address(store: JobStore, record: JobRecord, cluster: Cluster) -> JobRecord:
-    """A job that is gone on with elsewhere, where Ray's rules may lead to another cluster, stays in its own."""
+    """Note the cluster in the job, so that the job stays there if it is resumed where Ray's rules lead elsewhere."""
     if record.spec.get("address") is not None:
         return record
     return store.respec(record.id, {**record.spec, "address": cluster.address})

@@ -6,8 +6,8 @@ loop drains the queue and puts everything that has come up into one transaction,
 hand-outs; only then are those handed to the engine. So an attempt is counted before it can do harm, and a
 kill at any moment loses at most work that was not committed, never a committed row.
 
-While the database is away (PostgreSQL is restarted, say), whatever needs it waits, and is then tried again: the
-store's changes may be. Workers go on with what they have.
+While the database is away (PostgreSQL is restarted, say), whatever needs it waits and is tried again; all changes of
+the store may be repeated. Workers go on with what they have.
 """
 
 from __future__ import annotations
@@ -70,17 +70,17 @@ log = logging.getLogger("tally")
 T = TypeVar("T")
 
 GRACE_SECONDS = 20.0
-"""How long running chunks may take to finish once the job is told to stop, and a database that is away to be back."""
+"""Once the job is told to stop, seconds for running chunks to finish, and for a database that is away to come back."""
 CONFIRM_SECONDS = 1.0
-"""While the output is published, the job is known to be one's own for so long."""
+"""While the output is published: seconds for which it is taken as known that the job is still ours."""
 MOST_TAKEN = 4096
-"""Chunks that are handed out in one transaction, at most."""
+"""The most chunks that are handed out in one transaction."""
 MOST_AHEAD = 2048
-"""Planned chunks that wait to be stored, at most."""
+"""The most planned chunks that wait to be stored."""
 PUBLISH_SECONDS = 60.0
 """Seconds between two generations of results of an endless source."""
 KEYS_SECONDS = 7 * 86_400.0
-"""How long keys of messages that are done are kept, so that a late delivery of one of them is known."""
+"""Seconds for which the keys of finished messages are kept, to recognise one that is delivered late."""
 QUIET_SECONDS = 5.0
 """Seconds without any outcome before the engine is asked why."""
 COLLECTION_THRESHOLDS = (50_000, 20, 20)
@@ -171,7 +171,7 @@ class Coordinator:
     def stop(self, *, now: bool = False) -> None:
         """Stop: let running chunks finish within a grace time, or, with ``now``, kill them. Any thread.
 
-        What cannot be saved within that time, as the database is away, is left to whoever goes on with the job.
+        What cannot be saved within that time because the database is away is done again when the job is resumed.
         """
         if not self._stopping:
             self._stopping = True
@@ -299,15 +299,15 @@ class Coordinator:
                 raise error
 
     def _drain(self) -> Sequence[tuple[Any, ...]]:
-        """Everything that is in the queue, waiting for the first of it; empty after a while without any."""
-        events: list[tuple[Any, ...]] = []
+        """Everything that is in the queue, after waiting for the first of it; empty if nothing comes for a while."""
+        messages: list[tuple[Any, ...]] = []
         try:
-            events.append(self._inbox.get(timeout=0.2))
-            while len(events) < 4096:
-                events.append(self._inbox.get_nowait())
+            messages.append(self._inbox.get(timeout=0.2))
+            while len(messages) < 4096:
+                messages.append(self._inbox.get_nowait())
         except queue.Empty:
             pass
-        return events
+        return messages
 
     def _commit(self, turn: _Turn) -> None:
         """One transaction for all that has come up, with the next hand-outs."""
@@ -382,7 +382,7 @@ class Coordinator:
         return counted, taken
 
     def _note(self, remark: str) -> None:
-        """Tell the user, also one who looks later."""
+        """Tell the user now, and keep the line for those who look at the job later."""
         self._patience(lambda: self._store.remark(self._lease, remark))
         self._events.note(remark)
 
@@ -752,7 +752,7 @@ class Coordinator:
 @contextmanager
 def _collecting_rarely() -> Iterator[None]:
     before = gc.get_threshold()
-    if not 0 < before[0] < COLLECTION_THRESHOLDS[0]:  # whoever uses us has turned it off, or made it rarer still
+    if not 0 < before[0] < COLLECTION_THRESHOLDS[0]:  # the caller has turned it off, or made it rarer still
         yield
         return
     gc.set_threshold(*COLLECTION_THRESHOLDS)

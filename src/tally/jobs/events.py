@@ -1,8 +1,8 @@
 """What happens in a job, as typed events.
 
-Whoever wants to know subscribes: the terminal, the log, alerts; metrics and server-sent events can do the same.
-Subscribers are called in the order in which they subscribed, in the thread where the event happens: mostly the
-coordinator's, sometimes that of its lease. They should return quickly. One that raises is logged, and harms nobody.
+The terminal, the log and alerts subscribe to them; metrics and server-sent events can do the same. Subscribers are
+called in the order in which they subscribed, in the thread where the event happens: mostly the coordinator's, sometimes
+that of its lease. They should return quickly. If one raises, that is logged, and the job goes on.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The job waits for something that is away (the database, the cluster), or that is back."""
+    """Something that the job needs (the database, the cluster) is away, and the job waits for it; or it is back."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class StateChanged:
-    """paused or running again."""
+    """The job was paused, or goes on. state: paused or running."""
 
     state: str
 

@@ -21,8 +21,9 @@ from tally.jobs.follow import LOOK_SECONDS, Follower, is_driven
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.run import drive
 from tally.jobs.spec import JobSpec, absolute
+from tally.jobs.states import ENDED, State
 from tally.jobs.stop import Stop
-from tally.jobs.store import ENDED, JobPage, JobRecord, JobStore
+from tally.jobs.store import JobPage, JobRecord, JobStore
 from tally.jobs.submit import submit, submit_failed
 from tally.sinks.base import Output, Sink
 
@@ -108,7 +109,7 @@ class Jobs:
     def see_through(
         self, job: str, *, events: Events | None = None, stop: Stop | None = None, engine: Engine | None = None
     ) -> JobRecord:
-        """Drive the job, or follow whoever does, until it has ended, or was stopped here.
+        """Drive the job, or follow it while another process drives it, until it has ended or is stopped here.
 
         engine: as for :meth:`run`.
         """
@@ -148,7 +149,7 @@ class Jobs:
     # -- asking of a job ---------------------------------------------------------------------------
 
     def pause(self, job: str) -> JobRecord:
-        """Have nothing more handed out until it is resumed. Raises JobStateError unless the job is running."""
+        """Hand out nothing more until the job is resumed. Raises JobStateError unless it is running."""
         record = self.get(job)
         if not record.alive:
             go_on = f"Go on with: tally jobs resume {record.id}"
@@ -159,7 +160,7 @@ class Jobs:
         return record
 
     def unpause(self, job: str) -> JobRecord:
-        """Ask whoever drives the job to hand out again; the job's record. Without a driver, :meth:`run` goes on."""
+        """Have the process that drives the job hand out again. If it is not ``alive``, :meth:`run` goes on with it."""
         record = self.get(job)
         if record.alive:
             self.store.request(record.id, "run")
@@ -168,7 +169,7 @@ class Jobs:
     def cancel(self, job: str) -> JobRecord:
         """Stop the job for good, and remove what it had not finished writing.
 
-        Returns the job as it is: ``alive`` where its coordinator has been told, and is going to do that.
+        Returns the job. It is ``alive`` if a coordinator has it, which has been told, and stops soon.
         """
         record = self.get(job)
         self.store.request(record.id, "cancel")
@@ -213,7 +214,7 @@ class Jobs:
     def list(
         self,
         *,
-        state: str | None = None,
+        state: State | None = None,
         model: str | None = None,
         place: str | None = None,
         text: str | None = None,

@@ -1,4 +1,4 @@
-"""Following a job that another process drives: looks at its row turn into the events that its coordinator has."""
+"""Following a job that another process drives: what changes in its row is told as the events of :mod:`.events`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Follower:
         self._rates: deque[tuple[float, int]] = deque(maxlen=64)
 
     def until(self, ended: Callable[[JobRecord], JobRecord | None]) -> JobRecord:
-        """Look until ``ended``, asked of the job while nobody drives it, returns the job as it then is.
+        """Look at the job until ``ended`` returns it; that is called at each look while nobody drives the job.
 
         What is away (the database, the cluster) is waited for. Once ``stop`` is asked, returns the job as last seen.
         """
@@ -79,7 +79,7 @@ class Follower:
             if self._away is None:
                 self._events.waiting(f"{error.message}; waiting until it is back (Ctrl-C stops waiting, not the job)")
             self._away = error.message
-        self._stop.wait(random.uniform(0.5, 2.0))  # noqa: S311 - so that not everybody knocks at once
+        self._stop.wait(random.uniform(0.5, 2.0))  # noqa: S311 - not all at the same time
 
     def is_back(self) -> None:
         """It answers again."""
@@ -90,5 +90,5 @@ class Follower:
 
 
 def is_driven(record: JobRecord) -> bool:
-    """Whether a coordinator has the job: not only whoever is just creating it."""
+    """Whether a coordinator has the job. The process that is creating it does not count."""
     return record.alive and record.state != "created"

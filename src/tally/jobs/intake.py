@@ -21,7 +21,7 @@ AGAIN_SECONDS = 1.0
 
 
 class Intake:
-    """Of one coordinator, and used by its thread alone."""
+    """Takes and acknowledges the messages of one job. For the coordinator's thread alone."""
 
     def __init__(self, store: JobStore, job_id: str, source: Source, patience: Patience, events: Events) -> None:
         self._store, self._job, self._source = store, job_id, source
@@ -41,7 +41,10 @@ class Intake:
         done: list[Chunk] = []
         for chunk, names in zip(delivered, keys, strict=True):
             done += self._cut(chunk, [known.get(name) == "done" for name in names])
-            new = [name not in known and name not in seen and not seen.add(name) for name in names]  # type: ignore[func-returns-value]
+            new: list[bool] = []
+            for name in names:
+                new.append(name not in known and name not in seen)
+                seen.add(name)
             for start, stop in _runs(new):
                 part = self._source.slice(chunk, start, stop) if stop - start < chunk.count else chunk
                 chunks.append(replace(part, first=first))

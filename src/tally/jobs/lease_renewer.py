@@ -16,9 +16,9 @@ RENEW_SECONDS = 1.0
 
 
 def lease_renewer(
-    store: JobStore, lease: Lease, events: queue.SimpleQueue[tuple[Any, ...]], patience: Patience
+    store: JobStore, lease: Lease, inbox: queue.SimpleQueue[tuple[Any, ...]], patience: Patience
 ) -> LeaseRenewer[str]:
-    """A thread that renews the lease. It puts ``("wanted", request)`` into the queue whenever the user's request
+    """A thread that renews the lease. It puts ``("wanted", request)`` into the inbox whenever the user's request
     (run, pause or cancel) has changed, and ``("lost", error)`` when another coordinator has the job."""
     request = "run"
 
@@ -26,7 +26,7 @@ def lease_renewer(
         nonlocal request
         if latest != request:
             request = latest
-            events.put(("wanted", latest))
+            inbox.put(("wanted", latest))
 
     return LeaseRenewer(
         lambda: store.renew(lease, seconds=LEASE_SECONDS),
@@ -34,6 +34,6 @@ def lease_renewer(
         what=f"job {lease.job_id}",
         patience=patience,
         renewed=renewed,
-        lost=lambda error: events.put(("lost", error)),
+        lost=lambda error: inbox.put(("lost", error)),
         topic=Topic(store.engine, CHANNEL, lease.job_id),
     )

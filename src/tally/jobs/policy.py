@@ -12,11 +12,11 @@ from typing import Protocol, TypeAlias, TypeVar
 from tally.errors import ModelError, StorageError, WorkerError, WorkerMemoryError, WorkerTimeoutError
 
 STRAGGLER_SECONDS = 10.0
-"""A chunk that has run for less is never run a second time beside itself."""
+"""A chunk that has run for less time than this is never started a second time."""
 STRAGGLER_FACTOR = 3.0
 """How many times the usual time a chunk may take before it is a straggler."""
 LAST_SHARES = 4
-"""Near the end, a chunk holds at most this part of what each slot has left to do, so that all slots end together."""
+"""Near the end, each slot has at least so many chunks left to do, so that all slots end at about the same time."""
 SHORT_SECONDS = 0.5
 """A chunk that takes no longer is not cut to share it out."""
 UNSETTLED_ATTEMPTS = 10
@@ -160,14 +160,14 @@ A = TypeVar("A", bound=Attempted)
 class Stragglers:
     """Finds what takes much longer than usual, so that idle slots run it a second time; the first commit wins.
 
-    No chunk is run a third time: where each attempt begins before the last one is lost, no loss would ever count.
+    No chunk is run a third time: if each attempt began before the last one was lost, no loss would ever count.
     """
 
     def __init__(self) -> None:
         self._durations: deque[float] = deque(maxlen=64)
 
     def observe(self, seconds: float) -> None:
-        """A chunk took so long."""
+        """A chunk took so many seconds."""
         self._durations.append(seconds)
 
     def pick(self, running: Iterable[A], *, idle: int, now: float) -> list[A]:

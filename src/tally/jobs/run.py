@@ -43,7 +43,7 @@ def drive(
     parts: of the job, if this process has assembled them already. engine: one that is prepared; see
         :mod:`tally.jobs.prestart`.
     retry_dead: replay the dead items; allowed for a finished job too.
-    held: the job is new, and whoever made it asks this process to drive it.
+    held: the job is new; the process that made it still holds it, and has asked this one to drive it.
     """
     patience = Patience(events.waiting)
     record = patience(lambda: store.get(job_id))
@@ -90,7 +90,8 @@ def drive(
             workers=(least, most),
             batch_size=parts.batch_size,
             manifest=_facts(spec, parts.model),
-            events=events,
+            # Its own, as the caller's may serve several jobs, or this one again.
+            events=Events(events, _alerts_of(store, events, patience)),
         )
     except BaseException as error:
         engine.stop(kill=True)
@@ -98,7 +99,6 @@ def drive(
         with suppress(DatabaseAwayError):  # the error at hand is the one to tell
             store.release(lease, "interrupted" if stopped else "failed", error=str(error) or None)
         raise
-    events.subscribe(_alerts_of(store, events, patience))
     stop.attach(coordinator)
     coordinator.run()
     return patience(lambda: store.get(record.id))
@@ -121,7 +121,7 @@ def _alerts_of(store: JobStore, events: Events, patience: Patience) -> Subscribe
 
 
 def _reopen(store: JobStore, lease: Lease, record: JobRecord, parts: Parts, patience: Patience, nonce: str) -> None:
-    """Put the dead items in the place of what is left to do."""
+    """Make the dead items what is left to do."""
     parts.source.prepare()
     dead = patience(lambda: [each.chunk for each in store.dead(record.id)])
     manifest = parts.sink.manifest() or {}

@@ -29,7 +29,7 @@ def stop_on_signals(stop: Stop) -> Iterator[None]:
 
 @contextmanager
 def stop_signals(stop: Callable[[int], None], *, at_once: Callable[[int], None] = lambda count: None) -> Iterator[None]:
-    """Meanwhile, have ``stop`` called at each SIGINT and SIGTERM, with 1 at the first, 2 at the second and so on.
+    """While the context lasts, call ``stop`` at each SIGINT and SIGTERM: with 1 at the first, 2 at the second ...
 
     A thread calls it: a signal may come while the main thread holds a lock, and whatever the signal itself calls
     would wait for that lock for ever. ``at_once`` is called by the signal itself, and may raise what ends the main

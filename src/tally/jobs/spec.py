@@ -35,7 +35,7 @@ class JobSpec(BaseModel):
     media: what the source holds; detected by default.
     by, keep, where, time, window, aggregate, csv: tables only. by: columns whose values make a key, which chooses the
     model where ``model`` is a template (``models/{Device}.skops``). keep: input columns that the results carry; ``*``
-    stands for all. where: a condition in SQL; other rows are not there. time: the column of timestamps.
+    stands for all. where: a condition in SQL; other rows are passed over. time: the column of timestamps.
     window: seconds that readings are gathered over before they are scored (``5m`` is understood).
     aggregate: what is made of each window's values. csv: options for reading CSV.
     alerts: rules that are evaluated when the job has ended; webhook: who is told when one of them holds.
@@ -297,7 +297,7 @@ def absolute(place: str, folder: Path | None = None) -> str:
         return place
     try:
         path = Path(place).expanduser()
-    except RuntimeError:  # "~name" where nobody has that name: a file may
+    except RuntimeError:  # "~name", and there is no such user: it is a file's name
         path = Path(place)
     text = str((folder or Path.cwd()) / path)
     # Path drops a trailing slash; keep it, as "out.csv/" would say that a folder is meant.

@@ -44,5 +44,5 @@ class Stop:
                 target.stop(now=self._now)
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long, or until it is asked; whether it was."""
+        """Wait for so many seconds, or until the stop is asked for. Returns whether it was."""
         return self._asked.wait(seconds)

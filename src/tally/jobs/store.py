@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -25,16 +25,11 @@ from tally.database.tables import dead_items, jobs
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError, SpecError
 from tally.jobs import chunks, received_keys
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
+from tally.jobs.states import ENDED, Request
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 from tally.storage import normalised
 from tally.text import storable
-
-Request: TypeAlias = Literal["run", "pause", "cancel"]
-"""What a user asks of a job."""
-
-ENDED = ("finished", "cancelled")
-"""Final states; only ``jobs retry`` opens such a job again."""
 
 CHANNEL = "tally_jobs"
 """PostgreSQL's NOTIFY channel for requests; the payload is the job's id."""
@@ -264,7 +259,7 @@ class JobStore:
     def acquire(self, job_id: str, *, seconds: float, held: bool = False, token: str | None = None) -> Lease | None:
         """Take over the job, unless somebody drives it. None if somebody does.
 
-        held: also take a new job that its creator still holds, who has asked this process to drive it.
+        held: also take a new job that the process which made it still holds: it has asked this one to drive the job.
         token: of the lease, from :func:`tally.database.lease.new_token`. To repeat the call after its answer was lost,
             use the same one.
         Chunks that were handed out before are pending again.

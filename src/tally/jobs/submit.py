@@ -27,13 +27,13 @@ def submit(
     model: a live Scorer that stands for ``spec.model``.
     resume: what does not change the result (workers, device, limits ...) is from now on as this spec says.
     overwrite: do it again, over the results of an earlier finished job.
-    Raises JobExistsError when the same was asked before and neither was said. An earlier job that has not
-    scored anything stands in nobody's way: it is forgotten.
+    Raises JobExistsError if the same was asked for before and neither is given. An earlier job that has not
+    scored anything is no obstacle: it is forgotten.
     """
     ref = describe_model(spec, model)
     parts = assemble(spec, ref)
     check(spec.alerts, spec.webhook, parts.sink.describe().columns)
-    # What a folder is taken for stays, whatever is put into it later.
+    # What the source holds is settled now, whatever is put into its folder later.
     spec = spec.model_copy(update={"media": parts.source.media or spec.media})
     for line in ref.assumed:
         events.note(line)

@@ -1,4 +1,4 @@
-"""A message broker and an endless source of its messages, for tests that kill whoever works on them.
+"""A message broker and an endless source of its messages, for tests that kill the processes that work on them.
 
 The broker is one SQLite file: it outlives every process that uses it, and notes everything that happens, in order.
 It does what brokers do: a message is delivered to one consumer, with a handle for this delivery alone; what a consumer
@@ -161,7 +161,7 @@ class Consumer:
         )
 
     def _take_from_the_dead(self, connection: sqlite3.Connection) -> None:
-        """Put back what consumers have that are gone."""
+        """Put back the messages of consumers that are gone."""
         holding = "SELECT DISTINCT consumer FROM messages WHERE NOT acknowledged AND consumer IS NOT NULL"
         for (consumer,) in connection.execute(holding).fetchall():
             if consumer != self.name and self._is_gone(consumer):
@@ -218,7 +218,7 @@ class MemoryQueueSource(Source):
             first, bound = first + len(fresh), None
 
     def _receive(self, most: int) -> list[Delivery]:
-        """What is new of the messages that are there, at most so many."""
+        """At most ``most`` messages that are waiting, without those whose key is in hand already."""
         with self._lock:
             if self._closed.is_set():
                 return []

@@ -25,7 +25,8 @@ from tally.database.lease import new_token
 from tally.database.tables import chunks, dead_items, jobs, received_keys
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError, SpecError
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk
-from tally.jobs.store import JobRecord, JobStore, Lease, Request
+from tally.jobs.states import Request
+from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 
@@ -728,7 +729,7 @@ class JobStoreContract:
         for planned, received in mistakes:
             with pytest.raises(ValueError, match="keys"):
                 store.commit(lease, planned=planned, received=received)
-        with pytest.raises(sa.exc.IntegrityError):  # whoever plans a known key has not asked for it
+        with pytest.raises(sa.exc.IntegrityError):  # what plans a known key has not asked whether it is known
             store.commit(lease, planned=[chunk(2, 2)], received=[["c", "a"]])
         assert everything(store) == before
         theirs = _acquired(store, create("g").id)

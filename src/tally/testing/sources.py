@@ -237,7 +237,7 @@ class Planning:
         return ChunkLimit(self._items, 1 << 40)
 
     def items(self, count: int) -> list[Chunk]:
-        """The next chunks, of so many items together; waits for them."""
+        """Waits for the next chunks, until they hold that many items together."""
         chunks: list[Chunk] = []
         while sum(chunk.count for chunk in chunks) < count:
             found = self._chunks.get(timeout=60)

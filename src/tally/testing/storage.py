@@ -89,7 +89,7 @@ class StoreContract:
         def write(number: int) -> int | None:
             barrier.wait()
             try:
-                # All the same content: who wrote it is not told by it.
+                # All write the same content, so that it does not tell who wrote it.
                 store.write("claim", b"taken", exclusive=True)
             except OutputExistsError:
                 return None

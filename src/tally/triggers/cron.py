@@ -5,7 +5,7 @@ Local times that the clock skips or repeats are treated as Debian's cron does:
 - If minutes and hours are both numbers, lists or ranges (``30 2 * * *``), they name times of day. Each ticks once a
   day: a skipped time ticks at the first moment after the gap, a repeated one only the first time.
 - If one of them begins with ``*`` (``0 * * * *``, ``*/15 * * * *``), every matching time that the clock shows is a
-  tick: a skipped one is none, and a repeated one is two.
+  tick: a skipped time has none, and a repeated one has two.
 
 All ticks of a day are computed together, so that different questions never get contradicting answers. The intervals
 between neighbouring ticks tile time, without gap or overlap.

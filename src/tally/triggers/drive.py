@@ -47,7 +47,7 @@ def drive(jobs: Jobs, run_id: int, token: str) -> Run:
     store, patiently = ScheduleStore(jobs.store.engine), Patience(what="the run")
     run = patiently(lambda: store.begin(run_id, token))
     renew = partial(store.renew, run_id, token)
-    # If the lease is lost, the job continues here: whoever has the run by then follows it.
+    # If the lease is lost, the job continues here, and the process that has the run by then follows it.
     with LeaseRenewer(renew, every=LEASE_SECONDS / 6, what=f"run {run_id}", patience=patiently):
         try:
             state = _see_through(jobs, store, run, token, patiently)
@@ -70,7 +70,7 @@ def drive(jobs: Jobs, run_id: int, token: str) -> Run:
 
 
 def _see_through(jobs: Jobs, store: ScheduleStore, run: Run, token: str, patiently: Patience) -> str:
-    """Drive the run's job, or follow whoever does; the state that it ends in."""
+    """Drive the run's job, or follow it while another process drives it; returns the state that it ends in."""
     spec = patiently(lambda: _spec(store, run))
     stop = Stop()
     with prestarted(spec) as engine, stop_on_signals(stop):
@@ -101,7 +101,7 @@ def _job(jobs: Jobs, store: ScheduleStore, run: Run, spec: JobSpec, token: str) 
 
 
 def _print(event: Event) -> None:
-    """For the schedule's log."""
+    """Print notes: the output of this process is the schedule's log."""
     if isinstance(event, Note):
         print(event.text)
 

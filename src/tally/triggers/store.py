@@ -1,8 +1,8 @@
 """The store of schedules: what runs when, and the state of each interval.
 
 Each interval of a schedule has one row, so that no interval is run twice at a time. A run is ``pending``, ``running``,
-``finished``, ``failed`` or ``skipped``. Whoever claims a pending run gets its lease (:mod:`tally.database.lease`), and
-names the lease's token in every change. A run whose lease is lost is taken over. Waiting times go by the database's
+``finished``, ``failed`` or ``skipped``. To claim a pending run is to take its lease (:mod:`tally.database.lease`),
+and every change names the lease's token. A run whose lease is lost is taken over. Waiting times go by the database's
 clock; statements are portable between SQLite and PostgreSQL.
 """
 
@@ -67,7 +67,7 @@ class Run:
 
     reason: cron (on time), catch-up or backfill. again: it overwrites the results of an earlier run.
     attempts: how often it was started; failures: how often it ended with an error.
-    token: of the lease, for whoever has just claimed the run; None otherwise.
+    token: of the lease, if the run has just been claimed; None otherwise.
     """
 
     id: int
@@ -261,8 +261,8 @@ class ScheduleStore:
     ) -> bool:
         """Make runs of the ticks up to ``until``; False if another loop was faster.
 
-        due: they run now; if the schedule's overlap is ``skip``, only if none is at work. late: made up for.
-        missed: not made up for.
+        due: they run now; if the schedule's overlap is ``skip``, only if none is at work. late: they were missed, and
+        run now. missed: they are only noted.
         """
         with self.engine.begin() as connection:
             moved = connection.execute(
@@ -327,7 +327,7 @@ class ScheduleStore:
                     return taken
         return None
 
-    # -- changes by whoever has a run's lease ------------------------------------------------------------
+    # -- changes by the process that has a run's lease ---------------------------------------------
 
     def begin(self, run_id: int, token: str) -> Run:
         """This process takes the claimed run. Raises OwnershipLostError if another one has it."""

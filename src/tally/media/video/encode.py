@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tally.errors import ItemError, SpecError
-from tally.media.video.colour import matrix_for, range_for
+from tally.media.video.colour import UNSPECIFIED, matrix_for, range_for
 from tally.media.video.container import error_text
 from tally.media.video.metadata import Colour, Video
 from tally.text import did_you_mean
@@ -36,7 +36,6 @@ _SEGMENTS = ("mp4", "mov")
 _GOP_SECONDS = 10
 _GOP_FRAMES = 250
 _FULL_RANGE = 2
-_RGB, _UNSPECIFIED = 0, 2
 _BITS_PER_PIXEL = 0.15  # for encoders without a quality scale
 
 
@@ -279,7 +278,7 @@ class Encoder:
             self._range = _FULL_RANGE
         context.sample_aspect_ratio = self._video.aspect
         # What the source does not state stays unstated, unless the encoding decides it.
-        stated = colour.matrix in (_UNSPECIFIED, self._matrix)
+        stated = colour.matrix in (UNSPECIFIED, self._matrix)
         context.colorspace = colour.matrix if stated else self._matrix
         context.color_range = self._range if self._range == _FULL_RANGE else colour.range
         context.color_primaries, context.color_trc = colour.primaries, colour.transfer
