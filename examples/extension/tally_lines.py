@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tally.errors import SourceNotFoundError
+from tally.errors import SourceNotFoundError, SpecError
 from tally.sinks.base import OutputDescription, Writer
 from tally.sinks.layout import OutputLayout
 from tally.sinks.rows import RowsSink
@@ -19,7 +19,9 @@ class LinesSource(Source):
     accepts = frozenset({"bytes"})
 
     def __init__(self, request):
-        [self.path] = [uri.removeprefix("lines://") for uri in request.uris]
+        if len(request.uris) > 1:
+            raise SpecError(f"lines:// takes one file, not {len(request.uris)}")
+        self.path = request.uris[0].removeprefix("lines://")
 
     def plan(self, after, first, limit):
         total, start = len(self._lines()), int(after or 0)
@@ -42,7 +44,10 @@ class LinesSource(Source):
         return Chunk(chunk.first + start, stop - start, {"start": begin + start, "stop": begin + stop}, chunk.cursor)
 
     def _lines(self):
-        return Path(self.path).read_bytes().splitlines()
+        try:
+            return Path(self.path).read_bytes().splitlines()
+        except OSError as error:
+            raise SourceNotFoundError(f"{self.path} cannot be read: {error.strerror}") from None
 
 
 class RoundedSink(RowsSink):

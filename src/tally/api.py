@@ -7,12 +7,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
-from tally.errors import JobStateError
+from tally.errors import JobError, JobNotFoundError, JobStateError, SpecError
 from tally.jobs.facade import Jobs
 from tally.jobs.prestart import prestarted
 from tally.jobs.spec import make
-from tally.jobs.states import State
-from tally.jobs.store import JobRecord
+from tally.jobs.states import STATES, State
+from tally.jobs.store import JobRecord, page_after
 from tally.scorers.base import Scorer
 
 Place: TypeAlias = str | Path
@@ -131,6 +131,8 @@ def score(
         all_jobs = Jobs()
         record = all_jobs.submit(spec, model=live, resume=resume, overwrite=overwrite)
         record = terminal.run(all_jobs, record.id, quiet=quiet, engine=prepared)
+    if record.state == "cancelled":
+        raise JobError(f"job {record.id} was cancelled", hint="The same call scores the collection from the start.")
     if record.state == "interrupted":
         raise KeyboardInterrupt(f"job {record.id} was interrupted; the same call with resume=True goes on")
     return Job(record.id)
@@ -148,6 +150,7 @@ def jobs(
     text: str | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
+    after: Job | None = None,
     limit: int = 50,
 ) -> list[Job]:
     """The newest jobs, newest first: those for which everything given is true.
@@ -155,8 +158,17 @@ def jobs(
     state: created, running, paused, interrupted, failed, finished or cancelled.
     model: its name. place: where they write to. text: part of the id, the model, a source or the place.
     since, until: created then or later, and before; a time without a zone is on this machine's clock.
+    after: the last job of an earlier call, to continue with those before it.
     """
+    if state is not None and state not in STATES:
+        raise SpecError(f"state: there is no state {state!r}; there are {', '.join(STATES)}")
+    if limit < 1:
+        raise SpecError(f"limit: should be at least 1, not {limit}")
+    for name, moment in (("since", since), ("until", until)):
+        if moment is not None and not isinstance(moment, datetime):
+            raise SpecError(f"{name}: should be a datetime.datetime, not {moment!r}")
     page = Jobs().list(
+        after=None if after is None else page_after(after.record),
         state=state,
         model=model,
         place=None if place is None else str(place),
@@ -241,5 +253,8 @@ class Job:
         terminal.run(self._jobs, self.id, quiet=quiet, retry_dead=retry_dead)
 
     def __repr__(self) -> str:
-        record = self.record
+        try:
+            record = self.record
+        except JobNotFoundError:
+            return f"Job({self.id!r}, deleted)"
         return f"Job({self.id!r}, {record.state}, {record.done:,} of {record.items:,} items, {record.dead:,} dead)"

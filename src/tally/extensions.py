@@ -5,13 +5,16 @@ An extension says in ``contract_version`` which version of the contracts it was 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tally.errors import SpecError
+from tally.errors import SpecError, TallyError, error_line
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
 
+T = TypeVar("T")
+R = TypeVar("R")
 
 CONTRACT_VERSION = 1
 """Of the contracts of sources, sinks, engines and kinds of model. It grows when what fulfilled them no longer does."""
@@ -44,6 +47,17 @@ def find(group: str, name: str) -> Any | None:
             hint="Install a release of the package for this version of Tally.",
         )
     return extension
+
+
+def call(group: str, name: str, extension: Callable[[T], R], given: T) -> R:
+    """Have an extension make what it offers. Raises Tally's errors as they are, and SpecError for any other."""
+    try:
+        return extension(given)
+    except TallyError:
+        raise
+    except Exception as error:
+        packages = ", ".join(sorted({_package(point) for point in _points(group) if point.name == name}))
+        raise SpecError(f"{name!r}, which the package {packages} offers, failed: {error_line(error)}") from error
 
 
 def names(group: str) -> list[str]:

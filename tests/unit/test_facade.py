@@ -5,15 +5,18 @@ from __future__ import annotations
 import datetime
 import inspect
 import subprocess
+import sys
 import typing
 from pathlib import Path
 
 import pytest
 from tests.faults.storms import tally
+from tests.waiting import wait_for
 
 import tally as package
 from tally.api import Job, score
-from tally.errors import JobNotFoundError, JobStateError
+from tally.api import jobs as list_jobs
+from tally.errors import JobNotFoundError, JobStateError, SpecError
 from tally.jobs.events import ChunkDone, Event, Events, Finished, Note, Progress, Started
 from tally.jobs.facade import Jobs
 from tally.jobs.spec import JobSpec, make
@@ -178,3 +181,46 @@ def test_score_takes_every_field_of_a_job_by_its_name_and_default() -> None:
         default = parameters[name].default
         assert (empty[name] if default is None and name in empty else default) == JobSpec.model_fields[name].default
     assert typing.get_type_hints(score)["batch_size"] == (int | None)
+
+
+def test_a_job_that_is_cancelled_from_elsewhere_is_no_success(items: Path) -> None:
+    slow = SCORER.replace("self, batch):", "self, batch):\n        __import__('time').sleep(0.2)")
+    Path("slow.py").write_text(slow)
+    program = (
+        "import tally\n"
+        "try:\n"
+        "    tally.score('items', 'slow.py', 'slow', workers=1, batch_size=1, quiet=True)\n"
+        "except tally.TallyError as error:\n"
+        "    print(type(error).__name__, error.message)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: any(job.record.done for job in package.jobs()), process)
+    [job] = package.jobs()
+    job.cancel()
+    said, _ = process.communicate(timeout=60)
+    assert said == f"JobError job {job.id} was cancelled\n"
+    job.delete()
+    assert repr(job) == f"Job({job.id!r}, deleted)"
+
+
+def test_what_a_list_is_asked_is_checked(items: Path) -> None:
+    ids = [score(items, "lengths.py", f"out{n}", workers=1, quiet=True) for n in range(3)]
+    assert [job.id for job in package.jobs(after=ids[2])] == [ids[1].id, ids[0].id]
+    for wrong in ({"state": "bogus"}, {"limit": 0}, {"since": "2026-11-28"}):
+        with pytest.raises(SpecError):
+            package.jobs(**wrong)  # type: ignore[arg-type]
+    assert inspect.signature(package.jobs) == inspect.signature(list_jobs)
+
+
+def test_a_job_whose_output_cannot_be_opened_stays_as_it_is(items: Path) -> None:
+    jobs = Jobs()
+    record = jobs.submit(spec_of(items))
+    lease = jobs.store.acquire(record.id, seconds=60)
+    assert lease is not None
+    jobs.store.release(lease, "failed", error="it failed")
+    jobs.store.respec(record.id, record.spec, output={**record.output, "place": "gone:///out"})
+    for act in (jobs.cancel, jobs.delete):
+        with pytest.raises(SpecError, match="no installed package brings gone:// outputs"):
+            act(record.id)
+        found = jobs.get(record.id)
+        assert (found.state, found.error, found.wanted) == ("failed", "it failed", "run")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tally.errors import DatabaseAwayError, TallyError
+from tally.errors import DatabaseAwayError, ModelError, TallyError
 
 if TYPE_CHECKING:
     from tally.engines.base import Engine
@@ -30,8 +30,7 @@ def see_through(
     try:
         record = terminal.run(jobs, job_id, quiet=quiet, retry_dead=retry_dead, here=here, engine=engine)
     except TallyError as error:
-        if _can_go_on(jobs, job_id) and job_id not in (error.hint or ""):
-            what_next = f"What is done is saved. After mending the cause, go on with: tally jobs resume {job_id}"
+        if job_id not in (error.hint or "") and (what_next := _what_next(jobs, job_id, error)):
             error.hint = f"{error.hint}\n  {what_next}" if error.hint else what_next
         raise
     except KeyboardInterrupt:  # pressed twice, before there was anything to stop
@@ -53,12 +52,18 @@ def see_through(
     return 1
 
 
-def _can_go_on(jobs: Jobs, job_id: str) -> bool:
-    """Whether the job may be resumed, as far as the database can be asked."""
+def _what_next(jobs: Jobs, job_id: str, error: TallyError) -> str | None:
+    """What the user can do about a job that failed or was interrupted, as far as the database can be asked."""
     try:
-        return jobs.get(job_id).state in ("failed", "interrupted")
+        record = jobs.get(job_id)
     except DatabaseAwayError:
-        return True
+        record = None
+    if record is not None and record.state not in ("failed", "interrupted"):
+        return None
+    if isinstance(error, ModelError) and record is not None and not record.done:
+        # A model that is mended is another model, with which this job cannot go on.
+        return f"Nothing is scored yet. After mending the model, start again: tally jobs delete {job_id}, then score"
+    return f"What is done is saved. After mending the cause, go on with: tally jobs resume {job_id}"
 
 
 def _interrupted(record: JobRecord) -> int:

@@ -65,7 +65,7 @@ def _show(records: Sequence[JobRecord]) -> None:
             each.state,
             share(each),
             f"{each.dead:,}",
-            each.spec["model"].rsplit("/", 1)[-1],
+            each.model["name"],
             each.spec["out"],
             local_time(each.created_at),
         )

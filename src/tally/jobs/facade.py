@@ -172,12 +172,18 @@ class Jobs:
         Returns the job. It is ``alive`` if a coordinator has it, which has been told, and stops soon.
         """
         record = self.get(job)
+        if not record.alive and record.state not in ENDED:
+            tidy.sink_of(record)  # raises what would keep its output from being removed, before anything is changed
         self.store.request(record.id, "cancel")
         if record.alive:
             return record
         lease = self.store.acquire(record.id, seconds=LEASE_SECONDS)
         if lease is not None:
-            tidy.release(record)
+            try:
+                tidy.release(record)
+            except BaseException:
+                self.store.release(lease, record.state, error=record.error)
+                raise
             self.store.release(lease, "cancelled")
         return self.store.get(record.id)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from tally.errors import JobError, TallyError, error_line
 from tally.sources.base import Chunk, ChunkLimit, Source
 
 MAX_BYTES = 256 * 2**20
@@ -133,7 +134,11 @@ class Planner(threading.Thread):
                 if self._stopping.is_set():
                     return
                 self._deliver(chunk)
-        except Exception as error:
+        except TallyError as error:
             self._ended(error)
+        except Exception as error:  # of a source that an installed package brought, say
+            failure = JobError(f"listing the source failed: {error_line(error)}")
+            failure.__cause__ = error
+            self._ended(failure)
         else:
             self._ended(None)

@@ -525,7 +525,12 @@ class JobStore:
                 query = query.where(_in_state(connection, state))
             found = [_record(row) for row in connection.execute(query).mappings()]
         last = found[limit - 1] if len(found) > limit else None
-        return JobPage(found[:limit], None if last is None else f"{last.created_at!r}:{last.id}")
+        return JobPage(found[:limit], None if last is None else page_after(last))
+
+
+def page_after(record: JobRecord) -> str:
+    """Where the page of jobs begins that follows this one."""
+    return f"{record.created_at!r}:{record.id}"
 
 
 def new_id() -> str:

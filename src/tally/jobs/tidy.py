@@ -12,7 +12,7 @@ from tally.sinks.factory import reopen
 def discard(store: JobStore, record: JobRecord) -> None:
     """Forget a job that nobody drives, with everything that it has not finished writing."""
     if record.alive:
-        raise JobStateError(f"job {record.id} is running", hint=f"Stop it first: tally jobs cancel {record.id}")
+        raise JobStateError(f"job {record.id} is {record.state}", hint=f"Stop it first: tally jobs cancel {record.id}")
     release(record)
     store.delete(record.id)
     settings().log_of(record.id).unlink(missing_ok=True)
@@ -20,8 +20,10 @@ def discard(store: JobStore, record: JobRecord) -> None:
 
 def release(record: JobRecord) -> None:
     """Remove what the job has not finished writing, unless its place is another job's by now."""
+    if record.state == "finished":
+        return
     sink = sink_of(record)
-    if record.state != "finished" and sink.holder() == record.id:
+    if sink.holder() == record.id:
         sink.release()
 
 

@@ -69,20 +69,28 @@ def sink_for(
     options = {"codec": codec, "crf": crf, "audio": audio} if output == "video" else {}
     described = OutputDescription(kind, normalised(out), False, wanted, columns, order, options)
     if (scheme := foreign_scheme(out)) is not None and (factory := _foreign(scheme)) is not None:
-        return factory(described)
+        return extensions.call(GROUP, scheme, factory, described)
     path = local_of(out) if out.startswith("file://") else out
     if key_of(path) != path:
         raise SpecError(f"the output {key_of(path)!r} is not valid UTF-8", hint="Choose a name that is.")
     suffix = _suffix(path)
     merged = _ONE_FILE[kind].get(suffix)
     _check(out, None if is_url(path) else Path(path), suffix, output, wanted)
-    return reopen(replace(described, merged=merged is not None, format=merged or wanted))
+    return BUILT_IN[kind](replace(described, merged=merged is not None, format=merged or wanted))
 
 
 def reopen(description: OutputDescription) -> Sink:
-    """The sink of an output from its description, for reading, releasing or removing; without model and source."""
-    if (scheme := foreign_scheme(description.place)) is not None and (factory := _foreign(scheme)) is not None:
-        return factory(description)
+    """The sink of an output from its description, for reading, releasing or removing; without model and source.
+
+    Raises SpecError if the package that wrote the output is not installed any more.
+    """
+    if (scheme := foreign_scheme(description.place)) is not None:
+        if (factory := _foreign(scheme)) is None:
+            raise SpecError(
+                f"{description.place}: no installed package brings {scheme}:// outputs",
+                hint="Install the one that wrote this output.",
+            )
+        return extensions.call(GROUP, scheme, factory, description)
     if description.merged is None:
         merged = _suffix(description.place) in _ONE_FILE[description.kind]
         description = replace(description, merged=merged, place=normalised(description.place))

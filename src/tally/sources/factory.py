@@ -51,7 +51,7 @@ def source_for(request: SourceRequest) -> Source:
     be read.
     """
     if (factory := _foreign(request.uris)) is not None:
-        source = factory(request)
+        source = extensions.call(GROUP, foreign_scheme(request.uris[0]) or "", factory, request)
         if request.scorer.input not in source.accepts:
             served = " or ".join(sorted(source.accepts))
             raise SpecError(f"{request.uris[0]} gives {served}, and the model is given {request.scorer.input}")
