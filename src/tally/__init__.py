@@ -24,7 +24,7 @@ _EXPORTS = {
 }
 
 # From 1.31 on, ONNX Runtime reports its use to its maker, and keeps a database for that in the user's cache, unless it
-# is told otherwise before it is imported. Set it to 0 to allow that.
+# is told otherwise before it is imported. Set the variable to 0 to allow that.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "jobs", "score"]

@@ -1,6 +1,6 @@
 """Delivering alerts to their webhook, at least once each.
 
-Whoever sends an alert takes its lease first, and writes down afterwards what came of it. When a sender is killed in
+A sender takes the alert's lease first, and writes down afterwards what came of it. When a sender is killed in
 between, its lease runs out, and the next one sends the alert again under the same id, by which the receiver knows it.
 Attempts, and when the next is due, are in the row, so that any process can continue where another stopped.
 """

@@ -2,8 +2,8 @@
 
 https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
 
-The address may itself be a secret, as whoever knows it may post there. So messages and logs show only its scheme and
-host, and requests are made with the standard library's client: others log the path.
+The address may itself be a secret, as everybody who knows it may post there. So messages and logs show only its scheme
+and host, and requests are made with the standard library's client: others log the path.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ file: {file}
 """
 
 FILE_OPTIONS = """
-# What the file does not say about itself, as far as it could be told from it: check it.
+# What the file does not say about itself, as far as it could be inferred: check it.
 # Each can be overridden: --set preprocess.channels=bgr
 options:
 """

@@ -1,8 +1,9 @@
 """Leases: which process works on a row, and until when.
 
-A leased table has the columns that :func:`lease_columns` makes. The owner's token proves the lease: whoever has lost
-it changes nothing, because every change names the token. A lease ends by the database's clock, or, on the owner's own
-host, with its process. Everything here runs inside the caller's transaction; ``rows`` are conditions that choose rows.
+A leased table has the columns that :func:`lease_columns` makes. The owner's token proves the lease: a process that has
+lost it changes nothing, because every change names the token. A lease ends by the database's clock, or, on the owner's
+own host, with its process. Everything here runs inside the caller's transaction; ``rows`` are conditions that choose
+rows.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class LeaseRenewer(threading.Thread, Generic[T]):
                 except OwnershipLostError as error:
                     self._lost(error)
                     break
-                except DatabaseAwayError as error:  # the lease may run out; then whoever takes it has it
+                except DatabaseAwayError as error:  # the lease may run out, and another process take it
                     self._patience.is_away(error)
                     tries += 1
                     continue

@@ -30,7 +30,7 @@ def names() -> list[str]:
 
 
 def checked(name: str) -> str:
-    """The name itself. Raises ValueError where there is no such engine."""
+    """The name itself. Raises ValueError if there is no such engine."""
     if name not in BUILT_IN and name not in names():
         raise ValueError(f"there is no such engine{did_you_mean(name, names())}; there are {', '.join(names())}")
     return name

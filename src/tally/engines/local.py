@@ -54,7 +54,7 @@ MEMORY_SHARE = 0.8
 class _Slot(Slot):
     """One worker process.
 
-    inbox: for the task's reports, if somebody wants them.
+    inbox: for the task's reports, if its caller wants them.
     over_memory: the resident bytes for which the worker was killed.
     overdue: the worker was killed because its task did not stop in time.
     gone_since: when it was noticed that the process has ended.

@@ -57,7 +57,7 @@ class Task:
         inbox.release()
 
     def receive(self, reports: Sequence[bytes]) -> None:
-        """Hand pickled reports to whoever asked for them."""
+        """Hand pickled reports to the caller that asked for them."""
         if self.reports is None:
             return
         for data in reports:

@@ -19,7 +19,7 @@ _outbox: Outbox | None = None
 
 
 def report(value: Any) -> None:
-    """Send a value to whoever submitted this task with :class:`~tally.engines.base.Reports`; any that pickles.
+    """Send a value, any that pickles, to the caller that submitted this task with :class:`~tally.engines.base.Reports`.
 
     It returns at once, or, where all reports are to arrive and too many were not received yet, when there is room.
     Reports that were sent before a crash arrive all the same.

@@ -72,7 +72,7 @@ def begin(setup: Path, files: Files, bell: socket, threads: int, modules: Sequen
         _output = os.dup(1), os.dup(2)
         _print_to(str(files.early))
     for module in modules:
-        with suppress(Exception):  # whoever needs it says what is wrong
+        with suppress(Exception):  # importing it again, where it is needed, says what is wrong
             importlib.import_module(module)
 
 

@@ -381,7 +381,7 @@ def _named() -> str | None:
 def _cluster(address: str | None, ours: str) -> str:
     from tally.config import settings
 
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # of the library below Python; what matters is told by us
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # the C++ library's: our messages say what matters
     from tally.engines.ray.cluster import find
 
     logging.getLogger("ray").setLevel(logging.ERROR)

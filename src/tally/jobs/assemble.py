@@ -71,7 +71,7 @@ def _check_options(spec: JobSpec, input: Input) -> None:  # noqa: A002  # the sc
 
 
 def _media(spec: JobSpec, input: Input) -> Media | None:  # noqa: A002
-    """What the source holds, if the spec, the scorer or the names of files tell; None if one has to look."""
+    """What the source holds, if the spec, the scorer or names of files tell; None if one has to look into it."""
     if input not in ("image", "frame"):
         return spec.media
     video = next(filter(is_video, spec.source), None)

@@ -1,4 +1,4 @@
-"""Following a job that another process drives: what changes in its row is told as the events of :mod:`.events`."""
+"""Following a job that another process drives: what changes in its row becomes events."""
 
 from __future__ import annotations
 

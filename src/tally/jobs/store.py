@@ -200,7 +200,7 @@ class JobStore:
         """A new job, not yet owned by anybody.
 
         output: as in :class:`JobRecord`.
-        hold: for so many seconds only this process may acquire it, and others see that it is being started.
+        hold: seconds for which only this process may acquire it; others see that it is being started.
         """
         job_id = job_id or new_id()
         holding = {} if hold is None else leases.granted(leases.new_token(), hold)
@@ -257,7 +257,7 @@ class JobStore:
     # -- the coordinator's changes -----------------------------------------------------------------
 
     def acquire(self, job_id: str, *, seconds: float, held: bool = False, token: str | None = None) -> Lease | None:
-        """Take over the job, unless somebody drives it. None if somebody does.
+        """Take over the job. None if another process drives it.
 
         held: also take a new job that the process which made it still holds: it has asked this one to drive the job.
         token: of the lease, from :func:`tally.database.lease.new_token`. To repeat the call after its answer was lost,
@@ -438,7 +438,7 @@ class JobStore:
     ) -> None:
         """End this coordinator's work: the job is finished, paused, interrupted, failed or cancelled.
 
-        Repeated before anybody else takes the job, it changes nothing.
+        Repeated before another process takes the job, it changes nothing.
         """
         values: dict[str, Any] = {"state": state, "error": error and storable(error), "nonce": lease.token}
         if state in ENDED:

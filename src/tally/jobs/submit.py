@@ -90,7 +90,7 @@ def _make_way(store: JobStore, earlier: JobRecord, spec: JobSpec, *, overwrite: 
 
 
 def submit_failed(store: JobStore, spec: JobSpec, error: TallyError) -> JobRecord:
-    """A job that failed before it began, as there was nothing to score: its alerts are told all the same."""
+    """A job that failed before it began, as there was nothing to score: its alerts are sent all the same."""
     ref = describe_model(spec)
     record = store.create(
         fingerprint=spec.fingerprint(ref.hash),

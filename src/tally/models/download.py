@@ -171,7 +171,7 @@ def _beside(above: str, name: str) -> Path:
 def _belonging(path: Path) -> list[str]:
     """Names of files that a model file, with the options beside it, says are part of it."""
     names: list[str] = []
-    with suppress(SpecError):  # whoever opens the model says what is wrong
+    with suppress(SpecError):  # opening the model says what is wrong
         if isinstance(labels := sidecar(path).get("labels"), str):
             names.append(labels)
     with suppress(ModelLoadError):

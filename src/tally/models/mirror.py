@@ -330,7 +330,7 @@ def _protect(path: Path) -> None:
 def _locked(path: Path) -> Iterator[bool]:
     """Hold a lock among the processes of this machine; False where the file system has none.
 
-    Whoever holds it when it ends, even by kill -9, gives it back. The file is there only while somebody wants it.
+    A process that ends, even by kill -9, gives it back. The file is there only while a process wants the lock.
     """
     while True:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)

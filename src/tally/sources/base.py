@@ -79,7 +79,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds spent per stage, summed over threads; added to by whoever does the stage's work."""
+    """Seconds spent per stage, summed over threads; each stage adds its own."""
 
     read: float = 0.0
     decode: float = 0.0
@@ -185,5 +185,5 @@ class Source(ABC):
     def close(self) -> None:  # noqa: B027
         """Make :meth:`plan` return soon, and release connections. Called from any thread; idempotent.
 
-        Messages that are not acknowledged will be delivered again, to whoever resumes the job.
+        Messages that are not acknowledged will be delivered again when the job is resumed.
         """

@@ -1,7 +1,7 @@
 """Folders for temporary files that do not outlive their process for long.
 
 A process that is killed cannot tidy up. So each of these folders is locked by the process that made it: the lock ends
-with the process, however that ends, and whoever makes the next folder removes those that nobody holds.
+with the process, however that ends, and the next process that makes a folder removes those that none holds.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ _RESET: dict[str, Any] = {
     "state": "pending", "job_id": None, "attempts": 0, "failures": 0, "error": None, "next_at": None,
     "started_at": None, "finished_at": None,
 }  # fmt: skip
-"""The columns of a run that is to start over, because somebody asked for it."""
+"""The columns of a run that is to start over, because a user asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
