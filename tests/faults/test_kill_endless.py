@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tests.faults.storms import start, workers_of
+from tests.faults.storms import start, tally, workers_of
 from tests.waiting import wait_for
 
 from tally.jobs.facade import Jobs
@@ -139,3 +139,34 @@ def test_everything_is_committed_once_and_acknowledged_after_that(tmp_path: Path
     assert not (out / "_SUCCESS").exists()
     delivered = Counter(event.key for event in broker.events("delivered"))
     assert max(delivered.values()) > 2, "kills had messages delivered again"
+
+
+@pytest.mark.usefixtures("site")
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_was_acknowledged_survives_cancelling(tmp_path: Path, killed: bool) -> None:
+    broker, model, out, log = Broker(tmp_path / "queue.db"), tmp_path / "lengths.py", tmp_path / "out", tmp_path / "log"
+    model.write_text(SCORER)
+    broker.publish([(key(number), b"x") for number in range(1, 31)])
+    command = tally("score", f"broker://{broker.path}", "--model", model, "--out", f"{out}/", "--workers", 1)
+    process = start(command, log)
+    wait_for(lambda: broker.waiting() == 0, process)
+    jobs = Jobs()
+    job = jobs.store.newest(limit=1)[0].id
+    if killed:
+        process.kill()
+        process.wait(timeout=60)
+        for verb in ("cancel", "delete"):
+            refused = subprocess.run(tally("jobs", verb, job), capture_output=True, text=True, timeout=60)
+            assert refused.returncode == 1
+            assert "has results that are not published yet" in refused.stderr
+            assert f"tally jobs resume {job}" in refused.stderr
+        assert jobs.get(job).state == "interrupted"
+        process = start([*command, "--resume"], log)
+        wait_for(lambda: jobs.get(job).alive, process)
+    subprocess.run(tally("jobs", "cancel", job), check=True, timeout=60)
+    process.wait(timeout=60)
+    assert jobs.get(job).state == "cancelled"
+    manifest = json.loads((out / "_manifest.json").read_text())
+    rows = [row["key"] for file in manifest["files"] for row in pq.read_table(out / file["path"]).to_pylist()]
+    assert sorted(rows) == [key(number) for number in range(1, 31)]
+    assert not (out / "_tally").exists()

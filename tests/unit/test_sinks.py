@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -775,3 +776,26 @@ def test_an_aborted_picture_attempt(tmp_path: Path) -> None:
     writer.add(["x"], [picture()])
     writer.abort()
     assert list(files_under(tmp_path / "out")) == ["_tally/job.json"]
+
+
+def test_an_output_whose_kind_was_guessed_is_opened_as_what_was_published(tmp_path: Path) -> None:
+    """Of a job from before outputs were described: pictures, whose publishing was cut short."""
+    sink = sink_for(f"{tmp_path}/out/", output="image")
+    sink.claim("job")
+    writer = sink.open("000000000000-a", Chunk(0, 1, {}))
+    assert writer.add(["a.png"], [np.zeros((4, 4, 3), np.uint8)]) == []
+    output = writer.close()
+
+    class CutError(Exception):
+        pass
+
+    def cut() -> None:
+        if (tmp_path / "out/a.png").exists():
+            raise CutError
+
+    with pytest.raises(CutError):
+        sink.finalize([output], [], {"job": "job", "generation": 0}, confirm=cut)
+    guessed = replace(sink.describe(), kind="rows", format="parquet", columns=None, options={"guessed": True})
+    reopen(guessed).release()
+    assert not (tmp_path / "out/a.png").exists()
+    assert not (tmp_path / "out/_tally").exists()

@@ -31,7 +31,7 @@ class Parts:
 
     def describe_output(self) -> dict[str, Any]:
         """What the job's row keeps of its output: enough to find, read and remove it without model and source."""
-        return {**self.sink.describe().to_json(), "unit": self.source.unit}
+        return {**self.sink.describe().to_json(), "unit": self.source.unit, "endless": not self.source.bounded}
 
 
 def assemble(spec: JobSpec, model: ModelRef) -> Parts:

@@ -604,6 +604,7 @@ class Coordinator:
         if self._stop == "cancelled":
             self._account()
             self._confirm()
+            self._publish()  # what was acknowledged does not come again
             self._sink.release()
             self._release("cancelled")
             return "cancelled"
@@ -690,7 +691,6 @@ class Coordinator:
         self._patience(lambda: self._store.advance(self._lease, nonce=nonce))
         self._publish_settled()
         self._patience(lambda: self._store.forget_keys(self._lease, older_than=KEYS_SECONDS))
-        self._unpublished = False
         self._published_at = time.monotonic()
 
     def _publish_settled(self) -> None:
@@ -703,6 +703,8 @@ class Coordinator:
         published = manifest["generation"] if manifest.get("job") == record.id else -1
         for generation in range(published + 1, record.generation):
             self._write_output(self._sink.publish, record, generation)
+        current = self._streamed(lambda: self._store.outputs(record.id, generation=record.generation))
+        self._unpublished = next(current, None) is not None
 
     def _confirm(self) -> None:
         """Raises OwnershipLostError if another coordinator has taken the job: nothing of its output is ours to change.

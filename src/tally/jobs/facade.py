@@ -62,7 +62,7 @@ class Jobs:
         record, parts = submit(
             self.store, spec, events=events or Events(), model=model, resume=resume, overwrite=overwrite
         )
-        self._assembled[record.id] = parts
+        self._assembled = {record.id: parts}  # for the run that follows, if it does
         return record
 
     def submit_failed(self, spec: JobSpec, error: TallyError) -> JobRecord:
@@ -101,7 +101,7 @@ class Jobs:
             events=events,
             stop=stop,
             parts=self._assembled.pop(record.id, None),
-            engine=engine,
+            engine=engine if spec.engine == "local" else None,
             retry_dead=retry_dead,
             held=in_this_process,
         )
@@ -180,7 +180,7 @@ class Jobs:
         lease = self.store.acquire(record.id, seconds=LEASE_SECONDS)
         if lease is not None:
             try:
-                tidy.release(record)
+                tidy.release(self.store, record)
             except BaseException:
                 self.store.release(lease, record.state, error=record.error)
                 raise

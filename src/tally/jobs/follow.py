@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from tally.database.waiting import Patience
-from tally.errors import ClusterLostError, DatabaseAwayError, TallyError
+from tally.errors import ClusterLostError, DatabaseAwayError, JobError, TallyError
 from tally.jobs.events import Events, Finished, Note, Progress, Started, StateChanged
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord, JobStore
@@ -47,7 +47,8 @@ class Follower:
                     self.show(record)
                 elif (last := ended(record)) is not None:
                     self.show(last)
-                    self._events(Finished(last.id, last.state))
+                    error = JobError(last.error or "the job failed") if last.state == "failed" else None
+                    self._events(Finished(last.id, last.state, error))
                     return last
                 else:
                     self.is_back()

@@ -54,6 +54,8 @@ def drive(
         model = ModelRef.from_dict(record.model)
         parts = assemble(spec, refreshed(model) if retry_dead else model)
     verify(parts.model)  # before anything is touched
+    if record.output != (output := parts.describe_output()):  # of a job from before outputs were described, say
+        patience(lambda: store.respec(record.id, record.spec, output=output))
     token, nonce = new_token(), new_nonce()  # so that what is done again is done once
     lease = patience(lambda: store.acquire(record.id, seconds=LEASE_SECONDS, held=held, token=token))
     if lease is None:

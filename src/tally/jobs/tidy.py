@@ -13,18 +13,32 @@ def discard(store: JobStore, record: JobRecord) -> None:
     """Forget a job that nobody drives, with everything that it has not finished writing."""
     if record.alive:
         raise JobStateError(f"job {record.id} is {record.state}", hint=f"Stop it first: tally jobs cancel {record.id}")
-    release(record)
+    release(store, record)
     store.delete(record.id)
     settings().log_of(record.id).unlink(missing_ok=True)
 
 
-def release(record: JobRecord) -> None:
+def release(store: JobStore, record: JobRecord) -> None:
     """Remove what the job has not finished writing, unless its place is another job's by now."""
     if record.state == "finished":
         return
     sink = sink_of(record)
-    if sink.holder() == record.id:
-        sink.release()
+    if sink.holder() != record.id:
+        return
+    if record.output.get("endless") and _has_unpublished(store, record, sink):
+        raise JobStateError(
+            f"job {record.id} has results that are not published yet, and their messages do not come again",
+            hint=f"Publish them first: tally jobs resume {record.id}, and stop it with Ctrl-C.",
+        )
+    sink.release()
+
+
+def _has_unpublished(store: JobStore, record: JobRecord, sink: Sink) -> bool:
+    """Whether results of an endless source are committed, and so acknowledged, that are not published."""
+    manifest = sink.manifest() or {}
+    published = manifest["generation"] if manifest.get("job") == record.id else -1
+    generations = range(published + 1, record.generation + 1)
+    return any(next(store.outputs(record.id, generation=each), None) is not None for each in generations)
 
 
 def sink_of(record: JobRecord) -> Sink:

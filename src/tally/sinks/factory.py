@@ -114,7 +114,12 @@ def _foreign(scheme: str) -> Factory | None:
 def _rows(description: OutputDescription) -> Sink:
     from tally.sinks.rows import RowsSink
 
-    return RowsSink(_layout(description), description.format or "parquet", description.columns, description.order)
+    layout = _layout(description)
+    if description.options.get("guessed"):  # of a job from before outputs were described: its plan or manifest tells
+        published = layout.read_json(layout.plan) or layout.read_json(layout.manifest) or {}
+        if published.get("output") == "image":
+            return _pictures(replace(description, options={}))
+    return RowsSink(layout, description.format or "parquet", description.columns, description.order)
 
 
 def _pictures(description: OutputDescription) -> Sink:

@@ -71,14 +71,18 @@ def drive(jobs: Jobs, run_id: int, token: str) -> Run:
 
 def _see_through(jobs: Jobs, store: ScheduleStore, run: Run, token: str, patiently: Patience) -> str:
     """Drive the run's job, or follow it while another process drives it; returns the state that it ends in."""
-    spec = patiently(lambda: _spec(store, run))
+    spec = patiently(lambda: _spec(jobs, store, run))
     stop = Stop()
     with prestarted(spec) as engine, stop_on_signals(stop):
         record = patiently(lambda: _job(jobs, store, run, spec, token))
         return jobs.see_through(record.id, engine=engine, stop=stop).state
 
 
-def _spec(store: ScheduleStore, run: Run) -> JobSpec:
+def _spec(jobs: Jobs, store: ScheduleStore, run: Run) -> JobSpec:
+    """That of the job which the run has; of a new run, what the schedule says now."""
+    if run.job_id is not None:
+        with suppress(JobNotFoundError):
+            return JobSpec(**jobs.get(run.job_id).spec)
     schedule = store.get(run.schedule)
     return fill(schedule.template, run.interval, schedule.clock())
 

@@ -75,7 +75,7 @@ def _describe_jobs(connection: sa.Connection) -> None:
             kind = _kind_from_manifest(row.manifest) or _kind_from_spec(spec, model)
             if kind is None:
                 files = [name for output in connection.scalars(staged) for name in (output or {}).get("files", [])]
-                kind = "video" if any(PurePosixPath(name).suffix in _VIDEOS for name in files) else "rows"
+                kind = "video" if any(PurePosixPath(name).suffix in _VIDEOS for name in files) else "unknown"
             place = normalised(_text(spec.get("out") or "/"))
             name = _text(model.get("name") or "")
             sources = (spec.get("source") or ())[:_SOURCES]
@@ -117,8 +117,12 @@ def _kind_from_spec(spec: dict[str, Any], model: dict[str, Any]) -> str | None:
     return None if kind in ("python", "object") else "rows"
 
 
-def _output(kind: str, place: str, spec: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+def _output(known: str, place: str, spec: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
     suffix, form = _suffix(spec), spec.get("format")
+    kind = "rows" if known == "unknown" else known
+    options = {name: spec.get(name) for name in ("codec", "crf", "audio")} if kind == "video" else {}
+    if known == "unknown":  # rows or images, as the scorer's code says; what was published tells whoever opens it
+        options = {"guessed": True}
     forms = {
         "rows": manifest.get("format") or _ROWS.get(suffix) or form or "parquet",
         "images": spec.get("frames") or form,
@@ -131,7 +135,7 @@ def _output(kind: str, place: str, spec: dict[str, Any], manifest: dict[str, Any
         "format": forms[kind],
         "columns": None,
         "order": None,
-        "options": {name: spec.get(name) for name in ("codec", "crf", "audio")} if kind == "video" else {},
+        "options": options,
         "unit": {"video": "frames", "table": "rows"}.get(spec.get("media") or "", "items"),
     }
 
