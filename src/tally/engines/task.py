@@ -1,6 +1,7 @@
 """What code of a task may call while it runs on a worker: report to the task's caller, and see whether to stop.
 
-Without an engine both do nothing. They may be called from any thread of the task.
+Without an engine both do nothing. They may be called from any thread of the task. A thread that outlives its task
+must not report: what it says between tasks is dropped, and during a later one it counts for that one.
 """
 
 from __future__ import annotations
@@ -53,6 +54,6 @@ def begin(mailbox: str | None, backlog: int | None) -> None:
 
 
 def end() -> None:
-    """The task has ended: what its threads may still report goes nowhere."""
+    """The task has ended: until the next begins, reports go nowhere."""
     global _outbox
     _outbox = None

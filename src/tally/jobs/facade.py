@@ -211,7 +211,7 @@ class Jobs:
 
     def get(self, job: str) -> JobRecord:
         """The job. Of several that wrote to one place, the newest that was not cancelled."""
-        if "/" in job or Path(job).exists():
+        if "/" in job or _exists(job):
             record = self.at(job)
             if record is not None:
                 return record
@@ -289,6 +289,13 @@ class Jobs:
         found = list(self.dead(job))
         columns = {"key": [d.key for d in found], "stage": [d.stage for d in found], "error": [d.error for d in found]}
         return pa.table(columns, schema=pa.schema([(name, pa.string()) for name in columns]))
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # no name that a file could have
+        return False
 
 
 def open_jobs(*, wait: Callable[[str], None]) -> Jobs:

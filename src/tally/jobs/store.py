@@ -10,6 +10,7 @@ repeated: those that would add up carry a nonce, which is kept in the rows that 
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -573,7 +574,10 @@ def _in_state(connection: sa.Connection, state: str) -> sa.ColumnElement[bool]:
 def _cursor(text: str) -> tuple[sa.ColumnElement[float], sa.ColumnElement[str]]:
     created_at, _, job_id = text.partition(":")
     try:
-        return sa.literal(float(created_at), sa.Double()), sa.literal(storable(job_id))
+        at = float(created_at)
+        if not math.isfinite(at):
+            raise ValueError
+        return sa.literal(at, sa.Double()), sa.literal(storable(job_id))
     except ValueError:
         raise SpecError(f"after: {text!r} is not where a page of jobs begins") from None
 
