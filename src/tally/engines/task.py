@@ -53,6 +53,6 @@ def begin(mailbox: str | None, backlog: int | None) -> None:
 
 
 def end() -> None:
-    """The task has ended: what its threads may still report goes nowhere."""
+    """A task ends: later reports of its threads are dropped."""
     global _outbox
     _outbox = None
