@@ -19,7 +19,7 @@ Place: TypeAlias = str | Path
 
 
 class Table(Protocol):
-    """What is used most of a ``pyarrow.Table``, which brings no types of its own. Results are real Arrow tables."""
+    """The part of ``pyarrow.Table`` that is used most, with types; pyarrow has none. Results are real Arrow tables."""
 
     @property
     def num_rows(self) -> int: ...
@@ -91,7 +91,7 @@ def score(
     model: what ``--model`` takes, or a Scorer (class or object; it may be defined in the same script or
         notebook).
     out: a folder, a bucket URL, or one ``.csv``, ``.parquet``, ``.jsonl`` or video file.
-    resume: go on with the same job if it was not finished. overwrite: do it again. quiet: show no progress.
+    resume: continue the same job if it was not finished. overwrite: do it again. quiet: show no progress.
 
     Models of pictures. task: what an ONNX model does; detected by default. labels: a file with the names of its
         classes. overlay: draw boxes and labels onto the pictures, and write those.
@@ -111,7 +111,7 @@ def score(
         webhook: who is told if one of them holds.
 
     Raises TallyError with the next step; JobExistsError when the same was asked for before. Ctrl-C stops
-    the job cleanly and raises KeyboardInterrupt; the same call with ``resume=True`` goes on.
+    the job cleanly and raises KeyboardInterrupt; the same call with ``resume=True`` continues it.
     """
     fields = dict(locals())
     for name in ("source", "model", "out", "resume", "overwrite", "quiet"):
@@ -134,7 +134,7 @@ def score(
     if record.state == "cancelled":
         raise JobError(f"job {record.id} was cancelled", hint="The same call scores the collection from the start.")
     if record.state == "interrupted":
-        raise KeyboardInterrupt(f"job {record.id} was interrupted; the same call with resume=True goes on")
+        raise KeyboardInterrupt(f"job {record.id} was interrupted; the same call with resume=True continues it")
     return Job(record.id)
 
 
@@ -153,7 +153,7 @@ def jobs(
     after: Job | None = None,
     limit: int = 50,
 ) -> list[Job]:
-    """The newest jobs, newest first: those for which everything given is true.
+    """The newest jobs, newest first: those that match all given filters.
 
     state: created, running, paused, interrupted, failed, finished or cancelled.
     model: its name. place: where they write to. text: part of the id, the model, a source or the place.
@@ -192,7 +192,7 @@ class Job:
 
     @property
     def record(self) -> JobRecord:
-        """Everything that the job store knows of it, now."""
+        """The job's current row."""
         return self._jobs.get(self.id)
 
     @property
@@ -224,7 +224,7 @@ class Job:
         return found
 
     def pause(self) -> None:
-        """Hand out nothing more; what runs is finished and saved. :meth:`resume` goes on."""
+        """Stop handing out work; what runs is finished and saved. :meth:`resume` continues the job."""
         self._jobs.pause(self.id)
 
     def cancel(self) -> None:
@@ -232,8 +232,8 @@ class Job:
         self._jobs.cancel(self.id)
 
     def resume(self, *, quiet: bool = False) -> Job:
-        """Go on with a job that was paused, interrupted or has failed; if another process drives it, that
-        process goes on."""
+        """Continue a job that was paused, interrupted or has failed; if another process runs it, that process
+        continues it."""
         if not self._jobs.unpause(self.id).alive:
             self._run(quiet=quiet)
         return self

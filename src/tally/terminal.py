@@ -31,7 +31,7 @@ def run(
     """Drive the job, showing its progress on standard error: in this process, or in the cluster that its spec names.
 
     The first Ctrl-C (or SIGTERM) stops the job cleanly: running chunks finish and are committed; the
-    second kills the workers. Either way the job can be resumed. A job in a cluster goes on, and is returned as it is.
+    second kills the workers. Either way the job can be resumed. A job in a cluster continues, and is returned as it is.
     here: in this process even then, as it is inside the cluster. engine: one that is prepared.
     """
     record = jobs.get(job)

@@ -494,15 +494,16 @@ def test_chunks_are_bounded_by_bytes(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    touch(tmp_path, "photos/x.jpg", "tables/x.csv", ".hidden")
+    touch(tmp_path, "photos/x.jpg", "tables/x.csv", "texts/x.txt", "texts/y.md", ".hidden")
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").symlink_to("nowhere")
     for uri, message in (
         ("Photo", r"no file or folder .*/Photo\n.*did you mean '.*/photos'\?"),
         ("photos/deep/x.jpg", r"photos is there, but holds no 'deep'"),
-        ("nothing-alike", "is there and holds 5 names"),
+        ("nothing-alike", "is there and holds 6 names"),
         ("empty", "holds no files to score"),
-        ("tables", r"no image by its name among the 1 file of .*tables \(\.csv 1\)\n.*tables/\*\*/\*'"),
+        ("tables", r"the only file in .*tables does not have the name of an image \(\.csv 1\)\n.*choose a model for"),
+        ("texts", r"none of the 2 files in .*texts has the name of an image \(\.md 1, \.txt 1\)\n.*texts/\*\*/\*'"),
         ("*.tif", r"no file matches .*\*\.tif\n.*crosses folders"),
         ("fotos/*.jpg", "did you mean '.*/photos'"),
         ("broken", "is a link to nowhere, which is not there"),

@@ -381,7 +381,7 @@ def test_output_places_that_are_taken(cli: Cli, tmp_path: Path, model: Path) -> 
     out = tmp_path / "out"
     assert cli("score", items, "--model", model, "--out", out).code == 0
     job = newest().id
-    refused(cli("score", items, "--model", model, "--out", out), f"job {job} did exactly this", "--overwrite")
+    refused(cli("score", items, "--model", model, "--out", out), f"job {job} already did this same job", "--overwrite")
     refused(cli("score", other, "--model", model, "--out", out), f"holds the results of job {job}", "--overwrite")
     refused(cli("score", items, "--model", model, "--out", items), f"{items} is not empty: 2 files", "another output")
     (tmp_path / "mine.csv").write_text("mine")
@@ -422,7 +422,7 @@ def test_two_at_the_same_moment_into_one_place(tmp_path: Path, model: Path, gate
     loser = next(each for each in both if each.process.returncode)
     assert "error: " in loser.output
     assert "Traceback" not in loser.output
-    known = ("is being written by job", "is doing exactly this", "has just been")
+    known = ("is being written by job", "is this same job", "has just been")
     assert any(words in loser.output for words in known), loser.output
     assert keys(tmp_path / "out") == names(3)
     assert (tmp_path / "out" / "_SUCCESS").exists()
@@ -448,8 +448,8 @@ def running(tmp_path: Path, model: Path, gate: Path, start: Any) -> Process:
 def test_while_a_job_runs(cli: Cli, tmp_path: Path, model: Path, gate: Path, running: Process) -> None:
     job, out = newest().id, tmp_path / "out"
     score = ("score", tmp_path / "items", "--model", model, "--out", out)
-    refused(cli(*score), f"job {job} is doing exactly this now", f"tally jobs watch {job}")
-    refused(cli(*score, "--overwrite"), f"job {job} is doing exactly this now")
+    refused(cli(*score), f"job {job} is this same job, and is under way", f"tally jobs watch {job}")
+    refused(cli(*score, "--overwrite"), f"job {job} is this same job, and is under way")
     refused(cli("jobs", "delete", job), f"job {job} is running", f"tally jobs cancel {job}")
     assert "driven by" in cli("jobs", "show", out).out
     [[count]] = [list(row.values()) for row in tally.Job(job).query("select count(*) from results").to_pylist()]
@@ -459,7 +459,7 @@ def test_while_a_job_runs(cli: Cli, tmp_path: Path, model: Path, gate: Path, run
     running.until(lambda: newest().state == "paused")
     assert cli("jobs", "list").out.splitlines()[1].split()[1] == "paused"
     ran = cli("jobs", "resume", out)
-    assert (ran.code, ran.out) == (0, f"job {job} goes on where it runs; follow it with: tally jobs watch {job}\n")
+    assert (ran.code, ran.out) == (0, f"job {job} was told to continue; follow it with: tally jobs watch {job}\n")
     running.until(lambda: newest().state == "running")
     gate.touch()
     ran = cli("jobs", "watch", out)
@@ -498,7 +498,7 @@ def test_ctrl_c_twice_and_then_on_with_other_options(
     assert record.usage["seconds"] > 0
 
     score = ("score", tmp_path / "items", "--model", model, "--out", tmp_path / "out", "--workers", 1)
-    refused(cli(*score), f"job {record.id} began exactly this and was interrupted", f"tally jobs resume {record.id}")
+    refused(cli(*score), f"job {record.id} is this same job, and was interrupted", f"tally jobs resume {record.id}")
     gate.touch()
     ran = cli(*score, "--price-per-hour", 2, "--resume")
     assert ran.code == 0, ran.err
@@ -601,7 +601,7 @@ def test_somebody_at_the_keyboard_is_asked(
     text = shown.decode()
     assert answered, text
     assert "Traceback" not in text
-    assert f"job {job} began exactly this and was interrupted" in text
+    assert f"job {job} is this same job, and was interrupted" in text
     if answer == "n":
         assert code == 1
         assert f"tally jobs resume {job}" in text

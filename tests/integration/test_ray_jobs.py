@@ -172,7 +172,7 @@ class TestJobsInACluster:
             gate.with_suffix(".waiting").unlink()
         gate.touch()
         assert command.wait(120) == 0, log.read_text()
-        assert log.read_text().count("another one goes on") == 2
+        assert log.read_text().count("another one continues") == 2
         assert scored(out) == list(range(ITEMS))
 
     def test_somebody_else_may_cancel(
@@ -223,7 +223,7 @@ class TestJobsInACluster:
         record = only_job()
         assert record is not None
         assert (record.state, record.alive) == ("running", True)
-        assert f"job {record.id} goes on in the cluster" in log.read_text()
+        assert f"job {record.id} continues in the cluster" in log.read_text()
         (coordinator,) = coordinators(cluster, record.id)
         gate.touch()
         coordinator.wait(120)

@@ -341,7 +341,7 @@ def test_interrupted_resumed_and_asked_for_again(cli: Cli, model: Any, clip: Pat
     (tmp_path / "fast").touch()
     ran = cli(*command, "--out", out)
     assert ran.code == 1
-    assert f"job {record.id} began exactly this and was interrupted" in ran.err
+    assert f"job {record.id} is this same job, and was interrupted" in ran.err
     ran = cli("jobs", "resume", record.id)
     assert ran.code == 0, ran.err
     assert numbers(out) == list(range(50))
@@ -350,7 +350,7 @@ def test_interrupted_resumed_and_asked_for_again(cli: Cli, model: Any, clip: Pat
 
     ran = cli(*command, "--out", out)
     assert ran.code == 1
-    assert f"job {record.id} did exactly this and finished on" in ran.err
+    assert f"job {record.id} already did this same job and finished on" in ran.err
 
 
 def test_what_a_mixed_folder_is_taken_for(score: Cli, model: Any, clip: Path, photo: Path, tmp_path: Path) -> None:

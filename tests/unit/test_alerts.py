@@ -412,7 +412,7 @@ def test_a_job_is_refused_whose_alerts_could_not_be_sent(monkeypatch: pytest.Mon
     assert "openssl rand" in str(caught.value.hint)
     with pytest.raises(SpecError, match="no webhook to send them to"):
         check(["failed"], None, None)
-    with pytest.raises(SpecError, match="no alert that would be sent"):
+    with pytest.raises(SpecError, match="no alert to send"):
         check([], "https://example.com/", None)
     monkeypatch.setenv("TALLY_WEBHOOK_SECRET", SECRET)
     monkeypatch.setenv("ALERT_URL", "https://example.com/x")

@@ -68,7 +68,7 @@ def test_an_installed_package_adds_an_engine(install: Callable[..., None]) -> No
 
 def test_what_a_package_offers_has_to_be_an_engine(install: Callable[..., None]) -> None:
     install("bad", "made_up_engine_two", function="not_a_class", missing="Nowhere")
-    with pytest.raises(SpecError, match=r"the engine 'function' of an installed package is no kind of .*Engine"):
+    with pytest.raises(SpecError, match=r"the engine 'function' of an installed package is not a subclass of .*Engine"):
         make_engine("function")
     with pytest.raises(SpecError, match=r"'missing' is offered by the package bad, which cannot be used"):
         make_engine("missing")

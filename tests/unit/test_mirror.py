@@ -215,7 +215,7 @@ def test_what_is_not_in_a_bucket(tmp_path: Path, bucket: str) -> None:
     with pytest.raises(StorageError, match=r"carries credentials") as refused:
         resolve("s3://me:secret@bucket/m.onnx")
     assert "secret" not in str(refused.value)
-    with pytest.raises(StorageError, match="ftp:// is no kind of storage"):
+    with pytest.raises(StorageError, match="ftp:// is not a known kind of storage"):
         resolve("ftp://host/m.onnx")
 
 
@@ -497,7 +497,7 @@ def test_damage_at_the_mirror_is_told(uploaded_ref: ModelRef, monkeypatch: pytes
     with pytest.raises(ModelChangedError, match=f"model score: what {mirror} holds is not its content"):
         load(uploaded_ref, "cpu")
     store.delete(["score.py"])
-    with pytest.raises(ModelNotFoundError, match=f"not, or not all of it, at {mirror}: .*no such object"):
+    with pytest.raises(ModelNotFoundError, match=f"missing or incomplete at {mirror}: .*no such object"):
         load(uploaded_ref, "cpu")
     store.delete_tree()
     with pytest.raises(ModelNotFoundError, match=HOST):
@@ -702,7 +702,7 @@ def test_a_registry_in_a_bucket(
     assert answers(far) == YES
     assert len(downloads) == 4
     open_store(added.location).delete(["score.py"])
-    with pytest.raises(ModelNotFoundError, match="not all of it"):
+    with pytest.raises(ModelNotFoundError, match="missing or incomplete"):
         load(elsewhere(far), "cpu")
     with pytest.raises(ModelChangedError, match="models:/faces/1: the registry's copy was changed"):
         resolve("models:/faces")

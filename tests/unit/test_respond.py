@@ -194,7 +194,7 @@ def test_scripts_of_json_are_given_its_text(tmp_path: Path) -> None:
     }
     assert value(found.respond(Request(method="GET", query="data=[1,2,3]"))) == {"sum": 6}
     assert value(found.respond(Request(b"{}", method="DELETE")), 405) == {
-        "message": "the method DELETE is not taken here, POST is"
+        "message": "the method DELETE is not supported; use POST"
     }
 
 

@@ -584,7 +584,7 @@ def test_pausing_resuming_and_removing(add: Callable[..., ScheduleStore], cli: C
     assert "paused" in cli("schedule", "list").out
     assert (
         cli("schedule", "resume", "readings").out
-        == "schedule readings goes on; intervals missed meanwhile: 2; catch-up is all\n"
+        == "schedule readings is resumed; intervals missed meanwhile: 2; catch-up is all\n"
     )
     assert runs(store) == []
     assert cli("schedule", "remove", "readings").code == 0

@@ -250,7 +250,7 @@ def test_urls_without_secrets_pass() -> None:
 
 
 def test_unknown_kinds_of_storage() -> None:
-    with pytest.raises(StorageError, match=r"ftp:// is no kind of storage.*\n.*known.*s3://.*gs://.*az://"):
+    with pytest.raises(StorageError, match=r"ftp:// is not a known kind of storage.*\n.*known.*s3://.*gs://.*az://"):
         open_store("ftp://host/x")
     with pytest.raises(StorageError, match="names no bucket"):
         open_store("s3://")

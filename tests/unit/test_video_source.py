@@ -258,7 +258,9 @@ def test_a_video_that_is_gone_costs_its_frames(tmp_path: Path) -> None:
 
 def test_folders_without_videos_are_told(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(SourceNotFoundError, match=r"no video by its name among the 1 file .*\.txt 1"):
+    with pytest.raises(
+        SourceNotFoundError, match=r"the only file in .* the name of a video \(\.txt 1\)\n.*give a glob: '.*/\*\*/\*'"
+    ):
         VideoSource.describe([str(tmp_path)])
 
 

@@ -28,7 +28,7 @@ def check(alert_rules: Sequence[str], hook: str | None, columns: Collection[str]
         problems.append("alerts: there is no webhook to send them to")
         hint = "Add --webhook https://..., or --webhook env:NAME to keep the address in the environment."
     if hook is not None and not alert_rules:
-        problems.append("webhook: there is no alert that would be sent to it")
+        problems.append("webhook: there is no alert to send to it")
         hint = "Add a rule, such as --alert 'anomalies > 0'."
     if columns is not None and "anomaly" not in columns:
         problems += [

@@ -72,7 +72,7 @@ class _Running(threading.Thread):
 
     def outcome(self) -> tuple[str, str]:
         """``ok``, ``warn``, ``FAIL`` or ``-``, and what is to be said of it."""
-        # Checks that were begun together go on while the first of them is waited for.
+        # Checks that were begun together continue while the first of them is waited for.
         limit = REMOTE_SECONDS if self._check.remote else LOCAL_SECONDS
         self.join(limit)
         return self._outcome or ("FAIL", f"no answer within {limit:g} s")
@@ -88,9 +88,15 @@ def _run(checks: Sequence[Check]) -> Iterator[tuple[str, str, str]]:
 @click.command()
 @click.argument("places", nargs=-1, metavar="[PLACE...]")
 @click.option("--write", is_flag=True, help="Write, read back and delete a small object at each PLACE.")
-@click.option("--engine", type=click.Choice(["local", "ray"]), help="With ray, no Ray or a dead cluster is a failure.")
 @click.option(
-    "--address", metavar="URL", help="Ray only: the cluster, http://HEAD:8265; found by Ray's own rules by default."
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    help="With ray: fail if Ray is missing or its cluster does not answer.",
+)
+@click.option(
+    "--address",
+    metavar="URL",
+    help="Ray only: the cluster's dashboard, http://HEAD:8265; by default, the cluster that Ray itself would find.",
 )
 def doctor(places: tuple[str, ...], write: bool, engine: str | None, address: str | None) -> int:
     """Check this installation, and what it is connected to: database, buckets, cluster.

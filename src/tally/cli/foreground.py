@@ -43,7 +43,7 @@ def see_through(
         return _interrupted(record)
     if record.alive:  # the user has stopped following it
         click.echo(
-            f"job {record.id} goes on in the cluster: {record.done:,} {record.unit} are done\n"
+            f"job {record.id} continues in the cluster: {record.done:,} {record.unit} are done\n"
             f"  Follow it with: tally jobs resume {record.id}   Stop it with: tally jobs cancel {record.id}",
             err=True,
         )

@@ -34,13 +34,16 @@ def jobs() -> None:
 @click.option("--out", "place", help="Only jobs that write to this place.")
 @click.option("--text", help="Only jobs with this in their id, model, sources or output.")
 @click.option(
-    "--since", callback=moment, metavar="TIME", help="Only jobs created since then: 2026-11-28, or 2d for two days ago."
+    "--since",
+    callback=moment,
+    metavar="TIME",
+    help="Only jobs created at or after this time: 2026-11-28, or 2d for the last two days.",
 )
-@click.option("--until", callback=moment, metavar="TIME", help="Only jobs created before then.")
-@click.option("--after", metavar="PAGE", help="The next page: what the one before says at its end.")
+@click.option("--until", callback=moment, metavar="TIME", help="Only jobs created before this time.")
+@click.option("--after", metavar="PAGE", help="Continue the list: the value printed at the end of the page before.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(as_json: bool, **wanted: Any) -> None:
-    """The newest jobs: all, or those that are asked for."""
+    """List the newest jobs. Filters combine: a job must match all of them."""
     from tally.jobs.facade import Jobs
 
     page = Jobs().list(**wanted)
@@ -52,7 +55,7 @@ def list_(as_json: bool, **wanted: Any) -> None:
         _show(records)
     else:
         asked = any(value is not None for name, value in wanted.items() if name != "limit")
-        none = "no such job" if asked else "no jobs yet; start one with: tally score SOURCE --model MODEL --out OUT"
+        none = "no job matches" if asked else "no jobs yet; start one with: tally score SOURCE --model MODEL --out OUT"
         click.echo(none, err=True)
     if page.next is not None:
         click.echo(f"there are more; the next page: --after {page.next}", err=True)
@@ -125,7 +128,7 @@ def watch(job: str) -> int:
 @jobs.command(short_help="Stop handing out work, for a while.")
 @click.argument("job")
 def pause(job: str) -> None:
-    """Stop handing out work; what runs is finished and saved. The model stays loaded."""
+    """Stop handing out work; running chunks are finished and saved. The model stays loaded."""
     from tally.jobs.facade import Jobs
 
     record = Jobs().pause(job)
@@ -143,7 +146,7 @@ def resume(job: str, quiet: bool) -> int:
     jobs = Jobs()
     record = jobs.unpause(job)
     if record.alive and not jobs.runs_in_a_cluster(record):
-        click.echo(f"job {record.id} goes on where it runs; follow it with: tally jobs watch {record.id}")
+        click.echo(f"job {record.id} was told to continue; follow it with: tally jobs watch {record.id}")
         return 0
     return see_through(jobs, record.id, quiet=quiet)
 
@@ -199,7 +202,7 @@ def dead(job: str, limit: int, as_json: bool) -> None:
 
 @jobs.command(short_help="The alerts of a job, and what became of them.")
 @click.argument("job")
-@click.option("--send", is_flag=True, help="Send now those that are not delivered, also those that were given up.")
+@click.option("--send", is_flag=True, help="Send undelivered alerts now, including those that were given up.")
 def alerts(job: str, send: bool) -> int:
     """The rules of a job that has ended, what was measured, and whether the webhook was told."""
     from tally.jobs.facade import Jobs

@@ -29,7 +29,7 @@ def models() -> None:
 @models.command()
 @click.argument("name")
 @click.argument("model")
-@click.option("--alias", help="Let this alias point at the version, e.g. production.")
+@click.option("--alias", help="Point this alias at the new version, e.g. production.")
 @click.option("-t", "--task", help="classify, detect, restyle, embed or segment; detected by default.")
 @click.option("--labels", help="Names of the classes: a text file with one per line, or JSON.")
 @click.option("--artifacts", help="Folder with what a script loads (AZUREML_MODEL_DIR).")
@@ -172,7 +172,7 @@ def show(name: str, as_json: bool) -> None:
 @click.argument("alias")
 @click.argument("version", type=int)
 def alias(name: str, alias: str, version: int) -> None:
-    """Let ALIAS point at VERSION from now on."""
+    """Point ALIAS at VERSION from now on."""
     _registry().alias(name, alias, version)
     click.echo(f"models:/{name}@{alias} is now version {version}")
 
@@ -181,7 +181,7 @@ def alias(name: str, alias: str, version: int) -> None:
 @click.argument("name")
 @click.argument("alias")
 def rollback(name: str, alias: str) -> None:
-    """Let ALIAS point at what it pointed at before."""
+    """Point ALIAS back at the version before."""
     found = _registry().rollback(name, alias)
     click.echo(f"models:/{name}@{alias} is version {found.version} again")
 
@@ -192,7 +192,7 @@ def rollback(name: str, alias: str) -> None:
 def verify(name: str | None, version: int | None) -> int:
     """Compare content with its hash: of one version, of all of NAME, or of everything.
 
-    What is kept in a bucket is read for that. The exit code is 1 if anything was changed, or is not there.
+    Content in a bucket is downloaded to check it. The exit code is 1 if anything was changed, or is not there.
     """
     registry = _registry()
     if name is None:

@@ -37,20 +37,20 @@ def schedule() -> None:
 @click.argument("name")
 @click.argument("file")
 @click.option("--cron", required=True, help="Minute, hour, day, month, weekday: '0 * * * *' is every full hour.")
-@click.option("--timezone", default="UTC", show_default=True, help="The time zone of that clock, e.g. Europe/Berlin.")
+@click.option("--timezone", default="UTC", show_default=True, help="Time zone of --cron, e.g. Europe/Berlin.")
 @click.option(
     "--overlap",
     type=click.Choice(["queue", "skip", "parallel"]),
     default="queue",
     show_default=True,
-    help="What to do with a run that is due while the one before it still runs.",
+    help="What to do with a run that is due while the previous one is still running.",
 )
 @click.option(
     "--catch-up",
     type=click.Choice(["all", "latest", "none"]),
     default="all",
     show_default=True,
-    help="Which of the intervals that were missed while nothing ran are run later.",
+    help="Which missed intervals to run later.",
 )
 @click.option(
     "--from", "since", metavar="TIME", help="Begin with the first interval from this time on.  [default: now]"
@@ -61,8 +61,8 @@ def add(
 ) -> None:
     """Run the job that the YAML FILE describes, whenever --cron says.
 
-    Its values may hold {interval_start} and {interval_end}, with a format ({interval_start:%Y-%m-%d}) and on UTC's
-    clock ({interval_start_utc:%H%M}); 'out' has to. The file is read now, and not again.
+    Its values may hold {interval_start} and {interval_end}, with a format ({interval_start:%Y-%m-%d}) and in UTC
+    ({interval_start_utc:%H%M}); 'out' must contain one. The file is read once, now.
 
     \b
     tally schedule add hourly job.yaml --cron '0 * * * *' --timezone Europe/Berlin
@@ -172,7 +172,7 @@ def show(name: str, limit: int, as_json: bool) -> None:
 @schedule.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def pause(names: tuple[str, ...]) -> None:
-    """Start no more runs; what runs now goes on."""
+    """Start no new runs; running ones continue."""
     store = _open()
     for found in [store.get(name) for name in names]:
         store.pause(found.name, True)
@@ -182,23 +182,24 @@ def pause(names: tuple[str, ...]) -> None:
 @schedule.command(short_help="Start runs again.")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def resume(names: tuple[str, ...]) -> None:
-    """Start runs again; --catch-up says which of the intervals that were missed meanwhile are run."""
+    """Start runs again. --catch-up of the schedule says which of the intervals missed meanwhile are run."""
     store = _open()
     for found in [store.get(name) for name in names]:
         missed = len(found.clock().ending(found.planned_until, store.clock()))
         store.pause(found.name, False)
         more = f"; intervals missed meanwhile: {missed:,}; catch-up is {found.catch_up}" if missed else ""
-        click.echo(f"schedule {found.name} goes on{more}")
+        click.echo(f"schedule {found.name} is resumed{more}")
 
 
 @schedule.command(short_help="Run what is due, or --forever.")
 @click.argument("names", nargs=-1, metavar="[NAME...]")
-@click.option("--forever", is_flag=True, help="Go on, and run whatever becomes due.")
-@click.option("--failed", is_flag=True, help="Also try failed runs again.")
+@click.option("--forever", is_flag=True, help="Keep running, and start what becomes due.")
+@click.option("--failed", is_flag=True, help="Also retry failed runs.")
 def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
     """Run what is due, of all schedules or those named, and wait for it.
 
-    With --forever it goes on until it is stopped: Ctrl-C or SIGTERM stops it cleanly, and what runs saves what it has.
+    With --forever it keeps running until it is stopped: Ctrl-C or SIGTERM stops it cleanly, and running jobs save what
+    they have.
     Several may run at once, here and on other hosts with the same database: no interval is run twice.
     """
     from tally.triggers.loop import Loop
@@ -238,14 +239,14 @@ def remove(name: str) -> None:
 
 @schedule.command(short_help="Run intervals gone by.")
 @click.argument("name")
-@click.option("--from", "since", required=True, metavar="TIME", help="The first interval begins then, or after it.")
-@click.option("--to", "until", metavar="TIME", help="The last one begins before then.  [default: now]")
-@click.option("--again", is_flag=True, help="Also run finished intervals again: their results are replaced.")
+@click.option("--from", "since", required=True, metavar="TIME", help="Start of the first interval, at the earliest.")
+@click.option("--to", "until", metavar="TIME", help="Run intervals that begin before this.  [default: now]")
+@click.option("--again", is_flag=True, help="Run finished intervals again and replace their results.")
 def backfill(name: str, since: str, until: str | None, again: bool) -> int:
     """Run the intervals that begin from --from on and before --to, unless they are finished.
 
-    TIME is a date or a time on the clock of the schedule's zone. The same command again goes on where it was stopped,
-    and tries again what failed.
+    TIME is a date or a time on the clock of the schedule's zone. The same command again continues where it was stopped,
+    and retries what failed.
 
     \b
     tally schedule backfill nightly --from 2026-01-01 --to 2026-01-08

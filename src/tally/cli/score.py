@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def _resume_options(command: Any) -> Any:
     for option in (
-        click.option("--resume", is_flag=True, help="Go on if the same job was begun before, without asking."),
+        click.option("--resume", is_flag=True, help="Continue if the same job was begun before, without asking."),
         click.option("--overwrite", is_flag=True, help="Do a finished job again; its earlier results are removed."),
         click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal."),
     ):
@@ -66,7 +66,7 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
     "--format", help="parquet, csv or jsonl for rows; jpg, png or webp for pictures; mp4, mov, mkv or webm for videos."
 )
 @click.option("--overlay", is_flag=True, help="Draw boxes and labels onto the pictures, and write those.")
-@click.option("--every", type=int, help="Videos only: score every N-th frame only.")
+@click.option("--every", type=int, help="Videos only: score every N-th frame.")
 @click.option("--size", metavar="WxH", help="Videos only: scale frames to this size in pixels first, e.g. 640x360.")
 @click.option("--frames", help="Videos only: write frames as jpg, png or webp files, and not a video.")
 @click.option(
@@ -86,11 +86,14 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.option(
     "--csv", "csv_options", multiple=True, metavar="KEY=VALUE", help="How to read CSV, e.g. delim=';' or header=false."
 )
-@click.option("-b", "--batch-size", type=int, help="Items that the scorer is given at once.")
+@click.option("-b", "--batch-size", type=int, help="Items scored together.")
 @click.option("-w", "--workers", help="Worker processes: 8, or 4..64 as the work needs; one per core by default.")
 @click.option("--device", help="auto, cpu, cuda[:N] or tensorrt[:N].  [default: auto]")
-@click.option("--engine", help="Who runs the workers: local, or ray, a cluster.  [default: local]")
-@click.option("--address", help="Ray only: the cluster, http://HEAD:8265; found by Ray's own rules by default.")
+@click.option("--engine", help="local (this machine), ray (a cluster), or an installed package's.  [default: local]")
+@click.option(
+    "--address",
+    help="Ray only: the cluster's dashboard, http://HEAD:8265; by default, the cluster that Ray itself would find.",
+)
 @click.option("--cpus", type=float, help="Ray only: CPUs that each worker reserves.  [default: 1]")
 @click.option("--gpus", type=float, help="Ray only: GPUs that each worker reserves; 0.25 shares one among four.")
 @click.option(
@@ -105,7 +108,7 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
     "alerts",
     multiple=True,
     metavar="RULE",
-    help="Tell the webhook if this holds when the job ends: 'anomalies > 0'.",
+    help="Notify the webhook if this is true when the job ends: 'anomalies > 0'.",
 )
 @click.option("--webhook", help="Where alerts are sent: https://..., or env:NAME.")
 @click.option("--strict", is_flag=True, help="Stop at the first item that fails.")
@@ -126,7 +129,7 @@ def score(
     """Score every item of SOURCE with a model.
 
     SOURCE is a folder, a file, a glob in quotes ('photos/**/*.jpg') or a bucket URL (s3://, az://, gs://);
-    there may be several. Of videos, every frame is an item; of tables, every row.
+    there may be several. In videos, every frame is an item; in tables, every row.
 
     \b
     tally score photos/ --model squeezenet.onnx --task classify --labels labels.txt --out predictions/

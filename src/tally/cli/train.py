@@ -36,12 +36,12 @@ def train() -> None:
     "--size",
     default=384,
     show_default=True,
-    help="The style picture's shorter side in pixels; more gives larger strokes.",
+    help="The style picture's shorter side in pixels; a larger number gives larger strokes.",
 )
-@click.option("--strength", default=1.0, show_default=True, help="Weight of the style against the content.")
+@click.option("--strength", default=1.0, show_default=True, help="How strong the style is, compared with the content.")
 @click.option("--vgg", type=click.Path(path_type=Path), help="Weights of torchvision's vgg16 or vgg19, to judge with.")
 @click.option("--seed", default=1, show_default=True, help="The same seed, the same model.")
-@click.option("--name", help="In the registry.  [default: the name of the out folder]")
+@click.option("--name", help="Name in the registry.  [default: the name of the out folder]")
 def style(
     style: Path,
     out: Path,
@@ -100,10 +100,13 @@ def style(
     "--nu", callback=share, default="0.01", show_default=True, help="Share of the training rows that may be anomalous."
 )
 @click.option(
-    "--gamma", default="scale", show_default=True, help="SVMs only: scale, auto, or a number; more fits closer."
+    "--gamma",
+    default="scale",
+    show_default=True,
+    help="SVMs only: scale, auto or a number; higher follows the training data more closely.",
 )
 @click.option("--time", help="Column of timestamps.")
-@click.option("--window", callback=duration, help="Gather readings over this time first, e.g. 5m.")
+@click.option("--window", callback=duration, help="First gather readings over this time, e.g. 5m.")
 @click.option(
     "--aggregate", callback=names, default="mean", show_default=True, help="Windows only: mean,min,max,last,count."
 )
@@ -112,11 +115,14 @@ def style(
     "--csv", "csv_options", multiple=True, metavar="KEY=VALUE", help="How to read CSV, e.g. delim=';' or header=false."
 )
 @click.option(
-    "--max-rows", default=2000, show_default=True, help="Rows to train with for each key, spread over all of its rows."
+    "--max-rows",
+    default=2000,
+    show_default=True,
+    help="At most this many rows for each key, spread evenly over its data.",
 )
 @click.option("-w", "--workers", type=int, help="Worker processes; one per core by default.")
 @click.option("--seed", default=1, show_default=True, help="The same seed, the same models.")
-@click.option("--name", help="In the registry.  [default: the name of the out folder]")
+@click.option("--name", help="Name in the registry.  [default: the name of the out folder]")
 def anomaly(
     source: tuple[str, ...],
     out: Path,

@@ -22,7 +22,7 @@ def moment(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
         return datetime.fromisoformat(value).astimezone().timestamp()
     except ValueError:
         raise click.BadParameter(
-            f"{value!r} is no time such as 2026-11-28, '2026-11-28 14:30' or 2d (two days ago)"
+            f"{value!r} is not a time; write 2026-11-28, '2026-11-28 14:30', or 2d (two days ago)"
         ) from None
 
 
@@ -35,7 +35,7 @@ def duration(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     except ValueError:
         found = 0.0
     if not found:
-        raise click.BadParameter(f"{value!r} is no duration such as 30s, 5m, 1h or 1d", ctx, parameter)
+        raise click.BadParameter(f"{value!r} is not a duration such as 30s, 5m, 1h or 1d", ctx, parameter)
     return found
 
 
@@ -47,7 +47,7 @@ def share(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no share such as 0.001 or 0.1%", ctx, parameter) from None
+        raise click.BadParameter(f"{value!r} is not a share such as 0.001 or 0.1%", ctx, parameter) from None
 
 
 def names(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:

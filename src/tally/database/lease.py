@@ -1,9 +1,9 @@
 """Leases: which process works on a row, and until when.
 
-A leased table has the columns that :func:`lease_columns` makes. The owner's token proves the lease: a process that has
-lost it changes nothing, because every change names the token. A lease ends by the database's clock, or, on the owner's
-own host, with its process. Everything here runs inside the caller's transaction; ``rows`` are conditions that choose
-rows.
+A leased table has the columns of :func:`lease_columns`. Every change names the token of the lease, so a process that
+has lost the lease can change nothing. A lease ends when its time is over by the database's clock; on the owner's host
+it also ends with the owner's process. All functions run inside the caller's transaction; ``rows`` are conditions that
+select rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tally.database.clock import now
 Where = sa.ColumnElement[bool]
 
 RETURNED: dict[str, Any] = {"owner": None, "owner_host": None, "owner_pid": None, "lease_until": None}
-"""The lease's columns in a row that nobody works on."""
+"""The lease's columns in a row without an owner."""
 
 
 def lease_columns() -> list[sa.Column[Any]]:
@@ -46,7 +46,7 @@ def granted(token: str, seconds: float) -> dict[str, Any]:
 
 
 def host() -> str:
-    """Where process ids are comparable: the host, and on Linux its process namespace (each container has one)."""
+    """The scope of process ids: the host and, on Linux, the process namespace (each container has its own)."""
     try:
         return f"{socket.gethostname()} ({os.stat('/proc/self/ns/pid').st_ino})"  # noqa: PTH116
     except OSError:
@@ -62,12 +62,12 @@ def is_this_process(owner_host: str | None, owner_pid: int | None) -> bool:
 
 
 def is_expired(table: sa.Table) -> Where:
-    """Nobody has a lease, or it has run out."""
+    """There is no lease, or it has expired."""
     return sa.or_(table.c.owner.is_(None), sa.func.coalesce(table.c.lease_until, 0.0) < now())
 
 
 def is_lost(connection: sa.Connection, table: sa.Table, *rows: Where) -> Where:
-    """As :func:`is_expired`, or the owner was a process of this host that is gone."""
+    """As :func:`is_expired`, or the owner was a process on this host that has ended."""
     here = host()
     owners = sa.select(table.c.owner_pid).distinct().where(*rows, table.c.owner_host == here)
     gone = [pid for pid in connection.scalars(owners.where(table.c.owner_pid.is_not(None))) if not _exists(pid)]
@@ -76,7 +76,7 @@ def is_lost(connection: sa.Connection, table: sa.Table, *rows: Where) -> Where:
 
 
 def is_held(row: Mapping[Any, Any]) -> bool:
-    """Whether somebody works on the row: the opposite of :func:`is_lost`, of a row selected with ``now() AS clock``."""
+    """The opposite of :func:`is_lost`, for a row that was selected with ``now() AS clock``."""
     if row["owner"] is None or row["lease_until"] is None or row["lease_until"] < row["clock"]:
         return False
     return row["owner_host"] != host() or _exists(row["owner_pid"])

@@ -55,6 +55,6 @@ def make_engine(
         known = names()
         raise SpecError(f"there is no engine {name!r}{did_you_mean(name, known)}", hint=f"Known: {', '.join(known)}.")
     if not (isinstance(kind, type) and issubclass(kind, Engine)):
-        raise SpecError(f"the engine {name!r} of an installed package is no kind of tally.engines.base.Engine")
+        raise SpecError(f"the engine {name!r} of an installed package is not a subclass of tally.engines.base.Engine")
     engine: Engine = kind(cpus=cpus, gpus=gpus, memory=memory, resources=resources)
     return engine

@@ -224,11 +224,11 @@ class LocalEngine(SupervisedEngine[_Slot]):
         self._launch(slots)
 
     def _share(self, slots: int) -> int:
-        """Threads for each of so many workers."""
+        """Threads per worker."""
         return max(1, self.default_slots() // max(1, slots))
 
     def _tell(self, setup: bytes, limits: Limits, log: Path | None) -> None:
-        """Tell the workers, those that there are and those to come, how they are set up."""
+        """Give the setup to all workers, present and future."""
         self._limits = limits
         given = worker.Setup(setup, None if log is None else str(log))
         write_whole(self._folder / _SETUP, pickle.dumps(given), private=True)

@@ -1,7 +1,7 @@
 """What runs inside a worker process of the local engine.
 
 Tasks and results travel as bytes that pebble need not understand. If one cannot be pickled, or not be read at the
-other end, its task fails; the threads that pebble moves messages with go on.
+other end, its task fails; pebble's threads, which move the messages, continue.
 
 This module is all that a worker imports of Tally before its setup: what it does not need stays out of it.
 """
@@ -108,7 +108,7 @@ def _set_up() -> Any:
 
 
 def _leave_with(parent: Any, folder: Path) -> None:
-    """An orphan must not go on writing: end as soon as the parent does, and tidy up after it."""
+    """An orphan must not continue writing: end as soon as the parent does, and tidy up after it."""
     import shutil
 
     connection.wait([parent.sentinel])

@@ -134,14 +134,14 @@ def take(connection: sa.Connection, job_id: str, limit: int, nonce: str) -> list
 
 
 def taken(connection: sa.Connection, job_id: str, nonce: str) -> list[StoredChunk]:
-    """What the commit of that nonce has handed out."""
+    """The chunks that the commit with that nonce handed out."""
     running = (chunks.c.job_id == job_id, chunks.c.state == "running", chunks.c.nonce == nonce)
     rows = connection.execute(sa.select(*_HANDED_OUT).where(*running).order_by(chunks.c.first, chunks.c.id)).all()
     return [_handed_out(row, nonce) for row in rows]
 
 
 def put_back(connection: sa.Connection, job_id: str) -> None:
-    """Whatever was handed out is pending again."""
+    """Make all chunks that were handed out pending again."""
     running = (chunks.c.job_id == job_id, chunks.c.state == "running")
     connection.execute(sa.update(chunks).where(*running).values(state="pending"))
 

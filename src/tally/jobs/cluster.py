@@ -1,8 +1,8 @@
 """A job whose coordinator runs inside a Ray cluster, as a Ray job: started from here, and followed from here.
 
-The command line only follows. If it is killed, the job goes on, and the next command that follows it finds it in the
-database. If the coordinator is lost instead (with the cluster's head, say), the process that follows the job starts
-another one, which goes on where the lost one was.
+The command line only follows. If it is killed, the job continues, and the next command that follows it finds it in
+the database. If the coordinator is lost instead (with the cluster's head, say), the process that follows the job starts
+another one, which continues from there.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LOSSES = 5
 
 
 def cluster_for(spec: JobSpec) -> Cluster | None:
-    """The cluster in which the job's coordinator is to run; None: in this process."""
+    """The cluster that runs the job's coordinator; None if this process does."""
     if spec.engine != "ray":
         return None
     from tally.engines.ray.cluster import find
@@ -51,7 +51,7 @@ def drive_in_cluster(
 ) -> JobRecord:
     """Have the job driven in the cluster until it is finished or stopped; returns it as it then is.
 
-    stop and KeyboardInterrupt end the following; the job goes on. Raises what made the job fail.
+    stop and KeyboardInterrupt end the following; the job continues. Raises what made the job fail.
     """
     driver = _Driver(store, job_id, cluster, events, stop, retry_dead)
     try:
@@ -130,7 +130,7 @@ class _Driver:
         lost = self._name is not None
         self._start(record)
         if lost:
-            self._events.note("the coordinator was lost; another one goes on")
+            self._events.note("the coordinator was lost; another one continues")
         return None
 
     def _was_driven(self, record: JobRecord) -> bool:

@@ -7,7 +7,7 @@ hand-outs; only then are those handed to the engine. So an attempt is counted be
 kill at any moment loses at most work that was not committed, never a committed row.
 
 While the database is away (PostgreSQL is restarted, say), whatever needs it waits and is tried again; all changes of
-the store may be repeated. Workers go on with what they have.
+the store may be repeated. Workers continue with what they have.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ class Coordinator:
         return messages
 
     def _commit(self, turn: _Turn) -> None:
-        """One transaction for all that has come up, with the next hand-outs."""
+        """Save everything of this turn in one transaction, together with the next hand-outs."""
         handing_out = self._loaded and self._prepared and self._stop is None and self._state == "running"
         room = max(1, CHUNKS_PER_SLOT * self._engine.slots) - len(self._running)
         take = max(0, min(room, MOST_TAKEN)) if handing_out else 0
@@ -364,7 +364,7 @@ class Coordinator:
         self._check_dead()
 
     def _tell(self, chunk: Chunk, done: Done) -> None:
-        """Tell of a chunk that is committed."""
+        """Send the events of a committed chunk."""
         seconds = done.usage.get("worker_seconds", 0.0)
         self._events(ChunkDone(chunk.first, chunk.count, len(done.dead), done.output.rows, seconds))
         for dead in done.dead:
@@ -373,7 +373,7 @@ class Coordinator:
     def _save(
         self, *, planned: Sequence[Chunk] = (), lost: Sequence[Lost] = (), **more: Any
     ) -> tuple[list[Done], list[StoredChunk]]:
-        """Commit, however long it takes for the database to be there."""
+        """Commit, waiting for the database if it is away."""
         nonce = new_nonce()
         counted, taken = self._patience(
             lambda: self._store.commit(self._lease, planned=planned, lost=lost, nonce=nonce, **more)
@@ -382,7 +382,7 @@ class Coordinator:
         return counted, taken
 
     def _note(self, remark: str) -> None:
-        """Tell the user now, and keep the line for those who look at the job later."""
+        """Show the user a line now, and store it with the job."""
         self._patience(lambda: self._store.remark(self._lease, remark))
         self._events.note(remark)
 
@@ -679,7 +679,7 @@ class Coordinator:
     # -- endless sources ---------------------------------------------------------------------------
 
     def _publish_now_and_then(self) -> None:
-        """Results of an endless source are published while the job goes on, a generation at a time."""
+        """Results of an endless source are published while the job runs, a generation at a time."""
         if time.monotonic() - self._published_at >= PUBLISH_SECONDS and self._stop is None:
             self._publish()
 

@@ -2,7 +2,7 @@
 
 The terminal, the log and alerts subscribe to them; metrics and server-sent events can do the same. Subscribers are
 called in the order in which they subscribed, in the thread where the event happens: mostly the coordinator's, sometimes
-that of its lease. They should return quickly. If one raises, that is logged, and the job goes on.
+that of its lease. They should return quickly. If one raises, that is logged, and the job continues.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class StateChanged:
-    """The job was paused, or goes on. state: paused or running."""
+    """The job was paused or resumed. state: paused or running."""
 
     state: str
 
@@ -127,7 +127,8 @@ def write_to_log(event: Event) -> None:
     """A subscriber that writes to the log of this process what is worth reading later."""
     match event:
         case WorkerLost(first, count, error):
-            log.info("items %d to %d: a worker was lost: %s", first, first + count - 1, error)
+            items = f"item {first}" if count == 1 else f"items {first} to {first + count - 1}"
+            log.info("%s: %s", items, error)
         case ItemDead(key, stage, error):
             log.debug("%s: %s failed: %s", key, stage, error)
         case Waiting(text):

@@ -160,7 +160,7 @@ class Jobs:
         return record
 
     def unpause(self, job: str) -> JobRecord:
-        """Have the process that drives the job hand out again. If it is not ``alive``, :meth:`run` goes on with it."""
+        """Have the process that drives the job hand out again. If it is not ``alive``, :meth:`run` continues it."""
         record = self.get(job)
         if record.alive:
             self.store.request(record.id, "run")
@@ -229,7 +229,7 @@ class Jobs:
         after: str | None = None,
         limit: int = 50,
     ) -> JobPage:
-        """A page of jobs, newest first: those for which everything given is true.
+        """A page of jobs, newest first: those that match all given filters.
 
         state: as in :class:`JobRecord`. model: its name. place: where they write to.
         text: part of the id, the model, a source or the place, in upper or lower case.
@@ -246,7 +246,7 @@ class Jobs:
         return self.store.at(absolute(place))
 
     def orphaned(self) -> Sequence[JobRecord]:
-        """Jobs that should be running and have lost their coordinator, oldest first: :meth:`run` goes on with them."""
+        """Jobs that should be running and have lost their coordinator, oldest first: :meth:`run` continues them."""
         return self.store.orphaned()
 
     def dead(self, job: str) -> Iterator[Dead]:

@@ -1,4 +1,4 @@
-"""Following a job that another process drives: what changes in its row becomes events."""
+"""Follows a job that another process drives: reads its row and turns changes into events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOOK_SECONDS = 0.5
 
 
 class Follower:
-    """Follows one job; what is in ``record`` already is not told again. Used by one thread.
+    """Follows one job; there are no events for what is in ``record`` already. Used by one thread.
 
     saw_it_driven: whether a coordinator had the job at one of the looks.
     """
@@ -57,7 +57,7 @@ class Follower:
         return self._shown
 
     def show(self, record: JobRecord) -> None:
-        """Tell what is new since the last look."""
+        """Send events for what has changed since the last look."""
         before, self._shown = self._shown, record
         if not self._started:
             self._started = True

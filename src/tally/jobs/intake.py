@@ -1,4 +1,4 @@
-"""What an endless source delivers: each message is taken once, and acknowledged when its outcome is committed.
+"""Takes each message of an endless source once, and acknowledges it when its outcome is committed.
 
 A queue delivers again what was not acknowledged: after a crash, say, or when a connection was cut. Messages are known
 by their keys. One that is planned already is dropped, as its chunk is in the store; one that is done already is
@@ -21,7 +21,7 @@ AGAIN_SECONDS = 1.0
 
 
 class Intake:
-    """Takes and acknowledges the messages of one job. For the coordinator's thread alone."""
+    """Takes and acknowledges the messages of one job. Used only by the coordinator's thread."""
 
     def __init__(self, store: JobStore, job_id: str, source: Source, patience: Patience, events: Events) -> None:
         self._store, self._job, self._source = store, job_id, source

@@ -58,13 +58,13 @@ class ChunkSizer:
             self._changed.notify_all()
 
     def seconds(self, items: int) -> float:
-        """How long a chunk of so many items should take, as far as that is known; infinite if it is not."""
+        """Seconds that a chunk of this many items should take; infinity if unknown."""
         with self._changed:
             return items * self._seconds / self._items if self._items else float("inf")
 
     def __call__(self) -> ChunkLimit:
         """After the first chunks, waits until something has been measured, or for :data:`PATIENCE_SECONDS`: if every
-        worker is lost, nothing ever is, and chunks go on at their first size, one at a time.
+        worker is lost, nothing ever is, and chunks keep their first size, one at a time.
         """
         with self._changed:
             self._asked += 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 CHUNKS_PER_SLOT = 2
-"""Chunks at hand for each slot: the next one waits while the first is scored. Where slots may be added, so many
-waiting chunks are worth one more."""
+"""Chunks for each slot: the next one waits while the first is scored. Where slots may be added, one is added for
+each so many waiting chunks."""
 SHRINK_SECONDS = 10.0
 """Seconds of idleness before scaling down to what there is to do."""
 IDLE_SECONDS = 60.0
@@ -12,7 +12,7 @@ IDLE_SECONDS = 60.0
 
 
 class Scaler:
-    """Grows at once, shrinks after a while, and goes to zero when there is nothing to do for long.
+    """Adds slots at once, removes them after a while, and removes all when there is nothing to do for long.
 
     least, most: slots. Where they are equal, nothing is ever changed.
     """

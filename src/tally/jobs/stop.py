@@ -1,4 +1,4 @@
-"""Asking a job that this process drives or follows to stop, at any moment and from any thread."""
+"""Stops a job that this process drives or follows, at any moment and from any thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Stoppable(Protocol):
 
 
 class Stop:
-    """May be asked before there is anything to stop: it is passed on to what attaches later."""
+    """A request to stop. It may come before there is anything to stop: whatever is attached later receives it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -25,7 +25,7 @@ class Stop:
 
     @property
     def attached(self) -> bool:
-        """Whether there is something that hears it."""
+        """Whether there is something to stop."""
         return self._target is not None
 
     def __call__(self, *, now: bool = False) -> None:
@@ -37,12 +37,12 @@ class Stop:
                 self._target.stop(now=now)
 
     def attach(self, target: Stoppable) -> None:
-        """Pass on to ``target`` what was asked already, and what will be."""
+        """Pass earlier and later requests to ``target``."""
         with self._lock:
             self._target = target
             if self.asked:
                 target.stop(now=self._now)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for so many seconds, or until the stop is asked for. Returns whether it was."""
+        """Wait until a stop is requested, at most so many seconds. Returns whether it was requested."""
         return self._asked.wait(seconds)

@@ -579,7 +579,7 @@ def _cursor(text: str) -> tuple[sa.ColumnElement[float], sa.ColumnElement[str]]:
             raise ValueError
         return sa.literal(at, sa.Double()), sa.literal(storable(job_id))
     except ValueError:
-        raise SpecError(f"after: {text!r} is not where a page of jobs begins") from None
+        raise SpecError(f"--after takes the value printed at the end of the page before, not {text!r}") from None
 
 
 def _lost(lease: Lease) -> OwnershipLostError:

@@ -40,7 +40,7 @@ def submit(
     fingerprint = spec.fingerprint(ref.hash)
     earlier = store.find(fingerprint)
     if earlier is not None and earlier.state == "created" and not earlier.alive and parts.sink.holder() != earlier.id:
-        store.delete(earlier.id)  # whoever made it was killed before it had its place
+        store.delete(earlier.id)  # its process was killed before it had its place
     elif earlier is not None and _still_there(earlier, parts.sink):
         if resume and not earlier.alive and earlier.state != "finished":
             fields = spec.model_dump(mode="json")
@@ -65,14 +65,14 @@ def _make_way(store: JobStore, earlier: JobRecord, spec: JobSpec, *, overwrite: 
     """Forget an earlier job of the same spec, where that is what was asked. Raises JobExistsError where it is not."""
     if earlier.alive:
         raise JobExistsError(
-            f"job {earlier.id} is doing exactly this now ({earlier.done:,} items done)",
+            f"job {earlier.id} is this same job, and is under way ({earlier.done:,} items done)",
             job_id=earlier.id,
             hint=f"Follow it with: tally jobs watch {earlier.id}",
         )
     if earlier.state == "finished":
         if not overwrite:
             raise JobExistsError(
-                f"job {earlier.id} did exactly this and finished on {local_time(earlier.finished_at)}: "
+                f"job {earlier.id} already did this same job and finished on {local_time(earlier.finished_at)}: "
                 f"the results are in {spec.out}",
                 job_id=earlier.id,
                 hint="Do it again with --overwrite, or write to another place with --out.",
@@ -81,7 +81,7 @@ def _make_way(store: JobStore, earlier: JobRecord, spec: JobSpec, *, overwrite: 
     scored = earlier.done - earlier.dead
     if scored and not overwrite:
         raise JobExistsError(
-            f"job {earlier.id} began exactly this and {_HALTED.get(earlier.state, 'was not finished')}: "
+            f"job {earlier.id} is this same job, and {_HALTED.get(earlier.state, 'was not finished')}: "
             f"{scored:,} of its items are scored",
             job_id=earlier.id,
             hint=f"Go on with: tally jobs resume {earlier.id}   (or --resume; --overwrite starts again)",

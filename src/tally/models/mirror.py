@@ -204,7 +204,7 @@ def copy(name: str, store: Store, files: Sequence[str], wanted: str, folder: Pat
             raise damaged
     except SourceNotFoundError as error:
         raise ModelNotFoundError(
-            f"model {name}: its content is not, or not all of it, at {store.url}: {error.message}",
+            f"model {name}: its content is missing or incomplete at {store.url}: {error.message}",
             hint=f"It was looked for from {platform.node()}. {_EVERYWHERE}",
         ) from None
 

@@ -25,7 +25,7 @@ class Package(BaseModel):
     kind: as :mod:`tally.models.kinds` names it.
     file: a model file, or the one that makes a folder a model; or entry: ``file.py``, ``file.py:Class`` or
         ``module:Class``. All paths are relative to the package.
-    artifacts: folder handed to ``Scorer.load``; the package itself if left out.
+    artifacts: folder handed to ``Scorer.load``; the package itself by default.
     options: of the scorer. requires_trust: the model runs code that its artifacts carry (pickles).
     """
 

@@ -53,8 +53,11 @@ def source_for(request: SourceRequest) -> Source:
     if (factory := _foreign(request.uris)) is not None:
         source = extensions.call(GROUP, foreign_scheme(request.uris[0]) or "", factory, request)
         if request.scorer.input not in source.accepts:
-            served = " or ".join(sorted(source.accepts))
-            raise SpecError(f"{request.uris[0]} gives {served}, and the model is given {request.scorer.input}")
+            served, needed = " or ".join(map(_plural, sorted(source.accepts))), _plural(request.scorer.input)
+            raise SpecError(
+                f"{request.uris[0]} provides {served}, but the model needs {needed}",
+                hint=f"Choose a model that takes {served}, or a source that provides {needed}.",
+            )
         return source
     lines = [each for each in BUILT_IN if request.scorer.input in each.accepts]
     if len(lines) > 1 and request.media is not None:
@@ -67,6 +70,10 @@ def source_for(request: SourceRequest) -> Source:
             first = first or error
     assert first is not None
     raise first
+
+
+def _plural(what: str) -> str:
+    return what if what.endswith("s") else f"{what}s"
 
 
 def _foreign(uris: tuple[str, ...]) -> Factory | None:

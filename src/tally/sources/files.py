@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from tally.errors import SpecError
 from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
-from tally.sources.listing import Kind, Listing
-from tally.sources.locations import Location, nothing
+from tally.sources.listing import Kind, Listing, nothing
+from tally.sources.locations import Location
 from tally.sources.reading import AHEAD, LOCAL_THREADS, REMOTE_THREADS, Reader, read_ahead, read_paths
 from tally.storage import key_of, name_from_json, name_to_json, open_store
 

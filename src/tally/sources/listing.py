@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Literal
 
-from tally.errors import SpecError
+from tally.errors import SourceNotFoundError, SpecError
 from tally.media import images
 from tally.sources.locations import (
     Location,
@@ -21,7 +21,6 @@ from tally.sources.locations import (
     locate,
     not_hidden,
     not_the_output,
-    nothing,
 )
 from tally.sources.tables.formats import SUFFIXES as TABLES
 from tally.storage import Entry, Store, is_url, key_of, open_store
@@ -183,9 +182,40 @@ class Listing:
         )
 
     def _suffixes(self) -> frozenset[str] | None:
-        if self.kind is None:
-            return None
-        return images.suffixes() if self.kind == "image" else VIDEOS if self.kind == "video" else frozenset(TABLES)
+        return None if self.kind is None else _suffixes_of(self.kind)
+
+
+def nothing(location: Location, passed: Counter[str], kind: Kind | None = None) -> SourceNotFoundError:
+    """The error for a location that gives no file. passed: files of other kinds, counted by suffix."""
+    root = key_of(location.root)
+    if location.pattern is not None:
+        hint = "'*' stays within one folder; '**' crosses folders, as in 'photos/**/*.jpg'"
+        return SourceNotFoundError(
+            f"no file matches {root.rstrip('/')}/{key_of(location.pattern)}",
+            hint=None if "**" in location.pattern else hint,
+        )
+    if not passed or kind is None:
+        return SourceNotFoundError(f"{root} holds no files to score", hint="hidden files are not taken")
+    total, shown = sum(passed.values()), f"{_A[kind]} ({count_suffixes(passed)})"
+    message = (
+        f"the only file in {root} does not have the name of {shown}"
+        if total == 1
+        else f"none of the {total:,} files in {root} has the name of {shown}"
+    )
+    if kind == "table":
+        hint = "the names of tables end in .parquet, .csv, .tsv, .jsonl, .arrow ..."
+    elif all(any(suffix in _suffixes_of(other) for other in _A if other != kind) for suffix in passed):
+        hint = f"name a place with {kind}s, or choose a model for the files that are there"
+    else:
+        hint = f"To score all of them whatever their names, give a glob: '{root.rstrip('/')}/**/*'"
+    return SourceNotFoundError(message, hint=hint)
+
+
+_A: dict[Kind, str] = {"image": "an image", "video": "a video", "table": "a table"}
+
+
+def _suffixes_of(kind: Kind) -> frozenset[str]:
+    return images.suffixes() if kind == "image" else VIDEOS if kind == "video" else frozenset(TABLES)
 
 
 def _suffix(name: str) -> str:

@@ -162,25 +162,6 @@ def _missing(path: str) -> SourceNotFoundError:
     return SourceNotFoundError(message, hint=f"its folder {key_of(parent) or '/'} is there and holds {names}")
 
 
-def nothing(location: Location, passed: Counter[str], kind: str | None = None) -> SourceNotFoundError:
-    """The error for a location that gives no file. passed: files of other kinds, counted by suffix."""
-    root = key_of(location.root)
-    if location.pattern is not None:
-        hint = "'*' stays within one folder; '**' crosses folders, as in 'photos/**/*.jpg'"
-        return SourceNotFoundError(
-            f"no file matches {root.rstrip('/')}/{key_of(location.pattern)}",
-            hint=None if "**" in location.pattern else hint,
-        )
-    if passed:
-        total = sum(passed.values())
-        files = "1 file" if total == 1 else f"{total:,} files"
-        return SourceNotFoundError(
-            f"no {kind} by its name among the {files} of {root} ({count_suffixes(passed)})",
-            hint=f"a glob such as '{root.rstrip('/')}/**/*' takes them all",
-        )
-    return SourceNotFoundError(f"{root} holds no files to score", hint="hidden files are not taken")
-
-
 def count_suffixes(passed: Counter[str]) -> str:
     most = passed.most_common(_SHOWN_SUFFIXES)
     shown = [

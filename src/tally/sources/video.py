@@ -25,8 +25,7 @@ from tally.media.video.probe import Key, Prober, Timeline
 from tally.scorers.base import Input, Item, Scorer
 from tally.scorers.run import prepare
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
-from tally.sources.listing import Listing
-from tally.sources.locations import nothing
+from tally.sources.listing import Listing, nothing
 from tally.sources.reading import AHEAD, AHEAD_BYTES
 from tally.storage import key_of, name_from_json, name_to_json
 

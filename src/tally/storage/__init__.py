@@ -84,6 +84,6 @@ def open_store(place: str | os.PathLike[str]) -> Store:
     refuse_secrets(text)
     if scheme not in KINDS:
         known = ", ".join(f"{kind}://" for kind in KINDS if kind != "memory")
-        raise StorageError(f"{mask(text)!r}: {scheme}:// is no kind of storage known here", hint=f"known are {known}")
+        raise StorageError(f"{mask(text)!r}: {scheme}:// is not a known kind of storage", hint=f"known are {known}")
     bucket, _, folder = rest.partition("/")
     return ObjectStore(scheme, bucket, folder.strip("/"))

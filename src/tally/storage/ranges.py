@@ -197,7 +197,7 @@ def changed(place: str) -> StorageError:
     """The error for an object whose content has changed."""
     return StorageError(
         f"{key_of(place)} has changed since the job began: it is not the object that was looked at first",
-        hint="Restore it and go on with the job, or score it again with --overwrite.",
+        hint="Restore it and resume the job, or score it again with --overwrite.",
     )
 
 

@@ -215,7 +215,7 @@ class Loop:
                 self.failed += run.state == "failed"
                 what = self._clock(self._store.get(run.schedule)).span(run.interval)
                 job = f" (job {run.job_id})" if run.job_id else ""
-                ended = {"pending": "goes on later", "running": "goes on in another process"}
+                ended = {"pending": "continues later", "running": "continues in another process"}
                 line = f"{run.schedule}: {what} {ended.get(run.state, run.state)}{job}"
                 self._say(f"{line}: {run.error}" if run.error else line)
             self._children.remove(child)  # last: if the database is away, the next turn tries again

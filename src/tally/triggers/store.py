@@ -165,7 +165,7 @@ class ScheduleStore:
         since: float | None = None,
         replace: bool = False,
     ) -> Schedule:
-        """A new schedule; its first tick is the first one after ``since`` (now, if left out).
+        """A new schedule; its first tick is the first one after ``since`` (by default, now).
 
         replace: change the schedule of that name; its runs stay, and it continues where it was, or at ``since``.
         Raises SpecError if there is one by that name.

@@ -79,7 +79,9 @@ def _signature(path: Path, content: str) -> Signature:
             dict(session.get_modelmeta().custom_metadata_map),
         )
     except UnicodeDecodeError:
-        raise ModelLoadError(f"{path}: the model is damaged (its names are no text)", hint="Fetch it again.") from None
+        raise ModelLoadError(
+            f"{path}: the model is damaged (its names are not valid text)", hint="Fetch it again."
+        ) from None
 
 
 def external_names(path: Path) -> list[str]:
@@ -175,7 +177,7 @@ def _refusal(path: Path, head: bytes, message: str) -> ModelLoadError:
             return ModelLoadError(f"{path}: the model is damaged or cut short ({size:,} bytes)", hint="Fetch it again.")
         return ModelLoadError(f"{path}: this is not an ONNX model ({size:,} bytes)")
     if "codec can't decode" in message:
-        return ModelLoadError(f"{path}: the model is damaged (its names are no text)", hint="Fetch it again.")
+        return ModelLoadError(f"{path}: the model is damaged (its names are not valid text)", hint="Fetch it again.")
     return ModelLoadError(f"{path}: ONNX Runtime cannot load the model: {plain_reason(message)}")
 
 

@@ -42,7 +42,7 @@ def value_of(request: Request, form: str, features: Sequence[str] | None, files:
         fields = {name: [_parsed(each) for each in values] for name, values in _query(request).items()}
         return json.dumps({name: values if len(values) > 1 else values[0] for name, values in fields.items()})
     if request.method != "POST":
-        raise RefusedError(f"the method {request.method} is not taken here, POST is", 405)
+        raise RefusedError(f"the method {request.method} is not supported; use POST", 405)
     if form == "json":
         try:
             return text_of(request.body)

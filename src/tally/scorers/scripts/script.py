@@ -192,7 +192,7 @@ class ScriptScorer(Scorer):
     """Scores with a script's ``init()`` and ``run()``.
 
     form: see :data:`Form`; ``auto`` tells it from the script. arguments: what the script finds in ``sys.argv[1:]``.
-    columns: as in :class:`Scorer`. features: the columns that a DataFrame has; all of the table's if left out.
+    columns: as in :class:`Scorer`. features: the columns that a DataFrame has; by default all of the table's.
     Raises SpecError when the script is not one.
 
     The script has surroundings of its own in the process, and waits while another script runs: see

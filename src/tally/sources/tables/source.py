@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 from tally.errors import SourceNotFoundError, SpecError, StorageError
 from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
-from tally.sources.listing import Listing
-from tally.sources.locations import nothing
+from tally.sources.listing import Listing, nothing
 from tally.sources.tables import delimited
 from tally.sources.tables.batches import READY, Ahead, Reader, plain
 from tally.sources.tables.formats import known_format, open_parquet
