@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 
 import tally
 from tally.models.hashing import known_hash
-from tally.scorers.base import Scorer
+from tally.scorers.base import DEFINED_BY, Scorer
 from tally.scorers.scripts.isolation import home_of, is_system, names_beside
 
 _folders: set[str] = set()
@@ -123,7 +123,7 @@ def digest_of(module: ModuleType) -> bytes | None:
 def digest_of_class(found: type[Scorer]) -> bytes | None:
     """SHA-256 of the file that defines it, as it was then."""
     module = sys.modules[found.__module__]
-    return digest_of(module) if is_for_models(module) else (found.__dict__.get("_source") or digest_of(module))
+    return digest_of(module) if is_for_models(module) else (DEFINED_BY.get(found) or digest_of(module))
 
 
 def is_for_models(module: ModuleType) -> bool:
