@@ -15,7 +15,9 @@ from tally.models.load import create, load
 from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
 from tally.scorers.scripts.classes import local_modules
+from tally.scorers.scripts.script import SCRIPT as PREFIX
 
+NAMES = ("helper", "late", "pkg", "spare", "steady", "lib", "once_imported")
 CLASS = """
 from tally import Scorer
 class Mine(Scorer):
@@ -35,11 +37,10 @@ def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
     yield
-    for name in [name for name in set(sys.modules) - before if name.partition(".")[0] in NAMES]:
+    for name in [
+        name for name in set(sys.modules) - before if name.partition(".")[0] in NAMES or name.startswith(PREFIX)
+    ]:
         del sys.modules[name]
-
-
-NAMES = ("helper", "late", "pkg", "spare", "steady", "lib", "once_imported")
 
 
 def write(path: Path, text: str) -> Path:

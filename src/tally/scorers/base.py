@@ -101,7 +101,7 @@ class Response:
 
 
 DEFINED_BY: WeakKeyDictionary[type[Scorer], bytes] = WeakKeyDictionary()
-"""SHA-256 of the files that define scorers, as they were then; not in the classes, which may be pickled with objects."""
+"""SHA-256 of the files that define scorers, as they were then; not in the classes, which are pickled with objects."""
 
 
 class Scorer:
