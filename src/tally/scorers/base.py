@@ -7,10 +7,15 @@ ahead of scoring.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+from tally.models.hashing import known_hash
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,6 +100,10 @@ class Response:
     headers: Sequence[tuple[str, str]] = ()
 
 
+DEFINED_BY: WeakKeyDictionary[type[Scorer], bytes] = WeakKeyDictionary()
+"""SHA-256 of the files that define scorers, as they were then; not in the classes, which are pickled with objects."""
+
+
 class Scorer:
     """Subclass it and override :meth:`score`, and :meth:`load` if there is anything to load.
 
@@ -123,6 +132,14 @@ class Scorer:
     features: Sequence[str] | int | None = None
     by: Sequence[str] = ()
     window: Window | None = None
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Remembers the SHA-256 of the file that defines it: a file that changes later is not this class any more."""
+        super().__init_subclass__(**arguments)
+        file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        if isinstance(file, str) and not cls.__module__.startswith(("tally.", "__main__")):
+            with suppress(OSError):
+                DEFINED_BY[cls] = known_hash(Path(file))
 
     def missing_reason(self, key: Mapping[str, Any]) -> str | None:
         """Why there is no model for a key (column of ``by`` to value), or None where there is one.

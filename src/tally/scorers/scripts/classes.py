@@ -5,17 +5,28 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from importlib.machinery import PathFinder, all_suffixes
 from modulefinder import ModuleFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from tally.errors import ModelLoadError, ModelNotFoundError, SpecError
+from tally.errors import ModelChangedError, ModelLoadError, ModelNotFoundError, SpecError
 from tally.models.hashing import known_hash
 from tally.models.reference import BATCH_LIMIT, ModelRef
 from tally.scorers.base import Scorer
-from tally.scorers.scripts.script import load_module, outline
+from tally.scorers.scripts.isolation import is_system
+from tally.scorers.scripts.script import SCRIPT, load_module, outline
+from tally.scorers.scripts.sources import (
+    compile_from,
+    digest_now,
+    digest_of,
+    digest_of_class,
+    is_for_models,
+    is_own,
+    put_first,
+)
 from tally.text import did_you_mean
 
 
@@ -24,6 +35,9 @@ class _Loaded(NamedTuple):
 
     module: ModuleType
     files: dict[Path, bytes]
+
+    def is_current(self) -> bool:
+        return all(digest_now(file) == digest for file, digest in self.files.items())
 
 
 _loaded: dict[Path, _Loaded] = {}
@@ -56,26 +70,58 @@ def scorer_class(path: Path, wanted: str) -> type[Scorer]:
 
 
 def _module(path: Path) -> ModuleType:
+    put_first(path.parent)
     files = {each: known_hash(each) for each in local_modules(path)}
+    forgot = _forget_changed(str(path.parent), files)
     known = _loaded.get(path)
-    if known is not None and known.files == files:
+    if known is not None and not forgot and files.items() <= known.files.items() and known.is_current():
         return known.module
-    if any(each.files.get(file, digest) != digest for each in _loaded.values() for file, digest in files.items()):
-        # Python would not import a changed neighbour again by itself.
-        ours = {str(file) for file in files}
-        for name, module in list(sys.modules.items()):
-            if getattr(module, "__file__", None) in ours:
-                del sys.modules[name]
-        importlib.invalidate_caches()
     module = load_module(path)
-    _loaded[path] = _Loaded(module, files)
+    beside = {Path(file): digest for _, file, digest in _modules_in(str(path.parent)) if digest is not None}
+    _loaded[path] = _Loaded(module, beside | files)
     return module
 
 
-def import_class(text: str, folder: Path | None) -> type[Scorer]:
-    """The Scorer ``module:Class``. folder: made importable. Raises ModelNotFoundError, ModelLoadError."""
-    if folder is not None and str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+def _modules_in(folder: str) -> list[tuple[str, str, bytes | None]]:
+    """Name, file and content when it was loaded, of each module that came from the folder, but for scorers' files."""
+    found = []
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and is_own(file, folder) and not name.startswith((SCRIPT, "tally.", "__")):
+            found.append((name, file, digest_of(module)))
+    return found
+
+
+def _forget_changed(folder: str, files: Collection[Path] = ()) -> bool:
+    """Whether a module of the folder is not what it was: Python would not import it again by itself.
+
+    Forgets those that changed, and with them what may have imported them: ``files``, and all that were loaded for
+    models.
+    """
+    modules = _modules_in(folder)
+    changed = {name for name, file, digest in modules if digest != digest_now(file)}
+    if changed:
+        for name, file, _ in modules:
+            if name in changed or Path(file) in files or is_for_models(sys.modules[name]):
+                del sys.modules[name]
+        importlib.invalidate_caches()
+    return bool(changed)
+
+
+def import_class(text: str, folder: Path | None, *, renewed: bool = False) -> type[Scorer]:
+    """The Scorer ``module:Class``. folder: made importable. renewed: what changed there is imported again.
+
+    Raises ModelNotFoundError, ModelLoadError, and ModelChangedError if the class's file changed after its import.
+    """
+    if folder is None:
+        compile_from(Path.cwd())
+    elif is_system(str(folder)):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    else:
+        put_first(folder)
+        if renewed:
+            _forget_changed(str(folder))
     module, _, name = text.partition(":")
     try:
         found = getattr(importlib.import_module(module), name, None)
@@ -97,6 +143,12 @@ def import_class(text: str, folder: Path | None) -> type[Scorer]:
         ]
         what = "is not a subclass of tally.Scorer" if found is not None else f"does not exist in {module}"
         raise ModelLoadError(f"{text}: {name} {what}{did_you_mean(name, scorers)}")
+    file = getattr(sys.modules.get(found.__module__), "__file__", None)
+    if file is not None and digest_of_class(found) != digest_now(file):
+        raise ModelChangedError(
+            f"{text}: {file} was changed since this process imported it",
+            hint="Start a new process; in Jupyter, restart the kernel.",
+        )
     return found
 
 
@@ -127,10 +179,34 @@ def local_modules(path: Path) -> list[Path]:
     """The file, and the modules beside it that it imports, and that they import."""
 
     outline(path)  # says what is wrong if it is not Python
-    finder = ModuleFinder(path=[str(path.parent)])
+    finder = _Finder(path=[str(path.parent)])
     finder.run_script(str(path))
     found = {Path(file) for each in finder.modules.values() if (file := getattr(each, "__file__", None))}
     return [path, *sorted(found - {path})]
+
+
+class _Finder(ModuleFinder):
+    """One that knows folders without ``__init__.py``."""
+
+    def find_module(self, name: str, path: Any, parent: Any = None) -> Any:
+        spec = PathFinder.find_spec(name, self.path if path is None else path)
+        if spec is None or spec.loader is not None or not spec.submodule_search_locations:
+            return super().find_module(name, path, parent)
+        if path is None:
+            elsewhere = PathFinder.find_spec(name, [each for each in sys.path if is_system(each)])
+            if name in sys.builtin_module_names or (elsewhere is not None and elsewhere.loader is not None):
+                raise ImportError(name)  # an installed module comes before such a folder
+        return None, next(iter(spec.submodule_search_locations)), ("", "", _PACKAGE)
+
+    def load_package(self, fqname: str, pathname: str) -> Any:
+        if any((Path(pathname) / f"__init__{suffix}").is_file() for suffix in all_suffixes()):
+            return super().load_package(fqname, pathname)
+        module: Any = self.add_module(fqname)
+        module.__path__ = [pathname]
+        return module
+
+
+_PACKAGE = 5  # modulefinder's own word for a folder
 
 
 def not_a_package(ref: ModelRef, what: str) -> SpecError:

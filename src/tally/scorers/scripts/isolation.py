@@ -1,8 +1,9 @@
 """What a scoring script finds around itself, and no other script in the process does.
 
 Scripts are written for a process of their own, but a process has one ``sys.argv``, one ``sys.path``, one table of
-modules and one environment. :class:`Surroundings` keeps those of one script, puts them in place while its code runs,
-and takes them away afterwards, with the modules that it imported from beside itself.
+modules and one ``AZUREML_MODEL_DIR``. :class:`Surroundings` keeps those of one script, puts them in place while its
+code runs, and takes them away afterwards, with the modules that it imported from beside itself. The working directory
+and all other environment variables are the process's: what a script changes there, the others see.
 
 Threads: the code of one script runs at a time in a process, and other scripts wait. A thread that a script leaves
 behind when its call ends finds the process's own surroundings.
@@ -35,7 +36,7 @@ class _Outside:
 
 
 class Surroundings:
-    """One script's own ``sys.argv``, ``sys.path``, environment variables and modules.
+    """One script's own ``sys.argv``, ``sys.path``, modules, and those environment variables that ``variables`` names.
 
     What the script changes in them lasts from one call to its next. Modules that it imports from its folder, or from a
     folder that it put on ``sys.path``, are its own; all others are shared with the process.
@@ -49,9 +50,7 @@ class Surroundings:
         self._path = [self._folder]
         self._variables: dict[str, str | None] = dict(variables)
         self._modules: dict[str, ModuleType] = {}
-        beside = {each.stem for each in script.parent.glob("*.py")}
-        beside |= {each.parent.name for each in script.parent.glob("*/__init__.py")}
-        self._beside = {name for name in beside if not name.startswith("__")} - {"tally"}
+        self._beside = names_beside(script.parent)
         self._outside: _Outside | None = None
 
     @contextmanager
@@ -79,7 +78,7 @@ class Surroundings:
         self._path += [each for each in path if each not in known]
         sys.path = self._path
         variables = _exchange(self._variables)
-        foreign = {name for name in self._beside if self._is_foreign(_home(name))}
+        foreign = {name for name in self._beside if self._is_foreign(home_of(name))}
         hidden = [name for name in list(sys.modules) if name.partition(".")[0] in foreign] if foreign else []
         hidden += [name for name in self._modules if name in sys.modules and name not in hidden]
         modules = {name: sys.modules.pop(name) for name in hidden}
@@ -107,14 +106,14 @@ class Surroundings:
         for name in reversed(list(sys.modules)):
             if name == outside.last_module:
                 break
-            home = _home(name)
-            if home in folders and not _is_system(home):
+            home = home_of(name)
+            if home in folders and not is_system(home):
                 found.add(name)
         return found
 
     def _is_foreign(self, home: str | None) -> bool:
         """Whether a module found there hides the one of the same name that stands beside the script."""
-        return home is not None and home != self._folder and not _is_system(home)
+        return home is not None and home != self._folder and not is_system(home)
 
 
 def _exchange(variables: Mapping[str, str | None]) -> dict[str, str | None]:
@@ -128,7 +127,14 @@ def _exchange(variables: Mapping[str, str | None]) -> dict[str, str | None]:
     return before
 
 
-def _home(name: str) -> str | None:
+def names_beside(folder: Path) -> set[str]:
+    """The modules and packages, with and without ``__init__.py``, that can be imported from a folder."""
+    found = {each.stem for each in folder.glob("*.py")}
+    found |= {each.relative_to(folder).parts[0] for depth in ("*/*.py", "*/*/*.py") for each in folder.glob(depth)}
+    return {name for name in found if not name.startswith("__")} - {"tally"}
+
+
+def home_of(name: str) -> str | None:
     """The folder in which a module, or the package that it belongs to, was found; None if there is no such module."""
     module = sys.modules.get(name.partition(".")[0])
     places = list(getattr(module, "__path__", None) or [])
@@ -136,6 +142,10 @@ def _home(name: str) -> str | None:
     return str(Path(place).absolute().parent) if isinstance(place, str) else None
 
 
-def _is_system(folder: str | None) -> bool:
+def is_system(folder: str | None) -> bool:
     """Whether it holds Python's own modules or installed ones, which are never loaded twice."""
-    return folder is None or folder == str(Path(os.__file__).parent) or folder.endswith(("-packages", "lib-dynload"))
+    return (
+        folder is None
+        or folder == str(Path(os.__file__).parent)
+        or folder.endswith(("site-packages", "dist-packages", "lib-dynload"))
+    )

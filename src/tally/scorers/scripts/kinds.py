@@ -106,7 +106,7 @@ class PythonKind(_CodeFile):
         """The hash covers the file of the class's module, or all of the package that names the class."""
         if found.folder is None and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))  # as "python -m" does
-        scorer = import_class(found.entry, found.folder)
+        scorer = import_class(found.entry, found.folder, renewed=True)
         options = check_options(scorer, merged(found.declared, request.settings), found.entry)
         source = inspect.getsourcefile(scorer)
         if source is None:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.machinery import SOURCE_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -22,6 +23,7 @@ from tally.scorers.base import Input, Item, Request, Response, Result, Results, 
 from tally.scorers.scripts import azureml, requests
 from tally.scorers.scripts.answers import answers_of, result_of
 from tally.scorers.scripts.isolation import Surroundings
+from tally.scorers.scripts.sources import SourceLoader, compile_from, put_first
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,6 +47,8 @@ INPUTS: Mapping[str, Input] = {
     "bytes": "bytes",
     "json": "bytes",
 }
+SCRIPT = "tally_script_"
+"""What the names of modules that were scorers' own files begin with."""
 TABLE_BATCH = 8192
 """Rows in one DataFrame, unless the user says otherwise."""
 
@@ -149,9 +153,7 @@ def load_module(path: Path) -> ModuleType:
     """Run a Python file as a module of its own. Its folder becomes importable for good: what it defines may import
     whenever it is called. Raises ModelLoadError when it fails.
     """
-    folder = str(path.parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    put_first(path.parent)
     before, sys.argv = sys.argv, [str(path)]
     try:
         return _executed(path)
@@ -160,9 +162,10 @@ def load_module(path: Path) -> ModuleType:
 
 
 def _executed(path: Path) -> ModuleType:
-    name = f"tally_script_{sha256(os.fsencode(path)).hexdigest()[:12]}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    name = f"{SCRIPT}{sha256(os.fsencode(path)).hexdigest()[:12]}_{path.stem}"
+    compile_from(path.parent)
+    spec = importlib.util.spec_from_file_location(name, path, loader=SourceLoader(name, str(path)))
+    if spec is None or spec.loader is None or path.suffix not in SOURCE_SUFFIXES:
         raise ModelLoadError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up
