@@ -230,7 +230,7 @@ def test_json_outputs_parse(cli: Cli, out: Path) -> None:
 def test_list_and_dead_for_people(cli: Cli, out: Path) -> None:
     head, line = cli("jobs", "list").out.splitlines()
     assert head.split() == ["JOB", "STATE", "DONE", "DEAD", "MODEL", "OUT", "CREATED"]
-    assert line.split()[1:6] == ["finished", "11/11", "(100%)", "1", "length.py"]
+    assert line.split()[1:6] == ["finished", "11/11", "(100%)", "1", "length"]
     key, stage, error = cli("jobs", "dead", out).out.rstrip("\n").split("\t")
     assert (key, stage) == ("gone.bin", "read")
     assert "no such file" in error

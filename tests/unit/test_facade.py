@@ -168,7 +168,7 @@ def test_pages_on_the_command_line(items: Path) -> None:
     assert "there are more" not in done.stderr
     wrong = subprocess.run(tally("jobs", "list", "--after", "x"), capture_output=True, text=True, timeout=60)
     assert wrong.returncode != 0
-    assert "not where a page of jobs begins" in wrong.stderr
+    assert "--after takes the value printed at the end of the page before" in wrong.stderr
 
 
 def test_score_takes_every_field_of_a_job_by_its_name_and_default() -> None:
