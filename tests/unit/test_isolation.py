@@ -78,13 +78,14 @@ def expected(script: Path, calls: int, weights: Path | None = None, argument: st
 def nothing_leaks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The process is after each test as it was before."""
     monkeypatch.delenv("AZUREML_MODEL_DIR", raising=False)
-    argv, path = [*sys.argv], [*sys.path]
+    argv, path, modules = [*sys.argv], [*sys.path], set(sys.modules)
     yield
     assert (sys.argv, sys.path) == (argv, path)
     assert "AZUREML_MODEL_DIR" not in os.environ
     names = ("utils", "late", "inner", "inner.part", "extra", "score")
-    assert [name for name in names if name in sys.modules] == []
-    assert [name for name in sys.modules if name.startswith("tally_script_")] == []
+    new = set(sys.modules) - modules
+    assert [name for name in names if name in new] == []
+    assert [name for name in new if name.startswith("tally_script_")] == []
 
 
 def test_scripts_in_one_process_do_not_see_each_other(tmp_path: Path) -> None:
