@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -62,7 +61,7 @@ def main() -> None:
             run = Runs(folder / f"work-{name}", env)
             measures: dict[str, Callable[[], float]] = {
                 "fixed": lambda run=run: run.fixed(few, many),
-                "ten rows by key": lambda run=run: run.whole(table, packed, "out.csv"),
+                "ten rows by key": lambda run=run: run.whole(table, packed, ".csv"),
                 "interval": lambda run=run: run.interval(),
             }
             if photos.is_dir() and mobilenet.is_file():
@@ -84,10 +83,10 @@ class Runs:
         (folder / "in" / "a.txt").write_text("a")
         (folder / "lengths.py").write_text(SCRIPT)
         (folder / "job.yaml").write_text(
-            "source: in\nmodel: lengths.py\nout: out/{interval_start_utc:%Y-%m-%dT%H%M}\nworkers: 1\n"
+            "source: in\nmodel: lengths.py\nout: hours/{interval_start_utc:%Y-%m-%dT%H%M}\nworkers: 1\n"
         )
         self._call("schedule", "add", "hourly", "job.yaml", "--cron", "0 * * * *")
-        self._hour = 0
+        self._hour = self._outputs = 0
 
     def _call(self, *arguments: str) -> float:
         began = time.perf_counter()
@@ -97,16 +96,15 @@ class Runs:
             sys.exit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
         return time.perf_counter() - began
 
-    def whole(self, source: Path, model: Path, out: str) -> float:
-        """Seconds of the whole command."""
-        seconds = self._call("score", str(source), "--model", str(model), "--out", out, "--quiet")
-        place = self._folder / out
-        shutil.rmtree(place) if place.is_dir() else place.unlink()
-        return seconds
+    def whole(self, source: Path, model: Path, suffix: str = "") -> float:
+        """Seconds of the whole command. suffix: of the output, if it is one file."""
+        self._outputs += 1
+        out = f"out-{self._outputs}{suffix}"
+        return self._call("score", str(source), "--model", str(model), "--out", out, "--quiet")
 
     def fixed(self, few: Path, many: Path) -> float:
         model = REPOSITORY / "examples" / "shapes" / "model"
-        small, large = (self.whole(source, model, "out") for source in (few, many))
+        small, large = (self.whole(source, model) for source in (few, many))
         return small - FEW * (large - small) / (MANY - FEW)
 
     def first_row(self, photos: Path, model: Path) -> float:

@@ -71,14 +71,18 @@ def read_package(path: Path) -> Package:
         problems += problems_of(error, list(Package.model_fields))
     if (raw.get("file") is None) == (raw.get("entry") is None):
         problems.append("name the model with either file (an .onnx file, say) or entry (a .py file, or module:Class)")
-    if isinstance(kind := raw.get("kind"), str) and kind not in kinds.names() and not did_you_mean(kind, kinds.names()):
-        kinds.get(kind)  # raises that no package brings it, which is more than a mistake in this file
     if isinstance(kind := raw.get("kind"), str) and not kinds.has_files(kind):
         known = [each for each in kinds.names() if kinds.has_files(each)]
         problems.append(f"kind: there is no kind {kind!r}{did_you_mean(kind, known)} (there are {', '.join(known)})")
     for name in ("file", "entry", "artifacts"):
         if isinstance(value := raw.get(name), str):
             problems += _misplaced(path.parent, name, value)
+    if (
+        isinstance(kind, str)
+        and kind not in kinds.names()
+        and all(each.startswith(("kind:", "file:")) for each in problems)
+    ):
+        kinds.get(kind)  # raises that no installed package brings it: the rest follows from that
     if problems:
         raise SpecError([f"{path}: {problem}" for problem in problems])
     return package
