@@ -136,7 +136,7 @@ class Coordinator:
         self._store, self._lease, self._spec = store, lease, spec
         self._source, self._sink, self._engine = source, sink, engine
         self._least, self._most = workers or (engine.slots, engine.slots)
-        self._manifest, self._events = manifest, events or Events()
+        self._manifest, self._events = manifest, events if events is not None else Events()
         self._unit, self._items, self._planned = record.unit, record.items, record.planned
         self._done, self._dead = record.done, record.dead
         self._rates: deque[tuple[float, int]] = deque([(time.monotonic(), record.done)], maxlen=64)
@@ -365,6 +365,8 @@ class Coordinator:
 
     def _tell(self, chunk: Chunk, done: Done) -> None:
         """Send the events of a committed chunk."""
+        if not self._events:
+            return
         seconds = done.usage.get("worker_seconds", 0.0)
         self._events(ChunkDone(chunk.first, chunk.count, len(done.dead), done.output.rows, seconds))
         for dead in done.dead:

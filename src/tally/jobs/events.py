@@ -109,6 +109,10 @@ class Events:
         if subscriber not in self._subscribers:
             self._subscribers.append(subscriber)
 
+    def __bool__(self) -> bool:
+        """Whether anybody subscribes."""
+        return bool(self._subscribers)
+
     def __call__(self, event: Event) -> None:
         for subscriber in self._subscribers:
             try:

@@ -60,7 +60,12 @@ class Jobs:
     ) -> JobRecord:
         """A job for this spec, not yet running; see :func:`tally.jobs.submit.submit`."""
         record, parts = submit(
-            self.store, spec, events=events or Events(), model=model, resume=resume, overwrite=overwrite
+            self.store,
+            spec,
+            events=Events() if events is None else events,
+            model=model,
+            resume=resume,
+            overwrite=overwrite,
         )
         self._assembled = {record.id: parts}  # for the run that follows, if it does
         return record
@@ -88,7 +93,7 @@ class Jobs:
         """
         record = self.get(job)
         spec = JobSpec(**record.spec)
-        events, stop = events or Events(), stop or Stop()
+        events, stop = Events() if events is None else events, stop or Stop()
         events.subscribe(write_to_log)
         cluster = None if in_this_process else cluster_for(spec)
         if cluster is not None:
@@ -113,7 +118,7 @@ class Jobs:
 
         engine: as for :meth:`run`.
         """
-        events, stop = events or Events(), stop or Stop()
+        events, stop = Events() if events is None else events, stop or Stop()
         patiently = Patience(events.waiting)
         record = patiently(lambda: self.get(job))
         while record.state not in ENDED and not stop.asked:
@@ -139,7 +144,7 @@ class Jobs:
 
         stop ends the following, not the job.
         """
-        follower = Follower(self.store, self.get(job), events or Events(), stop)
+        follower = Follower(self.store, self.get(job), Events() if events is None else events, stop)
         return follower.until(lambda now: None if now.alive else now)
 
     def runs_in_a_cluster(self, record: JobRecord) -> bool:
