@@ -25,7 +25,7 @@ demo: $(INSTALLED)  ## restyle a short clip with sound
 test: .venv/test.stamp  ## run the tests (ARGS="-k pattern" runs some)
 	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
-check: .venv/check.stamp  ## lint, check the formatting and the types
+check: .venv/test.stamp .venv/check.stamp  ## lint, check the formatting and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
