@@ -188,7 +188,7 @@ def test_the_command_understands_durations_and_shares(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value", "said"),
-    [("--every", "soon", "no duration"), ("--every", "0s", "no duration"), ("--anomalies", "few", "no share")],
+    [("--every", "soon", "not a duration"), ("--every", "0s", "not a duration"), ("--anomalies", "few", "not a share")],
 )
 def test_the_command_says_what_it_does_not_understand(option: str, value: str, said: str, tmp_path: Path) -> None:
     ran = run("--out", tmp_path / "out", option, value)

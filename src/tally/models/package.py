@@ -77,12 +77,10 @@ def read_package(path: Path) -> Package:
     for name in ("file", "entry", "artifacts"):
         if isinstance(value := raw.get(name), str):
             problems += _misplaced(path.parent, name, value)
-    if (
-        isinstance(kind, str)
-        and kind not in kinds.names()
-        and all(each.startswith(("kind:", "file:")) for each in problems)
-    ):
-        kinds.get(kind)  # raises that no installed package brings it: the rest follows from that
+    known = kinds.names()
+    unknown = isinstance(kind, str) and kind not in known and not did_you_mean(kind, known)
+    if unknown and all(each.startswith(("kind:", "file:")) for each in problems):
+        kinds.get(str(kind))  # raises that no installed package brings it: the rest follows from that
     if problems:
         raise SpecError([f"{path}: {problem}" for problem in problems])
     return package

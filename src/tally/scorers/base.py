@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
-from tally.models.hashing import known_hash
-
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
@@ -138,6 +136,8 @@ class Scorer:
         super().__init_subclass__(**arguments)
         file = getattr(sys.modules.get(cls.__module__), "__file__", None)
         if isinstance(file, str) and not cls.__module__.startswith(("tally.", "__main__")):
+            from tally.models.hashing import known_hash  # only where somebody defines one
+
             with suppress(OSError):
                 DEFINED_BY[cls] = known_hash(Path(file))
 
