@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,11 +22,7 @@ from tally.models.registry import open_registry
 from tally.models.resolve import resolve
 from tally.testing.registry import SCRIPT, ContentContract, RegistryContract
 
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setitem(os.environ, "AZUREML_MODEL_DIR", "")
+pytestmark = pytest.mark.usefixtures("restored")
 
 
 class Sqlite:

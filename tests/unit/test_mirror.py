@@ -36,12 +36,7 @@ HOST = platform.node()
 SCRIPT = "def init():\n    pass\n\n\ndef run(mini_batch):\n    return ['{answer}'] * len(mini_batch)\n"
 
 
-@pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Work in an empty folder; what loading code changes in this process is undone."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setitem(os.environ, "AZUREML_MODEL_DIR", "")
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("restored", "empty_folder")
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,13 +18,7 @@ from tally.errors import (
 from tally.models.load import load
 from tally.models.resolve import resolve
 
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Work in an empty folder; what loading code changes in this process is undone."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setitem(os.environ, "AZUREML_MODEL_DIR", "")
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("restored", "empty_folder")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickle
 import stat
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.bright import SCORER
 from tests.colours import model
 
 from tally.errors import (
@@ -31,27 +31,7 @@ from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
 from tally.scorers.base import Scorer
 
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Work in an empty folder; what loading code changes in this process is undone."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setitem(os.environ, "AZUREML_MODEL_DIR", "")
-    monkeypatch.chdir(tmp_path)
-
-
-SCORER = """
-from tally import Scorer
-import helper_of_mine
-
-class Bright(Scorer):
-    def __init__(self, threshold, label="x"):
-        self.threshold, self.label = threshold, label
-    def load(self, artifacts, device):
-        self.artifacts = artifacts
-    def score(self, batch):
-        return [{"threshold": self.threshold, "label": self.label}] * len(batch)
-"""
+pytestmark = pytest.mark.usefixtures("restored", "empty_folder")
 
 
 # ONNX files

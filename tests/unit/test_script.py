@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,7 @@ from tally.scorers.scripts.answers import result_of
 from tally.scorers.scripts.azureml import AMLRequest, AMLResponse, Model
 from tally.scorers.scripts.script import ScriptScorer, form_of
 
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What scripts change in this process is undone."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setitem(os.environ, "AZUREML_MODEL_DIR", "")
+pytestmark = pytest.mark.usefixtures("restored")
 
 
 def write(folder: Path, text: str, name: str = "score.py") -> Path:
