@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 
 from tally.engines.base import Engine
-from tally.jobs.events import Event, Events, Note, Progress, StateChanged, Subscriber, Waiting
+from tally.jobs.events import Assumed, Event, Events, Note, Progress, StateChanged, Subscriber, Waiting, Warned
 from tally.jobs.facade import Jobs
 from tally.jobs.signals import stop_on_signals
 from tally.jobs.stop import Stop
@@ -50,9 +50,9 @@ def run(
 @contextmanager
 def shown(record: JobRecord, *, quiet: bool = False) -> Iterator[Subscriber]:
     """A subscriber that shows the job's events on standard error while the context lasts."""
-    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-    lines = _Lines(console, record)
-    if console.quiet or not (console.is_terminal or console.is_jupyter):
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    lines = _Lines(console, record, quiet=quiet)
+    if quiet or not (console.is_terminal or console.is_jupyter):
         yield lines
         return
     bar = Bar(
@@ -85,14 +85,18 @@ def shown(record: JobRecord, *, quiet: bool = False) -> Iterator[Subscriber]:
 
 
 class _Lines:
-    """Notes, and for logs a line at each tenth of the job that is reached."""
+    """Notes, and for logs a line at each tenth of the job that is reached. quiet: warnings alone."""
 
-    def __init__(self, console: Console, record: JobRecord) -> None:
-        self._console, self._job, self._unit = console, record.id, record.unit
+    def __init__(self, console: Console, record: JobRecord, *, quiet: bool) -> None:
+        self._console, self._job, self._unit, self._quiet = console, record.id, record.unit, quiet
         self._tenth: int | None = None
 
     def __call__(self, event: Event) -> None:
         match event:
+            case Warned(text) | Assumed(text):
+                self._console.print(f"[yellow]warning:[/yellow] {escape(text)}")
+            case _ if self._quiet:
+                pass
             case Note(text) | Waiting(text):
                 self._say(text)
             case StateChanged("paused"):

@@ -43,6 +43,7 @@ from tally.jobs.events import (
     Started,
     StateChanged,
     Waiting,
+    Warned,
     WorkerLost,
 )
 from tally.jobs.spec import JobSpec
@@ -202,7 +203,7 @@ class Driven:
         self.thread = threading.Thread(target=self._run)
 
     def _hear(self, event: Event) -> None:
-        if isinstance(event, Note | Waiting):
+        if isinstance(event, Note | Waiting | Warned):
             self.said.append(event.text)
         if not isinstance(event, Progress):
             self.events.append(event)
@@ -304,11 +305,10 @@ def test_the_engine_says_why_nothing_happens(drive: Callable[..., Driven], monke
     monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
     it = drive(2)
     it.engine.why = "there is no room for a worker"
-    it.until(lambda: it.store.get(it.job).remarks)
+    it.until(lambda: Warned("there is no room for a worker") in it.events)
     it.engine.end(2)
     assert it.end() == "finished"
-    assert it.said.count("there is no room for a worker") == 1
-    assert it.store.get(it.job).remarks == ["there is no room for a worker"]
+    assert it.events.count(Warned("there is no room for a worker")) == 1
 
 
 def test_what_is_slow_is_run_a_second_time(drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ import inspect
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.faults.storms import tally
@@ -17,10 +19,11 @@ import tally as package
 from tally.api import Job, score
 from tally.api import jobs as list_jobs
 from tally.errors import JobNotFoundError, JobStateError, SpecError
-from tally.jobs.events import ChunkDone, Event, Events, Finished, Note, Progress, Started
+from tally.jobs.events import Assumed, ChunkDone, Event, Events, Finished, Note, Progress, Started, Warned
 from tally.jobs.facade import Jobs
 from tally.jobs.spec import JobSpec, make
 from tally.jobs.stop import Stop
+from tally.sources.files import FileSource
 
 SCORER = """
 from tally import Scorer
@@ -47,8 +50,44 @@ def items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+ASSUMING = """
+from tally import Scorer
+
+class Lengths(Scorer):
+    input = "bytes"
+
+    def score(self, batch):
+        self.assumed = ["each byte is a letter"]
+        return [{"length": len(content)} for content in batch]
+"""
+
+
 def spec_of(items: Path, out: str = "out", **more: object) -> JobSpec:
     return make(source=[str(items)], model="lengths.py", out=out, workers=1, **more)
+
+
+def test_what_is_taken_for_granted_is_told_and_kept(
+    items: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("lengths.py").write_text(ASSUMING)
+    ran = cli("score", items, "--model", "lengths.py", "--out", "out", "-w", 2, "-b", 1, "--quiet")
+    assert (ran.code, ran.err) == (0, "warning: each byte is a letter\n")
+    job = Job("out")
+    assert job.record.assumed == job.manifest["assumed"] == ["each byte is a letter"]
+    assert "assumed      each byte is a letter" in cli("jobs", "show", "out").out
+
+    told: list[Event] = []
+    jobs = Jobs()
+    again = jobs.submit(spec_of(items, "again"))
+    jobs.store.respec(again.id, again.spec, model={**again.model, "assumed": ["known before"]})
+    monkeypatch.setattr(FileSource, "remark", lambda source: "it is odd")
+    ended = jobs.run(again.id, events=Events(told.append))
+    assert {event for event in told if isinstance(event, Assumed | Warned)} == {
+        Assumed("known before"), Warned("it is odd"), Assumed("each byte is a letter"),
+    }  # fmt: skip
+    assert ended.manifest is not None
+    assert ended.manifest["assumed"] == ["known before", "each byte is a letter"]
+    assert ended.manifest["warnings"] == ended.remarks == ["it is odd"]
 
 
 def test_a_job_from_submit_to_delete(items: Path) -> None:

@@ -100,7 +100,7 @@ def show(job: str, as_json: bool) -> None:
 @click.argument("job")
 def watch(job: str) -> int:
     """Follow a job until it ends. Ctrl-C stops following, not the job."""
-    from tally.jobs.events import Event, Events, Progress, Waiting
+    from tally.jobs.events import Assumed, Event, Events, Progress, Waiting, Warned
     from tally.jobs.facade import Jobs
 
     jobs = Jobs()
@@ -114,7 +114,7 @@ def watch(job: str) -> int:
                 if line != shown:
                     click.echo(line)
                     shown = line
-            case Waiting(text):
+            case Waiting(text) | Warned(text) | Assumed(text):
                 click.echo(text, err=True)
             case _:
                 pass
@@ -270,7 +270,9 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
     if log.exists() and log.stat().st_size:
         facts.append(("log", str(log)))
     notes = (record.manifest or {}).get("notes", [])
-    facts += [("note", line) for line in [*model.get("assumed", []), *record.remarks, *notes]]
+    facts += [("assumed", line) for line in record.assumed]
+    facts += [("warning", line) for line in record.remarks]
+    facts += [("note", line) for line in notes]
     if record.state in ("interrupted", "paused", "failed"):
         hopeless = record.planned and 0 < record.items == record.dead
         facts.append(("next", f"tally jobs retry {record.id} --dead" if hopeless else f"tally jobs resume {record.id}"))

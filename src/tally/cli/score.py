@@ -18,7 +18,7 @@ def _resume_options(command: Any) -> Any:
     for option in (
         click.option("--resume", is_flag=True, help="Continue if the same job was begun before, without asking."),
         click.option("--overwrite", is_flag=True, help="Do a finished job again; its earlier results are removed."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal; warnings stay."),
     ):
         command = option(command)
     return command
@@ -186,21 +186,16 @@ def _start(spec: JobSpec, *, resume: bool, overwrite: bool, quiet: bool) -> int:
         from tally.jobs.facade import Jobs
 
         jobs = Jobs()
-        job = _submit(jobs, spec, resume=resume, overwrite=overwrite, quiet=quiet)
+        job = _submit(jobs, spec, resume=resume, overwrite=overwrite)
         return see_through(jobs, job, quiet=quiet, engine=engine)
 
 
-def _submit(jobs: Jobs, spec: JobSpec, *, resume: bool, overwrite: bool, quiet: bool) -> str:
+def _submit(jobs: Jobs, spec: JobSpec, *, resume: bool, overwrite: bool) -> str:
     """The id of the job for this spec. If it was begun before, asks on a terminal whether to resume it."""
-    from tally.jobs.events import Event, Events, Note
     from tally.terminal import interactive
 
-    def show(event: Event) -> None:
-        if isinstance(event, Note) and not quiet:
-            click.secho(event.text, dim=True, err=True)
-
     try:
-        return jobs.submit(spec, resume=resume, overwrite=overwrite, events=Events(show)).id
+        return jobs.submit(spec, resume=resume, overwrite=overwrite).id
     except JobExistsError as error:
         earlier = jobs.get(error.job_id)
         if earlier.alive or earlier.state == "finished" or not interactive():

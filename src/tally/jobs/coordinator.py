@@ -39,7 +39,17 @@ from tally.errors import (
 )
 from tally.jobs import worker
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
-from tally.jobs.events import ChunkDone, Events, Finished, ItemDead, Progress, Started, StateChanged, WorkerLost
+from tally.jobs.events import (
+    Assumed,
+    ChunkDone,
+    Events,
+    Finished,
+    ItemDead,
+    Progress,
+    Started,
+    StateChanged,
+    WorkerLost,
+)
 from tally.jobs.intake import Intake
 from tally.jobs.lease_renewer import lease_renewer
 from tally.jobs.plan import ChunkSizer, Planner
@@ -139,6 +149,7 @@ class Coordinator:
         self._manifest, self._events = manifest, events if events is not None else Events()
         self._unit, self._items, self._planned = record.unit, record.items, record.planned
         self._done, self._dead = record.done, record.dead
+        self._assumed = set(record.assumed)
         self._rates: deque[tuple[float, int]] = deque([(time.monotonic(), record.done)], maxlen=64)
         self._patience = Patience(self._events.waiting)
         self._inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
@@ -346,7 +357,7 @@ class Coordinator:
         if turn.complete:
             self._planned = True
             if remark := self._source.remark():
-                self._note(remark)
+                self._events.warn(remark)
         for each in counted:
             self._done += each.count
             self._dead += len(each.dead)
@@ -383,11 +394,6 @@ class Coordinator:
         self._open += len(planned) + sum(len(each.parts) - 1 for each in lost) - len(counted)
         return counted, taken
 
-    def _note(self, remark: str) -> None:
-        """Show the user a line now, and store it with the job."""
-        self._patience(lambda: self._store.remark(self._lease, remark))
-        self._events.note(remark)
-
     def _scale(self) -> None:
         """As many slots as there is work for: more at once, fewer after a while, none when there is nothing to do."""
         if self._stop is not None:
@@ -412,7 +418,7 @@ class Coordinator:
         self._asked_at = now
         remark = self._engine.remark()
         if remark is not None and remark != self._remark:
-            self._note(remark)
+            self._events.warn(remark)
         self._remark = remark
 
     def _greet(self, future: Future[Any]) -> bool:
@@ -497,6 +503,7 @@ class Coordinator:
         if error is None:
             outcome: worker.Outcome = future.result()
             del self._running[stored.id]
+            self._tell_assumed(outcome.assumed)
             self._sizer.observe(stored.chunk.count, outcome.seconds)
             self._stragglers.observe(outcome.seconds)
             turn.done.append(self._done_from(stored, attempt, outcome))
@@ -510,6 +517,13 @@ class Coordinator:
             # The planner waits for a first measurement: this is one, if a poor one.
             self._sizer.observe(stored.chunk.count, time.monotonic() - running.since)
             self._after_loss(stored, attempt, error, turn)
+
+    def _tell_assumed(self, sentences: Sequence[str]) -> None:
+        """Tell what a worker took for granted, once however many workers do."""
+        for sentence in sentences:
+            if sentence not in self._assumed:
+                self._assumed.add(sentence)
+                self._events(Assumed(sentence))
 
     def _done_from(self, stored: StoredChunk, attempt: str, outcome: worker.Outcome) -> Done:
         dead = [
@@ -665,6 +679,8 @@ class Coordinator:
             ({"key": each.key, "stage": each.stage, "error": each.error} for each in dead),
             {
                 **self._manifest,
+                "assumed": record.assumed,
+                "warnings": record.remarks,
                 "job": record.id,
                 "generation": generation,
                 "items": record.items,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 log = logging.getLogger("tally")
+_told = logging.getLogger("tally.events")
+_told.addHandler(logging.NullHandler())  # a terminal shows them anyway: Python's handler of last resort is not needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,20 @@ class Started:
 @dataclass(frozen=True, slots=True)
 class Note:
     """A line that the user should read."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something that may make results wrong or incomplete. It is shown in any case, and kept with the job."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assumed:
+    """Something that was taken for granted about the model or the data. As :class:`Warned`; the manifest lists it."""
 
     text: str
 
@@ -94,7 +110,9 @@ class Finished:
     error: Exception | None = None
 
 
-Event: TypeAlias = Started | Note | Progress | ChunkDone | ItemDead | WorkerLost | Waiting | StateChanged | Finished
+Event: TypeAlias = (
+    Started | Note | Warned | Assumed | Progress | ChunkDone | ItemDead | WorkerLost | Waiting | StateChanged | Finished
+)
 Subscriber: TypeAlias = Callable[[Event], None]
 
 
@@ -123,6 +141,9 @@ class Events:
     def note(self, text: str) -> None:
         self(Note(text))
 
+    def warn(self, text: str) -> None:
+        self(Warned(text))
+
     def waiting(self, text: str) -> None:
         self(Waiting(text))
 
@@ -132,12 +153,12 @@ def write_to_log(event: Event) -> None:
     match event:
         case WorkerLost(first, count, error):
             items = f"item {first}" if count == 1 else f"items {first} to {first + count - 1}"
-            log.info("%s: %s", items, error)
+            _told.info("%s: %s", items, error)
         case ItemDead(key, stage, error):
-            log.debug("%s: %s failed: %s", key, stage, error)
-        case Waiting(text):
-            log.warning("%s", text)
+            _told.debug("%s: %s failed: %s", key, stage, error)
+        case Waiting(text) | Warned(text) | Assumed(text):
+            _told.warning("%s", text)
         case Finished(job_id, state, error) if error is not None:
-            log.info("job %s is %s: %s", job_id, state, error)
+            _told.info("job %s is %s: %s", job_id, state, error)
         case _:
             pass

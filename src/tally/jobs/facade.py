@@ -16,7 +16,7 @@ from tally.errors import DatabaseAwayError, JobStateError, TallyError
 from tally.jobs import tidy
 from tally.jobs.chunks import Dead
 from tally.jobs.cluster import cluster_for, drive_in_cluster
-from tally.jobs.events import Events, write_to_log
+from tally.jobs.events import Assumed, Events, write_to_log
 from tally.jobs.follow import LOOK_SECONDS, Follower, is_driven
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.run import drive
@@ -56,13 +56,11 @@ class Jobs:
         model: Scorer | type[Scorer] | None = None,
         resume: bool = False,
         overwrite: bool = False,
-        events: Events | None = None,
     ) -> JobRecord:
         """A job for this spec, not yet running; see :func:`tally.jobs.submit.submit`."""
         record, parts = submit(
             self.store,
             spec,
-            events=Events() if events is None else events,
             model=model,
             resume=resume,
             overwrite=overwrite,
@@ -95,6 +93,8 @@ class Jobs:
         spec = JobSpec(**record.spec)
         events, stop = Events() if events is None else events, stop or Stop()
         events.subscribe(write_to_log)
+        for sentence in record.assumed:
+            events(Assumed(sentence))
         cluster = None if in_this_process else cluster_for(spec)
         if cluster is not None:
             return drive_in_cluster(self.store, record.id, cluster, events=events, stop=stop, retry_dead=retry_dead)

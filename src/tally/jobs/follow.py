@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from tally.database.waiting import Patience
 from tally.errors import ClusterLostError, DatabaseAwayError, JobError, TallyError
-from tally.jobs.events import Events, Finished, Note, Progress, Started, StateChanged
+from tally.jobs.events import Assumed, Events, Finished, Progress, Started, StateChanged, Warned
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord, JobStore
 
@@ -63,7 +63,10 @@ class Follower:
             self._started = True
             self._events(Started(record.id, record.unit))
         for line in record.remarks[len(before.remarks) :]:
-            self._events(Note(line))
+            self._events(Warned(line))
+        for line in record.assumed:
+            if line not in before.assumed:
+                self._events(Assumed(line))
         if record.state != before.state and "paused" in (before.state, record.state):
             self._events(StateChanged(record.state))
         now = time.monotonic()

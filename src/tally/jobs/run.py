@@ -17,7 +17,7 @@ from tally.jobs import worker
 from tally.jobs.assemble import Parts, assemble
 from tally.jobs.chunks import new_nonce
 from tally.jobs.coordinator import Coordinator
-from tally.jobs.events import Event, Events, Finished, Subscriber
+from tally.jobs.events import Assumed, Event, Events, Finished, Subscriber, Warned
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
@@ -93,7 +93,7 @@ def drive(
             batch_size=parts.batch_size,
             manifest=_facts(spec, parts.model),
             # Its own, as the caller's may serve several jobs, or this one again.
-            events=Events(events, _alerts_of(store, events, patience)),
+            events=Events(events, _record_of(store, lease, patience), _alerts_of(store, events, patience)),
         )
     except BaseException as error:
         engine.stop(kill=True)
@@ -104,6 +104,21 @@ def drive(
     stop.attach(coordinator)
     coordinator.run()
     return patience(lambda: store.get(record.id))
+
+
+def _record_of(store: JobStore, lease: Lease, patience: Patience) -> Subscriber:
+    """Keeps warnings with the job."""
+
+    def keep(event: Event) -> None:
+        match event:
+            case Warned(text):
+                patience(lambda: store.remark(lease, text))
+            case Assumed(text):
+                patience(lambda: store.assume(lease, text))
+            case _:
+                pass
+
+    return keep
 
 
 def _alerts_of(store: JobStore, events: Events, patience: Patience) -> Subscriber:

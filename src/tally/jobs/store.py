@@ -86,6 +86,11 @@ class JobRecord:
         """What its items are: items, frames or rows."""
         return str(self.output.get("unit", "items"))
 
+    @property
+    def assumed(self) -> list[str]:
+        """What was taken for granted about model and data: one sentence each."""
+        return list(self.model.get("assumed", ()))
+
 
 @dataclass(frozen=True, slots=True)
 class JobPage:
@@ -427,6 +432,16 @@ class JobStore:
             if text not in row["remarks"]:
                 remarks = [*row["remarks"], text]
                 connection.execute(sa.update(jobs).where(jobs.c.id == lease.job_id).values(remarks=remarks))
+
+    def assume(self, lease: Lease, text: str) -> None:
+        """Store a line about what was taken for granted, once; see :attr:`JobRecord.assumed`."""
+        with self.engine.begin() as connection:
+            self._own(connection, lease)
+            model = connection.scalar(sa.select(jobs.c.model).where(jobs.c.id == lease.job_id)) or {}
+            assumed = model.get("assumed", [])
+            if text not in assumed:
+                model = {**model, "assumed": [*assumed, text]}
+                connection.execute(sa.update(jobs).where(jobs.c.id == lease.job_id).values(model=model))
 
     def mark(self, lease: Lease, state: str) -> None:
         """Set the state to paused, or to running again."""

@@ -8,7 +8,6 @@ from tally.alerts.delivery import conclude
 from tally.alerts.evaluation import check
 from tally.errors import JobExistsError, TallyError
 from tally.jobs.assemble import Parts, assemble, describe_model, output_without_source
-from tally.jobs.events import Events
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobRecord, JobStore
@@ -20,7 +19,7 @@ _HALTED = {"interrupted": "was interrupted", "paused": "was paused", "failed": "
 
 
 def submit(
-    store: JobStore, spec: JobSpec, *, events: Events, model: Any = None, resume: bool = False, overwrite: bool = False
+    store: JobStore, spec: JobSpec, *, model: Any = None, resume: bool = False, overwrite: bool = False
 ) -> tuple[JobRecord, Parts]:
     """A job for this spec, and its parts: a new one, or with ``resume`` the earlier one that was not finished.
 
@@ -35,8 +34,6 @@ def submit(
     check(spec.alerts, spec.webhook, parts.sink.describe().columns)
     # What the source holds is settled now, whatever is put into its folder later.
     spec = spec.model_copy(update={"media": parts.source.media or spec.media})
-    for line in ref.assumed:
-        events.note(line)
     fingerprint = spec.fingerprint(ref.hash)
     earlier = store.find(fingerprint)
     if earlier is not None and earlier.state == "created" and not earlier.alive and parts.sink.holder() != earlier.id:

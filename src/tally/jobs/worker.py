@@ -55,12 +55,13 @@ class DeadItem:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one attempt at a chunk. ``seconds`` is wall time in the worker."""
+    """What became of one attempt at a chunk. ``seconds`` is wall time in the worker. assumed: see :class:`Scorer`."""
 
     output: Output
     dead: list[DeadItem]
     timings: Timings
     seconds: float
+    assumed: Sequence[str] = ()
 
 
 @dataclass(slots=True)
@@ -139,6 +140,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
         dead=[DeadItem(position, keys[position], stage, error) for position, stage, error in sorted(dead)],
         timings=timings,
         seconds=time.perf_counter() - began,
+        assumed=tuple(worker.scorer.assumed),
     )
 
 

@@ -118,6 +118,8 @@ class Scorer:
         time; None: all columns.
     by: tables only, the columns whose values choose a model, where there is one model per key.
     window: tables only, how readings are aggregated first, unless the job says otherwise.
+    assumed: one plain sentence for each thing that was taken for granted and came out only when the model was loaded or
+        scored. The user is warned, and the job keeps it.
 
     The table handed to :meth:`score` has the columns ``by``, then the features in order, and no others.
     """
@@ -130,6 +132,7 @@ class Scorer:
     features: Sequence[str] | int | None = None
     by: Sequence[str] = ()
     window: Window | None = None
+    assumed: Sequence[str] = ()
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Remembers the SHA-256 of the file that defines it: a file that changes later is not this class any more."""

@@ -26,7 +26,6 @@ from tally.errors import (
     UntrustedModelError,
     error_line,
 )
-from tally.jobs.events import Event, Events, Note
 from tally.jobs.facade import Jobs
 from tally.jobs.prestart import prestarted
 from tally.jobs.signals import stop_on_signals
@@ -93,7 +92,7 @@ def _job(jobs: Jobs, store: ScheduleStore, run: Run, spec: JobSpec, token: str) 
         with suppress(JobNotFoundError):
             return jobs.get(run.job_id)
     try:
-        record = jobs.submit(spec, resume=True, overwrite=run.again, events=Events(_print))
+        record = jobs.submit(spec, resume=True, overwrite=run.again)
     except JobExistsError as error:
         record = jobs.get(error.job_id)
     except SourceNotFoundError as error:
@@ -102,12 +101,6 @@ def _job(jobs: Jobs, store: ScheduleStore, run: Run, spec: JobSpec, token: str) 
         raise
     store.assign(run.id, token, record.id)
     return record
-
-
-def _print(event: Event) -> None:
-    """Print notes: the output of this process is the schedule's log."""
-    if isinstance(event, Note):
-        print(event.text)
 
 
 def main() -> int:

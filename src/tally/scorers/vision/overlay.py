@@ -64,6 +64,10 @@ class Overlay(Scorer):
         self.input = scorer.input
 
     @property
+    def assumed(self) -> Sequence[str]:  # type: ignore[override]
+        return self.scorer.assumed
+
+    @property
     def batch_size(self) -> int:
         return self.scorer.batch_size
 
