@@ -142,13 +142,13 @@ class _Driver:
 
     def _start(self, record: JobRecord) -> None:
         name = f"tally-{record.id}-{secrets.token_hex(3)}"
-        command = f"-m tally coordinate {record.id} --quiet"
+        command = f"-P -m tally coordinate {record.id} --quiet"
         if self._retry_dead and record.dead == self._before.dead:  # none of them is being replayed yet
             command += " --dead"
         # A cluster that was started on this machine may have another Python first on its path.
         ours = shlex.quote(sys.executable)
         self._cluster.submit(
-            f'p={ours}; "$p" -c \'import tally\' 2>/dev/null || p=python; exec "$p" {command}', name, _environment()
+            f'p={ours}; "$p" -P -c \'import tally\' 2>/dev/null || p=python; exec "$p" {command}', name, _environment()
         )
         self._name = name
 

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tally import processes
 from tally.alerts.delivery import deliver
 from tally.alerts.evaluation import evaluate
 from tally.alerts.job import unevaluated
@@ -183,7 +183,7 @@ class Loop:
         log_file = log_of(run.schedule)
         log_file.parent.mkdir(parents=True, exist_ok=True)
         assert run.token is not None
-        command = [sys.executable, "-m", "tally.triggers.drive", str(run.id), run.token]
+        command = processes.command("tally.triggers.drive", str(run.id), run.token)
         try:
             with log_file.open("ab") as output:
                 # In a session of its own: Ctrl-C goes to the loop only, which stops the process cleanly.

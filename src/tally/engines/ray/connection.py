@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -70,11 +71,11 @@ def _initialize(ray: Any) -> None:
     before = signal.getsignal(signal.SIGTERM) if main else None
     try:
         try:
-            ray.init(object_store_memory=STORE_BYTES, **quiet)
+            ray.init(object_store_memory=STORE_BYTES, job_config=_job(), **quiet)
         except ValueError as error:
             if "existing cluster" not in str(error):
                 raise
-            ray.init(**quiet)
+            ray.init(job_config=_job(), **quiet)
     except ConnectionError as error:
         raise ClusterLostError(
             f"the Ray cluster {mask(address) or 'of this machine'} does not answer: {error}",
@@ -92,6 +93,20 @@ def _initialize(ray: Any) -> None:
             signal.signal(signal.SIGTERM, before)
     # Ray prints warnings of its daemons (a lost node, say) to standard output, whatever its options say.
     ray._private.worker.print_to_stdstream = _log_output
+
+
+def _job() -> Any:
+    """The description of this process for Ray."""
+    from ray.job_config import JobConfig
+
+    class Job(JobConfig):
+        def _serialize(self) -> Any:
+            # Ray has its workers import from the folder that this process is in before anything else.
+            ours = {os.path.abspath(each) for each in sys.path}  # noqa: PTH100 - "" is the current folder
+            self._py_driver_sys_path = [each for each in self._py_driver_sys_path if each in ours]
+            return super()._serialize()
+
+    return Job()
 
 
 def disconnect(ray: Any) -> None:

@@ -20,6 +20,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tally import processes
 from tally.errors import ItemError, StorageAwayError, StorageError, TallyError
 from tally.media.video.container import Input, error_text, open_video, video_stream
 from tally.media.video.metadata import Colour, Video, pack, unpack
@@ -364,11 +365,10 @@ class Prober:
         seconds = PATIENCE_SECONDS + size / PATIENCE_BYTES_PER_SECOND
         waiting = seconds + (0 if store.is_local else STORAGE_SECONDS)
         if self._process is None:
-            # It imports this very Tally, and nothing from the current folder, where a json.py may be.
-            inherited = dict(os.environ)
+            inherited = processes.environment()  # and this very Tally
             paths = [str(Path(__file__).parents[2]), inherited.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __spec__.name],
+                processes.command(__spec__.name),
                 env={**inherited, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -6,6 +6,7 @@ import inspect
 import platform
 import sys
 from collections.abc import Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class PythonKind(_CodeFile):
 
     def _imported(self, found: Candidate, request: ModelRequest) -> ModelRef:
         """The hash covers the file of the class's module, or all of the package that names the class."""
-        if found.folder is None and str(Path.cwd()) not in sys.path:
+        if found.folder is None and str(Path.cwd()) not in sys.path and _is_here(found.entry):
             sys.path.insert(0, str(Path.cwd()))  # as "python -m" does
         scorer = import_class(found.entry, found.folder, renewed=True)
         options = check_options(scorer, merged(found.declared, request.settings), found.entry)
@@ -147,6 +148,11 @@ class PythonKind(_CodeFile):
         if ".py:" not in ref.entry:
             raise not_a_package(ref, "an importable class")
         return super().package(ref)
+
+
+def _is_here(entry: str) -> bool:
+    """Whether the module of ``module:Class`` is in the current folder."""
+    return PathFinder.find_spec(entry.partition(":")[0].partition(".")[0], [str(Path.cwd())]) is not None
 
 
 def _imported_here(ref: ModelRef) -> type[Scorer]:

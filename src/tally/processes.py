@@ -1,0 +1,52 @@
+"""How Tally starts another Python: it imports nothing from the current folder, and is not told what only the server
+may know.
+
+The current folder may be one of pictures that somebody else filled: a ``pickle.py`` in it must not run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from multiprocessing import resource_tracker
+
+SAFE_PATH = "-P"
+"""Python's flag that leaves the current folder out of ``sys.path``. Children that multiprocessing starts inherit it."""
+
+_SECRETS = re.compile(
+    r"TALLY_DATABASE|TALLY_\w*(SECRET|KEY|TOKEN|PASSWORD)\w*|RAY_AUTH_TOKEN"
+    r"|PG(PASSWORD|PASSFILE|SERVICE|SERVICEFILE|SSLKEY)"  # libpq's
+)
+_withheld: set[str] = set()
+
+
+def withhold(variable: str) -> None:
+    """Do not tell workers this environment variable from now on: a secret is in it."""
+    _withheld.add(variable)
+
+
+def environment() -> dict[str, str]:
+    """The environment for processes that need no database and no key of the server: workers and other helpers.
+
+    The credentials of buckets stay: workers read and write there.
+    """
+    return {name: value for name, value in os.environ.items() if name not in _withheld and not _SECRETS.fullmatch(name)}
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """The command line of a Python that runs one of Tally's modules."""
+    return [sys.executable, SAFE_PATH, "-m", module, *arguments]
+
+
+def track_resources() -> None:
+    """Start multiprocessing's resource tracker. It would be started in the current folder, and import from there."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"  # there is no other way to tell it
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
