@@ -13,6 +13,8 @@ COMMANDS = {
     "jobs": ("tally.cli.jobs:jobs", "List, follow, stop, resume and retry jobs."),
     "schedule": ("tally.cli.schedule:schedule", "Run jobs on time: hourly, nightly, for days gone by."),
     "train": ("tally.cli.train:train", "Train a model from your own data."),
+    "up": ("tally.cli.up:up", "Start the server: API and pages."),
+    "keys": ("tally.cli.up:keys", "Say who may use the server."),
     "query": ("tally.cli.query:query", "Ask a job's results with SQL."),
     "models": ("tally.cli.models:models", "Keep models under names, versions and aliases."),
     "new": ("tally.cli.new:new", "Start a scorer or a model package from a template."),

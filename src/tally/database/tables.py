@@ -1,4 +1,4 @@
-"""Every table: of jobs, alerts, the model registry, schedules and their runs.
+"""Every table: of jobs and their starts, alerts, the model registry, schedules and their runs, keys and the audit log.
 
 Times are seconds since the epoch by the database's own clock; those of a schedule's intervals are whole ones.
 Columns marked "later" may be empty only because they were added to tables with rows in them, which SQLite cannot do
@@ -118,6 +118,20 @@ received_keys = Table(
     Index("received_keys_by_age", "job_id", "at"),
 )
 
+# Jobs that a server is to start.
+starts = Table(
+    "starts",
+    metadata,
+    Column("job_id", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("action", String(16), nullable=False),  # submit, resume or retry
+    Column("overwrite", Integer, nullable=False),
+    Column("who", Text, nullable=False),  # asked for it
+    Column("asked_at", Double, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    # The server that starts it.
+    *lease_columns(),
+)
+
 alerts = Table(
     "alerts",
     metadata,
@@ -219,4 +233,44 @@ schedule_runs = Table(
     # Both ends: another cron expression may make a different interval with the same start.
     UniqueConstraint("schedule", "interval_start", "interval_end"),
     Index("schedule_runs_by_state", "schedule", "state", "interval_start"),
+)
+
+
+# Only the hash of a key's secret is kept.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(12), primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("hash", String(64), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
+    Column("revoked_at", Double),
+    Column("used_at", Double),
+)
+
+# Browsers that have shown a key; of their cookie, the hash.
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("hash", String(64), primary_key=True),
+    Column("key_id", String(12), ForeignKey("api_keys.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("at", Double, nullable=False),
+    # The key's name, id and role, as they were then.
+    Column("who", String(64), nullable=False),
+    Column("key_id", String(12), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("action", Text, nullable=False),
+    Column("target", Text, nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("address", Text, nullable=False),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tally.alerts.alert import Alert, alerts_of, resend
 from tally.alerts.delivery import PATIENCE, deliver
@@ -21,6 +21,7 @@ from tally.jobs.follow import LOOK_SECONDS, Follower, is_driven
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.run import drive
 from tally.jobs.spec import JobSpec, absolute
+from tally.jobs.starts import StartStore
 from tally.jobs.states import ENDED, State
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobPage, JobRecord, JobStore
@@ -45,6 +46,7 @@ class Jobs:
 
     def __init__(self, store: JobStore | None = None) -> None:
         self.store = store if store is not None else JobStore(connect(settings().database))
+        self.starts = StartStore(self.store.engine)
         self._assembled: dict[str, Parts] = {}
 
     # -- making and running ------------------------------------------------------------------------
@@ -56,6 +58,7 @@ class Jobs:
         model: Scorer | type[Scorer] | None = None,
         resume: bool = False,
         overwrite: bool = False,
+        waiting: str | None = None,
     ) -> JobRecord:
         """A job for this spec, not yet running; see :func:`tally.jobs.submit.submit`."""
         record, parts = submit(
@@ -64,8 +67,26 @@ class Jobs:
             model=model,
             resume=resume,
             overwrite=overwrite,
+            waiting=waiting,
         )
         self._assembled = {record.id: parts}  # for the run that follows, if it does
+        return record
+
+    def enqueue(self, spec: JobSpec, *, who: str = "", overwrite: bool = False) -> JobRecord:
+        """A new job that waits for a server to start it. Nothing of it is opened here. who: asked for it."""
+        return self.store.enqueue(spec.model_dump(mode="json"), who=who, overwrite=overwrite)
+
+    def ask_to_start(self, job: str, action: Literal["resume", "retry"], *, who: str = "") -> JobRecord:
+        """Have a server continue the job, or replay its dead items. Raises JobStateError where that cannot be."""
+        record = self.get(job)
+        if record.alive:
+            if action == "retry":
+                raise JobStateError(f"job {record.id} is {record.state}", hint="Wait until it has ended.")
+            return self.unpause(record.id)
+        if record.state == "cancelled" or (record.state == "finished" and action == "resume"):
+            raise JobStateError(f"job {record.id} is {record.state}")
+        if record.state != "waiting":
+            self.starts.ask(record.id, action, who=who)
         return record
 
     def submit_failed(self, spec: JobSpec, error: TallyError) -> JobRecord:
@@ -177,7 +198,9 @@ class Jobs:
         Returns the job. It is ``alive`` if a coordinator has it, which has been told, and stops soon.
         """
         record = self.get(job)
-        if not record.alive and record.state not in ENDED:
+        if record.state == "waiting" and self.store.give_up(record.id, "cancelled"):
+            return self.store.get(record.id)
+        if not record.alive and record.state not in ENDED and record.output:
             tidy.sink_of(record)  # raises what would keep its output from being removed, before anything is changed
         self.store.request(record.id, "cancel")
         if record.alive:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, get_args
 
-State: TypeAlias = Literal["created", "running", "paused", "interrupted", "failed", "finished", "cancelled"]
-"""A job whose coordinator was killed counts as interrupted."""
+State: TypeAlias = Literal["waiting", "created", "running", "paused", "interrupted", "failed", "finished", "cancelled"]
+"""waiting: for a server to start it. A job whose coordinator was killed counts as interrupted."""
 
 STATES: tuple[State, ...] = get_args(State)
 

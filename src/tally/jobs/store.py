@@ -24,7 +24,7 @@ from tally.database.clock import now
 from tally.database.notify import notify
 from tally.database.tables import dead_items, jobs
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError, SpecError
-from tally.jobs import chunks, received_keys
+from tally.jobs import chunks, received_keys, starts
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
 from tally.jobs.states import ENDED, Request
 from tally.sinks.base import Output
@@ -43,7 +43,7 @@ _SEARCHED_SOURCES = 16
 class JobRecord:
     """One job as the store knows it. Times are seconds since the epoch.
 
-    state: created, running, paused, interrupted, failed, finished or cancelled. A job whose coordinator
+    state: waiting, created, running, paused, interrupted, failed, finished or cancelled. A job whose coordinator
         was killed is still ``running`` in the table; it is reported as interrupted (``alive`` is false).
     wanted: the user's last request: run, pause or cancel.
     items: planned so far; all of them when ``planned``. done, dead: committed so far.
@@ -201,24 +201,43 @@ class JobStore:
         model: dict[str, Any],
         output: dict[str, Any],
         job_id: str | None = None,
+        waiting: str | None = None,
         hold: float | None = None,
     ) -> JobRecord:
         """A new job, not yet owned by anybody.
 
-        output: as in :class:`JobRecord`.
+        output: as in :class:`JobRecord`. waiting: the id of the waiting job that it is. Raises JobStateError where
+            that does not wait any more.
         hold: seconds for which only this process may acquire it; others see that it is being started.
         """
-        job_id = job_id or new_id()
+        job_id = waiting or job_id or new_id()
         holding = {} if hold is None else leases.granted(leases.new_token(), hold)
+        values = {
+            "fingerprint": fingerprint, "spec": spec, "model": model, "state": "created",
+            **_output_columns(output), **_search_columns(job_id, spec, model), **holding,
+        }  # fmt: skip
+        with self.engine.begin() as connection:
+            if waiting is None:
+                connection.execute(sa.insert(jobs).values(**_new_row(job_id) | values))
+            elif not _leave_line(connection, job_id, **values):
+                raise JobStateError(f"job {job_id} does not wait any more")
+        return self.get(job_id)
+
+    def enqueue(self, spec: dict[str, Any], *, who: str = "", overwrite: bool = False) -> JobRecord:
+        """A new job that waits for a server to start it; its model has not been looked at. who: asked for it."""
+        job_id, model = new_id(), {"name": spec["model"]}
+        values = {"fingerprint": "", "spec": spec, "model": model, "state": "waiting", "output": {}}
         with self.engine.begin() as connection:
             connection.execute(
-                sa.insert(jobs).values(
-                    id=job_id, fingerprint=fingerprint, spec=spec, model=model, state="created", wanted="run",
-                    remarks=[], generation=0, created_at=now(), planned=0, items=0, done=0, dead=0, rows=0,
-                    bytes=0, usage={}, **_output_columns(output), **_search_columns(job_id, spec, model), **holding,
-                )
-            )  # fmt: skip
+                sa.insert(jobs).values(**_new_row(job_id) | values, **_search_columns(job_id, spec, model))
+            )
+            starts.insert(connection, job_id, "submit", who=who, overwrite=overwrite)
         return self.get(job_id)
+
+    def give_up(self, job_id: str, state: Literal["failed", "cancelled"], *, error: str | None = None) -> bool:
+        """A waiting job is not started after all. False if it does not wait any more."""
+        with self.engine.begin() as connection:
+            return _leave_line(connection, job_id, state=state, error=error, finished_at=now())
 
     def respec(
         self,
@@ -562,6 +581,19 @@ _SMALL = [column for column in jobs.c if column.name not in ("spec", "model", "m
 def _place(out: str) -> str:
     """A place as it is stored and looked for."""
     return storable(normalised(out))
+
+
+def _new_row(job_id: str) -> dict[str, Any]:
+    return {
+        "id": job_id, "wanted": "run", "remarks": [], "generation": 0, "created_at": now(), "planned": 0, "items": 0,
+        "done": 0, "dead": 0, "rows": 0, "bytes": 0, "usage": {},
+    }  # fmt: skip
+
+
+def _leave_line(connection: sa.Connection, job_id: str, **values: Any) -> bool:
+    """Change a job that waits to be started. False if it does not wait any more."""
+    waits = (jobs.c.id == job_id, jobs.c.state == "waiting")
+    return connection.execute(sa.update(jobs).where(*waits).values(**values)).rowcount > 0
 
 
 def _output_columns(output: dict[str, Any]) -> dict[str, Any]:

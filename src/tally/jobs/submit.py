@@ -19,13 +19,20 @@ _HALTED = {"interrupted": "was interrupted", "paused": "was paused", "failed": "
 
 
 def submit(
-    store: JobStore, spec: JobSpec, *, model: Any = None, resume: bool = False, overwrite: bool = False
+    store: JobStore,
+    spec: JobSpec,
+    *,
+    model: Any = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    waiting: str | None = None,
 ) -> tuple[JobRecord, Parts]:
     """A job for this spec, and its parts: a new one, or with ``resume`` the earlier one that was not finished.
 
     model: a live Scorer that stands for ``spec.model``.
     resume: what does not change the result (workers, device, limits ...) is from now on as this spec says.
     overwrite: do it again, over the results of an earlier finished job.
+    waiting: the id of the waiting job that this one is.
     Raises JobExistsError if the same was asked for before and neither is given. An earlier job that has not
     scored anything is no obstacle: it is forgotten.
     """
@@ -48,6 +55,7 @@ def submit(
         spec=spec.model_dump(mode="json"),
         model=ref.to_dict(),
         output=parts.describe_output(),
+        waiting=waiting,
         hold=LEASE_SECONDS,
     )
     try:

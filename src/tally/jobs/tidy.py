@@ -20,7 +20,7 @@ def discard(store: JobStore, record: JobRecord) -> None:
 
 def release(store: JobStore, record: JobRecord) -> None:
     """Remove what the job has not finished writing, unless its place is another job's by now."""
-    if record.state == "finished":
+    if record.state == "finished" or not record.output:
         return
     sink = sink_of(record)
     if sink.holder() != record.id:
@@ -42,5 +42,7 @@ def _has_unpublished(store: JobStore, record: JobRecord, sink: Sink) -> bool:
 
 
 def sink_of(record: JobRecord) -> Sink:
-    """Where the job's results are, for reading or removing them."""
+    """Where the job's results are, for reading or removing them. Raises JobStateError if it never began."""
+    if not record.output:
+        raise JobStateError(f"job {record.id} is {record.state}, and has written nothing")
     return reopen(OutputDescription.from_json(record.output))

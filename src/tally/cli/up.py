@@ -1,0 +1,107 @@
+"""``tally up``: the server, and ``tally keys``: who may use it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tally.cli.console import table
+from tally.text import local_time
+
+if TYPE_CHECKING:
+    from tally.server.auth.keys import KeyStore
+
+_NEEDS = "The server needs more than scoring does: pip install 'tally-scoring[server]'"
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--port", type=int, default=8700, show_default=True, help="Port to listen on; 0 for any that is free.")
+@click.option("--parallel", type=int, default=2, show_default=True, help="Jobs that may run at once.")
+@click.option(
+    "--root",
+    "roots",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="A folder whose files requests may name; may be repeated.",
+)
+@click.option("--price-per-hour", type=float, default=0.0, help="What one worker costs for an hour.")
+@click.option("--currency", default="USD", show_default=True, help="What that is counted in.")
+def up(host: str, port: int, parallel: int, roots: tuple[Path, ...], price_per_hour: float, currency: str) -> int:
+    """Start the server: API and pages.
+
+    \b
+    It listens on this machine only, unless --host says otherwise; that needs a key first (tally keys add).
+    The first time, a key for an admin is made and printed once.
+    """
+    from tally.errors import SpecError
+    from tally.jobs.facade import open_jobs
+
+    try:
+        from tally.server.serve import serve
+        from tally.server.settings import ServerSettings
+    except ModuleNotFoundError as error:
+        raise SpecError(f"the server cannot start: {error}", hint=_NEEDS) from None
+    folders = tuple(each.expanduser().absolute() for each in roots)
+    settings = ServerSettings(host, port, parallel, folders, price_per_hour, currency)
+    jobs = open_jobs(wait=lambda line: click.echo(line, err=True))
+    return serve(jobs, settings, say=click.echo)
+
+
+@click.group()
+def keys() -> None:
+    """Keys for the server: who may use it, and for what.
+
+    \b
+    viewer    looks
+    operator  starts, stops and retries jobs
+    admin     deletes, and makes and revokes keys
+    """
+
+
+@keys.command()
+@click.argument("name")
+@click.option("--role", type=click.Choice(("viewer", "operator", "admin")), default="viewer", show_default=True)
+@click.option("--days", type=float, help="Days until it expires; never by default.")
+def add(name: str, role: str, days: float | None) -> None:
+    """Make a key for NAME, and print it: it cannot be shown again."""
+    key, text = _keys().add(name, role, days=days)  # type: ignore[arg-type]
+    click.echo(f"key {key.id} for {key.name} ({key.role}), shown this once:", err=True)
+    click.echo(text)
+
+
+@keys.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_(as_json: bool) -> None:
+    """List all keys, newest first."""
+    found = _keys().list()
+    if as_json:
+        for key in found:
+            click.echo(json.dumps(asdict(key)))
+        return
+    rows = [
+        (k.id, k.name, k.role, k.state, local_time(k.created_at), local_time(k.expires_at), local_time(k.used_at))
+        for k in found
+    ]
+    table(("KEY", "NAME", "ROLE", "STATE", "CREATED", "EXPIRES", "LAST USED"), rows)
+
+
+@keys.command()
+@click.argument("key")
+def revoke(key: str) -> None:
+    """Refuse KEY (its id), and every browser that logged in with it, from now on."""
+    revoked = _keys().revoke(key)
+    click.echo(f"key {revoked.id} of {revoked.name} is revoked")
+
+
+def _keys() -> KeyStore:
+    from tally.config import settings
+    from tally.database.connect import connect
+    from tally.server.auth.keys import KeyStore
+
+    return KeyStore(connect(settings().database))

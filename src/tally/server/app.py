@@ -1,0 +1,71 @@
+"""The server's application: the API, the pages, and the thread that starts coordinators."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import APIRouter, FastAPI
+
+import tally
+from tally.jobs.facade import Jobs
+from tally.server import errors, health
+from tally.server.api import jobs as jobs_api
+from tally.server.api import keys as keys_api
+from tally.server.auth.audit import AuditLog
+from tally.server.auth.guard import Guard
+from tally.server.auth.keys import KeyStore
+from tally.server.auth.throttle import Throttle
+from tally.server.feed import Feed
+from tally.server.middleware import Audited, BodyLimit, SecurityHeaders
+from tally.server.settings import ServerSettings
+from tally.server.supervisor import Supervisor
+
+DESCRIPTION = """
+Start, watch and stop jobs. Every request but those for health needs a key: `Authorization: Bearer KEY`.
+Every error has the shape `{"error": {"type", "message", "hint"}}`. Times are seconds since the epoch.
+"""
+
+
+def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
+    """The application over the database of ``jobs``."""
+    engine = jobs.store.engine
+    audit = AuditLog(engine)
+    supervisor = Supervisor(jobs, parallel=settings.parallel)
+    feed = Feed()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        thread = threading.Thread(target=supervisor.run, name="tally-supervisor")
+        thread.start()
+        try:
+            yield
+        finally:
+            await feed.close()
+            supervisor.stop()
+            thread.join()
+
+    app = FastAPI(
+        title="Tally",
+        version=tally.__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        openapi_url="/api/v1/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.jobs, app.state.settings, app.state.feed, app.state.audit = jobs, settings, feed, audit
+    app.state.supervisor = supervisor
+    app.state.guard = Guard(KeyStore(engine), Throttle())
+    errors.install(app)
+    api = APIRouter(prefix="/api/v1")
+    api.include_router(jobs_api.router)
+    api.include_router(keys_api.router)
+    app.include_router(api)
+    app.include_router(health.router)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit)
+    app.add_middleware(Audited, audit=audit)
+    app.add_middleware(SecurityHeaders)
+    return app

@@ -1,0 +1,93 @@
+"""Who a request comes from, and whether that may do what it asks.
+
+A request proves it with ``Authorization: Bearer KEY``, or with the cookie of a browser that has logged in. A cookie goes
+with every request that any page makes, so a change that comes with one must also carry the page's CSRF token.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Annotated, Any
+
+from fastapi import Depends, Request, Security
+from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
+
+from tally.server.auth.keys import KeyStore, csrf_token
+from tally.server.auth.roles import Principal, Role
+from tally.server.auth.throttle import Throttle
+from tally.server.errors import RefusedError
+
+COOKIE = "tally_session"
+CSRF_HEADER = "X-CSRF-Token"
+CSRF_FIELD = "csrf"
+_SAFE = ("GET", "HEAD", "OPTIONS")
+
+_bearer = HTTPBearer(auto_error=False, scheme_name="key", description="A key that 'tally keys add' has printed.")
+_cookie = APIKeyCookie(name=COOKIE, auto_error=False, scheme_name="session", description="A browser that logged in.")
+
+
+class Guard:
+    """Finds out who a request comes from. Used by every route that is not public."""
+
+    def __init__(self, keys: KeyStore, throttle: Throttle) -> None:
+        self.keys, self._throttle = keys, throttle
+
+    def with_key(self, key: str, address: str) -> Principal:
+        """Whose key this is. Raises RefusedError (401, or 429 after too many wrong ones)."""
+        wait = self._throttle.wait(address)
+        if wait > 0:
+            raise RefusedError(
+                429, f"too many wrong keys from {address}", hint=f"Try again in {wait:.0f} s.", retry_after=wait
+            )
+        principal = self.keys.principal(key)
+        if principal is None:
+            self._throttle.failed(address)
+            raise RefusedError(401, "the key is wrong, has expired or was revoked", hint="Ask an admin for another.")
+        self._throttle.succeeded(address)
+        return principal
+
+
+def address_of(request: Request) -> str:
+    """The client's address. Behind a proxy, uvicorn has put the right one here (``--forwarded-allow-ips``)."""
+    return request.client.host if request.client is not None else "unknown"
+
+
+def signed_in(
+    request: Request,
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+    cookie: Annotated[str | None, Security(_cookie)],
+) -> Principal:
+    """Who the request comes from. Raises RefusedError."""
+    guard: Guard = request.app.state.guard
+    if bearer is not None:
+        principal: Principal | None = guard.with_key(bearer.credentials, address_of(request))
+    elif cookie is not None:
+        principal = guard.keys.of_session(cookie)
+        if principal is not None and request.method not in _SAFE:
+            shown = request.headers.get(CSRF_HEADER, "")
+            if not hmac.compare_digest(shown.encode(), csrf_token(cookie).encode()):
+                raise RefusedError(403, "the page that sent this is not one of this session", hint="Load it anew.")
+    else:
+        principal = None
+    if principal is None:
+        raise RefusedError(401, "this needs a key", hint="Send 'Authorization: Bearer KEY', or log in on the page.")
+    request.state.principal = principal  # for the audit log
+    return principal
+
+
+def needs(role: Role) -> Any:
+    """A dependency: only who has this role gets through."""
+
+    def check(principal: Annotated[Principal, Depends(signed_in)]) -> Principal:
+        if not principal.may(role):
+            raise RefusedError(
+                403, f"this needs the role {role}, and {principal.name!r} is {principal.role}", hint="Ask an admin."
+            )
+        return principal
+
+    return Depends(check)
+
+
+Viewer = Annotated[Principal, needs("viewer")]
+Operator = Annotated[Principal, needs("operator")]
+Admin = Annotated[Principal, needs("admin")]

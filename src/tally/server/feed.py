@@ -1,0 +1,82 @@
+"""What has changed in jobs, for all who watch them: one look at the database serves every open page.
+
+The feed looks twice a second, and only at jobs that somebody watches. A subscriber that reads slowly gets the newest
+state, not every state in between, so its memory does not grow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
+
+from tally.errors import TallyError
+
+log = logging.getLogger("tally")
+
+LOOK_SECONDS = 0.5
+
+State = TypeVar("State")
+
+
+class Topic:
+    """One thing that is watched: what it is called, how it is looked at, and who waits for it."""
+
+    def __init__(self, look: Callable[[], object]) -> None:
+        self.look = look
+        self.last: object = None
+        self.subscribers: set[asyncio.Queue[object]] = set()
+
+
+class Feed:
+    """Topics and their subscribers. All methods belong to the server's event loop; looks run in threads."""
+
+    def __init__(self) -> None:
+        self._topics: dict[str, Topic] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def subscribe(self, name: str, look: Callable[[], State]) -> AsyncIterator[asyncio.Queue[State]]:
+        """A queue that gets what ``look`` returns whenever that has changed, the first time at once.
+
+        name: of the topic; who subscribes to the same name shares its looks. look: returns a value that can be
+        compared; called in a thread. It holds one state: the newest replaces one that was not read.
+        """
+        topic = self._topics.setdefault(name, Topic(look))
+        queue: asyncio.Queue[object] = asyncio.Queue(maxsize=1)
+        if topic.last is not None:
+            queue.put_nowait(topic.last)
+        topic.subscribers.add(queue)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run(), name="tally-feed")
+        try:
+            yield queue  # type: ignore[misc]
+        finally:
+            topic.subscribers.discard(queue)
+            if not topic.subscribers:
+                self._topics.pop(name, None)
+
+    async def close(self) -> None:
+        """Stop looking."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while self._topics:
+            for topic in list(self._topics.values()):
+                try:
+                    now = await asyncio.to_thread(topic.look)
+                except TallyError as error:  # away, or deleted: subscribers see the last state until it is back
+                    log.debug("feed: %s", error)
+                    continue
+                if now != topic.last:
+                    topic.last = now
+                    for queue in topic.subscribers:
+                        if queue.full():
+                            queue.get_nowait()
+                        queue.put_nowait(now)
+            await asyncio.sleep(LOOK_SECONDS)

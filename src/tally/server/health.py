@@ -1,0 +1,72 @@
+"""``/healthz``, ``/readyz`` and ``/metrics``: for who runs the server, without a key.
+
+They say nothing about what jobs score. ``/healthz`` is true while the process answers; ``/readyz`` while its database
+does, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import sqlalchemy as sa
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+
+import tally
+from tally.database.tables import jobs
+from tally.errors import TallyError
+from tally.jobs.states import STATES
+
+router = APIRouter(tags=["health"])
+
+READY_SECONDS = 1.0
+"""How long the database may take to answer."""
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok", "version": tally.__version__}
+
+
+@router.get("/readyz", responses={503: {"description": "The database does not answer."}})
+async def readyz(request: Request) -> Response:
+    """The database answers, too."""
+    engine = request.app.state.jobs.store.engine
+    try:
+        await asyncio.wait_for(asyncio.to_thread(_ask, engine), READY_SECONDS)
+    except TimeoutError:
+        return _unready(f"the database has not answered within {READY_SECONDS:g} s")
+    except TallyError as error:
+        return _unready(error.message)
+    return JSONResponse({"status": "ok", "version": tally.__version__})
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+def metrics(request: Request) -> Response:
+    """What Prometheus reads."""
+    registry = CollectorRegistry()
+    by_state = Gauge("tally_jobs", "Jobs by state.", ["state"], registry=registry)
+    driven = Gauge("tally_coordinators", "Coordinators that this server has started.", registry=registry)
+    for state, count in _counts(request.app.state.jobs.store.engine).items():
+        by_state.labels(state).set(count)
+    driven.set(request.app.state.supervisor.running)
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _ask(engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        connection.execute(sa.select(sa.literal(1)))
+
+
+def _counts(engine: sa.Engine) -> dict[str, int]:
+    query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
+    with engine.connect().execution_options(reading=True) as connection:
+        found: dict[str, Any] = {row[0]: row[1] for row in connection.execute(query)}
+    return dict.fromkeys(STATES, 0) | found
+
+
+def _unready(reason: str) -> Response:
+    return JSONResponse({"status": "unready", "reason": reason}, status_code=503)

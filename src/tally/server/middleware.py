@@ -1,0 +1,131 @@
+"""What every answer gets, whatever route gave it: security headers, a size limit, a line in the audit log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from tally.errors import TallyError
+from tally.server.errors import RefusedError, answer
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from tally.server.auth.audit import AuditLog
+
+log = logging.getLogger("tally")
+
+MAX_BODY = 1 << 20
+"""Bytes of a request's body; uploads have a limit of their own."""
+
+_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data: blob:",
+        "media-src 'self' blob:",
+        "font-src 'self'",
+        "connect-src 'self'",
+        "form-action 'self'",
+        "base-uri 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class SecurityHeaders:
+    """Adds the headers that keep a browser from running or framing what is not ours."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+                if not scope["path"].startswith("/static/"):
+                    headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        await self._app(scope, receive, with_headers if scope["type"] == "http" else send)
+
+
+class BodyLimit:
+    """Refuses a body that is larger than its route takes, whether its length was announced or not."""
+
+    def __init__(self, app: ASGIApp, *, limits: dict[str, int] | None = None) -> None:
+        self._app, self._limits = app, limits or {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = self._limits.get(scope["path"], MAX_BODY)
+        announced = Headers(scope=scope).get("content-length", "0")
+        if not announced.isdecimal() or int(announced) > limit:
+            await answer(_too_large(limit))(scope, receive, send)
+            return
+        got = 0
+
+        async def counted() -> Message:
+            nonlocal got
+            message = await receive()
+            got += len(message.get("body", b""))
+            if got > limit:
+                raise _too_large(limit)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _too_large(limit: int) -> RefusedError:
+    return RefusedError(413, f"the request is larger than {limit:,} bytes")
+
+
+class Audited:
+    """Writes who changed what. A change whose line cannot be written is answered all the same: it has happened."""
+
+    def __init__(self, app: ASGIApp, *, audit: AuditLog) -> None:
+        self._app, self._audit = app, audit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        status = 500
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        finally:
+            route = scope.get("route")
+            client = scope.get("client")
+            try:
+                await asyncio.to_thread(
+                    self._audit.write,
+                    scope.get("state", {}).get("principal"),
+                    action=f"{scope['method']} {getattr(route, 'path', scope['path'])}",
+                    target=scope["path"],
+                    status=status,
+                    address=client[0] if client else "unknown",
+                )
+            except TallyError as error:
+                log.error("the audit log could not be written: %s", error)

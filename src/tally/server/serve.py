@@ -1,0 +1,58 @@
+"""Runs the application with uvicorn, until a signal ends it."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from tally.errors import SpecError, StorageError
+from tally.jobs.facade import Jobs
+from tally.server.app import create_app
+from tally.server.auth.keys import KeyStore
+from tally.server.settings import ServerSettings
+
+DRAIN_SECONDS = 5
+"""How long requests may take to end once the server is to stop."""
+
+
+def serve(jobs: Jobs, settings: ServerSettings, *, say: Callable[[str], None]) -> int:
+    """Serve until SIGINT or SIGTERM; the exit code. say: gets lines for the user: the address, and the first key.
+
+    Raises SpecError where others could reach a server that nobody has a key for, StorageError if the port is taken.
+    """
+    keys = KeyStore(jobs.store.engine)
+    if not keys.any_valid():
+        if not settings.loopback:
+            raise SpecError(
+                f"--host {settings.host} lets others reach this server, and nobody has a key for it",
+                hint="Make one first: tally keys add NAME --role admin",
+            )
+        _, text = keys.add("first admin", "admin")
+        say(f"key for the first admin, shown this once: {text}")
+    with _listening(settings) as listener:
+        host, port = listener.getsockname()[:2]
+        say(f"Tally is at http://{f'[{host}]' if ':' in host else host}:{port}")
+        config = uvicorn.Config(
+            create_app(jobs, settings),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def _listening(settings: ServerSettings) -> socket.socket:
+    try:
+        return socket.create_server(
+            (settings.host, settings.port), family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        )
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        why = "is in use" if taken else f"cannot be used: {error.strerror or error}"
+        hint = "Give another: tally up --port 0 takes any that is free." if taken else None
+        raise StorageError(f"port {settings.port} of {settings.host} {why}", hint=hint) from None
