@@ -24,6 +24,7 @@ EXTRAS = {
     "sklearn": ("scikit-learn", "skops"),
     "train": ("torch", "tensorboard"),
     "mlflow": ("mlflow-skinny",),
+    "server": ("fastapi", "uvicorn"),
 }
 """Optional dependencies by the name of the extra that brings them; a test keeps the names true. What only authors of
 extensions need (``testing``) is left out."""

@@ -304,11 +304,11 @@ class Jobs:
 
         return rows(self.sink(job), self.outputs(job))
 
-    def query(self, job: str, sql: str) -> pa.Table:
-        """SQL (DuckDB's) over the views ``results`` and ``dead``."""
+    def query(self, job: str, sql: str, *, limit: int | None = None, memory: str | None = None) -> pa.Table:
+        """SQL (DuckDB's) over the views ``results`` and ``dead``; see :func:`tally.sinks.query.query`."""
         from tally.sinks.query import query
 
-        return query(self.sink(job), self.outputs(job), sql, self.dead_table(job))
+        return query(self.sink(job), self.outputs(job), sql, self.dead_table(job), limit=limit, memory=memory)
 
     def dead_table(self, job: str) -> pa.Table:
         """The dead items: ``key``, ``stage``, ``error``."""

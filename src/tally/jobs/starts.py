@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from tally.database import lease as leases
 from tally.database.clock import now
-from tally.database.tables import jobs, starts
+from tally.database.tables import starts
 from tally.errors import OwnershipLostError
 from tally.text import storable
 
@@ -99,7 +99,12 @@ def insert(connection: sa.Connection, job_id: str, action: Action, *, who: str, 
     """As :meth:`StartStore.ask`, in the caller's transaction."""
     known = sa.select(sa.literal(1)).where(starts.c.job_id == job_id)
     values = sa.select(
-        sa.literal(job_id), sa.literal(action), sa.literal(int(overwrite)), sa.literal(storable(who)), now(), sa.literal(0)
+        sa.literal(job_id),
+        sa.literal(action),
+        sa.literal(int(overwrite)),
+        sa.literal(storable(who)),
+        now(),
+        sa.literal(0),
     ).where(~sa.exists(known))
     connection.execute(sa.insert(starts).from_select([c.name for c in starts.c][:6], values))
 

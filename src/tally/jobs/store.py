@@ -26,7 +26,7 @@ from tally.database.tables import dead_items, jobs
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError, SpecError
 from tally.jobs import chunks, received_keys, starts
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
-from tally.jobs.states import ENDED, Request
+from tally.jobs.states import ENDED, STATES, Request
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 from tally.storage import normalised
@@ -185,6 +185,15 @@ class JobStore:
             rows = connection.execute(query.group_by(table.c.state)).all()
         found = {str(row[0]): int(row[1]) for row in rows}
         return {"pending": 0, "running": 0, "done": 0, **found}
+
+    def counts_by_state(self) -> dict[str, int]:
+        """How many jobs are in each state, as :class:`JobRecord` reports it."""
+        with self._read() as connection:
+            running = jobs.c.state == "running"
+            lost = sa.and_(running, leases.is_lost(connection, jobs, running))
+            state = sa.case((lost, "interrupted"), else_=jobs.c.state).label("state")
+            rows = connection.execute(sa.select(state, sa.func.count()).group_by(state)).all()
+        return dict.fromkeys(STATES, 0) | {str(row[0]): int(row[1]) for row in rows}
 
     def known_keys(self, job_id: str, keys: Iterable[str]) -> dict[str, Literal["pending", "done"]]:
         """Those of the keys that were planned already, and whether their items are done (or dead)."""

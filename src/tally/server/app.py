@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,6 +20,8 @@ from tally.server.auth.keys import KeyStore
 from tally.server.auth.throttle import Throttle
 from tally.server.feed import Feed
 from tally.server.middleware import Audited, BodyLimit, SecurityHeaders
+from tally.server.pages import routes as pages
+from tally.server.results import Results
 from tally.server.settings import ServerSettings
 from tally.server.supervisor import Supervisor
 
@@ -33,7 +36,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     engine = jobs.store.engine
     audit = AuditLog(engine)
     supervisor = Supervisor(jobs, parallel=settings.parallel)
-    feed = Feed()
+    feed, results = Feed(), Results()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -44,7 +47,8 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
         finally:
             await feed.close()
             supervisor.stop()
-            thread.join()
+            await asyncio.to_thread(thread.join)
+            await asyncio.to_thread(results.close)
 
     app = FastAPI(
         title="Tally",
@@ -56,7 +60,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
         redoc_url=None,
     )
     app.state.jobs, app.state.settings, app.state.feed, app.state.audit = jobs, settings, feed, audit
-    app.state.supervisor = supervisor
+    app.state.supervisor, app.state.results = supervisor, results
     app.state.guard = Guard(KeyStore(engine), Throttle())
     errors.install(app)
     api = APIRouter(prefix="/api/v1")
@@ -64,6 +68,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     api.include_router(keys_api.router)
     app.include_router(api)
     app.include_router(health.router)
+    pages.install(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit)
     app.add_middleware(Audited, audit=audit)

@@ -1,7 +1,7 @@
 """One job, in a process of its own: ``python -m tally.server.drive JOB TOKEN``.
 
-The server starts it. Here, and in its workers, the model is opened and the user's code runs; never in the server. It has
-the job's lease itself, so it continues if the server is killed.
+The server starts it. Here, and in its workers, the model is opened and the user's code runs; never in the server. It
+has the job's lease itself, so it continues if the server is killed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 
 from tally.database.waiting import Patience
 from tally.errors import OwnershipLostError, TallyError, error_line
-from tally.jobs.events import Event, Events, Note
 from tally.jobs.facade import Jobs
 from tally.jobs.prestart import prestarted
 from tally.jobs.signals import stop_on_signals
@@ -29,8 +28,7 @@ def drive(jobs: Jobs, start: Start) -> None:
     with prestarted(spec) as engine, stop_on_signals(stop):
         if start.action == "submit":
             try:
-                events = Events(_print)
-                jobs.submit(spec, overwrite=start.overwrite, waiting=start.job_id, events=events)
+                jobs.submit(spec, overwrite=start.overwrite, waiting=start.job_id)
             except Exception as error:
                 if not isinstance(error, TallyError):
                     log.exception("job %s", start.job_id)
@@ -44,11 +42,6 @@ def drive(jobs: Jobs, start: Start) -> None:
             jobs.run(start.job_id, engine=engine, stop=stop, retry_dead=True)
         else:
             jobs.see_through(start.job_id, engine=engine, stop=stop)
-
-
-def _print(event: Event) -> None:
-    if isinstance(event, Note):
-        print(event.text, flush=True)
 
 
 def main() -> int:

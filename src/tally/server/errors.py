@@ -32,7 +32,7 @@ log = logging.getLogger("tally")
 AWAY_SECONDS = 5
 """After how long to ask again for what is away."""
 
-_STATUS: Sequence[tuple[type[TallyError] | type[LookupError], int]] = (
+_STATUS: Sequence[tuple[type[TallyError | LookupError], int]] = (
     (SpecError, 422),
     (JobNotFoundError, 404),
     (ModelNotFoundError, 404),
@@ -99,7 +99,11 @@ def install(app: FastAPI) -> None:
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         problem = Problem(
-            type="InternalError", message="the server failed at this; its log says why", hint=None, problems=None, job=None
+            type="InternalError",
+            message="the server failed at this; its log says why",
+            hint=None,
+            problems=None,
+            job=None,
         )
         return _json(500, problem)
 

@@ -7,7 +7,6 @@ does, too.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
@@ -15,9 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
 import tally
-from tally.database.tables import jobs
 from tally.errors import TallyError
-from tally.jobs.states import STATES
 
 router = APIRouter(tags=["health"])
 
@@ -50,7 +47,7 @@ def metrics(request: Request) -> Response:
     registry = CollectorRegistry()
     by_state = Gauge("tally_jobs", "Jobs by state.", ["state"], registry=registry)
     driven = Gauge("tally_coordinators", "Coordinators that this server has started.", registry=registry)
-    for state, count in _counts(request.app.state.jobs.store.engine).items():
+    for state, count in request.app.state.jobs.store.counts_by_state().items():
         by_state.labels(state).set(count)
     driven.set(request.app.state.supervisor.running)
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -59,13 +56,6 @@ def metrics(request: Request) -> Response:
 def _ask(engine: sa.Engine) -> None:
     with engine.connect() as connection:
         connection.execute(sa.select(sa.literal(1)))
-
-
-def _counts(engine: sa.Engine) -> dict[str, int]:
-    query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
-    with engine.connect().execution_options(reading=True) as connection:
-        found: dict[str, Any] = {row[0]: row[1] for row in connection.execute(query)}
-    return dict.fromkeys(STATES, 0) | found
 
 
 def _unready(reason: str) -> Response:

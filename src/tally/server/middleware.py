@@ -21,19 +21,9 @@ log = logging.getLogger("tally")
 MAX_BODY = 1 << 20
 """Bytes of a request's body; uploads have a limit of their own."""
 
-_POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self' data: blob:",
-        "media-src 'self' blob:",
-        "font-src 'self'",
-        "connect-src 'self'",
-        "form-action 'self'",
-        "base-uri 'none'",
-        "frame-ancestors 'none'",
-    )
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
+    "font-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 _HEADERS = {
     "Content-Security-Policy": _POLICY,
@@ -78,17 +68,25 @@ class BodyLimit:
         if not announced.isdecimal() or int(announced) > limit:
             await answer(_too_large(limit))(scope, receive, send)
             return
-        got = 0
+        got, refused = 0, False
 
         async def counted() -> Message:
-            nonlocal got
+            nonlocal got, refused
             message = await receive()
             got += len(message.get("body", b""))
             if got > limit:
+                refused = True
                 raise _too_large(limit)
             return message
 
-        await self._app(scope, counted, send)
+        async def unless_refused(message: Message) -> None:
+            # Whoever reads the body may turn the error into an answer of its own.
+            if not refused:
+                await send(message)
+            elif message["type"] == "http.response.start":
+                await answer(_too_large(limit))(scope, receive, send)
+
+        await self._app(scope, counted, unless_refused)
 
 
 def _too_large(limit: int) -> RefusedError:
@@ -116,14 +114,13 @@ class Audited:
         try:
             await self._app(scope, receive, noting)
         finally:
-            route = scope.get("route")
             client = scope.get("client")
             try:
                 await asyncio.to_thread(
                     self._audit.write,
                     scope.get("state", {}).get("principal"),
-                    action=f"{scope['method']} {getattr(route, 'path', scope['path'])}",
-                    target=scope["path"],
+                    action=getattr(scope.get("endpoint"), "__name__", ""),
+                    target=f"{scope['method']} {scope['path']}",
                     status=status,
                     address=client[0] if client else "unknown",
                 )

@@ -44,10 +44,7 @@ def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
         return f"{name}: file URLs are not taken: {place}" if scheme == "file" else None
     if name == "model" and ":" in place:
         return f"{name}: {place!r} names code of the server's own environment; put it into a folder under a root"
-    path = Path(place).expanduser()
-    if not path.is_absolute():
-        return f"{name}: {place!r} must be an absolute path, a URL or a model of the registry"
-    resolved = path.resolve()
+    resolved = Path(place).expanduser().resolve()
     if any(resolved.is_relative_to(root.resolve()) for root in roots):
         return None
     return f"{name}: {place!r} is not under a folder that requests may name"

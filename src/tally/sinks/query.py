@@ -22,20 +22,29 @@ Dead: TypeAlias = "pa.Table | Iterable[Mapping[str, Any]]"
 _DEAD = {"stage": "string", "error": "string"}
 
 
-def query(sink: Sink, outputs: Iterable[Output], sql: str, dead: Dead = ()) -> pa.Table:
+def query(
+    sink: Sink,
+    outputs: Iterable[Output],
+    sql: str,
+    dead: Dead = (),
+    *,
+    limit: int | None = None,
+    memory: str | None = None,
+) -> pa.Table:
     """The answer to one SELECT (or FROM, WITH, VALUES, DESCRIBE, SUMMARIZE ...) over a job's results.
 
     The view ``results`` holds the rows, ``key`` first; ``dead`` holds ``key, stage, error``. A running job
     shows what is committed.
     outputs: as for :meth:`Sink.committed`. dead: a table or rows with those three columns.
+    limit: rows of the answer, at most. memory: what DuckDB may take, such as ``1GiB``; beyond it, it uses the disk.
     Raises SpecError with DuckDB's message if the statement is wrong, StorageError if a file cannot be read.
     """
     outputs, listed = list(outputs), _dead_table(dead)
     try:
-        return _query(sink, outputs, sql, listed)
+        return _query(sink, outputs, sql, listed, limit, memory)
     except StorageError:
         # The job was published between looking and reading: its results lie elsewhere now.
-        return _query(sink, outputs, sql, listed)
+        return _query(sink, outputs, sql, listed, limit, memory)
 
 
 def rows(sink: Sink, outputs: Iterable[Output]) -> pa.Table:
@@ -43,12 +52,16 @@ def rows(sink: Sink, outputs: Iterable[Output]) -> pa.Table:
     return query(sink, outputs, "FROM results")
 
 
-def _query(sink: Sink, outputs: list[Output], sql: str, dead: pa.Table) -> pa.Table:
+def _query(
+    sink: Sink, outputs: list[Output], sql: str, dead: pa.Table, limit: int | None, memory: str | None
+) -> pa.Table:
     kind, places = sink.committed(outputs)
     manifest = sink.manifest()
     with temporary.folder("query") as spill, duckdb.connect(":memory:") as connection:
         paths = [str(plain_path(_local(place), spill, number)) for number, place in enumerate(places)]
         connection.execute(f"SET temp_directory = {sql_text(spill)}")
+        if memory is not None:
+            connection.execute(f"SET memory_limit = {sql_text(memory)}")
         connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")
         connection.execute("SET enable_external_file_cache = false")  # a file may be replaced between two queries
         connection.execute(f"SET python_enable_replacements = false; SET allowed_paths = {_list(paths)}")
@@ -58,7 +71,7 @@ def _query(sink: Sink, outputs: list[Output], sql: str, dead: pa.Table) -> pa.Ta
         except duckdb.Error as error:
             raise failure("read", "the results", error) from None
         connection.execute("SET lock_configuration = true")
-        return _answer(connection, sql)
+        return _answer(connection, sql, limit)
 
 
 def _views(
@@ -108,7 +121,7 @@ def _duck_types(connection: duckdb.DuckDBPyConnection, types: dict[str, str]) ->
     return {row[0]: row[1] for row in found}
 
 
-def _answer(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
+def _answer(connection: duckdb.DuckDBPyConnection, sql: str, limit: int | None) -> pa.Table:
     try:
         statements = connection.extract_statements(sql)
     except duckdb.Error as error:
@@ -122,7 +135,8 @@ def _answer(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
             hint="Use select.",
         )
     try:
-        return connection.sql(sql).to_arrow_table()
+        answer = connection.sql(sql)
+        return (answer if limit is None else answer.limit(limit)).to_arrow_table()
     except duckdb.IOException as error:
         raise failure("read", "the results", error) from None
     except duckdb.Error as error:

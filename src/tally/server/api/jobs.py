@@ -9,16 +9,18 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Path, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel, Field
 
 from tally.errors import JobNotFoundError
 from tally.jobs.facade import Jobs
 from tally.jobs.spec import make
 from tally.jobs.states import ENDED, State
-from tally.server.api.views import DeadItem, DeadList, JobDetail, JobList, JobView
+from tally.server.api.views import DeadItem, DeadList, JobDetail, JobList, JobView, Rows
 from tally.server.auth.guard import Admin, Operator, Viewer
 from tally.server.errors import answers
 from tally.server.feed import Feed
 from tally.server.places import check as check_places
+from tally.server.results import Results
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], responses=answers(401, 403, 422, 429, 503))
 
@@ -26,6 +28,13 @@ KEEP_ALIVE_SECONDS = 15.0
 """A stream says something at least that often, so that proxies keep it open and a lost client is noticed."""
 
 _EXAMPLE = {"source": ["s3://bucket/photos"], "model": "models:/classifier@champion", "out": "s3://bucket/predictions"}
+
+
+class SqlQuery(BaseModel):
+    """A question. limit: rows of the answer, at most."""
+
+    sql: str = Field(min_length=1, max_length=20_000)
+    limit: int = Field(1000, ge=1, le=10_000)
 
 
 def facade(request: Request) -> Jobs:
@@ -57,9 +66,7 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> JobList:
     """A page of jobs, newest first: those that match all given filters."""
-    page = jobs.list(
-        state=state, model=model, place=out, text=text, since=since, until=until, after=after, limit=limit
-    )
+    page = jobs.list(state=state, model=model, place=out, text=text, since=since, until=until, after=after, limit=limit)
     return JobList(jobs=[JobView.of(each) for each in page.jobs], next=page.next)
 
 
@@ -124,6 +131,13 @@ def list_dead(
     """The dead items, in the source's order."""
     found = [DeadItem.of(each) for each in itertools.islice(jobs.dead(job), offset, offset + limit + 1)]
     return DeadList(dead=found[:limit], next=offset + limit if len(found) > limit else None)
+
+
+@router.post("/{job}/query", responses=answers(404, 409))
+def query_job(request: Request, who: Viewer, jobs: AllJobs, job: JobId, asked: SqlQuery) -> Rows:
+    """One SELECT in DuckDB's SQL over the views ``results`` and ``dead``. Nothing else can be read."""
+    results: Results = request.app.state.results
+    return results.query(jobs.store.get(job).id, asked.sql, limit=asked.limit)
 
 
 @router.post("/{job}/pause", responses=answers(404, 409))

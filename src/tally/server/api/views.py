@@ -44,6 +44,7 @@ class JobView(View):
     rows: int
     bytes: int
     error: str | None
+    assumed: list[str] = Field(description="What was taken for granted about model and data.")
     remarks: list[str]
     created_at: float
     started_at: float | None
@@ -60,7 +61,10 @@ class JobView(View):
             state=record.state,  # type: ignore[arg-type]
             alive=record.alive,
             model=ModelName(
-                name=model.get("name") or "", kind=model.get("kind"), version=model.get("version"), hash=model.get("hash")
+                name=model.get("name") or "",
+                kind=model.get("kind"),
+                version=model.get("version"),
+                hash=model.get("hash"),
             ),
             source=list(record.spec.get("source") or ()),
             out=record.spec.get("out") or "",
@@ -73,6 +77,7 @@ class JobView(View):
             rows=record.rows,
             bytes=record.bytes,
             error=record.error,
+            assumed=list(record.assumed),
             remarks=list(record.remarks),
             created_at=record.created_at,
             started_at=record.started_at,

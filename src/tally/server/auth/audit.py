@@ -14,8 +14,8 @@ from tally.text import storable
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line. action: method and route, such as ``POST /api/v1/jobs/{job}/cancel``. target: the path that was asked
-    for. status: of the answer. address: of the client."""
+    """One line. action: such as ``cancel_job``; empty where there is none. target: method and path of the request.
+    status: of the answer. address: of the client."""
 
     id: int
     at: float

@@ -1,11 +1,12 @@
 """Who a request comes from, and whether that may do what it asks.
 
-A request proves it with ``Authorization: Bearer KEY``, or with the cookie of a browser that has logged in. A cookie goes
-with every request that any page makes, so a change that comes with one must also carry the page's CSRF token.
+A request proves it with ``Authorization: Bearer KEY``, or with the cookie of a browser that has logged in. A cookie
+goes with every request that any page makes, so a change that comes with one must also carry the page's CSRF token.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ COOKIE = "tally_session"
 CSRF_HEADER = "X-CSRF-Token"
 CSRF_FIELD = "csrf"
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 _bearer = HTTPBearer(auto_error=False, scheme_name="key", description="A key that 'tally keys add' has printed.")
 _cookie = APIKeyCookie(name=COOKIE, auto_error=False, scheme_name="session", description="A browser that logged in.")
@@ -52,27 +54,35 @@ def address_of(request: Request) -> str:
     return request.client.host if request.client is not None else "unknown"
 
 
-def signed_in(
+async def signed_in(
     request: Request,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
     cookie: Annotated[str | None, Security(_cookie)],
 ) -> Principal:
     """Who the request comes from. Raises RefusedError."""
     guard: Guard = request.app.state.guard
+    principal: Principal | None = None
     if bearer is not None:
-        principal: Principal | None = guard.with_key(bearer.credentials, address_of(request))
+        principal = await asyncio.to_thread(guard.with_key, bearer.credentials, address_of(request))
     elif cookie is not None:
-        principal = guard.keys.of_session(cookie)
+        principal = await asyncio.to_thread(guard.keys.of_session, cookie)
         if principal is not None and request.method not in _SAFE:
-            shown = request.headers.get(CSRF_HEADER, "")
-            if not hmac.compare_digest(shown.encode(), csrf_token(cookie).encode()):
+            shown = await _csrf(request)
+            if not hmac.compare_digest(shown.encode("utf-8", "replace"), csrf_token(cookie).encode()):
                 raise RefusedError(403, "the page that sent this is not one of this session", hint="Load it anew.")
-    else:
-        principal = None
     if principal is None:
         raise RefusedError(401, "this needs a key", hint="Send 'Authorization: Bearer KEY', or log in on the page.")
     request.state.principal = principal  # for the audit log
     return principal
+
+
+async def _csrf(request: Request) -> str:
+    """The token that the request carries, in a header or in its form."""
+    if CSRF_HEADER in request.headers:
+        return request.headers[CSRF_HEADER]
+    if request.headers.get("content-type", "").startswith(_FORMS):
+        return str((await request.form()).get(CSRF_FIELD, ""))
+    return ""
 
 
 def needs(role: Role) -> Any:

@@ -1,0 +1,262 @@
+"""The server's API, asked over HTTP, with jobs that really run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+from tests.server import Server, running, until
+
+SCORER = """
+import time
+import tally
+
+class Lengths(tally.Scorer):
+    input = "bytes"
+    columns = {"length": "int64"}
+
+    def score(self, batch):
+        time.sleep(PAUSE)
+        if b"bad" in batch:
+            raise ValueError("a bad item")
+        return [{"length": len(content)} for content in batch]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What requests may name: a scorer, and thirty items."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "quick.py").write_text(SCORER.replace("PAUSE", "0"))
+    (folder / "slow.py").write_text(SCORER.replace("PAUSE", "0.2"))
+    (folder / "in").mkdir()
+    for number in range(30):
+        (folder / "in" / f"{number:02}.txt").write_text("x" * number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TALLY_HOME", str(tmp_path_factory.mktemp("home")))
+        with running("--root", folder) as server:
+            yield server
+
+
+@pytest.fixture
+def admin(server: Server) -> Iterator[httpx2.Client]:
+    with server.client() as client:
+        yield client
+
+
+def job(folder: Path, out: str, *, scorer: str = "quick", **fields: Any) -> dict[str, Any]:
+    return {
+        "source": [str(folder / "in")], "model": str(folder / f"{scorer}.py"), "out": str(folder / out), "workers": 1,
+        **fields,
+    }  # fmt: skip
+
+
+def test_a_job_is_started_followed_and_asked(server: Server, admin: httpx2.Client, folder: Path) -> None:
+    answer = admin.post("/jobs", json=job(folder, "whole"))
+    assert answer.status_code == 202
+    started = answer.json()
+    assert (started["state"], started["items"]) == ("waiting", 0)
+
+    states = []
+    with admin.stream("GET", f"/jobs/{started['id']}/events") as events:
+        assert events.headers["content-type"].startswith("text/event-stream")
+        states += [json.loads(line[5:])["state"] for line in events.iter_lines() if line.startswith("data:")]
+    assert states[-1] == "finished"  # the stream has ended by itself
+
+    view = admin.get(f"/jobs/{started['id']}").json()
+    assert (view["done"], view["dead"], view["items"], view["columns"]) == (30, 0, 30, {"length": "int64"})
+    assert json.loads((folder / "whole" / "_manifest.json").read_text())["counts"]["rows"] == 30
+    assert [each["id"] for each in admin.get("/jobs", params={"text": "whole"}).json()["jobs"]] == [started["id"]]
+
+
+def test_results_are_asked_with_sql_and_nothing_else_is(admin: httpx2.Client, folder: Path) -> None:
+    started = admin.post("/jobs", json=job(folder, "asked")).json()["id"]
+    until(admin, started, lambda view: view["state"] == "finished")
+
+    def ask(sql: str, limit: int = 100) -> httpx2.Response:
+        return admin.post(f"/jobs/{started}/query", json={"sql": sql, "limit": limit})
+
+    assert ask("select sum(length)::bigint as all from results").json() == {
+        "columns": {"all": "int64"}, "rows": [{"all": sum(range(30))}], "truncated": False,
+    }  # fmt: skip
+    some = ask("select key from results", limit=3).json()
+    assert (len(some["rows"]), some["truncated"]) == (3, True)
+    for sql in (
+        "from read_text('/etc/passwd')",
+        "from '/etc/passwd'",
+        "copy results to '/tmp/stolen.csv'",
+        "attach '/tmp/other.db'",
+        "select 1; select 2",
+        "install httpfs",
+        "set memory_limit = '100GB'",
+        "no sql at all",
+    ):
+        answer = ask(sql)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (422, "SpecError"), sql
+    many = ask("from range(1000000000000)")
+    assert many.status_code == 422 or many.json()["truncated"]
+    assert ask("select 1 as one").json()["rows"] == [{"one": 1}]  # it still answers
+
+
+def test_the_same_job_again_is_a_failure_that_names_the_first(admin: httpx2.Client, folder: Path) -> None:
+    first = admin.post("/jobs", json=job(folder, "again")).json()
+    until(admin, first["id"], lambda view: view["state"] == "finished")
+    second = admin.post("/jobs", json=job(folder, "again")).json()
+    failed = until(admin, second["id"], lambda view: view["state"] == "failed")
+    assert first["id"] in failed["error"]
+    third = admin.post("/jobs", json=job(folder, "again"), params={"overwrite": "true"}).json()
+    until(admin, third["id"], lambda view: view["state"] == "finished")
+
+
+def test_dead_items_are_listed_and_replayed(admin: httpx2.Client, folder: Path) -> None:
+    source = folder / "with-bad"
+    source.mkdir()
+    (source / "a.txt").write_text("fine")
+    (source / "b.txt").write_text("bad")
+    asked = job(folder, "dead") | {"source": [str(source)]}
+    started = admin.post("/jobs", json=asked).json()
+    ended = until(admin, started["id"], lambda view: view["state"] == "finished")
+    assert (ended["done"], ended["dead"]) == (2, 1)
+    dead = admin.get(f"/jobs/{started['id']}/dead").json()
+    assert dead == {"dead": [{"key": "b.txt", "stage": "score", "error": dead["dead"][0]["error"]}], "next": None}
+    assert "a bad item" in dead["dead"][0]["error"]
+
+    (source / "b.txt").write_text("mended")
+    assert admin.post(f"/jobs/{started['id']}/retry").status_code == 200
+    replayed = until(admin, started["id"], lambda view: view["state"] == "finished" and view["dead"] == 0)
+    assert replayed["rows"] == 2
+
+
+def test_a_running_job_is_paused_resumed_and_cancelled(admin: httpx2.Client, folder: Path) -> None:
+    asked = job(folder, "changed", scorer="slow", batch_size=1)
+    started = admin.post("/jobs", json=asked).json()["id"]
+    until(admin, started, lambda view: view["done"] > 0)
+    assert admin.post(f"/jobs/{started}/pause").status_code == 200
+    until(admin, started, lambda view: view["state"] == "paused")
+    assert admin.post(f"/jobs/{started}/resume").status_code == 200
+    until(admin, started, lambda view: view["state"] == "running")
+    assert admin.post(f"/jobs/{started}/cancel").status_code == 200
+    until(admin, started, lambda view: view["state"] == "cancelled")
+    again = admin.post(f"/jobs/{started}/resume")
+    assert (again.status_code, again.json()["error"]["type"]) == (409, "JobStateError")
+    assert admin.delete(f"/jobs/{started}").status_code == 204
+    assert admin.get(f"/jobs/{started}").status_code == 404
+
+
+def test_what_cannot_begin_says_why(admin: httpx2.Client, folder: Path) -> None:
+    (folder / "broken.py").write_text("import nothing_of_that_name\n")
+    started = admin.post("/jobs", json=job(folder, "broken", scorer="broken")).json()
+    failed = until(admin, started["id"], lambda view: view["state"] == "failed")
+    assert "nothing_of_that_name" in failed["error"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"source": ["/etc"]}, "not under a folder that requests may name"),
+        ({"source": ["../in"]}, "not under a folder that requests may name"),
+        ({"out": "/etc/out"}, "not under a folder that requests may name"),
+        ({"model": "os:system"}, "names code of the server's own environment"),
+        ({"model": "http://127.0.0.1:9/model.onnx"}, "is a private address"),
+        ({"model": "http://169.254.169.254/latest"}, "is a private address"),
+        ({"webhook": "http://localhost/hook", "alerts": ["dead > 1"]}, "is a private address"),
+        ({"batchsize": 3}, "batch_size"),
+    ],
+)
+def test_what_may_not_be_named_is_refused(
+    admin: httpx2.Client, folder: Path, fields: dict[str, Any], said: str
+) -> None:
+    answer = admin.post("/jobs", json=job(folder, "refused") | fields)
+    assert answer.status_code == 422
+    assert said in answer.text
+
+
+def test_links_do_not_lead_out_of_a_root(admin: httpx2.Client, folder: Path) -> None:
+    (folder / "etc").symlink_to("/etc")
+    answer = admin.post("/jobs", json=job(folder, "refused") | {"source": [str(folder / "etc")]})
+    assert answer.status_code == 422
+
+
+def test_roles(server: Server, admin: httpx2.Client, folder: Path) -> None:
+    made = {role: admin.post("/keys", json={"name": role, "role": role}).json() for role in ("viewer", "operator")}
+    with server.client(made["viewer"]["text"]) as viewer, server.client(made["operator"]["text"]) as operator:
+        assert viewer.get("/jobs").status_code == 200
+        refused = viewer.post("/jobs", json=job(folder, "by-viewer"))
+        assert (refused.status_code, refused.json()["error"]["message"]) == (
+            403,
+            "this needs the role operator, and 'viewer' is viewer",
+        )
+        assert operator.post("/jobs", json=job(folder, "by-operator")).status_code == 202
+        assert operator.get("/keys").status_code == 403
+        assert operator.delete("/jobs/0").status_code == 403
+        key = made["viewer"]["id"]
+        assert admin.post(f"/keys/{key}/revoke").json()["state"] == "revoked"
+        assert viewer.get("/jobs").status_code == 401
+    assert made["viewer"]["text"] not in admin.get("/keys").text
+    lines = admin.get("/audit").json()
+    assert ("operator", "start_job", 202) in [(each["who"], each["action"], each["status"]) for each in lines]
+
+
+def test_without_a_key_only_health_answers(server: Server) -> None:
+    with httpx2.Client(base_url=server.url) as nobody:
+        for path in ("/api/v1/jobs", "/api/v1/keys", "/api/v1/audit", "/api/v1/me"):
+            answer = nobody.get(path)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "RefusedError")
+        assert nobody.get("/healthz").json()["status"] == "ok"
+        assert nobody.get("/readyz").json()["status"] == "ok"
+        assert 'tally_jobs{state="running"}' in nobody.get("/metrics").text
+
+
+def test_large_bodies_and_odd_requests_are_refused(server: Server, admin: httpx2.Client) -> None:
+    assert admin.post("/jobs", content=b"x" * (2 << 20)).status_code == 413
+    assert admin.post("/jobs", content=iter([b"x" * (2 << 20)])).status_code == 413
+    assert admin.post("/jobs", json=[1]).status_code == 422
+    assert admin.get("/jobs/..%2f..").status_code in (404, 422)
+    assert admin.get("/jobs", params={"after": "nonsense"}).status_code == 422
+    assert admin.get("/jobs", params={"limit": "0"}).status_code == 422
+
+
+def test_a_killed_server_loses_no_job(folder: Path, home: Path) -> None:
+    """Three jobs, two of which run, one waits; the server is killed, and so is a coordinator; another server starts."""
+    with running("--root", folder, "--parallel", 2) as first:
+        with first.client() as client:
+            asked = [job(folder, f"killed-{number}", scorer="slow", batch_size=1) for number in range(3)]
+            ids = [client.post("/jobs", json=each).json()["id"] for each in asked]
+            for each in ids[:2]:
+                until(client, each, lambda view: view["done"] > 0)
+            assert client.get(f"/jobs/{ids[2]}").json()["state"] == "waiting"
+        coordinators = [each for each in psutil.process_iter(["cmdline"]) if ids[0] in (each.info["cmdline"] or ())]
+        first.kill()
+        assert len(coordinators) == 1
+        os.kill(coordinators[0].pid, signal.SIGKILL)
+        key = first.key
+    with running("--root", folder, "--parallel", 2) as second, second.client(key) as client:
+        assert second.key == ""
+        for each in ids:
+            ended = until(
+                client, each, lambda view: view["state"] not in ("waiting", "running", "interrupted", "created")
+            )
+            assert (ended["state"], ended["done"], ended["rows"], ended["dead"]) == ("finished", 30, 30, 0)
+
+
+def test_others_are_not_let_in_before_there_is_a_key(home: Path) -> None:
+    pytest.importorskip("fastapi")
+    command = [sys.executable, "-m", "tally", "up", "--host", "0.0.0.0", "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "nobody has a key" in ended.stderr
+    assert "tally keys add" in ended.stderr
