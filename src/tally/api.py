@@ -155,7 +155,7 @@ def jobs(
 ) -> list[Job]:
     """The newest jobs, newest first: those that match all given filters.
 
-    state: created, running, paused, interrupted, failed, finished or cancelled.
+    state: waiting, created, running, paused, interrupted, failed, finished or cancelled.
     model: its name. place: where they write to. text: part of the id, the model, a source or the place.
     since, until: created then or later, and before; a time without a zone is on this machine's clock.
     after: the last job of an earlier call, to continue with those before it.
@@ -197,7 +197,7 @@ class Job:
 
     @property
     def state(self) -> str:
-        """created, running, paused, interrupted, failed, finished or cancelled."""
+        """waiting, created, running, paused, interrupted, failed, finished or cancelled."""
         return self.record.state
 
     @property

@@ -49,6 +49,8 @@ def drive(
     record = patience(lambda: store.get(job_id))
     if record.state == "cancelled" or (record.state == "finished" and not retry_dead):
         raise JobStateError(f"job {record.id} is {record.state}", hint=f"See it with: tally jobs show {record.id}")
+    if record.state == "waiting":
+        raise JobStateError(f"job {record.id} waits for a server to start it", hint="Start one with: tally up")
     spec = JobSpec(**record.spec)
     if parts is None or retry_dead:
         model = ModelRef.from_dict(record.model)

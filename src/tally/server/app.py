@@ -36,7 +36,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     engine = jobs.store.engine
     audit = AuditLog(engine)
     supervisor = Supervisor(jobs, parallel=settings.parallel)
-    feed, results = Feed(), Results()
+    feed, results = Feed(), Results(jobs)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

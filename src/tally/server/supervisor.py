@@ -11,13 +11,13 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tally import processes
 from tally.config import settings
 from tally.database.lease import host
 from tally.errors import DatabaseAwayError, TallyError
@@ -115,7 +115,7 @@ class Supervisor:
         assert start.token is not None
         log_file = log_of(start.job_id)
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tally.server.drive", start.job_id, start.token]
+        command = processes.command("tally.server.drive", start.job_id, start.token)
         try:
             with log_file.open("ab") as output:
                 process = subprocess.Popen(
