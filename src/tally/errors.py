@@ -32,7 +32,12 @@ A message says what happened and the offending value; ``hint`` says the next ste
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Sequence
+
+MOST_TEXT = 100_000
+"""Characters of an exception's text that are looked at."""
 
 
 class TallyError(Exception):
@@ -198,7 +203,10 @@ class WorkerStoppedError(WorkerError):
 
 def error_line(error: BaseException) -> str:
     """An exception in one line: ``ValueError: what it says``."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error)[:MOST_TEXT].split())
+    except BaseException as unsaid:  # of somebody's own class
+        text = f"(saying what went wrong raised {type(unsaid).__name__})"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -212,3 +220,15 @@ def raised_at(error: BaseException, file: str | None = None) -> str | None:
             found = f"{name.rsplit('/', 1)[-1]}, line {trace.tb_lineno}"
         trace = trace.tb_next
     return found
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether somebody pressed Ctrl-C. What code of a model raises, of whatever class, ends no more than its item.
+
+    Workers block the signal, and it never reaches threads: there, code of a model raised it.
+    """
+    return (
+        isinstance(error, KeyboardInterrupt)
+        and threading.current_thread() is threading.main_thread()
+        and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    )

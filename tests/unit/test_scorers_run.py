@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
+import signal
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,12 @@ from tests.given import Given, flagging, refusing, rows
 
 from tally.errors import ItemError, SpecError, TallyError
 from tally.scorers.base import Input, Item, Result, Scorer
-from tally.scorers.run import configured, run, score
+from tally.scorers.run import configured, copies_of, run, score
 
 
 def scored(scorer: Scorer, values: Any, count: int) -> list[Any]:
     """The results one by one."""
-    return [result for part in score(scorer, values, count) for result in part.to_list()]
+    return [result for part in score(scorer, values, count, copies_of(values)) for result in part.to_list()]
 
 
 # score() ---------------------------------------------------------------------------------------------
@@ -94,7 +98,8 @@ def test_what_is_not_one_result_per_item_stops_the_chunk(returned: Any, what: st
 
 
 def test_a_table_as_the_result_stays_one() -> None:
-    [part] = score(Given(lambda table: table), pa.table({"n": [1, 2]}), 2)
+    table = pa.table({"n": [1, 2]})
+    [part] = score(Given(lambda table: table), table, 2, copies_of(table))
     assert (part.count, part.results.to_pydict(), part.errors) == (2, {"n": [1, 2]}, {})
 
 
@@ -186,7 +191,8 @@ def test_a_value_that_does_not_fit_fails_alone(input: Input, value: Any, error: 
     first, found, last = run(Seen(input), [good, value, good])
     assert isinstance(found, ItemError)
     assert (found.stage, found.message[-len(error[1]) :]) == error
-    assert first == last == {"value": good}
+    for each in (first, last):
+        np.testing.assert_array_equal(outcome(each), good)
 
 
 def test_contents_are_files_for_a_scorer_of_paths_while_they_are_scored(tmp_path: Path) -> None:
@@ -267,3 +273,83 @@ def test_a_scorer_is_made_as_it_is_asked_for() -> None:
     assert picture.shape == (2, 4, 3)
     with pytest.raises(SpecError, match="overlay"):
         configured(Seen("bytes"), overlay=True)
+
+
+# whatever is raised ------------------------------------------------------------------------------------
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Crooked(list[Any]):
+    def __iter__(self) -> Any:
+        raise SystemExit("no way through")
+
+
+RAISED = [
+    SystemExit(0),
+    KeyboardInterrupt(),
+    GeneratorExit(),
+    asyncio.CancelledError(),
+    CancelledError(),
+    BaseException("base"),
+    BaseExceptionGroup("g", [KeyboardInterrupt()]),
+    StopIteration(),
+    Speechless(),
+]
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["prepare", "score", "result"])
+def test_whatever_one_item_raises_costs_that_item(error: BaseException, where: str) -> None:
+    class Raising(Scorer):
+        input = "bytes"
+
+        def prepare(self, item: Item) -> Any:
+            if where == "prepare" and item.value == b"bad":
+                raise error
+            return item.value
+
+        def score(self, batch: Any) -> Any:
+            if where == "score" and b"bad" in batch:
+                raise error
+            return [error if where == "result" and value == b"bad" else {"value": value} for value in batch]
+
+    # In a thread, as in a worker: there it cannot be Ctrl-C.
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(run, Raising(), [b"a", b"bad", b"c"]).result()
+    assert [outcome(each) for each in (found[0], found[2])] == [b"a", b"c"]
+    assert isinstance(found[1], ItemError)
+    assert type(error).__name__ in str(found[1])
+    assert found[1].stage == ("prepare" if where == "prepare" else "score")
+
+
+def test_ctrl_c_ends_scoring_and_not_an_item() -> None:
+    def interrupted(batch: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Seen("bytes", interrupted), [b"a"])
+
+
+def test_results_that_cannot_be_gone_through_are_halved() -> None:
+    def function(batch: Any) -> Any:
+        return Crooked({"value": each} for each in batch) if b"bad" in batch else rows(batch)
+
+    class Strange(Sequence[Any]):
+        def __init__(self, batch: Any) -> None:
+            self.batch = batch
+
+        def __len__(self) -> int:
+            return len(self.batch)
+
+        def __getitem__(self, index: Any) -> Any:
+            if self.batch[index] == b"bad":
+                raise KeyError(index)
+            return {"value": self.batch[index]}
+
+    for each in (function, Strange):
+        found = run(Seen("bytes", each), [b"a", b"bad", b"c"])
+        assert [isinstance(result, ItemError) for result in found] == [False, True, False]

@@ -38,11 +38,12 @@ class Numbers(Source):
             for start in range(0, chunk.count, scorer.batch_size):
                 batch = Batch(start, min(start + scorer.batch_size, chunk.count))
                 for position in range(batch.start, batch.stop):
-                    if position in self.unreadable:
-                        batch.dead.append((position, ItemError(f"no item {position}", stage="read")))
+                    number = chunk.first + position
+                    if number in self.unreadable:
+                        batch.dead.append((position, ItemError(f"no item {number}", stage="read")))
                     else:
-                        batch.keys.append(f"item-{position}")
-                        batch.values.append(position)
+                        batch.keys.append(f"item-{number}")
+                        batch.values.append(number)
                         batch.positions.append(position)
                 if self.numbered:
                     batch.info = [{"number": position} for position in batch.positions]
@@ -51,10 +52,10 @@ class Numbers(Source):
             self.closed += 1
 
     def keys(self, chunk: Chunk) -> list[str]:
-        return [f"item-{position}" for position in range(chunk.count)]
+        return [f"item-{chunk.first + position}" for position in range(chunk.count)]
 
     def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
-        raise NotImplementedError
+        return Chunk(chunk.first + start, stop - start, {})
 
 
 class Rows(Numbers):
@@ -63,8 +64,8 @@ class Rows(Numbers):
     def read(self, chunk: Chunk, scorer: Scorer, timings: Timings) -> Iterator[Batch]:
         for start in range(0, chunk.count, scorer.batch_size):
             stop = min(start + scorer.batch_size, chunk.count)
-            numbers = pa.array(range(start, stop))
-            keys = pa.array([f"item-{n}" for n in range(start, stop)])
+            numbers = pa.array(range(chunk.first + start, chunk.first + stop))
+            keys = pa.array([f"item-{n}" for n in numbers.to_pylist()])
             yield Batch(start, stop, keys, pa.table({"n": numbers}), np.arange(start, stop))
 
 

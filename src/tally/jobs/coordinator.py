@@ -512,7 +512,7 @@ class Coordinator:
             return  # another attempt is still at it
         else:
             del self._running[stored.id]
-            if isinstance(error, CancelledError) or self._stop is not None:
+            if future.cancelled() or self._stop is not None:
                 return  # stays "running" in the store; goes back to pending when the job is released
             # The planner waits for a first measurement: this is one, if a poor one.
             self._sizer.observe(stored.chunk.count, time.monotonic() - running.since)

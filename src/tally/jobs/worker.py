@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
 from typing import Any
 
 from tally.engines import watchdog
 from tally.errors import ItemError
+from tally.jobs.reread import Reread, select
 from tally.models.load import load
 from tally.models.reference import ModelRef
 from tally.scorers.base import Scorer
-from tally.scorers.run import Part, configured, score
+from tally.scorers.run import Anew, Part, configured, score
 from tally.sinks.base import Output, Sink, Writer
 from tally.sources.base import Batch, Chunk, Source, Timings
 from tally.storage import while_waiting
@@ -110,6 +112,15 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
     def record(found: Sequence[tuple[int, ItemError]]) -> None:
         dead.extend((position, error.stage, _bounded(str(error))) for position, error in found)
 
+    def anew_of(batch: Batch) -> Anew:
+        reread = Reread(worker.source, chunk, worker.scorer, batch, timings)
+
+        def anew(start: int, stop: int) -> AbstractContextManager[Any]:
+            busy(batch.start, batch.stop)  # a part of it has the time of a batch
+            return reread(start, stop)
+
+        return anew
+
     busy(0, size)  # before the first batch is there: reading ahead begins at once
     batches = worker.source.read(chunk, worker.scorer, timings)
     try:
@@ -118,7 +129,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
             record(batch.dead)
             if len(batch.keys):
                 start = time.perf_counter()
-                results = score(worker.scorer, batch.values, len(batch.keys))
+                results = score(worker.scorer, batch.values, len(batch.keys), anew_of(batch))
                 scored = time.perf_counter()
                 timings.score += scored - start
                 record(_write(writer, batch, results))
@@ -167,10 +178,8 @@ def _write(writer: Writer, batch: Batch, parts: Sequence[Part]) -> list[tuple[in
 
 
 def _select(values: Any, indices: Sequence[int] | None) -> Any:
-    """Some of a sequence's, an Arrow array's or a table's values; all of them if ``indices`` is None."""
-    if indices is None or values is None:
-        return values
-    return values.take(indices) if hasattr(values, "take") else [values[index] for index in indices]
+    """Some of the values; all of them if ``indices`` is None."""
+    return values if indices is None or values is None else select(values, indices)
 
 
 def _as_list(values: Any) -> Any:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tally.errors import ModelLoadError, TallyError
+from tally.errors import ModelLoadError, TallyError, error_line, is_interrupt, raised_at
 from tally.models import kinds
 from tally.models.mirror import fetched, is_here
 from tally.models.reference import ModelRef
@@ -23,7 +21,14 @@ def create(ref: ModelRef) -> Scorer:
     kind = kinds.get(ref.kind)
     if kind.reads_files and ref.mirror is not None and not is_here(ref):
         ref = fetched(ref)
-    return kind.create(ref)
+    try:
+        return kind.create(ref)
+    except TallyError:
+        raise
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
+        raise _failed(ref, "making the scorer", error) from error
 
 
 def verify(ref: ModelRef) -> None:
@@ -46,9 +51,12 @@ def load(ref: ModelRef, device: str) -> Scorer:
         scorer.load(ref.location / ref.artifacts, device)
     except TallyError:
         raise
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise ModelLoadError(
-            f"{ref}: load() failed: {type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
-        ) from error
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
+        raise _failed(ref, "load()", error) from error
     return scorer
+
+
+def _failed(ref: ModelRef, what: str, error: BaseException) -> ModelLoadError:
+    return ModelLoadError(f"{ref}: {what} failed: {error_line(error)} ({raised_at(error)})")

@@ -9,19 +9,27 @@ thread at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tally.errors import ItemError, SpecError, TallyError, error_line, raised_at
+from tally.errors import ItemError, SpecError, TallyError, error_line, is_interrupt, raised_at
 from tally.scorers.base import Item, Result, Scorer, TableResult
 from tally.storage import file_name, temporary
 from tally.text import did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+Anew: TypeAlias = Callable[[int, int], AbstractContextManager[Any]]
+"""The values ``start <= p < stop`` of a batch as they were before it was scored, for as long as the context lasts.
+
+A scorer may change what it is given, whether it then raises or not, so nothing that it was given is scored again.
+Entering raises ItemError where one of the values can no longer be had.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +80,36 @@ def run(scorer: Scorer, items: Sequence[Any] | pa.Table) -> list[Result]:
         table = _columns(scorer, items)
         for start in range(0, table.num_rows, size):
             batch = table.slice(start, size)
-            results += _results(scorer, batch, batch.num_rows)
+            results += _results(scorer, copied(batch, 0, batch.num_rows), batch.num_rows, copies_of(batch))
         return results
-    for start in range(0, len(items), size):
-        with _given(scorer, items[start : start + size], start) as batch:
-            prepared = [prepare(scorer, item) if isinstance(item, Item) else item for item in batch]
-            good = [value for value in prepared if not isinstance(value, ItemError)]
-            scored = iter(_results(scorer, good, len(good)) if good else [])
-            results += [value if isinstance(value, ItemError) else next(scored) for value in prepared]
+    found = [each if isinstance(each, Item) else Item(str(at), each) for at, each in enumerate(items)]
+    for start in range(0, len(found), size):
+        results += _run(scorer, found[start : start + size])
     return results
+
+
+def _run(scorer: Scorer, items: Sequence[Item]) -> list[Result]:
+    """The results of one batch."""
+    with _prepared(scorer, items) as prepared:
+        good = [at for at, value in enumerate(prepared) if not isinstance(value, ItemError)]
+
+        @contextmanager
+        def anew(start: int, stop: int) -> Iterator[list[Any]]:
+            with _prepared(scorer, [items[at] for at in good[start:stop]]) as values:
+                for value in values:
+                    if isinstance(value, ItemError):
+                        raise value
+                yield values
+
+        scored = iter(_results(scorer, [prepared[at] for at in good], len(good), anew) if good else [])
+        return [value if isinstance(value, ItemError) else next(scored) for value in prepared]
+
+
+@contextmanager
+def _prepared(scorer: Scorer, items: Sequence[Item]) -> Iterator[list[Any]]:
+    """What the scorer makes of each item, or its ItemError. It never changes the caller's values."""
+    with _given(scorer, items) as given:
+        yield [prepare(scorer, item) if isinstance(item, Item) else item for item in given]
 
 
 def prepare(scorer: Scorer, item: Item) -> Any:
@@ -96,45 +125,100 @@ def prepare(scorer: Scorer, item: Item) -> Any:
         return scorer.prepare(item)
     except TallyError as error:
         return ItemError(error.message, stage="prepare", hint=error.hint)
-    except Exception as error:
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
         return ItemError(error_line(error), stage="prepare")
 
 
-def score(scorer: Scorer, values: Any, count: int) -> list[Part]:
+def score(scorer: Scorer, values: Any, count: int, anew: Anew) -> list[Part]:
     """The results of a batch in parts, in order. If scoring raises, the batch is halved until the items that raise
     alone are found.
 
-    values: a sequence of prepared values, or a ``pyarrow.Table``; ``count`` items of it.
+    values: a sequence of prepared values, or a ``pyarrow.Table``; ``count`` items of it. anew: the halves of it.
     Raises TallyError if the scorer does not return one result per item.
     """
+    return _scored(scorer, values, 0, count, anew)
+
+
+def _scored(scorer: Scorer, values: Any, start: int, stop: int, anew: Anew) -> list[Part]:
     try:
-        results: Any = scorer.score(values)
-    except Exception as error:
-        if count == 1:
-            return [Part(1, [None], {0: item_error(error)})]
-        half = count // 2
-        return [
-            *score(scorer, values[:half], half),
-            *score(scorer, values[half:], count - half),
-        ]
-    errors: Mapping[int, Exception] = {}
-    if isinstance(results, TableResult):
-        results, errors = results.rows, results.errors
+        results, errors = _results_of(scorer.score(values))
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
+        return _halved(scorer, start, stop, error, anew)
+    _check(scorer, results, stop - start)
+    return [Part(stop - start, results, errors)]
+
+
+def _halved(scorer: Scorer, start: int, stop: int, error: BaseException, anew: Anew) -> list[Part]:
+    if stop - start == 1:
+        return [Part(1, [None], {0: item_error(error)})]
+    middle = (start + stop) // 2
+    return [*_again(scorer, start, middle, anew), *_again(scorer, middle, stop, anew)]
+
+
+def _again(scorer: Scorer, start: int, stop: int, anew: Anew) -> list[Part]:
+    try:
+        with anew(start, stop) as values:
+            return _scored(scorer, values, start, stop, anew)
+    except ItemError as error:
+        return _halved(scorer, start, stop, error, anew)
+
+
+def copies_of(values: Any) -> Anew:
+    """Copies of values that nobody changes."""
+
+    @contextmanager
+    def anew(start: int, stop: int) -> Iterator[Any]:
+        yield copied(values, start, stop)
+
+    return anew
+
+
+def copied(values: Any, start: int, stop: int) -> Any:
+    """A copy of ``values[start:stop]`` that shares no memory with it. values: a sequence, or a ``pyarrow.Table``."""
+    if hasattr(values, "num_rows"):
+        return values.take(list(range(start, stop)))
+    return copy.deepcopy(values[start:stop])
+
+
+def _results_of(returned: Any) -> tuple[Any, Mapping[int, ItemError]]:
+    """The results that a scorer returned, and the errors among them, by position. Raises what they raise."""
+    errors: Mapping[int, BaseException] = {}
+    if isinstance(returned, TableResult):
+        returned, errors = returned.rows, returned.errors
+    elif hasattr(returned, "__len__") and not _is_one(returned) and not hasattr(returned, "num_rows"):
+        if not isinstance(returned, (list, tuple)) and not hasattr(returned, "dtype"):
+            returned = list(returned)  # of somebody's own class
+        errors = {index: result for index, result in enumerate(returned) if isinstance(result, BaseException)}
+    return returned, {index: item_error(error) for index, error in errors.items()}
+
+
+def _is_one(returned: Any) -> bool:
+    # A mapping has a length too: somebody returned one row instead of a list of them.
+    return isinstance(returned, (Mapping, str, bytes))
+
+
+def _check(scorer: Scorer, results: Any, count: int) -> None:
+    """Raises TallyError if it is not one result per item."""
     if hasattr(results, "num_rows"):
-        _check_length(scorer, results.num_rows, count)
+        given = results.num_rows
+    elif hasattr(results, "__len__") and not _is_one(results):
+        given = len(results)
     else:
-        # A mapping has a length too: somebody returned one row instead of a list of them.
-        if not hasattr(results, "__len__") or isinstance(results, (Mapping, str, bytes)):
-            raise TallyError(
-                f"{type(scorer).__name__}.score returned {type(results).__name__}, "
-                "not a sequence with one result per item"
-            )
-        _check_length(scorer, len(results), count)
-        errors = {index: result for index, result in enumerate(results) if isinstance(result, Exception)}
-    return [Part(count, results, {index: item_error(error) for index, error in errors.items()})]
+        raise TallyError(
+            f"{type(scorer).__name__}.score returned {type(results).__name__}, not a sequence with one result per item"
+        )
+    if given != count:
+        raise TallyError(
+            f"{type(scorer).__name__}.score returned {given} results for {count} items",
+            hint="Return one result per item, in the same order; an exception object for an item that failed.",
+        )
 
 
-def item_error(error: Exception) -> ItemError:
+def item_error(error: BaseException) -> ItemError:
     """What scoring raised, as the error of one item; of an exception that is not ours, with the line that raised it."""
     if isinstance(error, ItemError):
         return error.bare()
@@ -144,29 +228,27 @@ def item_error(error: Exception) -> ItemError:
     return ItemError(f"{error_line(error)} ({place})" if place else error_line(error))
 
 
-def _results(scorer: Scorer, values: Any, count: int) -> list[Result]:
-    return [result for part in score(scorer, values, count) for result in part.to_list()]
-
-
-def _check_length(scorer: Scorer, given: int, count: int) -> None:
-    if given != count:
-        raise TallyError(
-            f"{type(scorer).__name__}.score returned {given} results for {count} items",
-            hint="Return one result per item, in the same order; an exception object for an item that failed.",
-        )
+def _results(scorer: Scorer, values: Any, count: int, anew: Anew) -> list[Result]:
+    return [result for part in score(scorer, values, count, anew) for result in part.to_list()]
 
 
 @contextmanager
-def _given(scorer: Scorer, items: Sequence[Any], first: int) -> Iterator[list[Item | ItemError]]:
-    """The values as items, files read, or, for a scorer of paths, contents written to files until the end."""
-    found = [each if isinstance(each, Item) else Item(str(at), each) for at, each in enumerate(items, first)]
+def _given(scorer: Scorer, items: Sequence[Item]) -> Iterator[list[Item | ItemError]]:
+    """The items with files read, or, for a scorer of paths, contents written to files until the end."""
     if scorer.input != "path":
-        yield [_read(item) if isinstance(item.value, Path) else item for item in found]
-    elif not any(isinstance(item.value, (bytes, bytearray, memoryview)) for item in found):
-        yield [*found]
+        yield [_read(item) if isinstance(item.value, Path) else _own(item) for item in items]
+    elif not any(isinstance(item.value, (bytes, bytearray, memoryview)) for item in items):
+        yield [*items]
     else:
         with temporary.folder("items") as folder:
-            yield [_written(item, folder / str(at)) for at, item in enumerate(found)]
+            yield [_written(item, folder / str(at)) for at, item in enumerate(items)]
+
+
+def _own(item: Item) -> Item:
+    """The item with a value that the caller does not share, if it can be changed."""
+    if isinstance(item.value, (bytearray, memoryview)):
+        return replace(item, value=bytes(item.value))
+    return replace(item, value=item.value.copy()) if hasattr(item.value, "shape") else item
 
 
 def _read(item: Item) -> Item | ItemError:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tally.errors import ItemError, SpecError
+from tally.errors import ItemError, SpecError, error_line
 from tally.scorers.base import Result
 from tally.sinks.arrays import plain_array
 from tally.storage import key_of
@@ -108,7 +108,7 @@ def build(
     if set(map(type, results)) == {dict}:
         try:
             return _uniform(keys, results, schema), []
-        except _UNFIT:
+        except Exception:  # noqa: S110 - what does not fit is found value by value
             pass
     return _Careful(keys, results, schema).build()
 
@@ -250,13 +250,15 @@ class _Careful:
         return pa.RecordBatch.from_arrays([keys, *arrays], schema=schema), failed
 
     def _rows(self, index: int, result: Any) -> list[Mapping[str, Any]]:
-        several = isinstance(result, Sequence) and not isinstance(result, str | bytes)
-        rows: list[Any] = list(result) if several else [result]
-        for row in rows:
-            problem = self._problem(row)
-            if problem is not None:
-                self.failed[index] = problem
-                return []
+        try:
+            several = isinstance(result, Sequence) and not isinstance(result, str | bytes)
+            rows: list[Any] = list(result) if several else [result]
+            problem = next(filter(None, map(self._problem, rows)), None)
+        except BaseException as error:  # of somebody's own class
+            problem = _error(f"reading the scorer's result raised {error_line(error)}", None)
+        if problem is not None:
+            self.failed[index] = problem
+            return []
         return rows
 
     def _problem(self, row: object) -> ItemError | None:
@@ -294,10 +296,15 @@ class _Careful:
         """One array of length 1 per row; None for values that do not fit."""
         column: list[pa.Array | None] = []
         for index, row in owned:
+            value = None
             try:
-                column.append(_single(row.get(name), kind))
+                value = row.get(name)
+                column.append(_single(value, kind))
             except _UNFIT:
-                self.failed.setdefault(index, _misfit(name, row.get(name), kind))
+                self.failed.setdefault(index, _misfit(name, value, kind))
+                column.append(None)
+            except BaseException as error:  # of somebody's own class, or nested too deeply
+                self.failed.setdefault(index, _error(f"column {name!r}: reading it raised {error_line(error)}", None))
                 column.append(None)
         return column
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from tally.errors import ItemError, ModelLoadError, TallyError
 from tally.scorers.base import Results, Scorer, TableResult
 from tally.scorers.per_key.batched_svms import BatchedSvms, Integers
+from tally.scorers.run import copies_of
+from tally.scorers.run import score as scored
 from tally.scorers.tabular import tables
 
 if TYPE_CHECKING:
@@ -220,14 +222,12 @@ class ModelPerKey(Scorer):
         if isinstance(scorer, TallyError):
             errors |= dict.fromkeys(rows.tolist(), ItemError(scorer.message, hint=scorer.hint))
             return
-        for start, results in _carefully(scorer, table):
-            if isinstance(results, TableResult):
-                errors |= {int(rows[start + row]): error for row, error in results.errors.items()}
-                results = results.rows
-            if hasattr(results, "num_rows"):
-                yield rows[start : start + results.num_rows], results
-            else:  # nothing but errors
-                errors |= {int(rows[start + row]): error for row, error in enumerate(cast("list[Exception]", results))}
+        start = 0
+        for part in scored(scorer, table, table.num_rows, copies_of(table)):
+            errors |= {int(rows[start + row]): error for row, error in part.errors.items()}
+            if hasattr(part.results, "num_rows"):  # or else there is nothing but errors
+                yield rows[start : start + part.count], part.results
+            start += part.count
 
 
 def _decide(
@@ -249,21 +249,6 @@ def _decide(
             errors |= {int(rows[row]): reasons.get(row, overflow) for row in wrong.tolist()}
     # libsvm calls what lies on the boundary an anomaly.
     return pa.table({"anomaly": ~(score > 0), "score": score})
-
-
-def _carefully(scorer: Scorer, table: pa.Table, start: int = 0) -> Iterator[tuple[int, Results]]:
-    """Results and the row that they begin with. A table that makes scoring raise is halved, until rows stand alone."""
-    try:
-        results = scorer.score(table)
-    except Exception as error:
-        if table.num_rows == 1:
-            yield start, [error]
-            return
-        half = table.num_rows // 2
-        yield from _carefully(scorer, table[:half], start)
-        yield from _carefully(scorer, table[half:], start + half)
-    else:
-        yield start, results
 
 
 def _taken(table: pa.Table, rows: Integers) -> pa.Table:

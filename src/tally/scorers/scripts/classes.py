@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from tally.errors import ModelChangedError, ModelLoadError, ModelNotFoundError, SpecError
+from tally.errors import ModelChangedError, ModelLoadError, ModelNotFoundError, SpecError, error_line, is_interrupt
 from tally.models.hashing import known_hash
 from tally.models.reference import BATCH_LIMIT, ModelRef
 from tally.scorers.base import Scorer
@@ -133,8 +133,10 @@ def import_class(text: str, folder: Path | None, *, renewed: bool = False) -> ty
             if ours
             else f"Install {error.name!r} into the environment that runs Tally ({sys.prefix}).",
         ) from None
-    except Exception as error:
-        raise ModelLoadError(f"{text}: importing {module} failed: {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
+        raise ModelLoadError(f"{text}: importing {module} failed: {error_line(error)}") from error
     if not isinstance(found, type) or not issubclass(found, Scorer) or found is Scorer:
         scorers = [
             key

@@ -10,7 +10,14 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from tally.errors import ModelChangedError, ModelLoadError, ModelNotFoundError, TallyError
+from tally.errors import (
+    ModelChangedError,
+    ModelLoadError,
+    ModelNotFoundError,
+    TallyError,
+    error_line,
+    is_interrupt,
+)
 from tally.models.base import Candidate, Kind, ModelRequest, covering, merged
 from tally.models.hashing import content_hash, known_hash
 from tally.models.reference import ModelRef
@@ -138,8 +145,10 @@ class PythonKind(_CodeFile):
             scorer = found(**options)
         except TallyError:
             raise
-        except Exception as error:
-            raise ModelLoadError(f"{ref.entry}: making the scorer failed: {type(error).__name__}: {error}") from error
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
+            raise ModelLoadError(f"{ref.entry}: making the scorer failed: {error_line(error)}") from error
         if size is not None:
             scorer.batch_size = size
         return scorer

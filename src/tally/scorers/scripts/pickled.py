@@ -11,7 +11,7 @@ from typing import Any, cast
 import cloudpickle
 
 from tally.config import settings
-from tally.errors import ModelLoadError, SpecError, StorageError
+from tally.errors import ModelLoadError, SpecError, StorageError, error_line, is_interrupt
 from tally.models import kinds
 from tally.models.base import Candidate, Kind, ModelRequest, covering
 from tally.models.hashing import check_content, content_hash
@@ -91,9 +91,11 @@ def load(path: Path, name: str, options: Mapping[str, Any]) -> Scorer:
     try:
         found = cloudpickle.loads(path.read_bytes())
         return cast("Scorer", found(**options) if isinstance(found, type) else found)
-    except Exception as error:
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
         raise ModelLoadError(
-            f"{name} cannot be unpickled: {type(error).__name__}: {error}",
+            f"{name} cannot be unpickled: {error_line(error)}",
             hint="The modules that it uses must be importable in the workers too.",
         ) from error
 

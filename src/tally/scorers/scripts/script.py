@@ -18,8 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from tally.errors import ItemError, ModelLoadError, SpecError, TallyError, raised_at
+from tally.errors import ItemError, ModelLoadError, SpecError, TallyError, error_line, is_interrupt, raised_at
 from tally.scorers.base import Input, Item, Request, Response, Result, Results, Scorer
+from tally.scorers.run import item_error
 from tally.scorers.scripts import azureml, requests
 from tally.scorers.scripts.answers import answers_of, result_of
 from tally.scorers.scripts.isolation import Surroundings
@@ -181,14 +182,16 @@ def explained(path: Path, doing: str) -> Iterator[None]:
         yield
     except TallyError:
         raise
-    except (Exception, SystemExit) as error:  # a script that calls sys.exit() must not end the worker
+    except BaseException as error:  # a script that calls sys.exit() must not end the worker
+        if is_interrupt(error):
+            raise
         hint = None
         if isinstance(error, ModuleNotFoundError) and error.name:
             hint = f"Install {error.name.split('.')[0]!r} into the environment that runs Tally ({sys.prefix})."
         elif isinstance(error, FileNotFoundError) and doing == "init()":
             hint = f"AZUREML_MODEL_DIR was {os.environ.get('AZUREML_MODEL_DIR')!r}; --artifacts sets it."
         place = raised_at(error, str(path)) or path.name
-        raise ModelLoadError(f"{path}: {doing} failed: {type(error).__name__}: {error} ({place})", hint=hint) from error
+        raise ModelLoadError(f"{path}: {doing} failed: {error_line(error)} ({place})", hint=hint) from error
 
 
 class ScriptScorer(Scorer):
@@ -289,7 +292,9 @@ class ScriptScorer(Scorer):
                 answer = self._run(value, request.headers)
             except requests.RefusedError as error:
                 return requests.refusal(error.status, str(error))
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
+                if is_interrupt(error):
+                    raise
                 return self._failed(error)
             if isinstance(answer, Exception):
                 return self._failed(answer)
@@ -336,6 +341,10 @@ class ScriptScorer(Scorer):
             return _exited(error)
         except Exception as error:
             return error
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
+            return item_error(error)
 
     def _frame_results(self, table: pa.Table) -> Results:
         """What ``run`` answers for the rows of a table."""

@@ -28,7 +28,8 @@ _LABEL_LIMIT = 100  # characters
 class Shown(NamedTuple):
     """One picture ``uint8[h, w, 3]`` beside what the inner scorer made of it.
 
-    scale: pixels of this picture per pixel of the original, in x and y.
+    picture: a copy, as the inner scorer may change what it is given. scale: pixels of this picture per pixel of the
+    original, in x and y.
     """
 
     key: str
@@ -81,7 +82,7 @@ class Overlay(Scorer):
     def prepare(self, item: Item) -> Shown:
         height, width = item.value.shape[:2]
         scale = (width / item.info.get("width", width), height / item.info.get("height", height))
-        return Shown(item.key, self.scorer.prepare(item), item.value, scale)
+        return Shown(item.key, self.scorer.prepare(item), item.value.copy(), scale)
 
     def score(self, batch: Sequence[Shown]) -> Results:
         results = self.scorer.score([shown.value for shown in batch])
@@ -107,7 +108,7 @@ def _drawn(shown: Shown, result: Result) -> Array | Exception:
     if not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) and _drawable(row) for row in rows):
         return ItemError(f"{shown.key}: overlay: the result has neither boxes nor labels", hint=_DRAWABLE)
     try:
-        return draw(shown.picture, rows, scale=shown.scale)
+        return _draw_onto(shown.picture, rows, shown.scale)
     except (TypeError, ValueError) as error:
         return ItemError(f"{shown.key}: overlay: a row cannot be drawn: {error}")
 
@@ -117,8 +118,11 @@ def draw(picture: Array, rows: Sequence[Row], *, scale: tuple[float, float] = (1
 
     scale: of the picture against the original that the boxes are about, in x and y.
     """
-    canvas = picture.copy()
-    height, width = picture.shape[:2]
+    return _draw_onto(picture.copy(), rows, scale)
+
+
+def _draw_onto(canvas: Array, rows: Sequence[Row], scale: tuple[float, float]) -> Array:
+    height, width = canvas.shape[:2]
     side = min(height, width)
     line, font_size = max(1, round(side / 280)), max(10, round(side / 42))
     tags: list[tuple[int, int, Array]] = []

@@ -1,0 +1,102 @@
+"""Scorers that do what no scorer should: the blame falls on the one item, or on the worker, and on nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tally
+
+Cli = Callable[..., Any]
+CHAOS = Path(__file__).with_name("scorers") / "chaos.py"
+
+# What of poison2.py gives a row after all.
+ROWS = "nan,inf,nul,nulcol,emptycol,dt,set,np0d,mixed,dupcase,nested_key,none"
+NO_ROWS = "hugeint,selfrow,obj,badrepr,baditems,badlen,gen,none_,str,surr,intcol,dec,cplx,npobj,key"
+RAISED = (
+    "sysexit,sysexit0,kbd,base,genexit,asynccancel,futcancel,badstr,hugestr,recursion,memerr,oserr,stopiter,excgroup"
+)
+
+
+@pytest.fixture
+def chaos(data: Path) -> Path:
+    folder = data / "found" / "chaos"
+    if not folder.is_dir():
+        pytest.skip(f"there is no {folder}")
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(20):
+        pixels = np.random.default_rng(number).integers(5 * number, 5 * number + 100, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03}.png")
+    return folder
+
+
+def dead_of(job: tally.Job) -> dict[str, str]:
+    return {row["key"]: row["error"] for row in job.dead().to_pylist()}
+
+
+@pytest.mark.parametrize("how", ["inplace", "sort", "clear"])
+def test_a_scorer_that_changes_its_batch(
+    chaos: Path, pictures: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAD_PICTURE", str(pictures / "007.png"))
+    job = tally.score(pictures, chaos / "mutate.py", tmp_path / "out", settings={"how": how}, workers=1, quiet=True)
+    assert list(dead_of(job)) == ["007.png"]
+    means = {row["key"]: row["mean"] for row in job.results().to_pylist()}
+    scale = 255 if how == "inplace" else 1
+    assert means == pytest.approx(
+        {each.name: np.asarray(Image.open(each)).mean() / scale for each in pictures.iterdir() if each.stem != "007"}
+    )
+
+
+def test_whatever_an_item_raises(chaos: Path, pictures: Path, tmp_path: Path) -> None:
+    hows = [*RAISED.split(","), *["none"] * 6]
+    options = {"file": str(chaos / "poison.py"), "name": "Poison", "hows": ",".join(hows)}
+    job = tally.score(pictures, CHAOS, tmp_path / "out", settings=options, workers=1, max_dead="100%", quiet=True)
+    bad = [f"{at:03}.png" for at, how in enumerate(hows) if how != "none"]
+    assert sorted(dead_of(job)) == bad
+    assert {row["key"] for row in job.results().to_pylist()} == {each.name for each in pictures.iterdir()} - {*bad}
+
+
+@pytest.mark.parametrize("hows", [ROWS, NO_ROWS], ids=["rows", "none"])
+def test_whatever_an_item_gives_as_its_result(chaos: Path, pictures: Path, tmp_path: Path, hows: str) -> None:
+    all_of_them = [*hows.split(","), *["none"] * 20][:20]
+    options = {"file": str(chaos / "poison2.py"), "name": "Poison2", "hows": ",".join(all_of_them)}
+    job = tally.score(pictures, CHAOS, tmp_path / "out", settings=options, workers=1, max_dead="100%", quiet=True)
+    bad = [f"{at:03}.png" for at, how in enumerate(all_of_them) if how in NO_ROWS.split(",")]
+    assert sorted(dead_of(job)) == bad
+    assert {row["key"] for row in job.results().to_pylist()} == {each.name for each in pictures.iterdir()} - {*bad}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("init_exit", "making the scorer failed: SystemExit: 0"),
+        ("load_exit", "load() failed: SystemExit: 0 (load_exit"),
+    ],
+)
+def test_leaving_while_the_model_is_loaded(
+    chaos: Path, pictures: Path, tmp_path: Path, cli: Cli, name: str, said: str
+) -> None:
+    ran = cli("score", pictures, "--model", chaos / f"{name}.py", "--out", tmp_path / "out.csv", "--workers", "1")
+    assert ran.code == 1
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_leaving_while_an_item_is_prepared(chaos: Path, pictures: Path, tmp_path: Path) -> None:
+    for each in pictures.iterdir():
+        each.rename(each.with_suffix(".jpg"))  # the name that it looks for
+    job = tally.score(pictures, chaos / "prep_exit.py", tmp_path / "out", workers=1, quiet=True)
+    assert dead_of(job) == {"007.jpg": "SystemExit: 1"}
