@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def sql_name(name: str) -> str:
     """The name of a column or table, quoted for SQL."""
@@ -11,3 +13,21 @@ def sql_name(name: str) -> str:
 def sql_text(text: object) -> str:
     """The text as a literal of SQL; a path, say, is written as it is."""
     return "'" + str(text).replace("'", "''") + "'"
+
+
+def distinct_names(names: Sequence[str]) -> dict[str, str]:
+    """For each column the name that SQL knows it by: its own, with a number where others differ only in capitals.
+
+    SQL does not tell capitals apart: of two columns V and v, it would give the first one for both.
+    """
+    taken = {name.lower() for name in names}
+    seen: set[str] = set()
+    called: dict[str, str] = {}
+    for name in names:
+        unique, number = name, 0
+        while (number and unique.lower() in taken) or unique.lower() in seen:
+            number += 1
+            unique = f"{name}_{number}"
+        seen.add(unique.lower())
+        called[name] = unique
+    return called

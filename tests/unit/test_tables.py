@@ -389,8 +389,7 @@ def test_a_title_above_the_columns_is_explained(tmp_path: Path) -> None:
 
 
 def test_fractions_after_whole_numbers_are_no_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tally.sources.tables.schema.SAMPLE_ROWS", 2)
-    monkeypatch.setattr("tally.sources.tables.schema.SAMPLE_CELLS", 2)
+    monkeypatch.setattr("tally.sources.tables.delimited.SAMPLE_ROWS", 2)
     found = outcome(tmp_path, text(tmp_path / "a.csv", "k,v\n1,1\n2,2\n3,3\n4,4.5\n"), features=["v"], by=["k"])
     assert list(found.rows.values())[2:] == [{"k": 3, "v": 3.0}, {"k": 4, "v": 4.5}]
 

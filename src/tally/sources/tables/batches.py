@@ -83,6 +83,8 @@ class Reader:
             self._close()
             file = self._source.open_rows(row_range)
             columns = list(dict.fromkeys([*self._values, *self._info, *self._source.key_columns(row_range)]))
+            called = self._source.called(row_range)
+            columns = [called.get(name, name) for name in columns]
             if missing := set(columns).difference(file.schema_arrow.names):
                 raise StorageError(f"{key_of(name_from_json(row_range[2]))} has changed: it lacks {min(missing)!r}")
             self._stream = (list(row_range[1:3]), Stream(file, columns, max(DECODED, self._size)))
@@ -101,6 +103,8 @@ class Reader:
             import pyarrow as pa
 
             rows = pa.Table.from_batches([found.slice(offset, count)])
+            if names := {called: name for name, called in self._source.called(row_range).items()}:
+                rows = rows.rename_columns([names.get(name, name) for name in rows.column_names])
             window.tables.append(plain(rows, self._types))
             window.keys.append(self._source.keys_of(row_range, start, rows, count))
             window.runs.append((window.at, window.at + count))

@@ -10,16 +10,20 @@ import codecs
 import csv
 import gzip
 import io
+import mmap
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from tally.errors import StorageError
-from tally.sources.tables.type_inference import InferredType, Text, infer
-from tally.sql import sql_name, sql_text
+from tally.sources.tables.type_inference import SAMPLE_ROWS, Kinds, Notation, Text, infer, unlike
+from tally.sql import distinct_names, sql_name, sql_text
 from tally.text import did_you_mean
 
 T = TypeVar("T")
@@ -32,6 +36,7 @@ OPTIONS = (
     "encoding",
     "nullstr",
     "decimal_separator",
+    "thousands",
     "skip",
     "comment",
     "timestampformat",
@@ -51,7 +56,8 @@ _VALUE = re.compile(r"[-+]?[\d.,]*\d[\d.,]*([eE][-+]?\d+)?%?|\d{4}-\d\d?-\d\d?([
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one file is written. names: all its columns, in order."""
+    """How one file is written. names: all its columns, in order. renamed: those that are called otherwise than in the
+    file, as they are called there and here. returns: whether lines end with a carriage return alone."""
 
     names: tuple[str, ...]
     delim: str = ","
@@ -62,9 +68,9 @@ class Dialect:
     skip: int = 0
     comment: str = ""
     nullstr: tuple[str, ...] = ("",)
-    decimal: str = "."
-    timestampformat: str | None = None
-    dateformat: str | None = None
+    notation: Notation = field(default_factory=Notation)
+    renamed: tuple[tuple[str, str], ...] = ()
+    returns: bool = False
 
     def remark(self) -> str | None:
         """What was assumed about the file, if it is unusual."""
@@ -74,6 +80,12 @@ class Dialect:
         if not self.header:
             last = f"to {self.names[-1]}" if len(self.names) > 1 else ""
             said.append(f"there is no header (columns are called {self.names[0]} {last}".rstrip() + ")")
+        elif len(self.names) == 1 and re.search(r"[^\w ]", self.names[0]):
+            said.append(f"there is one column, {self.names[0]!r} (csv delim=... says what else lines are cut at)")
+        for old, new in self.renamed[:3]:
+            said.append(
+                f"another column {old!r} is called {new!r}" if old else f"a column without a name is called {new!r}"
+            )
         return " and ".join(said) or None
 
 
@@ -100,7 +112,7 @@ def check_options(options: Mapping[str, Any]) -> list[str]:
                 problems.append(f"csv: nullstr must be a text or several, not {value!r}")
         elif not isinstance(value, str):
             problems.append(f"csv: {name} must be a text, not {value!r}")
-        elif name in ("delim", "quote", "escape", "comment", "decimal_separator") and len(value) > 1:
+        elif name in ("delim", "quote", "escape", "comment", "decimal_separator", "thousands") and len(value) > 1:
             problems.append(f"csv: {name} must be one character, not {value!r}")
         elif name == "delim" and not value:
             problems.append("csv: delim must be one character, not ''")
@@ -127,12 +139,19 @@ def look(path: Path, name: str, options: Mapping[str, Any]) -> Dialect | None:
             head = file.read(_HEAD_BYTES)
     except (OSError, EOFError, ValueError) as error:
         raise StorageError(f"cannot read {name}: {error}") from None
+    if kind := next((kind for mark, kind in _MAGIC if head.startswith(mark)), None):
+        raise StorageError(f"{name} is {kind} by its content, not text", hint=_AS_WHAT_IT_IS)
     bom = next((encoding for mark, encoding in _BOMS if head.startswith(mark)), None)
     encoding = str(options.get("encoding") or bom or "utf-8")
     text = _decoded(head, encoding, name)
-    records = _cut_first(text, int(options.get("skip", 0)), options.get("comment", ""))
+    skip = int(options.get("skip", 0))
+    records = _cut_first(text, skip, options.get("comment", ""))
     if not records.strip():
         return None
+    if re.match(r"\s*<(!doctype html|html|\?xml)", records[:100], re.IGNORECASE):
+        raise StorageError(f"{name} is a web page or XML by its content, not a table", hint=_AS_WHAT_IT_IS)
+    if "skip" not in options and (match := re.match(r"sep=(.)\r?\n", records)):  # Excel's own way to say it
+        skip, records, options = 1, records[match.end() :], {"delim": match[1], **options}
     quote = str(options.get("quote", '"'))
     escape = str(options.get("escape", quote))
     delim = options.get("delim") or _delimiter(records, quote, escape)
@@ -145,8 +164,10 @@ def look(path: Path, name: str, options: Mapping[str, Any]) -> Dialect | None:
     header = options.get("header")
     if header is None:
         header = not any(_VALUE.fullmatch(cell.strip()) for cell in rows[0])
-    names = _names(rows[0]) if header else tuple(f"column{index}" for index in range(_width(rows)))
+    width = _width(rows)
+    names = _names(rows[0]) if header else tuple(f"column{index}" for index in range(width))
     _check_width(name, names, rows, delim, bool(header))
+    called = zip((cell.strip() for cell in rows[0]), names, strict=False) if header else ()
     nullstr = options.get("nullstr", "")
     return Dialect(
         names,
@@ -155,13 +176,42 @@ def look(path: Path, name: str, options: Mapping[str, Any]) -> Dialect | None:
         escape,
         bool(header),
         "utf-8" if _is_utf8(encoding) else encoding,
-        int(options.get("skip", 0)),
+        skip,
         str(options.get("comment", "")),
         (nullstr,) if isinstance(nullstr, str) else tuple(nullstr),
-        str(options.get("decimal_separator", ".")),
-        options.get("timestampformat"),
-        options.get("dateformat"),
+        Notation(
+            str(options.get("decimal_separator", ".")),
+            str(options.get("thousands", "")),
+            options.get("timestampformat"),
+            options.get("dateformat"),
+        ),
+        tuple((old, new) for old, new in called if old != new),
+        _first_newline(records, quote) == "\r",
     )
+
+
+def _first_newline(text: str, quote: str) -> str:
+    """How the first line ends that does so outside of quotes."""
+    mark = re.escape(quote)
+    match = re.search(r"\r\n|[\r\n]", re.sub(f"{mark}[^{mark}]*{mark}", "", text) if quote else text)
+    return match[0] if match else ""
+
+
+_MAGIC = (
+    (b"\x1f\x8b", "packed with gzip"),
+    (b"PK\x03\x04", "a zip archive or a spreadsheet"),
+    (b"BZh", "packed with bzip2"),
+    (b"\xfd7zXZ", "packed with xz"),
+    (b"\x28\xb5\x2f\xfd", "packed with zstd"),
+    (b"PAR1", "Parquet"),
+    (b"ARROW1", "Arrow"),
+    (b"\xd0\xcf\x11\xe0", "a spreadsheet"),
+    (b"%PDF", "PDF"),
+    (b"SQLite format 3", "a database"),
+)
+_AS_WHAT_IT_IS = (
+    "give it the suffix of what it is (.csv.gz of packed CSV, .parquet, .arrow), or write it out as CSV first"
+)
 
 
 def _is_utf8(encoding: str) -> bool:
@@ -171,10 +221,11 @@ def _is_utf8(encoding: str) -> bool:
 def _decoded(head: bytes, encoding: str, name: str) -> str:
     """The beginning as text. The first line must be valid: it may name the columns."""
     text = head.decode(encoding, "replace").removeprefix("\ufeff")
-    if "\0" in text[:4096]:
+    if text.count("\0", 0, 4096) * 3 > len(text[:4096]):  # every second byte, of UTF-16 in a language of Latin letters
+        probable = "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
         raise StorageError(
             f"{name}, line 1, column 1: zero bytes: this is no text, or not in {encoding}",
-            hint="name its encoding, as in csv encoding=utf-16",
+            hint=f"name its encoding, as in csv encoding={probable}",
         )
     if _is_utf8(encoding):
         line = head.split(b"\n", 1)[0]
@@ -239,16 +290,15 @@ def _width(rows: Sequence[Sequence[str]]) -> int:
 
 def _names(cells: Sequence[str]) -> tuple[str, ...]:
     """Unique column names: missing and repeated ones are numbered."""
-    names: list[str] = []
-    lower: set[str] = set()
+    given = {cell.strip() for cell in cells}
+    names: dict[str, None] = {}
     for index, cell in enumerate(cells):
-        name = cell.strip() or f"column{index}"
-        unique, number = name, 0
-        while unique.lower() in lower:
+        name = unique = cell.strip() or f"column{index}"
+        number = 0
+        while unique in names or (number and unique in given):
             number += 1
             unique = f"{name}_{number}"
-        lower.add(unique.lower())
-        names.append(unique)
+        names[unique] = None
     return tuple(names)
 
 
@@ -296,9 +346,13 @@ def readable(path: Path, dialect: Dialect, folder: Path, name: str) -> Path:
                 return target
 
 
-def relation(path: Path, dialect: Dialect, types: Mapping[str, str], *, strict: bool = True) -> str:
-    """The file as an SQL relation of all its columns; columns without a type are text. DuckDB notes its faults."""
-    columns = ", ".join(f"{sql_text(name)}: {sql_text(types.get(name, 'VARCHAR'))}" for name in dialect.names)
+def relation(path: Path, dialect: Dialect, types: Mapping[str, str]) -> str:
+    """The file as an SQL relation of all its columns; columns without a type are text. DuckDB notes its faults.
+
+    Columns are called as in :func:`distinct_names`.
+    """
+    called = distinct_names(dialect.names)
+    columns = ", ".join(f"{sql_text(called[name])}: {sql_text(types.get(name, 'VARCHAR'))}" for name in dialect.names)
     nulls = ", ".join(map(sql_text, dict.fromkeys(["", *dialect.nullstr])))
     parts = [
         sql_text(path),
@@ -313,54 +367,89 @@ def relation(path: Path, dialect: Dialect, types: Mapping[str, str], *, strict: 
         f"max_line_size = {_LINE_BYTES}",
         f"buffer_size = {_BUFFER_BYTES}",
         "store_rejects = true",
-        f"strict_mode = {str(strict).lower()}",
     ]
     if path.suffix.lower() == ".gz":
         parts.append("compression = 'gzip'")
     if dialect.comment:
         parts.append(f"comment = {sql_text(dialect.comment)}")
-    if dialect.decimal != ".":
-        parts.append(f"decimal_separator = {sql_text(dialect.decimal)}")
-    if dialect.timestampformat:
-        parts.append(f"timestampformat = {sql_text(dialect.timestampformat)}")
-    if dialect.dateformat:
-        parts.append(f"dateformat = {sql_text(dialect.dateformat)}")
+    notation = dialect.notation
+    if notation.decimal != ".":
+        parts.append(f"decimal_separator = {sql_text(notation.decimal)}")
+    if notation.thousands:
+        parts.append(f"thousands = {sql_text(notation.thousands)}")
+    if notation.timestampformat:
+        parts.append(f"timestampformat = {sql_text(notation.timestampformat)}")
+    if notation.dateformat:
+        parts.append(f"dateformat = {sql_text(notation.dateformat)}")
     return f"read_csv({', '.join(parts)})"
 
 
-def infer_types(connection: Any, path: Path, dialect: Dialect, rows: int) -> tuple[dict[str, InferredType], bool]:
-    """The types of the file's columns, from its first rows, and whether those are all of its rows."""
-    columns = {name: Text(sql_name(name), sql_name(name)) for name in dialect.names}
+def infer_types(
+    connection: Any, path: Path, dialect: Dialect, closely: Callable[[str, Kinds], bool]
+) -> tuple[dict[str, Kinds], dict[str, str]]:
+    """The kinds of values in the file's columns; and of columns of text the first value that makes them so.
 
-    def sampled(strict: bool) -> tuple[dict[str, InferredType], bool]:
-        given = relation(path, dialect, {}, strict=strict)
-        connection.execute(f"CREATE OR REPLACE TEMP TABLE sample AS FROM {given} LIMIT {rows}")
-        found = infer(
-            connection,
-            "sample",
-            columns,
-            decimal=dialect.decimal,
-            timestampformat=dialect.timestampformat,
-            dateformat=dialect.dateformat,
-        )
-        count = connection.execute("SELECT count(*) FROM sample").fetchone()[0]
-        connection.execute("DROP TABLE sample")
-        forget_faults(connection)
-        return found, count < rows
+    closely: whether all values of a column have to be looked at, given those of the first rows.
+    """
+    given, notation = relation(path, dialect, {}), dialect.notation
+    called = distinct_names(dialect.names)
+    columns = {name: Text(sql_name(called[name]), sql_name(called[name])) for name in dialect.names}
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE sample AS FROM {given} LIMIT {SAMPLE_ROWS}")
+    found = infer(connection, "sample", columns, notation)
+    odd = unlike(connection, "sample", columns, found, notation)
+    count = connection.execute("SELECT count(*) FROM sample").fetchone()[0]
+    connection.execute("DROP TABLE sample")
+    if count >= SAMPLE_ROWS:
+        looked = {name: columns[name] for name in columns if closely(name, found[name])}
+        expected = {name: found[name].usual for name in looked}
+        found |= infer(connection, given, looked, notation, expected=expected)
+        odd |= unlike(connection, given, {name: looked[name] for name in looked if name not in odd}, found, notation)
+    forget_faults(connection)
+    return found, odd
 
-    return lenient(sampled)
 
-
-def lenient(run: Callable[[bool], T]) -> T:
-    """The result of ``run(True)``; of ``run(False)`` for mixed line endings, which DuckDB refuses if strict."""
+def evenly(run: Callable[[Path], T], path: Path, dialect: Dialect, folder: Path) -> T:
+    """The result of ``run(path)``; of a file with mixed or unusual line endings, that of a copy with usual ones."""
     import duckdb
 
     try:
-        return run(True)
+        return run(_with_line_feeds(path, dialect, folder) if dialect.returns else path)
     except duckdb.InvalidInputException as error:
         if "state" not in str(error):
             raise
-        return run(False)
+        return run(_with_line_feeds(path, dialect, folder))
+
+
+def _with_line_feeds(path: Path, dialect: Dialect, folder: Path) -> Path:
+    """A copy of the file, made in the folder, whose lines all end with a line feed. Quoted cells stay as they are."""
+    target = folder / f"{path.name.removesuffix('.gz')}.lines"
+    if target.exists():
+        return target
+    plain = folder / f"{path.name}.plain"
+    with open_plain(path) as packed, plain.open("wb") as unpacked:
+        shutil.copyfileobj(packed, unpacked)
+    quote, escape = (re.escape(each.encode()) for each in (dialect.quote, dialect.escape))
+    cell = b""
+    if quote and escape == quote:
+        cell = b"%b[^%b]*+(?:%b%b[^%b]*+)*+%b" % ((quote,) * 6)
+    elif quote:
+        within = b"(?:[^%b%b]|%b.)" % (quote, escape, escape) if escape else b"[^%b]" % quote
+        cell = b"%b%b*+%b" % (quote, within, quote)
+    starts = b"(?:\\A|(?<=[\r\n%b])) *%b|" % (re.escape(dialect.delim.encode()), cell) if cell else b""
+    pattern = re.compile(starts + b"\r\n?", re.DOTALL)
+    with (
+        plain.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        target.open("wb") as out,
+    ):
+        at = 0
+        for match in pattern.finditer(content):
+            out.write(content[at : match.start()])
+            out.write(b"\n" if match[0].startswith(b"\r") else match[0])
+            at = match.end()
+        out.write(content[at:])
+    plain.unlink()
+    return target
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,6 +476,8 @@ def faults(connection: Any, path: Path, dialect: Dialect, name: str) -> Iterator
     first = dialect.skip + int(dialect.header) + 1
     lines = _line_numbers(path, [int(row[1]) for row in found])
     for index, ((record, _, column, title, kind, message), line) in enumerate(zip(found, lines, strict=True)):
+        if title:
+            title = dialect.names[column - 1]
         if match := re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", message):
             expected, given = int(match[1]), int(match[2])
             column, title = min(expected, given) + 1, None
@@ -401,30 +492,68 @@ def faults(connection: Any, path: Path, dialect: Dialect, name: str) -> Iterator
 def _told(kind: str, message: str) -> str:
     """The fault in our words, from DuckDB's."""
     if match := re.search(r"Could not convert string \"(.*)\" to '(.*)'", message, re.DOTALL):
-        return f"could not convert {match[1][:100]!r} to {match[2]}"
+        return converted(match[1], match[2])
     return {
-        "UNQUOTED VALUE": "a quote is never closed, or text follows after it; what it opens is lost up to its end",
+        "UNQUOTED VALUE": "a quote is never closed, or text follows after it; what it opens is lost up to its end"
+        + ("; if a backslash stands before quotes, csv escape='\\'" if '\\"' in message else ""),
         "INVALID ENCODING": "not valid UTF-8; name the file's encoding, as in csv encoding=latin-1",
         "LINE SIZE OVER MAXIMUM": f"the line is longer than {_LINE_BYTES:,} bytes",
     }.get(kind, " ".join(message.split()))
+
+
+def converted(value: str, kind: str) -> str:
+    """What to say of a value that is not of its column's type, and the option that helps, if there is one."""
+    found = advice(value, kind)
+    return f"could not convert {value[:100]!r} to {kind}" + (f"; {found}" if found else "")
+
+
+_NOTHING = re.compile(r"(?i)#?n[/.]?a|null|none|nil|missing|[-?.]{1,3}|<na>|\\N")
+_DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+")
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?|[-+]?\d{1,3}(,\d{3}){2,}")
+_FORMATS = (
+    *("%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M", "%d.%m.%Y", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %H:%M", "%m/%d/%Y"),
+    *("%d/%m/%Y %H:%M:%S", "%d/%m/%Y %H:%M", "%d/%m/%Y", "%m/%d/%Y %I:%M:%S %p", "%m/%d/%Y %I:%M %p"),
+    *("%Y%m%d%H%M%S", "%Y%m%d %H%M%S", "%Y%m%dT%H%M%S", "%Y%m%d", "%d-%b-%Y %H:%M:%S", "%d %b %Y %H:%M:%S"),
+)
+
+
+def advice(value: str, kind: str) -> str | None:
+    """The option for CSV with which a value would be one of a DuckDB type, if there is one."""
+    text = value.strip()
+    if _NOTHING.fullmatch(text):
+        return f"csv nullstr={value} makes it a missing value"
+    if kind in ("BIGINT", "DOUBLE"):
+        if _THOUSANDS.fullmatch(text) and ("." in text or text.count(",") > 1):
+            return "csv thousands=, reads it as a number"
+        if _DECIMAL_COMMA.fullmatch(text):
+            return "csv decimal_separator=, reads it as a number"
+    elif kind in ("TIMESTAMP", "TIMESTAMPTZ", "DATE"):
+        for form in _FORMATS:
+            with suppress(ValueError):
+                datetime.strptime(text, form)  # noqa: DTZ007  # only whether it fits
+                option = "dateformat" if kind == "DATE" else "timestampformat"
+                return f"csv {option}='{form}' reads it, if the day and the month are meant so"
+    return None
 
 
 def _line_numbers(path: Path, positions: Sequence[int]) -> list[int]:
     """The line number of each byte position. Positions ascend and count from 1."""
     numbers: list[int] = []
     with open_plain(path) as file:
+        newline = b"\n" if b"\n" in file.read(_HEAD_BYTES) else b"\r"
+        file.seek(0)
         at, line = 0, 1
         block = b""
         for position in positions:
             target = position - 1
             while True:
                 step = min(len(block), target - at)
-                line += block.count(b"\n", 0, step)
+                line += block.count(newline, 0, step)
                 at, block = at + step, block[step:]
                 if at >= target or not (block := file.read(_NEWLINES)):
                     break
             # DuckDB may point at the line feed before the line.
-            numbers.append(line + (block[:1] == b"\n"))
+            numbers.append(line + (block[:1] == newline))
     return numbers
 
 

@@ -21,7 +21,8 @@ from tally.errors import StorageError
 from tally.sources.tables import delimited, jsonlines
 from tally.sources.tables.formats import Format, open_arrow, plain_type
 from tally.sources.tables.select import ORDER, Selection, TableRequest
-from tally.sql import sql_name, sql_text
+from tally.sources.tables.type_inference import INFERRED, LOOKED_AT, Kinds
+from tally.sql import distinct_names, sql_name, sql_text
 from tally.storage import Store, failure, temporary
 from tally.text import did_you_mean
 
@@ -158,7 +159,7 @@ def _convert(
                 plain = link(path, links, number, f".text{packed}")
                 bring = _from_csv if each.format == "csv" else _from_jsonl
                 try:
-                    bad.add(number, each.key, bring(connection, plain, each, query, target, links))
+                    bad.add(number, each.key, bring(connection, plain, each, query, target, links, number))
                 except duckdb.Error as error:
                     raise failure("read", each.key, _first_line(error)) from None
                 table, rows = target, _count(target) if target.exists() else 0
@@ -173,7 +174,7 @@ def _columns(query: Query) -> list[str]:
 
 
 def _from_csv(
-    connection: Any, path: Path, each: TableFile, query: Query, target: Path, folder: Path
+    connection: Any, path: Path, each: TableFile, query: Query, target: Path, folder: Path, number: int
 ) -> Iterable[delimited.Fault]:
     dialect = delimited.look(path, each.key, query.csv)
     if dialect is None:
@@ -187,23 +188,39 @@ def _from_csv(
             )
     plain = delimited.readable(path, dialect, folder, each.key)
     types = {name: query.types[name] for name in columns}
-    chosen = ", ".join(map(sql_name, columns)) or "1 AS one"
+    there, called = distinct_names(dialect.names), distinct_names(columns)
+    chosen = ", ".join(f"{sql_name(there[name])} AS {sql_name(called[name])}" for name in columns) or "1 AS one"
 
-    def copy(strict: bool) -> None:
+    def copy(path: Path) -> Iterable[delimited.Fault]:
         delimited.forget_faults(connection)
-        given = delimited.relation(plain, dialect, types, strict=strict)
-        _copy(connection, f"SELECT {chosen} FROM {given}", target)  # noqa: S608
+        if number >= LOOKED_AT:
+            _check_types(delimited.infer_types(connection, path, dialect, lambda *_: True)[0], query, each.key)
+        _copy(connection, f"SELECT {chosen} FROM {delimited.relation(path, dialect, types)}", target)  # noqa: S608
+        return delimited.faults(connection, path, dialect, each.key)
 
-    delimited.lenient(copy)
-    return delimited.faults(connection, plain, dialect, each.key)
+    return delimited.evenly(copy, plain, dialect, folder)
 
 
 def _from_jsonl(
-    connection: Any, path: Path, each: TableFile, query: Query, target: Path, folder: Path
+    connection: Any, path: Path, each: TableFile, query: Query, target: Path, folder: Path, number: int
 ) -> Iterable[delimited.Fault]:
     types = {name: query.types[name] for name in _columns(query)}
+    if number >= LOOKED_AT:
+        _check_types(jsonlines.infer_types(connection, path, lambda *_: True), query, each.key)
     _copy(connection, jsonlines.rows(path, types), target)
-    return jsonlines.faults(connection, path, types, each.key)
+    return jsonlines.faults(connection, path, types, each.key, _count(target))
+
+
+def _check_types(found: Mapping[str, Kinds], query: Query, key: str) -> None:
+    """Raises StorageError if kept columns of a file, whose types were not inferred, hold what their types do not."""
+    for name in dict.fromkeys([*query.selection.info, *query.request.by]):
+        kind, kinds = query.types.get(name), found.get(name, Kinds())
+        fits = {"DOUBLE": ("BIGINT", "DOUBLE"), "TIMESTAMP": ("DATE", "TIMESTAMP")}.get(str(kind), (kind,))
+        if kinds and kind in INFERRED and kind != "VARCHAR" and kinds.exact not in fits:
+            raise StorageError(
+                f"{key}: column {name!r} holds other values than {kind}, which the first {LOOKED_AT} files hold",
+                hint=f"say how to read it, as in csv types={{{name}: VARCHAR}}",
+            )
 
 
 def _from_arrow(each: TableFile, query: Query, target: Path) -> int:
@@ -215,10 +232,11 @@ def _from_arrow(each: TableFile, query: Query, target: Path) -> int:
         if missing := [name for name in names if name not in reader.schema.names]:
             raise StorageError(f"{each.key} lacks the column {missing[0]!r}")
         schema = pa.schema([(name, plain_type(reader.schema.field(name).type)) for name in names])
+        called = list(distinct_names(names).values())
         rows = 0
-        with pq.ParquetWriter(target, schema) as writer:
+        with pq.ParquetWriter(target, pa.schema(list(zip(called, schema.types, strict=True)))) as writer:
             for batch in _batches(reader):
-                table = pa.Table.from_batches([batch]).select(names).cast(schema)
+                table = pa.Table.from_batches([batch]).select(names).cast(schema).rename_columns(called)
                 writer.write_table(table, row_group_size=_GROUP_ROWS)
                 rows += table.num_rows
     return rows

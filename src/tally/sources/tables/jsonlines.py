@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tally.sources.tables.delimited import Fault, forget_faults
-from tally.sources.tables.type_inference import InferredType, Text, infer
-from tally.sql import sql_name, sql_text
+from tally.sources.tables.delimited import Fault, converted, forget_faults
+from tally.sources.tables.type_inference import SAMPLE_ROWS, Kinds, Notation, Text, infer
+from tally.sql import distinct_names, sql_name, sql_text
 
 _LINE_BYTES = 16 << 20
 _BUFFER_BYTES = 32 << 20
 _PLAIN = "('BIGINT', 'UBIGINT', 'HUGEINT', 'DOUBLE', 'DECIMAL', 'BOOLEAN')"
+_OBJECT = "coalesce(json_valid(text) AND ltrim(text, ' \t')[1] = '{', false)"
 
 
 def _lines(path: Path) -> str:
@@ -27,64 +28,80 @@ def _lines(path: Path) -> str:
     return f"(SELECT *, row_number() OVER () AS record FROM ({numbered}) WHERE trim(text, ' \t\r') <> '')"  # noqa: S608
 
 
-def _value(name: str) -> str:
-    return f"json_extract_string(text, {_path(name)})"
+def _paths(names: Sequence[str]) -> str:
+    """The columns' paths within an object, as a list of SQL."""
+    escaped = (name.replace("\\", "\\\\").replace('"', '\\"') for name in names)
+    listed = ", ".join(sql_text('$."' + name + '"') for name in escaped)
+    return f"[{listed}]::VARCHAR[]"
 
 
-def _path(name: str) -> str:
-    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
-    return sql_text(f'$."{escaped}"')
+def _values(relation: str, names: Sequence[str]) -> str:
+    """The lines with their columns' values as text, in the list ``v``; null for a line that is no object."""
+    return f"(SELECT *, CASE WHEN {_OBJECT} THEN json_extract_string(text, {_paths(names)}) END AS v FROM {relation})"  # noqa: S608
 
 
-def infer_types(connection: Any, path: Path, rows: int) -> tuple[dict[str, InferredType], bool]:
-    """The file's columns, in order of first appearance, with their types from its first rows; and whether those are all
-    of its rows."""
+def infer_types(connection: Any, path: Path, closely: Callable[[str, Kinds], bool]) -> dict[str, Kinds]:
+    """The file's columns, in order of first appearance, with the kinds of their values.
+
+    closely: whether all values of a column have to be looked at, given those of the first rows.
+    """
     connection.execute(
-        f"CREATE OR REPLACE TEMP TABLE sample AS SELECT * FROM {_lines(path)} LIMIT {rows}"  # noqa: S608
+        f"CREATE OR REPLACE TEMP TABLE sample AS SELECT * FROM {_lines(path)} LIMIT {SAMPLE_ROWS}"  # noqa: S608
     )
     forget_faults(connection)
     count = connection.execute("SELECT count(*) FROM sample").fetchone()[0]
-    connection.execute(
-        "DELETE FROM sample WHERE NOT coalesce(json_valid(text), false) OR "
-        "CASE WHEN json_valid(text) THEN json_type(text) <> 'OBJECT' ELSE true END"
-    )
-    names = [
-        row[0]
-        for row in connection.execute(
-            "SELECT name FROM (SELECT record, unnest(json_keys(text)) AS name, "
-            "generate_subscripts(json_keys(text), 1) AS place FROM sample) "
-            "GROUP BY name ORDER BY min(record), min(place)"
-        ).fetchall()
-    ]
-    columns = {
-        name: Text(
-            _value(name),
-            f"CASE WHEN json_type(text, {_path(name)}) IN {_PLAIN} THEN {_value(name)} END",
-        )
-        for name in names
-    }
-    found = infer(connection, "sample", columns) if names else {}
+    keys = f"SELECT record, json_keys(text) AS keys FROM sample WHERE {_OBJECT}"  # noqa: S608
+    named = f"SELECT record, unnest(keys) AS name, generate_subscripts(keys, 1) AS place FROM ({keys})"  # noqa: S608
+    ordered = f"SELECT name FROM ({named}) GROUP BY name ORDER BY min(record), min(place)"  # noqa: S608
+    names = [row[0] for row in connection.execute(ordered).fetchall()]
+    found = _kinds(connection, "sample", names, {})
     connection.execute("DROP TABLE sample")
-    return found, count < rows
+    if count < SAMPLE_ROWS:
+        return found
+    every = f"SELECT DISTINCT unnest(json_keys(text)) FROM {_lines(path)} WHERE {_OBJECT}"  # noqa: S608
+    later = sorted(row[0] for row in connection.execute(every).fetchall() if row[0] not in found)
+    found |= dict.fromkeys(later, Kinds())
+    looked = {name: kinds for name, kinds in found.items() if closely(name, kinds)}
+    found |= _kinds(connection, _lines(path), list(looked), {name: kinds.usual for name, kinds in looked.items()})
+    forget_faults(connection)
+    return found
+
+
+def _kinds(
+    connection: Any, relation: str, names: Sequence[str], expected: Mapping[str, str | None]
+) -> dict[str, Kinds]:
+    if not names:
+        return {}
+    typed = f"(SELECT *, json_type(text, {_paths(names)}) AS t FROM {_values(relation, names)} WHERE v IS NOT NULL)"  # noqa: S608
+    columns = {
+        name: Text(f"v[{at}]", f"CASE WHEN t[{at}] IN {_PLAIN} THEN v[{at}] END") for at, name in enumerate(names, 1)
+    }
+    return infer(connection, typed, columns, Notation(), expected=expected)
 
 
 def rows(path: Path, types: Mapping[str, str]) -> str:
-    """The file's good rows, in order, with these columns."""
-    columns = ", ".join(f"{_cast(name, kind)} AS {sql_name(name)}" for name, kind in types.items())
-    return f"SELECT {columns} FROM {_lines(path)} WHERE {_good(types)} ORDER BY record"  # noqa: S608
+    """The file's good rows, in order, with these columns. Names are as in :func:`distinct_names`."""
+    called = distinct_names(list(types))
+    cast = _casts(types)
+    columns = ", ".join(f"{cast[name]} AS {sql_name(called[name])}" for name in types)
+    return f"SELECT {columns} FROM {_values(_lines(path), list(types))} WHERE {_good(types)} ORDER BY record"  # noqa: S608
 
 
-def faults(connection: Any, path: Path, types: Mapping[str, str], name: str) -> Iterator[Fault]:
-    """The lines that are not objects, or hold values of a wrong type."""
+def faults(connection: Any, path: Path, types: Mapping[str, str], name: str, good: int) -> Iterator[Fault]:
+    """The lines that are not objects, or hold values of a wrong type. good: the number of the file's other lines."""
+    [records] = connection.execute(f"SELECT count(*) FROM {_lines(path)}").fetchone()  # noqa: S608
+    if records == good:
+        return
+    cast = _casts(types)
     tests = [
-        f"WHEN {_value(column)} IS NOT NULL AND {_cast(column, kind)} IS NULL "
-        f"THEN {{'column': {sql_text(column)}, 'value': {_value(column)}, 'kind': {sql_text(kind)}}}"
-        for column, kind in types.items()
+        f"WHEN v[{at}] IS NOT NULL AND {cast[column]} IS NULL "
+        f"THEN {{'column': {sql_text(column)}, 'value': v[{at}], 'kind': {sql_text(kind)}}}"
+        for at, (column, kind) in enumerate(types.items(), 1)
     ]
     nothing = "{'column': NULL::VARCHAR, 'value': NULL::VARCHAR, 'kind': NULL::VARCHAR}"
-    reason = f"CASE WHEN NOT {_object()} THEN {nothing} {' '.join(tests)} END"
+    reason = f"CASE WHEN v IS NULL THEN {nothing} {' '.join(tests)} END"
     found = connection.execute(
-        f"SELECT line, record, {reason} AS reason FROM {_lines(path)} "  # noqa: S608
+        f"SELECT line, record, {reason} AS reason FROM {_values(_lines(path), list(types))} "  # noqa: S608
         f"WHERE NOT {_good(types)} ORDER BY record"
     ).fetchall()
     forget_faults(connection)
@@ -92,25 +109,22 @@ def faults(connection: Any, path: Path, types: Mapping[str, str], name: str) -> 
         if reason is None or reason["column"] is None:
             message = f"{name}, line {line}, column 1: not a JSON object"
         else:
-            message = (
-                f"{name}, line {line}, column {reason['column']}: "
-                f"could not convert {reason['value'][:100]!r} to {reason['kind']}"
-            )
+            message = f"{name}, line {line}, column {reason['column']}: {converted(reason['value'], reason['kind'])}"
         yield Fault(line, record - 1 - index, message)
 
 
-def _cast(name: str, kind: str) -> str:
-    return _value(name) if kind == "VARCHAR" else f"TRY_CAST({_value(name)} AS {kind})"
-
-
-def _object() -> str:
-    return "(CASE WHEN json_valid(text) THEN json_type(text) = 'OBJECT' ELSE false END)"
+def _casts(types: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: f"v[{at}]" if kind == "VARCHAR" else f"TRY_CAST(v[{at}] AS {kind})"
+        for at, (name, kind) in enumerate(types.items(), 1)
+    }
 
 
 def _good(types: Mapping[str, str]) -> str:
+    cast = _casts(types)
     checks = "".join(
-        f" AND ({_value(name)} IS NULL OR {_cast(name, kind)} IS NOT NULL)"
-        for name, kind in types.items()
+        f" AND (v[{at}] IS NULL OR {cast[name]} IS NOT NULL)"
+        for at, (name, kind) in enumerate(types.items(), 1)
         if kind != "VARCHAR"
     )
-    return f"({_object()}{checks})" if not checks else f"(CASE WHEN {_object()} THEN true{checks} ELSE false END)"
+    return f"(v IS NOT NULL{checks})"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from tally.sources.tables import delimited, jsonlines
 from tally.sources.tables.formats import arrow_schema, open_parquet, plain_type, unify
 from tally.sources.tables.ingest import TableFile, connect, link
 from tally.sources.tables.select import TableRequest
-from tally.sources.tables.type_inference import SAMPLE_CELLS, SAMPLE_ROWS, InferredType, arrow_type
+from tally.sources.tables.type_inference import LOOKED_AT, Kinds, arrow_type
 from tally.storage import temporary
 from tally.text import did_you_mean
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 _THREADS = 16
-_LOOKED_AT = 64
-"""The most text files that are inspected. Further ones have to be like them."""
 _TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_ ]*(\(\d+(, *\d+)?\))?")
 
 
@@ -33,7 +32,8 @@ class Found:
     """One schema for all files.
 
     types: DuckDB's, of the columns of CSV and JSON Lines. assumed: what was assumed about CSV files, in words.
-    metadata: of each Parquet file, by location and name.
+    metadata: of each Parquet file, by location and name. odd: what to tell of columns that are text for the sake of
+    some values, by column.
     """
 
     schema: pa.Schema
@@ -41,6 +41,7 @@ class Found:
     types: dict[str, str] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
     metadata: dict[tuple[int, str], pq.FileMetaData] = field(default_factory=dict)
+    odd: Mapping[str, str] = field(default_factory=dict)
 
     def alike(self) -> list[str]:
         """Problems with names that differ only in capitals, which DuckDB does not tell apart."""
@@ -68,12 +69,15 @@ class Found:
 
 @dataclass(frozen=True)
 class _Looked:
-    """A text file that was inspected. names: all its columns; those of JSON Lines need not be in every file."""
+    """A text file that was inspected.
+
+    kinds: of the values in each of its columns; those of JSON Lines need not be in every file. odd: of columns of text,
+    the first value that makes them so.
+    """
 
     key: str
-    names: tuple[str, ...]
-    inferred: Mapping[str, InferredType]
-    whole: bool
+    kinds: Mapping[str, Kinds]
+    odd: Mapping[str, str]
     dialect: delimited.Dialect | None = None
 
 
@@ -95,13 +99,13 @@ def inspect(inputs: Sequence[TableFile], request: TableRequest, csv: Mapping[str
     types: dict[str, str] = {}
     looked: list[_Looked] = []
     if texts:
-        looked = _look_at(texts, csv)
+        looked = _look_at(texts, request, csv)
         with connect() as connection:
             types = _settle(looked, request, csv, problems, connection)
             kinds = {name: arrow_type(connection, kind) for name, kind in types.items()}
-        optional = [name for each in looked if each.dialect is None for name in each.names]
+        optional = [name for each in looked if each.dialect is None for name in each.kinds]
         for seen in looked:
-            names = seen.names if seen.dialect is not None else tuple(dict.fromkeys(optional))
+            names = tuple(seen.kinds) if seen.dialect is not None else tuple(dict.fromkeys(optional))
             schemas.append((seen.key, pa.schema([(name, kinds[name]) for name in names])))
     if not schemas:
         named = ", ".join(each.key for each in inputs[:3])
@@ -113,7 +117,10 @@ def inspect(inputs: Sequence[TableFile], request: TableRequest, csv: Mapping[str
     shown = tuple(assumed)[:1]
     if len(assumed) > 1:
         shown = (f"{shown[0]}; so or similarly in {len(assumed) - 1:,} more",)
-    return Found(schema, [*problems, *differing], types, shown, metadata)
+    odd = _odd(looked, types, request)
+    if problems or differing:
+        return Found(schema, [*problems, *differing], types, metadata=metadata)
+    return Found(schema, [], types, shown, metadata, odd)
 
 
 def _schema(each: TableFile) -> tuple[pa.Schema, pq.FileMetaData | None]:
@@ -132,34 +139,50 @@ def _schema(each: TableFile) -> tuple[pa.Schema, pq.FileMetaData | None]:
     return pa.schema([(item.name, plain_type(item.type)) for item in schema]), meta
 
 
-def _look_at(texts: Sequence[TableFile], csv: Mapping[str, Any]) -> list[_Looked]:
+def _look_at(texts: Sequence[TableFile], request: TableRequest, csv: Mapping[str, Any]) -> list[_Looked]:
     import duckdb
 
     looked: list[_Looked] = []
+    closely = partial(_closely, request)
     with temporary.folder("schema") as folder, connect() as connection:
         for number, each in enumerate(texts):
-            if len(looked) >= _LOOKED_AT:
+            if len(looked) >= LOOKED_AT:
                 break
             path = each.store.local_path(each.name)
             packed = ".gz" if path.suffix.lower() == ".gz" else ""
             plain = link(path, Path(folder), number, f".text{packed}")
-            rows = max(SAMPLE_ROWS, SAMPLE_CELLS // min(len(texts), _LOOKED_AT) // 4)
             try:
                 if each.format == "jsonl":
-                    inferred, whole = jsonlines.infer_types(connection, plain, rows)
-                    if inferred:
-                        looked.append(_Looked(each.key, tuple(inferred), inferred, whole))
+                    if kinds := jsonlines.infer_types(connection, plain, closely):
+                        looked.append(_Looked(each.key, kinds, {}))
                     continue
                 dialect = delimited.look(plain, each.key, csv)
                 if dialect is None:
                     continue
-                rows = max(SAMPLE_ROWS, rows * 4 // len(dialect.names))
                 text = delimited.readable(plain, dialect, Path(folder), each.key)
-                inferred, whole = delimited.infer_types(connection, text, dialect, rows)
+                see = partial(_seen, connection, dialect, each.key, closely)
+                looked.append(delimited.evenly(see, text, dialect, Path(folder)))
             except duckdb.Error as error:
                 raise StorageError(f"cannot read {each.key}: {str(error).strip().splitlines()[0]}") from None
-            looked.append(_Looked(each.key, dialect.names, inferred, whole, dialect))
     return looked
+
+
+def _seen(
+    connection: Any, dialect: delimited.Dialect, key: str, closely: Callable[[str, Kinds], bool], path: Path
+) -> _Looked:
+    return _Looked(key, *delimited.infer_types(connection, path, dialect, closely), dialect)
+
+
+def _closely(request: TableRequest, name: str, kinds: Kinds) -> bool:
+    """Whether all values of a column have to be looked at, and not only a sample, which has these kinds."""
+    if kinds and kinds.exact == "VARCHAR":
+        return False
+    # A model's own columns become numbers of float64 whatever digits they have. Faults cost their lines.
+    return kinds.exact == "BIGINT" or request.where is not None or request.features is None or _is_kept(name, request)
+
+
+def _is_kept(name: str, request: TableRequest) -> bool:
+    return name in request.keep or "*" in request.keep or name in request.by or name == request.time
 
 
 def _settle(
@@ -168,14 +191,15 @@ def _settle(
     """The type of every column of the text files."""
     import duckdb
 
-    names = list(dict.fromkeys(name for each in looked for name in each.names))
-    inferred = {name: [each.inferred[name] for each in looked if name in each.inferred] for name in names}
-    whole = all(each.whole for each in looked) and len(looked) < _LOOKED_AT
-    types = {name: _type(name, inferred[name], request, whole=whole) for name in names}
+    found: dict[str, Kinds] = {}
+    for each in looked:
+        for name, kinds in each.kinds.items():
+            found[name] = found.get(name, Kinds()) + kinds
+    types = {name: _type(name, kinds, request) for name, kinds in found.items()}
     if isinstance(request.features, int):
-        numbers = [n for n in names if types[n] in ("BIGINT", "DOUBLE") and n not in (*request.by, request.time)]
+        numbers = [n for n in types if types[n] in ("BIGINT", "DOUBLE") and n not in (*request.by, request.time)]
         if len(numbers) < request.features:  # then the model takes a kept column
-            types = {name: _type(name, inferred[name], replace(request, keep=()), whole=whole) for name in names}
+            types = {name: _type(name, kinds, replace(request, keep=())) for name, kinds in found.items()}
     for name, kind in csv.get("types", {}).items():
         if name not in types:
             problems.append(f"csv: types: there is no column {name!r}{did_you_mean(name, types)}")
@@ -191,27 +215,46 @@ def _settle(
     return types
 
 
-def _type(name: str, inferred: Sequence[InferredType], request: TableRequest, *, whole: bool) -> str:
-    known = [each for each in inferred if each.strict]
-    kinds = {each.strict for each in known}
-    kind = "VARCHAR"
-    if len(kinds) == 1:
-        [kind] = kinds
-    elif kinds and kinds <= {"BIGINT", "DOUBLE"}:
-        kind = "DOUBLE"
-    elif kinds and kinds <= {"DATE", "TIMESTAMP"}:
-        kind = "TIMESTAMP"
+def _type(name: str, kinds: Kinds, request: TableRequest) -> str:
+    """The DuckDB type of a column. Text, if no other holds its values as exactly as they are needed."""
+    kept = _is_kept(name, request)
+    kind = kinds.exact if kept else kinds.rounded
     if name in request.by:
         return kind
-    if kind == "BIGINT" and not whole:
-        return "DOUBLE"  # rows that were not sampled may have fractions
     named = not isinstance(request.features, int) and name in (request.features or ())
-    if not known and named:
-        return "DOUBLE"  # no value at all: the columns that a model names hold numbers
-    if kind != "VARCHAR" or not known:
+    if not kinds:
+        return "DOUBLE" if named else kind  # no value at all: the columns that a model names hold numbers
+    if kind != "VARCHAR":
         return kind
-    mostly = {each.mostly or "VARCHAR" for each in known}
-    if name == request.time and len(mostly) == 1 and mostly <= {"TIMESTAMP", "TIMESTAMPTZ"}:
-        return mostly.pop()
-    number = isinstance(request.features, int) or request.window is not None or named
-    return "DOUBLE" if mostly == {"DOUBLE"} and (named or (number and name not in request.keep)) else kind
+    if name == request.time and kinds.mostly in ("TIMESTAMP", "TIMESTAMPTZ"):
+        return kinds.mostly
+    number = isinstance(request.features, int) or request.window is not None
+    return "DOUBLE" if kinds.mostly == "DOUBLE" and (named or (number and not kept)) else kind
+
+
+def _odd(looked: Sequence[_Looked], types: Mapping[str, str], request: TableRequest) -> dict[str, str]:
+    """What to tell of columns that are text for the sake of some values, or of how they are written: by column."""
+    told: dict[str, str] = {}
+    for each in looked:
+        for name, value in each.odd.items():
+            used = request.features is None or isinstance(request.features, int) or name in request.features
+            if types.get(name) != "VARCHAR" or name in told or not (used or _is_kept(name, request)):
+                continue
+            kind = each.kinds[name].mostly
+            helps = delimited.advice(value, kind) if kind else _written(value)
+            if helps is None and kind is not None:
+                code = re.fullmatch(r"[-+]?0[0-9]+", value)
+                helps = f"csv types={{{name}: {kind}}} " + (
+                    "drops its zeros" if code else "makes such lines dead items"
+                )
+            if helps:
+                what = "time" if kind and kind.startswith("TIME") else "number"
+                told[name] = f"{each.key}: {name} is text, as {value[:50]!r} is no {what} ({helps})"
+    return told
+
+
+def _written(value: str) -> str | None:
+    """The option for CSV with which a value would be a number, or else a time."""
+    if not re.search(r"[0-9]", value):
+        return None
+    return delimited.advice(value, "DOUBLE") or delimited.advice(value, "TIMESTAMP")

@@ -22,7 +22,7 @@ from tally.errors import SourceNotFoundError, SpecError, StorageError
 from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing, nothing
-from tally.sources.tables import delimited
+from tally.sources.tables import delimited, versioned
 from tally.sources.tables.batches import READY, Ahead, Reader, plain
 from tally.sources.tables.formats import known_format, open_parquet
 from tally.sources.tables.ingest import BAD, COUNT, FIRST, KEYS, ROWS, Made, Query, TableFile, make
@@ -31,6 +31,7 @@ from tally.sources.tables.row_ranges import MOST, Packer, RowRange, append, leng
 from tally.sources.tables.schema import inspect
 from tally.sources.tables.select import ORDER, TableRequest, select
 from tally.sources.tables.work_files import WorkFiles, WorkFolder
+from tally.sql import distinct_names
 from tally.storage import key_of, name_from_json, name_to_json, open_store
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 _COMBINE = 65_536
 
-_LOOKED_UP = ("_work", "_index", "_rows")
+_LOOKED_UP = ("_work", "_index", "_rows", "_called")
 
 MissingReason = Callable[[Mapping[str, Any]], "str | None"]
 
@@ -120,19 +121,20 @@ class TableSource(Source):
             raise SpecError(problems)
         if not inputs:
             raise nothing(listing.locations[0], listing.passed, listing.kind)
+        versioned.check(listing, inputs)
         in_place = all(each.format == "parquet" for each in inputs) and not (by or where or window)
         found = inspect(inputs, request, options)
         if found.problems:
             raise SpecError(found.problems)
         selection, problems = select(found.schema, request)
-        if not in_place:
+        if by or where or window:
             problems += found.alike()
         if where is not None:
             problems += found.check_where(where)
         if problems:
-            raise SpecError(problems)
+            raise SpecError(problems, hint="; ".join(found.odd.values()) or None)
         query = Query(request, selection, options, found.types)
-        source = cls(listing, query, found.assumed, in_place, None, missing_reason)
+        source = cls(listing, query, (*found.assumed, *found.odd.values()), in_place, None, missing_reason)
         sizes = {(each.location, each.name): each.size for each in inputs}
         needed = source._needed()
         footers = {file: (sizes[file], footer_of(meta, needed)) for file, meta in found.metadata.items()}
@@ -433,6 +435,15 @@ class TableSource(Source):
                 hint="score it again with --overwrite",
             )
         return file
+
+    def called(self, row_range: RowRange) -> Mapping[str, str]:
+        """The columns that have another name in the file of a range than in the source: see :func:`distinct_names`."""
+        return {} if row_range[1] >= 0 else self._called
+
+    @cached_property
+    def _called(self) -> Mapping[str, str]:
+        called = distinct_names(list(self.query.selection.inputs))
+        return {name: other for name, other in called.items() if name != other}
 
     def key_values(self, ordinal: int) -> dict[str, Any]:
         """The values of a key by column."""
