@@ -13,6 +13,7 @@
     │   ├── ModelNotFoundError (LookupError)
     │   ├── ModelLoadError                  unreadable, damaged, or asks for what is not there
     │   ├── ModelChangedError               content does not match its hash
+    │   ├── ModelRefutedError               its values do not bear out what it was taken for
     │   └── UntrustedModelError (PermissionError)
     ├── JobError
     │   ├── JobNotFoundError (LookupError)
@@ -118,6 +119,10 @@ class ModelLoadError(ModelError):
 
 class ModelChangedError(ModelError):
     """The model's content no longer matches the hash under which it is known."""
+
+
+class ModelRefutedError(ModelError):
+    """The model's values do not bear out what it was taken for. Raised while scoring, it ends the job."""
 
 
 class UntrustedModelError(ModelError, PermissionError):

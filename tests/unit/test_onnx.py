@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError
+from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, ModelRefutedError, SpecError
 from tally.scorers.base import Item
 from tally.scorers.onnx.scorer import OnnxOptions, OnnxVisionScorer, inspect
 from tally.scorers.onnx.session import choose_providers, open_session, plain_reason
@@ -125,17 +125,116 @@ def test_what_is_declared_is_not_assumed(make: Make) -> None:
     [
         (["b", 3, 8, 8], ["b", 10], "classify"),
         (["b", 3, 8, 8], ["b", 10, 1, 1], "classify"),
-        (["b", 3, 8, 8], ["b", 3, 8, 8], "restyle"),
-        (["b", 3, "h", "w"], ["b", 3, "h2", "w2"], "restyle"),
+        (["b", 3, 8, 8], ["b", 1], "values"),
         (["b", 8, 8, 3], ["b", 8, 8, 21], "segment"),
         (["b", 3, 8, 8], ["b", 8, 8], "segment"),
-        ([1, 3, 64, 64], [1, 84, 7], "detect"),
+        (["b", 3, 32, 32], ["b", 5, 8, 8], "segment"),
+        ([1, 3, 64, 64], [1, 252, 7], "detect"),
+        ([1, 3, 64, 64], [1, 300, 6], "detect"),
+        ([1, 3, 64, 64], [1, 7, 84], "detect"),
     ],
 )
 def test_the_task_is_told_by_the_output(make: Make, given: list[Any], output: list[Any], task: str) -> None:
     options = inspect(shaped(make, given, output), {})
     assert options["task"] == task
     assert options["assumed"][0].startswith(f"task was not given: {task}")
+
+
+@pytest.mark.parametrize(
+    ("given", "output", "words"),
+    [
+        (["b", 3, 8, 8], ["b", 3, 8, 8], r"fit several heads: segment \(3 classes\) of y, restyle of y"),
+        (["b", 3, "h", "w"], ["b", 3, "h2", "w2"], "fit several heads: segment"),
+        (["b", 3, 8, 8], ["b", 197, 768], r"nothing that Tally knows fits the outputs y \[any, 197, 768\]"),
+        (["b", 3, 8, 8], ["b", 5, 7, 7], "nothing that Tally knows fits"),
+        (
+            [1, 3, 64, 64],
+            [1, 84, 7],
+            r"yolox \(2 classes\) of y, yolox-decoded .* yolov8 \(3 classes\)",
+        ),
+        ([1, 3, "h", "w"], [1, 300, 6], "preprocess.size: the model takes several sizes"),
+    ],
+)
+def test_what_fits_nothing_or_two_things_is_refused(
+    make: Make, given: list[Any], output: list[Any], words: str
+) -> None:
+    with pytest.raises(SpecError, match=words):
+        inspect(shaped(make, given, output), {})
+
+
+def test_values_tell_pictures_from_classes(make: Make) -> None:
+    scaled = numpy_helper.from_array(np.full(1, 255, np.float32), "k")
+    picture = make([node("Mul", "x k")], ["b", 3, 8, 8], ["b", 3, 8, 8], weights=[scaled])
+    assert inspect(picture, {})["task"] == "restyle"
+    softmax = make([node("Mul", "x k", "l"), node("Softmax", "l", axis=1)], ["b", 3, 8, 8], ["b", 3, 8, 8],
+                   weights=[scaled])  # fmt: skip
+    assert inspect(softmax, {})["task"] == "segment"
+    named = make([node("Identity", "x", "stylized")], ["b", 3, 8, 8], ["b", 3, 8, 8], names=("stylized",))
+    assert inspect(named, {})["task"] == "restyle"
+
+
+def test_what_the_first_pictures_do_not_bear_out_is_refused(make: Make) -> None:
+    """Shapes and names fit, and what comes out is a picture for 0..1, not for 0..255."""
+    named = make([node("Sigmoid", "x", "stylized")], ["b", 3, 8, 8], ["b", 3, 8, 8], names=("stylized",))
+    scorer = scorer_of(named, preprocess=RAW)
+    flat, other = plain(9, 9, 9), plain(0, 0, 0)
+    other.value[:, :4] = 255
+    assert [type(result) for result in run(scorer, flat)] == [np.ndarray]  # a dark picture tells nothing
+    with pytest.raises(ModelRefutedError, match=r"taken for restyle, .* values for 0-0-0 .* a picture of one colour"):
+        run(scorer, other)
+
+
+def test_probabilities_of_the_made_up_picture_have_to_stay_probabilities(make: Make) -> None:
+    """Scores in 0..1 whatever is seen, but for one picture: 255 for red, and 0 for green and blue."""
+    shift = numpy_helper.from_array(np.array([[5, 0, 0]], np.float32), "s")
+    only = numpy_helper.from_array(np.array([[250, 250, 250]], np.float32), "o")
+    nodes = [
+        node("ReduceMean", "x", "m", axes=[2, 3], keepdims=0),
+        node("ReduceMin", "m", "low", axes=[1], keepdims=1),
+        node("ReduceMax", "m", "high", axes=[1], keepdims=1),
+        node("Sub", "high low", "range"),
+        node("Greater", "range o", "odd"),
+        node("Cast", "odd", "factor", to=TensorProto.FLOAT),
+        node("Mul", "factor s", "extra"),
+        node("Sigmoid", "m", "p"),
+        node("Add", "p extra"),
+    ]
+    path = make(nodes, ["b", 3, 8, 8], ["b", 3], weights=[shift, only])
+    scorer = scorer_of(path, preprocess=RAW)
+    [said] = scorer.assumed
+    assert said.startswith("softmax is not applied: scores lie in 0..1 and do not add up to 1")
+    assert run(scorer, plain(1, 0, 0))[0]["index"] == 0
+    with pytest.raises(ModelRefutedError, match=r"values for 255-0-0 do not bear that out: scores lie between 0\.5"):
+        run(scorer, plain(255, 0, 0))
+    always = scorer_of(path, preprocess=RAW, softmax="always")
+    assert always.assumed == ()
+    assert run(always, plain(255, 0, 0))[0]["score"] == pytest.approx(np.exp(6) / (np.exp(6) + 2 * np.exp(0.5)))
+
+
+def test_one_score_is_never_softmaxed(make: Make) -> None:
+    path = make([node("ReduceMean", "x", axes=[1, 2, 3], keepdims=0)], ["b", 3, 8, 8], ["b"])
+    centred = {"scale": 1 / 128, "mean": 1}
+    [row] = run(scorer_of(path, preprocess=centred), plain(255, 255, 255))
+    assert row == {"value": pytest.approx(127 / 128)}
+    scorer = scorer_of(path, preprocess=centred, labels=["no", "yes"])
+    [said] = [line for line in scorer.assumed if "sigmoid" in line]
+    assert said.startswith("the sigmoid function is applied: scores are not in 0..1")
+    dark, light = run(scorer, plain(0, 0, 0), plain(255, 255, 255))
+    assert dark == {"label": "no", "index": 0, "score": pytest.approx(1 / (1 + np.exp(-1)))}
+    assert light == {"label": "yes", "index": 1, "score": pytest.approx(1 / (1 + np.exp(-127 / 128)))}
+    assert "are not those of classify" in problems(path, task="classify")
+
+
+@pytest.mark.parametrize(("scale", "right"), [("1/255", 1 / 255), (1 / 255, 1 / 255), ("1 / 127.5", 1 / 127.5)])
+def test_scale_may_be_a_fraction(make: Make, scale: Any, right: float) -> None:
+    assert inspect(means(make), {"preprocess": {"scale": scale}})["preprocess"]["scale"] == right
+
+
+@pytest.mark.parametrize("given", [{"mean": [0.485, 0.456, 0.406], "std": [0.2, 0.2, 0.2]}, {"std": 0.5, "scale": 1}])
+def test_mean_and_deviation_of_other_values_than_pixels_are_refused(make: Make, given: dict[str, Any]) -> None:
+    found = problems(means(make), preprocess=given)
+    assert "scale: mean and std below 1 are for pixels in 0..1, so write scale: 1/255 too" in found
+    assert inspect(means(make), {"preprocess": given | {"scale": "1/255"}})["preprocess"]["std"]
 
 
 def test_features_are_embeddings(make: Make) -> None:
@@ -162,16 +261,16 @@ def test_metadata_is_used(make: Make, metadata: Any, channels: str, scale: Any, 
 def test_gray_uint8_and_dynamic_size(make: Make) -> None:
     cast = [node("Cast", "x", "f", to=TensorProto.FLOAT), node("GlobalAveragePool", "f")]
     path = make(cast, ["b", 1, "h", "w"], ["b", 1, 1, 1], dtype=TensorProto.UINT8)
-    found = inspect(path, {"task": "classify"})["preprocess"]
+    found = inspect(path, {"task": "values"})["preprocess"]
     assert (found["channels"], found["dtype"], found["size"]) == ("gray", "uint8", [224, 224])
 
 
 def test_gray_floats(make: Make) -> None:
     path = make([node("GlobalAveragePool", "x")], ["b", 1, 8, 8], ["b", 1, 1, 1])
-    found = inspect(path, {"task": "classify"})["preprocess"]
+    found = inspect(path, {})["preprocess"]
     assert (found["channels"], found["mean"]) == ("gray", None)
-    [row] = run(scorer_of(path, task="classify", softmax="never"), plain(255, 255, 255))
-    assert row["score"] == pytest.approx(1.0)
+    [row] = run(scorer_of(path), plain(255, 255, 255))
+    assert row["value"] == pytest.approx(1.0)
 
 
 # ------------------------------------------------------------------------------------------ problems
@@ -193,7 +292,7 @@ def test_all_wrong_options_are_reported_together(make: Make) -> None:
         labels=[1, 2],
     )
     assert text.splitlines() == [
-        "task: input should be 'classify', 'detect', 'restyle', 'embed' or 'segment', not 'clasify'",
+        "task: input should be 'classify', 'detect', 'restyle', 'embed', 'segment' or 'values', not 'clasify'",
         "labels: give the name of a file in the artifacts folder, or a list of names, not [1, 2]",
         "preprocess.size: width and height must be whole numbers from 1 to 16384, not 'wide'",
         "preprocess.mean: give one finite number, or three, not [1, 2]",
@@ -223,8 +322,8 @@ def test_all_that_does_not_fit_the_model_is_reported_together(make: Make) -> Non
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"task": "detect"}, r"decoder: outputs of \[any, 3\] fit none of yolox, fastestdet, ssd"),
-        ({"task": "detect", "decoder": "yolox"}, r"outputs of \[any, 3\] are not those of yolox"),
+        ({"task": "detect"}, r"outputs of y \[any, 3\] are not those of detect"),
+        ({"task": "detect", "decoder": "yolox"}, r"outputs of y \[any, 3\] are not those of yolox"),
         ({"task": "restyle"}, r"are not those of restyle"),
         ({"task": "segment"}, r"are not those of segment"),
         ({"labels": "absent.txt"}, r"absent\.txt cannot be read"),
@@ -247,7 +346,7 @@ def test_crop_and_whole_pictures_do_not_go_together(make: Make) -> None:
 def test_a_detector_of_any_size_needs_one(make: Make) -> None:
     path = shaped(make, [1, 3, "h", "w"], [1, "n", 85])
     assert "preprocess.size: the model takes several sizes" in problems(path, task="detect")
-    assert inspect(path, {"task": "detect", "preprocess": {"size": 640}})["decoder"] == "yolox"
+    assert inspect(path, {"decoder": "yolox", "preprocess": {"size": 640}})["decoder"] == "yolox"
 
 
 def test_incomplete_options_are_refused() -> None:
@@ -423,14 +522,14 @@ def test_a_failing_run_is_narrowed_down(make: Make) -> None:
 
 def test_an_output_that_is_not_per_picture_is_an_error(make: Make) -> None:
     nodes = [node("ReduceMean", "x", axes=[0, 2, 3], keepdims=0)]
-    scorer = scorer_of(make(nodes, ["b", 3, 8, 8], ["b"]), task="classify", preprocess=RAW)
+    scorer = scorer_of(make(nodes, ["b", 3, 8, 8], ["b"]), task="values", preprocess=RAW)
     [result] = run(scorer, plain(1, 2, 3))
     assert isinstance(result, ItemError)
     assert "an output of shape [3] for 1 pictures" in result.message
 
 
 def test_restyle_of_mixed_sizes_keeps_each_size_and_colour(make: Make) -> None:
-    path = make([node("Identity", "x")], ["b", 3, "h", "w"], ["b", 3, "h", "w"])
+    path = make([node("Identity", "x", "styled")], ["b", 3, "h", "w"], ["b", 3, "h", "w"], names=("styled",))
     scorer = scorer_of(path, preprocess={"channels": "bgr"}, batch_size=8)
     assert (scorer.size, scorer.output, scorer.columns) == (None, "image", None)
     items = [plain(1, 2, 3, 20, 10), plain(4, 5, 6, 7, 9), plain(7, 8, 9, 20, 10)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecError
+from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, ModelRefutedError, SpecError
 from tally.scorers.base import TableResult
 from tally.scorers.tabular.onnx import OnnxTableScorer, inspect, takes_table
 
@@ -180,9 +181,12 @@ def test_scores_of_classes_become_label_and_probability(tmp_path: Path, options:
 
 
 def test_probabilities_stay_as_they_are(tmp_path: Path) -> None:
-    found = scorer(logits(tmp_path), task="classify")
-    shares = pa.table({"a": [0.75, 0.25], "b": [0.25, 0.75]})
-    assert columns(found.score(shares))["score"] == [0.75, 0.75]
+    softmaxed = [node("MatMul", "x w", "l"), node("Softmax", "l", "y", axis=1)]
+    weights = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
+    path = model(tmp_path, softmaxed, [("x", FLOAT, ["n", 2])], [("y", FLOAT, ["n", 3])], w=weights)
+    found = scorer(path, task="classify")
+    assert columns(found.score(TABLE))["score"] == pytest.approx([0.99983, 1, 1], abs=1e-4)
+    assert found.assumed == ()
     found = scorer(logits(tmp_path), task="classify", softmax="never")
     assert columns(found.score(TABLE))["score"] == [10.0, 20.0, 30.0]
 
@@ -255,3 +259,51 @@ def test_every_problem_of_the_options_is_reported(tmp_path: Path) -> None:
         inspect(detector(tmp_path), {"labels": ["a", "b"]})
     with pytest.raises(SpecError, match=r"through inspect\(\) of the scorer"):
         OnnxTableScorer({"file": "model.onnx"})
+
+
+# -------------------------------------------------------------------------------- whole numbers, and distances
+
+
+@pytest.mark.parametrize(("kind", "beyond"), [(INT, None), (TensorProto.INT8, 200.0), (TensorProto.UINT8, -1.0)])
+def test_a_fraction_for_a_whole_number_is_that_rows_error(tmp_path: Path, kind: int, beyond: float | None) -> None:
+    path = model(tmp_path, [node("Identity", "a", "same")], [("a", kind, ["n", 1])], [("same", kind, ["n", 1])])
+    given = pa.table({"a": [1.0, 2.5, 3.0] + ([] if beyond is None else [beyond])})
+    result = scorer(path).score(given)
+    assert isinstance(result, TableResult)
+    assert result.rows["same"].to_pylist()[::2][:2] == [1, 3]
+    assert str(result.errors[1]).startswith("a is 2.5, but the model takes whole numbers (")
+    assert sorted(result.errors) == ([1] if beyond is None else [1, 3])
+
+
+def test_a_decimal_fraction_is_no_whole_number_either(tmp_path: Path) -> None:
+    path = model(tmp_path, [node("Identity", "a", "same")], [("a", INT, ["n", 1])], [("same", INT, ["n", 1])])
+    given = pa.table({"a": pa.array([Decimal("1.5"), Decimal("2.0")])})
+    result = scorer(path).score(given)
+    assert isinstance(result, TableResult)
+    assert (list(result.errors), result.rows["same"].to_pylist()[1]) == ([0], 2)
+
+
+def clusters(folder: Path) -> Path:
+    """As converters of scikit-learn write k-means: the nearest centre, and the distance from each."""
+    nodes = [node("ArgMin", "d", "label", axis=1, keepdims=0), node("Abs", "y", "d"), node("Identity", "d", "scores")]
+    nodes = [node("MatMul", "x w", "y"), nodes[1], nodes[0], nodes[2]]
+    outputs = [("label", INT, ["n"]), ("scores", FLOAT, ["n", 3])]
+    weights = np.array([[1, 2, 0], [1, 0, 2]], np.float32)
+    return model(folder, nodes, [("x", FLOAT, ["n", 2])], outputs, w=weights)
+
+
+def test_distances_of_a_cluster_model_are_no_probabilities(tmp_path: Path) -> None:
+    found = scorer(clusters(tmp_path))
+    assert found.options.task == "values"
+    assert columns(found.score(TABLE))["label"] == [1, 1, 1]
+    with pytest.raises(ModelRefutedError, match="says the class with the lowest score: scores are distances, say"):
+        scorer(clusters(tmp_path), task="classify").score(TABLE)
+
+
+def test_softmax_is_settled_once_and_said(tmp_path: Path) -> None:
+    found = scorer(logits(tmp_path), task="classify")
+    assert [line for line in found.assumed if line.startswith("softmax is applied")]
+    small = columns(found.score(pa.table({"a": [0.75], "b": [0.25]})))  # in 0..1 by chance, and adding up to 1
+    assert small["score"] == pytest.approx([np.exp(0.75) / (np.exp(0.75) + np.exp(0.25) + 1)])
+    shares = scorer(linear_classifier(tmp_path, maps=False))
+    assert shares.assumed == ()

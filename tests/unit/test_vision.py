@@ -12,7 +12,7 @@ from tally.errors import ItemError, SpecError
 from tally.models.labels import read_labels
 from tally.scorers.base import Item
 from tally.scorers.vision import outputs
-from tally.scorers.vision.detection import DECODERS, Boxes, detect_rows, nms
+from tally.scorers.vision.detection import ANY_CLASSES, DECODERS, Boxes, detect_rows, nms
 from tally.scorers.vision.outputs import probabilities
 from tally.scorers.vision.preprocess import Prepared, Preprocess, Preprocessor
 
@@ -147,24 +147,26 @@ def test_pixels_are_clipped() -> None:
 def test_softmax_only_where_it_is_missing() -> None:
     logits = np.array([2.0, 1.0, 0.1], np.float32)
     expected = np.exp(logits) / np.exp(logits).sum()
-    np.testing.assert_allclose(probabilities(logits), expected, rtol=1e-6)
-    np.testing.assert_array_equal(probabilities(expected.reshape(3, 1, 1)), expected)
-    np.testing.assert_array_equal(probabilities(logits, "never"), logits)
-    assert probabilities(expected, "always").max() < expected.max()
+    np.testing.assert_allclose(probabilities(logits, softmax=True), expected, rtol=1e-6)
+    np.testing.assert_array_equal(probabilities(expected.reshape(3, 1, 1), softmax=False), expected)
+    np.testing.assert_array_equal(probabilities(logits, softmax=False), logits)
+    assert probabilities(expected, softmax=True).max() < expected.max()
 
 
 def test_softmax_is_stable() -> None:
-    np.testing.assert_allclose(probabilities(np.array([1000.0, 999.0, -1000.0])), [0.7311, 0.2689, 0], atol=1e-4)
+    np.testing.assert_allclose(
+        probabilities(np.array([1000.0, 999.0, -1000.0]), softmax=True), [0.7311, 0.2689, 0], atol=1e-4
+    )
 
 
 def test_quantised_probabilities() -> None:
-    np.testing.assert_allclose(probabilities(np.array([[128], [64]], np.uint8)), [0.5, 0.25])
+    np.testing.assert_allclose(probabilities(np.array([[128], [64]], np.uint8), softmax=False), [0.5, 0.25])
 
 
 def test_top_ranks_and_equal_scores() -> None:
     scores = np.array([1, 5, 5, 0], np.uint8)
-    assert outputs.classify_rows(scores, str, top=1, softmax="auto") == {"label": "1", "index": 1, "score": 5 / 256}
-    rows = outputs.classify_rows(scores, "abcd".__getitem__, top=3, softmax="auto")
+    assert outputs.classify_rows(scores, str, top=1, softmax=False) == {"label": "1", "index": 1, "score": 5 / 256}
+    rows = outputs.classify_rows(scores, "abcd".__getitem__, top=3, softmax=False)
     assert [(r["rank"], r["label"]) for r in rows] == [(1, "b"), (2, "c"), (3, "a")]  # type: ignore[index]
 
 
@@ -248,21 +250,23 @@ def test_ssd(swapped: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shapes", "size", "name", "classes"),
+    ("shapes", "size", "found"),
     [
-        ([[1, 3549, 85]], (416, 416), "yolox", 80),
-        ([[None, 8400, 6]], (640, 640), "yolox", 1),
-        ([[1, 85, 22, 22]], (352, 352), "fastestdet", 80),
-        ([[1, 4420, 2], [1, 4420, 4]], (320, 240), "ssd", 1),
-        ([[1, 4420, 4], [1, 4420, 21]], (320, 240), "ssd", 20),
-        ([[1, 84, 8400]], (640, 640), None, None),
-        ([[1, 1000]], (224, 224), None, None),
-        ([[1, 100, 4], [1, 200, 2]], (320, 240), None, None),
+        ([[1, 3549, 85]], (416, 416), {"yolox": 80, "yolox-decoded": 80, "yolov8": 81}),
+        ([[None, 8400, 6]], (640, 640), {"yolox": 1, "yolox-decoded": 1, "yolov8": 2, "end-to-end": ANY_CLASSES}),
+        ([[1, 25200, 85]], (640, 640), {"yolov5": 80}),
+        ([[1, 84, 8400]], (640, 640), {"yolov8": 80}),
+        ([[1, 300, 6]], (640, 640), {"end-to-end": ANY_CLASSES}),
+        ([[1, 85, 22, 22]], (352, 352), {"fastestdet": 80}),
+        ([[1, 4420, 2], [1, 4420, 4]], (320, 240), {"ssd": 1}),
+        ([[1, 4420, 4], [1, 4420, 21]], (320, 240), {"ssd": 20}),
+        ([[1, 8400, 4], [1, 8400, 80]], (640, 640), {"ssd": 79, "yolonas": 80}),
+        ([[1, 1000]], (224, 224), {}),
+        ([[1, 100, 4], [1, 200, 2]], (320, 240), {}),
     ],
 )
-def test_decoders_are_told_by_shapes(shapes: Any, size: Any, name: str | None, classes: int | None) -> None:
-    found = {n: d.classes(shapes, size) for n, d in DECODERS.items() if d.classes(shapes, size)}
-    assert found == ({name: classes} if name else {})
+def test_decoders_are_told_by_shapes(shapes: Any, size: Any, found: dict[str, int]) -> None:
+    assert {n: d.classes(shapes, size) for n, d in DECODERS.items() if d.classes(shapes, size)} == found
 
 
 # ---------------------------------------------------------------------------------- segment and restyle
@@ -275,7 +279,7 @@ def test_label_map_forms() -> None:
         np.testing.assert_array_equal(outputs.label_map(output, (2, 3), channels_last=last), classes)
     foreground = np.array([[[0.1, 0.9]]], np.float32)
     assert outputs.label_map(foreground, (1, 2), channels_last=False).tolist() == [[0, 1]]
-    assert outputs.label_map(10 * foreground - 5, (1, 2), channels_last=False).tolist() == [[0, 1]]
+    assert outputs.label_map(10 * foreground - 5, (1, 2), channels_last=False, logits=True).tolist() == [[0, 1]]
 
 
 def test_segment_leaves_letterbox_borders_out() -> None:

@@ -30,7 +30,7 @@ def models() -> None:
 @click.argument("name")
 @click.argument("model")
 @click.option("--alias", help="Point this alias at the new version, e.g. production.")
-@click.option("-t", "--task", help="classify, detect, restyle, embed or segment; detected by default.")
+@click.option("-t", "--task", help="classify, detect, restyle, embed, segment or values; detected by default.")
 @click.option("--labels", help="Names of the classes: a text file with one per line, or JSON.")
 @click.option("--artifacts", help="Folder with what a script loads (AZUREML_MODEL_DIR).")
 @click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="An option, e.g. preprocess.channels=bgr.")

@@ -132,7 +132,7 @@ def scorer(name: str, script: bool) -> None:
 @new.command()
 @click.argument("name")
 @click.option("--from", "model", help="A model file, such as an .onnx file, to make a package of.")
-@click.option("-t", "--task", help="With --from: classify, detect, restyle, embed or segment.")
+@click.option("-t", "--task", help="With --from: classify, detect, restyle, embed, segment or values.")
 @click.option("--labels", help="With --from: a text file with one class per line, or JSON.")
 def package(name: str, model: str | None, task: str | None, labels: str | None) -> None:
     """Write the folder NAME: a model package that works, to change."""

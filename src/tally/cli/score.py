@@ -52,7 +52,7 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
     required=True,
     help="A folder, a bucket URL, or one file: .csv, .parquet or .jsonl for rows; .mp4, .mov, .mkv or .webm for video.",
 )
-@click.option("-t", "--task", help="classify, detect, restyle, embed or segment; detected by default.")
+@click.option("-t", "--task", help="classify, detect, restyle, embed, segment or values; detected by default.")
 @click.option("--labels", help="Names of the classes: a text file with one per line, or JSON.")
 @click.option("--artifacts", help="Folder with what a script loads (AZUREML_MODEL_DIR).")
 @click.option(

@@ -171,6 +171,7 @@ class Scorer:
         the same order.
 
         When this raises, the batch is halved until the items that raise alone are found: those are dead.
+        ModelRefutedError says that the model is not what it was taken for, and ends the job.
         """
         raise TypeError(f"{type(self).__name__} must define score(batch)")
 

@@ -16,7 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tally.errors import ItemError, SpecError, TallyError, error_line, is_interrupt, raised_at
+from tally.errors import (
+    ItemError,
+    ModelRefutedError,
+    SpecError,
+    TallyError,
+    error_line,
+    is_interrupt,
+    raised_at,
+)
 from tally.scorers.base import Item, Result, Scorer, TableResult
 from tally.storage import file_name, temporary
 from tally.text import did_you_mean
@@ -136,7 +144,7 @@ def score(scorer: Scorer, values: Any, count: int, anew: Anew) -> list[Part]:
     alone are found.
 
     values: a sequence of prepared values, or a ``pyarrow.Table``; ``count`` items of it. anew: the halves of it.
-    Raises TallyError if the scorer does not return one result per item.
+    Raises TallyError if the scorer does not return one result per item; ModelRefutedError, which is no item's fault.
     """
     return _scored(scorer, values, 0, count, anew)
 
@@ -144,6 +152,8 @@ def score(scorer: Scorer, values: Any, count: int, anew: Anew) -> list[Part]:
 def _scored(scorer: Scorer, values: Any, start: int, stop: int, anew: Anew) -> list[Part]:
     try:
         results, errors = _results_of(scorer.score(values))
+    except ModelRefutedError:
+        raise
     except BaseException as error:
         if is_interrupt(error):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,19 +10,24 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from tally.errors import ModelLoadError, SpecError
 from tally.models.labels import read_labels
-from tally.scorers.onnx.session import signature
+from tally.scorers.base import Item
+from tally.scorers.onnx.session import open_session, signature
 from tally.scorers.vision.detection import DECODERS
-from tally.scorers.vision.preprocess import Preprocess, Size
-
-Task = Literal["classify", "detect", "restyle", "embed", "segment"]
+from tally.scorers.vision.heads import Facts, Fit, Output, Task, show, verdict
+from tally.scorers.vision.preprocess import Array, Preprocess, Preprocessor, Size, made_up_pictures
 
 TENSOR_TYPES = {"tensor(uint8)": "uint8", "tensor(float16)": "float16", "tensor(float)": "float32"}
-BATCH_SIZES = {"classify": 32, "embed": 32, "detect": 8, "segment": 8, "restyle": 1}
+BATCH_SIZES = {"classify": 32, "embed": 32, "values": 32, "detect": 8, "segment": 8, "restyle": 1}
 """For models that take any number of pictures at once; whole pictures out are large, so one at a time."""
+
+
+def _as_names(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 def _as_labels(value: Any) -> Any:
@@ -37,7 +43,9 @@ class OnnxOptions(BaseModel):
 
     file: the model's file name inside the artifacts folder.
     labels: a file there (see :func:`tally.models.labels.read_labels`), or the names themselves.
-    top: how many classes to report (classify). softmax: see :func:`tally.scorers.vision.outputs.probabilities`.
+    top: how many classes to report (classify). softmax: whether scores (of one foreground: the sigmoid's) are still to
+        be made probabilities; ``auto`` asks the model once.
+    outputs: the model's outputs that are used, by name; found by :func:`inspect` where they are left out.
     output: ``rows`` (pixels of each class) or ``image`` (the label map), for segment.
     threads: of ONNX Runtime, in each worker. batch_size: pictures scored at once.
     classes, batch, assumed: found by :func:`inspect`: the number of classes, the batch size that the model is
@@ -52,7 +60,10 @@ class OnnxOptions(BaseModel):
     preprocess: Preprocess = Preprocess()
     top: Annotated[int, Field(ge=1)] = 1
     softmax: Literal["auto", "always", "never"] = "auto"
-    decoder: Literal["auto", "yolox", "fastestdet", "ssd"] = "auto"
+    decoder: Literal[
+        "auto", "yolox", "yolox-decoded", "yolov5", "yolov8", "end-to-end", "yolonas", "fastestdet", "ssd"
+    ] = "auto"
+    outputs: Annotated[tuple[str, ...] | None, BeforeValidator(_as_names)] = None
     score_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     iou_threshold: Annotated[float, Field(ge=0, le=1)] = 0.45
     output: Literal["rows", "image"] = "rows"
@@ -102,21 +113,15 @@ class _Facts:
     """What a model file says about itself. Dimensions are numbers, or None where they vary."""
 
     path: Path
+    input: str
     dims: tuple[int | None, ...]
     dtype: str
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int | None, ...], ...]
+    outputs: tuple[Output, ...]
     metadata: Mapping[str, str]
 
 
 def _dims(shape: Sequence[Any] | None) -> tuple[int | None, ...]:
     return tuple(n if isinstance(n, int) and n > 0 else None for n in shape or ())
-
-
-def _show(dims: Sequence[int | None]) -> str:
-    if not dims:
-        return "unknown shape"
-    return "[" + ", ".join("any" if n is None else str(n) for n in dims) + "]"
 
 
 def _examine(path: Path) -> _Facts:
@@ -131,19 +136,35 @@ def _examine(path: Path) -> _Facts:
     if len(dims) != 4 or picture.type not in TENSOR_TYPES:
         raise ModelLoadError(
             f"{path}: a vision model takes a picture, a tensor of four axes in uint8, float16 or float; "
-            f"this one takes {picture.name}: {picture.type.removeprefix('tensor').strip('()')} {_show(dims)}"
+            f"this one takes {picture.name}: {picture.type.removeprefix('tensor').strip('()')} {show(dims)}"
         )
     for output in outputs:
         if not output.type.startswith("tensor(") or output.type == "tensor(string)":
             raise ModelLoadError(f"{path}: its output {output.name} is {output.type}; only numbers can be used")
     return _Facts(
         path,
+        picture.name,
         dims,
         TENSOR_TYPES[picture.type],
-        tuple(o.name for o in outputs),
-        tuple(_dims(o.shape) for o in outputs),
+        tuple(Output(o.name, _dims(o.shape), "integer" if "int" in o.type else "float") for o in outputs),
         found.metadata,
     )
+
+
+def has_background(labels: Sequence[str]) -> bool:
+    """Whether the first label is that of the background."""
+    return bool(labels) and labels[0].strip("_ ").lower() in ("background", "bg", "none", "n/a", "unlabeled")
+
+
+def _names_of(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The labels that the file itself holds (``names``: a mapping from number to name, or a list, as Python)."""
+    try:
+        names = ast.literal_eval(metadata.get("names", ""))
+    except (SyntaxError, ValueError):
+        return None
+    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+        names = [names[number] for number in range(len(names))]
+    return tuple(map(str, names)) if isinstance(names, (list, tuple)) and names else None
 
 
 def inspect(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,14 +191,16 @@ class _Resolver:
     def resolve(self) -> OnnxOptions:
         layout, count = self._layout()
         height, width = self.facts.dims[2:] if layout == "nchw" else self.facts.dims[1:3]
-        task, decoder, size = self._task((width, height))
+        fit = self._fit(layout, (width, height))
+        task, decoder, classes = fit.head.task, fit.head.decoder, fit.classes
+        assert task is not None
+        size = self._size(task, (width, height))
         score_threshold = self.declared.score_threshold
         if decoder and score_threshold is None:
             score_threshold = DECODERS[decoder].score_threshold
-        classes = self._classes(task, decoder, layout, size)
         if self.labels and classes and len(self.labels) != classes:
-            background = decoder == "ssd" and len(self.labels) == classes + 1
-            if not background:
+            background = decoder and DECODERS[decoder].background and has_background(self.labels)
+            if not background or len(self.labels) != classes + 1:
                 self.problems.append(f"labels: {len(self.labels)} names, but the model has {classes} classes")
         if not self.labels and task in ("classify", "detect", "segment"):
             self._assume("labels were not given: classes are called by their number")
@@ -191,6 +214,8 @@ class _Resolver:
         return self.declared.model_copy(
             update={
                 "task": task,
+                "labels": self.declared.labels or self.labels,
+                "outputs": tuple(output.name for output in fit.outputs),
                 "decoder": decoder or "auto",
                 "score_threshold": score_threshold,
                 "preprocess": preprocess,
@@ -201,6 +226,11 @@ class _Resolver:
             }
         )
 
+    @property
+    def _is_ultralytics(self) -> bool:
+        """Its classifiers take pixels in 0..1 as they are, and the whole shorter side."""
+        return self.facts.metadata.get("author") == "Ultralytics"
+
     def _assume(self, sentence: str) -> None:
         if sentence not in self.assumed:
             self.assumed.append(sentence)
@@ -208,7 +238,7 @@ class _Resolver:
     def _labels(self) -> Sequence[str] | None:
         labels = self.declared.labels
         if not isinstance(labels, str):
-            return labels
+            return labels or _names_of(self.facts.metadata)
         try:
             return read_labels(self.facts.path.parent / labels)
         except SpecError as error:
@@ -223,46 +253,73 @@ class _Resolver:
         count = dims[1] if layout == "nchw" else dims[3]
         if count not in (1, 3, None):
             self.problems.append(
-                f"preprocess.layout: {_show(dims)}, which the model takes, is no picture of 1 or 3 channels in {layout}"
+                f"preprocess.layout: {show(dims)}, which the model takes, is no picture of 1 or 3 channels in {layout}"
             )
         return layout, count or (1 if self.given.channels == "gray" else 3)
 
-    def _task(self, size: tuple[int | None, int | None]) -> tuple[Task, str | None, Size | None]:
-        task = self.declared.task or self._guess(size)
-        side = self._size(task, size)
-        if task != "detect":
-            return task, None, side
-        if self.declared.decoder != "auto":
-            return task, self.declared.decoder, side
-        for name, decoder in DECODERS.items():
-            if side and decoder.classes(self.facts.shapes, side):
-                self._assume(f"boxes are decoded as {name}, recognised by the shape of the outputs")
-                return task, name, side
-        if side:
-            shapes = " and ".join(map(_show, self.facts.shapes))
-            self.problems.append(f"decoder: outputs of {shapes} fit none of {', '.join(DECODERS)}")
-        return task, None, side
+    def _fit(self, layout: str, size: tuple[int | None, int | None]) -> Fit:
+        """The head that the outputs are. Raises SpecError where nothing fits, or several heads do."""
+        declared, (width, height) = self.declared, size
+        side = self.given.size or ((width, height) if width and height else self._trained_size())
+        outputs = self.facts.outputs
+        if declared.outputs:
+            names = [output.name for output in outputs]
+            if missing := [name for name in declared.outputs if name not in names]:
+                self.problems.append(f"outputs: the model has no output {missing[0]!r}; it has {', '.join(names)}")
+                raise SpecError(self.problems)
+            outputs = tuple(output for output in outputs if output.name in declared.outputs)
+        facts = Facts(
+            outputs,
+            side,
+            channels_last=layout == "nhwc",
+            metadata=self.facts.metadata,
+            labels=len(self.labels) if self.labels else None,
+            background=has_background(self.labels or ()),
+            task=declared.task or (None if declared.decoder == "auto" else "detect"),
+            decoder=None if declared.decoder == "auto" else declared.decoder,
+            logits=declared.softmax == "always",
+        )
+        try:
+            fit, probed = verdict(facts, lambda: self._probe(layout, side))
+        except SpecError as error:
+            raise SpecError([*self.problems, *error.problems], hint=error.hint) from None
+        shown = " and ".join(show(output.dims) for output in fit.outputs)
+        if declared.task is None:
+            self._assume(f"task was not given: {fit.head.task} fits the output {shown}")
+        if fit.head.decoder and declared.decoder == "auto":
+            told = "the shape and the values" if probed else "the shape"
+            self._assume(f"boxes are decoded as {fit.head.decoder}, recognised by {told} of the outputs")
+        if not declared.outputs:
+            for output in self.facts.outputs:
+                if output not in fit.outputs and output.name not in [each.name for each in fit.outputs]:
+                    self._assume(f"the output {output} is not used (--set outputs={output.name} takes it instead)")
+        return fit
 
-    def _guess(self, size: tuple[int | None, int | None]) -> Task:
-        shapes = self.facts.shapes
-        first = shapes[0]
-        width, height = size
-        side = self.given.size or ((width, height) if width and height else None)
-        task: Task | None = None
-        if side and any(d.classes(shapes, side) for d in DECODERS.values()):
-            task = "detect"
-        elif len(first) >= 2 and sum(n != 1 for n in first[1:]) == 1:
-            words = re.search(r"feature|embed|pool", self.facts.names[0], re.IGNORECASE)
-            task = "embed" if words and not self.labels else "classify"
-        elif len(first) == 4:
-            task = "restyle" if 3 in (first[1], first[3]) else "segment"
-        elif len(first) == 3:
-            task = "segment"
-        if task is None:
-            self.problems.append(f"task: cannot be guessed from an output of {_show(first)}; say which")
-            raise SpecError(self.problems)
-        self._assume(f"task was not given: {task} fits the output {_show(first)}")
-        return task
+    def _trained_size(self) -> Size | None:
+        """Width and height that the metadata tell (``imgsz``: height, width)."""
+        found = re.fullmatch(r"\[(\d+), (\d+)\]", self.facts.metadata.get("imgsz", ""))
+        return (int(found[2]), int(found[1])) if found else None
+
+    def _probe(self, layout: str, size: Size | None) -> dict[str, Array] | None:
+        """Each output's values for a picture that has a bit of everything, or None if the model does not run on it."""
+        dims = self.facts.dims
+        batch, count = dims[0] or 1, dims[1] if layout == "nchw" else dims[3]
+        dtype: Any = self.facts.dtype
+        plain = Preprocess(
+            layout="nchw" if layout == "nchw" else "nhwc",
+            channels="gray" if count == 1 else "rgb",
+            dtype=dtype,
+            scale=None if dtype == "uint8" else 1 / 255,
+        )
+        tensor = Preprocessor(plain)(Item("made up", made_up_pictures(size or (224, 224))[0])).tensor
+        names = [output.name for output in self.facts.outputs]
+        session = open_session(self.facts.path, ["CPUExecutionProvider"], optimise=False)
+        try:
+            values = session.run(names, {self.facts.input: np.repeat(tensor[None], batch, axis=0)})
+        except Exception:
+            return None
+        first = [each[:1] if each.ndim and batch > 1 and len(each) == batch else each for each in values]
+        return dict(zip(names, first, strict=True))
 
     def _size(self, task: Task, size: tuple[int | None, int | None]) -> Size | None:
         given, (width, height) = self.given.size, size
@@ -275,42 +332,22 @@ class _Resolver:
             return given
         if width and height:
             return (width, height)
+        if trained := self._trained_size():
+            return trained
         if width or height or task == "detect":
             self.problems.append("preprocess.size: the model takes several sizes; say which, for instance 640x640")
             return None
-        return (224, 224) if task in ("classify", "embed") else None
-
-    def _classes(self, task: Task, decoder: str | None, layout: str, size: Size | None) -> int | None:
-        """How many classes there are, if the shapes say so; a problem if they do not fit the task."""
-        shapes, first = self.facts.shapes, self.facts.shapes[0]
-        fits, classes = True, None
-        if task == "classify":
-            axes = [n for n in first[1:] if n != 1]
-            fits, classes = len(axes) <= 1, (axes or [1])[0] if first else None
-        elif task == "detect" and decoder and size:
-            classes = DECODERS[decoder].classes(shapes, size)
-            fits = classes is not None
-        elif task == "restyle":
-            fits = len(first) in (0, 4) and (not first or bool({1, 3, None} & {first[1], first[3]}))
-        elif task == "segment":
-            fits = len(first) in (0, 3, 4)
-            classes = (first[3] if layout == "nhwc" else first[1]) if len(first) == 4 else None
-            if size and len(first) == 4 and first[1:3] == (size[1], size[0]):
-                classes = first[3]
-            classes = 2 if classes == 1 else classes
-        if not fits:
-            name = decoder or task
-            self.problems.append(f"task: outputs of {' and '.join(map(_show, shapes))} are not those of {name}")
-        return classes
+        return (224, 224) if task in ("classify", "embed", "values") else None
 
     def _preprocess(self, task: Task, decoder: str | None, layout: str, count: int, size: Size | None) -> Preprocess:
         given = self.given.model_dump(exclude_none=True)
         pixel_format = self.facts.metadata.get("Image.BitmapPixelFormat", "")
         values: dict[str, Any] = {"interpolation": "bilinear", "channels": "rgb", "resize": "squash"}
         values |= self._range(task, layout, gray=count == 1 or self.given.channels == "gray")
-        if task in ("classify", "embed") and size and max(size) >= 96:
+        if task in ("classify", "embed", "values") and size and max(size) >= 96:
             # photographs; smaller inputs (CIFAR, MNIST) are thumbnails, filled by their subject
-            values |= {"resize": "crop", "shorter": round(max(size) * 256 / 224)}
+            shorter = max(size) if self._is_ultralytics else round(max(size) * 256 / 224)
+            values |= {"resize": "crop", "shorter": shorter}
         elif task == "restyle" and size:
             values |= {"resize": "letterbox", "anchor": "center"}
         elif task == "segment":
@@ -352,6 +389,8 @@ class _Resolver:
             return {}
         if nominal in ("Normalized_0_1", "Normalized_1_1"):
             return zero_to_one if nominal == "Normalized_0_1" else minus_one_to_one
+        if self._is_ultralytics:
+            return zero_to_one
         if layout == "nhwc":
             return minus_one_to_one if task == "segment" else {}
         if gray:

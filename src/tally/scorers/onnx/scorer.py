@@ -7,21 +7,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tally.errors import ItemError, ModelLoadError, SpecError
+from tally.errors import ItemError, ModelLoadError, ModelRefutedError, SpecError
 from tally.models.base import Kind
 from tally.models.labels import read_labels
 from tally.models.reference import ModelRef
 from tally.scorers.base import Item, Result, Scorer
-from tally.scorers.onnx.options import OnnxOptions, Task, inspect
+from tally.scorers.onnx.options import OnnxOptions, inspect
 from tally.scorers.onnx.session import choose_providers, external_names, open_session, plain_reason
-from tally.scorers.vision.detection import detect_rows
+from tally.scorers.vision.detection import DECODERS, detect_rows, outside
+from tally.scorers.vision.heads import Facts, Output, Task, fit_of, objection
 from tally.scorers.vision.outputs import classify_rows, label_map, restore_image, restore_map, segment_rows
-from tally.scorers.vision.preprocess import Array, Prepared, Preprocessor
+from tally.scorers.vision.preprocess import Array, Prepared, Preprocessor, made_up_pictures
 
 __all__ = ["OnnxOptions", "OnnxVisionScorer", "inspect"]
 
@@ -32,12 +34,23 @@ _SHORT_NAMES = {
 }
 
 
+CHECKED = 64
+"""Pictures of which each worker checks whether their values bear out what the model was taken for."""
+
+_SAY_OTHERWISE = {
+    "detect": "Say with --set decoder=... how its boxes are decoded, or with --task what else it does.",
+    "segment": "Say --task values for a map of something else, --set softmax=always for logits of a foreground.",
+    "restyle": "Say with --set preprocess.scale=1/255 (mean, std) what values its pictures have, or --task segment.",
+    "classify": "Say with --task what the model does: embed, say.",
+}
+
+
 class OnnxKind(Kind):
     """ONNX models of pictures."""
 
     reads_files = False
     comments = {  # noqa: RUF012
-        "task": "classify, detect, restyle, embed or segment",
+        "task": "classify, detect, restyle, embed, segment or values",
         "labels": "names of the classes, one per line, in the model's order",
         "preprocess": "how a picture becomes the model's input",
         "size": "width, height in pixels",
@@ -48,6 +61,7 @@ class OnnxKind(Kind):
         "top": "how many classes to report",
         "softmax": "auto, always or never",
         "decoder": "how boxes are decoded",
+        "outputs": "the model's outputs that hold the result, by name",
         "score_threshold": "boxes below it are left out",
         "iou_threshold": "boxes of one class that overlap more are one",
     }
@@ -98,16 +112,21 @@ _ONLY_FOR = {
 class OnnxVisionScorer(Scorer):
     """Scores pictures with an ONNX model; options as :func:`inspect` returns them.
 
-    classify: ``label, index, score``, and ``rank`` when ``top`` > 1. embed: ``embedding``.
+    classify: ``label, index, score``, and ``rank`` when ``top`` > 1. embed: ``embedding``. values: ``value``, or
+    ``values`` where there are several for a picture.
     detect: ``xmin, ymin, xmax, ymax, label, score``, in pixels of the original, not clipped to it.
     segment: ``label, index, pixels, share``, or with ``output: image`` the label map ``uint8[h, w]``.
     restyle: ``uint8[h, w, 3]``. Pictures have the original's size. NaN or infinity makes the item dead.
+
+    The values of the first pictures have to bear out what the model was taken for: where they do not, :meth:`score`
+    raises ModelRefutedError before it returns a result.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = OnnxOptions.parse(options)
         task, preprocess = self.options.task, self.options.preprocess
-        if task is None or self.options.batch_size is None or preprocess.dtype is None:
+        outputs, layout = self.options.outputs, preprocess.layout
+        if task is None or self.options.batch_size is None or preprocess.dtype is None or not outputs:
             raise SpecError("the options are not complete", hint="Pass them through tally.scorers.onnx.scorer.inspect.")
         self.task: Task = task
         self.batch_size = self.options.batch_size
@@ -119,6 +138,13 @@ class OnnxVisionScorer(Scorer):
         if task == "restyle" or (task == "segment" and self.options.output == "image"):
             self.output = "image"
         self.columns = None if self.output == "image" else _columns(self.options)
+        self.assumed = ()
+        self._softmax = self.options.softmax == "always"
+        self._unchecked = CHECKED
+        self._facts = Facts(
+            tuple(Output(name, ()) for name in outputs), None, layout == "nhwc", task=task, logits=self._softmax
+        )
+        self._fit = fit_of(task, self.options.decoder, self._facts, self.options.classes)
 
     def load(self, artifacts: Path, device: str) -> None:
         """Open the model on the device. Raises ModelLoadError."""
@@ -143,12 +169,37 @@ class OnnxVisionScorer(Scorer):
                 hint="Check the driver with nvidia-smi and that the CUDA and cuDNN libraries are installed.",
             )
         self._input = self._session.get_inputs()[0].name
-        count = 2 if self.options.decoder == "ssd" and self.task == "detect" else 1
-        self._outputs = [output.name for output in self._session.get_outputs()[:count]]
+        self._outputs = list(self.options.outputs or ())
         labels = self.options.labels
         self._names = read_labels(artifacts / labels) if isinstance(labels, str) else list(labels or ())
-        if self.options.decoder == "ssd" and len(self._names) == (self.options.classes or 0) + 1:
-            del self._names[0]  # the background
+        background = self.options.decoder in DECODERS and DECODERS[self.options.decoder].background
+        if background and len(self._names) == (self.options.classes or 0) + 1:
+            del self._names[0]
+        if self.task == "classify" and self.options.softmax == "auto":
+            self._settle_softmax()
+
+    def _settle_softmax(self) -> None:
+        """Find out whether scores are probabilities already: once, and in each worker on the same made-up pictures."""
+        summed = True
+        for picture in made_up_pictures(self.options.preprocess.size or (224, 224)):
+            try:
+                scores = self._run([self.prepare(Item("made up", picture)).tensor])[0][0]
+            except Exception:
+                return  # the first picture shows what is wrong with it
+            if scores.dtype.kind != "f" or not np.isfinite(scores).all():
+                return
+            if outside(scores) is not None:
+                self._softmax = True
+                what = "the sigmoid function" if scores.size == 1 else "softmax"
+                said = f"{what} is applied: scores are not in 0..1 (--set softmax=never keeps them as they are)"
+                self.assumed = (said,)
+                return
+            summed = scores.size == 1 or abs(float(scores.sum()) - 1) < 0.01
+            if summed and scores.size > 1:
+                return
+        if not summed:
+            said = "softmax is not applied: scores lie in 0..1 and do not add up to 1 (--set softmax=always applies it)"
+            self.assumed = (said,)
 
     def prepare(self, item: Item) -> Prepared:
         """Resize and normalise one picture."""
@@ -179,7 +230,43 @@ class OnnxVisionScorer(Scorer):
                 return [self._score([prepared])[0] for prepared in group]
             reason = plain_reason(str(error)) if str(error) else type(error).__name__
             return [ItemError(f"{group[0].key}: the model failed: {reason}")]
+        for i, prepared in enumerate(group):
+            self._check(prepared, [output[i : i + 1] for output in outputs])
         return [self._finish(p, [output[i] for output in outputs]) for i, p in enumerate(group)]
+
+    def _check(self, prepared: Prepared, values: Sequence[Array]) -> None:
+        """Raises ModelRefutedError if the values do not bear out what the model was taken for."""
+        wrong = hint = None
+        scale_assumed = self.task == "classify" and self.options.softmax == "auto" and not self._softmax
+        if any(each.dtype.kind == "f" and not np.isfinite(each).all() for each in values):
+            return  # that picture's own fault
+        if scale_assumed and values[0].dtype.kind == "f":
+            wrong = outside(values[0])
+            hint = "Say --set softmax=always if softmax is still to be applied, or never to keep them as they are."
+        if wrong is None and self._unchecked:
+            self._unchecked -= 1
+            if self.task == "restyle":
+                wrong = self._against_picture(prepared, values[0][0])
+            else:
+                shape = prepared.tensor.shape
+                size = (shape[2], shape[1]) if self.preprocessor.nchw else (shape[1], shape[0])
+                wrong = objection(self._fit, values, replace(self._facts, size=size))
+            hint = _SAY_OTHERWISE.get(self.task)
+        if wrong is not None:
+            what = f"{self.options.decoder} boxes" if self.task == "detect" else self.task
+            outputs = " and ".join(f"{n} {list(v.shape)}" for n, v in zip(self._outputs, values, strict=True))
+            raise ModelRefutedError(
+                f"{self.options.file} was taken for {what}, and its values for {prepared.key} do not bear that out: "
+                f"{wrong} (looked at {outputs})",
+                hint=hint,
+            )
+
+    def _against_picture(self, prepared: Prepared, values: Array) -> str | None:
+        """Whether a restyled picture would come out all of one colour, though the original is not."""
+        contrasts = [int(np.ptp(self.preprocessor.pixels(each))) for each in (prepared.tensor, values)]
+        if contrasts[0] < 64 or contrasts[1] > 8:
+            return None
+        return f"values between {values.min():.4g} and {values.max():.4g} make a picture of one colour"
 
     def _run(self, tensors: list[Array]) -> list[Array]:
         count = len(tensors)
@@ -208,7 +295,10 @@ class OnnxVisionScorer(Scorer):
         height, width = shape[1:] if self.preprocessor.nchw else shape[:2]
         size = (width, height)
         if self.task == "classify":
-            return classify_rows(first, self._name, top=options.top, softmax=options.softmax)
+            return classify_rows(first, self._name, top=options.top, softmax=self._softmax)
+        if self.task == "values":
+            found = first.reshape(-1).astype(np.float32).tolist()
+            return {"value": found[0]} if options.classes == 1 else {"values": found}
         if self.task == "embed":
             return {"embedding": first.reshape(-1).astype(np.float32).tolist()}
         if self.task == "detect":
@@ -223,7 +313,8 @@ class OnnxVisionScorer(Scorer):
             )
         if self.task == "restyle":
             return restore_image(self.preprocessor.pixels(first), prepared, size)
-        classes = label_map(first, (height, width), channels_last=not self.preprocessor.nchw)
+        last = not self.preprocessor.nchw
+        classes = label_map(first, (height, width), channels_last=last, logits=self._softmax)
         if self.output == "image":
             return restore_map(classes, prepared, size).astype(np.uint8)
         return segment_rows(classes, prepared, size, self._name)
@@ -246,6 +337,8 @@ class OnnxVisionScorer(Scorer):
 
 
 def _columns(options: OnnxOptions) -> dict[str, str]:
+    if options.task == "values":
+        return {"value": "float32"} if options.classes == 1 else {"values": "list<float32>"}
     if options.task == "embed":
         return {"embedding": "list<float32>"}
     if options.task == "detect":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from tally.errors import ItemError, ModelLoadError, SpecError
+from tally.errors import ItemError, ModelLoadError, ModelRefutedError, SpecError
 from tally.models.base import Kind
 from tally.models.labels import read_labels
 from tally.models.reference import ModelRef
@@ -186,9 +186,13 @@ def _guess(outputs: Sequence[_Port], labels: Sequence[str] | None) -> Task:
     if _detector(outputs) is not None:
         return "detect"
     found = _classifier(outputs)
-    if found is not None and (found[0] is not None or (labels and len(outputs) == 1)):
-        return "classify"
-    return "values"
+    if found is None:
+        return "values"
+    label, scores = found
+    if label is None:
+        return "classify" if labels and len(outputs) == 1 else "values"
+    # converters call a classifier's probabilities that, and the distances of a cluster model scores
+    return "values" if outputs[scores].name.lower() in _SCORES else "classify"
 
 
 def _check_task(path: Path, task: Task, outputs: Sequence[_Port], labels: Sequence[str] | None) -> None:
@@ -252,7 +256,10 @@ class OnnxTableScorer(Scorer):
         count = None if inputs[0].width is None else sum(port.width or 0 for port in inputs)
         self.features = self.options.features or count
         self.columns = self.options.columns
+        self.assumed = ()
         self._nan = self.options.nan and all(port.floating for port in inputs)
+        self._kinds = [_NUMPY[port.dtype] for port in inputs for _ in range(port.width or 0)]
+        self._softmax: bool | None = {"always": True, "never": False}.get(self.options.softmax)
         self._session: Any = None
 
     def load(self, artifacts: Path, device: str) -> None:
@@ -264,6 +271,31 @@ class OnnxTableScorer(Scorer):
 
         providers = choose_providers("cpu" if device == "auto" else device, onnxruntime.get_available_providers())
         self._session = open_session(artifacts / self.options.file, providers)
+        self._settle_softmax()
+
+    def _settle_softmax(self) -> None:
+        """Find out whether scores are probabilities already: once, and in each worker on the same made-up rows."""
+        found = _classifier(self.options.outputs)
+        numbers = len(self._kinds) and not {"object", "bool"} & set(self._kinds)
+        if self.options.task != "classify" or self._softmax is not None or found is None or not numbers:
+            return
+        import pyarrow as pa
+
+        lowest = 0 if any(kind.startswith("uint") for kind in self._kinds) else -100
+        made_up = pa.table({str(place): [0, 1, 100, lowest] for place in range(len(self._kinds))})
+        try:
+            scores = next(self._run(feeds)[found[1]] for feeds in self._feeds(made_up, tables.matrix(made_up)))
+        except Exception:
+            return  # the first rows show what is wrong with it
+        if isinstance(scores, np.ndarray) and np.isfinite(scores).all():
+            self._decide(np.asarray(scores))
+
+    def _decide(self, scores: Array) -> None:
+        """Whether softmax is applied from now on: where scores are none in 0..1."""
+        self._softmax = not _in_range(scores)
+        if self._softmax:
+            said = "softmax is applied: scores are not in 0..1 (--set softmax=never keeps them as they are)"
+            self.assumed = (said,)
 
     def score(self, table: pa.Table) -> Results:
         """Score the rows of a table; a row with a value that the model does not take is an error of its own."""
@@ -272,6 +304,8 @@ class OnnxTableScorer(Scorer):
         table = tables.features_of(table, self.features)
         values = tables.matrix(table) if tables.is_numeric(table) else None
         errors = tables.unusable(table, values, nan=self._nan)
+        if self._kinds:
+            errors = tables.not_whole(table, self._kinds) | errors
         count = table.num_rows
         if len(errors) == count:
             return tables.results(None, errors, count)
@@ -333,14 +367,38 @@ class OnnxTableScorer(Scorer):
             said = np.asarray(said).reshape(-1).tolist()
             share = [float(each[name]) for each, name in zip(scores, said, strict=True)]
             return {"label": self._named(said), "score": tables.column(share)}
-        shares = _probabilities(np.asarray(scores), self.options.softmax)
+        shares = self._probabilities(np.asarray(scores))
         best = shares.argmax(axis=1)
         score = tables.column(shares[np.arange(len(best)), best])
         if said is not None:
-            return {"label": self._named(np.asarray(said).reshape(-1).tolist()), "score": score}
+            said = np.asarray(said).reshape(-1)
+            if self._softmax and (said == shares.argmin(axis=1)).all() and (said != best).all():
+                raise ModelRefutedError(
+                    f"{self.options.file} was taken for a classifier, and says the class with the lowest score: "
+                    "scores are distances, say",
+                    hint="Use --task values, which gives the outputs as they are.",
+                )
+            return {"label": self._named(said.tolist()), "score": score}
         names = self.options.labels or [str(number) for number in range(shares.shape[1])]
         label = pa.array(names).take(pa.array(best))
         return {"label": label, "index": tables.column(best.astype(np.int64)), "score": score}
+
+    def _probabilities(self, scores: Array) -> Array:
+        """``[n, classes]`` scores as float64 probabilities; raises ModelRefutedError where they are none any more."""
+        values = scores.astype(np.float64)
+        if self._softmax is None:
+            self._decide(values)
+        if not self._softmax:
+            if self.options.softmax == "auto" and not _in_range(values):
+                raise ModelRefutedError(
+                    f"{self.options.file} gave scores in 0..1 so far, and now some between {values.min():.4g} and "
+                    f"{values.max():.4g}",
+                    hint="Say --set softmax=always if softmax is to be applied to all of them, or never.",
+                )
+            return values
+        powers: Array = np.exp(values - values.max(axis=1, keepdims=True))
+        shares: Array = powers / powers.sum(axis=1, keepdims=True)
+        return shares
 
     def _named(self, said: Sequence[Any]) -> Any:
         import pyarrow as pa
@@ -387,16 +445,6 @@ def _tensor(port: _Port, table: pa.Table, values: Array | None, start: int, end:
     return np.ascontiguousarray(tensor[:, 0] if port.rank == 1 else tensor)
 
 
-def _probabilities(scores: Array, softmax: str) -> Array:
-    """``[n, classes]`` scores as float64 probabilities, each row as by
-    :func:`tally.scorers.vision.outputs.probabilities`."""
-    values = scores.astype(np.float64)
-    if softmax == "never":
-        return values
-    powers: Array = np.exp(values - values.max(axis=1, keepdims=True))
-    normal: Array = powers / powers.sum(axis=1, keepdims=True)
-    if softmax == "always":
-        return normal
-    already = (values.min(axis=1) >= 0) & (np.abs(values.sum(axis=1) - 1) < 0.01)
-    chosen: Array = np.where(already[:, None], values, normal)
-    return chosen
+def _in_range(scores: Array) -> bool:
+    finite = scores[np.isfinite(scores)]
+    return not finite.size or bool(finite.min() >= -1e-6 and finite.max() <= 1 + 1e-6)

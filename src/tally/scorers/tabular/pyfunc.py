@@ -214,6 +214,10 @@ class PyfuncScorer(Scorer):
         import pyarrow as pa
 
         errors: dict[int, ItemError] = {}
+        if self.options.tensor and tables.is_numeric(table):
+            errors = tables.not_whole(table, [self.options.tensor] * table.num_columns)
+            if np.dtype(self.options.tensor).kind in "iub":
+                errors = tables.unusable(table, tables.matrix(table), nan=False) | errors
         columns = []
         for name, values, kind in zip(table.column_names, table.columns, self.options.types or (), strict=False):
             arrow = pa.type_for_alias(_ARROW[kind]) if kind in _ARROW else values.type

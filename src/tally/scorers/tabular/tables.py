@@ -172,6 +172,34 @@ def unusable(table: pa.Table, values: Array | None, *, nan: bool) -> dict[int, I
     return errors
 
 
+def not_whole(table: pa.Table, kinds: Sequence[str]) -> dict[int, ItemError]:
+    """Rows that hold what an integer (or truth value) of the model cannot be: fractions, and numbers beyond its range.
+
+    kinds: NumPy's name of the type that the model takes, for each column. Returns position to error; nulls are passed
+    over.
+    """
+    import pyarrow as pa
+
+    errors: dict[int, ItemError] = {}
+    for name, column, kind in zip(table.column_names, table.columns, kinds, strict=False):
+        wanted = np.dtype(kind)
+        if wanted.kind not in "iub" or not _is_number(column.type) or pa.types.is_boolean(column.type):
+            continue
+        low, high = (0, 1) if wanted.kind == "b" else (np.iinfo(wanted).min, np.iinfo(wanted).max)
+        if pa.types.is_integer(column.type) and not column.null_count:
+            numbers = column.to_numpy()
+            bad = (numbers < low) | (numbers > high)
+        else:
+            numbers = matrix(pa.table([column], names=[name]))[:, 0]
+            # the largest of 64 bits is no float: the next one is, and is beyond it
+            bad = (numbers != np.rint(numbers)) | (numbers < low) | (numbers >= float(high) + 1)
+            bad &= ~np.isnan(numbers)
+        for row in np.flatnonzero(bad).tolist():
+            shown = "true or false" if wanted.kind == "b" else f"whole numbers ({kind})"
+            errors.setdefault(row, ItemError(f"{name} is {column[row].as_py()}, but the model takes {shown}"))
+    return errors
+
+
 def _bad(column: pa.ChunkedArray, nan: bool) -> Array:
     import pyarrow as pa
     from pyarrow import compute

@@ -114,13 +114,107 @@ def _decode_ssd(outputs: Sequence[Array], size: Size, threshold: float) -> Boxes
     return Boxes(corners[rows] * np.array(size * 2, np.float32), values, classes)
 
 
+def _decode_centres(raw: Array, first: int, threshold: float) -> Boxes:
+    """``[anchors, first + classes]``: centre, width and height in pixels, objectness where ``first`` is 5, scores."""
+    scores = raw[:, first:] * raw[:, 4:5] if first == 5 else raw[:, first:]
+    rows, values, classes = _best(scores, threshold)
+    return Boxes(_corners(raw[rows, :2], raw[rows, 2:4] / 2), values, classes)
+
+
+def _decode_yolov5(outputs: Sequence[Array], size: Size, threshold: float) -> Boxes:
+    """``[anchors, 5 + classes]``: centre, width and height in pixels, objectness, class scores. As in
+    https://github.com/ultralytics/yolov5, and in YOLOX exported with its boxes decoded."""
+    return _decode_centres(outputs[0].astype(np.float32, copy=False), 5, threshold)
+
+
+def _decode_yolov8(outputs: Sequence[Array], size: Size, threshold: float) -> Boxes:
+    """``[4 + classes, anchors]``, or transposed: centre, width and height in pixels, class scores. As in
+    https://github.com/ultralytics/ultralytics (YOLOv8 and later, without built-in suppression)."""
+    return _decode_centres(_anchors_first(outputs[0], size).astype(np.float32, copy=False), 4, threshold)
+
+
+def _decode_end_to_end(outputs: Sequence[Array], size: Size, threshold: float) -> Boxes:
+    """``[boxes, 6]``: corners in pixels, score, class; suppressed already. As in YOLOv10, and in YOLO exports with
+    built-in suppression (https://github.com/ultralytics/ultralytics)."""
+    raw = outputs[0].astype(np.float32, copy=False)
+    raw = raw[raw[:, 4] > threshold]
+    return Boxes(raw[:, :4], raw[:, 4], raw[:, 5].astype(np.int64))
+
+
+def _decode_yolonas(outputs: Sequence[Array], size: Size, threshold: float) -> Boxes:
+    """``[anchors, 4]`` corners in pixels, and ``[anchors, classes]`` scores, without a background class.
+    As in https://github.com/Deci-AI/super-gradients (YOLO-NAS, PP-YOLOE)."""
+    corners, scores = _corners_and_scores(outputs)
+    rows, values, classes = _best(scores, threshold)
+    return Boxes(corners[rows], values, classes)
+
+
+def _corners_and_scores(outputs: Sequence[Array]) -> tuple[Array, Array]:
+    first, second = (o.astype(np.float32, copy=False) for o in outputs[:2])
+    return (first, second) if first.shape[-1] == 4 else (second, first)
+
+
+def _anchor_counts(size: Size) -> set[int]:
+    """How many anchor points models have on pictures of this size, one for each cell."""
+    return {sum((size[0] // s) * (size[1] // s) for s in strides) for strides in _YOLOX_STRIDES}
+
+
+def _anchors_first(raw: Array, size: Size) -> Array:
+    counts = _anchor_counts(size)
+    lying = raw.shape[1] in counts and raw.shape[0] not in counts
+    return raw.T if lying or (raw.shape[0] not in counts and raw.shape[1] > raw.shape[0]) else raw
+
+
+def _may_be(n: int | str | None, counts: set[int]) -> bool:
+    return n in counts if isinstance(n, int) else True
+
+
+def _yolov5_classes(shapes: Sequence[Shape], size: Size) -> int | None:
+    if len(shapes) != 1 or len(shapes[0]) != 3:
+        return None
+    _, anchors, width = shapes[0]
+    fits = _may_be(anchors, {3 * count for count in _anchor_counts(size)})
+    return width - 5 if fits and isinstance(width, int) and width > 5 else None
+
+
+def _yolov8_classes(shapes: Sequence[Shape], size: Size) -> int | None:
+    if len(shapes) != 1 or len(shapes[0]) != 3:
+        return None
+    counts = _anchor_counts(size)
+    for width, anchors in (shapes[0][1:], shapes[0][:0:-1]):
+        if isinstance(width, int) and width > 4 and _may_be(anchors, counts):
+            return width - 4
+    return None
+
+
+def _end_to_end_classes(shapes: Sequence[Shape], _size: Size) -> int | None:
+    """Any number of classes: -1."""
+    fits = len(shapes) == 1 and len(shapes[0]) == 3 and shapes[0][2] == 6
+    return ANY_CLASSES if fits else None
+
+
+def _yolonas_classes(shapes: Sequence[Shape], size: Size) -> int | None:
+    width = _beside_corners(shapes)
+    fits = width is not None and width > 0 and _may_be(shapes[0][1], _anchor_counts(size))
+    return width if fits else None
+
+
+def _beside_corners(shapes: Sequence[Shape]) -> int | None:
+    """Columns of scores beside ``[anchors, 4]`` corners; None if these are not such outputs."""
+    if len(shapes) != 2 or any(len(shape) != 3 for shape in shapes) or shapes[0][1] != shapes[1][1]:
+        return None
+    widths = [shape[2] for shape in shapes]
+    if 4 not in widths:
+        return None
+    other = widths[0] if widths[1] == 4 else widths[1]
+    return other if isinstance(other, int) else None
+
+
 def _yolox_classes(shapes: Sequence[Shape], size: Size) -> int | None:
     if len(shapes) != 1 or len(shapes[0]) != 3:
         return None
     _, anchors, width = shapes[0]
-    fits = isinstance(anchors, str | None) or any(
-        anchors == sum((size[0] // s) * (size[1] // s) for s in strides) for strides in _YOLOX_STRIDES
-    )
+    fits = _may_be(anchors, _anchor_counts(size))
     return width - 5 if fits and isinstance(width, int) and width > 5 else None
 
 
@@ -133,13 +227,94 @@ def _fastestdet_classes(shapes: Sequence[Shape], size: Size) -> int | None:
 
 
 def _ssd_classes(shapes: Sequence[Shape], _size: Size) -> int | None:
-    if len(shapes) != 2 or any(len(shape) != 3 for shape in shapes) or shapes[0][1] != shapes[1][1]:
+    width = _beside_corners(shapes)
+    return width - 1 if width is not None and width > 1 else None
+
+
+# What speaks against a family, in the values of one picture. None: nothing does. Bounds are wide: models predict a
+# little beyond the picture, and nothing at all on an empty one.
+
+
+def outside(values: Array, what: str = "scores") -> str | None:
+    """Says if values are no scores."""
+    if not values.size or (values.min() >= -1e-3 and values.max() <= 1 + 1e-3):
         return None
-    widths = [shape[2] for shape in shapes]
-    if 4 not in widths:
+    return f"{what} lie between {values.min():.4g} and {values.max():.4g}, not in 0..1"
+
+
+def _against_yolox(outputs: Sequence[Array], size: Size) -> str | None:
+    raw = outputs[0]
+    if (reach := float(np.abs(raw[:, :2]).max())) > 16:
+        return f"centres reach {reach:.4g} cells from their own: they are in pixels, decoded already"
+    if (most := float(raw[:, 2:4].max())) > 10:
+        return f"the logarithm of a side would be {most:.4g}: sides are in pixels, decoded already"
+    return outside(raw[:, 4:])
+
+
+def _against_pixels(centres: Array, sides: Array, size: Size) -> str | None:
+    low, high = float(centres.min()), float(centres.max())
+    if high < max(size) / 8:
+        return f"no centre lies beyond {high:.4g} pixels of a picture of {size[0]}x{size[1]}"
+    if low < -max(size) or high > 2 * max(size):
+        return f"centres lie between {low:.4g} and {high:.4g}, far outside a picture of {size[0]}x{size[1]}"
+    return f"a side is {sides.min():.4g} pixels long" if sides.min() < -1e-2 else None
+
+
+def _against_yolov5(outputs: Sequence[Array], size: Size) -> str | None:
+    raw = outputs[0]
+    return _against_pixels(raw[:, :2], raw[:, 2:4], size) or outside(raw[:, 4:])
+
+
+def _against_yolov8(outputs: Sequence[Array], size: Size) -> str | None:
+    raw = _anchors_first(outputs[0], size)
+    return _against_pixels(raw[:, :2], raw[:, 2:4], size) or outside(raw[:, 4:])
+
+
+def _against_end_to_end(outputs: Sequence[Array], size: Size) -> str | None:
+    raw = outputs[0]
+    found = raw[raw[:, 4] > 0.3]
+    classes = raw[:, 5]
+    if (classes != np.rint(classes)).any() or classes.min(initial=0) < -1:
+        return "the last column holds no numbers of classes"
+    if len(found) and found[:, :4].max() <= 1.5:
+        return "corners lie in 0..1, not in pixels"
+    return outside(raw[:, 4]) or _against_corners(found)
+
+
+def _against_corners(corners: Array) -> str | None:
+    if not len(corners):
         return None
-    other = widths[0] if widths[1] == 4 else widths[1]
-    return other - 1 if isinstance(other, int) and other > 1 else None
+    ordered = float((corners[:, 2:4] >= corners[:, :2] - 1e-3).all(axis=1).mean())
+    return None if ordered >= 0.99 else f"{1 - ordered:.0%} of the boxes end before they begin"
+
+
+def _sums_to_one(scores: Array) -> bool:
+    return scores.shape[1] > 1 and bool((np.abs(scores.sum(axis=1) - 1) < 0.02).mean() >= 0.99)
+
+
+def _against_yolonas(outputs: Sequence[Array], size: Size) -> str | None:
+    corners, scores = _corners_and_scores(outputs)
+    if (reach := float(corners.max())) < max(size) / 8:
+        return f"corners reach {reach:.4g}: they are not in pixels"
+    if _sums_to_one(scores):
+        return "the scores of each box add up to 1: one class is the background"
+    return outside(scores) or _against_corners(corners)
+
+
+def _against_ssd(outputs: Sequence[Array], size: Size) -> str | None:
+    corners, scores = _corners_and_scores(outputs)
+    if corners.min() < -2 or corners.max() > 3:
+        return f"corners lie between {corners.min():.4g} and {corners.max():.4g}, not in 0..1"
+    if (wrong := outside(scores)) is not None:
+        return wrong
+    if not _sums_to_one(scores):
+        return "the scores of a box do not add up to 1: no class is the background"
+    return _against_corners(corners)
+
+
+def _against_fastestdet(outputs: Sequence[Array], size: Size) -> str | None:
+    raw = outputs[0]
+    return outside(raw[:1], "objectness") or outside(raw[5:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,33 +323,73 @@ class Decoder:
 
     decode: outputs of one picture, tensor size, score threshold → candidates.
     classes: output shapes, batch axis included, and tensor size → number of classes (without background), or
-        None if these are not the outputs of this family.
+        :data:`ANY_CLASSES`, or None if these are not the outputs of this family.
+    against: outputs of one picture, tensor size → what in the values speaks against this family, or None.
+    preprocess: with which the family was trained.
+    outputs: how many there are. words: what their names usually contain (a regular expression).
+    background: whether the first column of scores is the background's, which has no label.
+    suppressed: whether the model leaves only one box for each object.
     """
 
     decode: Callable[[Sequence[Array], Size, float], Boxes]
     classes: Callable[[Sequence[Shape], Size], int | None]
+    against: Callable[[Sequence[Array], Size], str | None]
     score_threshold: float
     preprocess: Mapping[str, Any] = field(default_factory=dict)
+    outputs: int = 1
+    words: str | None = None
+    background: bool = False
+    suppressed: bool = False
 
+
+ANY_CLASSES = -1
+"""The shapes do not tell how many classes there are."""
+
+_ULTRALYTICS = {"resize": "letterbox", "anchor": "center", "fill": 114, "channels": "rgb", "scale": 1 / 255}
 
 DECODERS: Mapping[str, Decoder] = {
     "yolox": Decoder(
         _decode_yolox,
         _yolox_classes,
+        _against_yolox,
         0.3,
         {"resize": "letterbox", "anchor": "top-left", "fill": 114, "channels": "bgr"},
+    ),
+    "yolox-decoded": Decoder(
+        _decode_yolov5,
+        _yolox_classes,
+        _against_yolov5,
+        0.3,
+        {"resize": "letterbox", "anchor": "top-left", "fill": 114, "channels": "bgr"},
+    ),
+    "yolov5": Decoder(_decode_yolov5, _yolov5_classes, _against_yolov5, 0.25, _ULTRALYTICS),
+    "yolov8": Decoder(_decode_yolov8, _yolov8_classes, _against_yolov8, 0.25, _ULTRALYTICS),
+    "end-to-end": Decoder(
+        _decode_end_to_end, _end_to_end_classes, _against_end_to_end, 0.25, _ULTRALYTICS, suppressed=True
+    ),
+    "yolonas": Decoder(
+        _decode_yolonas,
+        _yolonas_classes,
+        _against_yolonas,
+        0.3,
+        _ULTRALYTICS,
+        outputs=2,
     ),
     "fastestdet": Decoder(
         _decode_fastestdet,
         _fastestdet_classes,
+        _against_fastestdet,
         0.5,
         {"resize": "squash", "channels": "bgr", "scale": 1 / 255},
     ),
     "ssd": Decoder(
         _decode_ssd,
         _ssd_classes,
+        _against_ssd,
         0.7,
         {"resize": "squash", "interpolation": "bicubic", "channels": "rgb", "mean": 127, "std": 128},
+        outputs=2,
+        background=True,
     ),
 }
 """The box decoders, with the preprocessing that their families were trained with."""
@@ -191,7 +406,8 @@ def detect_rows(
     iou_threshold: float,
 ) -> list[Row]:
     """``xmin, ymin, xmax, ymax`` in pixels of the original, ``label``, ``score``: one row for each box."""
-    found = nms(DECODERS[decoder].decode(outputs, size, score_threshold), iou_threshold)
+    family = DECODERS[decoder]
+    found = nms(family.decode(outputs, size, score_threshold), 1.0 if family.suppressed else iou_threshold)
     boxes = prepared.original(found.boxes)
     if not np.isfinite(boxes).all():
         raise ItemError(f"{prepared.key}: the model gave a box that is not finite")

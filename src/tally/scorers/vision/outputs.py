@@ -15,26 +15,30 @@ from tally.scorers.base import Row
 from tally.scorers.vision.preprocess import Array, Prepared, Size
 
 
-def probabilities(scores: Array, softmax: str = "auto") -> Array:
-    """One picture's class scores, any shape with one axis longer than 1, as ``float32[classes]``.
+def probabilities(scores: Array, *, softmax: bool) -> Array:
+    """One picture's class scores, any shape with at most one axis longer than 1, as ``float32[classes]``.
 
-    softmax: ``auto`` applies it unless the scores are probabilities already (not negative, sum about 1);
-    ``always``; ``never``. uint8 scores are probabilities in units of 1/256.
+    softmax: applied, or the scores are kept as they are. uint8 scores are then probabilities in units of 1/256.
+    One score alone is that of the second of two classes; for it, the sigmoid function takes the place of softmax.
     """
-    if scores.dtype == np.uint8 and softmax != "always":
+    if scores.dtype == np.uint8 and not softmax:
         return scores.reshape(-1).astype(np.float32) / 256
     values: Array = scores.reshape(-1).astype(np.float32)
-    if softmax == "never" or (softmax == "auto" and values.min() >= 0 and abs(float(values.sum()) - 1) < 0.01):
+    if values.size == 1:
+        if not softmax:
+            return np.array([1 - values[0], values[0]], np.float32)
+        values = np.array([0, values[0]], np.float32)  # softmax of these is the sigmoid
+    if not softmax:
         return values
     values = np.exp(values - values.max())
     values /= values.sum()
     return values
 
 
-def classify_rows(scores: Array, name: Callable[[int], str], *, top: int, softmax: str) -> Row | list[Row]:
+def classify_rows(scores: Array, name: Callable[[int], str], *, top: int, softmax: bool) -> Row | list[Row]:
     """The best class as ``label, index, score``; the best ``top`` ones, with their ``rank`` from 1, when
     that is more than one. Equal scores are ranked by index."""
-    values = probabilities(scores, softmax)
+    values = probabilities(scores, softmax=softmax)
     if top == 1:
         best = int(values.argmax())
         return {"label": name(best), "index": best, "score": float(values[best])}
@@ -44,11 +48,12 @@ def classify_rows(scores: Array, name: Callable[[int], str], *, top: int, softma
     ]
 
 
-def label_map(output: Array, spatial: tuple[int, int], *, channels_last: bool) -> Array:
+def label_map(output: Array, spatial: tuple[int, int], *, channels_last: bool, logits: bool = False) -> Array:
     """Class index of every output pixel, ``int64[h, w]``.
 
     output: class scores ``[h, w, classes]`` or ``[classes, h, w]`` (told apart by ``spatial``, the tensor's
         height and width, else by ``channels_last``), one foreground score, or class indices ``[h, w]``.
+    logits: foreground scores are not probabilities yet.
     """
     if output.ndim == 3 and 1 not in (output.shape[0], output.shape[-1]):
         if output.shape[:2] == spatial:
@@ -62,9 +67,7 @@ def label_map(output: Array, spatial: tuple[int, int], *, channels_last: bool) -
         flat = output.squeeze(-1 if last else 0)
     if np.issubdtype(flat.dtype, np.integer):
         return flat.astype(np.int64)
-    # one channel: foreground, as a probability or as a logit
-    probability = flat.min() >= 0 and flat.max() <= 1
-    return (flat > (0.5 if probability else 0.0)).astype(np.int64)
+    return (flat > (0.0 if logits else 0.5)).astype(np.int64)
 
 
 def segment_rows(classes: Array, prepared: Prepared, tensor_size: Size, name: Callable[[int], str]) -> list[Row]:

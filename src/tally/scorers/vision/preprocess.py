@@ -8,6 +8,7 @@ thread-safe.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -68,6 +69,16 @@ def _as_colour(value: Any) -> Any:
     return tuple(int(n) for n in numbers) * (3 if len(numbers) == 1 else 1)
 
 
+def _as_factor(value: Any) -> Any:
+    """A number, or a fraction as people write it: ``1/255``."""
+    if isinstance(value, str) and (found := re.fullmatch(r"\s*([\d.]+)\s*/\s*([\d.]+)\s*", value)):
+        try:
+            return float(found[1]) / float(found[2])
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
 Numbers = Annotated[tuple[float, ...] | None, BeforeValidator(_as_numbers)]
 
 
@@ -78,7 +89,7 @@ class Preprocess(BaseModel):
     resize: ``squash`` to the size; ``crop``: the shorter side to ``shorter`` pixels, then the centre;
         ``letterbox``: fit inside, the rest is ``fill`` (RGB), the picture at ``anchor``.
     scale, mean, std: a pixel x in 0..255 becomes ``(x * scale - mean) / std``. Mean and std are one number or
-        one for each channel, in the model's channel order (blue first for ``bgr``).
+        one for each channel, in the model's channel order (blue first for ``bgr``). Scale may be a fraction: ``1/255``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,7 +103,7 @@ class Preprocess(BaseModel):
     layout: Literal["nchw", "nhwc"] | None = None
     channels: Literal["rgb", "bgr", "gray"] | None = None
     dtype: Literal["uint8", "float16", "float32"] | None = None
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    scale: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, BeforeValidator(_as_factor)] = None
     mean: Numbers = None
     std: Numbers = None
 
@@ -105,6 +116,9 @@ class Preprocess(BaseModel):
             problems.append(f"shorter: {self.shorter} is less than the {max(self.size)} pixels to be cut out")
         if self.channels == "gray" and 3 in (len(self.mean or ()), len(self.std or ())):
             problems.append("mean, std: three numbers given, but gray has one channel")
+        mean, std = [abs(n) for n in self.mean or () if n], self.std or ()
+        if self.scale in (None, 1.0) and max(mean or std, default=1.0) < 1:
+            problems.append("scale: mean and std below 1 are for pixels in 0..1, so write scale: 1/255 too")
         if self.dtype == "uint8" and not self.identity:
             problems.append("dtype: uint8 takes pixels as they are; scale, mean and std do not go with it")
         if problems:
@@ -115,6 +129,16 @@ class Preprocess(BaseModel):
     def identity(self) -> bool:
         """Whether pixels keep their values 0..255."""
         return self.scale in (None, 1.0) and not any(self.mean or ()) and set(self.std or ()) <= {1.0}
+
+
+def made_up_pictures(size: Size) -> list[Array]:
+    """Pictures ``uint8[h, w, 3]``, always the same: gradients with noise as in photos, a black and a white one."""
+    width, height = size
+    across, down = np.linspace(0, 255, width)[None, :], np.linspace(0, 255, height)[:, None]
+    planes = np.stack([across + 0 * down, down + 0 * across, 255 - (across + down) / 2], axis=2)
+    noise = np.random.default_rng(0).normal(0, 25, planes.shape)
+    picture: Array = np.clip(np.rint(planes + noise), 0, 255).astype(np.uint8)
+    return [picture, np.zeros_like(picture), np.full_like(picture, 255)]
 
 
 @dataclass(frozen=True, slots=True)

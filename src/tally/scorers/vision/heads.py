@@ -1,0 +1,479 @@
+"""What a vision model's outputs are: a table of heads, and the verdict on a model that does not say it.
+
+Names, shapes and metadata leave the heads that fit (:func:`candidates`). Where these are several, the values of one
+picture are asked (:func:`verdict`). Exactly one has to remain: what fits nothing, or two things, is refused.
+
+Heads that are known and cannot be decoded stand in the table too, so that their outputs are not taken for others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from tally.errors import SpecError
+from tally.scorers.vision.detection import ANY_CLASSES, DECODERS, Decoder, outside
+from tally.scorers.vision.preprocess import Array, Size
+
+Task = Literal["classify", "detect", "restyle", "embed", "segment", "values"]
+Dims: TypeAlias = tuple[int | None, ...]
+"""A shape, batch axis included; None where it varies. No axes at all where nothing is known of it."""
+
+FRACTIONS = (1, 2, 4, 8)
+"""A mask is as large as the model's input, or so many times smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One output of a model. kind: ``float``, ``integer`` or ``other`` (text, maps)."""
+
+    name: str
+    dims: Dims
+    kind: Literal["float", "integer", "other"] = "float"
+
+    def __str__(self) -> str:
+        return f"{self.name} {show(self.dims)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a model, and what the user says.
+
+    size: of its input, in pixels. channels_last: of its input, and so of masks, where their shape does not tell.
+    labels: how many names of classes there are. background: the first of them is the background's.
+    task, decoder: as the user says. logits: the user says that values are not probabilities yet.
+    """
+
+    outputs: tuple[Output, ...]
+    size: Size | None
+    channels_last: bool = False
+    metadata: Mapping[str, str] | None = None
+    labels: int | None = None
+    background: bool = False
+    task: Task | None = None
+    decoder: str | None = None
+    logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A head that fits. outputs: those that it takes. classes: None where the shapes do not tell."""
+
+    head: Head
+    outputs: tuple[Output, ...]
+    classes: int | None = None
+
+    def __str__(self) -> str:
+        classes = f" ({self.classes} classes)" if self.classes else ""
+        return f"{self.head.name}{classes}" + (f" of {self.outputs[0].name}" if len(self.outputs) == 1 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """One kind of output.
+
+    task, decoder: None where nothing decodes it. find: where it may be in a model, and with how many classes.
+    against: the outputs of one picture, and the model → what in the values speaks against it, or None.
+    words: what the names of such outputs contain; a head whose words are found goes before those without.
+    asked: it is a guess for nobody: the user has to say the task.
+    """
+
+    name: str
+    task: Task | None
+    find: Callable[[Facts], Iterator[Fit]]
+    against: Callable[[Sequence[Array], Facts], str | None]
+    decoder: str | None = None
+    words: str | None = None
+    asked: bool = False
+
+    @property
+    def said(self) -> str:
+        """How the user says that it is this."""
+        if self.decoder is not None:
+            return f"--task detect --set decoder={self.decoder}"
+        return f"--task {self.task}"
+
+
+def show(dims: Sequence[int | None]) -> str:
+    if not dims:
+        return "unknown shape"
+    return "[" + ", ".join("any" if n is None else str(n) for n in dims) + "]"
+
+
+# ----------------------------------------------------------------------------------------- what shapes say
+
+
+def _vector(dims: Dims) -> tuple[bool, int | None]:
+    """Whether an output is a row of numbers for each picture, and how many."""
+    axes = [n for n in dims[1:] if n != 1]
+    return len(dims) >= 1 and len(axes) <= 1, (axes or [1])[0]
+
+
+def _classify(facts: Facts) -> Iterator[Fit]:
+    for output in facts.outputs:
+        fits, count = _vector(output.dims)
+        if fits and output.kind != "other" and (count != 1 or facts.labels == 2):
+            yield Fit(_HEADS["classify"], (output,), 2 if count == 1 else count)
+
+
+def _values(facts: Facts) -> Iterator[Fit]:
+    for output in facts.outputs:
+        fits, count = _vector(output.dims)
+        if fits and output.kind != "other" and count == 1 and facts.labels != 2:
+            yield Fit(_HEADS["values"], (output,), 1)
+
+
+def _embed(facts: Facts) -> Iterator[Fit]:
+    for output in facts.outputs:
+        fits, count = _vector(output.dims)
+        if fits and output.kind == "float" and count != 1 and not facts.labels:
+            yield Fit(_HEADS["embed"], (output,))
+
+
+def _plane(dims: Dims, facts: Facts) -> tuple[Dims, int | None]:
+    """Height and width of an output that is a map, and its channels; no height and width if it is none."""
+    if len(dims) == 3:
+        return dims[1:], 1
+    if len(dims) != 4:
+        return (), None
+    first, last = _scaled(dims[1:3], facts.size), _scaled(dims[2:4], facts.size)
+    channels_last = facts.channels_last if first == last else first
+    return (dims[1:3], dims[3]) if channels_last else (dims[2:4], dims[1])
+
+
+def _scaled(plane: Dims, size: Size | None) -> bool:
+    """Whether a map is as large as the input, or a fraction of it. What varies may be; it is measured while scoring."""
+    if size is None or None in plane:
+        return None in plane
+    high, wide = plane
+    if high == wide == 1:
+        return False
+    return any((-(-size[1] // n), -(-size[0] // n)) == (high, wide) or (size[1] // n, size[0] // n) == (high, wide)
+               for n in FRACTIONS)  # fmt: skip
+
+
+def _is_mask(plane: Dims, facts: Facts) -> bool:
+    """Whether it is as large as the input or a fraction of it; any fraction where the user says that it is a mask."""
+    if facts.task != "segment" or facts.size is None or None in plane or not all(plane):
+        return _scaled(plane, facts.size)
+    high, wide = plane
+    assert high is not None
+    assert wide is not None
+    return abs(high * facts.size[0] / (wide * facts.size[1]) - 1) < 0.1
+
+
+def _segment(facts: Facts) -> Iterator[Fit]:
+    for output in facts.outputs:
+        plane, channels = _plane(output.dims, facts)
+        if not plane or not _is_mask(plane, facts) or output.kind == "other":
+            continue
+        if output.kind == "integer":
+            if channels == 1:
+                yield Fit(_HEADS["segment"], (output,))
+        elif channels != 1 and len(output.dims) == 4:
+            yield Fit(_HEADS["segment"], (output,), channels)
+
+
+def _foreground(facts: Facts) -> Iterator[Fit]:
+    for output in facts.outputs:
+        plane, channels = _plane(output.dims, facts)
+        if plane and channels == 1 and output.kind == "float" and _is_mask(plane, facts):
+            yield Fit(_HEADS["foreground"], (output,), 2)
+
+
+def _map(facts: Facts) -> Iterator[Fit]:
+    for each in _foreground(facts):
+        if re.search(_MAP_WORDS, each.outputs[0].name, re.IGNORECASE):
+            yield Fit(_HEADS["a map of depth, distance or the like"], each.outputs)
+
+
+def _restyle(facts: Facts) -> Iterator[Fit]:
+    for output in facts.outputs:
+        dims = output.dims
+        if len(dims) != 4 or output.kind == "other" or (facts.labels and facts.task is None):
+            continue
+        usual = (3,) if facts.task is None else (1, 3, None)
+        for plane, channels in ((dims[2:4], dims[1]), (dims[1:3], dims[3])):
+            if channels in usual and _is_picture(plane, facts.size):
+                yield Fit(_HEADS["restyle"], (output,))
+                break
+
+
+def _is_picture(plane: Dims, size: Size | None) -> bool:
+    """Whether it is as large as the input, a little larger (rounded up to the model's stride), or magnified."""
+    if size is None or None in plane:
+        return True
+    high, wide = plane
+    assert high is not None
+    assert wide is not None
+    extra = (wide - size[0], high - size[1])
+    magnified = wide % size[0] == 0 and high % size[1] == 0
+    return magnified or (min(extra) >= 0 and max(extra) < 32)
+
+
+def _boxes(name: str, decoder: Decoder) -> Callable[[Facts], Iterator[Fit]]:
+    def find(facts: Facts) -> Iterator[Fit]:
+        if facts.size is None:
+            return
+        used = facts.outputs if decoder.outputs > 1 or len(facts.outputs) == 1 else ()
+        classes = decoder.classes([output.dims for output in used], facts.size)
+        if classes is not None and all(output.kind == "float" for output in used):
+            yield Fit(_HEADS[name], used, None if classes == ANY_CLASSES else classes)
+
+    return find
+
+
+def _named(head: str, *words: str) -> Callable[[Facts], Iterator[Fit]]:
+    """Outputs that are told by their names: one for each of the words, and no shape needed."""
+
+    def find(facts: Facts) -> Iterator[Fit]:
+        names = [output.name for output in facts.outputs]
+        if len(names) == len(words) and all(any(re.search(word, name) for name in names) for word in words):
+            yield Fit(_HEADS[head], facts.outputs)
+
+    return find
+
+
+def _rows_of_seven(facts: Facts) -> Iterator[Fit]:
+    if len(facts.outputs) == 1 and len(facts.outputs[0].dims) == 2 and facts.outputs[0].dims[1] == 7:
+        yield Fit(_HEADS["YOLOv7's rows of 7"], facts.outputs)
+
+
+def _ultralytics(facts: Facts) -> Iterator[Fit]:
+    if (facts.metadata or {}).get("task") in ("segment", "pose", "obb"):
+        yield Fit(_HEADS["ultralytics"], facts.outputs)
+
+
+# ----------------------------------------------------------------------------------------- what values say
+
+
+def _nothing(outputs: Sequence[Array], facts: Facts) -> None:
+    return None
+
+
+def _against_classify(outputs: Sequence[Array], facts: Facts) -> str | None:
+    values = outputs[0].reshape(-1)
+    if values.size > 16 and values.dtype.kind == "f" and values.min() < 0 and abs(float((values**2).sum()) - 1) < 1e-3:
+        return "the values are a vector of length 1: an embedding"
+    return None
+
+
+def _against_segment(outputs: Sequence[Array], facts: Facts) -> str | None:
+    output = outputs[0]
+    plane, _ = _plane((None, *output.shape), facts)
+    if not _is_mask(plane, facts):
+        return f"a map of {show(plane)} for a picture of {facts.size}"
+    if output.dtype.kind in "iu":
+        return None if output.min(initial=0) >= 0 else f"there is a class {output.min()}"
+    low, high = float(output.min()), float(output.max())
+    if 3 in (output.shape[0], output.shape[-1]) and high - low > 100:
+        return f"values lie between {low:.4g} and {high:.4g}: a picture"
+    if low >= 0 and high <= 1 and high > low:
+        sums = output.sum(axis=-1 if facts.channels_last else 0)
+        if np.abs(sums - 1).max() > 0.02 and 3 in (output.shape[0], output.shape[-1]):
+            return "values lie in 0..1 and do not add up to 1 over the classes: a picture"
+    return None
+
+
+def _against_foreground(outputs: Sequence[Array], facts: Facts) -> str | None:
+    if sum(n != 1 for n in outputs[0].shape) > 2 or outputs[0].dtype.kind in "iu":
+        return _against_segment(outputs, facts)  # two classes, each with its own scores
+    plane, _ = _plane((None, *outputs[0].shape), facts)
+    if not _is_mask(plane, facts):
+        return f"a map of {show(plane)} for a picture of {facts.size}"
+    return None if facts.logits else outside(outputs[0], "values")
+
+
+def _against_picture(outputs: Sequence[Array], facts: Facts) -> str | None:
+    low, high = float(outputs[0].min()), float(outputs[0].max())
+    if low >= 0 and any(np.abs(outputs[0].sum(axis=axis) - 1).max() < 0.01 for axis in (0, 2)):
+        return "the three values of each pixel add up to 1: classes"
+    if (low >= -1.1 and high <= 1.1) or high - low > 32:
+        return None
+    return f"values lie between {low:.4g} and {high:.4g}: a picture's are in 0..1, -1..1 or 0..255"
+
+
+def _against_seven(outputs: Sequence[Array], facts: Facts) -> str | None:
+    row = outputs[0].reshape(-1)[:7]
+    if row.size < 7:
+        return None
+    number, x0, y0, x1, y1, kind, score = row.tolist()
+    boxes = number == 0 and kind == int(kind) and 0 <= score <= 1 and x0 <= x1 and y0 <= y1
+    return None if boxes else "the values are no picture's number, corners, class and score"
+
+
+def _against_boxes(decoder: Decoder) -> Callable[[Sequence[Array], Facts], str | None]:
+    def against(outputs: Sequence[Array], facts: Facts) -> str | None:
+        assert facts.size is not None
+        return decoder.against(outputs, facts.size)
+
+    return against
+
+
+_MAP_WORDS = r"depth|disp|distance|normal|flow|heat|density"
+_AUXILIARY = r"(?i)aux|hidden|attention"
+
+_HEADS: dict[str, Head] = {
+    head.name: head
+    for head in (
+        Head("classify", "classify", _classify, _against_classify),
+        Head("values", "values", _values, _nothing),
+        Head("embed", "embed", _embed, _nothing, words=r"feature|embed|pool", asked=True),
+        *(
+            Head(name, "detect", _boxes(name, each), _against_boxes(each), decoder=name, words=each.words)
+            for name, each in DECODERS.items()
+        ),
+        Head("segment", "segment", _segment, _against_segment, words=r"logit|seg|mask|class|prob|^out$"),
+        Head("foreground", "segment", _foreground, _against_foreground),
+        Head("restyle", "restyle", _restyle, _against_picture, words=r"image|styl|picture|super|denois|restor"),
+        Head("a map of depth, distance or the like", None, _map, _nothing, words=_MAP_WORDS),
+        Head("DETR's boxes", None, _named("DETR's boxes", "logits", "boxes"), _nothing, words=r"pred_boxes|logits"),
+        Head("TensorFlow's object detection", None,
+             _named("TensorFlow's object detection", "detection_boxes", "detection_scores", "detection_classes", "num"),
+             _nothing, words="detection"),
+        Head("TorchVision's detection", None, _named("TorchVision's detection", "boxes", "labels", "scores"), _nothing,
+             words="boxes|labels|scores"),
+        Head("boxes after built-in suppression", None,
+             _named("boxes after built-in suppression", "num", "boxes", "scores", "classes"), _nothing, words="det"),
+        Head("MMDetection's boxes", None, _named("MMDetection's boxes", "dets", "labels"), _nothing, words="dets"),
+        Head("YOLOv7's rows of 7", None, _rows_of_seven, _against_seven),
+        Head("ultralytics", None, _ultralytics, _nothing, words="."),
+    )
+}  # fmt: skip
+"""The heads, by their names."""
+
+
+# -------------------------------------------------------------------------------------------- the verdict
+
+
+def candidates(facts: Facts) -> list[Fit]:
+    """The heads that fit names, shapes, metadata and number of labels."""
+    if facts.task in ("embed", "values") and len(facts.outputs) == 1:  # whatever it is
+        alone = facts.task == "values" and _vector(facts.outputs[0].dims) == (True, 1)
+        return [Fit(_HEADS[facts.task], facts.outputs, 1 if alone else None)]
+    found = [fit for head in _HEADS.values() for fit in head.find(facts)]
+    if facts.task is not None:
+        found = [fit for fit in found if fit.head.task == facts.task]
+    else:
+        found = [fit for fit in found if not fit.head.asked or _named_so(fit)]
+    if facts.decoder is not None:
+        found = [fit for fit in found if fit.head.decoder == facts.decoder]
+    said = (facts.metadata or {}).get("task")
+    if said in ("detect", "classify") and any(fit.head.task == said for fit in found):
+        found = [fit for fit in found if fit.head.task == said]
+    if facts.labels:
+        found = [fit for fit in found if fit.head.task is None or _has_labels(fit, facts)] or found
+    if any(len(fit.outputs) == len(facts.outputs) > 1 for fit in found):  # what explains all of them goes first
+        found = [fit for fit in found if len(fit.outputs) == len(facts.outputs)]
+    if len(found) > 1 and any(map(_named_so, found)):
+        found = [fit for fit in found if _named_so(fit)]
+    return _first_of_alike(found)
+
+
+def _has_labels(fit: Fit, facts: Facts) -> bool:
+    labels = facts.labels or 0
+    background = fit.head.decoder is not None and DECODERS[fit.head.decoder].background and facts.background
+    return fit.classes in (None, labels) or (background and fit.classes == labels - 1)
+
+
+def _named_so(fit: Fit) -> bool:
+    words = fit.head.words
+    return words is not None and all(re.search(words, each.name, re.IGNORECASE) for each in fit.outputs)
+
+
+def _first_of_alike(found: list[Fit]) -> list[Fit]:
+    """Without those of auxiliary outputs, and the first of several maps of one size: networks that refine a map give
+    each stage of it."""
+    main = [fit for fit in found if not all(re.search(_AUXILIARY, each.name) for each in fit.outputs)]
+    kept: list[Fit] = []
+    for fit in main or found:
+        alike = fit.head.task in ("segment", "restyle") and any(
+            other.head is fit.head and other.outputs[0].dims == fit.outputs[0].dims for other in kept
+        )
+        if not alike:
+            kept.append(fit)
+    return kept
+
+
+def verdict(facts: Facts, probe: Callable[[], Mapping[str, Array] | None]) -> tuple[Fit, bool]:
+    """The one head that fits, and whether values were asked.
+
+    probe: gives each output's values for one picture, batch axis included; None if the model does not run.
+    Raises SpecError where nothing fits, or several heads do.
+    """
+    found, values = candidates(facts), None
+    if len(found) != 1 or any(not output.dims for output in facts.outputs):
+        values = probe()
+        if values is not None:
+            facts = replace(facts, outputs=tuple(_measured(each, values) for each in facts.outputs))
+            found = candidates(facts)
+    refuted: list[str] = []
+    if values is not None and len(found) > 1:
+        remaining = []
+        for fit in found:
+            against = objection(fit, [values[output.name] for output in fit.outputs], facts)
+            if against is None:
+                remaining.append(fit)
+            else:
+                refuted.append(f"not {fit.head.name}: {against}")
+        found = remaining
+    looked = " and ".join(map(str, facts.outputs))
+    if len(found) == 1 and found[0].head.task is not None:
+        return found[0], values is not None
+    if found and all(fit.head.task is None for fit in found):
+        kind = (facts.metadata or {}).get("task") if found[0].head.name == "ultralytics" else found[0].head.name
+        raise SpecError(
+            f"task: the outputs {looked} look like those of {kind}, which Tally cannot decode",
+            hint="Export the model with a head that it can (docs: detect), or write a scorer for it.",
+        )
+    if not found:
+        wanted, problems = facts.decoder or facts.task, []
+        if facts.size is None and facts.task in (None, "detect"):
+            problems.append("preprocess.size: the model takes several sizes; say which, for instance 640x640")
+        if wanted is not None:
+            refused = f"task: outputs of {looked} are not those of {wanted}" + "".join(f"; {r}" for r in refuted)
+            raise SpecError([*problems, refused])
+        labels = f", with {facts.labels} labels" if facts.labels else ""
+        why = f" ({'; '.join(refuted)})" if refuted else ""
+        raise SpecError(
+            [*problems, f"task: nothing that Tally knows fits the outputs {looked}{labels}{why}"],
+            hint="Say --task, and with --set outputs=NAME which output holds the result; labels tell how many classes.",
+        )
+    said = dict.fromkeys(
+        fit.head.said + (f" --set outputs={fit.outputs[0].name}" if len(fit.outputs) < len(facts.outputs) else "")
+        for fit in found
+        if fit.head.task is not None
+    )
+    raise SpecError(
+        f"task: the outputs {looked} fit several heads: {', '.join(map(str, found))}",
+        hint=f"Say which: {', or '.join(said)}" + ("; or give the labels" if not facts.labels else ""),
+    )
+
+
+def _measured(output: Output, values: Mapping[str, Array]) -> Output:
+    """The output with the axes that the values have where its own are not known. The first stays: it is the batch."""
+    found = values.get(output.name)
+    if found is None or (output.dims and None not in output.dims[1:]):
+        return output
+    first = output.dims[:1] or (found.shape[:1] and (None,))
+    return replace(output, dims=(*first, *found.shape[1:]))
+
+
+def objection(fit: Fit, values: Sequence[Array], facts: Facts) -> str | None:
+    """What the values of one picture, batch axis included, say against the head; None: nothing does."""
+    if any(not each.size for each in values):
+        return None
+    for each in values:
+        if fit.head.task is not None and (each.ndim == 0 or len(each) != 1):
+            return f"an output of shape {list(each.shape)} for one picture"
+    return fit.head.against([each if fit.head.task is None else each[0] for each in values], facts)
+
+
+def fit_of(task: Task, decoder: str, facts: Facts, classes: int | None) -> Fit:
+    """The fit that a verdict was, told by the options that it led to. One class of two in a mask: the foreground."""
+    name = decoder if task == "detect" else "foreground" if task == "segment" and classes == 2 else task
+    return Fit(_HEADS[name], facts.outputs, classes)
