@@ -52,8 +52,10 @@ def write_clip(
     sound: float = 0.0,
     audio: str = "aac",
     options: dict[str, str] | None = None,
+    first: int = 0,
 ) -> Path:
-    """Write a clip. ticks: the frames' times in ``time_base``; None: one every 1/rate.
+    """Write a clip. ticks: the frames' times in ``time_base``; None: one every 1/rate. first: the number in the first
+    frame's picture.
 
     sound: seconds of a rising tone, none if 0. degrees: of the display matrix, counter-clockwise.
     """
@@ -72,7 +74,7 @@ def write_clip(
             video.set_display_rotation(degrees)
         tone: Any = container.add_stream(audio, rate=48000, layout="stereo") if sound else None
         for number in range(count):
-            frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(picture(first + number, *size), format="rgb24")
             frame.pts = ticks[number] if ticks is not None else number
             frame.time_base = base
             container.mux(video.encode(frame))

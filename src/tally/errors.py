@@ -6,8 +6,9 @@
     ├── SpecError (ValueError)              flags, YAML or tally.yaml are wrong; all problems together
     ├── StorageError (OSError)              a folder, file or bucket could not be listed, read or written
     │   ├── SourceNotFoundError (FileNotFoundError)
+    │   ├── SourceChangedError              what is there is not what the job was planned from
     │   ├── OutputExistsError (FileExistsError)
-    │   ├── StorageAwayError (ConnectionError)    the object store did not answer, for as long as it was tried
+    │   ├── StorageAwayError (ConnectionError)    an object store does not answer, or a disk is gone: no item's fault
     │   └── DatabaseAwayError (ConnectionError)   the database does not answer at present
     ├── ModelError
     │   ├── ModelNotFoundError (LookupError)
@@ -86,12 +87,17 @@ class SourceNotFoundError(StorageError, FileNotFoundError):
     """There is nothing at the place given, or nothing there that can be scored."""
 
 
+class SourceChangedError(StorageError):
+    """A file or object of the source is not what the job was planned from; or it changed while it was read."""
+
+
 class OutputExistsError(StorageError, FileExistsError):
     """The output place already holds something that this job did not write."""
 
 
 class StorageAwayError(StorageError, ConnectionError):
-    """The object store did not answer, or was too busy, for as long as it was tried: that is no item's fault."""
+    """The object store did not answer, or was too busy, for as long as it was tried; or the disk or network folder that
+    holds the source is gone. That is no item's fault."""
 
 
 class DatabaseAwayError(StorageError, ConnectionError):

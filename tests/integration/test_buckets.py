@@ -133,7 +133,7 @@ def test_a_video_in_a_bucket_is_looked_at_from_another_process(
         assert (found.ticks, found.packets, found.keys) == (local.ticks, local.packets, local.keys)
         with pytest.raises(SourceNotFoundError, match=rf"{bucket}/y\.mp4"):
             prober("y.mp4", bucket, "y.mp4")
-        with pytest.raises(StorageError, match=rf"{bucket}/x\.mp4 has changed since the job began"):
+        with pytest.raises(StorageError, match=rf"{bucket}/x\.mp4 has changed since the job was planned"):
             probe("x.mp4", bucket, "x.mp4", (found.video.size, "another mark"))
 
 

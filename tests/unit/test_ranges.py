@@ -168,12 +168,12 @@ def test_another_content_under_the_same_name_is_noticed(store: ObjectStore, cont
         assert exactly(file, BLOCK) == CONTENT[:BLOCK]
         store.write("x", content)
         file.seek(100 * BLOCK)
-        with pytest.raises(StorageError, match=r"memory://.*/x has changed since the job began"):
+        with pytest.raises(StorageError, match=r"memory://.*/x has changed since the job was planned"):
             file.read(1)
     known = file.size, file.mark
     with (
         closing(RangeFile(store, "x", known)) as file,
-        pytest.raises(StorageError, match="has changed since the job began"),
+        pytest.raises(StorageError, match="has changed since the job was planned"),
     ):
         file.read(1)
 

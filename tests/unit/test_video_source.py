@@ -514,9 +514,7 @@ def test_a_video_that_is_replaced_costs_its_frames(
     [*batches] = source.read(chunk, Recorder(), Timings())
     dead = [error for batch in batches for _, error in batch.dead]
     assert len(dead) == 20
-    assert {error.message for error in dead} == {
-        f"{bucket.url}/a.mp4 has changed since the job began: it is not the object that was looked at first"
-    }
+    assert {error.message for error in dead} == {f"{bucket.url}/a.mp4 has changed since the job was planned"}
 
 
 # -- looking at videos in a process of its own ---------------------------------------------------------

@@ -8,6 +8,7 @@ too low at first, while everything is still warming up: until it can be trusted,
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 
@@ -75,7 +76,7 @@ class ChunkSizer:
             items = max(min(wanted, self._largest * GROWTH, self._most), self._batch)
             items -= items % self._batch
             self._largest = max(self._largest, items)
-            return ChunkLimit(items, MAX_BYTES)
+            return ChunkLimit(items, MAX_BYTES, self._seconds / self._items if self._items else math.inf)
 
     def _may_go_on(self) -> bool:
         if self._stopped:

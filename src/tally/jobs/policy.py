@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, TypeAlias, TypeVar
 
-from tally.errors import ModelError, StorageError, WorkerError, WorkerMemoryError, WorkerTimeoutError
+from tally.errors import (
+    ModelError,
+    SourceChangedError,
+    StorageError,
+    WorkerError,
+    WorkerMemoryError,
+    WorkerTimeoutError,
+)
 
 STRAGGLER_SECONDS = 10.0
 """A chunk that has run for less time than this is never started a second time."""
@@ -83,7 +90,9 @@ class RetryPolicy:
             return LoadAgain()
         losses += 1
         if not isinstance(error, WorkerError):
-            if isinstance(error, (ModelError, StorageError)) or losses >= self.attempts:
+            # What changed while it was read is found to be changed at once the next time.
+            final = isinstance(error, (ModelError, StorageError)) and not isinstance(error, SourceChangedError)
+            if final or losses >= self.attempts:
                 return JobFails()
             return RunAgain([Part(0, count, losses)])
         certain = isinstance(error, (WorkerTimeoutError, WorkerMemoryError))

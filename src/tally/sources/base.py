@@ -16,6 +16,7 @@ An endless source (``bounded = False``), such as a queue, never runs out of item
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,8 @@ class Chunk:
 
     first: ordinal of its first item in the source's order (0 is the job's first item).
     count: number of items.
-    payload: JSON-able; all that the source needs to read these items again, on any machine.
+    payload: JSON-able; all that the source needs to read these items again, on any machine, and to tell whether they
+        are what they were when they were planned (see :meth:`tally.storage.Store.marked`).
     cursor: hand it to :meth:`Source.plan` to go on after this chunk.
     """
 
@@ -46,10 +48,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ChunkLimit:
-    """The most that the next chunk may hold. ``items`` is a multiple of the scorer's batch size."""
+    """The most that the next chunk may hold. ``items`` is a multiple of the scorer's batch size.
+
+    seconds: how long a worker takes for one item, lately; infinity if that is not known.
+    """
 
     items: int
     bytes: int
+    seconds: float = math.inf
 
 
 @dataclass(slots=True)
@@ -151,6 +157,9 @@ class Source(ABC):
         """Read, decode and prepare the chunk's items, in order, ahead of the consumer.
 
         Closing the iterator stops the threads that work ahead.
+        What has changed since it was planned is never scored: such items are dead, or, if the chunk cannot be told
+        apart from its neighbours, SourceChangedError is raised. That is also raised if something changes after items
+        were handed out: then nothing of this attempt counts, and the chunk is read again.
         """
 
     def ahead(self, batch_size: int) -> int:

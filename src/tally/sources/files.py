@@ -1,6 +1,7 @@
 """Items that are files: of folders, single ones, or by a glob, on this machine or in a bucket.
 
-A chunk's payload lists the names of its files, so that any worker reads exactly those.
+A chunk's payload lists the names of its files, so that any worker reads exactly those; and the marks that they had, so
+that it reads what was planned. A file that has changed since is a dead item.
 """
 
 from __future__ import annotations
@@ -15,8 +16,16 @@ from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Kind, Listing, nothing
 from tally.sources.locations import Location
-from tally.sources.reading import AHEAD, LOCAL_THREADS, REMOTE_THREADS, Reader, read_ahead, read_paths
-from tally.storage import key_of, name_from_json, name_to_json, open_store
+from tally.sources.reading import (
+    AHEAD,
+    LOCAL_THREADS,
+    REMOTE_THREADS,
+    WORTH_LOOKING,
+    Reader,
+    read_ahead,
+    read_paths,
+)
+from tally.storage import Store, key_of, name_from_json, name_to_json, open_store
 
 _COMBINE = 4096
 
@@ -67,26 +76,31 @@ class FileSource(Source):
         found = after is not None
         for index in range(began, len(self.locations)):
             entries = self.listing.entries(index, last if index == began else None)
+            store = open_store(self.locations[index].root)
+            free = self.listing.sizes or not store.is_local  # marks come with the names
             names: list[str] = []
+            marks: list[str] = []
             total = 0
             bound: ChunkLimit | None = None
-            for name, size in entries:
+            for name, size, mark in entries:
                 if bound is None:
                     bound = limit()
                 if names and total + size > bound.bytes:
-                    yield _chunk(index, first, names)
+                    yield _chunk(index, first, names, marks)
                     first += len(names)
-                    names, total = [], 0
+                    names, marks, total = [], [], 0
                     bound = limit()
                 names.append(name)
+                if free or bound.seconds >= WORTH_LOOKING:
+                    marks.append(mark or _mark_of(store, name))
                 total += size
                 if len(names) >= bound.items:
-                    yield _chunk(index, first, names)
+                    yield _chunk(index, first, names, marks)
                     first += len(names)
-                    names, total, bound = [], 0, None
+                    names, marks, total, bound = [], [], 0, None
                 found = True
             if names:
-                yield _chunk(index, first, names)
+                yield _chunk(index, first, names, marks)
                 first += len(names)
         if not found:
             raise nothing(self.locations[0], self.listing.passed, self.listing.kind)
@@ -98,22 +112,22 @@ class FileSource(Source):
         return _keys(self.locations[chunk.payload["place"]].prefix, _unpack(chunk.payload["names"]))
 
     def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
-        names = chunk.payload["names"][start:stop]
-        return Chunk(chunk.first + start, len(names), {**chunk.payload, "names": names}, chunk.cursor)
+        payload = {**chunk.payload, "names": chunk.payload["names"][start:stop]}
+        if "marks" in payload:
+            payload["marks"] = payload["marks"][start:stop]
+        return Chunk(chunk.first + start, len(payload["names"]), payload, chunk.cursor)
 
     def combine(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """See :meth:`Source.combine`. Files are their own items: what is there by now is scored."""
         combined: list[Chunk] = []
         for chunk in chunks:
             before = combined[-1] if combined else None
-            if (
-                before is not None
-                and before.payload["place"] == chunk.payload["place"]
-                and before.count + chunk.count <= _COMBINE
-            ):
-                names = before.payload["names"] + chunk.payload["names"]
-                combined[-1] = Chunk(before.first, len(names), {**before.payload, "names": names}, chunk.cursor)
-            else:
-                combined.append(chunk)
+            place, names = chunk.payload["place"], chunk.payload["names"]
+            first = chunk.first
+            if before is not None and before.payload["place"] == place and before.count + chunk.count <= _COMBINE:
+                first, names = before.first, before.payload["names"] + names
+                combined.pop()
+            combined.append(Chunk(first, len(names), {"place": place, "names": names}, chunk.cursor))
         return combined
 
     def several(self) -> bool:
@@ -127,16 +141,29 @@ class FileSource(Source):
         names = _unpack(chunk.payload["names"])
         keys = _keys(location.prefix, names)
         store = open_store(location.root)
+        marks = chunk.payload.get("marks")  # not of jobs of earlier versions
         local = store.is_local
         if self.input == "path" and local and type(scorer).prepare is Scorer.prepare:
-            return read_paths(location.within, names, keys, scorer.batch_size)
-        reader = Reader(store, names, keys, self.input, scorer)
+            return read_paths(location, store, names, keys, marks, scorer.batch_size)
+        reader = Reader(location, store, names, keys, marks or [""] * len(names), self.input, scorer)
         return read_ahead(reader, scorer.batch_size, LOCAL_THREADS if local else REMOTE_THREADS, timings)
 
 
-def _chunk(index: int, first: int, names: list[str]) -> Chunk:
+def _chunk(index: int, first: int, names: list[str], marks: list[str]) -> Chunk:
+    """marks: of all of the names, or empty."""
     packed = _pack(names)
-    return Chunk(first, len(names), {"place": index, "names": packed}, json.dumps([index, packed[-1]]))
+    payload: dict[str, Any] = {"place": index, "names": packed}
+    if marks:
+        payload["marks"] = marks
+    return Chunk(first, len(names), payload, json.dumps([index, packed[-1]]))
+
+
+def _mark_of(store: Store, name: str) -> str:
+    """The mark of a file that was listed without; empty if it cannot be looked at: reading it will say why."""
+    try:
+        return store.marked(name)[1]
+    except OSError:
+        return ""
 
 
 def _parse_cursor(cursor: str) -> tuple[int, str]:

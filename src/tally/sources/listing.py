@@ -57,7 +57,7 @@ class Listing:
 
     kind: what folders give, judged by the file's suffix; None: every file. Single files and globs give all.
     without: a folder or file, absolute or a URL, that is never taken, even if it lies within the locations.
-    sizes: whether entries carry their size.
+    sizes: whether entries carry their size, and the mark of their content.
     """
 
     uris: tuple[str, ...]
@@ -136,16 +136,16 @@ class Listing:
         store = open_store(location.root)
         if location.names:
             start = 0 if after is None else bisect_right(location.names, after)
-            known = self.sizes and store.is_local
             for name in location.names[start:]:
-                yield Entry(name, _size(store, name) if known else 0)
+                yield _entry(store, name) if self.sizes else Entry(name, 0)
             return
+        location.check_root()
         takes = self._taker(location)
         enter = not_hidden if location.pattern is None else enters(location.pattern)
         own = not_the_output(location, self.without)
         if own is not None:
             enter = both(enter, own)
-        listed = store.list(after=after, enter=enter, sizes=self.sizes)
+        listed = store.list(after=after, enter=enter, sizes=self.sizes, marks=self.sizes)
         if own is not None:
             listed = (entry for entry in listed if own(entry.name))
         if location.pattern is not None:
@@ -233,8 +233,8 @@ def _suffix_from(name: str, start: int) -> str:
     return suffix
 
 
-def _size(store: Store, name: str) -> int:
+def _entry(store: Store, name: str) -> Entry:
     try:
-        return store.size(name)
+        return Entry(name, *store.marked(name))
     except OSError:
-        return 0  # reading it will say what is wrong
+        return Entry(name, 0)  # reading it will say what is wrong

@@ -8,12 +8,14 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from tally.errors import SourceNotFoundError, SpecError
 from tally.storage import (
     failure,
+    folder_away,
+    folder_identity,
     is_url,
     key_of,
     local_of,
@@ -29,17 +31,34 @@ class Location:
 
     root: an absolute path or URL. prefix: what keys begin with. names: exactly these, sorted; or
     pattern: a glob relative to the root; or neither: everything that is not hidden.
+    identity: what the file system knows the root by, if it is a folder of this machine.
     """
 
     root: str
     prefix: str = ""
     names: tuple[str, ...] = ()
     pattern: str | None = None
+    identity: int | None = field(default=None, compare=False)
+
+    def check_root(self) -> None:
+        """Raises StorageAwayError if the root is not the folder that was found first: its disk is unmounted, say."""
+        if self.identity is not None and (folder_identity(self.root) != self.identity or not _can_be_listed(self.root)):
+            raise folder_away(self.root)
 
     @property
     def within(self) -> str:
         """What the whole path of each of its files begins with."""
         return self.root.rstrip("/") + "/"
+
+
+def _can_be_listed(folder: str) -> bool:
+    """Whether the folder answers: attributes alone may come from a cache."""
+    try:
+        with os.scandir(folder) as entries:
+            next(entries, None)
+    except OSError:
+        return False
+    return True
 
 
 def not_the_output(location: Location, without: str | None) -> Callable[[str], bool] | None:
@@ -75,7 +94,10 @@ _MAGIC = re.compile(r"[*?\[]")
 
 def locate(uris: Sequence[str]) -> tuple[Location, ...]:
     """The locations that the uris name; single files of one folder are one location."""
-    return _with_prefixes(_merge_files([_locate(uri) for uri in uris]))
+    return tuple(
+        location if is_url(location.root) else replace(location, identity=folder_identity(location.root))
+        for location in _with_prefixes(_merge_files([_locate(uri) for uri in uris]))
+    )
 
 
 def _locate(uri: str) -> Location:

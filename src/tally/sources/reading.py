@@ -12,10 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, overload
 
-from tally.errors import ItemError, StorageAwayError, TallyError, error_line
+from tally.errors import ItemError, SourceNotFoundError, StorageAwayError, TallyError, error_line
 from tally.scorers.base import Input, Item, Scorer
 from tally.scorers.run import prepare
 from tally.sources.base import Batch, Timings
+from tally.sources.locations import Location
 from tally.storage import Store, file_name, temporary
 
 LOCAL_THREADS = 2
@@ -27,6 +28,10 @@ AHEAD = 2
 AHEAD_BYTES = 256 * 2**20
 """Bytes of prepared values that may wait. The batch that is asked for is read in any case."""
 
+WORTH_LOOKING = 1e-4
+"""Seconds. Files whose paths are handed out are looked at if a scorer takes longer for one: looking, when the file is
+planned and before and after it is scored, costs a tenth of that, and a scorer that is faster has hardly opened it."""
+
 _RUN_ITEMS = 32
 """The most items that a thread takes at once. Handing over one by one costs more than reading small files."""
 
@@ -36,15 +41,18 @@ class Reader:
 
     def __init__(
         self,
+        location: Location,
         store: Store,
         names: Sequence[str],
         keys: Sequence[str],
+        marks: Sequence[str],
         input: Input,  # noqa: A002
         scorer: Scorer,
     ) -> None:
         self.keys = keys
         self.closed = False
-        self._store, self._names, self._input, self._scorer = store, names, input, scorer
+        self._location, self._store, self._names, self._marks = location, store, names, marks
+        self._input, self._scorer = input, scorer
         self._folder: Path | None = None
 
     def open(self) -> None:
@@ -75,27 +83,33 @@ class Reader:
         return values, reading, decoding, held
 
     def _fetch(self, position: int) -> Any:
-        name = self._names[position]
+        name, mark = self._names[position], self._marks[position]
         try:
+            if self._store.is_local and not mark:
+                mark = self._store.marked(name)[1]  # it may be written at this moment
             if self._input != "path":
-                return self._store.read(name)
+                return self._store.read(name, mark=mark)
             if self._folder is None:
-                return self._store.local_path(name)
+                return self._store.local_path(name, mark=mark)
             target = Path(self._folder, str(position), file_name(name))
             target.parent.mkdir()
-            self._store.download(name, target)
+            self._store.download(name, target, mark=mark)
             return target
         except StorageAwayError:
             raise
         except TallyError as error:
+            self._location.check_root()
             raise ItemError(error.message, stage="read", hint=error.hint) from None
         except Exception as error:
             raise ItemError(error_line(error), stage="read") from None
 
-    def forget(self, start: int, stop: int) -> None:
-        """Remove the downloads of these positions: the consumer is done with them."""
+    def settle(self, batch: Batch) -> None:
+        """The consumer is done with a batch: check that files that it was given the paths of are what they were, and
+        remove downloads. Raises SourceChangedError."""
+        if self._input == "path" and self._folder is None:
+            check_after(self._location, self._store, self._names, self._marks, batch.positions)
         if self._folder is not None:
-            for position in range(start, stop):
+            for position in range(batch.start, batch.stop):
                 shutil.rmtree(Path(self._folder, str(position)), ignore_errors=True)
 
     def close(self) -> None:
@@ -161,8 +175,9 @@ def read_ahead(reader: Reader, size: int, threads: int, timings: Timings) -> Ite
     try:
         reader.open()
         for window in range(0, count, size):
-            yield collect(window)
-            reader.forget(window, min(window + size, count))
+            batch = collect(window)
+            yield batch
+            reader.settle(batch)
     finally:
         # Runs that have not begun are cancelled; the others end with their current item.
         reader.closed = True
@@ -209,10 +224,42 @@ class _Paths(Sequence[Path]):
         return repr(list(self))
 
 
-def read_paths(within: str, names: Sequence[str], keys: list[str], size: int) -> Iterator[Batch]:
+def read_paths(
+    location: Location, store: Store, names: Sequence[str], keys: list[str], marks: Sequence[str] | None, size: int
+) -> Iterator[Batch]:
+    """Batches of paths of this machine. marks: those that the files must have, before and after they are scored."""
     for start in range(0, len(names), size):
         stop = min(start + size, len(names))
-        yield Batch(start, stop, keys[start:stop], _Paths(within, names[start:stop]), list(range(start, stop)))
+        positions = list(range(start, stop))
+        if marks is None:
+            yield Batch(start, stop, keys[start:stop], _Paths(location.within, names[start:stop]), positions)
+            continue
+        dead: list[tuple[int, ItemError]] = []
+        for position in positions:
+            try:
+                store.check_mark(names[position], marks[position])
+            except TallyError as error:
+                location.check_root()
+                dead.append((position, ItemError(error.message, stage="read", hint=error.hint)))
+        if dead:
+            failed = {position for position, _ in dead}
+            positions = [position for position in positions if position not in failed]
+        paths = _Paths(location.within, [names[position] for position in positions])
+        began = time.perf_counter()
+        yield Batch(start, stop, [keys[position] for position in positions], paths, positions, dead=dead)
+        if time.perf_counter() - began >= WORTH_LOOKING * len(positions):
+            check_after(location, store, names, marks, positions)
+
+
+def check_after(
+    location: Location, store: Store, names: Sequence[str], marks: Sequence[str], positions: Sequence[int]
+) -> None:
+    """Check that files whose paths were handed out are still what they were. Raises SourceChangedError."""
+    for position in positions:
+        try:
+            store.check_mark(names[position], marks[position])
+        except SourceNotFoundError:  # what was read of it before was right; else, the scorer has failed on it
+            location.check_root()
 
 
 def _weight(value: Any) -> int:

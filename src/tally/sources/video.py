@@ -2,6 +2,9 @@
 
 A chunk is a range of frames, cut at a keyframe if one is near. It holds all that a worker needs to decode exactly
 these frames: their numbers and times, the positions of their packets, and the keyframes to begin at.
+
+If a video changes while a job is at it, its frames that are not scored yet are dead items, so that the results never
+mix frames of two videos.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from tally.errors import ItemError, StorageAwayError, TallyError
+from tally.errors import ItemError, SourceNotFoundError, StorageAwayError, TallyError
 from tally.media.video.decode import decode
 from tally.media.video.frame import FrameInfo
 from tally.media.video.metadata import Video, pack, unpack
@@ -26,8 +29,9 @@ from tally.scorers.base import Input, Item, Scorer
 from tally.scorers.run import prepare
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing, nothing
+from tally.sources.locations import Location
 from tally.sources.reading import AHEAD, AHEAD_BYTES
-from tally.storage import key_of, name_from_json, name_to_json
+from tally.storage import key_of, name_from_json, name_to_json, open_store
 
 _SNAP = 0.6
 """The share of a chunk that may be left out so that it ends before a keyframe."""
@@ -81,7 +85,7 @@ class VideoSource(Source):
 
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
         self.listing.passed.clear()
-        began, last, frame = (0, None, None) if after is None else json.loads(after)
+        began, last, frame, *mark = (0, None, None) if after is None else json.loads(after)
         name = None if last is None else name_from_json(last)
         found = after is not None
         prober = Prober()
@@ -89,7 +93,7 @@ class VideoSource(Source):
             for index in range(began, len(self.listing.locations)):
                 entries = self.listing.entries(index, name if index == began else None)
                 if index == began and name is not None and frame is not None:
-                    for chunk in self._video(prober, index, name, frame, first, limit):
+                    for chunk in self._video(prober, index, name, frame, first, limit, *mark):
                         yield chunk
                         first += chunk.count
                 for entry in entries:
@@ -103,21 +107,33 @@ class VideoSource(Source):
             raise nothing(self.listing.locations[0], self.listing.passed, self.listing.kind)
 
     def _video(
-        self, prober: Prober, index: int, name: str, start: int, first: int, limit: Callable[[], ChunkLimit]
+        self,
+        prober: Prober,
+        index: int,
+        name: str,
+        start: int,
+        first: int,
+        limit: Callable[[], ChunkLimit],
+        mark: str = "",
     ) -> Iterator[Chunk]:
-        """The chunks of one video from the frame ``start`` on."""
+        """The chunks of one video from the frame ``start`` on. mark: that the frames before it were planned from."""
         location = self.listing.locations[index]
         key = location.prefix + key_of(name)
 
         def cursor(frame: int | None) -> str:
-            return json.dumps([index, name_to_json(name), frame])
+            return json.dumps([index, name_to_json(name), frame, timeline.video.mark if frame is not None else ""])
 
         try:
+            open_store(location.root).check_mark(name, mark)
             timeline = prober(key, location.root, name)
         except StorageAwayError:
             raise
         except TallyError as error:
-            yield Chunk(first, 1, {"key": key, "failed": error.message, "hint": error.hint}, cursor(None))
+            location.check_root()
+            payload: dict[str, Any] = {"key": key, "failed": error.message, "hint": error.hint}
+            if start:
+                payload["from"] = start
+            yield Chunk(first, 1, payload, cursor(None))
             return
         timeline = replace(timeline, video=self._scaled(timeline.video))
         numbers = range(start, len(timeline.ticks), self.every)
@@ -236,7 +252,8 @@ class VideoSource(Source):
         step = chunk.payload["step"]
         infos = [FrameInfo(video, *each, step) for each in zip(numbers, unpack(chunk.payload["ticks"]), strict=True)]
         room = AHEAD_BYTES // (3 * video.width * video.height)
-        ahead = _Ahead(chunk, scorer, keys, infos, max(1, min(self.ahead(size), room)))
+        location = next((each for each in self.listing.locations if each.root == video.root), None)
+        ahead = _Ahead(chunk, scorer, keys, infos, max(1, min(self.ahead(size), room)), location)
         decoding = 0.0
         try:
             for start in range(0, chunk.count, size):
@@ -268,10 +285,11 @@ class _Ahead(threading.Thread):
         keys: Sequence[str],
         infos: Sequence[FrameInfo],
         ahead: int,
+        location: Location | None,
     ) -> None:
         super().__init__(name="tally-decode", daemon=True)
         self.decoding = 0.0  # seconds, of reading too
-        self._chunk, self._scorer = chunk, scorer
+        self._chunk, self._scorer, self._location = chunk, scorer, location
         self._keys, self._infos = keys, infos
         self._values: queue.Queue[Any] = queue.Queue(ahead)
         self._stopping = threading.Event()
@@ -320,8 +338,20 @@ class _Ahead(threading.Thread):
         except StorageAwayError:
             raise
         except TallyError as error:  # it cannot be opened any more
+            self._check_root()
             failure = ItemError(error.message, stage="read", hint=error.hint)
             yield from [failure] * (len(packets) - done)
+            return
+        # Of an object in a bucket, each answer has told the mark.
+        if (store := open_store(video.root)).is_local:
+            try:
+                store.check_mark(video.name, video.mark)
+            except SourceNotFoundError:  # what was read of it was right
+                self._check_root()
+
+    def _check_root(self) -> None:
+        if self._location is not None:
+            self._location.check_root()
 
     def _prepare(self, position: int, picture: Any) -> Any:
         height, width = picture.shape[:2]

@@ -12,11 +12,13 @@ import os
 
 from tally.errors import StorageError
 from tally.storage.base import (
+    CHANGED_HINT,
     KINDS,
     TEMPORARY,
     Entry,
     Store,
     cache_folder,
+    changed,
     failure,
     file_name,
     is_url,
@@ -28,9 +30,10 @@ from tally.storage.base import (
     refuse_secrets,
 )
 from tally.storage.buckets import ObjectStore, while_waiting
-from tally.storage.local import LocalStore
+from tally.storage.local import LocalStore, folder_away, folder_identity
 
 __all__ = [
+    "CHANGED_HINT",
     "KINDS",
     "TEMPORARY",
     "Entry",
@@ -38,8 +41,11 @@ __all__ = [
     "ObjectStore",
     "Store",
     "cache_folder",
+    "changed",
     "failure",
     "file_name",
+    "folder_away",
+    "folder_identity",
     "foreign_scheme",
     "is_url",
     "key_of",

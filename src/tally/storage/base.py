@@ -7,11 +7,12 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
+from tally.errors import OutputExistsError, SourceChangedError, SourceNotFoundError, StorageError
 
 KINDS = ("s3", "s3a", "gs", "az", "abfs", "abfss", "memory")
 """URL schemes of object stores. ``memory`` lives in this process, for tests."""
@@ -54,10 +55,12 @@ CREDENTIALS |= {"s3a": CREDENTIALS["s3"], "abfs": CREDENTIALS["az"], "abfss": CR
 
 
 class Entry(NamedTuple):
-    """One object of a listing. ``size`` in bytes; -1 if sizes were not asked for."""
+    """One object of a listing. ``size`` in bytes; -1 if sizes were not asked for. ``mark``: of its content, see
+    :meth:`Store.marked`; empty if marks were not asked for."""
 
     name: str
     size: int
+    mark: str = ""
 
 
 class Store(ABC):
@@ -82,26 +85,32 @@ class Store(ABC):
         *,
         enter: Callable[[str], bool] | None = None,
         sizes: bool = True,
+        marks: bool = False,
     ) -> Iterator[Entry]:
         """Every object under the folder ``prefix``, in ascending order of the whole name, lazily.
 
         after: only names greater than this one (whether or not it exists).
         enter: told the name of each folder below ``prefix``; False leaves the folder out.
-        sizes: False saves a local store one system call per file.
+        sizes: False saves a local store one system call per file. marks: entries carry their mark; needs sizes.
         A folder that does not exist holds nothing. In a local store, symbolic links are followed unless they
         lead in a circle; broken links are listed with size 0; pipes, devices and sockets are not listed.
-        Raises StorageError naming the folder that cannot be read.
+        Raises StorageError naming the folder that cannot be read, StorageAwayError if the store's own folder is another
+        one before all is listed.
         """
 
     @abstractmethod
-    def read(self, name: str) -> bytes:
-        """The whole content. Raises SourceNotFoundError if there is no such object."""
+    def read(self, name: str, *, mark: str = "") -> bytes:
+        """The whole content, of one moment.
+
+        mark: of the expected content, from :meth:`marked` or a listing; empty: any content.
+        Raises SourceNotFoundError if there is no such object, SourceChangedError if its content is another one.
+        """
 
     @abstractmethod
     def read_range(self, name: str, start: int, length: int, *, mark: str = "") -> bytes:
         """At most ``length`` bytes from byte ``start``; fewer if the object ends before.
 
-        mark: of the expected content, from :meth:`marked`. Raises StorageError if the content has changed since.
+        mark: as for :meth:`read`. Raises as that does.
         """
 
     @abstractmethod
@@ -109,8 +118,20 @@ class Store(ABC):
         """In bytes. Raises SourceNotFoundError if there is no such object."""
 
     def marked(self, name: str) -> tuple[int, str]:
-        """The size in bytes, and a mark that changes with the content; empty where the store keeps none."""
+        """The size in bytes, and a mark that changes whenever the object is written again, even with the same size.
+
+        Of an object in a bucket, it is the ETag; of a file, its size, its time of change and its number in the file
+        system (its inode). Empty where the store keeps none.
+        """
         return self.size(name), ""
+
+    def check_mark(self, name: str, mark: str) -> None:
+        """Raises SourceChangedError if the object's mark is not ``mark``, SourceNotFoundError if it is gone.
+
+        An empty mark is not checked.
+        """
+        if mark and (found := self.marked(name)[1]) != mark:
+            raise changed(f"{self.url}/{name}", mark, found)
 
     def version(self, name: str) -> str:
         """A text that changes whenever the object is written again."""
@@ -149,12 +170,15 @@ class Store(ABC):
         """Remove everything under a folder, and the folder itself."""
 
     @abstractmethod
-    def local_path(self, name: str) -> Path:
-        """A file of this machine with the object's content: itself, or a cached download. Read only."""
+    def local_path(self, name: str, *, mark: str = "") -> Path:
+        """A file of this machine with the object's content: itself, or a cached download. Read only.
+
+        mark: as for :meth:`read`. A local file itself may still change later.
+        """
 
     @abstractmethod
-    def download(self, name: str, target: Path) -> None:
-        """Write the object's content to a local file, a part at a time."""
+    def download(self, name: str, target: Path, *, mark: str = "") -> None:
+        """Write the object's content to a local file, a part at a time. mark: as for :meth:`read`."""
 
     def folders(self) -> set[str]:
         """The names of the folders at the top; of an object store, those that hold something."""
@@ -254,6 +278,40 @@ def failure(doing: str, place: str, error: BaseException, *, hint: str | None = 
     raised = kind(f"cannot {doing} {_shown(place)}: {mask(reason)}", hint=hint or _NEXT.get(number or 0))
     raised.errno = number
     return raised
+
+
+CHANGED_HINT = (
+    "Put back what was there and resume the job, or score what is there now: pictures with "
+    "'tally jobs retry OUT --dead', tables and videos with --overwrite."
+)
+
+
+def changed(place: str, before: str = "", now: str = "") -> SourceChangedError:
+    """The error for an object or file whose content has changed. before, now: its marks, if they are known."""
+    return SourceChangedError(
+        f"{_shown(place)} has changed since the job was planned{_difference(before, now)}", hint=CHANGED_HINT
+    )
+
+
+def file_mark(status: os.stat_result) -> str:
+    """The mark of a local file: its size, its time of change, and its number in the file system."""
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
+
+
+_FILE_MARK = re.compile(r"(\d+)-(-?\d+)-(\d+)")
+
+
+def _difference(before: str, now: str) -> str:
+    """How two marks of files differ, in words; empty if they are not those of files."""
+    old, new = _FILE_MARK.fullmatch(before), _FILE_MARK.fullmatch(now)
+    if old is None or new is None:
+        return ""
+    if old[1] != new[1]:
+        return f": it had {int(old[1]):,} bytes, and has {int(new[1]):,} now"
+    if old[2] != new[2]:
+        written = datetime.fromtimestamp(int(new[2]) / 1e9, tz=UTC)
+        return f": it was written (or touched) at {written:%Y-%m-%d %H:%M:%S} UTC"
+    return ": another file has taken its name"
 
 
 def file_name(name: str) -> str:

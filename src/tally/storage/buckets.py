@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageAwayError, StorageError
 from tally.storage import temporary
-from tally.storage.base import CREDENTIALS, Entry, Store, cache_folder, failure, file_name, key_of
+from tally.storage.base import CREDENTIALS, Entry, Store, cache_folder, changed, failure, file_name, key_of
 from tally.storage.publish import whole
 
 if TYPE_CHECKING:
@@ -184,7 +184,8 @@ class ObjectStore(Store):
         after: str | None = None,
         *,
         enter: Callable[[str], bool] | None = None,
-        sizes: bool = True,  # they come with the names
+        sizes: bool = True,  # they come with the names, and so do marks
+        marks: bool = False,
     ) -> Iterator[Entry]:
         folder = prefix.strip("/")
         under = f"{folder}/" if folder else ""
@@ -248,13 +249,24 @@ class ObjectStore(Store):
             for meta in page:
                 offset = meta["path"]
                 if offset > done:
-                    yield Entry(offset[cut:], meta["size"])
+                    yield Entry(offset[cut:], meta["size"], _mark(meta))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, mark: str = "") -> bytes:
         import obstore
 
         key = self._key(name)
-        return self._again("read", name, lambda: bytes(obstore.get(self._client(), key).bytes()))
+
+        def fetch() -> bytes:
+            found = obstore.get(self._client(), key)
+            self._expect(name, found.meta, mark)
+            return bytes(found.bytes())
+
+        return self._again("read", name, fetch)
+
+    def _expect(self, name: str, meta: Mapping[str, Any], mark: str) -> None:
+        """Raises SourceChangedError if an answer is about another content than that of the mark."""
+        if mark and _mark(meta) != mark.strip('"'):  # as earlier versions kept it
+            raise changed(f"{self.url}/{name}")
 
     def read_range(self, name: str, start: int, length: int, *, mark: str = "") -> bytes:
         import obstore
@@ -268,8 +280,7 @@ class ObjectStore(Store):
                 if _BEYOND.search(str(error)) and start >= self.size(name):
                     return b""
                 raise
-            if mark and _mark(found.meta) != mark:
-                raise StorageError(f"{key_of(f'{self.url}/{name}')} has changed while it was read")
+            self._expect(name, found.meta, mark)
             return bytes(found.bytes())
 
         return self._again("read", name, fetch) if length > 0 else b""
@@ -391,18 +402,15 @@ class ObjectStore(Store):
     def delete_tree(self, prefix: str = "") -> None:
         self.delete(entry.name for entry in self.list(prefix))
 
-    def download(self, name: str, target: Path) -> None:
+    def download(self, name: str, target: Path, *, mark: str = "") -> None:
         """Write the object to a local file, a part at a time."""
-        self._download(name, target)
-
-    def _download(self, name: str, target: Path) -> str:
-        """Download, and return the mark of the content."""
         import obstore
 
         key = self._key(name)
 
-        def fetch() -> str:
+        def fetch() -> None:
             found = obstore.get(self._client(), key)
+            self._expect(name, found.meta, mark)
             written = 0
             try:
                 with target.open("wb") as file:
@@ -414,12 +422,12 @@ class ObjectStore(Store):
                 raise failure("write", str(target), error) from None
             if written != found.meta["size"]:
                 raise _AgainError(f"{written:,} of {found.meta['size']:,} bytes arrived")
-            return _mark(found.meta)
 
-        return self._again("read", name, fetch)
+        self._again("read", name, fetch)
 
-    def local_path(self, name: str) -> Path:
+    def local_path(self, name: str, *, mark: str = "") -> Path:
         meta = self._head(name)
+        self._expect(name, meta, mark)
         version = [str(meta.get(key)) for key in ("e_tag", "version", "last_modified", "size")]
         digest = hashlib.sha256("\0".join([self.url, name, *version]).encode()).hexdigest()[:32]
         target = cache_folder() / "objects" / digest / file_name(name)
@@ -437,8 +445,7 @@ class ObjectStore(Store):
 
     def _fetch(self, name: str, target: Path, mark: str) -> None:
         with whole(target) as part:
-            if self._download(name, Path(part)) != mark:
-                raise StorageError(f"{key_of(f'{self.url}/{name}')} has changed while it was read")
+            self.download(name, Path(part), mark=mark)
 
 
 _while_waiting: Callable[[], None] | None = None
@@ -555,8 +562,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _mark(meta: Mapping[str, Any]) -> str:
-    """What changes with an object's content."""
-    return str(meta.get("e_tag") or meta["last_modified"])
+    """What changes with an object's content. Listings write an ETag without quotes, in some services."""
+    return str(meta.get("e_tag") or meta["last_modified"]).strip('"')
 
 
 def _all_entered(folder: str, start: int, enter: Callable[[str], bool]) -> bool:

@@ -15,14 +15,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar, cast
 
-from tally.errors import SourceNotFoundError, StorageError
-from tally.storage.base import TEMPORARY, Entry, Store, failure, key_of
+from tally.errors import SourceNotFoundError, StorageAwayError, StorageError
+from tally.storage.base import TEMPORARY, Entry, Store, changed, failure, file_mark, key_of
 from tally.storage.publish import make_folder, remove_empty, sync_folder, whole
 
 _DELETIONS = 20
 _DELETION_PAUSE = 0.1
+
+_STEP_NS = 20_000_000
+_COARSE_STEP_NS = 2_000_000_000
+"""The steps in which file systems count the time of a change: those of the kernel's clock (10 ms at most); FAT's 2 s,
+which are whole seconds."""
+_SETTLING_TRIES = 5
+_NUMBERED_ANEW = ("vfat", "exfat", "msdos", "fuse.")
+"""File systems whose files get other numbers (inodes) when they are mounted again."""
 
 
 class LocalStore(Store):
@@ -45,31 +53,41 @@ class LocalStore(Store):
         *,
         enter: Callable[[str], bool] | None = None,
         sizes: bool = True,
+        marks: bool = False,
     ) -> Iterator[Entry]:
         folder = prefix.strip("/") + "/" if prefix.strip("/") else ""
         root = self._prefix
+        identity = folder_identity(self._root)
+        recent = time.time_ns() - _COARSE_STEP_NS
         # One level per folder on the way to the current file. A folder's name ends in "/" among its
         # siblings, which makes the walk ascend by whole name: "a-b" < "a.txt" < "a/1" < "ab".
-        levels = [(folder, self._children(folder, after, enter))]
+        levels = [(folder, self._children(folder, after, enter, identity))]
         while levels:
             folder, children = levels[-1]
             for child in children:
                 name = folder + child
                 if child[-1] == "/":
-                    levels.append((name, self._children(name, after, enter)))
+                    levels.append((name, self._children(name, after, enter, identity)))
                     break
-                size = -1
+                size, mark = -1, ""
                 if sizes:
                     try:
-                        size = os.stat(root + name).st_size
+                        status = os.stat(root + name)
+                        if marks:
+                            mark = (
+                                _settled_mark(root + name, status) if status.st_mtime_ns > recent else file_mark(status)
+                            )
+                        size = status.st_size
                     except OSError:
                         size = 0  # a broken link, or removed meanwhile: reading it will say so
-                yield Entry(name, size)
+                yield Entry(name, size, mark)
             else:
                 levels.pop()
 
-    def _children(self, folder: str, after: str | None, enter: Callable[[str], bool] | None) -> Iterator[str]:
-        """The names in a folder beyond ``after``, sorted; those of folders end in "/"."""
+    def _children(
+        self, folder: str, after: str | None, enter: Callable[[str], bool] | None, identity: int | None
+    ) -> Iterator[str]:
+        """The names in a folder beyond ``after``, sorted; those of folders end in "/". identity: of the store's own."""
         place = self._prefix + folder
         names = []
         try:
@@ -90,6 +108,8 @@ class LocalStore(Store):
                     except OSError:
                         names.append(name)
         except (FileNotFoundError, NotADirectoryError):
+            if folder_identity(self._root) != identity:
+                raise folder_away(self._root) from None
             return iter(())
         except OSError as error:
             raise failure("list", place, error) from None
@@ -117,24 +137,38 @@ class LocalStore(Store):
     def _path(self, name: str) -> str:
         return self._prefix + self._inside(name)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, mark: str = "") -> bytes:
+        return self._read(name, mark, lambda file: file.read())
+
+    def read_range(self, name: str, start: int, length: int, *, mark: str = "") -> bytes:
+        def part(file: BinaryIO) -> bytes:
+            file.seek(start)
+            return file.read(length)
+
+        return self._read(name, mark, part)
+
+    def _read(self, name: str, mark: str, read: Callable[[BinaryIO], bytes]) -> bytes:
+        """What ``read`` makes of the file, which is the same file with the same content before and after."""
         path = self._path(name)
         try:
             with open(path, "rb", buffering=0) as file:
-                return file.read()
+                before = file_mark(os.fstat(file.fileno()))
+                if mark and before != mark and not _only_numbered_anew(path, mark, before):
+                    raise changed(path, mark, before)
+                content = read(cast(BinaryIO, file))
+                after = file_mark(os.fstat(file.fileno()))
+        except StorageError:
+            raise
         except OSError as error:
             raise failure("read", path, error) from None
-
-    def read_range(self, name: str, start: int, length: int, *, mark: str = "") -> bytes:
-        path = self._path(name)
-        try:
-            with open(path, "rb") as file:
-                file.seek(start)
-                return file.read(length)
-        except OSError as error:
-            raise failure("read", path, error) from None
+        if after != before:
+            raise changed(path, before, after)
+        return content
 
     def size(self, name: str) -> int:
+        return self._status(name).st_size
+
+    def _status(self, name: str) -> os.stat_result:
         path = self._path(name)
         try:
             status = os.stat(path)
@@ -142,7 +176,23 @@ class LocalStore(Store):
             raise failure("read", path, error) from None
         if stat.S_ISDIR(status.st_mode):
             raise SourceNotFoundError(f"cannot read {key_of(path)}: it is a folder")
-        return status.st_size
+        return status
+
+    def marked(self, name: str) -> tuple[int, str]:
+        status = self._status(name)
+        if status.st_mtime_ns <= time.time_ns() - _COARSE_STEP_NS:
+            return status.st_size, file_mark(status)
+        try:
+            return status.st_size, _settled_mark(self._path(name), status)
+        except OSError as error:
+            raise failure("read", self._path(name), error) from None
+
+    def check_mark(self, name: str, mark: str) -> None:
+        if not mark:
+            return
+        found = file_mark(self._status(name))
+        if found != mark and not _only_numbered_anew(self._path(name), mark, found):
+            raise changed(self._path(name), mark, found)
 
     def write(self, name: str, data: bytes | bytearray | memoryview, *, exclusive: bool = False) -> None:
         self._write(name, lambda file: file.write(data), exclusive)
@@ -203,18 +253,22 @@ class LocalStore(Store):
             else:
                 return
 
-    def local_path(self, name: str) -> Path:
+    def local_path(self, name: str, *, mark: str = "") -> Path:
         self.size(name)
+        self.check_mark(name, mark)
         return Path(self._path(name))
 
-    def download(self, name: str, target: Path) -> None:
-        path = self.local_path(name)
+    def download(self, name: str, target: Path, *, mark: str = "") -> None:
+        expected = mark or self.marked(name)[1]
+        path = self.local_path(name, mark=mark)
         try:
             shutil.copyfile(path, target)
         except OSError as error:
             raise failure(f"copy {key_of(os.fspath(path))} to", os.fspath(target), error) from None
+        self.check_mark(name, expected)
 
     def version(self, name: str) -> str:
+        # Jobs of earlier versions have stored it.
         return f"{self.size(name)} {os.stat(self._path(name)).st_mtime_ns}"
 
     def folders(self) -> set[str]:
@@ -236,3 +290,49 @@ class LocalStore(Store):
     def remove_folder(self, folder: str) -> None:
         with suppress(OSError):  # it is gone, or somebody uses it by now
             os.rmdir(self._prefix + folder)
+
+
+def folder_identity(path: str) -> int | None:
+    """The number that the file system knows a folder by; None if there is no such folder, or it cannot be reached."""
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None
+
+
+def folder_away(path: str) -> StorageAwayError:
+    """The error for a source's folder that is gone, or has been replaced by another, while it was used."""
+    return StorageAwayError(
+        f"{key_of(path)} is gone, or is not the folder that it was: was its disk unmounted?",
+        hint="Bring it back and resume the job: nothing that was saved is lost.",
+    )
+
+
+def _settled_mark(path: str, status: os.stat_result) -> str:
+    """The file's mark, once any later change must show in it: at the same step of the clock, it would not.
+
+    Of a file that is being written all the time, a mark that is never found again. Raises OSError.
+    """
+    for _ in range(_SETTLING_TRIES):
+        step = _STEP_NS if status.st_mtime_ns % 1_000_000_000 else _COARSE_STEP_NS
+        age = time.time_ns() - status.st_mtime_ns
+        if not 0 <= age < step:
+            return file_mark(status)
+        time.sleep((step - age) / 1e9)
+        status = os.stat(path)
+    return "being written"
+
+
+def _only_numbered_anew(path: str, before: str, now: str) -> bool:
+    """Whether two marks differ in the file's number only, and its file system gives other numbers at each mount."""
+    if before.rpartition("-")[0] != now.rpartition("-")[0]:
+        return False
+    import psutil
+
+    real = os.path.realpath(path)
+    mounts = [
+        each
+        for each in psutil.disk_partitions(all=True)
+        if os.path.commonpath([each.mountpoint, real]) == each.mountpoint
+    ]
+    return bool(mounts) and max(mounts, key=lambda each: len(each.mountpoint)).fstype.startswith(_NUMBERED_ANEW)

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 from tally.errors import StorageError
-from tally.storage import Store, key_of
+from tally.storage import Store, changed
 
 BLOCK = 256 * 2**10
 """Bytes of a block: the least that is fetched, except at an object's end."""
@@ -191,14 +191,6 @@ class RangeFile(Seekable):
 
     def _changed(self) -> StorageError:
         return changed(f"{self._store.url}/{self._name}")
-
-
-def changed(place: str) -> StorageError:
-    """The error for an object whose content has changed."""
-    return StorageError(
-        f"{key_of(place)} has changed since the job began: it is not the object that was looked at first",
-        hint="Restore it and resume the job, or score it again with --overwrite.",
-    )
 
 
 class _Fetch(threading.Thread):

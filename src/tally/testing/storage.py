@@ -149,7 +149,7 @@ class StoreContract:
     def test_special_characters_stay_as_they_are(self, store: Store, name: str) -> None:
         for whole in (name, f"{name}/{name}"):
             store.write(whole, b"x", exclusive=True)
-            assert list(store.list(whole.rpartition("/")[0])) == [(whole, 1)]
+            assert [entry[:2] for entry in store.list(whole.rpartition("/")[0])] == [(whole, 1)]
             assert store.read(whole) == store.read_range(whole, 0, 9) == store.local_path(whole).read_bytes() == b"x"
             store.move(whole, f"to/{whole}")
             assert [entry.name for entry in store.list()] == [f"to/{whole}"]

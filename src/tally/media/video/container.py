@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self
 
 from tally.errors import ItemError, StorageError
 from tally.storage import Store, failure, open_store
-from tally.storage.ranges import RangeFile, changed
+from tally.storage.ranges import RangeFile
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -165,10 +165,8 @@ class _Remote:
 
 
 def _downloaded(store: Store, known: _Object) -> Path:
-    """The object as a file of this machine. Raises StorageError, also if its content has changed."""
-    path = store.local_path(known.name)
-    if store.marked(known.name) != (known.size, known.mark):
-        raise changed(known.place)
+    """The object as a file of this machine. Raises StorageError; SourceChangedError if its content is another one."""
+    path = store.local_path(known.name, mark=known.mark)
     _downloads[known] = path
     return path
 
@@ -180,11 +178,12 @@ def open_video(
 
     known: its size and mark, if they are known. on_fetched: called with the bytes fetched so far, see ``RangeFile``.
     Raises ItemError if it is no video that FFmpeg knows, StorageError (such as SourceNotFoundError) if it cannot be
-    read, or is in a bucket and has changed.
+    read, SourceChangedError if it has changed. A local file may change while it is read: check its mark in the end.
     """
     store = open_store(root)
     if store.is_local:
-        return Input(_opened(os.fspath(store.local_path(name)), store.size(name)))
+        path = store.local_path(name, mark=known[1] if known else "")
+        return Input(_opened(os.fspath(path), store.size(name)))
     this = _Object(root, name, *(known or store.marked(name)))
     if this in _downloads and _downloads[this].exists():
         return Input(_opened(os.fspath(_downloads[this]), this.size))

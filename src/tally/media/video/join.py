@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tally.errors import ItemError, JobError, StorageAwayError, StorageError
+from tally.errors import ItemError, JobError, SourceChangedError, StorageAwayError, StorageError
 from tally.media.video.container import Input, error_text, open_video
 from tally.media.video.encode import FORMATS, decoding_times, delay
 from tally.media.video.metadata import Video
@@ -219,13 +219,16 @@ def _source(stack: ExitStack, video: Video, notes: list[str], *, needed: bool) -
     place = f"{key_of(video.root)}/{key_of(video.name)}"
     hint = "The sound comes from it: restore it and resume the job, or score it again."
     try:
-        size, mark = open_store(video.root).marked(video.name)
+        store = open_store(video.root)
+        size, mark = store.marked(video.name)
         if size != video.size:
             raise StorageError(
                 f"{place} has changed since it was scored: it had {video.size:,} bytes, and has {size:,} now", hint=hint
             )
-        if video.mark and mark != video.mark:
-            raise StorageError(f"{place} has changed since it was scored: it was written anew", hint=hint)
+        try:
+            store.check_mark(video.name, video.mark)
+        except SourceChangedError:
+            raise StorageError(f"{place} has changed since it was scored: it was written anew", hint=hint) from None
         return stack.enter_context(open_video(video.root, video.name, (size, mark)))
     except (StorageError, ItemError) as error:
         if not needed:

@@ -95,6 +95,7 @@ class Video:
             **{
                 **data,
                 "name": name_from_json(data["name"]),
+                "mark": data["mark"].strip('"'),  # as earlier versions kept it
                 "time_base": Fraction(*data["time_base"]),
                 "rate": Fraction(*data["rate"]),
                 "matrix": tuple(data["matrix"]),

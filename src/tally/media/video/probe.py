@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tally import processes
-from tally.errors import ItemError, StorageAwayError, StorageError, TallyError
+from tally.errors import ItemError, SourceChangedError, StorageAwayError, StorageError, TallyError
 from tally.media.video.container import Input, error_text, open_video, video_stream
 from tally.media.video.metadata import Colour, Video, pack, unpack
 from tally.storage import open_store
@@ -46,7 +46,7 @@ _MAX_REREADS = 4
 """A video in a bucket of which more than this many times its size was read gets no more time: FFmpeg is in a loop."""
 _REPORT_BYTES = 2**20
 
-_KINDS: tuple[type[TallyError], ...] = (StorageAwayError, StorageError, TallyError)
+_KINDS: tuple[type[TallyError], ...] = (StorageAwayError, SourceChangedError, StorageError, TallyError)
 """The class that a failure travels as between processes: the first that fits."""
 _UNTIMED = frozenset({"avi"})
 _UNKNOWN_RATE = Fraction(25)
@@ -406,6 +406,7 @@ class Prober:
             if late.is_set():
                 raise ItemError(f"probing it took longer than {seconds:.0f} s", stage="read")
             raise ItemError(f"probing it crashed FFmpeg (exit code {code}): it is damaged", stage="read")
+        store.check_mark(name, mark)  # was it one and the same all the time?
         found = json.loads(answer)
         if "error" in found:
             kind = next(each for each in _KINDS if each.__name__ == found["kind"])

@@ -10,11 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tally.errors import ItemError, StorageAwayError, StorageError, TallyError
+from tally.errors import ItemError, SourceChangedError, SourceNotFoundError, StorageAwayError, TallyError
 from tally.sources.base import Batch
 from tally.sources.tables.formats import plain_type
 from tally.sources.tables.parquet import DECODED, Stream
-from tally.sources.tables.row_ranges import RowRange, length
+from tally.sources.tables.row_ranges import RowRange, file_of, length
 from tally.storage import key_of, name_from_json
 
 if TYPE_CHECKING:
@@ -71,23 +71,24 @@ class Reader:
                 for batch in self._open(row_range).read(at, row_range[4]):
                     yield at, batch.num_rows, batch
                     at += batch.num_rows
-            except StorageAwayError:
+                # Not before each batch is scored: if this fails, nothing of the chunk counts.
+                self._source.check_rows(row_range)
+            except (StorageAwayError, SourceChangedError, SourceNotFoundError):
                 raise
             except (TallyError, OSError, ValueError, StopIteration, RuntimeError) as error:
+                self._source.check_rows(row_range)
                 self._close()
                 failed = _unreadable(row_range, error)
                 yield at, row_range[4] - at, [failed] * (row_range[4] - at)
 
     def _open(self, row_range: RowRange) -> Stream:
-        if self._stream is None or self._stream[0] != row_range[1:3]:
+        if self._stream is None or self._stream[0] != file_of(row_range):
             self._close()
             file = self._source.open_rows(row_range)
             columns = list(dict.fromkeys([*self._values, *self._info, *self._source.key_columns(row_range)]))
             called = self._source.called(row_range)
             columns = [called.get(name, name) for name in columns]
-            if missing := set(columns).difference(file.schema_arrow.names):
-                raise StorageError(f"{key_of(name_from_json(row_range[2]))} has changed: it lacks {min(missing)!r}")
-            self._stream = (list(row_range[1:3]), Stream(file, columns, max(DECODED, self._size)))
+            self._stream = (file_of(row_range), Stream(file, columns, max(DECODED, self._size)))
         return self._stream[1]
 
     def _close(self) -> None:

@@ -153,8 +153,10 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
 class _Ranges(Seekable):
     """A remote object as a file, for one thread. Each read is a request: Parquet is read in few and large pieces."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, name: str, mark: str) -> None:
         size, self._mark = store.marked(name)
+        if mark:
+            store.check_mark(name, mark)
         super().__init__(size)
         self._store, self._name = store, name
 
@@ -169,18 +171,20 @@ class _Ranges(Seekable):
         return self.read()
 
 
-def open_parquet(store: Store, name: str) -> pq.ParquetFile:
+def open_parquet(store: Store, name: str, *, mark: str = "") -> pq.ParquetFile:
     """Open a Parquet file. From a bucket, only the parts that are read are fetched.
 
-    Raises SourceNotFoundError or StorageError.
+    mark: of the expected content, see :meth:`Store.marked`. A local file may still change while it is read: check it
+    again in the end.
+    Raises SourceNotFoundError, SourceChangedError or StorageError.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if store.is_local:
-            return pq.ParquetFile(store.local_path(name))
-        return pq.ParquetFile(pa.PythonFile(_Ranges(store, name), mode="r"), pre_buffer=True)
+            return pq.ParquetFile(store.local_path(name, mark=mark))
+        return pq.ParquetFile(pa.PythonFile(_Ranges(store, name, mark), mode="r"), pre_buffer=True)
     except SourceNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -203,7 +207,8 @@ def open_arrow(store: Store, name: str) -> pa.ipc.RecordBatchStreamReader | pa.i
     try:
         with path.open("rb") as file:
             seekable = file.read(6) == b"ARROW1"
-        opened = pa.memory_map(os.fspath(path)) if path.stat().st_size else pa.BufferReader(b"")
+        # Not mapped into memory: a file that is cut short meanwhile would kill this process.
+        opened = pa.OSFile(os.fspath(path)) if path.stat().st_size else pa.BufferReader(b"")
         return pa.ipc.open_file(opened) if seekable else pa.ipc.open_stream(opened)
     except (pa.ArrowException, OSError) as error:
         raise failure("read", f"{store.url}/{name}", _first_line(error, "it is no Arrow file")) from None

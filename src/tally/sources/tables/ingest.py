@@ -57,15 +57,15 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """One file. key: the beginning of its rows' keys. location: index of the location that lists it. size: in bytes, as
-    listed. rows: their number, if it is known."""
+    """One file. key: the beginning of its rows' keys. location: index of the location that lists it. mark: of its
+    content, as listed (see :meth:`tally.storage.Store.marked`). rows: their number, if it is known."""
 
     key: str
     store: Store
     name: str
     format: Format
     location: int
-    size: int
+    mark: str
     rows: int | None = None
 
 
@@ -148,7 +148,7 @@ def _convert(
     tables: list[tuple[Path, int]] = []
     with _Bad(folder / BAD) as bad:
         for number, each in enumerate(inputs):
-            path = each.store.local_path(each.name)
+            path = each.store.local_path(each.name, mark=each.mark)
             target = folder / f"{number:06d}.parquet"
             if each.format == "parquet":
                 table, rows = path, _count(path) if each.rows is None else each.rows

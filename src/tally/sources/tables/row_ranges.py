@@ -1,7 +1,8 @@
 """Chunks of tables as lists of row ranges. Each is one of
 
-- ``["rows", location, name, start, stop, rows]``: rows of a Parquet file that has ``rows`` in all; ``location`` is an
-  index into the listing's locations, or -1 for a work file;
+- ``["rows", location, name, start, stop, rows, mark]``: rows of a Parquet file that has ``rows`` in all;
+  ``location`` is an index into the listing's locations, or -1 for a work file. ``mark`` is that of the file when it was
+  planned (see :meth:`tally.storage.Store.marked`); work files have none, nor have files in jobs of earlier versions;
 - ``["key", ordinal, message]``: a key without a model, one item for all its rows;
 - ``["bad", start, stop]``: lines that could not be read.
 """
@@ -33,15 +34,20 @@ def length(row_range: RowRange) -> int:
 def part(row_range: RowRange, start: int, stop: int) -> RowRange:
     """The range's items ``start <= item < stop``."""
     if row_range[0] == "rows":
-        return [*row_range[:3], row_range[3] + start, row_range[3] + stop, row_range[5]]
+        return [*row_range[:3], row_range[3] + start, row_range[3] + stop, *row_range[5:]]
     return ["bad", row_range[1] + start, row_range[1] + stop] if row_range[0] == "bad" else row_range
+
+
+def file_of(row_range: RowRange) -> RowRange:
+    """What is the same in all ranges of a file, while that is the same: location, name, rows and mark."""
+    return [*row_range[1:3], *row_range[5:]]
 
 
 def append(row_ranges: list[RowRange], row_range: RowRange) -> None:
     """Add a range; extend the last one if it continues that."""
     last = row_ranges[-1] if row_ranges else None
     if last is not None and last[0] == row_range[0]:
-        if row_range[0] == "rows" and last[1:3] == row_range[1:3] and last[4] == row_range[3]:
+        if row_range[0] == "rows" and file_of(last) == file_of(row_range) and last[4] == row_range[3]:
             last[4] = row_range[4]
             return
         if row_range[0] == "bad" and last[2] == row_range[1]:
@@ -92,12 +98,19 @@ class Packer:
             yield from self.flush()
 
     def cut(
-        self, head: RowRange, start: int, ends: Sequence[int], weight: int, cursor: Callable[[int], Any]
+        self,
+        head: RowRange,
+        start: int,
+        ends: Sequence[int],
+        weight: int,
+        cursor: Callable[[int], Any],
+        mark: str = "",
     ) -> Iterator[Chunk]:
         """The chunks of a file's rows from ``start`` on, cut at the end of a row group if one is near.
 
-        ends: of its row groups. cursor: after so many rows of the file.
+        ends: of its row groups. cursor: after so many rows of the file. mark: the file's; empty for a work file.
         """
+        tail = [ends[-1] if ends else 0, *([mark] if mark else [])]
         rows = ends[-1] if ends else 0
         while start < rows:
             room = self.room(weight)
@@ -110,7 +123,7 @@ class Packer:
                 end = ends[at - 1]
                 if end > start and self._count + end - start >= _SNAP * (self._count + room):
                     snapped = end
-            self.add([*head, start, snapped, rows], snapped - start, weight, cursor(snapped))
+            self.add([*head, start, snapped, *tail], snapped - start, weight, cursor(snapped))
             start = snapped
             if start < rows:
                 yield from self.flush()

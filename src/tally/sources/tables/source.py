@@ -18,7 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
-from tally.errors import SourceNotFoundError, SpecError, StorageError
+from tally.errors import SourceNotFoundError, SpecError
 from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing, nothing
@@ -27,12 +27,12 @@ from tally.sources.tables.batches import READY, Ahead, Reader, plain
 from tally.sources.tables.formats import known_format, open_parquet
 from tally.sources.tables.ingest import BAD, COUNT, FIRST, KEYS, ROWS, Made, Query, TableFile, make
 from tally.sources.tables.parquet import DECODED, Footer, Stream, footer_of
-from tally.sources.tables.row_ranges import MOST, Packer, RowRange, append, length, part
+from tally.sources.tables.row_ranges import MOST, Packer, RowRange, append, file_of, length, part
 from tally.sources.tables.schema import inspect
 from tally.sources.tables.select import ORDER, TableRequest, select
 from tally.sources.tables.work_files import WorkFiles, WorkFolder
 from tally.sql import distinct_names
-from tally.storage import key_of, name_from_json, name_to_json, open_store
+from tally.storage import Store, changed, key_of, name_from_json, name_to_json, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,8 +67,8 @@ class TableSource(Source):
     in_place: bool = True
     scratch: str | None = None
     missing_reason: MissingReason | None = field(default=None, compare=False, repr=False)
-    footers: Mapping[tuple[int, str], tuple[int, Footer]] = field(default_factory=dict, compare=False, repr=False)
-    """Size in bytes and footer of each Parquet file that was inspected, by location and name."""
+    footers: Mapping[tuple[int, str], tuple[str, Footer]] = field(default_factory=dict, compare=False, repr=False)
+    """Mark and footer of each Parquet file that was inspected, by location and name."""
 
     @classmethod
     def describe(
@@ -135,9 +135,9 @@ class TableSource(Source):
             raise SpecError(problems, hint="; ".join(found.odd.values()) or None)
         query = Query(request, selection, options, found.types)
         source = cls(listing, query, (*found.assumed, *found.odd.values()), in_place, None, missing_reason)
-        sizes = {(each.location, each.name): each.size for each in inputs}
+        marks = {(each.location, each.name): each.mark for each in inputs}
         needed = source._needed()
-        footers = {file: (sizes[file], footer_of(meta, needed)) for file, meta in found.metadata.items()}
+        footers = {file: (marks[file], footer_of(meta, needed)) for file, meta in found.metadata.items()}
         return replace(source, footers=footers)
 
     def located(self, work: str | None) -> TableSource:
@@ -189,11 +189,14 @@ class TableSource(Source):
 
     def _known(self, file: TableFile) -> TableFile:
         """The file with its number of rows, if its footer was read."""
-        size, footer = self.footers.get((file.location, file.name), (None, None))
-        return replace(file, rows=footer.rows) if footer is not None and size == file.size else file
+        mark, footer = self.footers.get((file.location, file.name), (None, None))
+        return replace(file, rows=footer.rows) if footer is not None and mark == file.mark else file
 
     def _make(self, inputs: Sequence[TableFile], folder: Path) -> Made:
-        return make(inputs, self.query, folder)
+        made = make(inputs, self.query, folder)
+        for each in inputs:  # was it one and the same all the time?
+            each.store.check_mark(each.name, each.mark)
+        return made
 
     def _scratch(self) -> str:
         if self.scratch is None:
@@ -209,10 +212,8 @@ class TableSource(Source):
         """The keys, in the order of their rows: the columns of ``by``, the first row, and the number of rows."""
         return self._work.parquet(KEYS).read()
 
-    def _open(self, location: int, name: str) -> pq.ParquetFile:
-        if location < 0:
-            return self._work.parquet(name)
-        return open_parquet(open_store(self.listing.locations[location].root), name)
+    def _store(self, location: int) -> Store:
+        return open_store(self.listing.locations[location].root)
 
     @property
     def unread(self) -> int:
@@ -275,25 +276,32 @@ class TableSource(Source):
         return SourceNotFoundError(f"nothing to score: {shown} holds no rows")
 
     def _plan_files(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
-        began, last, row = (0, None, 0) if cursor is None else cursor
+        began, last, row, *planned = (0, None, 0) if cursor is None else cursor
         name = None if last is None else name_from_json(last)
         needed = self._needed()
         for index in range(began, len(self.listing.locations)):
             if index == began and name is not None:
-                yield from self._plan_file(packer, index, name, row, needed, None)
+                rows, mark = planned or (None, self._store(index).marked(name)[1])
+                if row != rows:  # it is not planned to its end
+                    yield from self._plan_file(packer, index, name, row, needed, mark)
             for entry in self.listing.entries(index, name if index == began else None):
-                yield from self._plan_file(packer, index, entry.name, 0, needed, entry.size)
+                yield from self._plan_file(packer, index, entry.name, 0, needed, entry.mark)
 
     def _plan_file(
-        self, packer: Packer, location: int, name: str, start: int, needed: set[str], size: int | None
+        self, packer: Packer, location: int, name: str, start: int, needed: set[str], mark: str
     ) -> Iterator[Chunk]:
-        """The chunks of a file from a row on. size: as listed now; None if it is not listed."""
+        """The chunks of a file from a row on. mark: what it was when it was listed, or its first rows were planned.
+
+        Raises SourceChangedError if it is another one now.
+        """
         seen, footer = self.footers.get((location, name), (None, None))
-        if footer is None or size not in (None, seen):  # added or changed since the inspection
-            with self._open(location, name) as file:
+        if footer is None or seen != mark:  # added or changed since the inspection
+            with open_parquet(self._store(location), name, mark=mark) as file:
                 footer = footer_of(file.metadata, needed)
         packed = name_to_json(name)
-        yield from packer.cut(["rows", location, packed], start, *footer, lambda stop: [location, packed, stop])
+        yield from packer.cut(
+            ["rows", location, packed], start, *footer, lambda stop: [location, packed, stop, footer.rows, mark], mark
+        )
 
     def _plan_work(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
         """The chunks of work files whose rows are items in their order."""
@@ -426,15 +434,23 @@ class TableSource(Source):
     # Of row ranges -------------------------------------------------------------------------------
 
     def open_rows(self, row_range: RowRange) -> pq.ParquetFile:
-        """The file of a range of rows. Raises StorageError if it has changed."""
-        name = name_from_json(row_range[2])
-        file = self._open(row_range[1], name)
-        if file.metadata.num_rows != row_range[5]:
-            raise StorageError(
-                f"{key_of(name)} has changed: it had {row_range[5]:,} rows, and now has {file.metadata.num_rows:,}",
-                hint="score it again with --overwrite",
-            )
+        """The file of a range of rows. Raises SourceChangedError if it has changed."""
+        location, name, rows, *mark = file_of(row_range)
+        name = name_from_json(name)
+        if location < 0:
+            return self._work.parquet(name)
+        file = open_parquet(self._store(location), name, mark="".join(mark))
+        if file.metadata.num_rows != rows or not set(self._needed()) <= set(file.schema_arrow.names):
+            file.close()
+            raise changed(self.listing.locations[location].within + name)
         return file
+
+    def check_rows(self, row_range: RowRange) -> None:
+        """Raises SourceChangedError if the file of a range of rows has changed since it was planned."""
+        location, name, _, *mark = file_of(row_range)
+        # Each answer about an object in a bucket has told its mark.
+        if location >= 0 and mark and (store := self._store(location)).is_local:
+            store.check_mark(name_from_json(name), mark[0])
 
     def called(self, row_range: RowRange) -> Mapping[str, str]:
         """The columns that have another name in the file of a range than in the source: see :func:`distinct_names`."""
@@ -504,7 +520,7 @@ def _inputs(listing: Listing, csv: Mapping[str, Any], problems: list[str]) -> It
         for entry in listing.entries(index):
             key = location.prefix + key_of(entry.name)
             try:
-                yield TableFile(key, store, entry.name, known_format(entry.name, csv=bool(csv)), index, entry.size)
+                yield TableFile(key, store, entry.name, known_format(entry.name, csv=bool(csv)), index, entry.mark)
             except SpecError as error:
                 problems += error.problems
 

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
+from tally.errors import OutputExistsError, SourceChangedError, SourceNotFoundError, StorageError
 from tally.sources.tables.formats import open_parquet
 from tally.sources.tables.ingest import Made
-from tally.storage import Store, failure, open_store, temporary
+from tally.storage import CHANGED_HINT, Store, failure, open_store, temporary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +37,8 @@ class WorkFolder:
     def ensure(self, fingerprint: str, make: Callable[[Path], Made]) -> None:
         """Make the work files unless they are there. make: makes them in a new folder of this machine.
 
-        fingerprint: of the source and of what is made of it. Raises StorageError if there are files with another one.
+        fingerprint: of the source and of what is made of it. Raises SourceChangedError if there are files with another
+        one.
         """
         if self._known(fingerprint):
             return
@@ -84,9 +85,8 @@ class WorkFolder:
         if marker is None:
             return False
         if marker["fingerprint"] != fingerprint:
-            raise StorageError(
-                "the source has changed since its rows were made ready for scoring",
-                hint="score it again with --overwrite",
+            raise SourceChangedError(
+                "the source has changed since its rows were made ready for scoring", hint=CHANGED_HINT
             )
         return True
 
