@@ -129,7 +129,7 @@ def test_a_video_in_a_bucket_is_looked_at_from_another_process(
         found = prober("x.mp4", bucket, "x.mp4")
         local = prober("x.mp4", str(clip.parent), clip.name)
         assert found.video.mark
-        assert replace(found.video, root="", name="", mark="") == replace(local.video, root="", name="")
+        assert replace(found.video, root="", name="", mark="") == replace(local.video, root="", name="", mark="")
         assert (found.ticks, found.packets, found.keys) == (local.ticks, local.packets, local.keys)
         with pytest.raises(SourceNotFoundError, match=rf"{bucket}/y\.mp4"):
             prober("y.mp4", bucket, "y.mp4")
