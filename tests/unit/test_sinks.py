@@ -533,16 +533,19 @@ def test_a_claim_that_came_and_went_meanwhile(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "out/_tally").exists()
 
 
-def test_a_retried_job_is_not_finished(tmp_path: Path) -> None:
+def test_a_retried_job_stays_finished(tmp_path: Path) -> None:
     sink = sink_for(str(tmp_path / "out"), output="rows")
     assert sink.published() is None
     sink.claim("job-1")
     sink.finalize([], [], FACTS)
     assert sink.published() == 0
+    before = files_under(tmp_path)
     sink.claim("job-1")
-    assert not (tmp_path / "out/_SUCCESS").exists()
+    staged = attempt(sink, "b", {"d/1": {"n": 1}})
+    assert {name: what for name, what in files_under(tmp_path).items() if "_tally/" not in name} == before
     sink.release()
-    assert (tmp_path / "out/_SUCCESS").exists()
+    assert files_under(tmp_path) == before
+    assert staged.rows == 1
     assert sink.holder() == "job-1"
 
 

@@ -158,7 +158,12 @@ def cancel(job: str) -> None:
     from tally.jobs.facade import Jobs
 
     record = Jobs().cancel(job)
-    click.echo(f"job {record.id} is being cancelled" if record.alive else f"job {record.id} is cancelled")
+    if record.alive:
+        click.echo(f"job {record.id} is being cancelled")
+    elif record.state == "finished":
+        click.echo(f"the retry of job {record.id} is cancelled; its results are as they were")
+    else:
+        click.echo(f"job {record.id} is {record.state}")
 
 
 @jobs.command(short_help="Replay a job's dead items.")

@@ -102,6 +102,8 @@ dead_items = Table(
     Column("error", Text, nullable=False),
     Column("first", BigInteger, nullable=False),
     Column("payload", LargeBinary, nullable=False),
+    # 1 while the item of a finished job is replayed: it is dead again if that comes to nothing. Later.
+    Column("retried", Integer),
     Index("dead_items_by_job", "job_id", "first"),
 )
 

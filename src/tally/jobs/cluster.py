@@ -96,7 +96,8 @@ class _Driver:
     def run(self) -> JobRecord:
         """Raises JobError if the job failed."""
         record = self._follower.until(self._go_on)
-        if record.state == "failed" and not self._stop.asked:
+        undone = record.state == "finished" and record.error is not None  # a retry that came to nothing
+        if (record.state == "failed" or undone) and not self._stop.asked:
             raise JobError(record.error or "the job failed")
         return record
 

@@ -71,6 +71,7 @@ from tally.jobs.policy import (
 from tally.jobs.scaling import CHUNKS_PER_SLOT, Scaler
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobRecord, JobStore, Lease
+from tally.jobs.tidy import undo_retry
 from tally.sinks.base import Output, Sink
 from tally.sources.base import Chunk, Source
 from tally.text import iso_time
@@ -178,6 +179,7 @@ class Coordinator:
         self._heard_at = self._asked_at = time.monotonic()
         self._remark: str | None = None
         self._confirmed_at = float("-inf")
+        self._is_retry = record.is_retry
 
     def stop(self, *, now: bool = False) -> None:
         """Stop: let running chunks finish within a grace time, or, with ``now``, kill them. Any thread.
@@ -231,9 +233,11 @@ class Coordinator:
             raise
         except Exception as error:
             if error is not self._error:
-                state = "interrupted" if isinstance(error, ClusterLostError) else "failed"
                 with suppress(TallyError):  # the error at hand is the one to tell
-                    self._store.release(self._lease, state, error=str(error))
+                    if isinstance(error, ClusterLostError):
+                        self._store.release(self._lease, "interrupted", error=str(error))
+                    else:
+                        self._give_up(error)
             raise
         finally:
             renewer.stop()
@@ -527,7 +531,7 @@ class Coordinator:
 
     def _done_from(self, stored: StoredChunk, attempt: str, outcome: worker.Outcome) -> Done:
         dead = [
-            Dead(each.key, each.stage, each.error, self._source.slice(stored.chunk, each.position, each.position + 1))
+            Dead(each.key, each.stage, each.error, self._source.alone(stored.chunk, each.position, each.key))
             for each in outcome.dead
         ]
         usage = {**outcome.timings.as_dict(), "worker_seconds": outcome.seconds, "chunks": 1}
@@ -546,7 +550,8 @@ class Coordinator:
             case RunAgain(parts):
                 turn.lost.append(self._replaced(stored, parts))
             case ItemIsDead():
-                dead = Dead(self._source.keys(chunk)[0], "score", _reason(error, self._spec), chunk)
+                key = self._source.keys(chunk)[0]
+                dead = Dead(key, "score", _reason(error, self._spec), self._source.alone(chunk, 0, key))
                 turn.done.append(Done(stored.id, attempt, 1, Output(), [dead], {"losses": 1}))
                 turn.settled[stored.id] = chunk
             case JobFails():
@@ -621,6 +626,9 @@ class Coordinator:
             self._account()
             self._confirm()
             self._publish()  # what was acknowledged does not come again
+            if self._is_retry:
+                self._patience(lambda: undo_retry(self._store, self._lease, self._sink))
+                return "finished"
             self._sink.release()
             self._release("cancelled")
             return "cancelled"
@@ -648,10 +656,17 @@ class Coordinator:
             self._account()
             self._publish()
         if self._error is not None:
-            self._release("failed", error=str(self._error))
+            self._give_up(self._error)
             raise self._error
         self._release(self._stop or "interrupted")
         return self._stop or "interrupted"
+
+    def _give_up(self, error: Exception) -> None:
+        """The job has failed; one that was finished before it was retried is as finished as it was."""
+        if self._is_retry:
+            self._patience(lambda: undo_retry(self._store, self._lease, self._sink, error))
+        else:
+            self._release("failed", error=str(error))
 
     def _release(self, state: str, **more: Any) -> None:
         self._patience(lambda: self._store.release(self._lease, state, **more))

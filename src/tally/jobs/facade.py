@@ -195,7 +195,8 @@ class Jobs:
     def cancel(self, job: str) -> JobRecord:
         """Stop the job for good, and remove what it had not finished writing.
 
-        Returns the job. It is ``alive`` if a coordinator has it, which has been told, and stops soon.
+        A job that is being retried is finished again, with the results that it had. Returns the job. It is ``alive``
+        if a coordinator has it, which has been told, and stops soon.
         """
         record = self.get(job)
         if record.state == "waiting" and self.store.give_up(record.id, "cancelled"):
@@ -205,8 +206,13 @@ class Jobs:
         self.store.request(record.id, "cancel")
         if record.alive:
             return record
-        lease = self.store.acquire(record.id, seconds=LEASE_SECONDS)
-        if lease is not None:
+        try:
+            lease = self.store.acquire(record.id, seconds=LEASE_SECONDS)
+        except JobStateError:  # another process was faster
+            return self.store.get(record.id)
+        if lease is not None and record.is_retry:
+            tidy.undo_retry(self.store, lease, tidy.sink_of(record))
+        elif lease is not None:
             try:
                 tidy.release(self.store, record)
             except BaseException:

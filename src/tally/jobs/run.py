@@ -22,6 +22,7 @@ from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord, JobStore, Lease
+from tally.jobs.tidy import undo_retry
 from tally.models.load import verify
 from tally.models.reference import ModelRef
 from tally.models.resolve import refreshed
@@ -42,7 +43,7 @@ def drive(
 
     parts: of the job, if this process has assembled them already. engine: one that is prepared; see
         :mod:`tally.jobs.prestart`.
-    retry_dead: replay the dead items; allowed for a finished job too.
+    retry_dead: replay the dead items; allowed for a finished job too, which stays finished if that comes to nothing.
     held: the job is new; the process that made it still holds it, and has asked this one to drive it.
     """
     patience = Patience(events.waiting)
@@ -59,7 +60,7 @@ def drive(
     if record.output != (output := parts.describe_output()):  # of a job from before outputs were described, say
         patience(lambda: store.respec(record.id, record.spec, output=output))
     token, nonce = new_token(), new_nonce()  # so that what is done again is done once
-    lease = patience(lambda: store.acquire(record.id, seconds=LEASE_SECONDS, held=held, token=token))
+    lease = patience(lambda: store.acquire(record.id, seconds=LEASE_SECONDS, held=held, retry=retry_dead, token=token))
     if lease is None:
         raise JobStateError(
             f"job {record.id} is driven by another process now ({record.owner_host}, pid {record.owner_pid})",
@@ -101,7 +102,10 @@ def drive(
         engine.stop(kill=True)
         stopped = isinstance(error, (KeyboardInterrupt, ClusterLostError))
         with suppress(DatabaseAwayError):  # the error at hand is the one to tell
-            store.release(lease, "interrupted" if stopped else "failed", error=str(error) or None)
+            if (record.state == "finished" or record.is_retry) and (retry_dead or not stopped):
+                undo_retry(store, lease, parts.sink, error)
+            else:
+                store.release(lease, "interrupted" if stopped else "failed", error=str(error) or None)
         raise
     stop.attach(coordinator)
     coordinator.run()
@@ -141,6 +145,9 @@ def _alerts_of(store: JobStore, events: Events, patience: Patience) -> Subscribe
 
 def _reopen(store: JobStore, lease: Lease, record: JobRecord, parts: Parts, patience: Patience, nonce: str) -> None:
     """Make the dead items what is left to do."""
+    open_chunks = patience(lambda: store.counts(record.id))
+    if record.planned and not open_chunks["pending"] + open_chunks["running"]:
+        parts.source.renew()
     parts.source.prepare()
     dead = patience(lambda: [each.chunk for each in store.dead(record.id)])
     manifest = parts.sink.manifest() or {}

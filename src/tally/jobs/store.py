@@ -91,6 +91,11 @@ class JobRecord:
         """What was taken for granted about model and data: one sentence each."""
         return list(self.model.get("assumed", ()))
 
+    @property
+    def is_retry(self) -> bool:
+        """Whether it was finished before, and its dead items are being replayed. Its results are there."""
+        return self.manifest is not None and self.state != "finished"
+
 
 @dataclass(frozen=True, slots=True)
 class JobPage:
@@ -172,7 +177,8 @@ class JobStore:
 
     def dead(self, job_id: str) -> Iterator[Dead]:
         """Dead items in the source's order."""
-        query = sa.select(dead_items).where(dead_items.c.job_id == job_id).order_by(dead_items.c.first, dead_items.c.id)
+        those = (dead_items.c.job_id == job_id, dead_items.c.retried.is_(None))
+        query = sa.select(dead_items).where(*those).order_by(dead_items.c.first, dead_items.c.id)
         with self._read(stream=True) as connection, connection.execute(query) as found:
             for row in found.mappings():
                 yield Dead(row["key"], row["stage"], row["error"], chunks.unpack(row["first"], 1, row["payload"]))
@@ -290,30 +296,48 @@ class JobStore:
 
     # -- the coordinator's changes -----------------------------------------------------------------
 
-    def acquire(self, job_id: str, *, seconds: float, held: bool = False, token: str | None = None) -> Lease | None:
-        """Take over the job. None if another process drives it.
+    def acquire(
+        self,
+        job_id: str,
+        *,
+        seconds: float,
+        held: bool = False,
+        retry: bool = False,
+        token: str | None = None,
+    ) -> Lease | None:
+        """Take over the job. None if another process drives it. Raises JobStateError if it is cancelled or finished.
 
         held: also take a new job that the process which made it still holds: it has asked this one to drive the job.
+        retry: also take a finished job, to open it again.
         token: of the lease, from :func:`tally.database.lease.new_token`. To repeat the call after its answer was lost,
             use the same one.
-        Chunks that were handed out before are pending again.
+        Chunks that were handed out before are pending again. What the user asked for stays: whoever takes a job that
+        was to be cancelled finds that wish.
         """
-        record = self.get(job_id)
+        job_id = self.get(job_id).id
         token = token or leases.new_token()
-        gone = record.owner is not None and not record.alive
-        new = record.state == "created"
-        held = new and (held or leases.is_this_process(record.owner_host, record.owner_pid))
         with self.engine.begin() as connection:
+            it = jobs.c.id == job_id
+            row = connection.execute(self._select().where(it).with_for_update()).mappings().first()
+            if row is None:
+                raise JobNotFoundError(f"job {job_id} was deleted just now")
+            record = _record(row)
+            if record.state == "cancelled" or (record.state == "finished" and not retry):
+                raise JobStateError(f"job {job_id} is {record.state}", hint=f"See it with: tally jobs show {job_id}")
+            gone = record.owner is not None and not record.alive
+            new = record.state == "created"
+            held = new and (held or leases.is_this_process(record.owner_host, record.owner_pid))
+            unmet = new or (record.wanted == "cancel" and record.state != "finished")
             acquired = leases.acquire(
-                connection, jobs, jobs.c.id == record.id,
+                connection, jobs, it,
                 token=token, seconds=seconds, instead_of=record.owner if gone or held else None,
-                wanted=record.wanted if new else "run", state="running", error=None,
+                wanted=record.wanted if unmet else "run", state="running", error=None,
                 started_at=sa.func.coalesce(jobs.c.started_at, now()), finished_at=None,
             )  # fmt: skip
             if not acquired:
                 return None
-            chunks.put_back(connection, record.id)
-        return Lease(record.id, token)
+            chunks.put_back(connection, job_id)
+        return Lease(job_id, token)
 
     def renew(self, lease: Lease, *, seconds: float) -> str:
         """Extend the lease; returns the user's request: run, pause or cancel."""
@@ -429,7 +453,7 @@ class JobStore:
 
         published: the output of this generation is finished already; the replay belongs to the next one.
         The replay may hold more items than were dead: what could not be read as one item may be many.
-        nonce: as for :meth:`commit`.
+        The dead items of a finished job are kept, for :meth:`undo_retry`. nonce: as for :meth:`commit`.
         """
         replay = list(replay)
         nonce = nonce or new_nonce()
@@ -438,7 +462,11 @@ class JobStore:
             if row["nonce"] == nonce:
                 return
             generation = row["generation"] + int(published)
-            connection.execute(sa.delete(dead_items).where(dead_items.c.job_id == lease.job_id))
+            dead = (dead_items.c.job_id == lease.job_id, dead_items.c.retried.is_(None))
+            if published:
+                connection.execute(sa.update(dead_items).where(*dead).values(retried=1))
+            else:
+                connection.execute(sa.delete(dead_items).where(*dead))
             chunks.insert(connection, lease.job_id, generation, [(chunk, 0) for chunk in replay])
             connection.execute(
                 sa.update(jobs)
@@ -484,20 +512,55 @@ class JobStore:
 
         Repeated before another process takes the job, it changes nothing.
         """
-        values: dict[str, Any] = {"state": state, "error": error and storable(error), "nonce": lease.token}
-        if state in ENDED:
-            values["finished_at"] = now()
+        values: dict[str, Any] = {"state": state}
         if manifest is not None:
             values["manifest"] = manifest
         with self.engine.begin() as connection:
-            released = sa.select(jobs.c.nonce).where(jobs.c.id == lease.job_id, jobs.c.owner.is_(None))
-            if connection.scalar(released) == lease.token:
-                return
-            if not leases.release(connection, jobs, jobs.c.id == lease.job_id, token=lease.token, **values):
-                raise _lost(lease)
-            chunks.put_back(connection, lease.job_id)
+            if self._put_down(connection, lease, error, values):
+                chunks.put_back(connection, lease.job_id)
+                if state == "finished":
+                    retried = (dead_items.c.job_id == lease.job_id, dead_items.c.retried.is_not(None))
+                    connection.execute(sa.delete(dead_items).where(*retried))
+
+    def undo_retry(self, lease: Lease, *, error: str | None = None) -> None:
+        """End this coordinator's work at the retry of a finished job: the job is as finished as it was before.
+
+        What the retry committed is forgotten, so none of it may be published. error: why. Repeated as :meth:`release`.
+        """
+        table, job_id = tables.chunks, lease.job_id
+        with self.engine.begin() as connection:
+            row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).mappings().one()
+            before = row["manifest"]
+            values: dict[str, Any] = {"state": "finished"}
+            added = (table.c.job_id == job_id, table.c.generation > before["generation"])
+            reopened = row["generation"] > before["generation"]
+            if reopened:
+                outputs = connection.scalars(sa.select(table.c.output).where(*added, table.c.state == "done"))
+                size = sum(output["bytes"] for output in outputs if output)
+                scored, dead = before["scored"], before["dead"]
+                values |= {
+                    "generation": before["generation"], "items": before["items"], "done": scored + dead, "dead": dead,
+                    "rows": before["rows"], "bytes": row["bytes"] - size,
+                }  # fmt: skip
+            if self._put_down(connection, lease, error, values) and reopened:
+                connection.execute(sa.delete(table).where(*added))
+                dead_here = dead_items.c.job_id == job_id
+                connection.execute(sa.delete(dead_items).where(dead_here, dead_items.c.retried.is_(None)))
+                connection.execute(sa.update(dead_items).where(dead_here).values(retried=None))
 
     # -- inside transactions -----------------------------------------------------------------------
+
+    def _put_down(self, connection: sa.Connection, lease: Lease, error: str | None, values: dict[str, Any]) -> bool:
+        """Give the lease back, and set ``values``. False, with nothing changed, if that was done already."""
+        it = jobs.c.id == lease.job_id
+        if connection.scalar(sa.select(jobs.c.nonce).where(it, jobs.c.owner.is_(None))) == lease.token:
+            return False
+        values = {**values, "error": error and storable(error), "nonce": lease.token}
+        if values["state"] in ENDED:
+            values["finished_at"] = now()
+        if not leases.release(connection, jobs, it, token=lease.token, **values):
+            raise _lost(lease)
+        return True
 
     def _own(self, connection: sa.Connection, lease: Lease) -> sa.RowMapping:
         """Lock the job's row and check the token; every transaction of the coordinator begins here.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tally.config import settings
-from tally.errors import JobStateError
-from tally.jobs.store import JobRecord, JobStore
+from tally.errors import JobStateError, StorageError
+from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.sinks.base import OutputDescription, Sink
 from tally.sinks.factory import reopen
 
@@ -31,6 +31,24 @@ def release(store: JobStore, record: JobRecord) -> None:
             hint=f"Publish them first: tally jobs resume {record.id}, and stop it with Ctrl-C.",
         )
     sink.release()
+
+
+def undo_retry(store: JobStore, lease: Lease, sink: Sink, error: BaseException | None = None) -> None:
+    """Leave a job that is being retried as finished as it was before.
+
+    error: why. If the results of the retry are being published already, they are: the job can be resumed.
+    """
+    why = None if error is None else str(error) or type(error).__name__
+    try:
+        published = sink.publishing
+        if not published:
+            sink.release()
+    except StorageError:  # what is left there is removed by the next retry
+        published = False
+    if published:
+        store.release(lease, "failed", error=why)
+    else:
+        store.undo_retry(lease, error=why)
 
 
 def _has_unpublished(store: JobStore, record: JobRecord, sink: Sink) -> bool:

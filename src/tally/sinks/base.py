@@ -147,6 +147,11 @@ class Sink(ABC):
     def manifest(self) -> dict[str, Any] | None:
         """The manifest at the output place, as published last; None while there is none."""
 
+    @property
+    def publishing(self) -> bool:
+        """Whether it has begun to publish a generation, and was stopped before the end: :meth:`finalize` goes on."""
+        return False
+
     @abstractmethod
     def open(self, attempt: str, chunk: Chunk) -> Writer:
         """Start writing the results of one attempt at a chunk, in a worker."""
@@ -189,7 +194,9 @@ class Sink(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Remove staging files and the claim: the job was deleted or cancelled."""
+        """Remove staging files and the claim: the job was deleted or cancelled, or what it was to add came to nothing.
+
+        What is published stays."""
 
     @abstractmethod
     def withdraw(self) -> None:

@@ -10,8 +10,8 @@ A generation of results is published in two steps, so that a crash at any point 
 Then ``_SUCCESS`` is written and the staging folder is removed. If the job goes on instead, only what this generation
 staged is removed, and the claim notes that it is published.
 
-When a finished job is opened again (``jobs retry``), ``_SUCCESS`` is removed, and a new claim notes which generation is
-published. Its files stay as they are until the next plan is carried out.
+When a finished job is opened again (``jobs retry``), a new claim notes which generation is published. Its files and
+``_SUCCESS`` stay as they are until the next plan is carried out: a retry never takes away what was there.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ class StagedSink(Sink):
         """``_manifest.json`` as it is, or None while nothing has been published."""
         return self.layout.read_json(self.layout.manifest)
 
+    @property
+    def publishing(self) -> bool:
+        """See :attr:`Sink.publishing`."""
+        return self.layout.read_json(self.layout.plan) is not None
+
     def published(self) -> int | None:
         """The generation that was published last, or None."""
         manifest = self.manifest()
@@ -105,8 +110,6 @@ class StagedSink(Sink):
         manifest = self.manifest()
         if manifest is not None and manifest["job"] == claim.get("replaces"):
             self._remove(manifest)
-        elif manifest is not None and manifest["generation"] == claim.get("published") and layout.success:
-            layout.store.delete([layout.success])
 
     def finalize(
         self,

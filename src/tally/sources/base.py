@@ -174,9 +174,22 @@ class Source(ABC):
     def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
         """The part of the chunk at positions ``start <= p < stop``."""
 
+    def alone(self, chunk: Chunk, position: int, key: str) -> Chunk:
+        """One item, which is dead, by its position and its key.
+
+        It holds what it takes to replay the item when the job has ended and its work files are gone.
+        """
+        return self.slice(chunk, position, position + 1)
+
     def combine(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """The same items in fewer chunks, if possible. Dead items are replayed with it."""
+        """Dead items, each as :meth:`alone` gave it, in fewer chunks, if possible, for replaying them.
+
+        The source may have been mended. Raises StorageError if they cannot be told any more.
+        """
         return list(chunks)
+
+    def renew(self) -> None:  # noqa: B027
+        """All that was planned is done, and dead items are to be replayed: forget what :meth:`prepare` made."""
 
     def remark(self) -> str | None:
         """After planning: one line that the user should see (files passed over, say)."""

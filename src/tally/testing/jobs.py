@@ -86,7 +86,10 @@ def contend(url: str, job_id: str, threads: int) -> list[list[int]]:
     def one(number: int) -> list[int]:
         counted: list[int] = []
         while store.get(job_id).state != "finished":
-            lease = store.acquire(job_id, seconds=LONG)
+            try:
+                lease = store.acquire(job_id, seconds=LONG)
+            except JobStateError:  # it is finished by now
+                break
             if lease is None:
                 continue
             _, taken = store.commit(lease, take=2)
@@ -655,6 +658,48 @@ class JobStoreContract:
         assert [each.files for each in store.outputs(lease.job_id, generation=1)] == again
         assert sorted(each.files for each in store.outputs(lease.job_id)) == sorted(names + again)
 
+    @pytest.mark.parametrize("scored", [0, 1, 2])
+    def test_a_retry_that_comes_to_nothing_leaves_the_job_as_it_was(
+        self, store: JobStore, other: JobStore, lease: Lease, scored: int
+    ) -> None:
+        store.commit(lease, planned=[chunk(0, 4), chunk(4, 4)], complete=True)
+        _, (first, second) = store.commit(lease, take=2)
+        store.commit(lease, done=[done(first, 1), done(second, 0, 3)])
+        facts = {"generation": 0, "items": 8, "scored": 5, "dead": 3, "rows": 5}
+        store.release(lease, "finished", manifest=facts)
+
+        def looks(record: JobRecord) -> object:
+            return (
+                record.state, record.generation, record.items, record.done, record.dead, record.rows, record.bytes,
+                record.manifest, list(store.dead(record.id)), list(store.outputs(record.id)), store.counts(record.id),
+            )  # fmt: skip
+
+        before = looks(store.get(lease.job_id))
+        for begun in (False, True):
+            lease = _acquired(store, lease.job_id)
+            if begun:
+                replay = [each.chunk for each in store.dead(lease.job_id)]
+                store.reopen(lease, replay, published=True)
+                _, taken = store.commit(lease, take=3)
+                store.commit(
+                    lease, done=[done(each, *([0] if index else [])) for index, each in enumerate(taken[:scored])]
+                )
+                assert store.get(lease.job_id).is_retry
+                expire(store, lease.job_id)  # its coordinator is lost, and another one gives it up
+                lease = _acquired(other, lease.job_id)
+            other.undo_retry(lease, error="no model")
+            other.undo_retry(lease, error="no model")
+            record = store.get(lease.job_id)
+            assert looks(record) == before
+            assert (record.error, record.alive, record.is_retry) == ("no model", False, False)
+        lease = _acquired(store, lease.job_id)
+        store.reopen(lease, [each.chunk for each in store.dead(lease.job_id)], published=True)
+        _, taken = store.commit(lease, take=3)
+        store.commit(lease, done=[done(each) for each in taken])
+        store.release(lease, "finished", manifest={**facts, "generation": 1})
+        record = store.get(lease.job_id)
+        assert (record.done, record.dead, record.rows, list(store.dead(record.id))) == (8, 0, 8, [])
+
     def test_a_dead_item_may_be_many_when_it_is_replayed(self, store: JobStore, lease: Lease) -> None:
         store.commit(lease, planned=[chunk(0, 3)], complete=True)
         _, (stored,) = store.commit(lease, take=1)
@@ -798,7 +843,35 @@ class JobStoreContract:
         assert store.renew(lease, seconds=LONG) == asked
         store.release(lease, "interrupted")
         lease = _acquired(store, lease.job_id)
-        assert store.renew(lease, seconds=LONG) == "run"
+        assert store.renew(lease, seconds=LONG) == ("cancel" if asked == "cancel" else "run")
+
+    def test_nobody_takes_a_job_that_has_ended(
+        self, store: JobStore, other: JobStore, lease: Lease, create: Callable[..., JobRecord]
+    ) -> None:
+        store.release(lease, "cancelled")
+        for retry in (False, True):
+            with pytest.raises(JobStateError, match="is cancelled"):
+                other.acquire(lease.job_id, seconds=LONG, retry=retry)
+        assert store.get(lease.job_id).state == "cancelled"
+        finished = _acquired(store, create("g").id)
+        store.release(finished, "finished", manifest={"files": []})
+        with pytest.raises(JobStateError, match="is finished"):
+            other.acquire(finished.job_id, seconds=LONG)
+        assert other.acquire(finished.job_id, seconds=LONG, retry=True) is not None
+
+    def test_who_takes_a_job_is_told_of_every_cancellation(
+        self, store: JobStore, other: JobStore, create: Callable[..., JobRecord]
+    ) -> None:
+        """Cancelled by one process while another was about to take it: whatever the order, it ends cancelled."""
+        for number in range(20):
+            job_id = create(f"race-{number}").id
+            store.release(_acquired(store, job_id), "interrupted")
+            with ThreadPoolExecutor(2) as pool:
+                asked = pool.submit(store.request, job_id, "cancel")
+                lease = pool.submit(other.acquire, job_id, seconds=LONG).result(DEADLINE)
+                asked.result(DEADLINE)
+            assert lease is not None
+            assert other.renew(lease, seconds=LONG) == "cancel"
 
     def test_a_job_that_has_ended_takes_no_requests(
         self, store: JobStore, lease: Lease, create: Callable[..., JobRecord]
@@ -833,9 +906,10 @@ class JobStoreContract:
         assert store.counts(lease.job_id) == {"pending": 1, "running": 0, "done": 0}
         with pytest.raises(OwnershipLostError):
             store.renew(lease, seconds=LONG)
-        _acquired(store, lease.job_id)
-        record = store.get(lease.job_id)
-        assert (record.state, record.error, record.finished_at) == ("running", None, None)
+        if state != "cancelled":
+            _acquired(store, lease.job_id)
+            record = store.get(lease.job_id)
+            assert (record.state, record.error, record.finished_at) == ("running", None, None)
 
     def test_delete_forgets_one_job(self, store: JobStore, lease: Lease, create: Callable[..., JobRecord]) -> None:
         kept = _acquired(store, create("g").id)
@@ -957,7 +1031,7 @@ def _age(store: JobStore, *ids: str) -> None:
 
 
 def _acquired(store: JobStore, job_id: str) -> Lease:
-    lease = store.acquire(job_id, seconds=LONG)
+    lease = store.acquire(job_id, seconds=LONG, retry=True)
     assert lease is not None
     return lease
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import hashlib
 import io
 import mmap
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -555,6 +556,24 @@ def _line_numbers(path: Path, positions: Sequence[int]) -> list[int]:
             # DuckDB may point at the line feed before the line.
             numbers.append(line + (block[:1] == newline))
     return numbers
+
+
+def digest_without(path: Path, lines: Collection[int]) -> str:
+    """Of a text file's lines, but for those of these numbers, which count from 1. Line endings do not count."""
+    left_out = sorted(lines, reverse=True)
+    digest, number = hashlib.sha256(), 1
+    with open_plain(path) as file:
+        while block := file.read(_NEWLINES):
+            block = (block + file.readline()).replace(b"\r\n", b"\n").removesuffix(b"\n")
+            count = block.count(b"\n") + 1
+            if left_out and left_out[-1] < number + count:
+                kept = block.split(b"\n")
+                while left_out and left_out[-1] < number + count:
+                    kept[left_out.pop() - number] = b"\0"
+                block = b"\n".join(kept)
+            digest.update(block + b"\n")
+            number += count
+    return digest.hexdigest()[:32]
 
 
 def _has_faults(connection: Any) -> bool:

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -76,6 +76,8 @@ class Made:
     kind: ``files`` (one table for each file), ``rows`` (one table, each row with its position in the whole input) or
     ``windows``. files: key and number of rows of each file. tables: name and number of rows of each work file. bad:
     number of lines that could not be read. keys: number of keys. timeless: rows without a time, which are in no window.
+    versions: of each file, as its store marks it. healthy: for the number of each file with lines that could not be
+    read, a digest of its other lines.
     """
 
     kind: str
@@ -84,6 +86,8 @@ class Made:
     bad: int = 0
     keys: int = 0
     timeless: int = 0
+    versions: list[str] = field(default_factory=list)
+    healthy: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,10 +105,12 @@ def make(inputs: Iterable[TableFile], query: Query, folder: Path) -> Made:
     spill = folder / "spill"
     with temporary.folder("tables") as links, connect(spill) as connection:
         try:
-            files, tables = _convert(connection, inputs, query, folder, Path(links))
+            files, tables, healthy = _convert(connection, inputs, query, folder, Path(links))
             if not query.sorts:
-                return Made("files", files, [(path.name, rows) for path, rows in tables], _count(folder / BAD))
-            return _arrange(connection, query, files, tables, folder, Path(links))
+                made = Made("files", files, [(path.name, rows) for path, rows in tables], _count(folder / BAD))
+            else:
+                made = _arrange(connection, query, files, tables, folder, Path(links))
+            return replace(made, healthy=healthy)
         except duckdb.Error as error:
             raise failure("prepare", str(folder), _first_line(error)) from None
         except OSError as error:
@@ -140,12 +146,16 @@ def link(path: Path, folder: Path, number: int, suffix: str) -> Path:
 
 def _convert(
     connection: Any, inputs: Iterable[TableFile], query: Query, folder: Path, links: Path
-) -> tuple[list[tuple[str, int]], list[tuple[Path, int]]]:
-    """Convert every file to Parquet. Returns key and rows of each file, and path and rows of each table."""
+) -> tuple[list[tuple[str, int]], list[tuple[Path, int]], dict[str, str]]:
+    """Convert every file to Parquet.
+
+    Returns key and rows of each file, path and rows of each table, and :attr:`Made.healthy`.
+    """
     import duckdb
 
     files: list[tuple[str, int]] = []
     tables: list[tuple[Path, int]] = []
+    healthy: dict[str, str] = {}
     with _Bad(folder / BAD) as bad:
         for number, each in enumerate(inputs):
             path = each.store.local_path(each.name, mark=each.mark)
@@ -159,13 +169,15 @@ def _convert(
                 plain = link(path, links, number, f".text{packed}")
                 bring = _from_csv if each.format == "csv" else _from_jsonl
                 try:
-                    bad.add(number, each.key, bring(connection, plain, each, query, target, links, number))
+                    lines = bad.add(number, each.key, bring(connection, plain, each, query, target, links, number))
                 except duckdb.Error as error:
                     raise failure("read", each.key, _first_line(error)) from None
+                if lines:
+                    healthy[str(number)] = delimited.digest_without(plain, lines)
                 table, rows = target, _count(target) if target.exists() else 0
             files.append((each.key, rows))
             tables.append((table, rows))
-    return files, tables
+    return files, tables, healthy
 
 
 def _columns(query: Query) -> list[str]:
@@ -369,7 +381,13 @@ class _Bad:
         self._path = path
         self._writer: Any = None
         self._schema = pa.schema(
-            [("file", pa.int64()), ("before", pa.int64()), ("key", pa.string()), ("error", pa.string())]
+            [
+                ("file", pa.int64()),
+                ("before", pa.int64()),
+                ("line", pa.int64()),
+                ("key", pa.string()),
+                ("error", pa.string()),
+            ]
         )
 
     def __enter__(self) -> Self:
@@ -379,20 +397,27 @@ class _Bad:
         if self._writer is not None:
             self._writer.close()
 
-    def add(self, file: int, key: str, faults: Iterable[delimited.Fault]) -> None:
+    def add(self, file: int, key: str, faults: Iterable[delimited.Fault]) -> list[int]:
+        """Write the faults of one file. Returns the numbers of their lines."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        lines: list[int] = []
         pending: list[dict[str, Any]] = []
         for fault in faults:
+            lines.append(fault.line)
             pending.append(
-                {"file": file, "before": fault.before, "key": f"{key} line {fault.line}", "error": fault.message}
-            )
+                {
+                    "file": file, "before": fault.before, "line": fault.line, "key": f"{key} line {fault.line}",
+                    "error": fault.message,
+                }
+            )  # fmt: skip
             if len(pending) >= _BATCH_ROWS:
                 self._write(pa.Table.from_pylist(pending, self._schema), pq)
                 pending = []
         if pending:
             self._write(pa.Table.from_pylist(pending, self._schema), pq)
+        return lines
 
     def _write(self, table: pa.Table, pq: Any) -> None:
         if self._writer is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate
@@ -26,6 +26,7 @@ from tally.sources.tables import delimited, versioned
 from tally.sources.tables.batches import READY, Ahead, Reader, plain
 from tally.sources.tables.formats import known_format, open_parquet
 from tally.sources.tables.ingest import BAD, COUNT, FIRST, KEYS, ROWS, Made, Query, TableFile, make
+from tally.sources.tables.mending import Positions, found_again, kept
 from tally.sources.tables.parquet import DECODED, Footer, Stream, footer_of
 from tally.sources.tables.row_ranges import MOST, Packer, RowRange, append, file_of, length, part
 from tally.sources.tables.schema import inspect
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 _COMBINE = 65_536
 
-_LOOKED_UP = ("_work", "_index", "_rows", "_called")
+_LOOKED_UP = ("_work", "_index", "_rows", "_called", "_positions")
 
 MissingReason = Callable[[Mapping[str, Any]], "str | None"]
 
@@ -184,6 +185,15 @@ class TableSource(Source):
             return
         inputs = [self._known(each) for each in _inputs(self.listing, self.query.csv, [])]
         WorkFolder(self._scratch()).ensure(fingerprint(inputs, self.query), lambda folder: self._make(inputs, folder))
+        self._look_again()
+
+    def renew(self) -> None:
+        """See :meth:`Source.renew`."""
+        if not self.in_place:
+            WorkFolder(self._scratch()).forget()
+            self._look_again()
+
+    def _look_again(self) -> None:
         for name in _LOOKED_UP:
             self.__dict__.pop(name, None)
 
@@ -193,7 +203,7 @@ class TableSource(Source):
         return replace(file, rows=footer.rows) if footer is not None and mark == file.mark else file
 
     def _make(self, inputs: Sequence[TableFile], folder: Path) -> Made:
-        made = make(inputs, self.query, folder)
+        made = replace(make(inputs, self.query, folder), versions=[each.mark for each in inputs])
         for each in inputs:  # was it one and the same all the time?
             each.store.check_mark(each.name, each.mark)
         return made
@@ -387,13 +397,36 @@ class TableSource(Source):
             at += count
         return Chunk(chunk.first + start, stop - start, {"pieces": row_ranges}, chunk.cursor)
 
+    def alone(self, chunk: Chunk, position: int, key: str) -> Chunk:
+        """See :meth:`Source.alone`."""
+        item = self.slice(chunk, position, position + 1)
+        [row_range] = item.payload["pieces"]
+        if row_range[0] == "rows" and row_range[1] >= 0:
+            return item
+        by = self.key_values(row_range[1]) if row_range[0] == "key" else {}
+        return replace(item, payload={**item.payload, "item": kept(row_range, key, self._positions, by)})
+
+    @cached_property
+    def _positions(self) -> Positions:
+        return Positions(self._work)
+
+    def _digest(self, number: int, lines: Collection[int]) -> str:
+        """Of the lines of a file that is CSV or JSON Lines, but for some; empty for another."""
+        for file, each in enumerate(_inputs(self.listing, self.query.csv, [])):
+            if file == number and each.format in ("csv", "jsonl"):
+                return delimited.digest_without(each.store.local_path(each.name), lines)
+        return ""
+
     def combine(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """See :meth:`Source.combine`. A key that has a model by now becomes its rows."""
+        if not self.in_place:
+            keys = [self.key_values(ordinal) for ordinal in range(self._work.made.keys)]
+            chunks = found_again(chunks, self._positions, keys, self._digest)
         combined: list[Chunk] = []
         row_ranges: list[RowRange] = []
         count = first = 0
-        for chunk in chunks:
-            for row_range in (each for given in chunk.payload["pieces"] for each in _bounded(self._revived(given))):
+        for chunk, revived in self._each_once(chunks):
+            for row_range in _bounded(revived):
                 items = length(row_range)
                 if row_ranges and (count + items > _COMBINE or len(row_ranges) >= MOST):
                     combined.append(Chunk(first, count, {"pieces": row_ranges}, chunk.cursor))
@@ -405,6 +438,17 @@ class TableSource(Source):
         if row_ranges:
             combined.append(Chunk(first, count, {"pieces": row_ranges}, chunks[-1].cursor))
         return combined
+
+    def _each_once(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, RowRange]]:
+        """The row ranges of the chunks. A mended line may belong to a key that has a model by now, and came with it."""
+        found = [(chunk, given, self._revived(given)) for chunk in chunks for given in chunk.payload["pieces"]]
+        keys = sorted(made[3:5] for _, given, made in found if given[0] == "key" and made[0] == "rows")
+        for chunk, given, made in found:
+            if given[0] == "rows" and made[1] < 0 and keys:
+                at = bisect.bisect_right(keys, [made[3], float("inf")]) - 1
+                if at >= 0 and made[4] <= keys[at][1]:
+                    continue
+            yield chunk, made
 
     def _revived(self, row_range: RowRange) -> RowRange:
         if row_range[0] != "key" or self.missing_reason is None:

@@ -112,14 +112,21 @@ class WorkFolder:
             raise StorageError(
                 f"the work files of the table are not at {self._store.url}", hint="score it again with --overwrite"
             )
-        return WorkFiles(self._store, marker["folder"], Made.from_json(marker["made"]))
+        return WorkFiles(self._store, marker["folder"], Made.from_json(marker["made"]), marker["fingerprint"])
+
+    def forget(self) -> None:
+        """Remove the files: they are made anew."""
+        self._store.delete([MARKER])
+        for name in self._store.folders():
+            if name.startswith(_PREFIX):
+                self._store.delete_tree(name)
 
 
 class WorkFiles:
     """Work files that exist."""
 
-    def __init__(self, store: Store, folder: str, made: Made) -> None:
-        self.made = made
+    def __init__(self, store: Store, folder: str, made: Made, fingerprint: str) -> None:
+        self.made, self.fingerprint = made, fingerprint
         self._store, self._folder = store, folder
 
     def parquet(self, name: str) -> pq.ParquetFile:
