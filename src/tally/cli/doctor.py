@@ -98,12 +98,22 @@ def _run(checks: Sequence[Check]) -> Iterator[tuple[str, str, str]]:
     metavar="URL",
     help="Ray only: the cluster's dashboard, http://HEAD:8265; by default, the cluster that Ray itself would find.",
 )
-def doctor(places: tuple[str, ...], write: bool, engine: str | None, address: str | None) -> int:
+@click.option(
+    "--mend",
+    metavar="PLACE",
+    help="Only free an output that a job claims whose database is lost.",
+)
+def doctor(places: tuple[str, ...], write: bool, engine: str | None, address: str | None, mend: str | None) -> int:
     """Check this installation, and what it is connected to: database, buckets, cluster.
 
     PLACE: a folder or bucket to look at too, such as s3://bucket/photos: whether it can be listed and read.
     The exit code is 1 if anything failed.
     """
+    if mend is not None:
+        from tally.jobs.facade import Jobs
+
+        click.echo(Jobs().mend(mend))
+        return 0
     failed = False
     if address is not None:
         engine = "ray"

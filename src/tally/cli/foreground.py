@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tally.errors import DatabaseAwayError, ModelError, TallyError
+from tally.errors import DatabaseAwayError, TallyError
 
 if TYPE_CHECKING:
     from tally.engines.base import Engine
@@ -58,11 +58,15 @@ def _what_next(jobs: Jobs, job_id: str, error: TallyError) -> str | None:
         record = jobs.get(job_id)
     except DatabaseAwayError:
         record = None
+    if record is not None and record.state == "finished" and record.error is not None:
+        return (
+            f"The job is as it was, and so are its results. After mending the cause: tally jobs retry {job_id} --dead"
+        )
     if record is not None and record.state not in ("failed", "interrupted"):
         return None
-    if isinstance(error, ModelError) and record is not None and not record.done:
-        # A model that is mended is another model, with which this job cannot go on.
-        return f"Nothing is scored yet. After mending the model, start again: tally jobs delete {job_id}, then score"
+    if record is not None and record.done == record.dead:
+        # A model that is mended is another model, with which this job cannot go on: the next one takes its place.
+        return "Nothing is scored yet. After mending the cause, give the same command again"
     return f"What is done is saved. After mending the cause, go on with: tally jobs resume {job_id}"
 
 

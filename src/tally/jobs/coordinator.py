@@ -637,7 +637,7 @@ class Coordinator:
             self._fail(
                 JobError(
                     f"all {self._done:,} items failed; the first was {self._first_dead()}",
-                    hint=_mend(self._lease.job_id),
+                    hint=_mend_all(self._lease.job_id),
                 )
             )
         if self._stop is None:
@@ -807,3 +807,8 @@ def _reason(error: BaseException, spec: JobSpec) -> str:
 
 def _mend(job_id: str) -> str:
     return f"See them with 'tally jobs dead {job_id}'; after mending the cause, 'tally jobs retry {job_id} --dead'."
+
+
+def _mend_all(job_id: str) -> str:
+    """What to do where nothing was scored: a mended model may be the cause, too."""
+    return f"{_mend(job_id)} After mending the model, give the same command again."

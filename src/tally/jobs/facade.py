@@ -12,7 +12,7 @@ from tally.alerts.evaluation import evaluate
 from tally.config import settings
 from tally.database.connect import connect
 from tally.database.waiting import Patience
-from tally.errors import DatabaseAwayError, JobStateError, TallyError
+from tally.errors import DatabaseAwayError, JobNotFoundError, JobStateError, TallyError
 from tally.jobs import tidy
 from tally.jobs.chunks import Dead
 from tally.jobs.cluster import cluster_for, drive_in_cluster
@@ -226,6 +226,28 @@ class Jobs:
         record = self.get(job)
         tidy.discard(self.store, record)
         return record
+
+    def mend(self, place: str) -> str:
+        """Free a place that is claimed by a job of a lost database. Returns what was done, in a sentence.
+
+        Raises JobStateError if this database knows the job.
+        """
+        sink = tidy.sink_at(absolute(place))
+        if not sink.claimed:
+            return f"{sink.place} is not claimed by any job: there is nothing to mend"
+        holder = sink.holder() or ""
+        try:
+            record = self.store.get(holder)
+        except JobNotFoundError:
+            sink.release()
+            return f"{sink.place} is free again: job {holder}, which this database does not know, had not finished it"
+        if record.state in ENDED and not record.alive:
+            sink.release()
+            return f"{sink.place} is free again: job {holder} is {record.state}"
+        raise JobStateError(
+            f"{sink.place} is claimed by job {holder}, which is {record.state}",
+            hint=f"Go on with: tally jobs resume {holder}   (or remove it: tally jobs delete {holder})",
+        )
 
     # -- alerts --------------------------------------------------------------------------------------
 

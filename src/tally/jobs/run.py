@@ -12,7 +12,7 @@ from tally.database.lease import new_token
 from tally.database.waiting import Patience
 from tally.engines.base import Engine, Limits
 from tally.engines.factory import make_engine
-from tally.errors import ClusterLostError, DatabaseAwayError, JobStateError
+from tally.errors import ClusterLostError, DatabaseAwayError, JobStateError, StorageError
 from tally.jobs import worker
 from tally.jobs.assemble import Parts, assemble
 from tally.jobs.chunks import new_nonce
@@ -26,6 +26,7 @@ from tally.jobs.tidy import undo_retry
 from tally.models.load import verify
 from tally.models.reference import ModelRef
 from tally.models.resolve import refreshed
+from tally.sinks.base import Sink
 
 
 def drive(
@@ -81,6 +82,7 @@ def drive(
             limits=Limits(memory=spec.memory or engine.default_memory(most)),
             log=settings().log_of(record.id),
         )
+        _check_still_there(record, parts.sink)
         parts.sink.claim(record.id)
         if retry_dead:
             _reopen(store, lease, record, parts, patience, nonce)
@@ -141,6 +143,16 @@ def _alerts_of(store: JobStore, events: Events, patience: Patience) -> Subscribe
                 pass
 
     return conclude_alerts
+
+
+def _check_still_there(record: JobRecord, sink: Sink) -> None:
+    """Raises StorageError if the place holds nothing of what the job has scored: it cannot go on from there."""
+    scored = record.done - record.dead
+    if scored and sink.holder() is None:
+        raise StorageError(
+            f"what job {record.id} has scored ({scored:,} {record.unit}) is no longer at {sink.place}",
+            hint="Bring it back, or score again: give the command that began the job.",
+        )
 
 
 def _reopen(store: JobStore, lease: Lease, record: JobRecord, parts: Parts, patience: Patience, nonce: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tally.alerts.delivery import conclude
 from tally.alerts.evaluation import check
-from tally.errors import JobExistsError, TallyError
+from tally.errors import JobExistsError, JobNotFoundError, OutputExistsError, TallyError
 from tally.jobs.assemble import Parts, assemble, describe_model, output_without_source
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
@@ -33,8 +33,9 @@ def submit(
     resume: what does not change the result (workers, device, limits ...) is from now on as this spec says.
     overwrite: do it again, over the results of an earlier finished job.
     waiting: the id of the waiting job that this one is.
-    Raises JobExistsError if the same was asked for before and neither is given. An earlier job that has not
-    scored anything is no obstacle: it is forgotten.
+    Raises JobExistsError if the same was asked for before and neither is given, OutputExistsError if another job of
+    this place was not finished and ``overwrite`` is not given. An earlier job that has not scored anything is no
+    obstacle, whatever its model was: it is forgotten.
     """
     ref = describe_model(spec, model)
     parts = assemble(spec, ref)
@@ -50,6 +51,7 @@ def submit(
             fields = spec.model_dump(mode="json")
             return store.respec(earlier.id, fields, output=parts.describe_output()), parts
         _make_way(store, earlier, spec, overwrite=overwrite)
+    _clear_place(store, parts.sink, earlier, overwrite=overwrite)
     record = store.create(
         fingerprint=fingerprint,
         spec=spec.model_dump(mode="json"),
@@ -92,6 +94,43 @@ def _make_way(store: JobStore, earlier: JobRecord, spec: JobSpec, *, overwrite: 
             hint=f"Go on with: tally jobs resume {earlier.id}   (or --resume; --overwrite starts again)",
         )
     discard(store, earlier)
+
+
+def _clear_place(store: JobStore, sink: Sink, same: JobRecord | None, *, overwrite: bool) -> None:
+    """Forget what another job, which was not finished, has left at the place, where that is nothing or is to go.
+
+    same: a job of the same spec, which was dealt with.
+    """
+    holder = sink.holder()
+    if holder is None or (same is not None and holder == same.id) or not sink.claimed:
+        return  # the claim deals with finished results
+    try:
+        other = store.get(holder)
+    except JobNotFoundError:
+        if not overwrite:
+            raise OutputExistsError(
+                f"{sink.place} is claimed by job {holder}, which is not in this database",
+                hint="If nothing else is writing there, its database is lost: take the place with --overwrite, or free "
+                f"it with: tally doctor --mend {sink.place}",
+            ) from None
+        sink.release()
+        return
+    if other.state == "finished":
+        sink.release()  # its claim was left behind; its results stay
+        return
+    if other.alive:
+        raise OutputExistsError(
+            f"{sink.place} is being written by job {other.id}, which is under way",
+            hint=f"Stop it first: tally jobs cancel {other.id}   (or choose another output)",
+        )
+    scored = other.done - other.dead
+    if scored and not overwrite and other.state != "cancelled":
+        raise OutputExistsError(
+            f"{sink.place} holds what job {other.id} has scored with another model or other options "
+            f"({scored:,} {other.unit}); it {_HALTED.get(other.state, 'was not finished')}",
+            hint=f"Replace it with --overwrite, go on with it: tally jobs resume {other.id}, or choose another output.",
+        )
+    discard(store, other)
 
 
 def submit_failed(store: JobStore, spec: JobSpec, error: TallyError) -> JobRecord:

@@ -7,6 +7,8 @@ from tally.errors import JobStateError, StorageError
 from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.sinks.base import OutputDescription, Sink
 from tally.sinks.factory import reopen
+from tally.sources.listing import is_video
+from tally.storage import normalised
 
 
 def discard(store: JobStore, record: JobRecord) -> None:
@@ -57,6 +59,11 @@ def _has_unpublished(store: JobStore, record: JobRecord, sink: Sink) -> bool:
     published = manifest["generation"] if manifest.get("job") == record.id else -1
     generations = range(published + 1, record.generation + 1)
     return any(next(store.outputs(record.id, generation=each), None) is not None for each in generations)
+
+
+def sink_at(place: str) -> Sink:
+    """A place of which nothing is known but where it is, for removing what a job has left there."""
+    return reopen(OutputDescription("video" if is_video(place) else "rows", normalised(place), merged=None))
 
 
 def sink_of(record: JobRecord) -> Sink:

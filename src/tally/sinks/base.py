@@ -148,6 +148,11 @@ class Sink(ABC):
         """The manifest at the output place, as published last; None while there is none."""
 
     @property
+    def claimed(self) -> bool:
+        """Whether a job is writing there, or has begun to and was not finished: :meth:`holder` is that job."""
+        return self.holder() is not None and self.manifest() is None
+
+    @property
     def publishing(self) -> bool:
         """Whether it has begun to publish a generation, and was stopped before the end: :meth:`finalize` goes on."""
         return False

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 
-from tally.errors import OutputExistsError
+from tally.errors import OutputExistsError, StorageError, TallyError
 from tally.sinks.base import Output, Sink
 from tally.sinks.layout import File, OutputLayout
 from tally.storage import key_of
@@ -86,6 +86,11 @@ class StagedSink(Sink):
     def manifest(self) -> dict[str, Any] | None:
         """``_manifest.json`` as it is, or None while nothing has been published."""
         return self.layout.read_json(self.layout.manifest)
+
+    @property
+    def claimed(self) -> bool:
+        """See :attr:`Sink.claimed`."""
+        return self.layout.read_json(self.layout.claim) is not None
 
     @property
     def publishing(self) -> bool:
@@ -165,7 +170,7 @@ class StagedSink(Sink):
                 **manifest,
                 "generation": generation,
                 "layout": 1,
-                **self.assemble(outputs, dead, earlier),
+                **self._assembled(outputs, dead, earlier),
                 "staged": [name for output in outputs for name in output.files],
             }
             layout.confirm()
@@ -177,6 +182,22 @@ class StagedSink(Sink):
         published = self.manifest()
         assert published is not None
         return published
+
+    def _assembled(
+        self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """As :meth:`assemble`; says so if staged files are gone."""
+        try:
+            return self.assemble(outputs, dead, earlier)
+        except (OSError, TallyError):
+            names = (self.layout.staging + name for output in outputs for name in output.files)
+            gone = [name for name in names if not self.layout.store.exists(name)]
+            if not gone:
+                raise
+            raise StorageError(
+                f"what was scored is no longer there: {_files(len(gone))}, e.g. {self.layout.address(gone[0])}",
+                hint="Bring back what was removed, or score again with --overwrite.",
+            ) from None
 
     def _tidy_up(self, confirm: Callable[[], None]) -> None:
         """Remove what a published generation staged, and note in the claim that it is published.

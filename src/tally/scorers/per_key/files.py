@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -43,12 +44,14 @@ class PerKeyFilesOptions(tables.TableOptions):
     """Options of a scorer of one file for each key, as :func:`inspect` completes them.
 
     folder, files: where the models are. template: of the files' names, within the folder.
+    broken: files that are no model, and why: their keys have none, until they are mended.
     names, count, columns: what the first model takes and gives, and so all others have to.
     """
 
     folder: str
     template: str
     files: list[str]
+    broken: Mapping[str, str] = {}
     by: list[str]
     names: list[str] | None = None
     count: int | None = None
@@ -75,30 +78,30 @@ def inspect(
     if problems := tables.TableOptions.problems_in(options):
         raise SpecError([f"{template}: {each}" for each in problems])
     given = tables.TableOptions.model_validate(dict(options))
-    failed: list[TallyError] = []
-    for file in files:
+    failed = _unreadable(folder, files)
+    for file in (each for each in files if each not in failed):
         try:
             member = open_model(folder, file, given.features, trusted=trusted)
             break
         except UntrustedModelError:
             raise
         except ModelError as error:
-            failed.append(error)
+            failed[file] = error
     else:
-        raise ModelLoadError(
-            f"none of the {len(files):,} models can be opened: {failed[0].message}", hint=failed[0].hint
-        )
+        first = failed[files[0]]
+        raise ModelLoadError(f"none of the {len(files):,} models can be opened: {first.message}", hint=first.hint)
     features = member.features
     names = None if isinstance(features, int) or features is None else list(features)
     count = features if isinstance(features, int) else None if names is None else len(names)
-    assumed = [f"{each.message}: rows of that key are going to fail" for each in failed]
+    assumed = [f"{each.message}: rows of that key are going to fail" for each in failed.values()]
     if names is None and count is not None:
         assumed.append(tables.assumed_features(count, "the models were"))
     found = PerKeyFilesOptions(
         **given.model_dump(),
         folder=str(folder.absolute()),
         template=template,
-        files=list(files),
+        files=[each for each in files if each not in failed],
+        broken={name: error.message for name, error in failed.items()},
         by=list(by),
         names=names,
         count=count,
@@ -107,6 +110,19 @@ def inspect(
         assumed=tuple(assumed),
     )
     return found.model_dump(mode="json")
+
+
+def _unreadable(folder: Path, files: Sequence[str]) -> dict[str, TallyError]:
+    """Those of the files that are seen to be no model without opening them, and why."""
+    found: dict[str, TallyError] = {}
+    for name in files:
+        try:
+            check_readable(folder / name, trusted=True)
+            if name.lower().endswith(".skops") and not zipfile.is_zipfile(folder / name):
+                found[name] = ModelLoadError(f"{folder.name}/{name} cannot be opened: it is damaged or cut off")
+        except ModelLoadError as error:
+            found[name] = error
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +196,10 @@ class PerKeyFilesKind(Kind):
                 with suppress(ModelLoadError):  # only the rows of a damaged model's key fail
                     check_readable(folder / name, trusted=False)
         within = str(path.relative_to(folder))
-        digest = content_hash(folder, files)
         with errors_name(mirror or str(folder), instead_of=folder):
             options = inspect(within, by, folder, files, merged({}, request.settings), trusted=request.trust)
+        files = tuple(options["files"])
+        digest = content_hash(folder, files)
         return ModelRef(
             kind=self.name,
             name=template,
@@ -255,7 +272,10 @@ class PerKeyFilesScorer(ModelPerKey):
             return None
         if found is None:
             return f"{' and '.join(name for name in self.by if key[name] is None)} is null, which chooses no model"
-        return f"there is no model {self._called}/{self._path(found)}"
+        path = self._path(found)
+        if (reason := self.options.broken.get(path)) is not None:
+            return reason
+        return f"there is no model {self._called}/{path}"
 
     def _path(self, key: Sequence[str]) -> str:
         values = dict(zip(self.by, key, strict=True))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
+from types import CodeType
 from typing import Any, cast
 
 import cloudpickle
@@ -73,12 +75,16 @@ class ObjectKind(Kind):
 
 
 def store(model: object, name: str) -> Path:
-    """A folder of this user that holds a Scorer, object or class, in ``PICKLED``. The same model has the same folder.
+    """A folder of this user that holds a Scorer, object or class, in ``PICKLED``.
 
+    The same model has the same folder, and so the content that was stored first: where its code stands, in which line
+    of which file or cell, makes no other model of it.
     Raises SpecError for what cannot be pickled, StorageError.
     """
-    content = _pickled(model, name)
-    folder = settings().home / "objects" / hashlib.sha256(content).hexdigest()
+    pickler = _Pickler()
+    content = _pickled(model, name, pickler)
+    identity = _pickled(model, name, _Pickler(placeless=True)) if pickler.met_code else content
+    folder = settings().home / "objects" / hashlib.sha256(identity).hexdigest()
     _write_private(folder / PICKLED, content)
     return folder
 
@@ -100,9 +106,27 @@ def load(path: Path, name: str, options: Mapping[str, Any]) -> Scorer:
         ) from error
 
 
-def _pickled(model: object, name: str) -> bytes:
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+    """met_code: whether it has pickled code by its value. placeless: leave out where that code stands."""
+
+    def __init__(self, *, placeless: bool = False) -> None:
+        self.file = io.BytesIO()
+        super().__init__(self.file)
+        self._placeless, self.met_code = placeless, False
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, CodeType):
+            self.met_code = True
+            if self._placeless:
+                bare = obj.replace(co_filename="", co_firstlineno=1, co_linetable=b"")
+                return self.dispatch_table[CodeType](bare)
+        return super().reducer_override(obj)
+
+
+def _pickled(model: object, name: str, pickler: _Pickler) -> bytes:
     try:
-        content = cast("bytes", cloudpickle.dumps(model))
+        pickler.dump(model)
+        content = pickler.file.getvalue()
     except Exception as error:
         raise SpecError(
             f"{name} cannot be sent to worker processes: {type(error).__name__}: {error}",
