@@ -231,9 +231,14 @@ class Job:
         """Stop it for good, and remove what it had not finished writing."""
         self._jobs.cancel(self.id)
 
-    def resume(self, *, quiet: bool = False) -> Job:
+    def resume(self, *, quiet: bool = False, **options: Any) -> Job:
         """Continue a job that was paused, interrupted or has failed; if another process runs it, that process
-        continues it."""
+        continues it.
+
+        options: fields of the job that are changed before: ``device``, ``workers``, limits, whatever does not change
+        the result. Raises SpecError for another.
+        """
+        self._jobs.change(self.id, **options)
         if not self._jobs.unpause(self.id).alive:
             self._run(quiet=quiet)
         return self

@@ -137,13 +137,22 @@ def pause(job: str) -> None:
 
 @jobs.command(short_help="Go on with a job that was stopped.")
 @click.argument("job")
+@click.option("--device", help="From now on: auto, cpu, cuda[:N] or tensorrt[:N].")
+@click.option("-w", "--workers", help="From now on: worker processes, 8 or 4..64.")
+@click.option("--timeout", type=float, help="From now on: seconds that one batch may take.")
+@click.option("--memory", help="From now on: memory that one worker may hold, e.g. 2GiB.")
+@click.option("--max-dead", help="From now on: share of failed items at which the job stops.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
-def resume(job: str, quiet: bool) -> int:
-    """Go on with a job that was paused, interrupted, killed or has failed; follow one that runs in a cluster."""
+def resume(job: str, quiet: bool, **options: Any) -> int:
+    """Go on with a job that was paused, interrupted, killed or has failed; follow one that runs in a cluster.
+
+    The options that are given are changed; those that would change the result cannot be.
+    """
     from tally.cli.foreground import see_through
     from tally.jobs.facade import Jobs
 
     jobs = Jobs()
+    jobs.change(job, **options)
     record = jobs.unpause(job)
     if record.alive and not jobs.runs_in_a_cluster(record):
         click.echo(f"job {record.id} was told to continue; follow it with: tally jobs watch {record.id}")

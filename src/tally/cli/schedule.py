@@ -128,7 +128,7 @@ def list_(as_json: bool) -> None:
     table(("NAME", "CRON", "ZONE", "NEXT RUN", "LAST INTERVAL", "RUNS"), rows)
 
 
-_STATES = ("running", "pending", "failed", "skipped", "finished")
+_STATES = ("running", "pending", "failed", "skipped", "empty", "finished")
 
 
 @schedule.command(short_help="Next times, last runs, and what the clock's changes do.")
@@ -241,9 +241,9 @@ def remove(name: str) -> None:
 @click.argument("name")
 @click.option("--from", "since", required=True, metavar="TIME", help="Start of the first interval, at the earliest.")
 @click.option("--to", "until", metavar="TIME", help="Run intervals that begin before this.  [default: now]")
-@click.option("--again", is_flag=True, help="Run finished intervals again and replace their results.")
+@click.option("--again", is_flag=True, help="Run finished and empty intervals again and replace their results.")
 def backfill(name: str, since: str, until: str | None, again: bool) -> int:
-    """Run the intervals that begin from --from on and before --to, unless they are finished.
+    """Run the intervals that begin from --from on and before --to, unless they are finished or had nothing to score.
 
     TIME is a date or a time on the clock of the schedule's zone. The same command again continues where it was stopped,
     and retries what failed.
@@ -284,7 +284,7 @@ class _Report:
         self.within = Interval(intervals[0].start, intervals[-1].start + 1)
         self._store, self._name, self._clock, self._ids = store, name, clock, ids
         self._counts: dict[str, int] = {}
-        self._ended = {run.id for run in self._runs() if run.state == "finished"}
+        self._ended = {run.id for run in self._runs() if run.state in ("finished", "empty")}
         if self._ended:
             click.echo(f"{len(self._ended):,} of {len(ids):,} intervals are finished already", err=True)
 
@@ -295,7 +295,7 @@ class _Report:
             return
         self._counts = counts
         for run in self._runs():
-            if run.state in ("finished", "failed") and run.id not in self._ended:
+            if run.state in ("finished", "empty", "failed") and run.id not in self._ended:
                 self._ended.add(run.id)
                 job, done = _job(self._store, run)
                 what = f"{done} done (job {job})" if run.state == "finished" else str(run.error)
@@ -305,12 +305,13 @@ class _Report:
     def end(self, *, stopped: bool) -> int:
         """Say how it ended; the exit code."""
         runs = self._runs()
-        finished = sum(run.state == "finished" for run in runs)
-        click.echo(f"{finished:,} of {len(runs):,} intervals are finished")
+        finished, empty = (sum(run.state == state for run in runs) for state in ("finished", "empty"))
+        nothing = f", {empty:,} had nothing to score" if empty else ""
+        click.echo(f"{finished:,} of {len(runs):,} intervals are finished{nothing}")
         if stopped:
             click.echo("  Go on with the same command.", err=True)
             return 130
-        if finished < len(runs):
+        if finished + empty < len(runs):
             click.echo("  After mending the cause, the same command tries the others again.", err=True)
             return 1
         return 0

@@ -217,7 +217,7 @@ schedule_runs = Table(
     Column("schedule", String(128), ForeignKey("schedules.name", ondelete="CASCADE"), nullable=False),
     Column("interval_start", BigInteger, nullable=False),
     Column("interval_end", BigInteger, nullable=False),
-    # pending, running, finished, failed or skipped
+    # pending, running, finished, empty, failed or skipped
     Column("state", String(16), nullable=False),
     # cron, catch-up or backfill
     Column("reason", String(16), nullable=False),

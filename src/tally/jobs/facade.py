@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tally.alerts.alert import Alert, alerts_of, resend
 from tally.alerts.delivery import PATIENCE, deliver
@@ -12,7 +12,7 @@ from tally.alerts.evaluation import evaluate
 from tally.config import settings
 from tally.database.connect import connect
 from tally.database.waiting import Patience
-from tally.errors import DatabaseAwayError, JobNotFoundError, JobStateError, TallyError
+from tally.errors import DatabaseAwayError, JobNotFoundError, JobStateError, SpecError, TallyError
 from tally.jobs import tidy
 from tally.jobs.chunks import Dead
 from tally.jobs.cluster import cluster_for, drive_in_cluster
@@ -20,7 +20,7 @@ from tally.jobs.events import Assumed, Events, write_to_log
 from tally.jobs.follow import LOOK_SECONDS, Follower, is_driven
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.run import drive
-from tally.jobs.spec import JobSpec, absolute
+from tally.jobs.spec import JobSpec, absolute, make
 from tally.jobs.starts import StartStore
 from tally.jobs.states import ENDED, State
 from tally.jobs.stop import Stop
@@ -191,6 +191,30 @@ class Jobs:
         if record.alive:
             self.store.request(record.id, "run")
         return record
+
+    def change(self, job: str, **options: Any) -> JobRecord:
+        """Give a job that is stopped other options: its device, workers, limits, whatever does not change the result.
+
+        Raises SpecError for an option that does, or is wrong; JobStateError while another process drives the job.
+        """
+        record = self.get(job)
+        given = {name: value for name, value in options.items() if value is not None}
+        if not given:
+            return record
+        if record.alive or record.state in ENDED:
+            raise JobStateError(
+                f"job {record.id} is {record.state}: its options cannot be changed",
+                hint="Stop it first, with Ctrl-C where it runs." if record.alive else None,
+            )
+        before = JobSpec(**record.spec)
+        spec = make(**{**record.spec, **given})
+        named = [name for name in ("model", "artifacts", "trust") if getattr(spec, name) != getattr(before, name)]
+        if differing := named + spec.differing(before):
+            raise SpecError(
+                f"{', '.join(differing)}: another value would give another result than job {record.id} has begun",
+                hint="Start a job of its own, in another place or with --overwrite.",
+            )
+        return self.store.respec(record.id, spec.model_dump(mode="json"))
 
     def cancel(self, job: str) -> JobRecord:
         """Stop the job for good, and remove what it had not finished writing.

@@ -201,6 +201,16 @@ class JobSpec(BaseModel):
 
     def fingerprint(self, model_hash: str) -> str:
         """The same for jobs that would produce the same result at the same place."""
+        text = json.dumps({**self._relevant(), "model": model_hash}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def differing(self, other: JobSpec) -> list[str]:
+        """The fields that make another result of it than of the other spec, at the same place."""
+        ours, theirs = self._relevant(), other._relevant()
+        return [name for name in JobSpec.model_fields if ours.get(name) != theirs.get(name)]
+
+    def _relevant(self) -> dict[str, Any]:
+        """The fields that decide about the result, JSON-able."""
         relevant = self.model_dump(
             mode="json",
             include={"source", "out", "settings", "format", "batch_size", "task", "labels"},
@@ -214,8 +224,7 @@ class JobSpec(BaseModel):
         )
         relevant["source"] = [each.rstrip("/") for each in relevant["source"]]  # shells append slashes
         relevant["out"] = relevant["out"].rstrip("/")
-        text = json.dumps({**relevant, "model": model_hash}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return relevant
 
 
 def make(**fields: Any) -> JobSpec:

@@ -51,7 +51,7 @@ def submit(
             fields = spec.model_dump(mode="json")
             return store.respec(earlier.id, fields, output=parts.describe_output()), parts
         _make_way(store, earlier, spec, overwrite=overwrite)
-    _clear_place(store, parts.sink, earlier, overwrite=overwrite)
+    _clear_place(store, parts.sink, spec, ref.hash, same=earlier, overwrite=overwrite)
     record = store.create(
         fingerprint=fingerprint,
         spec=spec.model_dump(mode="json"),
@@ -96,7 +96,9 @@ def _make_way(store: JobStore, earlier: JobRecord, spec: JobSpec, *, overwrite: 
     discard(store, earlier)
 
 
-def _clear_place(store: JobStore, sink: Sink, same: JobRecord | None, *, overwrite: bool) -> None:
+def _clear_place(
+    store: JobStore, sink: Sink, spec: JobSpec, model_hash: str, *, same: JobRecord | None, overwrite: bool
+) -> None:
     """Forget what another job, which was not finished, has left at the place, where that is nothing or is to go.
 
     same: a job of the same spec, which was dealt with.
@@ -125,9 +127,12 @@ def _clear_place(store: JobStore, sink: Sink, same: JobRecord | None, *, overwri
         )
     scored = other.done - other.dead
     if scored and not overwrite and other.state != "cancelled":
+        differing = spec.differing(JobSpec(**other.spec))
+        if other.model["hash"] != model_hash:
+            differing.insert(0, "model")
         raise OutputExistsError(
-            f"{sink.place} holds what job {other.id} has scored with another model or other options "
-            f"({scored:,} {other.unit}); it {_HALTED.get(other.state, 'was not finished')}",
+            f"{sink.place} holds what job {other.id} has scored ({scored:,} {other.unit}) with another "
+            f"{' and another '.join(differing) or 'source'}; it {_HALTED.get(other.state, 'was not finished')}",
             hint=f"Replace it with --overwrite, go on with it: tally jobs resume {other.id}, or choose another output.",
         )
     discard(store, other)

@@ -37,7 +37,7 @@ from tally.triggers.template import fill
 
 log = logging.getLogger("tally")
 
-_FOR_GOOD = (SpecError, SourceNotFoundError, ModelNotFoundError, ModelChangedError, UntrustedModelError)
+_FOR_GOOD = (SpecError, ModelNotFoundError, ModelChangedError, UntrustedModelError)
 """Errors that another attempt would end with, too."""
 
 
@@ -52,6 +52,9 @@ def drive(jobs: Jobs, run_id: int, token: str) -> Run:
             state = _see_through(jobs, store, run, token, patiently)
         except OwnershipLostError:
             raise
+        except SourceNotFoundError as error:
+            why = error.message
+            patiently(lambda: store.leave_empty(run_id, token, why))
         except Exception as error:
             if not isinstance(error, TallyError):
                 log.exception("run %d of schedule %s", run_id, run.schedule)

@@ -1,9 +1,9 @@
 """The store of schedules: what runs when, and the state of each interval.
 
 Each interval of a schedule has one row, so that no interval is run twice at a time. A run is ``pending``, ``running``,
-``finished``, ``failed`` or ``skipped``. To claim a pending run is to take its lease (:mod:`tally.database.lease`),
-and every change names the lease's token. A run whose lease is lost is taken over. Waiting times go by the database's
-clock; statements are portable between SQLite and PostgreSQL.
+``finished``, ``empty`` (there was nothing to score), ``failed`` or ``skipped``. To claim a pending run is to take its
+lease (:mod:`tally.database.lease`), and every change names the lease's token. A run whose lease is lost is taken over.
+Waiting times go by the database's clock; statements are portable between SQLite and PostgreSQL.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ class ScheduleStore:
     def backfill(self, name: str, intervals: Sequence[Interval], *, again: bool = False) -> list[Run]:
         """Give each of these intervals a run, unless it is finished; returns their runs.
 
-        Failed and skipped runs start over. again: finished ones too; but if an earlier such backfill of the same
-        intervals has not ended, that one is continued.
+        Failed and skipped runs start over. again: finished and empty ones too; but if an earlier such backfill of the
+        same intervals has not ended, that one is continued.
         """
         if not intervals:
             return []
@@ -226,14 +226,14 @@ class ScheduleStore:
             rows = connection.execute(_within(query, within)).mappings().all()
             known = {Interval(row["interval_start"], row["interval_end"]): row for row in rows}
             going_on = any(row["again"] and row["state"] in ("pending", "running") for row in known.values())
-            redo = ["failed", "skipped", "pending", *(["finished"] if again and not going_on else [])]
+            redo = ["failed", "skipped", "pending", *(["finished", "empty"] if again and not going_on else [])]
             missing = [each for each in intervals if each not in known]
             self._insert(connection, name, missing, state="pending", reason="backfill", again=again)
             for state in redo:
                 values: dict[str, Any] = {"reason": "backfill"}
                 if state != "pending":
                     values |= _RESET
-                if state == "finished":
+                if state in ("finished", "empty"):
                     values |= {"again": 1}
                 ids = [known[each]["id"] for each in intervals if each in known]
                 for begin in range(0, len(ids), _ROWS):
@@ -345,6 +345,10 @@ class ScheduleStore:
     def finish(self, run_id: int, token: str) -> None:
         """The interval is done. Raises OwnershipLostError."""
         self._change(run_id, token, **_free("finished"), error=None, finished_at=now())
+
+    def leave_empty(self, run_id: int, token: str, why: str) -> None:
+        """The interval is done: there was nothing to score in it. Raises OwnershipLostError."""
+        self._change(run_id, token, **_free("empty"), error=storable(why), finished_at=now())
 
     def fail(self, run_id: int, token: str, error: str, *, for_good: bool = False) -> None:
         """The run ended with an error: there is another attempt later, unless that was the last one or ``for_good``.
