@@ -821,4 +821,4 @@ def test_jobs_begun_by_earlier_versions_know_their_work_files(tmp_path: Path) ->
         ("value",), {"device": "int64"}, {"device": pa.int64(), "value": pa.float64(), "at": pa.timestamp("us")}
     )
     query = Query(request, selection, {}, {"device": "BIGINT"})
-    assert fingerprint([], [], query) == "dc45f66edb929eab506316a648472592dcf70334683daf486e10d6e4a3632d06"
+    assert fingerprint([], query) == "dc45f66edb929eab506316a648472592dcf70334683daf486e10d6e4a3632d06"
