@@ -100,3 +100,14 @@ def test_leaving_while_an_item_is_prepared(chaos: Path, pictures: Path, tmp_path
         each.rename(each.with_suffix(".jpg"))  # the name that it looks for
     job = tally.score(pictures, chaos / "prep_exit.py", tmp_path / "out", workers=1, quiet=True)
     assert dead_of(job) == {"007.jpg": "SystemExit: 1"}
+
+
+@pytest.mark.parametrize("name", ["pool", "pool_fork", "joblib_par"])
+def test_scripts_have_pools_of_processes(data: Path, pictures: Path, tmp_path: Path, name: str) -> None:
+    script = data / "found" / "scripts" / f"{name}.py"
+    if not script.is_file():
+        pytest.skip(f"there is no {script}")
+    job = tally.score(pictures, script, tmp_path / "out", workers=1, quiet=True)
+    rows = job.results().to_pylist()
+    assert {row["key"] for row in rows} == {each.name for each in pictures.iterdir()}
+    assert {value for row in rows for name, value in row.items() if name != "key"} == {16}

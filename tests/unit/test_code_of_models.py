@@ -15,7 +15,7 @@ from tally.models.load import create, load
 from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
 from tally.scorers.scripts.classes import local_modules
-from tally.scorers.scripts.script import SCRIPT as PREFIX
+from tally.scorers.scripts.modules import PREFIX
 
 NAMES = ("helper", "late", "pkg", "spare", "steady", "lib", "once_imported")
 CLASS = """

@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 from pebble import ProcessPool
 
-from tally.engines import watchdog, worker
+from tally.engines import family, watchdog, worker
 from tally.engines.base import Limits
 from tally.engines.mailbox import RING_BYTES, Inbox
 from tally.engines.spawn import Context
@@ -45,6 +45,8 @@ ENDING_SECONDS = 3.0
 """How long a worker that is asked to end may take to clean up."""
 LAST_RESULT_SECONDS = 1.0
 """How long the result of a worker that has ended may still be on its way."""
+CHILDREN_SECONDS = 0.5
+"""How long processes that a worker started may outlive it, where it ended in good order."""
 _SETUP = "setup"
 """In the engine's folder, the file that tells workers how they are set up."""
 MEMORY_SHARE = 0.8
@@ -58,6 +60,7 @@ class _Slot(Slot):
     over_memory: the resident bytes for which the worker was killed.
     overdue: the worker was killed because its task did not stop in time.
     gone_since: when it was noticed that the process has ended.
+    children: the processes that it had started when it was last looked at.
     """
 
     def __init__(self, folder: Path, number: int, setup: Path, threads: int, modules: Sequence[str]) -> None:
@@ -77,6 +80,7 @@ class _Slot(Slot):
         self.over_memory: int | None = None
         self.overdue = False
         self.gone_since: float | None = None
+        self.children: list[psutil.Process] = []
         self._tasks = 0
         self._listener: threading.Thread | None = None
         self._rung = self._flagged = False
@@ -133,19 +137,29 @@ class _Slot(Slot):
         # While another thread reaps it, the exit code is not known yet.
         return bool(connection.wait([process.sentinel], 0))
 
-    def resident(self) -> int:
-        """Bytes of memory that the worker holds; 0 if it is gone."""
+    def resident(self, allowed: int | None) -> int:
+        """Bytes of memory that the worker and the processes that it started hold; 0 if it is gone."""
         process = self.context.worker
         if process is None or process.pid is None:
             return 0
-        with suppress(psutil.Error):
-            return int(psutil.Process(process.pid).memory_info().rss)
-        return 0
+        self.children = family.descendants(process.pid)
+        return family.resident(process.pid, self.children, allowed)
 
     def kill(self) -> None:
         process = self.context.worker
-        if process is not None and not self.gone:
+        if process is not None and process.pid is not None and not self.gone:
+            self.children = family.descendants(process.pid)
             process.kill()
+
+    def _end_children(self, *, at_once: bool) -> None:
+        """End the processes that the worker, which has ended, has left behind; those that tidy up get a moment."""
+        process = self.context.worker
+        if process is None or process.pid is None:
+            return
+        deadline = time.monotonic() + (0.0 if at_once else CHILDREN_SECONDS)
+        while family.is_left(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        family.kill(process.pid, self.children)
 
     def _ask_to_end(self) -> None:
         # Not by way of pebble: it closes the worker's pipes first, whereupon the worker begins to clean up, and
@@ -165,6 +179,7 @@ class _Slot(Slot):
             if not kill:
                 self._ask_to_end()
             self.kill()
+            self._end_children(at_once=kill)
             with suppress(OSError):
                 self.bell.shutdown(socket.SHUT_RDWR)  # ends the listener
             if self._listener is not None:
@@ -332,8 +347,10 @@ class LocalEngine(SupervisedEngine[_Slot]):
         suspects = watchdog.suspects(slot.files.note, timed_out=timed_out)
         if slot.over_memory is not None:
             allowed = self._limits.memory or 0
+            alone = not slot.children
+            holders, whose = ("the worker", "its") if alone else ("the worker and the processes it started", "their")
             return WorkerMemoryError(
-                f"the worker held {slot.over_memory / 2**20:,.0f} MiB, over its limit of {allowed / 2**20:,.0f} MiB",
+                f"{holders} held {slot.over_memory / 2**20:,.0f} MiB, over {whose} limit of {allowed / 2**20:,.0f} MiB",
                 suspects=suspects,
                 trace=trace,
             )
@@ -366,7 +383,7 @@ class LocalEngine(SupervisedEngine[_Slot]):
                     lost: Future[Any] = Future()
                     lost.set_exception(BrokenProcessPool())
                     self._settle(slot, lost)
-            elif allowed is not None and slot.over_memory is None and (resident := slot.resident()) > allowed:
+            elif (resident := slot.resident(allowed)) > (allowed or resident) and slot.over_memory is None:
                 slot.over_memory = resident
                 slot.kill()
 

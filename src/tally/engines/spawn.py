@@ -45,7 +45,9 @@ class _Popen(popen_spawn_posix.Popen):
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 inherited = [*self._fds, tracker, childs_input, childs_sentinel]
-                self._child = subprocess.Popen(command, pass_fds=inherited, env=environment(), restore_signals=False)
+                self._child = subprocess.Popen(
+                    command, pass_fds=inherited, env=environment(), restore_signals=False, start_new_session=True
+                )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         except BaseException:

@@ -45,6 +45,8 @@ class Setup(NamedTuple):
     log: str | None
 
 
+_SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER
+
 _setup: Path
 _files: Files
 _output: tuple[int, int] | None = None
@@ -60,6 +62,7 @@ def begin(setup: Path, files: Files, bell: socket, threads: int, modules: Sequen
     global _setup, _files, _output
     # Numeric libraries take every core for themselves unless told otherwise, in each worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    _adopt_orphans()
     watchdog.attach(files.note, files.trace)
     task.attach(files.stop_flag, bell)
     parent = multiprocessing.parent_process()
@@ -74,6 +77,15 @@ def begin(setup: Path, files: Files, bell: socket, threads: int, modules: Sequen
     for module in modules:
         with suppress(Exception):  # importing it again, where it is needed, says what is wrong
             importlib.import_module(module)
+
+
+def _adopt_orphans() -> None:
+    """Processes that code of a model started, and that lose their parent, become children of this one."""
+    if sys.platform == "linux":
+        import ctypes
+
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
 
 
 def _print_to(log: str | None) -> None:
@@ -111,8 +123,11 @@ def _leave_with(parent: Any, folder: Path) -> None:
     """An orphan must not continue writing: end as soon as the parent does, and tidy up after it."""
     import shutil
 
+    from tally.engines import family
+
     connection.wait([parent.sentinel])
     shutil.rmtree(folder, ignore_errors=True)
+    family.kill(os.getpid(), family.descendants(os.getpid()))  # and itself with them
     os._exit(1)
 
 

@@ -6,6 +6,7 @@ in bounded time is awaited until :data:`DEADLINE`.
 
 from __future__ import annotations
 
+import os
 import select
 import signal
 import socket
@@ -376,6 +377,31 @@ class EngineContract:
         assert error.suspects == (5, 6)
         assert "300 MiB" in error.message
         assert engine.submit(tasks.make, 2**20).result(DEADLINE) == b"\x5a" * 2**20
+
+    @pytest.mark.parametrize("how", ["stopped", "asked to stop", "killed"])
+    def test_what_a_task_started_ends_with_its_worker(self, start: Callable[..., Engine], gate: Gate, how: str) -> None:
+        engine = start()
+        worker = engine.submit(tasks.describe).result(DEADLINE).pid
+        held = engine.submit(tasks.start_children, gate.address)
+        pids = [gate.arrival() for _ in range(3)]
+        if how == "stopped":
+            engine.stop(kill=True)
+        elif how == "asked to stop":
+            engine.stop_task(held, seconds=0.0)
+        else:
+            # Who has left the session is ended if the engine has seen it before.
+            pids = [pid for pid in pids if os.getsid(pid) == worker]
+            assert len(pids) == 2
+            psutil.Process(worker).kill()
+        for pid in pids:
+            until(lambda pid=pid: ended(pid), f"the end of {pid}")  # type: ignore[misc]
+
+    def test_memory_of_what_a_task_started_counts(self, start: Callable[..., Engine], gate: Gate) -> None:
+        engine = start(memory=400 * 2**20)
+        error = engine.submit(tasks.start_children, gate.address, 500).exception(DEADLINE)
+        assert type(error) is WorkerMemoryError
+        assert error.suspects == (3, 4)
+        assert "the processes it started" in error.message
 
     def test_a_lost_worker_leaves_the_others_alone(self, start: Callable[..., Engine], gate: Gate) -> None:
         engine = start(2)

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import types
@@ -110,6 +111,19 @@ def wait_at(state: State, address: tuple[str, int]) -> int:
         gate.sendall(b"%d\n" % os.getpid())
         gate.recv(1)
     return os.getpid()
+
+
+def start_children(state: State, address: tuple[str, int], mib: int = 0) -> int:
+    """Start a process, and one that leaves the session and loses its parent; all of them meet at the gate.
+
+    mib: memory that the first of them holds.
+    """
+    meet = f"from tally.testing.tasks import wait_at; wait_at(None, {address!r})"
+    away = f"import os; os.fork() and os._exit(0); os.setsid(); os.fork() and os._exit(0); {meet}"
+    watchdog.busy(3, 4)
+    subprocess.Popen([sys.executable, "-c", f"held = b'1' * ({mib} << 20); {meet}"])
+    subprocess.run([sys.executable, "-c", away], check=True)
+    return wait_at(state, address)
 
 
 # Reporting and stopping -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tally.models.hashing import known_hash
 from tally.models.reference import BATCH_LIMIT, ModelRef
 from tally.scorers.base import Scorer
 from tally.scorers.scripts.isolation import is_system
-from tally.scorers.scripts.script import SCRIPT, load_module, outline
+from tally.scorers.scripts.script import load_module, outline
 from tally.scorers.scripts.sources import (
     compile_from,
     digest_now,
@@ -87,7 +87,7 @@ def _modules_in(folder: str) -> list[tuple[str, str, bytes | None]]:
     found = []
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if isinstance(file, str) and is_own(file, folder) and not name.startswith((SCRIPT, "tally.", "__")):
+        if isinstance(file, str) and is_own(file, folder) and not name.startswith(("tally.", "__")):
             found.append((name, file, digest_of(module)))
     return found
 

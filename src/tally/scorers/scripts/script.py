@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.machinery import SOURCE_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -21,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from tally.errors import ItemError, ModelLoadError, SpecError, TallyError, error_line, is_interrupt, raised_at
 from tally.scorers.base import Input, Item, Request, Response, Result, Results, Scorer
 from tally.scorers.run import item_error
-from tally.scorers.scripts import azureml, requests
+from tally.scorers.scripts import azureml, modules, requests
 from tally.scorers.scripts.answers import answers_of, result_of
 from tally.scorers.scripts.isolation import Surroundings
-from tally.scorers.scripts.sources import SourceLoader, compile_from, put_first
+from tally.scorers.scripts.sources import put_first
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,8 +47,6 @@ INPUTS: Mapping[str, Input] = {
     "bytes": "bytes",
     "json": "bytes",
 }
-SCRIPT = "tally_script_"
-"""What the names of modules that were scorers' own files begin with."""
 TABLE_BATCH = 8192
 """Rows in one DataFrame, unless the user says otherwise."""
 
@@ -163,9 +160,7 @@ def load_module(path: Path) -> ModuleType:
 
 
 def _executed(path: Path) -> ModuleType:
-    name = f"{SCRIPT}{sha256(os.fsencode(path)).hexdigest()[:12]}_{path.stem}"
-    compile_from(path.parent)
-    spec = importlib.util.spec_from_file_location(name, path, loader=SourceLoader(name, str(path)))
+    name, spec = modules.name_of(path), modules.spec_of(path)
     if spec is None or spec.loader is None or path.suffix not in SOURCE_SUFFIXES:
         raise ModelLoadError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
