@@ -76,6 +76,7 @@ def score(
     gpus: float | None = None,
     resources: Mapping[str, float] | None = None,
     timeout: float = 120.0,
+    worker_items: int | None = None,
     memory: int | str | None = None,
     attempts: int = 3,
     max_dead: float | str = 0.5,
@@ -104,6 +105,7 @@ def score(
         aggregate: what is made of each window. csv: how CSV is read.
     Workers. workers: how many, or ``"4..64"``; one for each core by default. batch_size: items scored together.
         device: ``auto``, ``cpu``, ``cuda[:N]`` or ``tensorrt[:N]``. timeout: seconds that one batch may take.
+        worker_items: after so many a worker is replaced by a fresh one, if the model leaks.
         memory: bytes (or ``"2GiB"``) that one worker may hold. attempts: how often a lost chunk is tried.
     Ray. engine: ``ray``; address: of the cluster's dashboard; cpus, gpus, resources: what each worker reserves.
     Limits. max_dead: share of dead items above which the job stops, once min_dead items are done. strict: stop at the

@@ -27,6 +27,7 @@
         ├── WorkerCrashedError              it died: a signal, ``os._exit``, kill -9
         ├── WorkerTimeoutError (TimeoutError)
         ├── WorkerMemoryError (MemoryError)
+        ├── WorkerSpentError                it has used up its file descriptors or threads
         └── WorkerStoppedError              its task was to stop and did not; no item is to blame
 
 A message says what happened and the offending value; ``hint`` says the next step.
@@ -181,6 +182,7 @@ class WorkerError(TallyError):
 
     ``suspects`` is the half-open range of item positions inside the chunk that the worker was
     busy with when it was lost, or None if that is not known. ``trace`` is the stack that it left.
+    ``fresh``: whether it had been given no items before; where it had, what it has too much of may be theirs.
     """
 
     def __init__(
@@ -188,11 +190,13 @@ class WorkerError(TallyError):
         message: str,
         *,
         suspects: tuple[int, int] | None = None,
+        fresh: bool = True,
         trace: str | None = None,
         hint: str | None = None,
     ) -> None:
         super().__init__(message, hint=hint)
         self.suspects = suspects
+        self.fresh = fresh
         self.trace = trace
 
 
@@ -206,6 +210,10 @@ class WorkerTimeoutError(WorkerError, TimeoutError):
 
 class WorkerMemoryError(WorkerError, MemoryError):
     """The worker outgrew its memory limit."""
+
+
+class WorkerSpentError(WorkerError):
+    """The worker has used up its file descriptors or threads, and can do no more."""
 
 
 class WorkerStoppedError(WorkerError):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 from PIL import Image
 
 import tally
+from tally.engines import logs
 
 Cli = Callable[..., Any]
 CHAOS = Path(__file__).with_name("scorers") / "chaos.py"
@@ -111,3 +115,90 @@ def test_scripts_have_pools_of_processes(data: Path, pictures: Path, tmp_path: P
     rows = job.results().to_pylist()
     assert {row["key"] for row in rows} == {each.name for each in pictures.iterdir()}
     assert {value for row in rows for name, value in row.items() if name != "key"} == {16}
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from tally.cli.main import main
+sys.argv[0] = "tally"
+main()
+"""
+
+
+def test_leaked_descriptors_are_the_workers_fault(chaos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(120):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number:03}.png")
+    job = [folder, "--model", chaos / "fdleak.py", "--out", tmp_path / "out.csv", "--workers", "1"]
+    script = LIMITED.format(files=72)
+    ran = subprocess.run([sys.executable, "-c", script, "score", *job], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "120 of 120 items scored" in ran.stderr
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 121
+
+
+def test_leaked_memory_is_the_workers_fault(chaos: Path, pictures: Path, tmp_path: Path) -> None:
+    job = tally.score(
+        pictures,
+        chaos / "memleak.py",
+        tmp_path / "out",
+        settings={"mib": 100, "pause": 0.4},
+        memory="900MiB",
+        workers=1,
+        quiet=True,
+    )
+    assert dead_of(job) == {}
+    assert len(job.results().to_pylist()) == 20
+
+
+def test_workers_are_replaced_in_time(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "who.py").write_text(
+        "import os, tally\nclass Who(tally.Scorer):\n    batch_size = 1\n    columns = {'pid': 'int64'}\n"
+        "    def score(self, batch): return [{'pid': os.getpid()} for _ in batch]\n"
+    )
+    job = tally.score(pictures, tmp_path / "who.py", tmp_path / "out", worker_items=5, workers=1, quiet=True)
+    counted = Counter(row["pid"] for row in job.results().to_pylist())
+    assert sum(counted.values()) == 20
+    assert max(counted.values()) < 10
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("segv", "killed by SIGSEGV"),
+        ("sleep", "longer than its time limit of 2 s"),
+        ("exit0", "exit code 0"),
+        ("stop", "was stopped, by a signal or a debugger, for 10 times its time limit of 2 s"),
+    ],
+)
+def test_an_item_that_ends_or_stops_its_worker(
+    chaos: Path, pictures: Path, tmp_path: Path, how: str, reason: str
+) -> None:
+    settings = {"how": how, "at": "007.png"}
+    job = tally.score(
+        pictures,
+        chaos / "poison.py",
+        tmp_path / "out",
+        settings=settings,
+        batch_size=1,
+        timeout=2,
+        workers=1,
+        quiet=True,
+    )
+    [(key, error)] = dead_of(job).items()
+    assert (key, reason in error) == ("007.png", True), error
+    assert len(job.results().to_pylist()) == 19
+
+
+def test_a_noisy_script_has_a_log_of_bounded_size(data: Path, pictures: Path, tmp_path: Path, home: Path) -> None:
+    script = data / "found" / "scripts" / "noisy.py"
+    if not script.is_file():
+        pytest.skip(f"there is no {script}")
+    job = tally.score(pictures, script, tmp_path / "out", workers=1, quiet=True)
+    assert len(job.results().to_pylist()) == 20
+    log = home / "logs" / f"{job.id}.log"
+    assert logs.HEAD_BYTES < log.stat().st_size <= logs.MOST_BYTES
+    assert log.read_bytes().startswith(b"init says hello")
+    assert b"MiB left out]" in log.read_bytes()

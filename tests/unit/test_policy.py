@@ -13,6 +13,7 @@ from tally.errors import (
     WorkerCrashedError,
     WorkerError,
     WorkerMemoryError,
+    WorkerSpentError,
     WorkerTimeoutError,
 )
 from tally.jobs import policy
@@ -151,3 +152,18 @@ def test_stragglers_are_those_that_take_much_longer_than_usual() -> None:
 )
 def test_too_many_dead_items(done: int, dead: int, strict: bool, reached: str | None) -> None:
     assert DeadLimit(0.5, 1000, strict).reached(done, dead) == reached
+
+
+@pytest.mark.parametrize("kind", [WorkerMemoryError, WorkerSpentError])
+def test_what_earlier_items_left_behind_is_nobodys_fault(kind: type[WorkerError]) -> None:
+    policy = RetryPolicy(3, 4)
+
+    def decide(count: int, suspects: tuple[int, int], *, fresh: bool, handed_out: int = 1) -> Decision:
+        return policy.decide(count, kind("full", suspects=suspects, fresh=fresh), losses=1, handed_out=handed_out)
+
+    assert decide(1, (0, 1), fresh=False) == RunAgain([Part(0, 1, 1)])
+    assert decide(4, (0, 4), fresh=False) == RunAgain([Part(0, 4, 1)])
+    assert decide(12, (4, 8), fresh=False) == RunAgain([Part(0, 4, 0), Part(4, 8, 1), Part(8, 12, 0)])
+    assert decide(1, (0, 1), fresh=True) == ItemIsDead()
+    assert decide(4, (0, 4), fresh=True) == RunAgain([Part(0, 2, 2), Part(2, 4, 2)])
+    assert decide(1, (0, 1), fresh=False, handed_out=11) == ItemIsDead()  # not for ever

@@ -56,6 +56,23 @@ def test_handlers_are_put_back() -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_a_closed_terminal_stops_once_and_nohup_is_obeyed() -> None:
+    counted: list[int] = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with stop_signals(counted.append):
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)  # the shell passes it on, too
+            signal.raise_signal(signal.SIGTERM)
+        assert counted == [1, 2]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with stop_signals(counted.append):
+            signal.raise_signal(signal.SIGHUP)
+        assert counted == [1, 2]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_what_is_called_at_once_may_raise() -> None:
     def give_up(count: int) -> None:
         if count > 1:

@@ -100,6 +100,7 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
     "--resource", "resources", multiple=True, metavar="NAME=N", help="Ray only: a resource that its nodes declare."
 )
 @click.option("--timeout", type=float, help="Seconds that one batch may take.  [default: 120]")
+@click.option("--worker-items", type=int, help="Replace a worker after so many items: for models that leak.")
 @click.option("--memory", help="Memory that one worker may hold, e.g. 2GiB.")
 @click.option("--max-dead", help="Share of failed items at which the job stops.  [default: 50%]")
 @click.option("--min-dead", type=int, help="Items that must be done before --max-dead counts.  [default: 1000]")

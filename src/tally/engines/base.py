@@ -22,10 +22,12 @@ from typing import Any
 class Limits:
     """What one worker may take.
 
-    memory: resident bytes; above it the worker is killed. None: no limit.
+    memory: resident bytes, with those of the processes that it started; above it the worker is killed. None: no limit.
+    items: after so many it is replaced by a fresh one, between two tasks (see :func:`tally.engines.watchdog.begin`).
     """
 
     memory: int | None = None
+    items: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 from pebble import ProcessPool
 
-from tally.engines import family, watchdog, worker
+from tally.engines import family, logs, watchdog, worker
 from tally.engines.base import Limits
 from tally.engines.mailbox import RING_BYTES, Inbox
 from tally.engines.spawn import Context
@@ -36,6 +36,7 @@ from tally.errors import (
     WorkerCrashedError,
     WorkerError,
     WorkerMemoryError,
+    WorkerSpentError,
     WorkerTimeoutError,
 )
 from tally.storage import temporary
@@ -58,6 +59,9 @@ class _Slot(Slot):
 
     inbox: for the task's reports, if its caller wants them.
     over_memory: the resident bytes for which the worker was killed.
+    exceeded: the time limit that it exceeded, see :meth:`tally.engines.watchdog.Clock.exceeded`; it is being ended, and
+        what it may still give back does not count: the signal may have cut short what it did. exceeded_at: what it had
+        noted then.
     overdue: the worker was killed because its task did not stop in time.
     gone_since: when it was noticed that the process has ended.
     children: the processes that it had started when it was last looked at.
@@ -78,6 +82,9 @@ class _Slot(Slot):
         )
         self.inbox: Inbox | None = None
         self.over_memory: int | None = None
+        self.exceeded: str | None = None
+        self.exceeded_at = watchdog.Note()
+        self.clock = watchdog.Clock()
         self.overdue = False
         self.gone_since: float | None = None
         self.children: list[psutil.Process] = []
@@ -144,6 +151,23 @@ class _Slot(Slot):
             return 0
         self.children = family.descendants(process.pid)
         return family.resident(process.pid, self.children, allowed)
+
+    def look_at_the_clock(self) -> None:
+        """End the worker if its time is over: first it is to write its stack, then it is killed."""
+        process = self.context.worker
+        if process is None or process.pid is None:
+            return
+        if self.exceeded is not None:
+            self.kill()
+            return
+        stopped = False
+        with suppress(psutil.Error):
+            stopped = psutil.Process(process.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        note = watchdog.read(self.files.note)
+        self.exceeded, self.exceeded_at = self.clock.exceeded(note, time.monotonic(), stopped=stopped), note
+        if self.exceeded is not None:
+            with suppress(OSError):
+                os.kill(process.pid, watchdog.DUMP_SIGNAL)
 
     def kill(self) -> None:
         process = self.context.worker
@@ -214,6 +238,7 @@ class LocalEngine(SupervisedEngine[_Slot]):
     def __init__(self, **reservation: Any) -> None:
         super().__init__(**reservation)
         self._limits = Limits()
+        self._log: Path | None = None
         self._modules: Sequence[str] = ()
         self._made = 0
         self._ending: list[threading.Thread] = []
@@ -244,7 +269,7 @@ class LocalEngine(SupervisedEngine[_Slot]):
 
     def _tell(self, setup: bytes, limits: Limits, log: Path | None) -> None:
         """Give the setup to all workers, present and future."""
-        self._limits = limits
+        self._limits, self._log = limits, log
         given = worker.Setup(setup, None if log is None else str(log))
         write_whole(self._folder / _SETUP, pickle.dumps(given), private=True)
 
@@ -333,18 +358,21 @@ class LocalEngine(SupervisedEngine[_Slot]):
         if task is None:
             return
         error = outcome.exception()
-        if error is not None:
+        if error is not None or slot.exceeded is not None:
             task.future.set_exception(self._explain(slot))
         else:
             task.deliver(task.future, *outcome.result())
-        if error is not None or slot.over_memory is not None or slot.overdue:
+        if error is not None or slot.over_memory is not None or slot.exceeded is not None or slot.overdue:
             self._remove(slot, kill=True)
+        elif self._limits.items is not None and watchdog.read(slot.files.note).items >= self._limits.items:
+            self._remove(slot, kill=False)
 
     def _explain(self, slot: _Slot) -> WorkerError:
         if slot.overdue:
             return slot.stopped()
-        trace, timed_out = watchdog.last_stack(slot.files.trace)
-        suspects = watchdog.suspects(slot.files.note, timed_out=timed_out)
+        trace, spent = watchdog.last_words(slot.files.trace)
+        note = slot.exceeded_at if slot.exceeded is not None else watchdog.read(slot.files.note)
+        suspects, fresh = watchdog.suspects(note, timed_out=slot.exceeded is not None), note.earlier == 0
         if slot.over_memory is not None:
             allowed = self._limits.memory or 0
             alone = not slot.children
@@ -352,10 +380,16 @@ class LocalEngine(SupervisedEngine[_Slot]):
             return WorkerMemoryError(
                 f"{holders} held {slot.over_memory / 2**20:,.0f} MiB, over {whose} limit of {allowed / 2**20:,.0f} MiB",
                 suspects=suspects,
+                fresh=fresh,
                 trace=trace,
             )
-        if timed_out:
-            return WorkerTimeoutError("took longer than its time limit", suspects=suspects, trace=trace)
+        if slot.exceeded is not None:
+            what = "took longer than its time limit"
+            if slot.exceeded == "stopped":
+                what = f"was stopped, by a signal or a debugger, for {watchdog.STOPPED_LIMITS} times its time limit"
+            return WorkerTimeoutError(what, suspects=suspects, trace=trace)
+        if spent is not None:
+            return WorkerSpentError(spent, suspects=suspects, fresh=fresh)
         process = slot.context.worker
         if process is not None:
             process.join(1)  # it is gone, or about to be
@@ -374,8 +408,10 @@ class LocalEngine(SupervisedEngine[_Slot]):
         slot.kill()
 
     def _watch(self) -> None:
-        """Find workers that are too large, and tasks that pebble forgot in a worker that has ended."""
+        """Find workers that are too large or too slow, and tasks that pebble forgot in a worker that has ended."""
         allowed = self._limits.memory
+        if self._log is not None:
+            logs.bound(self._log)
         for slot in [slot for slot in self._slots if slot.task is not None]:
             if slot.gone:
                 slot.gone_since = slot.gone_since or time.monotonic()
@@ -386,6 +422,8 @@ class LocalEngine(SupervisedEngine[_Slot]):
             elif (resident := slot.resident(allowed)) > (allowed or resident) and slot.over_memory is None:
                 slot.over_memory = resident
                 slot.kill()
+            else:
+                slot.look_at_the_clock()
 
     def _end(self, *, kill: bool) -> None:
         for slot in list(self._slots):
@@ -394,6 +432,8 @@ class LocalEngine(SupervisedEngine[_Slot]):
             self._remove(slot, kill=kill)
         for thread in self._ending:
             thread.join()
+        if self._log is not None:
+            logs.bound(self._log)
 
 
 def new_folder() -> Path:

@@ -161,7 +161,8 @@ class Coordinator:
         self._scaler = Scaler(self._least, self._most)
         self._stragglers = Stragglers()
         self._loading_losses = LoadingLosses()
-        self._sizer = ChunkSizer(batch_size, self._most, source.chunk_seconds, source.chunk_items)
+        most = min(source.chunk_items, spec.worker_items or source.chunk_items)
+        self._sizer = ChunkSizer(batch_size, self._most, source.chunk_seconds, most)
         self._planner: Planner | None = None
         self._intake = None if source.bounded else Intake(store, lease.job_id, source, self._patience, self._events)
         self._published_at = time.monotonic()

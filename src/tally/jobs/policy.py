@@ -15,6 +15,7 @@ from tally.errors import (
     StorageError,
     WorkerError,
     WorkerMemoryError,
+    WorkerSpentError,
     WorkerTimeoutError,
 )
 
@@ -88,6 +89,10 @@ class RetryPolicy:
         """
         if isinstance(error, WorkerError) and not had_begun(error) and handed_out <= UNSETTLED_ATTEMPTS:
             return LoadAgain()
+        certain = isinstance(error, (WorkerTimeoutError, WorkerMemoryError, WorkerSpentError))
+        if certain and isinstance(error, WorkerError) and not error.fresh and handed_out <= UNSETTLED_ATTEMPTS:
+            # It may hold what earlier items have left behind: these are not blamed before a fresh worker has tried.
+            return RunAgain(self._apart(count, losses, error.suspects) or [Part(0, count, losses)])
         losses += 1
         if not isinstance(error, WorkerError):
             # What changed while it was read is found to be changed at once the next time.
@@ -95,7 +100,6 @@ class RetryPolicy:
             if final or losses >= self.attempts:
                 return JobFails()
             return RunAgain([Part(0, count, losses)])
-        certain = isinstance(error, (WorkerTimeoutError, WorkerMemoryError))
         if count > 1:
             return RunAgain(self._bisect(count, losses, error.suspects, certain=certain))
         if certain or losses >= self.attempts:
@@ -114,11 +118,8 @@ class RetryPolicy:
         A loss without a certain cause may have come from outside (kill -9, a lost machine): such suspects
         are first run again as they were, ``attempts`` times in all.
         """
-        start, stop = suspects or (0, count)
-        start, stop = max(0, start), min(stop, count)
-        if start < stop and (start, stop) != (0, count):
-            cuts = sorted({0, start, stop, count})
-            return [Part(a, b, losses if a == start else 0) for a, b in pairwise(cuts)]
+        if parts := self._apart(count, losses, suspects):
+            return parts
         if not certain and losses < self.attempts:
             return [Part(0, count, losses)]
         # From here on every loss halves, and an item alone has to be lost twice.
@@ -127,6 +128,15 @@ class RetryPolicy:
         return [
             part if part.stop - part.start > 1 else Part(part.start, part.stop, max(0, last - 1)) for part in halves
         ]
+
+    def _apart(self, count: int, losses: int, suspects: tuple[int, int] | None) -> list[Part]:
+        """The suspects, and what is before and after them; nothing if they are all that there is."""
+        start, stop = suspects or (0, count)
+        start, stop = max(0, start), min(stop, count)
+        if start >= stop or (start, stop) == (0, count):
+            return []
+        cuts = sorted({0, start, stop, count})
+        return [Part(a, b, losses if a == start else 0) for a, b in pairwise(cuts)]
 
 
 class LoadingLosses:

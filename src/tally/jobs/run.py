@@ -79,7 +79,7 @@ def drive(
                 ),
             ),
             slots=max(1, least),
-            limits=Limits(memory=spec.memory or engine.default_memory(most)),
+            limits=Limits(memory=spec.memory or engine.default_memory(most), items=spec.worker_items),
             log=settings().log_of(record.id),
         )
         _check_still_there(record, parts.sink)

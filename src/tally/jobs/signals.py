@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a clean stop."""
+"""Ctrl-C, SIGTERM and a terminal that is closed (SIGHUP) as a clean stop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tally.jobs.stop import Stop
 
 @contextmanager
 def stop_on_signals(stop: Stop) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a clean stop while the job runs; the second one kills its workers."""
+    """Turn SIGINT, SIGTERM and SIGHUP into a clean stop while the job runs; the second one kills its workers."""
 
     def ask(count: int) -> None:
         stop(now=count > 1)
@@ -31,6 +31,8 @@ def stop_on_signals(stop: Stop) -> Iterator[None]:
 def stop_signals(stop: Callable[[int], None], *, at_once: Callable[[int], None] = lambda count: None) -> Iterator[None]:
     """While the context lasts, call ``stop`` at each SIGINT and SIGTERM: with 1 at the first, 2 at the second ...
 
+    SIGHUP is the first, or nothing: who closes a terminal may send it twice. It stays ignored for who uses ``nohup``.
+
     A thread calls it: a signal may come while the main thread holds a lock, and whatever the signal itself calls
     would wait for that lock for ever. ``at_once`` is called by the signal itself, and may raise what ends the main
     thread. A no-op outside the main thread, which alone gets signals.
@@ -43,6 +45,8 @@ def stop_signals(stop: Callable[[int], None], *, at_once: Callable[[int], None] 
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal count
+        if number == signal.SIGHUP and count:
+            return
         count += 1
         came.put(count)
         at_once(count)
@@ -53,7 +57,10 @@ def stop_signals(stop: Callable[[int], None], *, at_once: Callable[[int], None] 
 
     thread = threading.Thread(target=run, name="tally-stop", daemon=True)
     thread.start()
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

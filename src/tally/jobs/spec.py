@@ -45,6 +45,7 @@ class JobSpec(BaseModel):
     address, cpus, gpus, resources: the engine ``ray`` only. address: the cluster's, ``http://HEAD:8265``; found by
     Ray's own rules by default. cpus, gpus, resources: what each worker reserves; gpus may be a part of one, and
     resources are the cluster's own (``{"tpu": 1}``).
+    worker_items: after so many items a worker is replaced by a fresh one.
     timeout: seconds that one batch may take. memory: bytes that one worker may hold (``2GiB`` is understood), and on
     a cluster reserves; None: four fifths of the machine's memory, shared by its workers.
     max_dead: share of dead items above which the job stops, once ``min_dead`` items are finished.
@@ -85,6 +86,7 @@ class JobSpec(BaseModel):
     gpus: float | None = Field(default=None, ge=0)
     resources: dict[str, Annotated[float, Field(gt=0)]] = {}
     timeout: float = Field(default=120.0, gt=0, le=1e6)
+    worker_items: int | None = Field(default=None, ge=1)
     memory: int | None = Field(default=None, gt=0)
     attempts: int = Field(default=3, ge=1, le=100)
     max_dead: float = Field(default=0.5, ge=0, le=1)

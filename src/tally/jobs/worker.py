@@ -5,15 +5,17 @@ A worker has no database and no credentials for one, and knows nothing of the jo
 
 from __future__ import annotations
 
+import errno
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
 from typing import Any
 
 from tally.engines import watchdog
-from tally.errors import ItemError
+from tally.errors import ItemError, error_line
 from tally.jobs.reread import Reread, select
 from tally.models.load import load
 from tally.models.reference import ModelRef
@@ -97,6 +99,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
 
     Bad items end up in ``dead``. Raises only what concerns the whole chunk: the output cannot be written, say.
     """
+    watchdog.begin(chunk.count)
     began = time.perf_counter()
     timings = Timings()
     dead: list[tuple[int, str, str]] = []  # not the errors themselves: they may hold on to large values
@@ -110,7 +113,10 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
         watchdog.busy(start, stop, ahead=min(ahead, chunk.count - stop), limit=worker.timeout)
 
     def record(found: Sequence[tuple[int, ItemError]]) -> None:
-        dead.extend((position, error.stage, _bounded(str(error))) for position, error in found)
+        texts = [(position, error.stage, _bounded(str(error))) for position, error in found]
+        if texts:
+            _give_up_if_spent(text for _, _, text in texts)
+        dead.extend(texts)
 
     def anew_of(batch: Batch) -> Anew:
         reread = Reread(worker.source, chunk, worker.scorer, batch, timings)
@@ -140,7 +146,8 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
         start = time.perf_counter()
         output = writer.close()
         timings.write += time.perf_counter() - start
-    except BaseException:
+    except BaseException as error:
+        _give_up_if_spent([error_line(error)])
         writer.abort()
         raise
     finally:
@@ -153,6 +160,24 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
         seconds=time.perf_counter() - began,
         assumed=tuple(worker.scorer.assumed),
     )
+
+
+def _give_up_if_spent(errors: Iterable[str]) -> None:
+    """End the worker if items failed because it has no descriptors or threads left: what it still holds is from others.
+
+    An item that takes all of them by itself does so in a fresh worker too.
+    """
+    if not watchdog.is_watched():
+        return
+    texts = " ".join(errors)
+    try:
+        os.close(os.dup(2))
+    except OSError as error:
+        texts += os.strerror(error.errno or 0)
+    if os.strerror(errno.EMFILE) in texts:
+        watchdog.give_up("the worker ran out of file descriptors")
+    if "can't start new thread" in texts:
+        watchdog.give_up("the worker ran out of threads")
 
 
 def _write(writer: Writer, batch: Batch, parts: Sequence[Part]) -> list[tuple[int, ItemError]]:

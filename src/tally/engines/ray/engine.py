@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tally.engines import logs
 from tally.engines.base import Limits
 from tally.engines.local import MEMORY_SHARE
 from tally.engines.ray.connection import connect, disconnect
@@ -197,7 +198,7 @@ class RayEngine(SupervisedEngine[_Slot]):
                 if (error := outcome.exception()) is None:
                     self._check(outcome.result())
                     slot.node = outcome.result()["node"]
-                    self._call("begun", slot, "begin", self._setup, self._limits.memory, self._threads, bool(self._log))
+                    self._call("begun", slot, "begin", self._setup, self._limits, self._threads, bool(self._log))
                 else:
                     self._lost_at_start(slot, error)
             case ("begun", slot, outcome) if not slot.discarded:
@@ -309,6 +310,7 @@ class RayEngine(SupervisedEngine[_Slot]):
         if output and self._log is not None:
             with suppress(OSError), self._log.open("ab") as file:
                 file.write(output)
+            logs.bound(self._log)
 
     def _end(self, *, kill: bool) -> None:
         for slot in list(self._slots):

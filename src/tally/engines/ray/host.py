@@ -39,7 +39,7 @@ class Host:
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         return {**versions(), "node": f"{socket.gethostname()} ({address}, {node[:8]})"}
 
-    def begin(self, setup: bytes, memory: int | None, threads: int, logged: bool) -> None:
+    def begin(self, setup: bytes, limits: Limits, threads: int, logged: bool) -> None:
         """Start the worker."""
         folder = new_folder()
         self._log = folder / "worker.log" if logged else None
@@ -48,7 +48,7 @@ class Host:
         self._number = 0
         self._to_stop = (0, 0.0)
         self._engine = LocalEngine()
-        self._engine.start_packed(setup, folder, threads, slots=1, limits=Limits(memory=memory), log=self._log)
+        self._engine.start_packed(setup, folder, threads, slots=1, limits=limits, log=self._log)
 
     def run(self, number: int, task: bytes, reports: bool, backlog: int | None) -> News:
         """Run a task until it reports something or ends. number: counts the tasks of this actor."""
@@ -140,6 +140,7 @@ def _not_here(report: Any) -> None:
 def _tail(file: int, start: int) -> tuple[bytes, int]:
     """The file's content from ``start``, its beginning left out where it is long; and where it ends."""
     end = os.fstat(file).st_size
+    start = min(start, end)  # the engine has left out the middle of it
     skipped = max(0, end - start - OUTPUT_BYTES)
     output = os.pread(file, end - start - skipped, start + skipped)
     return (b"[%d bytes left out]\n" % skipped if skipped else b"") + output, end
