@@ -153,6 +153,7 @@ def test_the_task_is_told_by_the_output(make: Make, given: list[Any], output: li
             r"yolox \(2 classes\) of y, yolox-decoded .* yolov8 \(3 classes\)",
         ),
         ([1, 3, "h", "w"], [1, 300, 6], "preprocess.size: the model takes several sizes"),
+        ([1, 3, 32, 320], [1, "t", 97], "fit several heads: yolox"),
     ],
 )
 def test_what_fits_nothing_or_two_things_is_refused(
@@ -171,6 +172,28 @@ def test_values_tell_pictures_from_classes(make: Make) -> None:
     assert inspect(softmax, {})["task"] == "segment"
     named = make([node("Identity", "x", "stylized")], ["b", 3, 8, 8], ["b", 3, 8, 8], names=("stylized",))
     assert inspect(named, {})["task"] == "restyle"
+
+
+def test_prototypes_of_masks_are_no_classes(make: Make) -> None:
+    target = [
+        numpy_helper.from_array(np.array(shape), name) for name, shape in (("s", [1, 38, 84]), ("t", [1, 32, 16, 16]))
+    ]
+    nodes = [node("Reshape", "x s"), node("Reshape", "x t", "z")]
+    path = make(nodes, [1, 3, 64, 64], [1, 38, 84], [1, 32, 16, 16], weights=target)
+    assert "look like those of masks of single objects (YOLO), which Tally cannot decode" in problems(path)
+
+
+def test_heat_maps_are_no_classes(make: Make) -> None:
+    nodes = [
+        node("AveragePool", "x", "small", kernel_shape=[4, 4], strides=[4, 4]),
+        node("Concat", "small small", axis=1),
+    ]
+    path = make(nodes, ["b", 3, 32, 32], ["b", 6, 8, 8])
+    item = plain(0, 0, 0, 32, 32)
+    item.value[8:16, 8:16] = 128
+    with pytest.raises(ModelRefutedError, match=r"between 0 and 0\.502 and do not add up to 1 over the classes"):
+        run(scorer_of(path, preprocess={"scale": "1/255"}), item)
+    assert len(run(scorer_of(path, preprocess={"scale": "1/255"}, softmax="never"), item)[0]) == 1
 
 
 def test_what_the_first_pictures_do_not_bear_out_is_refused(make: Make) -> None:

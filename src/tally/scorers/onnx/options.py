@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -278,6 +279,7 @@ class _Resolver:
             task=declared.task or (None if declared.decoder == "auto" else "detect"),
             decoder=None if declared.decoder == "auto" else declared.decoder,
             logits=declared.softmax == "always",
+            independent=declared.softmax == "never",
         )
         try:
             fit, probed = verdict(facts, lambda: self._probe(layout, side))
@@ -313,7 +315,7 @@ class _Resolver:
         )
         tensor = Preprocessor(plain)(Item("made up", made_up_pictures(size or (224, 224))[0])).tensor
         names = [output.name for output in self.facts.outputs]
-        session = open_session(self.facts.path, ["CPUExecutionProvider"], optimise=False)
+        session = open_session(self.facts.path, ["CPUExecutionProvider"], threads=os.cpu_count() or 1, optimise=False)
         try:
             values = session.run(names, {self.facts.input: np.repeat(tensor[None], batch, axis=0)})
         except Exception:

@@ -21,7 +21,7 @@ from tally.scorers.base import Item, Result, Scorer
 from tally.scorers.onnx.options import OnnxOptions, inspect
 from tally.scorers.onnx.session import choose_providers, external_names, open_session, plain_reason
 from tally.scorers.vision.detection import DECODERS, detect_rows, outside
-from tally.scorers.vision.heads import Facts, Output, Task, fit_of, objection
+from tally.scorers.vision.heads import Facts, Task, fit_of, objection
 from tally.scorers.vision.outputs import classify_rows, label_map, restore_image, restore_map, segment_rows
 from tally.scorers.vision.preprocess import Array, Prepared, Preprocessor, made_up_pictures
 
@@ -39,7 +39,8 @@ CHECKED = 64
 
 _SAY_OTHERWISE = {
     "detect": "Say with --set decoder=... how its boxes are decoded, or with --task what else it does.",
-    "segment": "Say --task values for a map of something else, --set softmax=always for logits of a foreground.",
+    "segment": "Say --task values for a map of something else; for logits of a foreground --set softmax=always, for "
+    "independent scores of classes --set softmax=never.",
     "restyle": "Say with --set preprocess.scale=1/255 (mean, std) what values its pictures have, or --task segment.",
     "classify": "Say with --task what the model does: embed, say.",
 }
@@ -125,8 +126,7 @@ class OnnxVisionScorer(Scorer):
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = OnnxOptions.parse(options)
         task, preprocess = self.options.task, self.options.preprocess
-        outputs, layout = self.options.outputs, preprocess.layout
-        if task is None or self.options.batch_size is None or preprocess.dtype is None or not outputs:
+        if task is None or self.options.batch_size is None or preprocess.dtype is None:
             raise SpecError("the options are not complete", hint="Pass them through tally.scorers.onnx.scorer.inspect.")
         self.task: Task = task
         self.batch_size = self.options.batch_size
@@ -140,9 +140,15 @@ class OnnxVisionScorer(Scorer):
         self.columns = None if self.output == "image" else _columns(self.options)
         self.assumed = ()
         self._softmax = self.options.softmax == "always"
+        self._taken_as_they_are = False
         self._unchecked = CHECKED
         self._facts = Facts(
-            tuple(Output(name, ()) for name in outputs), None, layout == "nhwc", task=task, logits=self._softmax
+            outputs=(),
+            size=None,
+            channels_last=preprocess.layout == "nhwc",
+            task=task,
+            logits=self._softmax,
+            independent=self.options.softmax == "never",
         )
         self._fit = fit_of(task, self.options.decoder, self._facts, self.options.classes)
 
@@ -169,14 +175,17 @@ class OnnxVisionScorer(Scorer):
                 hint="Check the driver with nvidia-smi and that the CUDA and cuDNN libraries are installed.",
             )
         self._input = self._session.get_inputs()[0].name
-        self._outputs = list(self.options.outputs or ())
+        decoder = DECODERS.get(self.options.decoder)
+        first = [output.name for output in self._session.get_outputs()]
+        # jobs of before outputs were named took the first ones
+        self._outputs = list(self.options.outputs or first[: decoder.outputs if decoder else 1])
         labels = self.options.labels
         self._names = read_labels(artifacts / labels) if isinstance(labels, str) else list(labels or ())
-        background = self.options.decoder in DECODERS and DECODERS[self.options.decoder].background
-        if background and len(self._names) == (self.options.classes or 0) + 1:
+        if decoder and decoder.background and len(self._names) == (self.options.classes or 0) + 1:
             del self._names[0]
         if self.task == "classify" and self.options.softmax == "auto":
             self._settle_softmax()
+            self._taken_as_they_are = not self._softmax
 
     def _settle_softmax(self) -> None:
         """Find out whether scores are probabilities already: once, and in each worker on the same made-up pictures."""
@@ -230,28 +239,35 @@ class OnnxVisionScorer(Scorer):
                 return [self._score([prepared])[0] for prepared in group]
             reason = plain_reason(str(error)) if str(error) else type(error).__name__
             return [ItemError(f"{group[0].key}: the model failed: {reason}")]
-        for i, prepared in enumerate(group):
-            self._check(prepared, [output[i : i + 1] for output in outputs])
+        if self._unchecked or not self._as_decided(outputs[0]):
+            for i, prepared in enumerate(group):
+                self._check(prepared, [output[i : i + 1] for output in outputs])
         return [self._finish(p, [output[i] for output in outputs]) for i, p in enumerate(group)]
+
+    def _as_decided(self, scores: Array) -> bool:
+        """Whether a batch's scores are probabilities, where those of made-up pictures were."""
+        if not self._taken_as_they_are or scores.dtype.kind != "f":
+            return True
+        return bool(scores.min() >= -1e-3 and scores.max() <= 1 + 1e-3)  # False where one is NaN
 
     def _check(self, prepared: Prepared, values: Sequence[Array]) -> None:
         """Raises ModelRefutedError if the values do not bear out what the model was taken for."""
-        wrong = hint = None
-        scale_assumed = self.task == "classify" and self.options.softmax == "auto" and not self._softmax
         if any(each.dtype.kind == "f" and not np.isfinite(each).all() for each in values):
             return  # that picture's own fault
-        if scale_assumed and values[0].dtype.kind == "f":
+        if not self._as_decided(values[0]):
             wrong = outside(values[0])
             hint = "Say --set softmax=always if softmax is still to be applied, or never to keep them as they are."
-        if wrong is None and self._unchecked:
+        elif self._unchecked:
             self._unchecked -= 1
+            shape = prepared.tensor.shape
+            size = (shape[2], shape[1]) if self.preprocessor.nchw else (shape[1], shape[0])
             if self.task == "restyle":
                 wrong = self._against_picture(prepared, values[0][0])
             else:
-                shape = prepared.tensor.shape
-                size = (shape[2], shape[1]) if self.preprocessor.nchw else (shape[1], shape[0])
                 wrong = objection(self._fit, values, replace(self._facts, size=size))
-            hint = _SAY_OTHERWISE.get(self.task)
+            hint = _SAY_OTHERWISE.get(self.task, "Say with --task what the model does.")
+        else:
+            return
         if wrong is not None:
             what = f"{self.options.decoder} boxes" if self.task == "detect" else self.task
             outputs = " and ".join(f"{n} {list(v.shape)}" for n, v in zip(self._outputs, values, strict=True))

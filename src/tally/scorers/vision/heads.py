@@ -45,7 +45,8 @@ class Facts:
 
     size: of its input, in pixels. channels_last: of its input, and so of masks, where their shape does not tell.
     labels: how many names of classes there are. background: the first of them is the background's.
-    task, decoder: as the user says. logits: the user says that values are not probabilities yet.
+    task, decoder: as the user says. logits, independent: the user says that values are not probabilities yet;
+        that they are to be kept as they are.
     """
 
     outputs: tuple[Output, ...]
@@ -57,6 +58,7 @@ class Facts:
     task: Task | None = None
     decoder: str | None = None
     logits: bool = False
+    independent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +149,13 @@ def _plane(dims: Dims, facts: Facts) -> tuple[Dims, int | None]:
 
 def _scaled(plane: Dims, size: Size | None) -> bool:
     """Whether a map is as large as the input, or a fraction of it. What varies may be; it is measured while scoring."""
-    if size is None or None in plane:
-        return None in plane
     high, wide = plane
-    if high == wide == 1:
-        return False
-    return any((-(-size[1] // n), -(-size[0] // n)) == (high, wide) or (size[1] // n, size[0] // n) == (high, wide)
-               for n in FRACTIONS)  # fmt: skip
+    if size is None or (high == wide == 1):
+        return high is None and wide is None
+    return any(
+        high in (None, size[1] // n, -(-size[1] // n)) and wide in (None, size[0] // n, -(-size[0] // n))
+        for n in FRACTIONS
+    )
 
 
 def _is_mask(plane: Dims, facts: Facts) -> bool:
@@ -171,6 +173,8 @@ def _segment(facts: Facts) -> Iterator[Fit]:
         plane, channels = _plane(output.dims, facts)
         if not plane or not _is_mask(plane, facts) or output.kind == "other":
             continue
+        if facts.task is None and re.search(_FEATURES, output.name, re.IGNORECASE):
+            continue
         if output.kind == "integer":
             if channels == 1:
                 yield Fit(_HEADS["segment"], (output,))
@@ -186,9 +190,19 @@ def _foreground(facts: Facts) -> Iterator[Fit]:
 
 
 def _map(facts: Facts) -> Iterator[Fit]:
-    for each in _foreground(facts):
-        if re.search(_MAP_WORDS, each.outputs[0].name, re.IGNORECASE):
-            yield Fit(_HEADS["a map of depth, distance or the like"], each.outputs)
+    for output in facts.outputs:
+        if _plane(output.dims, facts)[0] and re.search(_MAP_WORDS, output.name, re.IGNORECASE):
+            yield Fit(_HEADS["a map of depth, distance or the like"], (output,))
+
+
+def _instances(facts: Facts) -> Iterator[Fit]:
+    """Boxes with coefficients, and the prototypes of masks that these combine."""
+    if len(facts.outputs) != 2 or facts.size is None:
+        return
+    for boxes, prototypes in (facts.outputs, facts.outputs[::-1]):
+        families = [DECODERS[name].classes([boxes.dims], facts.size) for name in ("yolov8", "yolov5", "end-to-end")]
+        if len(prototypes.dims) == 4 and (any(families) or (len(boxes.dims) == 3 and boxes.dims[2] == 38)):
+            yield Fit(_HEADS["masks of single objects (YOLO)"], facts.outputs)
 
 
 def _restyle(facts: Facts) -> Iterator[Fit]:
@@ -272,10 +286,10 @@ def _against_segment(outputs: Sequence[Array], facts: Facts) -> str | None:
     low, high = float(output.min()), float(output.max())
     if 3 in (output.shape[0], output.shape[-1]) and high - low > 100:
         return f"values lie between {low:.4g} and {high:.4g}: a picture"
-    if low >= 0 and high <= 1 and high > low:
-        sums = output.sum(axis=-1 if facts.channels_last else 0)
-        if np.abs(sums - 1).max() > 0.02 and 3 in (output.shape[0], output.shape[-1]):
-            return "values lie in 0..1 and do not add up to 1 over the classes: a picture"
+    if low >= -0.25 and high <= 1.25 and high > low and not facts.independent:
+        sums = (output.sum(axis=axis) for axis in (0, -1))
+        if all(np.abs(each - 1).max() > 0.05 for each in sums):
+            return f"values lie between {low:.4g} and {high:.4g} and do not add up to 1 over the classes"
     return None
 
 
@@ -315,6 +329,7 @@ def _against_boxes(decoder: Decoder) -> Callable[[Sequence[Array], Facts], str |
 
 
 _MAP_WORDS = r"depth|disp|distance|normal|flow|heat|density"
+_FEATURES = r"feature|hidden|embed|backbone"
 _AUXILIARY = r"(?i)aux|hidden|attention"
 
 _HEADS: dict[str, Head] = {
@@ -341,6 +356,7 @@ _HEADS: dict[str, Head] = {
              _named("boxes after built-in suppression", "num", "boxes", "scores", "classes"), _nothing, words="det"),
         Head("MMDetection's boxes", None, _named("MMDetection's boxes", "dets", "labels"), _nothing, words="dets"),
         Head("YOLOv7's rows of 7", None, _rows_of_seven, _against_seven),
+        Head("masks of single objects (YOLO)", None, _instances, _nothing, words="."),
         Head("ultralytics", None, _ultralytics, _nothing, words="."),
     )
 }  # fmt: skip
