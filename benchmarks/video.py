@@ -44,7 +44,7 @@ from _machine import (
 )
 from _video_contenders import Job
 from tally.jobs.facade import Jobs
-from tally.media.video.encode import DEFAULTS, _settings
+from tally.media.video.encode import DEFAULTS, settings
 from tally.models.load import create
 from tally.models.resolve import resolve
 
@@ -100,8 +100,8 @@ def measure(part: str, given: argparse.Namespace, folder: Path) -> None:
     frames = repeat_clip(clip, folder / "clip.mp4", given.frames or FRAMES[part])
     ref = resolve(model, task="restyle")
     scorer: Any = create(ref)
-    settings = _settings(DEFAULTS["mp4"])
-    assert settings.scale is not None
+    chosen = settings(DEFAULTS["mp4"])
+    assert chosen.scale is not None
     facts = look(folder / "clip.mp4")
     size = tuple(map(int, given.size.split("x"))) if given.size else facts["size"]
     described = Job(
@@ -112,7 +112,7 @@ def measure(part: str, given: argparse.Namespace, folder: Path) -> None:
         size=size,
         rate=facts["rate"],
         codec=DEFAULTS["mp4"],
-        options={**settings.options, settings.scale.option: f"{settings.scale.default:g}"},
+        options={**chosen.options, chosen.scale.option: f"{chosen.scale.default:g}"},
         ffmpeg=ffmpeg(),
         out="",
     )

@@ -13,6 +13,11 @@ from typing import Any
 import av
 import numpy as np
 
+from tally.errors import ItemError
+from tally.sources.base import Timings
+from tally.sources.video import VideoSource
+from tally.testing.sources import Recorder, chunks_of
+
 BITS = 12
 WIDTH, HEIGHT = 96, 64
 _CELL = WIDTH // BITS
@@ -34,6 +39,27 @@ def number_in(array: np.ndarray[Any, Any]) -> int:
     cell = width / BITS
     middle = array[height // 8, [int((bit + 0.5) * cell) for bit in range(BITS)]].mean(axis=-1)
     return sum(int(value > 128) << bit for bit, value in enumerate(middle))
+
+
+def frames(source: VideoSource, items: int = 7) -> dict[str, Any]:
+    """What every frame of a source gives: its picture and info, or its ItemError."""
+    found: dict[str, Any] = {}
+    for chunk in chunks_of(source, items):
+        keys = source.keys(chunk)
+        for batch in source.read(chunk, Recorder(), Timings()):
+            found.update((keys[position], error) for position, error in batch.dead)
+            found.update(zip(batch.keys, zip(batch.values, batch.info or [], strict=True), strict=True))
+    return dict(sorted(found.items()))
+
+
+def errors(found: dict[str, Any]) -> dict[str, str]:
+    """Those of :func:`frames` that have an error."""
+    return {key: str(value) for key, value in found.items() if isinstance(value, ItemError)}
+
+
+def numbers(found: dict[str, Any]) -> list[int]:
+    """The numbers in the pictures of :func:`frames`."""
+    return [number_in(value[0]) for value in found.values() if not isinstance(value, ItemError)]
 
 
 def write_clip(

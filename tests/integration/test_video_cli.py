@@ -145,6 +145,47 @@ def test_a_row_for_every_frame(score: Cli, model: Any, tmp_path: Path) -> None:
     assert [float(row["time"]) for row in rows] == pytest.approx([number / 25 for _, number, *_ in expected], abs=1e-3)
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_recordings_in_one_file_stay_in_step_with_their_sound(
+    score: Cli, model: Any, tmp_path: Path, parts: int
+) -> None:
+    clip = write_clip(tmp_path / "clip.ts", 25, sound=1.0, audio="mp2")
+    clip.write_bytes(clip.read_bytes() * parts)
+    ran = score(clip, "--model", model(IDENTITY), "--out", tmp_path / "out.mp4", "--crf", 1)
+    assert ran.code == 0, ran.err
+    assert ("warning: clip.ts is made of several recordings" in ran.err) == (parts > 1)
+    assert numbers(tmp_path / "out.mp4") == [*range(25)] * parts
+    begins = [each for number, each in enumerate(times(tmp_path / "out.mp4")) if number % 25 == 0]
+    [sound] = sound_of(tmp_path / "out.mp4")
+    each = len(sound) // parts
+    heard = [sound[number * each].time for number in range(parts)]
+    # The sound of a part begins where its pictures do, within a packet of sound.
+    assert all(abs((one - begins[0]) - (other - heard[0])) < 0.03 for one, other in zip(begins, heard, strict=True))
+
+
+def test_windows_media_with_its_sound(score: Cli, model: Any, tmp_path: Path) -> None:
+    silent, clip = write_clip(tmp_path / "silent.wmv", 25, codec="wmv2", bframes=0), tmp_path / "clip.wmv"
+    with av.open(str(silent)) as source, av.open(str(clip), "w") as out:
+        pictures = out.add_stream_from_template(source.streams.video[0])
+        sound: Any = out.add_stream("wmav2", rate=44100, layout="mono")
+        sound.codec_context.bit_rate = 64_000
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                packet.stream = pictures
+                out.mux(packet)
+        for at in range(0, 43 * 1024, 1024):
+            tone = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            tone.sample_rate, tone.pts, tone.time_base = 44100, at, Fraction(1, 44100)
+            out.mux(sound.encode(tone))
+        out.mux(sound.encode(None))
+    ran = score(clip, "--model", model(IDENTITY), "--out", tmp_path / "out.mp4")
+    assert ran.code == 0, ran.err
+    assert "audio stream 1 (wmav2) was converted to aac" in ran.err
+    assert numbers(tmp_path / "out.mp4") == [*range(25)]
+    [heard] = sound_of(tmp_path / "out.mp4")
+    assert 0.8 < heard[-1].time + heard[-1].duration < 1.2
+
+
 def test_some_frames_of_a_size(score: Cli, model: Any, clip: Path, tmp_path: Path) -> None:
     ran = score(clip, "--model", model(SIZES), "--out", tmp_path / "out", "--every", 20, "--size", "48x40")
     assert ran.code == 0, ran.err

@@ -203,13 +203,78 @@ def test_compressed_fits_is_refused() -> None:
         (b"", r"^the file is empty \(0 bytes\)$"),
         (b"<!DOCTYPE html>", r"^not an image: cannot identify the format \(starts with b'<!DOCTYPE ht'\)$"),
         (b"\xff\xd8\xff nonsense", r"^damaged JPEG image: its header cannot be read \(the file has 12 bytes\)$"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "^not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "^PostScript is not supported: convert it"),
     ],
 )
 def test_what_is_no_picture(data: bytes, message: str) -> None:
     with pytest.raises(ItemError, match=message) as caught:
         decode(data)
     assert caught.value.stage == "decode"
+
+
+# What is intact, and cannot be read; what is read, and of which something is left out.
+UNSUPPORTED = {
+    "five_bands.tif": "TIFF of 5 samples per pixel (unsigned, 8 bits)",
+    "floatrgb.tif": "TIFF of 3 samples per pixel (floating-point, 32 bits)",
+    "heic.heic": "HEIC",
+    "jls.jls": "JPEG-LS of 8 bits",
+    "lossless.jpg": "lossless JPEG of 16 bits",
+    "mono1.dcm": "DICOM",
+    "mono2.dcm": "DICOM",
+    "svg.svg": "SVG",
+    "twelve_bit.jpg": "JPEG of 12 bits",
+    "xl.jxl": "JPEG XL",
+    "xr.jxr": "JPEG XR",
+}
+SEVERAL = "some files hold several pictures (frames or pages): the first of each is scored"
+TRANSPARENT = "some pictures are partly transparent: transparency is dropped, and what is stored beneath it is scored"
+LEFT_OUT = {
+    **{key: [SEVERAL] for key in ["anim.gif", "anim.webp", "apng.png", "multipage.tiff", "pages.tif"]},
+    **{key: [TRANSPARENT] for key in ["la.png", "palette_alpha.png", "rgba0.png", "transparent_black.png"]},
+}
+RED_AND_BLUE = [[200, 40, 20], [20, 60, 220]]
+OTHERS = {
+    "dark.png": [10, 20, 30],
+    "light.png": [240, 230, 220],
+    "float.tif": [128] * 3,
+    "gray16.png": [156] * 3,
+    "gray16.tif": [156] * 3,
+    "sixteen_pgm.pgm": [156] * 3,
+    "la.png": [90] * 3,
+    "multipage.tiff": [0, 128, 0],
+    "one_bit.png": [255] * 3,
+    "orange.jpg": [200, 100, 50],
+}
+
+
+def test_every_found_picture(data: Path) -> None:
+    seen = 0
+    for path in sorted((data / "found" / "pictures").iterdir()):
+        told: list[str] = []
+        if path.name in UNSUPPORTED:
+            with pytest.raises(ItemError) as caught:
+                decode(path.read_bytes(), tell=told.append)
+            what = UNSUPPORTED[path.name]
+            assert caught.value.message == f"{what} is not supported: convert it to a PNG or JPEG of 8 bits first"
+            continue
+        pixels, _ = decode(path.read_bytes(), tell=told.append)
+        assert told == LEFT_OUT.get(path.name, []), path.name
+        if path.name == "transparent_black.png":
+            continue
+        height, width = pixels.shape[:2]
+        corners = pixels[[height // 4, -height // 4], [width // 4, -width // 4]].astype(int)
+        wanted = [OTHERS[path.name]] * 2 if path.name in OTHERS else RED_AND_BLUE
+        if path.name in ("exif2.png", "exif3.png", "exif7.png", "exif8.png"):
+            wanted = wanted[::-1]
+        assert np.abs(corners - wanted).max() <= 6, path.name
+        seen += 1
+    assert seen > 30
+
+
+def test_a_damaged_header_is_not_called_an_unsupported_format() -> None:
+    for data in (b"II*\0" + bytes(40), b"MM\0*\xff\xff\xff\xff", b"\xff\xd8\xff\xc0\0\x11\x08", b"<?xml ?><html/>"):
+        with pytest.raises(ItemError, match=r"damaged|not an image|truncated"):
+            decode(data)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "gif", "bmp", "tiff", "webp"])

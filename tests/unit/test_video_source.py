@@ -16,7 +16,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from tests.videos import HEIGHT, WIDTH, number_in, write_clip
+from tests.videos import HEIGHT, WIDTH, errors, frames, number_in, numbers, write_clip
 
 from tally.errors import ItemError, SourceNotFoundError, StorageError
 from tally.media.video import container as containers
@@ -27,26 +27,6 @@ from tally.sources.base import Chunk, ChunkLimit, Timings
 from tally.sources.video import VideoSource
 from tally.storage import ObjectStore, Store, open_store, ranges
 from tally.testing.sources import Recorder, chunks_of
-
-
-def frames(source: VideoSource, items: int = 7) -> dict[str, Any]:
-    """What every frame gives: its picture and info, or its ItemError."""
-    found: dict[str, Any] = {}
-    for chunk in chunks_of(source, items):
-        keys = source.keys(chunk)
-        for batch in source.read(chunk, Recorder(), Timings()):
-            found.update((keys[position], error) for position, error in batch.dead)
-            found.update(zip(batch.keys, zip(batch.values, batch.info or [], strict=True), strict=True))
-    return dict(sorted(found.items()))
-
-
-def errors(found: dict[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in found.items() if isinstance(value, ItemError)}
-
-
-def numbers(found: dict[str, Any]) -> list[int]:
-    return [number_in(value[0]) for value in found.values() if not isinstance(value, ItemError)]
-
 
 # -- every frame, in order -----------------------------------------------------------------------------
 

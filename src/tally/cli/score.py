@@ -27,9 +27,13 @@ def _resume_options(command: Any) -> Any:
 def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     if value == "list" and not ctx.resilient_parsing:
         from tally.cli.console import table
-        from tally.media.video.encode import encoders
+        from tally.media.video.encode import FORMATS
+        from tally.media.video.encoders import encoders
 
-        table(("CODEC", "WHAT"), sorted({**encoders("mp4"), **encoders("mkv")}.items()))
+        found = {kind: encoders(kind) for kind in FORMATS}
+        names = {codec: name for each in found.values() for codec, name in each.items()}
+        kinds = {codec: " ".join(kind for kind in found if codec in found[kind]) for codec in names}
+        table(("CODEC", "FILES", "WHAT"), [(codec, kinds[codec], name) for codec, name in sorted(names.items())])
         ctx.exit()
     return value
 

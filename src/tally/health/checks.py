@@ -121,7 +121,8 @@ def pictures() -> str:
 
 def videos() -> str:
     """Which encoders there are."""
-    from tally.media.video.encode import DEFAULTS, HARDWARE, encoders
+    from tally.media.video.encode import DEFAULTS, HARDWARE
+    from tally.media.video.encoders import encoders
 
     found = encoders("mp4")
     hardware = [codec for codec in found if codec.endswith(HARDWARE)]

@@ -15,6 +15,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from tally.errors import ItemError
+from tally.media.unsupported import unsupported
 
 # NumPy and Pillow are imported by the functions that need them: commands that look at jobs decode nothing.
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ MAX_PIXELS = 128_000_000
 
 # Pillow lists these as readable, but they are stubs, or (EPS) run another program on the file's content.
 _UNUSABLE = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+_ANIMATED = frozenset({"GIF", "WEBP", "PNG", "AVIF"})
 _COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _SIGNATURES = {
     b"\xff\xd8": "JPEG",
@@ -41,7 +43,11 @@ _filter_lock = threading.Lock()
 
 
 def decode(
-    data: bytes, size: tuple[int, int] | None = None, *, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    size: tuple[int, int] | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    tell: Callable[[str], object] | None = None,
 ) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], dict[str, int]]:
     """Decode one picture to upright RGB.
 
@@ -49,6 +55,7 @@ def decode(
     size: (width, height) in pixels that the caller is going to resize to. A JPEG is then decoded at
         1/2, 1/4 or 1/8, as long as the result is at least twice that size in both directions.
     max_pixels: a picture with more, by its header, is not decoded.
+    tell: called with a sentence if something of the picture is left out: further frames, or transparency.
 
     Returns a writable, C-contiguous ``uint8[height, width, 3]`` in RGB order, and ``width`` and
     ``height`` in pixels of the original, upright picture. EXIF orientation is applied, transparency is
@@ -87,6 +94,8 @@ def decode(
                 _refuse_large(*image.size, max_pixels)
                 pixels = _upright(image, _orientation(image))
                 width, height = pixels.size
+                if tell is not None:
+                    _tell_left_out(image, tell)
             return _rgb(pixels), {"width": width, "height": height}
     except ItemError:
         raise
@@ -208,6 +217,25 @@ def _rgb(image: PillowImage.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return _pixels(image.convert("RGB"))
 
 
+def _tell_left_out(image: PillowImage.Image, tell: Callable[[str], object]) -> None:
+    """Say what :func:`decode` leaves out of a picture that was loaded. The image goes to no other frame."""
+    if image.format == "TIFF":
+        several = bool(getattr(getattr(image, "tag_v2", None), "next", 0))
+    else:
+        several = image.format in _ANIMATED and bool(getattr(image, "is_animated", False))
+    if several:
+        tell("some files hold several pictures (frames or pages): the first of each is scored")
+    if _is_transparent(image):
+        tell("some pictures are partly transparent: transparency is dropped, and what is stored beneath it is scored")
+
+
+def _is_transparent(image: PillowImage.Image) -> bool:
+    if image.mode in ("RGBA", "LA", "RGBa", "La", "PA"):
+        low: Any = image.getchannel(image.getbands()[-1]).getextrema()[0]
+        return bool(low < 255)
+    return "transparency" in image.info
+
+
 def _strips(image: PillowImage.Image) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
     """Rows from the top, some at a time: converting all at once would hold a large picture three times."""
     import numpy as np
@@ -257,6 +285,8 @@ def _scale(samples: np.ndarray[Any, Any], low: float, high: float) -> np.ndarray
 
 
 def _unidentified(data: bytes) -> str:
+    if (known := unsupported(data)) is not None:
+        return known
     start = data[:12]
     for signature, kind in _SIGNATURES.items():
         if start.startswith(signature):

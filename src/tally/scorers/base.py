@@ -144,6 +144,11 @@ class Scorer:
             with suppress(OSError):
                 DEFINED_BY[cls] = known_hash(Path(file))
 
+    def assume(self, sentence: str) -> None:
+        """Add a sentence to ``assumed``, once."""
+        if sentence not in self.assumed:
+            self.assumed = (*self.assumed, sentence)
+
     def missing_reason(self, key: Mapping[str, Any]) -> str | None:
         """Why there is no model for a key (column of ``by`` to value), or None where there is one.
 

@@ -285,7 +285,7 @@ def _fitting(scorer: Scorer, item: Item) -> Item:
         if isinstance(value, (bytes, bytearray, memoryview)):
             from tally.media import images  # with NumPy, which scorers of other values may not need
 
-            picture, info = images.decode(bytes(value), scorer.size)
+            picture, info = images.decode(bytes(value), scorer.size, tell=scorer.assume)
             return Item(item.key, picture, {**info, **item.info})
         fits = hasattr(value, "shape") and value.dtype == "uint8" and len(value.shape) == 3 and value.shape[2] == 3
         takes = "a picture: a file's content, or uint8[height, width, 3]"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tally.errors import ItemError, SpecError
-from tally.media.video.encode import Encoder, Encoding, check
+from tally.media.video.encode import Encoder, Encoding
+from tally.media.video.encoders import check
 from tally.media.video.frame import FrameInfo
 from tally.media.video.metadata import Video
 from tally.scorers.base import Result

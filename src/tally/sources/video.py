@@ -13,10 +13,10 @@ import json
 import queue
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -38,6 +38,8 @@ _SNAP = 0.6
 _MISSING = 4096
 """The most missing frames in one chunk."""
 _COMBINE = 512
+_AFTER_GAPS = -1
+"""The frame in a cursor that stands behind a video's gaps, and before its frames."""
 _NEAR = 64
 """Frames at most this far apart are replayed together: decoding those between costs little."""
 
@@ -48,6 +50,7 @@ class VideoSource(Source):
 
     every: take frames 0, every, 2 * every ... of each video.
     size: (width, height) in pixels, upright, that frames are scaled to; None: as they are.
+    peculiar: what was found in planning that a user should know, and the keys of the videos that it is true of.
     """
 
     accepts: ClassVar = frozenset[Input]({"image", "frame"})
@@ -58,6 +61,7 @@ class VideoSource(Source):
     listing: Listing
     every: int = 1
     size: tuple[int, int] | None = None
+    peculiar: dict[str, list[str]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def columns(self) -> Mapping[str, str]:
@@ -85,6 +89,7 @@ class VideoSource(Source):
 
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
         self.listing.passed.clear()
+        self.peculiar.clear()
         began, last, frame, *mark = (0, None, None) if after is None else json.loads(after)
         name = None if last is None else name_from_json(last)
         found = after is not None
@@ -131,11 +136,19 @@ class VideoSource(Source):
         except TallyError as error:
             location.check_root()
             payload: dict[str, Any] = {"key": key, "failed": error.message, "hint": error.hint}
-            if start:
+            if start > 0:
                 payload["from"] = start
             yield Chunk(first, 1, payload, cursor(None))
             return
+        for remark in timeline.remarks:
+            self.peculiar.setdefault(remark, []).append(key)
         timeline = replace(timeline, video=self._scaled(timeline.video))
+        if timeline.gaps and start == 0:
+            text = "pictures are missing before this frame, it is not known how many: the file is damaged there"
+            payload = {"key": key, "failed": text, "gaps": [*timeline.gaps]}
+            yield Chunk(first, len(timeline.gaps), payload, cursor(_AFTER_GAPS))
+            first += len(timeline.gaps)
+        start = max(start, 0)
         numbers = range(start, len(timeline.ticks), self.every)
         while numbers:
             count = self._cut(numbers, limit().items, timeline.keys)
@@ -174,14 +187,16 @@ class VideoSource(Source):
         begin = max(0, bisect_right(keys, numbers[0], key=lambda key: key.number) - 2)
         end = bisect_right(keys, numbers[-1], key=lambda key: key.number)
         video = timeline.video
+        packets = [timeline.packets[number] for number in numbers]
         return {
             "key": video.key,
             "video": video.to_json(),
             "step": self.every,
             "numbers": pack(numbers),
             "ticks": pack([timeline.ticks[number] for number in numbers]),
-            "packets": pack([timeline.packets[number] for number in numbers]),
+            "packets": pack(packets),
             "keys": [list(key) for key in keys[begin:end]],
+            "damaged": pack(_between(timeline.damaged, keys[begin].packet if end else 0, max(packets))),
         }
 
     def _scaled(self, video: Video) -> Video:
@@ -197,13 +212,20 @@ class VideoSource(Source):
         return self.listing.several()
 
     def remark(self) -> str | None:
-        return self.listing.remark()
+        said = [self.listing.remark()]
+        for remark, keys in self.peculiar.items():
+            said.append(
+                f"{keys[0]} is {remark}" if len(keys) == 1 else f"{len(keys):,} videos are {remark} ({keys[0]} ...)"
+            )
+        return "; ".join(each for each in said if each) or None
 
     # -- chunks ------------------------------------------------------------------------------------
 
     def keys(self, chunk: Chunk) -> list[str]:
         payload = chunk.payload
         key = payload["key"]
+        if "gaps" in payload:
+            return [f"{key}/{number:06d}-gap" for number in payload["gaps"]]
         if "from" in payload:
             return [f"{key}/{payload['from']:06d}-end"]
         return [f"{key}/{number:06d}" for number in unpack(payload["numbers"])] if "numbers" in payload else [key]
@@ -213,6 +235,8 @@ class VideoSource(Source):
         for name in ("numbers", "ticks", "packets"):
             if name in payload:
                 payload[name] = pack(unpack(payload[name])[start:stop])
+        if "gaps" in payload:
+            payload["gaps"] = payload["gaps"][start:stop]
         if "keys" in payload:
             numbers = unpack(payload["numbers"])
             known = [key[0] for key in payload["keys"]]
@@ -228,6 +252,8 @@ class VideoSource(Source):
                 payload = dict(before.payload)
                 for name in ("numbers", "ticks", "packets"):
                     payload[name] = pack(unpack(payload[name]) + unpack(chunk.payload[name]))
+                damaged = {*unpack(before.payload.get("damaged", [])), *unpack(chunk.payload.get("damaged", []))}
+                payload["damaged"] = pack(sorted(damaged))
                 payload["keys"] = payload["keys"] + [key for key in chunk.payload["keys"] if key not in payload["keys"]]
                 combined[-1] = Chunk(before.first, before.count + chunk.count, payload, chunk.cursor)
             else:
@@ -322,12 +348,13 @@ class _Ahead(threading.Thread):
     def _frames(self) -> Iterator[Any]:
         packets = unpack(self._chunk.payload["packets"])
         keys = [Key(*key) for key in self._chunk.payload["keys"]]
+        damaged = unpack(self._chunk.payload.get("damaged", []))
         video = Video.from_json(self._chunk.payload["video"])
         begin = bisect_right([key.number for key in keys], self._infos[0].number)
         began = time.perf_counter()
         done = 0
         try:
-            for picture in decode(video, packets, keys[:begin]):
+            for picture in decode(video, packets, keys[:begin], damaged):
                 value: Any = picture
                 if not isinstance(picture, ItemError):
                     value = self._prepare(done, picture)
@@ -365,6 +392,11 @@ class _Failure:
     """What ended the thread."""
 
     error: BaseException
+
+
+def _between(positions: Sequence[int], first: int, last: int) -> Sequence[int]:
+    """Those of ascending positions that are not before the first, and not after the last."""
+    return positions[bisect_left(positions, first) : bisect_right(positions, last)]
 
 
 def _ends_early(timeline: Timeline) -> bool:

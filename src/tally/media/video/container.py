@@ -77,6 +77,8 @@ class Input:
             except av.FFmpegError:
                 self._check()
                 raise
+            except IndexError:  # how PyAV ends if a stream turned up that was not there in the beginning
+                packet = None
             self._check()
             if packet is None:
                 return
@@ -172,25 +174,31 @@ def _downloaded(store: Store, known: _Object) -> Path:
 
 
 def open_video(
-    root: str, name: str, known: tuple[int, str] | None = None, on_fetched: Callable[[int], None] | None = None
+    root: str,
+    name: str,
+    known: tuple[int, str] | None = None,
+    on_fetched: Callable[[int], None] | None = None,
+    *,
+    format: str | None = None,  # noqa: A002
 ) -> Input:
     """Open a video for reading; one in a bucket is read by ranges.
 
     known: its size and mark, if they are known. on_fetched: called with the bytes fetched so far, see ``RangeFile``.
+    format: FFmpeg's name of the format, if that is known: no packets are read ahead then.
     Raises ItemError if it is no video that FFmpeg knows, StorageError (such as SourceNotFoundError) if it cannot be
     read, SourceChangedError if it has changed. A local file may change while it is read: check its mark in the end.
     """
     store = open_store(root)
     if store.is_local:
         path = store.local_path(name, mark=known[1] if known else "")
-        return Input(_opened(os.fspath(path), store.size(name)))
+        return Input(_opened(os.fspath(path), store.size(name), format))
     this = _Object(root, name, *(known or store.marked(name)))
     if this in _downloads and _downloads[this].exists():
-        return Input(_opened(os.fspath(_downloads[this]), this.size))
+        return Input(_opened(os.fspath(_downloads[this]), this.size, format))
     remote = _Remote(store, this, on_fetched)
     try:
         try:
-            container = _opened(remote, this.size)
+            container = _opened(remote, this.size, format)
         except ItemError:
             remote.check()
             raise
@@ -206,7 +214,7 @@ def open_video(
     return Input(container, remote)
 
 
-def _opened(file: Any, size: int) -> InputContainer:
+def _opened(file: Any, size: int, format: str | None) -> InputContainer:  # noqa: A002
     import av
 
     if av.logging.get_level() is None:  # errors have FFmpeg's reason only while it logs; this level prints nothing
@@ -215,7 +223,8 @@ def _opened(file: Any, size: int) -> InputContainer:
         raise ItemError("the file is empty", stage="read")
     try:
         # Some cameras write titles in legacy encodings; the pictures are fine.
-        container: InputContainer = av.open(file, "r", metadata_errors="ignore")
+        options = {} if format is None else {"probesize": "32", "analyzeduration": "0"}
+        container: InputContainer = av.open(file, "r", format=format, options=options, metadata_errors="ignore")
         return container
     except (av.FFmpegError, ValueError) as error:
         raise ItemError(
@@ -229,6 +238,12 @@ def video_stream(container: InputContainer) -> VideoStream:
 
     stream = container.streams.best("video")
     if stream is not None and not stream.disposition & av.stream.Disposition.attached_pic:
+        if stream.codec_context is None:
+            raise ItemError(
+                "it does not say how its video is encoded, or in a way that FFmpeg does not know",
+                stage="read",
+                hint="Its beginning may be damaged: 'ffprobe FILE' shows what can be read of it.",
+            )
         return stream  # type: ignore[return-value]
     others = ", ".join(dict.fromkeys(f"{each.type} {_codec(each)}".strip() for each in container.streams))
     raise ItemError(f"it has no video stream, only {others}" if others else "it has no streams", stage="read")

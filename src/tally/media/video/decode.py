@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,6 +11,7 @@ import numpy as np
 from tally.errors import ItemError
 from tally.media.video.colour import matrix_for, range_for
 from tally.media.video.container import Input, error_text, open_video
+from tally.media.video.damage import STRICT, Judge, Judged
 from tally.media.video.metadata import Video
 from tally.media.video.probe import Key
 
@@ -24,41 +25,45 @@ BEGINNING = Key(0, 0, None, None)
 _FULL_RANGE = 2
 
 
-def decode(video: Video, packets: Sequence[int], keys: Sequence[Key]) -> Iterator[Picture | ItemError]:
+def decode(
+    video: Video, packets: Sequence[int], keys: Sequence[Key], damaged: Collection[int] = ()
+) -> Iterator[Picture | ItemError]:
     """One picture, or the reason why there is none, for each chosen frame, in order.
 
     packets: positions of the frames' packets in the video stream (see ``Timeline``), in the order of presentation.
     keys: keyframes at or before the first frame, the nearest last. Decoding begins at the nearest; if its first
         picture is damaged, at one before it, for some streams need a run-up. Empty: the stream's beginning.
+    damaged: positions of packets that are known to be damaged.
     Pictures are ``uint8[height, width, 3]`` RGB, upright, of the video's size.
     Raises what :func:`open_video` raises, and StorageError when the storage fails.
     """
     *others, last = [*reversed(keys)] or [BEGINNING]
     for key in others:
-        found = _decode(video, packets, key)
+        found = _decode(video, packets, key, damaged)
         first = next(found)
         if not isinstance(first, ItemError):
             yield first
             yield from found
             return
         found.close()
-    yield from _decode(video, packets, last)
+    yield from _decode(video, packets, last, damaged)
 
 
-def _decode(video: Video, packets: Sequence[int], key: Key) -> Generator[Picture | ItemError]:
+def _decode(video: Video, packets: Sequence[int], key: Key, damaged: Collection[int]) -> Generator[Picture | ItemError]:
     wanted = {position: index for index, position in enumerate(packets)}
     failed: dict[int, str] = {}
     due = 0
     container, found = _open_at(video, key)
+    judge = Judge(video.codec, key, damaged)
     with container:
-        for position, frame in _frames(container, video, found, max(packets), failed):
+        for position, frame, error in _frames(container, video, found, max(packets), judge, failed):
             index = wanted.get(position, -1)
             if index < due:
                 continue  # before the wanted ones, or between them
             for lost in range(due, index):
                 yield _lost(failed.get(packets[lost]))
             due = index + 1
-            yield _damaged() if frame.is_corrupt else _picture(frame, video)
+            yield error or _picture(frame, video)
     for lost in range(due, len(packets)):
         yield _lost(failed.get(packets[lost]))
 
@@ -68,9 +73,10 @@ def _frames(
     video: Video,
     packets: Iterator[tuple[int, Packet[Any]]],
     last: int,
+    judge: Judge,
     failed: dict[int, str],
-) -> Iterator[tuple[int, VideoFrame]]:
-    """Frames as the decoder returns them, with their packet's position.
+) -> Iterator[Judged]:
+    """Frames in the order of presentation, with their packets' positions.
 
     The position takes the place of the presentation time inside the decoder, so no frame is taken for another.
     """
@@ -82,21 +88,24 @@ def _frames(
         for position, packet in packets:
             if position > last:
                 break  # a frame needs only packets before its own
+            judge.given(position, packet)
             packet.pts = packet.dts = position
             try:
                 decoded = context.decode(packet)
             except (av.FFmpegError, ValueError) as error:
                 failed[position] = error_text(error)
+                judge.failed(position)
                 continue
             for frame in decoded:
-                yield frame.pts, frame
+                yield from judge.shown(frame.pts, frame)
     except av.FFmpegError as error:  # nothing can be read after this
         failed.update((lost, f"reading it failed: {error_text(error)}") for lost in range(position + 1, last + 1))
     try:
         for frame in context.decode(None):
-            yield frame.pts, frame
+            yield from judge.shown(frame.pts, frame)
     except av.FFmpegError:
-        return
+        pass
+    yield from judge.end()
 
 
 def _open_at(video: Video, key: Key) -> tuple[Input, Iterator[tuple[int, Packet[Any]]]]:
@@ -119,7 +128,10 @@ def _open(video: Video) -> Input:
     if video.stream >= len(container.streams):
         container.close()
         raise ItemError("the file has changed since the job began", stage="read")
-    container.streams[video.stream].codec_context.thread_count = 1  # there is a worker for every core
+    context: Any = container.streams[video.stream].codec_context
+    context.thread_count = 1  # there is a worker for every core
+    if video.codec in STRICT:
+        context.options = {**context.options, "err_detect": STRICT[video.codec]}
     return container
 
 
@@ -177,10 +189,6 @@ def _picture(frame: VideoFrame, video: Video) -> Picture | ItemError:
     except (OSError, ValueError) as error:
         return ItemError(f"its picture cannot be converted to RGB: {error_text(error)}", stage="decode")
     return np.ascontiguousarray(np.rot90(array, turns)) if turns else array
-
-
-def _damaged() -> ItemError:
-    return ItemError("it is damaged: the decoder had to guess at parts of it", stage="decode")
 
 
 def _lost(reason: str | None) -> ItemError:

@@ -9,19 +9,16 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tally.errors import ItemError, SpecError
+from tally.errors import ItemError
 from tally.media.video.colour import UNSPECIFIED, matrix_for, range_for
 from tally.media.video.container import error_text
-from tally.media.video.metadata import Colour, Video
-from tally.text import did_you_mean
+from tally.media.video.metadata import Video
 
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
@@ -85,53 +82,14 @@ HARDWARE = (*_HARDWARE, "_videotoolbox", "_v4l2m2m")
 _OLD = frozenset({"mpeg1video", "mpeg2video", "mpeg4", "msmpeg4", "mjpeg"})
 
 
-def _settings(codec: str) -> _Settings:
+def settings(codec: str) -> _Settings:
     if codec in _OLD:
         return _Settings(_Scale("q", 1, 31, 3))
     hardware = next((found for suffix, found in _HARDWARE.items() if codec.endswith(suffix)), None)
     return hardware or _SETTINGS.get(codec, _Settings(None))
 
 
-def encoders(kind: str) -> dict[str, str]:
-    """The encoders that work on this machine for a kind of video (a key of :data:`FORMATS`): name to description."""
-    return {codec: name for codec, name in _candidates(kind).items() if _why_unusable(codec) is None}
-
-
-def check(encoding: Encoding, kind: str) -> None:
-    """Raises SpecError if the encoder cannot be used here for that kind of video, or has no such quality."""
-    codec, scale = encoding.codec, _settings(encoding.codec).scale
-    if codec not in _candidates(kind):
-        problem = f"there is no encoder {codec!r} for .{kind}"
-    elif (reason := _why_unusable(codec)) is not None:
-        problem = f"the encoder {codec!r} does not work on this machine: {reason}"
-    elif encoding.crf is None or (scale is not None and scale.low <= encoding.crf <= scale.high):
-        return
-    elif scale is None:
-        raise SpecError(f"the encoder {codec!r} has no scale of quality", hint="Leave --crf out.")
-    else:
-        raise SpecError(
-            f"the quality {encoding.crf:g} is not on the scale of {codec!r}",
-            hint=f"Its --crf goes from {scale.low:g} (best) to {scale.high:g}; without it, {scale.default:g} is taken.",
-        )
-    known = encoders(kind)
-    raise SpecError(problem + did_you_mean(codec, known), hint=f"There are {', '.join(known)}.")
-
-
-def _candidates(kind: str) -> dict[str, str]:
-    import av
-
-    with av.open(io.BytesIO(), "w", format=FORMATS[kind]) as container:
-        allowed = {name for name in container.supported_codecs if _segment_format(name)}
-    found = {}
-    for name in sorted(allowed & av.codecs_available):
-        with suppress(ValueError):  # decoders
-            codec = av.Codec(name, "w")
-            if codec.name == name and codec.type == "video" and not codec.experimental:
-                found[name] = codec.long_name
-    return found
-
-
-def _segment_format(codec: str) -> str | None:
+def segment_format(codec: str) -> str | None:
     return next((format_ for format_ in _SEGMENTS if codec in _supported(format_)), None)
 
 
@@ -145,25 +103,6 @@ def _supported(container: str) -> set[str]:
         with av.open(io.BytesIO(), "w", format=container) as opened:
             _known[container] = opened.supported_codecs
     return _known[container]
-
-
-@cache
-def _why_unusable(codec: str) -> str | None:
-    """Why the encoder does not work here, by a trial; None if it does."""
-    import av
-
-    rate = Fraction(25)
-    video = Video("", "", "", 0, 0, "", 1 / rate, 0, rate, 256, 144, (), Fraction(1), Colour(), 2)
-    try:
-        encoder = Encoder(Encoding(codec), video, (256, 144))
-        for tick in range(2):
-            encoder.add(np.zeros((144, 256, 3), np.uint8), tick)
-        encoder.close()
-    except ItemError as error:
-        return error.message
-    except (av.FFmpegError, ValueError) as error:
-        return error_text(error)
-    return None
 
 
 class Encoder:
@@ -246,12 +185,12 @@ class Encoder:
         self._container = av.open(
             self._buffer,
             "w",
-            format=_segment_format(self._encoding.codec) or _SEGMENTS[0],
+            format=segment_format(self._encoding.codec) or _SEGMENTS[0],
             container_options={"video_track_timescale": str(self._video.time_base.denominator)},
         )
-        settings, codec = _settings(self._encoding.codec), self._encoding.codec
+        chosen, codec = settings(self._encoding.codec), self._encoding.codec
         os.environ.setdefault("SVT_LOG", "1")  # or SVT-AV1 prints its settings for every segment
-        scale, options = settings.scale, dict(settings.options)
+        scale, options = chosen.scale, dict(chosen.options)
         quality = self._encoding.crf if self._encoding.crf is not None else scale and scale.default
         if scale is not None and scale.option in ("crf", "cq"):
             options[scale.option] = f"{quality:g}"

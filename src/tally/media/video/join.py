@@ -75,9 +75,8 @@ def join(target: Path, kind: str, video: Video, segments: Sequence[Segment], *, 
             notes.append(lost)
         others: list[Track] = []
         if source is not None:
-            shift = video.start * video.time_base
-            others = tracks(source, out, kind, video, shift, notes, audio=audio)
-            _describe(out, source, shift)
+            others = tracks(source, out, kind, video, notes, audio=audio)
+            _describe(out, source, video.start * video.time_base)
         pictures = _pictures(segments, groups, fine, video, stream)
         for _, packet in heapq.merge(
             pictures, _packets(reading, others, notes, needed=audio), key=lambda each: each[0]

@@ -37,6 +37,8 @@ class Video:
     matrix: the display matrix (``AV_PKT_DATA_DISPLAYMATRIX``, nine numbers), empty if there is none.
     aspect: the sample aspect ratio of stored pixels, before the frame is turned upright.
     end: until when the last scored frame is shown, in ticks.
+    joints: where recordings follow one another, each with a clock of its own: the ticks to add to the times of each one
+        but the first.
     """
 
     key: str
@@ -55,6 +57,7 @@ class Video:
     colour: Colour
     end: int
     mark: str = ""
+    joints: tuple[int, ...] = ()
 
     @property
     def turns(self) -> int:
@@ -86,6 +89,7 @@ class Video:
             "colour": [colour.range, colour.matrix, colour.primaries, colour.transfer],
             "end": self.end,
             "mark": self.mark,
+            "joints": list(self.joints),
         }
 
     @classmethod
@@ -101,6 +105,7 @@ class Video:
                 "matrix": tuple(data["matrix"]),
                 "aspect": Fraction(*data["aspect"]),
                 "colour": Colour(*data["colour"]),
+                "joints": tuple(data.get("joints", ())),
             }
         )
 

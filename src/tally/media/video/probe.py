@@ -13,17 +13,22 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tally import processes
 from tally.errors import ItemError, SourceChangedError, StorageAwayError, StorageError, TallyError
+from tally.media.video.clock import Clock
 from tally.media.video.container import Input, error_text, open_video, video_stream
 from tally.media.video.metadata import Colour, Video, pack, unpack
+from tally.media.video.promise import promised
 from tally.storage import open_store
 
 if TYPE_CHECKING:
@@ -50,7 +55,14 @@ _KINDS: tuple[type[TallyError], ...] = (StorageAwayError, SourceChangedError, St
 """The class that a failure travels as between processes: the first that fits."""
 _UNTIMED = frozenset({"avi"})
 _UNKNOWN_RATE = Fraction(25)
+_CHUNK_HEADER = 8
+"""Bytes in an AVI between the place that the index has and the packet."""
+_ADDITION: Final = "matroska_block_additional"
+_USUAL = 50
+"""So many gaps between the last frames tell what is usual."""
 _SLOWEST = Fraction(1, 1001)
+_HDR = frozenset({16, 18})
+"""Perceptual quantizer and hybrid log-gamma (``AVColorTransferCharacteristic``)."""
 
 
 class Key(NamedTuple):
@@ -69,8 +81,11 @@ class Timeline:
     ticks: presentation times (see :class:`Video`), strictly ascending.
     packets: the position of each frame's packet in the stream, which is in the order of decoding.
     keys: keyframes, where decoding can begin, ascending.
-    lost: how many frames the container's index lists after the last one that could be read.
+    lost: how many frames the container's index or header lists after the last one that could be read.
     cut: why the video ends too early, if the number of missing frames is not known.
+    damaged: positions of packets that the container knows to be damaged, ascending.
+    gaps: numbers of frames before which pictures are missing, it is not known how many.
+    remarks: what a user should know of the video: that it is interlaced, say.
     """
 
     video: Video
@@ -79,6 +94,9 @@ class Timeline:
     keys: list[Key]
     lost: int = 0
     cut: str | None = None
+    damaged: Sequence[int] = ()
+    gaps: Sequence[int] = ()
+    remarks: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON; :meth:`from_json` is its inverse."""
@@ -89,6 +107,9 @@ class Timeline:
             "keys": self.keys,
             "lost": self.lost,
             "cut": self.cut,
+            "damaged": pack(self.damaged),
+            "gaps": [*self.gaps],
+            "remarks": [*self.remarks],
         }
 
     @classmethod
@@ -101,15 +122,23 @@ class Timeline:
             [Key(*key) for key in data["keys"]],
             data["lost"],
             data["cut"],
+            unpack(data["damaged"]),
+            data["gaps"],
+            data["remarks"],
         )
 
 
 class _Packet(NamedTuple):
+    """part: how often the clock was set back before it. damaged: the container says so. at: its place in the file."""
+
     position: int
     pts: int | None
     dts: int | None
     duration: int
     key: bool
+    part: int
+    damaged: bool
+    at: int | None = None
 
 
 def probe(
@@ -123,70 +152,190 @@ def probe(
 
     Raises ItemError if there is nothing to score, StorageError if it cannot be read.
     """
-    size, mark = known = known or open_store(root).marked(name)
-    with open_video(root, name, known, on_fetched) as opened:
+    store = open_store(root)
+    size, mark = known = known or store.marked(name)
+    with _messages() as messages, open_video(root, name, known, on_fetched) as opened:
         container, stream = opened.container, video_stream(opened.container)
-        packets, picture, ends, problem = _demux(opened, stream)
+        read = _demux(opened, stream)
+        packets, picture = read.packets, read.picture
+        skipped = any(each[1] == container.format.name for each in messages)
         if not packets:
-            raise ItemError(f"it holds no video packets{f' ({problem})' if problem else ''}", stage="read")
+            raise ItemError(f"it holds no video packets{f' ({read.problem})' if read.problem else ''}", stage="read")
         if not (picture or (stream.codec_context.width and stream.codec_context.height)):
             raise ItemError("none of its pictures can be decoded, and it does not say their size", stage="read")
         untimed = _is_untimed(container, stream, packets)
-        lost = _lost(container, stream, packets)
-        cut = None if lost else problem or _cut(container, ends)
+        whole = promised(container.format.name, lambda start, length: store.read_range(name, start, length, mark=mark))
+        cut = read.problem or _cut(container, read) or _short(size, whole)
+        if cut is not None and packets[-1].damaged and len(packets) > 1:
+            packets.pop()  # the file ends in it
+        lost = _lost(container, stream, packets, cut is not None)
         video = _metadata(container, stream, picture, key=key, root=root, name=name, size=size, mark=mark)
+        video = replace(video, joints=_joints(read, video.time_base))
+        holes = _restored(stream, packets) if container.format.name == "avi" else []
+        damaged = _damaged(container, packets)
+        remarks = _remarks(stream, read)
+        depth = stream.codec_context.reorder_depth
+        format_name = container.format.name
     rank = None
     if untimed:
         with open_video(root, name, known, on_fetched) as opened:
             rank = _order_by_decoding(opened, packets)
-    return _timeline(video, packets, rank, lost, cut)
+    if skipped and not untimed:
+        holes += _skipped(partial(open_video, root, name, known, on_fetched, format=format_name), video.stream)
+    if holes and holes[-1] > packets[-1].position and not lost:
+        cut = cut or "the file is damaged behind its last picture"
+    known_keys = {packet.position for packet in packets if packet.key}
+    damaged = sorted({*damaged, *(hole for hole in holes if hole not in known_keys)})
+    timeline = _timeline(video, packets, rank)
+    timeline, dropped = _without_doubtful(timeline, depth if lost or cut is not None else None)
+    if dropped and not lost:
+        cut = cut or "the pictures before the last ones are missing: it is cut off"
+    lost = lost and lost + dropped
+    gaps = [number for number, packet in enumerate(timeline.packets) if packet in holes]
+    cut = None if lost else cut
+    return replace(timeline, lost=lost, cut=cut, damaged=damaged, gaps=gaps, remarks=remarks)
 
 
 # -- reading packets -----------------------------------------------------------------------------------
 
 
-def _demux(opened: Input, stream: VideoStream) -> tuple[list[_Packet], VideoFrame | None, float, str | None]:
-    """The packets of shown frames, the first picture, when the last stream ends in seconds, and why reading failed."""
+@dataclass(slots=True)
+class _Read:
+    """What reading all packets of a video gives.
+
+    packets: of shown frames. picture: the first that could be decoded. problem: why reading ended too early.
+    spans: when each part begins and ends, in seconds of its own clock, over all streams.
+    restarts: how often the clock of each stream was set back. sizes: of the first picture of each part but the first.
+    additions: whether a picture has a second one beside it: its transparency.
+    """
+
+    packets: list[_Packet] = field(default_factory=list)
+    picture: VideoFrame | None = None
+    problem: str | None = None
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    restarts: dict[int, int] = field(default_factory=dict)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    additions: bool = False
+
+
+def _demux(opened: Input, stream: VideoStream) -> _Read:
     import av
 
-    packets: list[_Packet] = []
-    picture = None
-    end = -math.inf
+    found = _Read()
     position = 0
     codec = stream.codec_context.name
     stream.codec_context.thread_count = 1
-    problem = None
+    clocks = {each.index: Clock(each.time_base) for each in opened.streams if each.time_base}
+    look: Any = None
     try:
         for packet in opened.packets():
             if packet.dts is None and packet.pts is None and packet.size == 0:
                 continue  # the end
-            at = packet.pts if packet.pts is not None else packet.dts
-            if at is not None and packet.time_base is not None:
-                end = max(end, float((at + (packet.duration or 0)) * packet.time_base))
+            clock = clocks.get(packet.stream_index)
+            set_back = clock is not None and clock.is_set_back(packet)
+            if clock is not None:
+                _extend(found.spans, clock, packet)
             if packet.stream_index != stream.index:
                 continue
+            part = clock.part if clock is not None else 0
             if is_shown(codec, packet):
-                packets.append(_Packet(position, packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe))
+                times = packet.pts, packet.dts, packet.duration or 0
+                found.packets.append(_Packet(position, *times, packet.is_keyframe, part, packet.is_corrupt, packet.pos))
+                found.additions = found.additions or (not position and packet.has_sidedata(_ADDITION))
             position += 1
-            if picture is None:
-                picture = _first(packet)
+            if set_back:
+                look = av.CodecContext.create(codec, "r")
+            if found.picture is None:
+                found.picture = _first(packet.decode)
+            elif look is not None and (picture := _first(partial(look.decode, packet))) is not None:
+                found.sizes.append((picture.width, picture.height))
+                look = None
     except StorageError:
         raise
     except (av.FFmpegError, OSError) as error:
-        problem = f"reading it failed after {position:,} video packets: {error_text(error)}"
-    if picture is None and position:
-        try:
-            picture = next(iter(stream.codec_context.decode(None)), None)
-        except av.FFmpegError:
-            picture = None
-    return packets, picture, end, problem
+        found.problem = f"reading it failed after {position:,} video packets: {error_text(error)}"
+    if found.picture is None and position:
+        found.picture = _first(lambda: stream.codec_context.decode(None))
+    found.restarts = {index: clock.part for index, clock in clocks.items()}
+    return found
 
 
-def _first(packet: Packet[Any]) -> VideoFrame | None:
+@contextmanager
+def _messages() -> Iterator[list[Any]]:
+    """FFmpeg's errors in this thread: level, name of what has it, text.
+
+    A reader that comes upon damage says so, and goes on behind it: nothing else tells that packets are missing.
+    """
+    import av
+
+    level, skipping = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    try:
+        with av.logging.Capture() as messages:
+            yield messages
+    finally:
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(skipping)
+
+
+def _skipped(opening: Callable[[], Input], index: int) -> list[int]:
+    """The positions of packets before which the reader skipped damage; the one after the last for damage at the end."""
+    import av
+
+    holes = []
+    position = told = 0
+    try:
+        with _messages() as messages, opening() as opened:
+            name = opened.container.format.name
+            told = len(messages)
+            for _ in opened.packets(opened.streams[index]):
+                if any(each[1] == name for each in messages[told:]):
+                    holes.append(position)
+                told = len(messages)
+                position += 1
+        if any(each[1] == name for each in messages[told:]):
+            holes.append(position)
+    except (av.FFmpegError, ItemError, IndexError):
+        pass  # it was read before; what can be known is known
+    return holes
+
+
+def _restored(stream: VideoStream, packets: list[_Packet]) -> list[int]:
+    """Give the packets of an AVI the times that its index says: where some are missing, FFmpeg counts on. Returns the
+    positions of packets before which others are missing."""
+    entries = [entry.pos + _CHUNK_HEADER for entry in stream.index_entries]
+    if len(entries) <= len(packets):
+        return []
+    places = {at: number for number, at in enumerate(entries)}
+    holes = []
+    expected = 0
+    for index, packet in enumerate(packets):
+        number = places.get(packet.at or -1, expected)
+        if number > expected:
+            holes.append(packet.position)
+        if packet.dts is not None and number != packet.dts:
+            pts = None if packet.pts is None else packet.pts + number - packet.dts
+            packets[index] = packet._replace(pts=pts, dts=number)
+        expected = number + 1
+    return holes
+
+
+def _extend(spans: list[tuple[float, float]], clock: Clock, packet: Packet[Any]) -> None:
+    at = packet.pts if packet.pts is not None else packet.dts
+    if at is None:
+        return
+    while len(spans) <= clock.part:
+        spans.append((math.inf, -math.inf))
+    begin, end = spans[clock.part]
+    spans[clock.part] = min(begin, at * clock.tick), max(end, (at + (packet.duration or 0)) * clock.tick)
+
+
+def _first(decode: Callable[[], Iterable[Any]]) -> VideoFrame | None:
     import av
 
     try:
-        return next(iter(packet.decode()), None)
+        return next(iter(decode()), None)
     except (av.FFmpegError, ValueError):
         return None
 
@@ -219,26 +368,91 @@ def _is_untimed(container: InputContainer, stream: VideoStream, packets: list[_P
     return bool(may_differ) and not timed
 
 
-def _lost(container: InputContainer, stream: VideoStream, packets: list[_Packet]) -> int:
-    """How many frames an MP4's index lists beyond those that could be read."""
-    if "mp4" not in container.format.name.split(","):
-        return 0
-    listed = sum(not entry.is_discard for entry in stream.index_entries)
-    return max(0, listed - len(packets))
+def _damaged(container: InputContainer, packets: Sequence[_Packet]) -> list[int]:
+    """The packets that are damaged. In streams that a parser cuts into packets (MPEG-TS), a gap in the data is told of
+    the one before the damaged one; where one stream follows another, the gap is none."""
+    parsed = _is_stream(container)
+    joints = {packet.position for before, packet in pairwise(packets) if packet.part != before.part}
+    found = set()
+    for packet in packets:
+        at = packet.position
+        if packet.damaged and not (parsed and joints & {at + 1, at + 2}):
+            found |= {at, at + 1} if parsed else {at}
+    return sorted(found)
 
 
-def _cut(container: InputContainer, end: float) -> str | None:
+def _joints(read: _Read, time_base: Fraction) -> tuple[int, ...]:
+    """What to add to the times of each part but the first, so that it begins where the one before it ends."""
+    ahead, joints = 0.0, []
+    for (_, end), (begin, _) in pairwise(read.spans):
+        ahead += end - begin
+        joints.append(round(ahead / time_base))
+    return tuple(joints)
+
+
+def _remarks(stream: VideoStream, read: _Read) -> list[str]:
+    found = []
+    picture = read.picture
+    if picture is not None and picture.interlaced_frame:
+        found.append("interlaced: each frame is scored as it is stored, with the lines of two moments")
+    if picture is not None and int(picture.color_trc) in _HDR:
+        found.append("HDR: its brightness is scored as it is stored, and a video that is written has 8 bits")
+    if (read.additions and stream.metadata.get("alpha_mode") == "1") or (
+        picture is not None and _is_transparent(picture)
+    ):
+        found.append("partly transparent: transparency is dropped")
+    others = {size for size in read.sizes if picture is not None and size != (picture.width, picture.height)}
+    if others and picture is not None:
+        listed = ", ".join(f"{width}x{height}" for width, height in sorted(others))
+        found.append(f"of several sizes: pictures of {listed} are scaled to {picture.width}x{picture.height}")
+    if len(read.spans) > 1:
+        found.append("made of several recordings, whose clock begins anew: they are taken one after the other")
+    if len({count for index, count in read.restarts.items() if index == stream.index or count}) > 1:
+        found.append("of streams whose clocks begin anew in different places: sound may not fit the pictures")
+    return found
+
+
+def _is_transparent(picture: VideoFrame) -> bool:
+    if not any(each.is_alpha for each in picture.format.components):
+        return False
+    return bool((picture.to_ndarray(format="rgba")[:, :, 3] < 255).any())
+
+
+def _lost(container: InputContainer, stream: VideoStream, packets: list[_Packet], cut: bool) -> int:
+    """How many frames an MP4's index, or the header of an AVI that was cut off, lists beyond those that are there."""
+    formats = container.format.name.split(",")
+    if "mp4" in formats:
+        return max(0, sum(not entry.is_discard for entry in stream.index_entries) - len(packets))
+    return max(0, stream.frames - len(packets)) if cut and "avi" in formats else 0
+
+
+def _cut(container: InputContainer, read: _Read) -> str | None:
     """Why the container counts as cut off: it ends before the time that its header states. None if it does not."""
     import av
-    from av.format import Flags
 
-    if container.duration is None or Flags(container.format.flags) & Flags.ts_discont:
+    if container.duration is None or _is_stream(container) or len(read.spans) != 1:
         return None
-    start = max(0.0, (container.start_time or 0) / av.time_base)
-    stated = start + container.duration / av.time_base
+    [(_, end)] = read.spans
+    stated = container.duration / av.time_base
+    if "matroska" not in container.format.name:  # there, it is the time of the end
+        stated += max(0.0, (container.start_time or 0) / av.time_base)
     if end >= stated - END_SECONDS:
         return None
     return f"its header says that it lasts {stated:.3f} s, and it ends at {max(end, 0):.3f} s: it is cut off"
+
+
+def _short(size: int, promised: int | None) -> str | None:
+    """Why the file counts as cut off, by its size. None if it does not."""
+    if promised is None or size >= promised:
+        return None
+    return f"its header says that it has {promised:,} bytes, and it has {size:,}: it is cut off"
+
+
+def _is_stream(container: InputContainer) -> bool:
+    """Whether it is made to be sent (MPEG-TS): without an index, and with a clock that may start anywhere."""
+    from av.format import Flags
+
+    return bool(Flags(container.format.flags) & Flags.ts_discont)
 
 
 def _order_by_decoding(opened: Input, packets: list[_Packet]) -> dict[int, int]:
@@ -249,6 +463,8 @@ def _order_by_decoding(opened: Input, packets: list[_Packet]) -> dict[int, int]:
     stream = video_stream(opened.container)
     stream.codec_context.thread_count = 1
     for position, packet in enumerate(opened.packets(stream)):
+        if packet.size and position > packets[-1].position:
+            continue  # the file ends in it
         if packet.size:
             packet.pts = packet.dts = position
         try:
@@ -268,43 +484,87 @@ def _order_by_decoding(opened: Input, packets: list[_Packet]) -> dict[int, int]:
 # -- putting it together -------------------------------------------------------------------------------
 
 
-def _timeline(
-    video: Video, packets: list[_Packet], rank: dict[int, int] | None, lost: int, cut: str | None
-) -> Timeline:
+def _timeline(video: Video, packets: list[_Packet], rank: dict[int, int] | None) -> Timeline:
     tick = 1 / (video.rate * video.time_base)  # ticks per frame
 
-    def at(index: int, packet: _Packet) -> int:
+    def at(packet: _Packet) -> int | None:
         time = packet.pts if packet.pts is not None else packet.dts
-        return round(index * tick) if time is None else time - video.start
+        return None if time is None else time - video.start + (video.joints[packet.part - 1] if packet.part else 0)
 
-    timed = [(at(index, packet), packet) for index, packet in enumerate(packets)]
+    times = [at(packet) for packet in packets]
     if rank is None:
-        timed.sort(key=lambda each: (each[0], each[1].position))
-        ordered = [packet for _, packet in timed]
+        order = sorted(range(len(packets)), key=lambda index: (times[index] or 0, packets[index].position))
     else:
-        ordered = sorted(packets, key=lambda packet: rank[packet.position])
+        order = sorted(range(len(packets)), key=lambda index: rank[packets[index].position])
+    ordered = [packets[index] for index in order]
     ticks: list[int] = []
-    for time in sorted(time for time, _ in timed):
+    for time in _filled([times[index] for index in order], tick):
         # Two pictures at the same moment could not both be shown.
         ticks.append(max(time, ticks[-1] + 1) if ticks else time)
-    keys = [Key(number, *packet[:3]) for number, packet in enumerate(ordered) if packet.key]
+    if ticks[0] < 0:  # players begin with the first picture, too
+        video = replace(video, start=video.start + ticks[0], end=video.end - ticks[0])
+        ticks = [each - ticks[0] for each in ticks]
+    seekable = not video.joints  # a time that comes twice is no place
+    keys = [
+        Key(number, packet.position, packet.pts, packet.dts if seekable else None)
+        for number, packet in enumerate(ordered)
+        if packet.key
+    ]
     end = ticks[-1] + (ordered[-1].duration or (ticks[-1] - ticks[-2] if len(ticks) > 1 else max(1, round(tick))))
     if ticks[-1] < video.end < end:  # an edit list cuts the last picture short
         end = video.end
     if len(ticks) > 1:  # headers are often far from it
         span = (ticks[-1] - ticks[0]) * video.time_base
         video = replace(video, rate=max(_SLOWEST, ((len(ticks) - 1) / span).limit_denominator(1001)))
-    return Timeline(replace(video, end=end), ticks, [packet.position for packet in ordered], keys, lost, cut)
+    return Timeline(replace(video, end=end), ticks, [packet.position for packet in ordered], keys)
+
+
+def _without_doubtful(timeline: Timeline, depth: int | None) -> tuple[Timeline, int]:
+    """The timeline without its last frames, if pictures may be missing between them; and how many these are.
+
+    Pictures are stored in the order of decoding: where a file is cut off, some that are shown earlier are missing, and
+    it is not known how many. depth: by how many pictures the decoder says that the two orders differ, of a file that is
+    known to be cut off. If it is not known (None), a gap between the last times tells it.
+    """
+    ticks, packets = timeline.ticks, timeline.packets
+    order = sorted(packets)
+    late = max(bisect_left(order, packet) - number for number, packet in enumerate(packets))
+    keep = max(0, len(ticks) - max(late, depth or 0))
+    if depth is None and late:
+        gaps = [after - before for before, after in pairwise(ticks)]
+        usual = gaps[max(0, keep - _USUAL) : keep - 1]
+        most = 1.5 * max(usual, default=math.inf)
+        keep = next((number + 1 for number, gap in enumerate(gaps[keep - 1 :], keep - 1) if gap > most), len(ticks))
+    if keep == len(ticks):
+        return timeline, 0
+    keys = [key for key in timeline.keys if key.number < keep]
+    video = replace(timeline.video, end=max(1, ticks[keep]))
+    return replace(timeline, video=video, ticks=ticks[:keep], packets=packets[:keep], keys=keys), len(ticks) - keep
+
+
+def _filled(times: Sequence[int | None], tick: Fraction) -> list[int]:
+    """Ascending times in the order of presentation; those that are missing lie evenly between the others.
+
+    times: as the packets have them. Some containers have them in another order, and they are sorted.
+    """
+    known = [index for index, time in enumerate(times) if time is not None]
+    values = sorted(time for time in times if time is not None)
+    if not known:
+        return [round(index * tick) for index in range(len(times))]
+    filled = [values[0] - round((known[0] - index) * tick) for index in range(known[0])]
+    for (index, value), (following, next_value) in pairwise(zip(known, values, strict=True)):
+        step = Fraction(next_value - value, following - index)
+        filled += [value + round(each * step) for each in range(following - index)]
+    return filled + [values[-1] + round(each * tick) for each in range(len(times) - known[-1])]
 
 
 def _metadata(container: InputContainer, stream: VideoStream, picture: VideoFrame | None, **names: Any) -> Video:
     import av
-    from av.format import Flags
 
     context = stream.codec_context
     time_base = _fraction(stream.time_base) or Fraction(1, av.time_base)
     start = 0
-    if Flags(container.format.flags) & Flags.ts_discont and container.start_time is not None:
+    if _is_stream(container) and container.start_time is not None:
         start = round(Fraction(container.start_time, av.time_base) / time_base)
     seen = context if picture is None else picture
     matrix = _matrix(picture)

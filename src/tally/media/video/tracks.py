@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from tally.media.video.clock import Clock
 from tally.media.video.container import error_text
 from tally.media.video.encode import FORMATS
 from tally.media.video.metadata import Video
@@ -32,14 +33,13 @@ def tracks(
     out: OutputContainer,
     kind: str,
     video: Video,
-    shift: Fraction,
     notes: list[str],
     *,
     audio: bool,
 ) -> list[Track]:
     """Streams of ``out`` for those of the source that it can hold; the others are noted.
 
-    shift: seconds to subtract from all times.
+    Their times are those of the video: see :class:`Video`.
     """
     from av.stream import Disposition
 
@@ -57,13 +57,13 @@ def tracks(
         elif stream.type not in ("audio", "subtitle") or stream.codec_context is None:
             notes.append(f"{name} was left out")
         elif _can_hold(stream, kind):
-            found.append(Copied(stream, out, shift, notes))
+            found.append(Copied(stream, out, video, notes))
         elif stream.type == "subtitle":
             notes.append(f"{name} was left out: .{kind} files cannot hold it")
         elif not stream.codec_context.sample_rate:
             notes.append(f"{name} was left out: .{kind} files cannot hold it, and it cannot be decoded")
         else:
-            found.append(Converted(stream, out, _SOUND[kind], shift, notes))
+            found.append(Converted(stream, out, _SOUND[kind], video, notes))
             notes.append(f"{name} was converted to {_codec(found[-1].stream)}: .{kind} files cannot hold it")
     return found
 
@@ -97,14 +97,26 @@ def _can_hold(stream: Any, kind: str) -> bool:
 class Track(ABC):
     """One stream on its way from the source to the finished video."""
 
-    def __init__(self, source: Any, stream: Any, shift: Fraction, notes: list[str]) -> None:
+    def __init__(self, source: Any, stream: Any, video: Video, notes: list[str]) -> None:
         self.source, self.stream = source, stream
-        self._shift, self._notes = shift, notes
+        self._shift, self._notes = video.start * video.time_base, notes
+        self._clock = Clock(source.time_base)
+        self._joints = [0, *(round(each * video.time_base / source.time_base) for each in video.joints)]
         describe_stream(stream, source)
 
-    @abstractmethod
     def take(self, packet: Packet[Any]) -> Iterator[Timed]:
         """The packets to write for a packet of the source."""
+        self._clock.is_set_back(packet)
+        ahead = self._joints[min(self._clock.part, len(self._joints) - 1)]
+        if ahead and packet.pts is not None:
+            packet.pts += ahead
+        if ahead and packet.dts is not None:
+            packet.dts += ahead
+        return self._take(packet)
+
+    @abstractmethod
+    def _take(self, packet: Packet[Any]) -> Iterator[Timed]:
+        """See :meth:`take`; its times go on where recordings follow one another."""
 
     def end(self) -> Iterator[Timed]:
         """The packets that are left to write."""
@@ -123,8 +135,8 @@ class Copied(Track):
     or it would stutter. No packet moves by more than the source's rounding.
     """
 
-    def __init__(self, source: Any, out: OutputContainer, shift: Fraction, notes: list[str]) -> None:
-        super().__init__(source, out.add_stream_from_template(source, opaque=True), shift, notes)
+    def __init__(self, source: Any, out: OutputContainer, video: Video, notes: list[str]) -> None:
+        super().__init__(source, out.add_stream_from_template(source, opaque=True), video, notes)
         context = source.codec_context
         rate = context.sample_rate if source.type == "audio" else 0
         self._samples = context.frame_size if rate and source.time_base != Fraction(1, rate) else 0
@@ -135,8 +147,7 @@ class Copied(Track):
         exact = "mp4" in source.container.format.name and None not in (source.start_time, source.duration)
         self._end = source.start_time + source.duration if exact and not self._samples else None
 
-    def take(self, packet: Packet[Any]) -> Iterator[Timed]:
-        """See :meth:`Track.take`."""
+    def _take(self, packet: Packet[Any]) -> Iterator[Timed]:
         given = packet.pts if packet.pts is not None else packet.dts
         if not packet.size or (given is None and self._next is None):
             return
@@ -160,14 +171,14 @@ class Copied(Track):
 class Converted(Track):
     """Sound that is decoded and encoded again."""
 
-    def __init__(self, source: Any, out: OutputContainer, codec: str, shift: Fraction, notes: list[str]) -> None:
+    def __init__(self, source: Any, out: OutputContainer, codec: str, video: Video, notes: list[str]) -> None:
         import av
 
         given = source.codec_context
         rates = av.Codec(codec, "w").audio_rates or [given.sample_rate]
         rate = min((each for each in rates if each >= given.sample_rate), default=max(rates))
         stream: Any = out.add_stream(codec, rate=rate)
-        super().__init__(source, stream, shift, notes)
+        super().__init__(source, stream, video, notes)
         context = stream.codec_context
         context.layout = _layout(codec, rate, given.layout)
         context.bit_rate = _BITS_PER_CHANNEL * context.layout.nb_channels
@@ -178,20 +189,24 @@ class Converted(Track):
             context.format, context.layout, rate, context.frame_size or None, options=_RESAMPLER
         )
         self._failed = False
+        self._next: Fraction | None = None
 
-    def take(self, packet: Packet[Any]) -> Iterator[Timed]:
-        """See :meth:`Track.take`."""
+    def _take(self, packet: Packet[Any]) -> Iterator[Timed]:
         import av
 
         try:
-            frames = packet.decode()
+            frames: Any = packet.decode()
         except (av.FFmpegError, ValueError) as error:
             if not self._failed:
                 self._notes.append(f"audio stream {self.source.index} is damaged: {error_text(error)}")
             self._failed = True
             return
         for frame in frames:
-            yield from self._encoded(self._resampler.resample(frame))  # type: ignore[arg-type]
+            if frame.pts is None and self._next is not None:  # what a decoder had left at the end
+                frame.pts = round(self._next / frame.time_base)
+            if frame.pts is not None:
+                self._next = frame.pts * frame.time_base + Fraction(frame.samples, frame.sample_rate)
+            yield from self._encoded(self._resampler.resample(frame))
 
     def end(self) -> Iterator[Timed]:
         """See :meth:`Track.end`."""

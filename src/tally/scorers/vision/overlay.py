@@ -68,6 +68,10 @@ class Overlay(Scorer):
     def assumed(self) -> Sequence[str]:  # type: ignore[override]
         return self.scorer.assumed
 
+    def assume(self, sentence: str) -> None:
+        """See :meth:`Scorer.assume`."""
+        self.scorer.assume(sentence)
+
     @property
     def batch_size(self) -> int:
         return self.scorer.batch_size
