@@ -53,6 +53,7 @@ def score(
     format: Literal["parquet", "csv", "jsonl", "jpg", "png", "webp", "mp4", "mov", "mkv", "webm"]  # noqa: A002
     | None = None,
     media: Literal["image", "video", "table"] | None = None,
+    escape_formulas: bool = False,
     overlay: bool = False,
     every: int = 1,
     size: tuple[int, int] | str | None = None,
@@ -92,6 +93,7 @@ def score(
     model: what ``--model`` takes, or a Scorer (class or object; it may be defined in the same script or
         notebook).
     out: a folder, a bucket URL, or one ``.csv``, ``.parquet``, ``.jsonl`` or video file.
+    escape_formulas: in CSV, text that a spreadsheet would take for a formula begins with an apostrophe.
     resume: continue the same job if it was not finished. overwrite: do it again. quiet: show no progress.
 
     Models of pictures. task: what an ONNX model does; detected by default. labels: a file with the names of its

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import click
@@ -12,23 +12,46 @@ from tally.errors import SpecError
 
 
 def pairs(flag: str, assignments: Sequence[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs; values are read as YAML, so numbers, lists and booleans are what they look like."""
-    import yaml
+    """``KEY=VALUE`` pairs; values are read as in YAML files: see :func:`tally.plain_yaml.value`."""
+    from tally import plain_yaml
 
     found: dict[str, Any] = {}
-    problems = []
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals or not key.strip():
-            problems.append(f"{flag} {assignment!r} is not of the form KEY=VALUE")
-            continue
+    problems: list[str] = []
+    for key, value in _split(flag, assignments, problems):
         try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            found[key.strip()] = value
+            found[key] = plain_yaml.value(value)
+        except ValueError as error:
+            problems.append(f"{flag} {key}={value[:100]}: {error}; text that begins so is put in quotes: '\"...\"'")
     if problems:
         raise SpecError(problems, hint=f"For example: {flag} preprocess.channels=bgr {flag} top=5")
     return found
+
+
+def literal_pairs(flag: str, assignments: Sequence[str], read: Collection[str] = ()) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs whose values are the text that was given. Of a key that is given again, a list of them.
+
+    read: keys whose values are no text; they are read as those of :func:`pairs`.
+    """
+    texts: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, value in _split(flag, assignments, problems):
+        if key in texts and key not in read:
+            earlier = texts[key]
+            texts[key] = [*(earlier if isinstance(earlier, list) else [earlier]), value]
+        else:
+            texts[key] = value
+    if problems:
+        raise SpecError(problems, hint=f"For example: {flag} delim=';'")
+    return texts | pairs(flag, [f"{key}={texts[key]}" for key in texts if key in read])
+
+
+def _split(flag: str, assignments: Sequence[str], problems: list[str]) -> Iterator[tuple[str, str]]:
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if equals and key.strip():
+            yield key.strip(), value
+        else:
+            problems.append(f"{flag} {assignment!r} is not of the form KEY=VALUE")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+from tally.storage import temporary
 
 
 @click.command()
@@ -29,32 +29,24 @@ def query(job: str, sql: str, as_csv: bool, as_json: bool) -> None:
     """
     from tally.api import Job
 
-    table = Job(job).query(sql)
-    if as_json:
-        for row in table.to_pylist():
-            click.echo(json.dumps(row, default=str))
-    elif as_csv or not sys.stdout.isatty():
-        import pyarrow.csv
+    table: Any = Job(job).query(sql)  # a pyarrow.Table
+    if as_json or as_csv or not sys.stdout.isatty():
+        from tally.sinks.merge import write_text
 
-        pyarrow.csv.write_csv(_flat(table), sys.stdout.buffer)
-    else:
-        from rich.console import Console
-        from rich.table import Table
+        with temporary.folder("query") as folder:
+            path = Path(folder, "answer")
+            write_text(path, table.to_batches(), table.schema, "jsonl" if as_json else "csv")
+            with path.open("rb") as answer:
+                shutil.copyfileobj(answer, sys.stdout.buffer)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
 
-        shown = Table(*table.column_names, box=None, header_style="bold")
-        for row in table.slice(0, 1000).to_pylist():
-            shown.add_row(*("" if value is None else str(value) for value in row.values()))
-        Console().print(shown)
-        if table.num_rows > 1000:
-            click.echo(f"... {table.num_rows - 1000:,} more rows (--csv or --json shows all)", err=True)
-
-
-def _flat(table: pa.Table) -> pa.Table:
-    """The table with nested columns as JSON text, which CSV can hold."""
-    import pyarrow as pa
-
-    for index, each in enumerate(table.schema):
-        if pa.types.is_nested(each.type):
-            texts = [None if value is None else json.dumps(value, default=str) for value in table[index].to_pylist()]
-            table = table.set_column(index, each.name, pa.array(texts, pa.string()))
-    return table
+    shown = Table(*(escape(name) for name in table.column_names), box=None, header_style="bold")
+    for row in table.slice(0, 1000).to_pylist():
+        shown.add_row(*(Text("" if value is None else str(value)) for value in row.values()))
+    Console().print(shown)
+    if table.num_rows > 1000:
+        click.echo(f"... {table.num_rows - 1000:,} more rows (--csv or --json shows all)", err=True)

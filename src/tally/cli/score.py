@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli.console import pairs
+from tally.cli.console import literal_pairs, pairs
 from tally.errors import JobExistsError
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.option(
     "--format", help="parquet, csv or jsonl for rows; jpg, png or webp for pictures; mp4, mov, mkv or webm for videos."
 )
+@click.option("--escape-formulas", is_flag=True, help="CSV only: an apostrophe before text that is like a formula.")
 @click.option("--overlay", is_flag=True, help="Draw boxes and labels onto the pictures, and write those.")
 @click.option("--every", type=int, help="Videos only: score every N-th frame.")
 @click.option("--size", metavar="WxH", help="Videos only: scale frames to this size in pixels first, e.g. 640x360.")
@@ -145,12 +146,12 @@ def score(
     tally score readings.parquet --model model.skops --out predictions.parquet
     tally score 'readings/*.csv' --model-per Device,Tag='models/{Device}_{Tag}.skops' --out predictions.csv
     """
-    from tally.jobs.spec import make
+    from tally.jobs.spec import CSV_VALUES, make
 
     fields["alerts"] = fields["alerts"] or None
-    for flag in ("trust", "overlay", "strict"):
+    for flag in ("trust", "overlay", "strict", "escape_formulas"):
         fields[flag] = fields[flag] or None
-    fields |= {"settings": pairs("--set", assignments), "csv": pairs("--csv", csv_options)}
+    fields |= {"settings": pairs("--set", assignments), "csv": literal_pairs("--csv", csv_options, CSV_VALUES)}
     spec = make(resources=pairs("--resource", resources), **fields)
     return _start(spec, resume=resume, overwrite=overwrite, quiet=quiet)
 

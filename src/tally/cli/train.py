@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli.console import pairs
+from tally.cli.console import literal_pairs
 from tally.cli.values import duration, names, share
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def anomaly(
     tally train anomaly readings/ --by Device,Tag --value Value --time TS --window 5m --aggregate mean,min,max \\
         --out models/pumps
     """
+    from tally.jobs.spec import CSV_VALUES
     from tally.models.registry import open_registry
     from tally.models.resolve import resolve
     from tally.training.anomaly import Recipe, Training
@@ -152,7 +153,9 @@ def anomaly(
 
     name = registry_name(name or out.absolute().name)
     recipe = Recipe(kind=kind, nu=nu, gamma=_gamma(gamma), max_rows=max_rows, seed=seed)
-    training = Training(sources=source, out=out, recipe=recipe, csv=pairs("--csv", csv_options), **given)
+    training = Training(
+        sources=source, out=out, recipe=recipe, csv=literal_pairs("--csv", csv_options, CSV_VALUES), **given
+    )
     show = _Keys()
     try:
         trained = training.run(show, lambda line: click.secho(line, dim=True, err=True))

@@ -116,9 +116,18 @@ def output_sink(
             f"the model gives rows, and {what}",
             hint="--overlay draws boxes and labels onto the frames; for rows give a folder, .csv, .parquet or .jsonl.",
         )
+    if spec.escape_formulas and (scorer.output != "rows"):
+        raise SpecError("escape_formulas: is for rows in CSV, and this job writes none")
     if written:
         return sink_for(spec.out, output="video", format=spec.format, codec=spec.codec, crf=spec.crf, audio=spec.audio)
-    return sink_for(spec.out, output=scorer.output, format=spec.frames or spec.format, columns=columns, order=order)
+    return sink_for(
+        spec.out,
+        output=scorer.output,
+        format=spec.frames or spec.format,
+        columns=columns,
+        order=order,
+        escape_formulas=spec.escape_formulas,
+    )
 
 
 def output_without_source(spec: JobSpec, model: ModelRef) -> dict[str, Any]:

@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
+from datetime import date
+from datetime import time as dt_time
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,6 +26,9 @@ _RANGE = re.compile(r"\s*(\d+)\s*\.\.\s*(\d+)\s*")
 _SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$")
 
 Side = Annotated[int, Field(ge=1, le=16_384)]
+CSV_VALUES = ("header", "skip", "types")
+"""The options for CSV whose values are not text: true or false, a number, and a mapping."""
+
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
 
 
@@ -38,6 +44,8 @@ class JobSpec(BaseModel):
     stands for all. where: a condition in SQL; other rows are passed over. time: the column of timestamps.
     window: seconds that readings are gathered over before they are scored (``5m`` is understood).
     aggregate: what is made of each window's values. csv: options for reading CSV.
+    settings, csv: values that JSON knows; dates and times are written as text.
+    escape_formulas: in CSV, text that a spreadsheet would take for a formula begins with an apostrophe.
     alerts: rules that are evaluated when the job has ended; webhook: who is told when one of them holds.
     every, size, frames, codec, crf, audio: videos only. size: (width, height) in pixels (``640x360`` is understood).
     engine: who runs the workers: ``local`` on this machine, ``ray`` on a Ray cluster, or one of an installed package.
@@ -69,6 +77,7 @@ class JobSpec(BaseModel):
     codec: str | None = Field(default=None, min_length=1)
     crf: float | None = Field(default=None, ge=0)
     audio: bool = True
+    escape_formulas: bool = False
     overlay: bool = False
     by: Names = ()
     keep: Names = ()
@@ -105,6 +114,11 @@ class JobSpec(BaseModel):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("settings", "csv", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return _as_json(value) if isinstance(value, Mapping) else value
 
     @field_validator("window", mode="before")
     @classmethod
@@ -220,13 +234,43 @@ class JobSpec(BaseModel):
         # Later fields count only where they say something: earlier jobs are still known by their fingerprint.
         relevant |= self.model_dump(
             mode="json",
-            include={"media", "every", "size", "frames", "codec", "crf", "audio", "overlay", "by", "keep", "where"}
+            include={
+                "media",
+                "every",
+                "size",
+                "frames",
+                "codec",
+                "crf",
+                "audio",
+                "overlay",
+                "escape_formulas",
+                "by",
+                "keep",
+                "where",
+            }
             | {"time", "window", "aggregate", "csv"},
             exclude_defaults=True,
         )
         relevant["source"] = [each.rstrip("/") for each in relevant["source"]]  # shells append slashes
         relevant["out"] = relevant["out"].rstrip("/")
         return relevant
+
+
+def _as_json(value: Any) -> Any:
+    """The value as JSON knows it; dates and times, places and NumPy's numbers by their text or number."""
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_as_json(each) for each in (sorted(value, key=str) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, (date, dt_time)):  # datetime is a date
+        return value.isoformat()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, (str, int, float, bool, type(None))) and hasattr(value, "item"):
+        return _as_json(value.item())
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    raise ValueError(f"holds {value!r}, which JSON does not know")
 
 
 def make(**fields: Any) -> JobSpec:
@@ -267,18 +311,18 @@ def _model_per(given: Any, fields: dict[str, Any]) -> dict[str, Any]:
 
 def read(path: str) -> JobSpec:
     """The spec in a YAML file; relative paths in it are relative to the file's folder."""
-    import yaml
-
     try:
         text = Path(path).read_text("utf-8")
     except OSError as error:
         raise StorageError(f"cannot read the job file {path!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SpecError(f"the job file {path!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    from tally import plain_yaml
+
     try:
-        fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpecError(f"the job file {path!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        fields = plain_yaml.load(text)
+    except ValueError as error:
+        raise SpecError(f"the job file {path!r} is not valid YAML: {error}") from None
     if not isinstance(fields, dict):
         raise SpecError(
             f"the job file {path!r} must hold fields such as source, model and out, not {type(fields).__name__}"

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tally import plain_yaml
 from tally.errors import SpecError
 from tally.models import kinds
 from tally.models.hashing import content_files
@@ -45,11 +45,13 @@ class Package(BaseModel):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises SpecError."""
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        values = plain_yaml.load(text)
+    except ValueError as error:
+        raise SpecError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise SpecError(f"{path} must hold fields (name: value), not {type(values).__name__}")
     return values
@@ -135,7 +137,7 @@ def write_package(ref: ModelRef, folder: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     yaml_file = folder / "tally.yaml"
-    fields: dict[str, Any] = yaml.safe_load(yaml_file.read_text("utf-8")) if yaml_file.exists() else {}
+    fields: dict[str, Any] = plain_yaml.load(yaml_file.read_text("utf-8")) if yaml_file.exists() else {}
     fields |= {"kind": ref.kind, "options": options}
     if ref.trusted and kind.traits.runs_code:
         fields["requires_trust"] = True
@@ -145,7 +147,7 @@ def write_package(ref: ModelRef, folder: Path) -> None:
         options["labels"] = _write_labels(labels, folder / ref.artifacts)
     if (size := options.pop("batch_size", None)) is not None:
         fields["batch_size"] = size
-    yaml_file.write_text(yaml.safe_dump(fields, allow_unicode=True), "utf-8")
+    yaml_file.write_text(plain_yaml.dump(fields), "utf-8")
     for parent, _, names in os.walk(folder):
         for name in names:
             Path(parent, name).chmod(0o444)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from operator import itemgetter
 from typing import Any
 
@@ -43,6 +45,10 @@ def type_named(name: str) -> pa.DataType:
     if text.startswith("struct<"):
         fields = [part.partition(":") for part in _split(inner)]
         return pa.struct([(field.strip(), type_named(kind)) for field, _, kind in fields])
+    if text.startswith("map<") and len(parts := _split(inner)) == 2:
+        return pa.map_(type_named(parts[0]), type_named(parts[1]))
+    if (match := _DECIMAL.fullmatch(text)) and 1 <= int(match[1]) <= 38:
+        return pa.decimal128(int(match[1]), int(match[2]))
     try:
         return pa.type_for_alias(text)
     except ValueError:
@@ -57,11 +63,14 @@ def type_named(name: str) -> pa.DataType:
     )
 
 
+_DECIMAL = re.compile(r"decimal128\((\d+), *(-?\d+)\)")
+
+
 def _split(text: str) -> list[str]:
     """Split at the commas that are outside of brackets."""
     parts, depth, start = [], 0, 0
     for position, character in enumerate(text):
-        depth += (character in "<[") - (character in ">]")
+        depth += (character in "<[(") - (character in ">])")
         if character == "," and depth == 0:
             parts.append(text[start:position])
             start = position + 1
@@ -74,7 +83,38 @@ def name_of(kind: pa.DataType) -> str:
         return f"list<{name_of(kind.value_type)}>"
     if pa.types.is_struct(kind):
         return f"struct<{', '.join(f'{field.name}: {name_of(field.type)}' for field in kind)}>"
+    if pa.types.is_map(kind):
+        return f"map<{name_of(kind.key_type)}, {name_of(kind.item_type)}>"
     return {"float": "float32", "double": "float64"}.get(str(kind), str(kind))
+
+
+def stored_type(kind: pa.DataType) -> pa.DataType:
+    """The type by which results hold values of a type: one that each format and SQL know, and that loses nothing.
+
+    Finer intervals than microseconds do not fit theirs.
+    """
+    types = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        return stored_type(kind.storage_type)
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return stored_type(kind.value_type)
+    if types.is_large_string(kind) or types.is_string_view(kind):
+        return pa.string()
+    if types.is_large_binary(kind) or types.is_binary_view(kind) or types.is_fixed_size_binary(kind):
+        return pa.binary()
+    if types.is_decimal(kind):
+        return pa.decimal128(kind.precision, kind.scale) if kind.precision <= 38 else pa.string()
+    if types.is_struct(kind):
+        return pa.struct([(field.name, stored_type(field.type)) for field in kind])
+    if types.is_map(kind):
+        return pa.map_(stored_type(kind.key_type), stored_type(kind.item_type))
+    if types.is_nested(kind) and hasattr(kind, "value_type"):
+        return pa.list_(stored_type(kind.value_type))
+    if types.is_float16(kind):
+        return pa.float32()
+    if types.is_date64(kind):
+        return pa.date32()
+    return pa.duration("us") if types.is_duration(kind) else kind
 
 
 def schema_of(columns: Mapping[str, str] | None) -> pa.Schema | None:
@@ -213,9 +253,11 @@ def _whole(column: Any) -> Any:
         column = column.combine_chunks()
     if isinstance(column, pa.ChunkedArray):  # of more bytes than one array may hold
         raise ValueError("too large for one array")
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    return column.cast(pa.float32()) if pa.types.is_float16(column.type) else column
+    return _safely(column, stored_type(column.type))
 
 
 def _safely(array: Any, kind: pa.DataType) -> Any:
@@ -445,8 +487,45 @@ def cast(array: Any, kind: pa.DataType) -> Any:
 def as_text(array: Any) -> pa.Array:
     """Values as text: numbers as Arrow prints them, nested values as JSON, bytes as base64."""
     if pa.types.is_nested(array.type) or pa.types.is_binary(array.type):
-        return pa.array([None if v is None else _text(v) for v in array.to_pylist()], pa.string())
+        return pa.array([None if v is None else _text(v) for v in _values(array)], pa.string())
     return array.cast(pa.string())
+
+
+def _values(array: Any) -> list[Any]:
+    """The values as Python's. Maps whose keys are text are mappings."""
+    return list(array.to_pylist(maps_as_pydicts="strict" if _has(array.type, pa.types.is_map) else None))
+
+
+def without_bytes(array: Any) -> Any:
+    """Nested values with bytes as base64; others as they are."""
+    if not _has(array.type, pa.types.is_binary):
+        return array
+    return pa.array([_with_text(value) for value in array.to_pylist()], _without_bytes(array.type))
+
+
+def _with_text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_text(each) for each in value]
+    if isinstance(value, tuple):  # an entry of a map
+        return tuple(_with_text(each) for each in value)
+    if isinstance(value, dict):
+        return {name: _with_text(each) for name, each in value.items()}
+    return _plain(value) if isinstance(value, bytes) else value
+
+
+def _without_bytes(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _without_bytes(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_without_bytes(kind.key_type), _without_bytes(kind.item_type))
+    if pa.types.is_list(kind):
+        return pa.list_(_without_bytes(kind.value_type))
+    return pa.string() if pa.types.is_binary(kind) else kind
+
+
+def _has(kind: pa.DataType, test: Callable[[pa.DataType], bool]) -> bool:
+    """Whether a type is, or holds at any depth, one for which the test is true."""
+    return test(kind) or any(_has(kind.field(at).type, test) for at in range(kind.num_fields))
 
 
 def _text(value: Any) -> str:
@@ -456,7 +535,25 @@ def _text(value: Any) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
+    if isinstance(value, timedelta):
+        return f"{value.days * 86_400_000_000 + value.seconds * 1_000_000 + value.microseconds} microseconds"
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+_FORMULA = r"^([=+\-@\t\r])"
+
+
+def without_formulas(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with an apostrophe before each text that a spreadsheet would take for a formula."""
+    import pyarrow.compute as pc
+
+    arrays = [
+        pc.replace_substring_regex(array, pattern=_FORMULA, replacement=r"'\1")
+        if pa.types.is_string(array.type)
+        else array
+        for array in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=batch.schema)
 
 
 def finite(value: Any) -> Any:

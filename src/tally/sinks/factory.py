@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from tally import extensions
 from tally.errors import SpecError
@@ -51,6 +51,7 @@ def sink_for(
     codec: str | None = None,
     crf: float | None = None,
     audio: bool = True,
+    escape_formulas: bool = False,
 ) -> Sink:
     """The sink for what the user wrote after ``--out``. Nothing is created or contacted yet.
 
@@ -61,12 +62,15 @@ def sink_for(
     format: ``parquet``, ``csv`` or ``jsonl`` for rows, ``jpg``, ``png`` or ``webp`` for pictures, ``mp4``, ``mov``,
     ``mkv`` or ``webm`` for video. None means that of the file's suffix, else Parquet or MP4; for pictures, that of each
     item's name.
+    escape_formulas: of CSV; see :class:`RowsSink`.
     codec, crf: of video; see :class:`Encoding` and :meth:`VideoSink.check`. audio: whether to keep sound.
     Raises SpecError if these do not fit together.
     """
     kind: Literal["rows", "images", "video"] = "images" if output == "image" else output
     wanted = {"jpeg": "jpg", "ndjson": "jsonl"}.get(format or "", format)
-    options = {"codec": codec, "crf": crf, "audio": audio} if output == "video" else {}
+    options: dict[str, Any] = {"codec": codec, "crf": crf, "audio": audio} if output == "video" else {}
+    if escape_formulas:
+        options["escape_formulas"] = True
     described = OutputDescription(kind, normalised(out), False, wanted, columns, order, options)
     if (scheme := foreign_scheme(out)) is not None and (factory := _foreign(scheme)) is not None:
         return extensions.call(GROUP, scheme, factory, described)
@@ -75,6 +79,8 @@ def sink_for(
         raise SpecError(f"the output {key_of(path)!r} is not valid UTF-8", hint="Choose a name that is.")
     suffix = _suffix(path)
     merged = _ONE_FILE[kind].get(suffix)
+    if escape_formulas and "csv" not in (merged, wanted):
+        raise SpecError("escape_formulas: is for results in CSV", hint="Write to a .csv file, or say --format csv.")
     _check(out, None if is_url(path) else Path(path), suffix, output, wanted)
     return BUILT_IN[kind](replace(described, merged=merged is not None, format=merged or wanted))
 
@@ -119,7 +125,13 @@ def _rows(description: OutputDescription) -> Sink:
         published = layout.read_json(layout.plan) or layout.read_json(layout.manifest) or {}
         if published.get("output") == "image":
             return _pictures(replace(description, options={}))
-    return RowsSink(layout, description.format or "parquet", description.columns, description.order)
+    return RowsSink(
+        layout,
+        description.format or "parquet",
+        description.columns,
+        description.order,
+        escape_formulas=description.options.get("escape_formulas", False),
+    )
 
 
 def _pictures(description: OutputDescription) -> Sink:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import re
 import shutil
 from collections import deque
@@ -9,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +20,7 @@ import pyarrow.parquet as pq
 from tally.sinks import columns
 from tally.sinks.columns import KEY
 from tally.sinks.layout import File, OutputLayout
-from tally.sql import sql_name, sql_text
+from tally.sql import distinct_names, sql_name, sql_text
 from tally.storage import failure, temporary
 
 PART_ROWS = 1_000_000
@@ -29,6 +32,8 @@ _GROUP_BYTES = 32 * 1024**2
 _AHEAD = 4
 _SMALL = 8
 _SORT_BYTES = 1024**3
+_JSON_DIGITS = 15
+"""The digits of a decimal number that readers of JSON keep."""
 
 Batches = Iterable[pa.RecordBatch]
 
@@ -98,15 +103,27 @@ def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBa
     import duckdb
 
     target = pa.schema([field for field in given if field.name != by])
+    names = [f"column {number}" for number in range(len(given))]
+    # DuckDB takes names for one that differ only in capitals, and has another idea of intervals.
+    kinds = [pa.int64() if pa.types.is_duration(kind) else kind for kind in given.types]
+    plain = pa.schema(list(zip(names, kinds, strict=True)))
+    position = given.get_field_index(by)
+    kept = ", ".join(sql_name(name) for number, name in enumerate(names) if number != position)
+
+    def prepared() -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            arrays = [array.cast(kind) for array, kind in zip(batch.columns, kinds, strict=True)]
+            yield pa.RecordBatch.from_arrays(arrays, schema=plain)
+
     found: Any
     with temporary.folder("sort") as folder, duckdb.connect(":memory:") as connection:
         connection.execute(f"SET memory_limit = '{_SORT_BYTES}B'; SET temp_directory = {sql_text(folder)}")
-        connection.execute("SET enable_progress_bar = false")
-        connection.register("batches", pa.RecordBatchReader.from_batches(given, iter(batches)))
-        name = sql_name(by)
-        found = connection.sql(f"SELECT * EXCLUDE ({name}) FROM batches ORDER BY {name}")  # noqa: S608
+        connection.execute("SET enable_progress_bar = false; SET TimeZone = 'UTC'")
+        connection.register("batches", pa.RecordBatchReader.from_batches(plain, prepared()))
+        found = connection.sql(f"SELECT {kept} FROM batches ORDER BY {sql_name(names[position])}")  # noqa: S608
         for batch in found.to_arrow_reader(_GROUP_ROWS):
-            yield columns.conform(batch, target)
+            arrays = [columns.cast(array, kind) for array, kind in zip(batch.columns, target.types, strict=True)]
+            yield pa.RecordBatch.from_arrays(arrays, schema=target)
 
 
 def write_file(layout: OutputLayout, name: str, batches: Batches, target: pa.Schema, suffix: str) -> File:
@@ -127,7 +144,7 @@ def extend(
     source = layout.store.local_path(old["path"])
     with layout.create(old["path"]) as path:
         if suffix == "csv" and len(target) > len(known):
-            _widen(source, path, target.names[len(known) :])
+            _widen(source, path, known, target.names[len(known) :])
         else:
             shutil.copyfile(source, path)
         added = path.with_name(f"{path.name}.added")
@@ -169,7 +186,7 @@ def cut(batches: Batches) -> Iterator[Iterator[pa.RecordBatch]]:
 def _write(path: Path, batches: Batches, target: pa.Schema, suffix: str, *, header: bool = True) -> int:
     if suffix == "parquet":
         return _write_parquet(path, batches, target)
-    return _write_text(path, batches, target, suffix, header)
+    return write_text(path, batches, target, suffix, header=header)
 
 
 def _write_parquet(path: Path, batches: Batches, target: pa.Schema) -> int:
@@ -199,45 +216,93 @@ def parquet_writer(where: Any, target: pa.Schema) -> pq.ParquetWriter:
     )
 
 
-def _write_text(path: Path, batches: Batches, target: pa.Schema, suffix: str, header: bool) -> int:
+def write_text(path: Path, batches: Batches, target: pa.Schema, suffix: str, *, header: bool = True) -> int:
+    """Write rows as ``csv`` or ``jsonl``. header: of CSV, whether the first line names the columns."""
     # In CSV, DuckDB quotes only what needs it; in JSON Lines, it writes nested values.
     import duckdb
 
     raised: list[BaseException] = []
+    called = list(distinct_names(target.names).values())
 
     def prepared() -> Iterator[pa.RecordBatch]:
         try:
             for batch in batches:
-                yield _textual(batch, suffix)
+                yield _textual(batch, suffix, called)
         except BaseException as error:
             raised.append(error)
             raise
 
-    plain = _textual(pa.RecordBatch.from_pylist([], schema=target), suffix).schema
-    options = "FORMAT json" if suffix == "jsonl" else f"FORMAT csv, HEADER {str(header).lower()}"
-    with duckdb.connect(":memory:", config={"threads": 1}) as connection:
+    plain = _textual(pa.RecordBatch.from_pylist([], schema=target), suffix, called).schema
+    with text_connection() as connection:
         connection.register("batches", pa.RecordBatchReader.from_batches(plain, prepared()))
         try:
-            found = connection.execute(f"COPY (FROM batches) TO {sql_text(path)} ({options})").fetchone()
+            if suffix == "csv":
+                return _copy_csv(connection, "FROM batches", path, target.names if header else None)
+            if called == target.names:
+                query, options = "FROM batches", "FORMAT json"
+            else:  # the JSON itself is written here, with names that DuckDB would take for one
+                heads = [sql_text(json.dumps(name, ensure_ascii=False) + ":") for name in target.names]
+                values = [f"coalesce(to_json({sql_name(name)})::VARCHAR, 'null')" for name in called]
+                fields = ", ',', ".join(f"{head}, {value}" for head, value in zip(heads, values, strict=True))
+                query = f"SELECT concat('{{', {fields}, '}}') FROM batches"  # noqa: S608
+                options = "FORMAT csv, HEADER false, QUOTE '', ESCAPE '', DELIM '\x01'"
+            found = connection.execute(f"COPY ({query}) TO {sql_text(path)} ({options})").fetchone()
         except duckdb.Error as error:
             raise (raised[0] if raised else failure("write", str(path), error)) from None
     return int(found[0]) if found else 0
 
 
-def _widen(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copy a CSV file with empty columns added."""
+def text_connection() -> Any:
+    """A DuckDB that writes times with a zone as those of UTC, wherever this machine is."""
     import duckdb
 
-    extra = "".join(f", NULL AS {sql_name(name)}" for name in names)
-    with duckdb.connect(":memory:", config={"threads": 1}) as connection, temporary.folder("merge") as folder:
+    connection = duckdb.connect(":memory:", config={"threads": 1})
+    connection.execute("SET TimeZone = 'UTC'")
+    return connection
+
+
+def _copy_csv(connection: Any, query: str, path: Path, names: Sequence[str] | None) -> int:
+    """Write rows as CSV, with these names in the first line if there are any. Returns how many rows there are."""
+    # DuckDB's own header numbers names that differ only in capitals.
+    renamed = names is not None and len({name.lower() for name in names}) < len(names)
+    options = f"FORMAT csv, HEADER {str(names is not None and not renamed).lower()}"
+    target = path.with_name(f"{path.name}.rows") if renamed else path
+    found = connection.execute(f"COPY ({query}) TO {sql_text(target)} ({options})").fetchone()
+    if renamed and names is not None:
+        with target.open("rb") as rows, path.open("wb") as whole:
+            _write_header(whole, names)
+            shutil.copyfileobj(rows, whole, 1024**2)
+        target.unlink()
+    return int(found[0]) if found else 0
+
+
+def _write_header(file: BinaryIO, names: Sequence[str]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerow(names)
+    file.write(text.getvalue().encode())
+
+
+def _widen(source: Path, target: Path, known: Sequence[str], names: Sequence[str]) -> None:
+    """Copy a CSV file with empty columns added. known: the names of those that it has."""
+    import duckdb
+
+    every = [*known, *names]
+    extra = "".join(f", NULL AS {sql_name(f'new {number}')}" for number in range(len(names)))
+    columns = ", ".join(f"{sql_text(f'column {number}')}: 'VARCHAR'" for number in range(len(known)))
+    with text_connection() as connection, temporary.folder("merge") as folder:
         given = sql_text(plain_path(source, folder))
+        rows = target.with_name(f"{target.name}.rows")
         try:
             connection.execute(
-                f"COPY (SELECT *{extra} FROM read_csv({given}, {CSV}, all_varchar = true)) "  # noqa: S608
-                f"TO {sql_text(target)} (FORMAT csv, HEADER true)"
+                f"COPY (SELECT *{extra} FROM read_csv({given}, {CSV}, columns = {{{columns}}})) "  # noqa: S608
+                f"TO {sql_text(rows)} (FORMAT csv, HEADER false)"
             )
         except duckdb.Error as error:
             raise failure("write", str(target), error) from None
+    with rows.open("rb") as file, target.open("wb") as whole:
+        _write_header(whole, every)
+        shutil.copyfileobj(file, whole, 1024**2)
+    rows.unlink()
 
 
 CSV = """header = true, delim = ',', quote = '"', escape = '"', nullstr = '', allow_quoted_nulls = false"""
@@ -253,16 +318,19 @@ def plain_path(path: Path, folder: Path, number: int = 0) -> Path:
     return link
 
 
-def _textual(batch: pa.RecordBatch, suffix: str) -> pa.RecordBatch:
-    """The batch with only such values as the text format can hold."""
+def _textual(batch: pa.RecordBatch, suffix: str, names: Sequence[str]) -> pa.RecordBatch:
+    """The batch with only such values as the text format can hold, and with these names."""
     arrays = [_textual_column(array, suffix) for array in batch.columns]
-    return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
+    return pa.RecordBatch.from_arrays(arrays, names=list(names))
 
 
 def _textual_column(array: Any, suffix: str) -> Any:
+    array = array.cast(columns.stored_type(array.type))
     kind = array.type
     if pa.types.is_binary(kind) or (suffix == "csv" and pa.types.is_nested(kind)):
         return columns.as_text(array)
+    if suffix == "jsonl" and pa.types.is_decimal(kind) and kind.precision > _JSON_DIGITS:
+        return columns.as_text(array)
     if suffix == "jsonl" and (pa.types.is_floating(kind) or pa.types.is_nested(kind)):
-        return columns.only_finite(array)
+        return columns.without_bytes(columns.only_finite(array))
     return array

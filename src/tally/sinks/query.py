@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +16,7 @@ from tally.errors import SpecError, StorageError
 from tally.sinks.base import Output, Sink
 from tally.sinks.columns import KEY, printable, schema_of, type_named
 from tally.sinks.merge import CSV, plain_path
-from tally.sql import sql_text
+from tally.sql import sql_name, sql_text
 from tally.storage import failure, is_url, open_store, temporary
 
 Dead: TypeAlias = "pa.Table | Iterable[Mapping[str, Any]]"
@@ -49,7 +51,10 @@ def query(
 
 def rows(sink: Sink, outputs: Iterable[Output]) -> pa.Table:
     """All rows, in the source's order."""
-    return query(sink, outputs, "FROM results")
+    found = query(sink, outputs, "FROM results")
+    manifest = sink.manifest()
+    names = list((manifest or {}).get("schema", {}))
+    return found.rename_columns(names) if len(names) == found.num_columns else found
 
 
 def _query(
@@ -59,7 +64,7 @@ def _query(
     manifest = sink.manifest()
     with temporary.folder("query") as spill, duckdb.connect(":memory:") as connection:
         paths = [str(plain_path(_local(place), spill, number)) for number, place in enumerate(places)]
-        connection.execute(f"SET temp_directory = {sql_text(spill)}")
+        connection.execute(f"SET temp_directory = {sql_text(spill)}; SET TimeZone = 'UTC'")
         if memory is not None:
             connection.execute(f"SET memory_limit = {sql_text(memory)}")
         connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")
@@ -67,11 +72,19 @@ def _query(
         connection.execute(f"SET python_enable_replacements = false; SET allowed_paths = {_list(paths)}")
         connection.execute("SET enable_external_access = false")
         try:
-            _views(connection, kind, paths, dict((manifest or {}).get("schema", {})), dead)
+            _views(connection, kind, paths, _types(sink, manifest, kind), dead)
         except duckdb.Error as error:
             raise failure("read", "the results", error) from None
         connection.execute("SET lock_configuration = true")
         return _answer(connection, sql, limit)
+
+
+def _types(sink: Sink, manifest: Mapping[str, Any] | None, kind: str) -> dict[str, str]:
+    """The names of the columns' Arrow types, as far as they are known."""
+    if manifest is not None:
+        return dict(manifest["schema"])
+    declared = sink.describe().columns if kind == "parquet" else None
+    return {KEY: "string", **declared} if declared else {}
 
 
 def _views(
@@ -85,7 +98,7 @@ def _views(
     if not paths:
         connection.register("results", dead.schema.empty_table().select([KEY]))
         return
-    connection.execute(f"CREATE VIEW results AS FROM {_reader(connection, kind, paths, types)}")
+    connection.execute(f"CREATE VIEW results AS {_reader(connection, kind, paths, types, _sql_names(list(types)))}")
 
 
 def _dead_table(dead: Dead) -> pa.Table:
@@ -97,28 +110,85 @@ def _dead_table(dead: Dead) -> pa.Table:
     return pa.table({name: [printable(str(row[name])) for row in rows] for name in schema.names}, schema=schema)
 
 
-def _reader(connection: duckdb.DuckDBPyConnection, kind: str, paths: list[str], types: dict[str, str]) -> str:
-    if kind == "parquet":
-        return f"read_parquet({_list(paths)}, union_by_name = true)"
-    # The types are known. DuckDB would infer a number for the label "007".
+def _reader(
+    connection: duckdb.DuckDBPyConnection, kind: str, paths: list[str], types: dict[str, str], names: dict[str, str]
+) -> str:
+    """The rows as an SQL query, of the same types whatever format they are kept in.
+
+    names: what SQL calls each column.
+    """
     duck = _duck_types(connection, types) if types else {}
-    if kind == "csv":
-        duck = {n: "VARCHAR" if t.endswith(("]", ")")) or t in ("BLOB", '"NULL"') else t for n, t in duck.items()}
-        return f"read_csv({_list(paths)}, {CSV}, union_by_name = true, types = {_struct(duck)})"
-    return f"read_json({_list(paths)}, format = 'newline_delimited', columns = {_struct(duck)})"
+    if kind == "parquet":
+        given = f"read_parquet({_list(paths)}, union_by_name = true)"
+    elif kind == "csv":
+        # As text: if DuckDB knew the types, it would read what a query casts as that, right from the text.
+        given = f"read_csv({_list(paths)}, {CSV}, union_by_name = true, all_varchar = true)"
+    elif names == {name: name for name in names}:
+        given = f"read_json({_list(paths)}, format = 'newline_delimited', columns = {_struct(_kept_in_json(duck))})"
+    else:
+        fields = ", ".join(
+            f"json->>{sql_text(f'$.{json.dumps(name, ensure_ascii=False)}')} AS {sql_name(names[name])}"
+            for name in duck
+        )
+        given = f"(SELECT {fields} FROM read_ndjson_objects({_list(paths)}))"  # noqa: S608
+    there: list[str] = [row[0] for row in connection.execute(f"DESCRIBE FROM {given}").fetchall()]
+    known = dict(zip(there, types if len(there) == len(types) else there, strict=True))
+    chosen = []
+    for column in there:
+        name = known[column]
+        value = _read_as(sql_name(column), duck.get(name, "VARCHAR"), kind) if name in duck else sql_name(column)
+        chosen.append(f"{value} AS {sql_name(names.get(name, name))}")
+    return f"SELECT {', '.join(chosen)} FROM {given}"  # noqa: S608
 
 
 def _duck_types(connection: duckdb.DuckDBPyConnection, types: dict[str, str]) -> dict[str, str]:
-    fields = []
-    for name, kind in types.items():
+    """The DuckDB types of columns, from the names of Arrow's."""
+    kinds = []
+    for kind in types.values():
         try:
-            fields.append(pa.field(name, type_named(kind)))
+            kinds.append(type_named(kind))
         except SpecError:
-            fields.append(pa.field(name, pa.string()))
-    connection.register("described", pa.schema(fields).empty_table())
+            kinds.append(pa.string())
+    plain = pa.schema([(f"column {number}", kind) for number, kind in enumerate(kinds)])
+    connection.register("described", plain.empty_table())
     found = connection.execute("DESCRIBE described").fetchall()
     connection.unregister("described")
-    return {row[0]: row[1] for row in found}
+    return {name: row[1] for name, row in zip(types, found, strict=True)}
+
+
+def _read_as(value: str, kind: str, form: str) -> str:
+    """A column as one of its DuckDB type, from how the format keeps it."""
+    nested = kind.endswith(("]", ")")) and not kind.startswith("DECIMAL")
+    if form == "parquet":
+        return f"to_microseconds({value})" if kind == "INTERVAL" else value
+    if kind == "BLOB":
+        return f"from_base64({value})"
+    if kind in ("VARCHAR", '"NULL"'):
+        return value
+    if nested:
+        return f"{value}::JSON::{kind.replace('BLOB', 'VARCHAR')}" if form == "csv" else value
+    return f"CAST({value} AS {kind})"
+
+
+def _kept_in_json(types: Mapping[str, str]) -> dict[str, str]:
+    return {name: "VARCHAR" if kind == "BLOB" else kind.replace("BLOB", "VARCHAR") for name, kind in types.items()}
+
+
+def _sql_names(names: Sequence[str]) -> dict[str, str]:
+    """What SQL calls each column: its name; with a number, each of those that differ only in capitals.
+
+    SQL would take any of them for the first.
+    """
+    count = Counter(name.lower() for name in names)
+    taken, called = set(count), {}
+    for name in names:
+        unique, number = name, 0
+        while count[name.lower()] > 1 and unique.lower() in taken:
+            number += 1
+            unique = f"{name}_{number}"
+        taken.add(unique.lower())
+        called[name] = unique
+    return called
 
 
 def _answer(connection: duckdb.DuckDBPyConnection, sql: str, limit: int | None) -> pa.Table:
@@ -136,11 +206,24 @@ def _answer(connection: duckdb.DuckDBPyConnection, sql: str, limit: int | None) 
         )
     try:
         answer = connection.sql(sql)
-        return (answer if limit is None else answer.limit(limit)).to_arrow_table()
+        found = (answer if limit is None else answer.limit(limit)).to_arrow_table()
     except duckdb.IOException as error:
         raise failure("read", "the results", error) from None
     except duckdb.Error as error:
         raise _wrong(connection, error) from None
+    return found.rename_columns(_each_once(found.column_names))
+
+
+def _each_once(names: Sequence[str]) -> list[str]:
+    """The names, with numbers for those that are there already."""
+    once: dict[str, None] = {}
+    for name in names:
+        unique, number = name, 0
+        while unique in once or (number and unique in names):
+            number += 1
+            unique = f"{name}_{number}"
+        once[unique] = None
+    return list(once)
 
 
 def _wrong(connection: duckdb.DuckDBPyConnection, error: Exception) -> SpecError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ class RowsSink(StagedSink):
     format: ``parquet``, ``csv`` or ``jsonl``.
     columns: column name to Arrow type name, as a scorer declares them; None infers the types.
     order: the column that a merged file is sorted by, and that is not written. See :class:`Source`.
+    escape_formulas: of CSV, whether text that a spreadsheet would take for a formula gets an apostrophe before it.
     Raises SpecError if ``columns`` are wrong.
     """
 
@@ -36,17 +37,21 @@ class RowsSink(StagedSink):
         format: str = "parquet",  # noqa: A002
         columns: Mapping[str, str] | None = None,
         order: str | None = None,
+        *,
+        escape_formulas: bool = False,
     ) -> None:
         super().__init__(layout, format)
         self.order = order
+        self.escape_formulas = escape_formulas
         self.columns = None if columns is None else {n: kind for n, kind in columns.items() if n != order}
         if columns is not None:
             self._schema()
 
     def describe(self) -> OutputDescription:
         """See :meth:`Sink.describe`."""
+        options = {"escape_formulas": True} if self.escape_formulas else {}
         return OutputDescription(
-            "rows", str(self.layout), bool(self.layout.merged), self.format, self.columns, self.order
+            "rows", str(self.layout), bool(self.layout.merged), self.format, self.columns, self.order, options
         )
 
     def open(self, attempt: str, chunk: Chunk) -> Writer:
@@ -86,13 +91,14 @@ class RowsSink(StagedSink):
         if layout.merged and kept:
             known = list((earlier or {})["schema"])
             batches, target = self._sorted(merge.stream(self._tables(staged, kept), target), target)
-            files = [merge.extend(layout, kept[0], batches, target, known, self.format)]
+            files = [merge.extend(layout, kept[0], self._written(batches), target, known, self.format)]
         elif declared is None or layout.merged or self.format != "parquet" or type(self) is not RowsSink:
             batches, target = self._sorted(merge.stream(self._tables(staged, kept), target), target)
-            files = [*kept, *merge.write(layout, batches, target, self.format, len(kept), empty=not kept)]
+            written = self._written(batches)
+            files = [*kept, *merge.write(layout, written, target, self.format, len(kept), empty=not kept)]
         else:
             files, moves = self._parts(outputs, kept, target)
-        dead_file = write_dead(layout, dead, self.format)
+        dead_file = write_dead(layout, dead, self.format, self._written)
         notes = [f"column {name!r} held values of different types and was written as text" for name in unified.mixed]
         return {
             "output": "rows",
@@ -119,6 +125,12 @@ class RowsSink(StagedSink):
         if self.order is None or not self._sorts or target.get_field_index(self.order) < 0:
             return batches, target
         return merge.ordered(batches, target, self.order), pa.schema([f for f in target if f.name != self.order])
+
+    def _written(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """The rows as they are written."""
+        from tally.sinks.columns import without_formulas
+
+        return map(without_formulas, batches) if self.escape_formulas else iter(batches)
 
     def _parts(
         self, outputs: Sequence[Output], kept: list[File], target: pa.Schema
@@ -259,8 +271,13 @@ def _schema_in(manifest: dict[str, Any]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def write_dead(layout: OutputLayout, dead: Iterable[dict[str, Any]], suffix: str) -> File | None:
-    """Write the list of dead items, if there are any."""
+def write_dead(
+    layout: OutputLayout,
+    dead: Iterable[dict[str, Any]],
+    suffix: str,
+    written: Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]] = iter,
+) -> File | None:
+    """Write the list of dead items, if there are any. written: makes of rows what is written."""
     import pyarrow as pa
 
     from tally.sinks.columns import printable, schema_of
@@ -275,6 +292,6 @@ def write_dead(layout: OutputLayout, dead: Iterable[dict[str, Any]], suffix: str
             texts = [[printable(str(row[name])) for row in held] for name in target.names]
             yield pa.RecordBatch.from_arrays([pa.array(column, pa.string()) for column in texts], schema=target)
 
-    stream = batches()
+    stream = written(batches())
     first = next(stream, None)
     return None if first is None else write_file(layout, layout.dead(suffix), chain([first], stream), target, suffix)

@@ -110,7 +110,7 @@ def check_options(options: Mapping[str, Any]) -> list[str]:
                 problems.append(f"csv: skip must be a number of lines, not {value!r}")
         elif name == "nullstr":
             if not isinstance(value, (str, list, tuple)) or not all(isinstance(each, str) for each in value):
-                problems.append(f"csv: nullstr must be a text or several, not {value!r}")
+                problems.append(f"csv: nullstr must be a text or several, not {value!r}; in YAML, put it in quotes")
         elif not isinstance(value, str):
             problems.append(f"csv: {name} must be a text, not {value!r}")
         elif name in ("delim", "quote", "escape", "comment", "decimal_separator", "thousands") and len(value) > 1:
@@ -123,6 +123,18 @@ def check_options(options: Mapping[str, Any]) -> list[str]:
             except LookupError:
                 problems.append(f"csv: there is no encoding {value!r}; examples are utf-8, utf-16, latin-1, cp1252")
     return problems
+
+
+def complete(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as they are meant: ``\\t`` is a tab, and a number is the text of it where text is asked for."""
+    meant = dict(options)
+    if meant.get("delim") == "\\t":
+        meant["delim"] = "\t"
+    if "nullstr" in meant:
+        several = meant["nullstr"] if isinstance(meant["nullstr"], (list, tuple)) else [meant["nullstr"]]
+        texts = [str(each) if type(each) in (int, float) else each for each in several]
+        meant["nullstr"] = texts if len(texts) != 1 else texts[0]
+    return meant
 
 
 def open_plain(path: Path) -> BinaryIO:

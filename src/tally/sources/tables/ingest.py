@@ -341,6 +341,8 @@ def _windows_of(query: Query, source: str) -> str:
     made = []
     for name, (column, how) in query.selection.aggregates.items():
         value = sql_name(column)
+        if str(query.selection.inputs.get(column)) in ("double", "float", "halffloat"):
+            value = f"CASE WHEN isnan({value}) THEN NULL ELSE {value} END"  # as missing as no value at all
         expression = {
             "mean": f"avg({value}::DOUBLE)",
             "min": f"min({value})",

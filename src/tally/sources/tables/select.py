@@ -197,9 +197,9 @@ def _features(
 
 def _info(columns: _Columns, names: Sequence[str], time: str | None) -> dict[str, str]:
     """The columns that results carry, and their types. time: of windows, the column that says when each begins."""
-    from tally.sinks.columns import name_of
+    from tally.sinks.columns import name_of, stored_type
 
-    info = {name: name_of(columns.kinds[name]) for name in names}
+    info = {name: name_of(stored_type(columns.kinds[name])) for name in names}
     if time in info:
         info[time] = "timestamp[us, tz=UTC]" if "tz=" in info[time] else "timestamp[us]"
     if "key" in info:

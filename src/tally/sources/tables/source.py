@@ -106,7 +106,7 @@ class TableSource(Source):
         StorageError if a file cannot be read.
         """
         listing = Listing.of(uris, "table", without=without)
-        options = dict(csv or {})
+        options = delimited.complete(csv or {})
         request = TableRequest(
             features if features is None or isinstance(features, int) else tuple(features),
             tuple(by),
