@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import pickle
 import stat
 import subprocess
 import sys
 import threading
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -321,10 +319,11 @@ def web(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """What is on the web; every download empties it."""
     there: dict[str, bytes] = {}
 
-    def urlopen(url: str, timeout: float) -> io.BytesIO:
-        return io.BytesIO(there.pop(url))
+    def fetch(url: str, target: Path) -> str:
+        target.write_bytes(there.pop(url))
+        return hashlib.sha256(target.read_bytes()).hexdigest()
 
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr("tally.models.web.fetch", fetch)
     return there
 
 

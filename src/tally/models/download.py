@@ -9,9 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,14 +18,14 @@ from urllib.parse import unquote, urlsplit
 
 from tally.config import settings
 from tally.errors import ModelChangedError, ModelLoadError, ModelNotFoundError, SpecError, StorageError
-from tally.models import kinds
+from tally.models import kinds, web
 from tally.models.base import is_suffix
 from tally.models.hashing import counts, known_hash
 from tally.models.mirror import build
 from tally.models.mirror import download as copy
 from tally.models.package import sidecar
 from tally.models.readable import check_readable
-from tally.storage import Store, cache_folder, open_store
+from tally.storage import Store, cache_folder, open_store, temporary
 from tally.text import did_you_mean
 
 _MARKS = ".tally-marks.json"
@@ -72,23 +69,18 @@ def download(url: str) -> Path:
 
 def _fetch(url: str, folder: Path, name: str) -> str:
     """Download to ``folder/<sha256>/name``; returns the checksum."""
-    digest = hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-            part = Path(temporary) / name
-            with urllib.request.urlopen(url, timeout=60) as response, part.open("wb") as file:  # noqa: S310 - https
-                while block := response.read(1 << 20):
-                    digest.update(block)
-                    file.write(block)
-            kept = folder / digest.hexdigest() / name
+        with temporary.folder("download", within=folder) as part:
+            found = web.fetch(url, part / name)
+            kept = folder / found / name
             kept.parent.mkdir(exist_ok=True)
-            part.replace(kept)
-    except urllib.error.URLError as error:
-        raise ModelNotFoundError(f"cannot download {url}: {getattr(error, 'reason', error)}") from error
+            (part / name).replace(kept)
+    except (StorageError, ModelNotFoundError):
+        raise
     except OSError as error:
         raise StorageError(f"cannot download {url} to {folder}: {error}") from error
-    return digest.hexdigest()
+    return found
 
 
 def model(url: str) -> tuple[Path, str]:

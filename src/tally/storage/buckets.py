@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageAwayError, StorageError
 from tally.storage import temporary
-from tally.storage.base import CREDENTIALS, Entry, Store, cache_folder, changed, failure, file_name, key_of
+from tally.storage.base import CREDENTIALS, TEMPORARY, Entry, Store, cache_folder, changed, failure, file_name, key_of
 from tally.storage.publish import whole
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ _LIST_PAGE = 1000
 _DELETE_PAGE = 1000
 _DELETIONS_AT_ONCE = 16
 _WRITER = "tallywriter"
+_LOCK = ".lock"
+"""Beside a cached object; held while it is downloaded."""
 
 _clients: dict[tuple[int, str, bool], obstore.store.ObjectStore] = {}
 _clients_lock = threading.Lock()
@@ -206,7 +208,7 @@ class ObjectStore(Store):
                 )
             last = name
             if held is not None:
-                if not name.startswith(held.name + "/"):
+                if not name.startswith(held.name + "/") and not self._is_marker(held.name):
                     yield held
                 held = None
             if enter is not None:
@@ -219,8 +221,12 @@ class ObjectStore(Store):
                 held = entry
             else:
                 yield entry
-        if held is not None:
+        if held is not None and not self._is_marker(held.name):
             yield held
+
+    def _is_marker(self, name: str) -> bool:
+        """Whether an empty object, listed as ``a`` with nothing in it, is really ``a/``: a folder made in a console."""
+        return "." not in name[name.rfind("/") + 1 :] and not self.exists(name)
 
     def _listed(self, folder: str, after: str | None) -> Iterator[Entry]:
         """The service's listing beyond a name. If it breaks off, it is resumed where it was."""
@@ -248,7 +254,7 @@ class ObjectStore(Store):
             patience = _Patience(self._place)
             for meta in page:
                 offset = meta["path"]
-                if offset > done:
+                if offset > done and len(offset) > cut:  # not the marker of the listed folder itself
                     yield Entry(offset[cut:], meta["size"], _mark(meta))
 
     def read(self, name: str, *, mark: str = "") -> bytes:
@@ -435,7 +441,8 @@ class ObjectStore(Store):
             return target
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(target.parent / ".lock"):
+            _sweep(target.parent.parent)
+            with _locked(target.parent / _LOCK):
                 # Another process may have been faster.
                 if not _holds(target, meta["size"]):
                     self._fetch(name, target, _mark(meta))
@@ -559,6 +566,14 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _sweep(objects: Path) -> None:
+    """Remove what killed processes had downloaded a part of."""
+    for part in objects.glob(f"*/{TEMPORARY}*"):
+        with suppress(OSError), (part.parent / _LOCK).open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another process may be downloading it
+            part.unlink()
 
 
 def _mark(meta: Mapping[str, Any]) -> str:

@@ -24,24 +24,28 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def folder(purpose: str) -> Iterator[Path]:
-    """A new, empty folder, removed at the end. purpose: a word in its name, for people who find it."""
-    made = make(purpose)
+def folder(purpose: str, *, within: Path | None = None) -> Iterator[Path]:
+    """A new, empty folder, removed at the end. purpose, within: see :func:`make`."""
+    made = make(purpose, within=within)
     try:
         yield made
     finally:
         remove(made)
 
 
-def make(purpose: str) -> Path:
-    """A new, empty folder, until :func:`remove` or the end of this process. Raises StorageError."""
-    sweep()
+def make(purpose: str, *, within: Path | None = None) -> Path:
+    """A new, empty folder, until :func:`remove` or the end of this process. Raises StorageError.
+
+    purpose: a word in its name, for people who find it. within: where to make it; by default, where the system keeps
+    temporary files.
+    """
+    sweep(within)
     while True:
         try:
-            made = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-"))
+            made = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-", dir=within))
         except OSError as error:
             raise StorageError(
-                f"cannot make a folder for temporary files in {tempfile.gettempdir()}: {error.strerror}",
+                f"cannot make a folder for temporary files in {within or tempfile.gettempdir()}: {error.strerror}",
                 hint="Make room there, or name another place: TMPDIR=/a/folder",
             ) from None
         try:
@@ -66,9 +70,9 @@ def remove(made: Path) -> None:
         os.close(descriptor)
 
 
-def sweep() -> None:
+def sweep(within: Path | None = None) -> None:
     """Remove the folders that this user's killed processes left behind."""
-    for place in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for place in Path(within or tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):  # somebody else's, or gone by now
             if place.stat().st_uid == os.geteuid():
                 _remove_left(place)
