@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -260,13 +261,18 @@ def place(url: str, *, write: bool = False) -> str:
     return f"{shown}: " + ", ".join(f"{right}: {text}" for right, (_, text) in outcomes.items())
 
 
+_LOOKED_AT = 100
+"""Names of a folder or bucket, of which one is read."""
+
+
 def _rights(store: Store, url: str, *, write: bool) -> dict[str, tuple[bool, str]]:
     """For each right: False if it is missing, and a text about it."""
     outcomes: dict[str, tuple[bool, str]] = {}
     name = None
     try:
-        if (first := next(iter(store.list()), None)) is not None:
-            name = first.name
+        found_names = [entry.name for entry in islice(store.list(), _LOOKED_AT)]
+        if found_names:
+            name = next(filter(_is_usable, found_names), found_names[0])
         elif is_url(url) and (found := _object(url)) is not None:
             store, name = found
         outcomes["list"] = True, "ok"
@@ -282,6 +288,11 @@ def _rights(store: Store, url: str, *, write: bool) -> dict[str, tuple[bool, str
             outcomes["read"] = False, _short(error)
     outcomes["write"] = _write(open_store(url)) if write else (True, "not tried without --write")
     return outcomes
+
+
+def _is_usable(name: str) -> bool:
+    """Whether a name is no odd one that costs its item, as ``a//b`` in a bucket."""
+    return not {"", ".", ".."}.intersection(name.split("/"))
 
 
 def _object(url: str) -> tuple[Store, str] | None:

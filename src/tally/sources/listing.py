@@ -157,7 +157,7 @@ class Listing:
         for entry in listed:
             name = entry.name
             start = name.rfind("/") + 1
-            if name[start] == ".":
+            if name.startswith(".", start):
                 continue
             if suffixes is not None:
                 suffix = _suffix_from(name, start)
@@ -176,10 +176,7 @@ class Listing:
             match = compile_glob(location.pattern).fullmatch
             return lambda name: match(name) is not None
         suffixes = self._suffixes()
-        return lambda name: (
-            not any(part.startswith(".") for part in name.split("/"))
-            and (suffixes is None or _suffix(name) in suffixes)
-        )
+        return lambda name: all(map(not_hidden, name.split("/"))) and (suffixes is None or _suffix(name) in suffixes)
 
     def _suffixes(self) -> frozenset[str] | None:
         return None if self.kind is None else _suffixes_of(self.kind)

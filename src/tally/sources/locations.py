@@ -86,7 +86,8 @@ def both(first: Callable[[str], bool], second: Callable[[str], bool]) -> Callabl
 
 
 def not_hidden(folder: str) -> bool:
-    return folder[folder.rfind("/") + 1] != "."
+    last = folder[folder.rfind("/") + 1 :]
+    return last[:1] != "." or last in (".", "..")  # as in keys of buckets: reading them says what is wrong
 
 
 _MAGIC = re.compile(r"[*?\[]")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageAwayError, StorageError
-from tally.storage import temporary
+from tally.storage import s3_listing, temporary
 from tally.storage.base import CREDENTIALS, TEMPORARY, Entry, Store, cache_folder, changed, failure, file_name, key_of
 from tally.storage.publish import whole
 
@@ -168,7 +168,7 @@ class ObjectStore(Store):
         if isinstance(error, FileNotFoundError):
             return failure(doing, place, error)
         hint = CREDENTIALS.get(self._scheme)
-        if isinstance(error, InvalidPathError):
+        if isinstance(error, InvalidPathError) or "Could not parse path" in told.text:
             hint = "Names with empty segments ('a//b'), '.', '..' or control characters cannot be used here; rename it."
         elif _METADATA.search(told.text):
             return StorageError(f"cannot {doing} {place}: no credentials were found in the environment", hint=hint)
@@ -226,11 +226,19 @@ class ObjectStore(Store):
 
     def _is_marker(self, name: str) -> bool:
         """Whether an empty object, listed as ``a`` with nothing in it, is really ``a/``: a folder made in a console."""
-        return "." not in name[name.rfind("/") + 1 :] and not self.exists(name)
+        if "." in name[name.rfind("/") + 1 :]:
+            return False
+        try:
+            return not self.exists(name)
+        except StorageAwayError:
+            raise
+        except StorageError:  # a name that cannot be used: reading it will say so
+            return False
 
     def _listed(self, folder: str, after: str | None) -> Iterator[Entry]:
         """The service's listing beyond a name. If it breaks off, it is resumed where it was."""
         import obstore
+        from obstore.exceptions import InvalidPathError
 
         cut = len(self._base)
         where = (self._base + folder).strip("/") or None
@@ -243,6 +251,11 @@ class ObjectStore(Store):
                 if pages is None:
                     pages = iter(obstore.list(self._client(), where, offset=offset, chunk_size=_LIST_PAGE))
                 page = next(pages, None)
+            except InvalidPathError as error:
+                if self._scheme not in ("s3", "s3a"):
+                    raise self._failure("list", folder, error) from None
+                pages = self._raw_pages(folder, offset)
+                continue
             except Exception as error:
                 if not patience.wait(error):
                     raise self._failure("list", folder, error, patience) from None
@@ -256,6 +269,14 @@ class ObjectStore(Store):
                 offset = meta["path"]
                 if offset > done and len(offset) > cut:  # not the marker of the listed folder itself
                     yield Entry(offset[cut:], meta["size"], _mark(meta))
+
+    def _raw_pages(self, folder: str, after: str | None) -> Iterator[Any]:
+        """The listing's pages with names that cannot be used too: reading them says so. Markers of folders are left
+        out."""
+        prefix = self._base + (f"{folder}/" if folder else "")
+        again = partial(self._again, "list", folder)
+        for page in s3_listing.pages(self._client(), self._bucket, prefix, after, again):
+            yield [each for each in page if each["size"] or not each["path"].endswith("/")]
 
     def read(self, name: str, *, mark: str = "") -> bytes:
         import obstore
@@ -540,7 +561,7 @@ def _is_passing(error: Exception) -> bool:
     """Whether a retry may help: the service was busy or not reached, or the answer was lost."""
     from obstore.exceptions import GenericError
 
-    if isinstance(error, _AgainError):
+    if isinstance(error, (_AgainError, s3_listing.AgainError)):
         return True
     if not isinstance(error, GenericError):
         return False
