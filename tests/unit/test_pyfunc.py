@@ -171,3 +171,16 @@ def test_mlflow_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "mlflow.pyfunc", None)
     with pytest.raises(ModelLoadError, match=r"mlflow is not installed .*\n.*tally-scoring\[mlflow\]"):
         inspect(described(tmp_path, "flavors: {python_function: {}}"), {}, trusted=True)
+
+
+def test_a_fraction_in_an_array_of_integers_is_that_rows_error(mlflow: Any, tmp_path: Path) -> None:
+    path = save(mlflow, tmp_path, "np.asarray(rows)[:, 0] + np.asarray(rows)[:, 1]", np.array([[1, 2]], np.int64))
+    found = scorer(path)
+    assert found.options.tensor == "int64"
+    result = found.score(pa.table({"a": [1.0, 2.5, None, 4.0], "b": [10, 20, 30, 40]}))
+    assert isinstance(result, TableResult)
+    assert {row: str(error) for row, error in result.errors.items()} == {
+        1: "a is 2.5, but the model takes whole numbers (int64)",
+        2: "a is null, which the model does not take",
+    }
+    assert [result.rows["prediction"].to_pylist()[at] for at in (0, 3)] == [11, 44]
