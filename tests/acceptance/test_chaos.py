@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 import tally
 from tally.engines import logs
+from tally.errors import JobError
+from tally.testing.engines import until
 
 Cli = Callable[..., Any]
 CHAOS = Path(__file__).with_name("scorers") / "chaos.py"
@@ -202,3 +208,84 @@ def test_a_noisy_script_has_a_log_of_bounded_size(data: Path, pictures: Path, tm
     assert logs.HEAD_BYTES < log.stat().st_size <= logs.MOST_BYTES
     assert log.read_bytes().startswith(b"init says hello")
     assert b"MiB left out]" in log.read_bytes()
+
+
+def test_children_that_stay_end_with_their_worker(chaos: Path, pictures: Path, tmp_path: Path, home: Path) -> None:
+    with pytest.raises(JobError, match="longer than its time limit of 1 s"):
+        tally.score(pictures / "007.png", chaos / "childhang.py", tmp_path / "out", timeout=1, workers=1, quiet=True)
+    left = [each for each in psutil.process_iter(["cmdline"]) if each.info["cmdline"] == ["sleep", "779"]]
+    assert [each for each in left if each.environ().get("TALLY_HOME") == str(home)] == []
+
+
+def test_memory_of_children_counts(chaos: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="the processes it started held"):
+        tally.score(
+            pictures / "007.png", chaos / "childmem.py", tmp_path / "out", memory="500MiB", workers=1, quiet=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("args_init", [], None),
+        ("beside/score", [], None),
+        ("shadow/random", [], None),
+        ("chdir", [], None),
+        ("npy", [], None),
+        ("df", [], None),
+        ("args", [], "importing it failed: SystemExit: 2"),
+        ("rel/score", [], "attempted relative import with no known parent package"),
+        ("asyn", ["--set", "form=mini_batch"], "run() returned a value of type coroutine"),
+        ("stdin", [], "BdbQuit"),
+    ],
+)
+def test_scripts(data: Path, pictures: Path, tmp_path: Path, cli: Cli, name: str, options: Any, said: Any) -> None:
+    script = data / "found" / "scripts" / f"{name}.py"
+    if not script.is_file():
+        pytest.skip(f"there is no {script}")
+    ran = cli("score", pictures, "--model", script, "--out", tmp_path / "out.csv", "--workers", 1, *options)
+    assert "Traceback" not in ran.err
+    if said is None:
+        assert ran.code == 0, ran.err
+        assert len((tmp_path / "out.csv").read_text().splitlines()) == 21
+    else:
+        assert ran.code == 1
+        assert said in ran.err
+
+
+SLOW = """
+import os, time, tally
+class Slow(tally.Scorer):
+    batch_size = 1
+    columns = {"m": "float64"}
+    def score(self, batch):
+        open(os.environ["TALLY_HOME"] + "/scoring", "w").close()
+        time.sleep(0.1)
+        return [{"m": float(p.mean())} for p in batch]
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGHUP", "stopped"])
+def test_a_closed_terminal_and_a_stopped_job(pictures: Path, tmp_path: Path, home: Path, how: str, cli: Cli) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [pictures, "--model", tmp_path / "slow.py", "--out", tmp_path / "out.csv", "--workers", "1"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "tally", "score", *command, "--timeout", "1"], process_group=0, stderr=subprocess.PIPE
+    )
+    until(lambda: (home / "scoring").exists(), "the first item")
+    if how == "SIGHUP":
+        os.killpg(job.pid, signal.SIGHUP)
+        _, said = job.communicate(timeout=60)
+        assert b"is interrupted" in said
+        assert cli("jobs", "resume", tmp_path / "out.csv").code == 0
+    else:
+        workers = psutil.Process(job.pid).children(recursive=True)
+        for each in (*workers, psutil.Process(job.pid)):
+            each.suspend()
+        time.sleep(3)  # three times the limit
+        for each in (psutil.Process(job.pid), *workers):
+            each.resume()
+        _, said = job.communicate(timeout=60)
+        assert job.returncode == 0, said
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 21
+    assert not (tmp_path / "out.dead.csv").exists()
