@@ -28,8 +28,10 @@ DUMP_SIGNAL = signal.SIGXCPU
 _STILL_SECONDS = 1.0
 """Between two looks at a worker no more time than this counts: the engine itself stood still."""
 _SPENT = "spent: "
-_NOTE = struct.Struct("<qqqqqqd")
+_NOTE = struct.Struct("<qqqqdqq")
+_BUSY = struct.Struct("<qqqqd")
 _BEAT, _BEAT_AT = struct.Struct("<q"), 24
+_GIVEN, _GIVEN_AT = struct.Struct("<qq"), 40
 
 
 class Note(NamedTuple):
@@ -45,14 +47,14 @@ class Note(NamedTuple):
     stop: int = -1
     reach: int = -1
     beat: int = 0
+    limit: float = 0.0
     earlier: int = 0
     items: int = 0
-    limit: float = 0.0
 
 
 _memory: mmap.mmap | bytearray = bytearray(_NOTE.size)
 _trace: IO[bytes] | None = None
-_now = Note()
+_given = 0
 _beats = itertools.count(1)
 
 
@@ -72,7 +74,9 @@ def attach(note: Path, trace: Path) -> None:
 
 def begin(items: int) -> None:
     """The worker is given a chunk of so many items."""
-    _write(_now._replace(earlier=_now.items, items=_now.items + items))
+    global _given
+    _GIVEN.pack_into(_memory, _GIVEN_AT, _given, _given + items)
+    _given += items
 
 
 def busy(start: int, stop: int, *, ahead: int = 0, limit: float | None = None) -> None:
@@ -83,7 +87,7 @@ def busy(start: int, stop: int, *, ahead: int = 0, limit: float | None = None) -
     limit: how many seconds this may take. After that the engine has the process write its stack, and ends it. Each
         call starts the clock anew. None: no limit.
     """
-    _write(_now._replace(start=start, stop=stop, reach=stop + ahead, beat=next(_beats), limit=limit or 0.0))
+    _BUSY.pack_into(_memory, 0, start, stop, stop + ahead, next(_beats), limit or 0.0)
 
 
 def reset() -> None:
@@ -93,7 +97,7 @@ def reset() -> None:
 
 def idle() -> None:
     """The worker has nothing to do: there is no time limit."""
-    _write(_now._replace(start=-1, stop=-1, reach=-1, limit=0.0))
+    _BUSY.pack_into(_memory, 0, -1, -1, -1, next(_beats), 0.0)
 
 
 def give_up(reason: str) -> NoReturn:
@@ -108,12 +112,6 @@ def give_up(reason: str) -> NoReturn:
 def is_watched() -> bool:
     """Whether there is an engine, which replaces a worker that gives up."""
     return _trace is not None
-
-
-def _write(note: Note) -> None:
-    global _now
-    _now = note
-    _NOTE.pack_into(_memory, 0, *note)
 
 
 # -- in the engine ---------------------------------------------------------------------------------
