@@ -68,6 +68,8 @@ def score(
     window: float | str | None = None,
     aggregate: str | Sequence[str] = ("mean",),
     csv: Mapping[str, Any] | None = None,
+    queue: Mapping[str, Any] | None = None,
+    until_empty: bool = False,
     batch_size: int | None = None,
     device: str = "auto",
     engine: str = "local",
@@ -105,6 +107,7 @@ def score(
     Tables. by: columns that make a key. keep: input columns that the results carry. where: a condition in SQL.
         time: the column of timestamps. window: seconds (or ``"5m"``) that readings are gathered over.
         aggregate: what is made of each window. csv: how CSV is read.
+    Queues. queue: how messages are read. until_empty: end when the queue is empty.
     Workers. workers: how many, or ``"4..64"``; one for each core by default. batch_size: items scored together.
         device: ``auto``, ``cpu``, ``cuda[:N]`` or ``tensorrt[:N]``. timeout: seconds that one batch may take.
         worker_items: after so many a worker is replaced by a fresh one, if the model leaks.

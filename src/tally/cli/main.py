@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import IO, Any, cast
 
 import click
 
@@ -14,6 +13,8 @@ COMMANDS = {
     "jobs": ("tally.cli.jobs:jobs", "List, follow, stop, resume and retry jobs."),
     "schedule": ("tally.cli.schedule:schedule", "Run jobs on time: hourly, nightly, for days gone by."),
     "train": ("tally.cli.train:train", "Train a model from your own data."),
+    "queue": ("tally.cli.queue:queue", "Look into a queue of messages; put dead ones back."),
+    "inject": ("tally.cli.queue:inject", "List a bucket or a folder into a queue."),
     "up": ("tally.cli.up:up", "Start the server: API and pages."),
     "keys": ("tally.cli.up:keys", "Say who may use the server."),
     "query": ("tally.cli.query:query", "Ask a job's results with SQL."),
@@ -71,43 +72,27 @@ def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> Non
 def cli(verbose: bool) -> None:
     """Score large collections with machine-learning models, and never lose or repeat an item."""
     if verbose:
-        from tally.logs import log_to_stderr
+        import logging
 
-        log_to_stderr()
-
-
-class _Visible:
-    """A file that cannot be told by a name in a message what a terminal is to do."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def write(self, text: str) -> int:
-        from tally.text import visible
-
-        return int(self._file.write(visible(text, lines=True)))
-
-    def flush(self) -> None:
-        self._file.flush()
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrongly used, 130 interrupted."""
     from tally.errors import SpecError, TallyError
-    from tally.text import visible
 
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:
-        error.show(cast(IO[Any], _Visible(sys.stderr)))
+        error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
     except TallyError as error:
-        click.echo(click.style("error: ", fg="red", bold=True) + visible(error.message, lines=True), err=True)
+        click.echo(click.style("error: ", fg="red", bold=True) + error.message, err=True)
         if error.hint:
-            click.echo(visible(f"  {error.hint}", lines=True), err=True)
+            click.echo(f"  {error.hint}", err=True)
         sys.exit(2 if isinstance(error, SpecError) else 1)
     except BrokenPipeError:
         # The reader of our output has gone (head, less): nothing to report, and nobody to report it to.

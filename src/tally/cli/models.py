@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli.console import pairs, say, table
+from tally.cli.console import pairs, table
 from tally.cli.values import names
 from tally.errors import ModelChangedError, ModelNotFoundError
-from tally.text import visible
 
 if TYPE_CHECKING:
     from tally.models.registry import Registry
@@ -67,13 +66,15 @@ def add(
     ref = resolve(model, task=task, labels=labels, artifacts=artifacts, settings=pairs("--set", options), trust=trust)
     added = _registry().add(name, ref, alias=alias, metadata=metadata)
     for line in added.assumed:
-        say(f"note: {line}", dim=True, err=True)
+        click.secho(f"note: {line}", dim=True, err=True)
     if added.existed:
-        say(f"{added} has this content already: nothing was added" + (f", {alias} points at it" if alias else ""))
+        click.echo(
+            f"{added} has this content already: nothing was added" + (f", {alias} points at it" if alias else "")
+        )
     else:
-        say(f"added {added} ({_size(added.bytes)}, {added.hash[:19]})" + (f" as {alias}" if alias else ""))
+        click.echo(f"added {added} ({_size(added.bytes)}, {added.hash[:19]})" + (f" as {alias}" if alias else ""))
     use = f"models:/{name}@{alias}" if alias else str(added)
-    say(f"  Use it: tally score SOURCE --model {use} --out OUT", err=True)
+    click.echo(f"  Use it: tally score SOURCE --model {use} --out OUT", err=True)
 
 
 @models.command(short_help="Many models in one file.")
@@ -100,17 +101,19 @@ def pack(template: str, by: tuple[str, ...], out: Path, name: str | None, trust:
         f"{count:,} {kind}" for count, kind in ((packed.batched, "batched SVMs"), (packed.whole, "kept whole")) if count
     ]
     size = sum(each.stat().st_size for each in out.iterdir() if each.is_file())
-    say(f"packed {packed.models:,} models into {out}: {', '.join(kinds)}; {_size(size)}")
+    click.echo(f"packed {packed.models:,} models into {out}: {', '.join(kinds)}; {_size(size)}")
     if packed.requires_trust:
-        say("note: some hold types that can do more than compute: scoring needs --trust too", dim=True, err=True)
+        click.secho(
+            "note: some hold types that can do more than compute: scoring needs --trust too", dim=True, err=True
+        )
     use = str(out)
     if name is not None:
         from tally.models.resolve import resolve
 
         added = _registry().add(name, resolve(out, trust=trust))
-        say(f"{added} has this content already" if added.existed else f"added {added} ({added.hash[:19]})")
+        click.echo(f"{added} has this content already" if added.existed else f"added {added} ({added.hash[:19]})")
         use = f"models:/{name}"
-    say(f"  Use it: tally score SOURCE --model {use} --out OUT", err=True)
+    click.echo(f"  Use it: tally score SOURCE --model {use} --out OUT", err=True)
 
 
 @models.command("list")
@@ -120,10 +123,10 @@ def list_(as_json: bool) -> None:
     versions = _registry().list()
     if as_json:
         for each in versions:
-            say(json.dumps(each.to_dict()))
+            click.echo(json.dumps(each.to_dict()))
         return
     if not versions:
-        say("no models yet; add one with: tally models add NAME MODEL", err=True)
+        click.echo("no models yet; add one with: tally models add NAME MODEL", err=True)
         return
     table(
         ("NAME", "VERSION", "ALIASES", "KIND", "SIZE", "ADDED", "HASH"),
@@ -141,10 +144,10 @@ def show(name: str, as_json: bool) -> None:
     """A model's versions with their metadata, and what its aliases pointed at."""
     found = _registry().show(name)
     if as_json:
-        say(json.dumps(found.to_dict()))
+        click.echo(json.dumps(found.to_dict()))
         return
     for version in found.versions:
-        say(str(version), bold=True)
+        click.secho(str(version), bold=True)
         facts = {
             "aliases": ", ".join(version.aliases),
             "kind": version.kind,
@@ -157,9 +160,9 @@ def show(name: str, as_json: bool) -> None:
         }
         for key, value in facts.items():
             if value:
-                say(f"  {visible(key):<12} {visible(str(value))}")
+                click.echo(f"  {key:<12} {value}")
     if found.history:
-        say()
+        click.echo()
         rows = [(_when(h.at), h.alias, str(h.version), h.action) for h in found.history]
         table(("WHEN", "ALIAS", "VERSION", "BY"), rows)
 
@@ -171,7 +174,7 @@ def show(name: str, as_json: bool) -> None:
 def alias(name: str, alias: str, version: int) -> None:
     """Point ALIAS at VERSION from now on."""
     _registry().alias(name, alias, version)
-    say(f"models:/{name}@{alias} is now version {version}")
+    click.echo(f"models:/{name}@{alias} is now version {version}")
 
 
 @models.command()
@@ -180,7 +183,7 @@ def alias(name: str, alias: str, version: int) -> None:
 def rollback(name: str, alias: str) -> None:
     """Point ALIAS back at the version before."""
     found = _registry().rollback(name, alias)
-    say(f"models:/{name}@{alias} is version {found.version} again")
+    click.echo(f"models:/{name}@{alias} is version {found.version} again")
 
 
 @models.command(short_help="Compare content with its hash.")
@@ -204,12 +207,12 @@ def verify(name: str | None, version: int | None) -> int:
             registry.verify(each.name, each.version)
         except ModelChangedError as error:
             changed = True
-            click.echo(f"{click.style('CHANGED', fg='red')} {visible(error.message)}")
+            click.echo(f"{click.style('CHANGED', fg='red')} {error.message}")
         except ModelNotFoundError as error:
             changed = True
-            click.echo(f"{click.style('MISSING', fg='red')} {visible(error.message)}")
+            click.echo(f"{click.style('MISSING', fg='red')} {error.message}")
         else:
-            click.echo(f"{click.style('ok', fg='green')}      {visible(str(each))} {each.hash}")
+            click.echo(f"{click.style('ok', fg='green')}      {each} {each.hash}")
     return int(changed)
 
 
@@ -224,7 +227,7 @@ def remove(name: str, version: int, yes: bool) -> None:
     if not yes and sys.stdin.isatty():
         click.confirm(f"Remove {found} ({_size(found.bytes)}) for good?", abort=True)
     registry.remove(name, version)
-    say(f"removed {found}")
+    click.echo(f"removed {found}")
 
 
 def _registry() -> Registry:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli.console import say, table
+from tally.cli.console import table
 from tally.errors import JobNotFoundError, SpecError
-from tally.text import visible
 
 if TYPE_CHECKING:
     from tally.triggers.cron import Cron, Interval
@@ -99,10 +98,10 @@ def add(
         since=begin, replace=replace,
     )  # fmt: skip
     following = clock.next(max(now, added.planned_until), 1)[0]
-    say(f"schedule {name} runs next at {clock.text(following.end)}, for {clock.span(following)}")
+    click.echo(f"schedule {name} runs next at {clock.text(following.end)}, for {clock.span(following)}")
     if late := len(clock.ending(added.planned_until, now)):
-        say(f"  intervals that are over already: {late:,}; catch-up is {catch_up}")
-    say("  Something has to run it: tally schedule run --forever", err=True)
+        click.echo(f"  intervals that are over already: {late:,}; catch-up is {catch_up}")
+    click.echo("  Something has to run it: tally schedule run --forever", err=True)
 
 
 @schedule.command("list")
@@ -113,10 +112,10 @@ def list_(as_json: bool) -> None:
     schedules = store.all()
     if as_json:
         for each in schedules:
-            say(_json(each, runs=store.counts(each.name)))
+            click.echo(json.dumps({**asdict(each), "runs": store.counts(each.name)}))
         return
     if not schedules:
-        say("no schedules yet; add one with: tally schedule add NAME job.yaml --cron '0 * * * *'", err=True)
+        click.echo("no schedules yet; add one with: tally schedule add NAME job.yaml --cron '0 * * * *'", err=True)
         return
     rows = []
     for each in schedules:
@@ -127,12 +126,6 @@ def list_(as_json: bool) -> None:
         counted = ", ".join(f"{counts[state]:,} {state}" for state in _STATES if counts.get(state))
         rows.append((each.name, each.cron, each.timezone, at, shown, counted or "-"))
     table(("NAME", "CRON", "ZONE", "NEXT RUN", "LAST INTERVAL", "RUNS"), rows)
-
-
-def _json(schedule: Schedule, **more: Any) -> str:
-    from tally.jobs.spec import shown
-
-    return json.dumps(asdict(schedule) | more | {"template": shown(schedule.template)})
 
 
 _STATES = ("running", "pending", "failed", "skipped", "empty", "finished")
@@ -152,7 +145,7 @@ def show(name: str, limit: int, as_json: bool) -> None:
     following = _next(store, found, clock, 5)
     if as_json:
         last = [asdict(run) for run in runs]
-        say(_json(found, next=[asdict(each) for each in following], runs=last))
+        click.echo(json.dumps({**asdict(found), "next": [asdict(each) for each in following], "runs": last}))
         return
     for label, value in (
         ("schedule", found.name + (" (paused)" if found.paused else "")),
@@ -165,13 +158,13 @@ def show(name: str, limit: int, as_json: bool) -> None:
         ("catch-up", found.catch_up),
         ("log", log_of(name)),
     ):
-        say(f"{label:<12} {visible(str(value))}")
+        click.echo(f"{label:<12} {value}")
     if (change := _clock_change(clock, store.clock())) is not None:
-        say(f"{'clock change':<12} {change}")
-    say()
+        click.echo(f"{'clock change':<12} {change}")
+    click.echo()
     table(("NEXT RUN", "INTERVAL"), [(clock.text(each.end), clock.span(each)) for each in following])
     if runs:
-        say()
+        click.echo()
         rows = [(clock.span(r.interval), r.state, r.reason, *_job(store, r), _short(r.error)) for r in runs]
         table(("INTERVAL", "STATE", "REASON", "JOB", "DONE", "ERROR"), rows)
 
@@ -183,7 +176,7 @@ def pause(names: tuple[str, ...]) -> None:
     store = _open()
     for found in [store.get(name) for name in names]:
         store.pause(found.name, True)
-        say(f"schedule {found.name} is paused; go on with: tally schedule resume {found.name}")
+        click.echo(f"schedule {found.name} is paused; go on with: tally schedule resume {found.name}")
 
 
 @schedule.command(short_help="Start runs again.")
@@ -195,7 +188,7 @@ def resume(names: tuple[str, ...]) -> None:
         missed = len(found.clock().ending(found.planned_until, store.clock()))
         store.pause(found.name, False)
         more = f"; intervals missed meanwhile: {missed:,}; catch-up is {found.catch_up}" if missed else ""
-        say(f"schedule {found.name} is resumed{more}")
+        click.echo(f"schedule {found.name} is resumed{more}")
 
 
 @schedule.command(short_help="Run what is due, or --forever.")
@@ -215,11 +208,11 @@ def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
     known = [store.get(name) for name in names] if names else store.all()
     if failed:
         again = sum(store.retry(each.name) for each in known)
-        say(f"failed runs that are tried again: {again:,}", err=True)
-    loop = Loop(store, names=names, say=lambda line: say(line, err=True))
+        click.echo(f"failed runs that are tried again: {again:,}", err=True)
+    loop = Loop(store, names=names, say=lambda line: click.echo(line, err=True))
     with _signals(loop):
         if forever:
-            say(
+            click.echo(
                 "running " + (", ".join(each.name for each in known) or "what will be added") + "; Ctrl-C stops",
                 err=True,
             )
@@ -230,9 +223,9 @@ def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
         soon = [(_next(store, each, each.clock(), 1)[0].end, each) for each in known if not each.paused]
         if soon:
             at, first = min(soon, key=lambda pair: pair[0])
-            say(f"nothing is due; the next run is that of {first.name} at {first.clock().text(at)}", err=True)
+            click.echo(f"nothing is due; the next run is that of {first.name} at {first.clock().text(at)}", err=True)
         else:
-            say("nothing is due: " + ("all is paused" if known else "there are no schedules"), err=True)
+            click.echo("nothing is due: " + ("all is paused" if known else "there are no schedules"), err=True)
     return 1 if loop.failed else 0
 
 
@@ -241,7 +234,7 @@ def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
 def remove(name: str) -> None:
     """Forget a schedule and what it has run; jobs and results stay."""
     _open().remove(name)
-    say(f"schedule {name} is removed; its jobs and results stay")
+    click.echo(f"schedule {name} is removed; its jobs and results stay")
 
 
 @schedule.command(short_help="Run intervals gone by.")
@@ -273,7 +266,7 @@ def backfill(name: str, since: str, until: str | None, again: bool) -> int:
         what = "is over yet" if intervals else "begins then"
         raise SpecError(f"no interval of {name} {what}: {clock.text(begin)} to {clock.text(end)}")
     if len(over) < len(intervals):
-        say(f"intervals that are not over yet, and left out: {len(intervals) - len(over):,}", err=True)
+        click.echo(f"intervals that are not over yet, and left out: {len(intervals) - len(over):,}", err=True)
     report = _Report(store, name, clock, {run.id for run in store.backfill(name, over, again=again)}, over)
     loop = Loop(store, names=[name], within=report.within, listen=report.show)
     with _signals(loop):
@@ -293,7 +286,7 @@ class _Report:
         self._counts: dict[str, int] = {}
         self._ended = {run.id for run in self._runs() if run.state in ("finished", "empty")}
         if self._ended:
-            say(f"{len(self._ended):,} of {len(ids):,} intervals are finished already", err=True)
+            click.echo(f"{len(self._ended):,} of {len(ids):,} intervals are finished already", err=True)
 
     def show(self) -> None:
         """What has ended since the last time."""
@@ -307,19 +300,19 @@ class _Report:
                 job, done = _job(self._store, run)
                 what = f"{done} done (job {job})" if run.state == "finished" else str(run.error)
                 count = f"[{len(self._ended):,}/{len(self._ids):,}]"
-                say(f"{count} {self._clock.span(run.interval)} {run.state}: {what}", err=True)
+                click.echo(f"{count} {self._clock.span(run.interval)} {run.state}: {what}", err=True)
 
     def end(self, *, stopped: bool) -> int:
         """Say how it ended; the exit code."""
         runs = self._runs()
         finished, empty = (sum(run.state == state for run in runs) for state in ("finished", "empty"))
         nothing = f", {empty:,} had nothing to score" if empty else ""
-        say(f"{finished:,} of {len(runs):,} intervals are finished{nothing}")
+        click.echo(f"{finished:,} of {len(runs):,} intervals are finished{nothing}")
         if stopped:
-            say("  Go on with the same command.", err=True)
+            click.echo("  Go on with the same command.", err=True)
             return 130
         if finished + empty < len(runs):
-            say("  After mending the cause, the same command tries the others again.", err=True)
+            click.echo("  After mending the cause, the same command tries the others again.", err=True)
             return 1
         return 0
 
@@ -335,7 +328,7 @@ def _signals(loop: Loop) -> Iterator[None]:
 
     def stop(count: int) -> None:
         if count == 1:
-            say("stopping: what runs saves what it has (again to kill it)", err=True)
+            click.echo("stopping: what runs saves what it has (again to kill it)", err=True)
         loop.stop()
 
     with stop_signals(stop):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli.console import literal_pairs, pairs, say
+from tally.cli.console import literal_pairs, pairs
 from tally.errors import JobExistsError
 
 if TYPE_CHECKING:
@@ -91,6 +91,14 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.option(
     "--csv", "csv_options", multiple=True, metavar="KEY=VALUE", help="How to read CSV, e.g. delim=';' or header=false."
 )
+@click.option(
+    "--queue",
+    "queue_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="How messages are read, e.g. body=json key=path.",
+)
+@click.option("--until-empty", is_flag=True, default=None, help="Queues only: end when the queue is empty.")
 @click.option("-b", "--batch-size", type=int, help="Items scored together.")
 @click.option("-w", "--workers", help="Worker processes: 8, or 4..64 as the work needs; one per core by default.")
 @click.option("--device", help="auto, cpu, cuda[:N] or tensorrt[:N].  [default: auto]")
@@ -126,6 +134,7 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
 def score(
     assignments: tuple[str, ...],
     csv_options: tuple[str, ...],
+    queue_options: tuple[str, ...],
     resources: tuple[str, ...],
     resume: bool,
     overwrite: bool,
@@ -146,27 +155,32 @@ def score(
     tally score readings.parquet --model model.skops --out predictions.parquet
     tally score 'readings/*.csv' --model-per Device,Tag='models/{Device}_{Tag}.skops' --out predictions.csv
     """
-    from tally.jobs.spec import CSV_VALUES, make
+    from tally.jobs.spec import CSV_VALUES, QUEUE_VALUES, make
 
     fields["alerts"] = fields["alerts"] or None
     for flag in ("trust", "overlay", "strict", "escape_formulas"):
         fields[flag] = fields[flag] or None
     fields |= {"settings": pairs("--set", assignments), "csv": literal_pairs("--csv", csv_options, CSV_VALUES)}
+    fields["queue"] = literal_pairs("--queue", queue_options, QUEUE_VALUES)
     spec = make(resources=pairs("--resource", resources), **fields)
     return _start(spec, resume=resume, overwrite=overwrite, quiet=quiet)
 
 
 @click.command()
 @click.argument("file")
+@click.option("--until-empty", is_flag=True, help="Queues only: end when the queue is empty.")
 @_resume_options
-def run(file: str, resume: bool, overwrite: bool, quiet: bool) -> int:
+def run(file: str, until_empty: bool, resume: bool, overwrite: bool, quiet: bool) -> int:
     """Run the job that the YAML FILE describes: the fields are those of 'tally score', with 'source'.
 
     Relative paths in it are relative to the file.
     """
     from tally.jobs.spec import read
 
-    return _start(read(file), resume=resume, overwrite=overwrite, quiet=quiet)
+    spec = read(file)
+    if until_empty:
+        spec = spec.model_copy(update={"until_empty": True})
+    return _start(spec, resume=resume, overwrite=overwrite, quiet=quiet)
 
 
 @click.command(hidden=True)
@@ -180,7 +194,7 @@ def coordinate(job: str, dead: bool, quiet: bool) -> int:
     from tally.jobs.facade import open_jobs
 
     check_versions()
-    jobs = open_jobs(wait=lambda line: say(line, err=True))  # nobody is there to try again
+    jobs = open_jobs(wait=lambda line: click.echo(line, err=True))  # nobody is there to try again
     return see_through(jobs, job, quiet=quiet, retry_dead=dead, here=True)
 
 
@@ -206,7 +220,7 @@ def _submit(jobs: Jobs, spec: JobSpec, *, resume: bool, overwrite: bool) -> str:
         earlier = jobs.get(error.job_id)
         if earlier.alive or earlier.state == "finished" or not interactive():
             raise
-        say(error.message, err=True)
+        click.echo(error.message, err=True)
         if not click.confirm(f"Resume job {earlier.id}?", default=True, err=True):
             raise
         return jobs.submit(spec, resume=True).id

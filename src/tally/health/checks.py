@@ -24,6 +24,8 @@ EXTRAS = {
     "sklearn": ("scikit-learn", "skops"),
     "train": ("torch", "tensorboard"),
     "mlflow": ("mlflow-skinny",),
+    "rabbitmq": ("pika",),
+    "redis": ("redis",),
     "server": ("fastapi", "uvicorn"),
 }
 """Optional dependencies by the name of the extra that brings them; a test keeps the names true. What only authors of
@@ -73,25 +75,19 @@ def install(extra: str) -> str:
 
 def home() -> str:
     """Whether Tally's folder can be written to, and has room."""
-    from tally.config import make_private, settings
+    from tally.config import settings
 
     folder = settings().home
     try:
-        make_private(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        readable = [
-            str(each) for each in (folder, folder / "tally.db") if each.exists() and each.stat().st_mode & 0o077
-        ]
     except OSError as error:
         raise StorageError(
             f"{folder} cannot be written to: {error.strerror}",
             hint="Set TALLY_HOME to a folder that can be written to.",
         ) from None
-    text = _room(folder, f"{folder} can be written to")
-    if readable:
-        raise Warn(f"{text}; others may look into it, and it holds what you score: chmod go= {' '.join(readable)}")
-    return text
+    return _room(folder, f"{folder} can be written to")
 
 
 def temporary() -> str:

@@ -18,6 +18,7 @@ from tally.sinks.factory import sink_for
 from tally.sources.base import Media, Source
 from tally.sources.factory import SourceRequest, source_for
 from tally.sources.listing import is_image, is_video
+from tally.sources.queues.factory import is_queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def assemble(spec: JobSpec, model: ModelRef) -> Parts:
             spec.source,
             scorer,
             _media(spec, scorer.input),
-            {name: getattr(spec, name) for name in (*_DECODING, *_TABULAR) if _is_given(spec, name)},
+            {name: getattr(spec, name) for name in (*_DECODING, *_TABULAR, *_QUEUED) if _is_given(spec, name)},
             spec.out,
         )
     )
@@ -59,6 +60,8 @@ def make_scorer(spec: JobSpec, model: ModelRef) -> Scorer:
 
 def _check_options(spec: JobSpec, input: Input) -> None:  # noqa: A002  # the scorer's word
     """Raises SpecError for an option that does not apply to what the model takes."""
+    if (queued := _first_given(spec, *_QUEUED)) and not any(map(is_queue, spec.source)):
+        raise SpecError(f"{queued}: is for queues only, and the source is {spec.source[0]}")
     if input == "table":
         if other := _first_given(spec, *_DECODING, *_ENCODING, "frames", "overlay"):
             raise SpecError(f"{other}: is for pictures and videos, and the model is given tables")
@@ -138,6 +141,7 @@ def output_without_source(spec: JobSpec, model: ModelRef) -> dict[str, Any]:
 
 _DECODING, _ENCODING = ("every", "size"), ("codec", "crf", "audio")
 _TABULAR = ("by", "keep", "where", "time", "window", "aggregate", "csv")
+_QUEUED = ("queue", "until_empty")
 _NOUNS = {"image": "pictures", "frame": "pictures", "bytes": "the content of files", "path": "files"}
 
 

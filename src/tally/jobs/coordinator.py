@@ -371,7 +371,8 @@ class Coordinator:
             self._rates.append((now, self._done))
             self._unpublished = True
         if self._intake is not None:
-            self._intake.acknowledge([turn.settled[each.id] for each in counted])
+            dead = {item.key: item.error for each in counted for item in each.dead}
+            self._intake.acknowledge([turn.settled[each.id] for each in counted], dead)
         if take:
             self._starved = len(taken) < take
             if len(taken) == take < room:

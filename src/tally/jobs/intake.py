@@ -8,7 +8,7 @@ acknowledged at once, as only its acknowledgement was lost.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from tally.database.waiting import Patience
@@ -27,6 +27,7 @@ class Intake:
         self._store, self._job, self._source = store, job_id, source
         self._patience, self._events = patience, events
         self._unacknowledged: list[Chunk] = []
+        self._dead: dict[str, str] = {}
         self._again_at = 0.0
         self._failed: str | None = None
 
@@ -50,23 +51,28 @@ class Intake:
                 chunks.append(replace(part, first=first))
                 received.append(names[start:stop])
                 first += stop - start
-        self.acknowledge(done)
+        again = [name for name in asked if known.get(name) == "done"]
+        self.acknowledge(done, self._patience(lambda: self._store.reasons(self._job, again)) if again else {})
         return chunks, received
 
-    def acknowledge(self, chunks: Sequence[Chunk]) -> None:
-        """Acknowledge what is committed; what fails is tried again by the calls that follow."""
+    def acknowledge(self, chunks: Sequence[Chunk], dead: Mapping[str, str]) -> None:
+        """Acknowledge what is committed; what fails is tried again by the calls that follow.
+
+        dead: why items of these chunks are dead, by key.
+        """
         self._unacknowledged += chunks
+        self._dead |= dead
         if not self._unacknowledged or (self._failed and time.monotonic() < self._again_at):
             return
         try:
-            self._source.acknowledge(self._unacknowledged)
+            self._source.acknowledge(self._unacknowledged, self._dead)
         except Exception as error:  # the results are safe; the message would come again, and be known
             self._again_at = time.monotonic() + AGAIN_SECONDS
             if self._failed is None:
                 self._events.waiting(f"what is done cannot be acknowledged: {error}; it is tried again")
             self._failed = str(error)
         else:
-            self._unacknowledged = []
+            self._unacknowledged, self._dead = [], {}
             if self._failed is not None:
                 self._events.waiting("acknowledgements are accepted again")
             self._failed = None

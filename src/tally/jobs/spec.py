@@ -17,11 +17,8 @@ from pydantic_core import PydanticCustomError
 
 from tally.alerts.rules import checked as alert_rule
 from tally.alerts.webhook import checked as web_address
-from tally.alerts.webhook import shown as shown_webhook
 from tally.engines.factory import checked as engine_name
 from tally.errors import SpecError, StorageError
-from tally.masking import mask
-from tally.storage import is_url, refuse_secrets
 from tally.text import did_you_mean, seconds
 
 _DEVICE = re.compile(r"auto|cpu|(cuda|tensorrt)(:\d+)?")
@@ -31,6 +28,9 @@ _SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$")
 Side = Annotated[int, Field(ge=1, le=16_384)]
 CSV_VALUES = ("header", "skip", "types")
 """The options for CSV whose values are not text: true or false, a number, and a mapping."""
+
+QUEUE_VALUES = ("prefetch",)
+"""The options for queues whose values are not text: a number."""
 
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
 
@@ -49,6 +49,7 @@ class JobSpec(BaseModel):
     aggregate: what is made of each window's values. csv: options for reading CSV.
     settings, csv: values that JSON knows; dates and times are written as text.
     escape_formulas: in CSV, text that a spreadsheet would take for a formula begins with an apostrophe.
+    queue, until_empty: queues only. queue: how messages are read: body, key, template, base, prefetch.
     alerts: rules that are evaluated when the job has ended; webhook: who is told when one of them holds.
     every, size, frames, codec, crf, audio: videos only. size: (width, height) in pixels (``640x360`` is understood).
     engine: who runs the workers: ``local`` on this machine, ``ray`` on a Ray cluster, or one of an installed package.
@@ -89,6 +90,8 @@ class JobSpec(BaseModel):
     window: float | None = Field(default=None, gt=0)
     aggregate: tuple[Literal["mean", "min", "max", "last", "count"], ...] = ("mean",)
     csv: dict[str, Any] = {}
+    queue: dict[str, Any] = {}
+    until_empty: bool = False
     batch_size: int | None = Field(default=None, ge=1, le=65_536)
     device: str = "auto"
     engine: Annotated[str, AfterValidator(engine_name)] = "local"
@@ -112,17 +115,6 @@ class JobSpec(BaseModel):
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, Path)) else value
-
-    @field_validator("source", "out", "labels", "artifacts")
-    @classmethod
-    def _without_secrets(cls, value: Any) -> Any:
-        for place in (value,) if isinstance(value, str) else value or ():
-            if is_url(place):
-                try:
-                    refuse_secrets(place)
-                except StorageError as error:
-                    raise ValueError(str(error)) from None
-        return value
 
     @field_validator("by", "keep", "aggregate", mode="before")
     @classmethod
@@ -262,7 +254,7 @@ class JobSpec(BaseModel):
                 "keep",
                 "where",
             }
-            | {"time", "window", "aggregate", "csv"},
+            | {"time", "window", "aggregate", "csv", "queue"},
             exclude_defaults=True,
         )
         relevant["source"] = [each.rstrip("/") for each in relevant["source"]]  # shells append slashes
@@ -371,23 +363,6 @@ def absolute(place: str, folder: Path | None = None) -> str:
     text = str((folder or Path.cwd()) / path)
     # Path drops a trailing slash; keep it, as "out.csv/" would say that a folder is meant.
     return text + "/" if place.endswith("/") and not text.endswith("/") else text
-
-
-def shown(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a spec for people, logs and JSON: without secrets, the webhook's address among them."""
-    hook = {"webhook": shown_webhook(fields["webhook"])} if fields.get("webhook") else {}
-    return {name: _masked(value) for name, value in fields.items()} | hook
-
-
-def _masked(value: Any) -> Any:
-    match value:
-        case str():
-            return mask(value)
-        case list() | tuple():
-            return [_masked(each) for each in value]
-        case Mapping():
-            return {name: _masked(each) for name, each in value.items()}
-    return value
 
 
 def _problem(error: Any) -> str:

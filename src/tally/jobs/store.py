@@ -206,6 +206,15 @@ class JobStore:
         with self._read() as connection:
             return received_keys.known(connection, job_id, keys)
 
+    def reasons(self, job_id: str, keys: Sequence[str]) -> dict[str, str]:
+        """Why those of the items with these keys are dead that are."""
+        query = sa.select(dead_items.c.key, dead_items.c.error).where(dead_items.c.job_id == job_id)
+        with self._read() as connection:
+            found = {
+                row[0]: row[1] for row in connection.execute(query.where(dead_items.c.key.in_(map(storable, keys))))
+            }
+        return {key: found[storable(key)] for key in keys if storable(key) in found}
+
     # -- a user's changes --------------------------------------------------------------------------
 
     def create(

@@ -23,7 +23,6 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from tally.config import make_private
 from tally.errors import ModelChangedError, ModelNotFoundError, SourceNotFoundError, StorageError, TallyError
 from tally.models.hashing import check_content, combined, content_files, content_hash, counts, known_hash
 from tally.models.reference import ModelRef
@@ -282,7 +281,7 @@ def build(folder: Path, right: Callable[[Path], bool], fill: Callable[[Path], No
     if right(folder):
         return folder
     try:
-        make_private(folder.parent)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f".{folder.name}.lock")) as alone:
             if not right(folder):
                 _fill(folder, right, fill, alone=alone)

@@ -197,8 +197,11 @@ class Source(ABC):
 
     # -- endless sources only ----------------------------------------------------------------------
 
-    def acknowledge(self, chunks: Sequence[Chunk]) -> None:  # noqa: B027
+    def acknowledge(self, chunks: Sequence[Chunk], dead: Mapping[str, str]) -> None:  # noqa: B027
         """The results of these chunks, or parts of chunks, are committed: the broker may forget their messages.
+
+        dead: why items of theirs are dead, by key; their messages belong into the broker's dead-letter queue, if it has
+            one.
 
         Called in the coordinator, maybe from another thread than :meth:`plan`; after a crash, again for the same
         chunks. Keys that are not in hand are passed over.

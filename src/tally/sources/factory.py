@@ -16,6 +16,7 @@ from tally.errors import SourceNotFoundError, SpecError
 from tally.scorers.base import Input, Scorer
 from tally.sources.base import Media, Source
 from tally.sources.files import FileSource
+from tally.sources.queues.factory import is_queue
 from tally.storage import foreign_scheme
 
 GROUP = "tally.sources"
@@ -28,8 +29,8 @@ class SourceRequest:
 
     uris: as given, with absolute paths. scorer: the one that will score the items, not loaded.
     media: what the source holds, if the job says so.
-    options: the job's options for sources that were given, of every, size, by, keep, where, time, window, aggregate
-        and csv.
+    options: the job's options for sources that were given, of every, size, by, keep, where, time, window, aggregate,
+        csv, queue and until_empty.
     without: the job's own output, which is never taken, even if it lies within the source.
     """
 
@@ -50,6 +51,8 @@ def source_for(request: SourceRequest) -> Source:
     Raises SpecError if the scorer cannot be served, SourceNotFoundError if nothing is there, StorageError if it cannot
     be read.
     """
+    if any(map(is_queue, request.uris)):
+        return _messages(request)
     if (factory := _foreign(request.uris)) is not None:
         source = extensions.call(GROUP, foreign_scheme(request.uris[0]) or "", factory, request)
         if request.scorer.input not in source.accepts:
@@ -93,6 +96,17 @@ def _foreign(uris: tuple[str, ...]) -> Factory | None:
 
 def _files(request: SourceRequest) -> Source:
     return FileSource.describe(request.uris, request.scorer.input, without=request.without)
+
+
+def _messages(request: SourceRequest) -> Source:
+    from tally.sources.queues.source import QueueSource
+
+    if len(request.uris) > 1:
+        raise SpecError(f"a job takes one queue, not {len(request.uris)} sources", hint="Start a job for each.")
+    options = request.options
+    return QueueSource.describe(
+        request.uris[0], request.scorer.input, options.get("queue", {}), until_empty=options.get("until_empty", False)
+    )
 
 
 def _frames(request: SourceRequest) -> Source:

@@ -14,7 +14,7 @@ import json
 import secrets
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -230,7 +230,7 @@ class MemoryQueueSource(Source):
                 self._in_hand.setdefault(each.key, []).append(each)
             return list(fresh.values())
 
-    def acknowledge(self, chunks: Sequence[Chunk]) -> None:
+    def acknowledge(self, chunks: Sequence[Chunk], dead: Mapping[str, str]) -> None:
         """See :meth:`Source.acknowledge`."""
         with self._lock:
             keys = [key for chunk in chunks for key in self.keys(chunk)]

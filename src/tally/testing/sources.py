@@ -87,8 +87,8 @@ class SourceContract:
 
     def test_acknowledging_and_closing_change_nothing(self, source: Source, keys: list[str]) -> None:
         chunks = chunks_of(source, 2)
-        source.acknowledge(chunks)
-        source.acknowledge(chunks)
+        source.acknowledge(chunks, {})
+        source.acknowledge(chunks, {})
         assert chunks_of(source, 2) == chunks
         source.close()
         source.close()
@@ -344,9 +344,9 @@ class EndlessSourceContract:
         planned = planning()
         chunks = planned.items(3)
         assert acknowledged() == []
-        planned.source.acknowledge(chunks)
+        planned.source.acknowledge(chunks, {})
         assert acknowledged() == ["a", "b", "c"]
-        planned.source.acknowledge(chunks)
+        planned.source.acknowledge(chunks, {})
         assert acknowledged() == ["a", "b", "c"]
 
     def test_parts_are_acknowledged_one_by_one(self, planning: Any, send: Any, acknowledged: Any) -> None:
@@ -355,7 +355,7 @@ class EndlessSourceContract:
         for chunk in planned.items(3):
             for at in range(chunk.count):
                 part = planned.source.slice(chunk, at, at + 1)
-                planned.source.acknowledge([part])
+                planned.source.acknowledge([part], {})
                 assert acknowledged()[-1:] == planned.source.keys(part)
         assert acknowledged() == ["a", "b", "c"]
 
@@ -363,12 +363,12 @@ class EndlessSourceContract:
         send(["a", "b", "c"])
         first = planning()
         done, *_ = [first.source.slice(chunk, 0, 1) for chunk in first.items(3)]
-        first.source.acknowledge([done])
+        first.source.acknowledge([done], {})
         first.close()
         second = planning()
         chunks = second.items(2)
         assert [key for chunk in chunks for key in second.source.keys(chunk)] == ["b", "c"]
-        second.source.acknowledge(chunks)
+        second.source.acknowledge(chunks, {})
         assert acknowledged() == ["a", "b", "c"]
 
     def test_the_chunks_of_before_a_crash_are_acknowledged_by_key(
@@ -379,10 +379,10 @@ class EndlessSourceContract:
         before = first.items(2)
         first.close()
         second = planning()
-        second.source.acknowledge(before)  # not delivered again yet, or just now
+        second.source.acknowledge(before, {})  # not delivered again yet, or just now
         second.items(2)
         assert set(acknowledged()) <= {"a", "b"}
-        second.source.acknowledge(before)
+        second.source.acknowledge(before, {})
         assert acknowledged() == ["a", "b"]
 
     def test_a_message_that_comes_twice_is_one_item(self, planning: Any, send: Any, acknowledged: Any) -> None:
@@ -392,7 +392,7 @@ class EndlessSourceContract:
         send(["a", "b"])
         [other] = planned.items(1)
         assert planned.source.keys(other) == ["b"]
-        planned.source.acknowledge([chunk, other])
+        planned.source.acknowledge([chunk, other], {})
         assert sorted(acknowledged()) == ["a", "a", "b"]
 
 

@@ -1,0 +1,191 @@
+"""From a message to the items that it names.
+
+One message may name several: the files of an Event Grid or S3 event, the attachments of a record. How a body is read:
+
+- ``auto`` (the default): an event that is known (S3, SNS around it, Event Grid, CloudEvents), or else text.
+- ``text``: the name or URL of one item.
+- ``json``: ``key`` is the path to the names: ``payload.attachments.*.path``.
+- ``pyliteral``: as ``json``, for the text of a Python dict.
+- ``content``: the message is the item itself.
+
+A ``template`` makes a name of the fields that it mentions: ``{video_name}/input_frames/{input_frame}``. A name that is
+no URL is looked for under ``base``.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+from urllib.parse import unquote_plus, urlsplit
+
+from tally.errors import ItemError, SpecError
+from tally.sources.queues.base import Message
+from tally.storage import is_url
+
+Form: TypeAlias = Literal["auto", "text", "json", "pyliteral", "content"]
+
+FORMS: tuple[Form, ...] = get_args(Form)
+
+MAX_ITEMS = 10_000
+"""Items that one message may name."""
+_FIELD = re.compile(r"\{([^{}]*)\}")
+_BLOB_CREATED = "Microsoft.Storage.BlobCreated"
+_AZURE_HOST = re.compile(r"(?P<account>[a-z0-9]+)\.blob\.[a-z.]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """An item that a message names. url: where it is; None where the message is the item."""
+
+    key: str
+    url: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BodyReader:
+    """Reads bodies of one form; see the module."""
+
+    form: Form = "auto"
+    key: str | None = None
+    template: str | None = None
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.form in ("json", "pyliteral") and not (self.key or self.template):
+            problems.append(f"queue: a body of the form {self.form} needs key (the path to the name) or template")
+        if self.form in ("auto", "text", "content") and (self.key or self.template):
+            problems.append(f"queue: key and template are for bodies of the forms json and pyliteral, not {self.form}")
+        if self.key and self.template:
+            problems.append("queue: give key or template, not both")
+        if problems:
+            raise SpecError(problems)
+
+    def items(self, message: Message) -> list[Named]:
+        """The items that the message names, in order, each once. Raises ItemError where it cannot be understood."""
+        if self.form == "content":
+            return [Named(message.headers.get("key") or hashlib.sha256(message.body).hexdigest()[:32], None)]
+        try:
+            text = message.body.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self._unreadable(message, f"it is no UTF-8 text: {error.reason}") from None
+        names = list(dict.fromkeys(self._names(message, text)))
+        if not names:
+            raise self._unreadable(message, "it names no item")
+        if len(names) > MAX_ITEMS:
+            raise self._unreadable(message, f"it names more than {MAX_ITEMS:,} items")
+        return [self._named(message, name) for name in names]
+
+    def _names(self, message: Message, text: str) -> Iterator[str]:
+        if self.form == "text":
+            yield text.strip()
+        elif self.form == "auto":
+            event = _event(text)
+            if event is None:
+                yield text.strip()
+            else:
+                yield from event
+        else:
+            value = self._value(message, text)
+            if self.template is not None:
+                yield _FIELD.sub(lambda found: self._field(message, value, found[1]), self.template)
+            else:
+                yield from self._path(message, value)
+
+    def _value(self, message: Message, text: str) -> Any:
+        try:
+            return json.loads(text) if self.form == "json" else ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            kind = "JSON" if self.form == "json" else "the text of a Python value"
+            raise self._unreadable(message, f"it is not {kind}: {str(error)[:100]}") from None
+
+    def _field(self, message: Message, value: Any, path: str) -> str:
+        found = list(_walk(value, path.split(".")))
+        if len(found) != 1 or not isinstance(found[0], (str, int)):
+            raise self._unreadable(message, f"{path!r} should be one text in it")
+        return str(found[0])
+
+    def _path(self, message: Message, value: Any) -> Iterator[str]:
+        assert self.key is not None
+        for found in _walk(value, self.key.split(".")):
+            if not isinstance(found, str):
+                raise self._unreadable(message, f"{self.key!r} should be text in it, not {type(found).__name__}")
+            yield found
+
+    def _named(self, message: Message, name: str) -> Named:
+        if not name or "\n" in name or "\0" in name:
+            raise self._unreadable(message, "it holds no name of one item")
+        if is_url(name):
+            return Named(name, name)
+        if self.base is None:
+            raise self._unreadable(message, f"{name!r} is no URL, and the job says no base", hint="queue: {base: ...}")
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise self._unreadable(message, f"{name!r} leads out of {self.base}")
+        return Named(name, f"{self.base.rstrip('/')}/{name}")
+
+    def _unreadable(self, message: Message, why: str, *, hint: str | None = None) -> ItemError:
+        shown = message.body[:80].decode("utf-8", "replace")
+        return ItemError(f"the message {shown!r} cannot be read as {self.form}: {why}", stage="read", hint=hint)
+
+
+def _walk(value: Any, path: Sequence[str]) -> Iterator[Any]:
+    """What is at the path: names of fields, numbers of elements, and ``*`` for all."""
+    if not path:
+        yield value
+        return
+    part, rest = path[0], path[1:]
+    if part == "*":
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        for each in inner:
+            yield from _walk(each, rest)
+    elif isinstance(value, Mapping) and part in value:
+        yield from _walk(value[part], rest)
+    elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+        yield from _walk(value[int(part)], rest)
+
+
+# -- events that stores send -------------------------------------------------------------------------------------------
+
+
+def _event(text: str) -> list[str] | None:
+    """The URLs of the objects that an event says were made; None where the text is no event that is known."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict) and value.get("Type") == "Notification" and isinstance(value.get("Message"), str):
+        return _event(value["Message"])  # SNS
+    if isinstance(value, dict) and isinstance(value.get("Records"), list):
+        return [url for record in value["Records"] if (url := _s3(record))]
+    events = value if isinstance(value, list) else [value]
+    if events and all(isinstance(each, dict) and isinstance(each.get("data"), dict) for each in events):
+        urls = [each["data"].get("url") for each in events if _kind(each) == _BLOB_CREATED]
+        return [_azure(url) for url in urls if isinstance(url, str)]
+    return None
+
+
+def _kind(event: Mapping[str, Any]) -> Any:
+    """Of CloudEvents ``type``, of Event Grid's own schema ``eventType``."""
+    return event.get("type") or event.get("eventType")
+
+
+def _s3(record: Any) -> str | None:
+    try:
+        if not str(record["eventName"]).removeprefix("s3:").startswith("ObjectCreated"):
+            return None
+        return f"s3://{record['s3']['bucket']['name']}/{unquote_plus(record['s3']['object']['key'])}"
+    except (KeyError, TypeError):
+        return None
+
+
+def _azure(url: str) -> str:
+    """``https://ACCOUNT.blob.core.windows.net/CONTAINER/NAME`` as ``az://CONTAINER/NAME``."""
+    parts = urlsplit(url)
+    return f"az:/{parts.path}" if _AZURE_HOST.fullmatch(parts.hostname or "") else url

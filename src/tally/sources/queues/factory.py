@@ -1,0 +1,60 @@
+"""From a URL to its queue. A new broker is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from tally.errors import SpecError
+from tally.sources.queues.base import Queue
+from tally.storage import mask
+
+PASSWORD = "TALLY_QUEUE_PASSWORD"  # noqa: S105 - its name
+"""The environment variable with the password of the user whom a queue's URL names."""
+
+
+class _Line(NamedTuple):
+    """module: has ``open_queue(url)``. extra: what brings its client."""
+
+    module: str
+    extra: str
+
+
+BROKERS = {
+    "amqp": _Line("tally.sources.queues.rabbitmq", "rabbitmq"),
+    "amqps": _Line("tally.sources.queues.rabbitmq", "rabbitmq"),
+    "redis": _Line("tally.sources.queues.redis", "redis"),
+    "rediss": _Line("tally.sources.queues.redis", "redis"),
+}
+
+
+def is_queue(url: str) -> bool:
+    """Whether the URL names a queue."""
+    return "://" in url and urlsplit(url).scheme.lower() in BROKERS
+
+
+def check(url: str) -> None:
+    """Raises SpecError where the URL carries a password, which a job would keep, or its client is not installed."""
+    if urlsplit(url).password is not None:
+        raise SpecError(
+            f"{mask(url)} carries a password, which would be kept with the job",
+            hint=f"Leave it out, and put it into the environment: {PASSWORD}",
+        )
+    _adapter(url)
+
+
+def open_queue(url: str) -> Queue:
+    """The queue of the URL. Raises SpecError where the URL is wrong or its client is not installed."""
+    return _adapter(url)(url)
+
+
+def _adapter(url: str) -> Callable[[str], Queue]:
+    line = BROKERS[urlsplit(url).scheme.lower()]
+    try:
+        make: Callable[[str], Queue] = import_module(line.module).open_queue
+    except ModuleNotFoundError as error:
+        hint = f"pip install 'tally-scoring[{line.extra}]'"
+        raise SpecError(f"{mask(url)} needs {error.name}, which is not installed", hint=hint) from None
+    return make

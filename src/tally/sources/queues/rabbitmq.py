@@ -1,0 +1,204 @@
+"""RabbitMQ, by pika: ``amqp://USER:PASSWORD@HOST:PORT/VHOST/QUEUE``.
+
+The queue is declared, durable, where it is not there. Dead messages go to ``QUEUE.dead``, by a publish that RabbitMQ
+confirms before the message is acknowledged: a crash in between leaves it in both, never in none.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import pika
+import pika.exceptions
+
+from tally.errors import SpecError, StorageAwayError
+from tally.sources.queues.base import REASON, Depth, Message, Queue, pauses
+from tally.sources.queues.factory import PASSWORD
+from tally.storage import mask
+
+PREFETCH = 2000
+ANSWER_SECONDS = 30.0
+
+T = TypeVar("T")
+
+
+def open_queue(url: str) -> Queue:
+    """The queue of this URL."""
+    parts = urlsplit(url)
+    vhost, _, name = parts.path.removeprefix("/").rpartition("/")
+    if not name or not parts.hostname:
+        raise SpecError(f"{mask(url)} names no queue", hint="Write amqp://HOST/VHOST/QUEUE, or amqp://HOST/QUEUE.")
+    server = f"{parts.scheme}://{parts.netloc}/{vhost or '%2F'}" + (f"?{parts.query}" if parts.query else "")
+    return RabbitQueue(server, unquote(name), shown=mask(url))
+
+
+class RabbitQueue(Queue):
+    """One queue. A thread of its own talks to the broker, as pika's connections belong to one thread."""
+
+    def __init__(self, server: str, name: str, *, shown: str) -> None:
+        self._parameters, self._name, self._shown = pika.URLParameters(server), name, shown
+        if password := os.environ.get(PASSWORD):
+            self._parameters.credentials = pika.PlainCredentials(urlsplit(server).username or "guest", password)
+        self._dead = f"{name}.dead"
+        self._received: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[Callable[[Any], Any], Future[Any]]] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._generation, self._consuming, self._wanted = 0, False, False
+        self._thread = threading.Thread(target=self._run, name="tally-rabbitmq", daemon=True)
+        self._thread.start()
+
+    # -- the contract ------------------------------------------------------------------------------
+
+    def receive(self, most: int, seconds: float) -> list[Message]:
+        self._wanted = True
+        messages: list[Message] = []
+        deadline = time.monotonic() + seconds
+        while len(messages) < most:
+            try:
+                wait = max(0.0, deadline - time.monotonic())
+                messages.append(self._received.get(timeout=wait) if not messages else self._received.get_nowait())
+            except queue.Empty:
+                break
+        return [each for each in messages if each.handle[0] == self._generation]
+
+    def acknowledge(self, messages: Sequence[Message]) -> None:
+        self._ask(lambda channel: [channel.basic_ack(each.handle[1]) for each in self._current(messages)])
+
+    def reject(self, message: Message, reason: str) -> None:
+        def move(channel: Any) -> None:
+            if self._current([message]):
+                channel.basic_publish("", self._dead, message.body, _properties(message, {REASON: reason[:10_000]}))
+                channel.basic_ack(message.handle[1])
+
+        self._ask(move)
+
+    def send(self, messages: Sequence[Message]) -> None:
+        def publish(channel: Any) -> None:
+            for each in messages:
+                channel.basic_publish("", self._name, each.body, _properties(each, {}))
+
+        self._ask(publish)
+
+    def depth(self) -> Depth:
+        def count(channel: Any) -> Depth:
+            waiting = channel.queue_declare(self._name, passive=True).method.message_count
+            return Depth(waiting, dead=channel.queue_declare(self._dead, passive=True).method.message_count)
+
+        return self._ask(count)
+
+    def peek(self, most: int, *, dead: bool = False) -> list[Message]:
+        def look(channel: Any) -> list[Message]:
+            found = []
+            for _ in range(most):
+                method, properties, body = channel.basic_get(self._dead if dead else self._name)
+                if method is None:
+                    break
+                found.append((method.delivery_tag, Message(body, _headers(properties))))
+            for tag, _ in found:
+                channel.basic_nack(tag, requeue=True)
+            return [message for _, message in found]
+
+        return self._ask(look)
+
+    def replay(self, most: int) -> int:
+        def move(channel: Any) -> int:
+            for count in range(most):
+                method, properties, body = channel.basic_get(self._dead)
+                if method is None:
+                    return count
+                headers = {name: value for name, value in _headers(properties).items() if name != REASON}
+                channel.basic_publish("", self._name, body, _properties(Message(body, headers), {}))
+                channel.basic_ack(method.delivery_tag)
+            return most
+
+        return self._ask(move)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(ANSWER_SECONDS)
+
+    # -- talking to the broker ---------------------------------------------------------------------
+
+    def _current(self, messages: Sequence[Message]) -> list[Message]:
+        """Those that came over the connection that there is now; others cannot be settled."""
+        return [each for each in messages if each.handle[0] == self._generation]
+
+    def _ask(self, what: Callable[[Any], T]) -> T:
+        """Have the thread do this with the channel. Raises StorageAwayError while the broker is away."""
+        answer: Future[T] = Future()
+        if self._closed.is_set():
+            raise StorageAwayError(f"{self._shown} is closed")
+        self._asked.put((what, answer))
+        try:
+            return answer.result(ANSWER_SECONDS)
+        except TimeoutError:
+            answer.cancel()
+            raise StorageAwayError(f"{self._shown} does not answer") from None
+        except pika.exceptions.AMQPError as error:
+            raise StorageAwayError(f"{self._shown} does not answer: {_reason(error)}") from None
+
+    def _run(self) -> None:
+        attempts = pauses()
+        while not self._closed.is_set():
+            try:
+                with pika.BlockingConnection(self._parameters) as connection:
+                    attempts = pauses()
+                    self._serve(connection)
+            except (pika.exceptions.AMQPError, OSError) as error:
+                self._refuse(error)
+                self._closed.wait(next(attempts))
+        self._refuse(StorageAwayError(f"{self._shown} is closed"))
+
+    def _serve(self, connection: Any) -> None:
+        """Work with one connection until it is closed."""
+        self._generation, self._consuming = self._generation + 1, False
+        channel = connection.channel()
+        channel.confirm_delivery()
+        for name in (self._name, self._dead):
+            channel.queue_declare(name, durable=True)
+        channel.basic_qos(prefetch_count=PREFETCH)
+        while not self._closed.is_set():
+            if self._wanted and not self._consuming:
+                channel.basic_consume(self._name, self._deliver)
+                self._consuming = True
+            busy = False
+            while not self._asked.empty():
+                what, answer = self._asked.get_nowait()
+                if answer.set_running_or_notify_cancel():
+                    busy = True
+                    try:
+                        answer.set_result(what(channel))
+                    except BaseException as error:
+                        answer.set_exception(error)
+                        if isinstance(error, (pika.exceptions.AMQPError, OSError)):
+                            raise
+            connection.process_data_events(time_limit=0 if busy else 0.02)
+
+    def _deliver(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
+        self._received.put(Message(body, _headers(properties), (self._generation, method.delivery_tag)))
+
+    def _refuse(self, error: BaseException) -> None:
+        """Answer what was asked meanwhile."""
+        while not self._asked.empty():
+            _, answer = self._asked.get_nowait()
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(error)
+
+
+def _headers(properties: Any) -> dict[str, str]:
+    return {str(name): str(value) for name, value in (properties.headers or {}).items()}
+
+
+def _properties(message: Message, more: dict[str, str]) -> Any:
+    return pika.BasicProperties(headers={**message.headers, **more}, delivery_mode=2)
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__
