@@ -267,6 +267,15 @@ def test_features_are_embeddings(make: Make) -> None:
     assert row == {"embedding": [1.0] * 64 + [2.0] * 64 + [3.0] * 64}
 
 
+def test_features_beside_classes_are_another_head(make: Make) -> None:
+    nodes = [node("ReduceMean", "x", "logits", axes=[2, 3], keepdims=0), node("Flatten", "x", "features")]
+    path = make(nodes, [1, 3, 8, 8], [1, 3], [1, 192], names=("logits", "features"))
+    assert "classify (3 classes) of logits, embed of features" in problems(path)
+    found = inspect(path, {"outputs": "logits"})
+    assert (found["task"], found["outputs"]) == ("classify", ["logits"])
+    assert inspect(path, {"task": "embed"})["outputs"] == ["features"]
+
+
 @pytest.mark.parametrize(
     ("metadata", "channels", "scale", "mean"),
     [

@@ -80,7 +80,7 @@ class Head:
 
     task, decoder: None where nothing decodes it. find: where it may be in a model, and with how many classes.
     against: the outputs of one picture, and the model → what in the values speaks against it, or None.
-    words: what the names of such outputs contain; a head whose words are found goes before those without.
+    words: what the names of such outputs contain; a head whose words are found goes before others for these outputs.
     asked: it is a guess for nobody: the user has to say the task.
     """
 
@@ -374,6 +374,8 @@ def candidates(facts: Facts) -> list[Fit]:
     found = [fit for head in _HEADS.values() for fit in head.find(facts)]
     if facts.task is not None:
         found = [fit for fit in found if fit.head.task == facts.task]
+        if facts.task == "embed":
+            found = [fit for fit in found if _named_so(fit)] or found
     else:
         found = [fit for fit in found if not fit.head.asked or _named_so(fit)]
     if facts.decoder is not None:
@@ -385,8 +387,8 @@ def candidates(facts: Facts) -> list[Fit]:
         found = [fit for fit in found if fit.head.task is None or _has_labels(fit, facts)] or found
     if any(len(fit.outputs) == len(facts.outputs) > 1 for fit in found):  # what explains all of them goes first
         found = [fit for fit in found if len(fit.outputs) == len(facts.outputs)]
-    if len(found) > 1 and any(map(_named_so, found)):
-        found = [fit for fit in found if _named_so(fit)]
+    named = [fit.outputs for fit in found if _named_so(fit)]
+    found = [fit for fit in found if fit.outputs not in named or _named_so(fit)]
     return _first_of_alike(found)
 
 
