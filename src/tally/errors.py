@@ -48,7 +48,7 @@ class TallyError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = str(message)  # whatever code of a model gives
         self.hint = hint
 
     def __str__(self) -> str:

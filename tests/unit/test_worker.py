@@ -154,6 +154,7 @@ def test_an_error_tells_type_text_and_place() -> None:
         (TallyError("no such label", hint="see labels.txt"), "no such label\n  see labels.txt"),
         (ValueError("a\n   b\tc"), "ValueError: a b c"),
         (RuntimeError(), "RuntimeError"),
+        (ItemError(7, stage="prepare"), "7"),  # type: ignore[arg-type]
         (OSError(2, "No such file", "caf\udce9.jpg"), "OSError: [Errno 2] No such file: 'caf\\udce9.jpg'"),
         (ValueError("nul\0 and \udcff and ☃"), "ValueError: nul\\0 and \\udcff and ☃"),
     ],

@@ -21,7 +21,7 @@ class Reread:
 
     def __init__(self, source: Source, chunk: Chunk, scorer: Scorer, batch: Batch, timings: Timings) -> None:
         self._source, self._chunk, self._scorer, self._timings = source, chunk, scorer, timings
-        self._positions = batch.positions
+        self.batch, self._positions = batch, batch.positions
         self._kept: Any = None
         self._copies = scorer.input != "path"
 

@@ -20,7 +20,7 @@ from tally.jobs.reread import Reread, select
 from tally.models.load import load
 from tally.models.reference import ModelRef
 from tally.scorers.base import Scorer
-from tally.scorers.run import Anew, Part, configured, score
+from tally.scorers.run import Part, configured, score
 from tally.sinks.base import Output, Sink, Writer
 from tally.sources.base import Batch, Chunk, Source, Timings
 from tally.storage import while_waiting
@@ -113,19 +113,20 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
         watchdog.busy(start, stop, ahead=min(ahead, chunk.count - stop), limit=worker.timeout)
 
     def record(found: Sequence[tuple[int, ItemError]]) -> None:
-        texts = [(position, error.stage, _bounded(str(error))) for position, error in found]
+        texts = [(position, storable(str(error.stage)), _bounded(str(error))) for position, error in found]
         if texts:
             _give_up_if_spent(text for _, _, text in texts)
         dead.extend(texts)
 
-    def anew_of(batch: Batch) -> Anew:
-        reread = Reread(worker.source, chunk, worker.scorer, batch, timings)
+    reread: Reread | None = None
 
-        def anew(start: int, stop: int) -> AbstractContextManager[Any]:
-            busy(batch.start, batch.stop)  # a part of it has the time of a batch
-            return reread(start, stop)
-
-        return anew
+    def anew(start: int, stop: int) -> AbstractContextManager[Any]:
+        """Of the batch that is being scored."""
+        nonlocal reread
+        busy(batch.start, batch.stop)  # a part of it has the time of a batch
+        if reread is None or reread.batch is not batch:
+            reread = Reread(worker.source, chunk, worker.scorer, batch, timings)
+        return reread(start, stop)
 
     busy(0, size)  # before the first batch is there: reading ahead begins at once
     batches = worker.source.read(chunk, worker.scorer, timings)
@@ -135,7 +136,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
             record(batch.dead)
             if len(batch.keys):
                 start = time.perf_counter()
-                results = score(worker.scorer, batch.values, len(batch.keys), anew_of(batch))
+                results = score(worker.scorer, batch.values, len(batch.keys), anew)
                 scored = time.perf_counter()
                 timings.score += scored - start
                 record(_write(writer, batch, results))
