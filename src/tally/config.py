@@ -6,12 +6,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from tally.errors import SpecError
+from tally.masking import has_secret, mask
 
 _SCHEME = re.compile(r"(sqlite|postgresql)(\+\w+)?://")
-_SECRET = re.compile(r"(?<=://)[^/@]*:[^/@]*(?=@)|(?<=\?).+")
-_PASSWORD = re.compile(r"(?<=://)([^:/@]*):.*(?=@)")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -30,12 +30,24 @@ class Settings:
     def log_of(self, job_id: str) -> Path:
         """The file of what the job's workers print: scripts, native libraries, warnings. Its folder is created."""
         folder = self.home / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         return folder / f"{job_id}.log"
 
     def __repr__(self) -> str:
-        database = _PASSWORD.sub(r"\1:***", self.database)
-        return f"Settings(home={str(self.home)!r}, database={database!r}, registry={self.registry!r})"
+        return f"Settings(home={str(self.home)!r}, database={mask(self.database)!r}, registry={mask(self.registry)!r})"
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for this user only. Raises OSError."""
+    for each in reversed([folder, *folder.parents]):
+        if not each.is_dir():
+            each.mkdir(mode=0o700, exist_ok=True)
+
+
+def append_private(path: Path) -> BinaryIO:
+    """A file to append to, which only this user can read; its folder is made. Raises OSError."""
+    make_private(path.parent)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
 
 
 def settings() -> Settings:
@@ -51,16 +63,15 @@ def settings() -> Settings:
         problems.append(f"TALLY_HOME must name a folder, but {str(home)!r} is a file")
     database = os.environ.get("TALLY_DATABASE") or f"sqlite:///{home / 'tally.db'}"
     if not _SCHEME.match(database):
-        shown = _PASSWORD.sub(r"\1:***", database)
-        problems.append(f"TALLY_DATABASE must be a sqlite:/// or postgresql:// URL, not {shown!r}")
+        problems.append(f"TALLY_DATABASE must be a sqlite:/// or postgresql:// URL, not {mask(database)!r}")
     registry = os.environ.get("TALLY_REGISTRY") or str(home / "models")
     if "://" not in registry:
         path = Path(registry).expanduser().absolute()
         registry = str(path)
         if path.exists() and not path.is_dir():
             problems.append(f"TALLY_REGISTRY must name a folder or a bucket, but {registry!r} is a file")
-    elif (shown := _SECRET.sub("***", registry)) != registry:
-        problems.append(f"TALLY_REGISTRY must be a URL without credentials, not {shown!r}")
+    elif has_secret(registry):
+        problems.append(f"TALLY_REGISTRY must be a URL without credentials, not {mask(registry)!r}")
     if problems:
         raise SpecError(problems, hint="Correct the environment, or unset the variable to get the default.")
     return Settings(home, database, registry)

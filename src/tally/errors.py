@@ -30,7 +30,7 @@
         ├── WorkerSpentError                it has used up its file descriptors or threads
         └── WorkerStoppedError              its task was to stop and did not; no item is to blame
 
-A message says what happened and the offending value; ``hint`` says the next step.
+A message says what happened and the offending value, without secrets; ``hint`` says the next step.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Sequence
+
+from tally.masking import mask
 
 MOST_TEXT = 100_000
 """Characters of an exception's text that are looked at."""
@@ -47,6 +49,7 @@ class TallyError(Exception):
     """What happened, with the offending value; ``hint`` is the next step for the user."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message = mask(message)
         super().__init__(message)
         self.message = str(message)  # whatever code of a model gives
         self.hint = hint
@@ -75,7 +78,7 @@ class SpecError(TallyError, ValueError):
     """A job, package or option is described wrongly; ``problems`` lists everything found."""
 
     def __init__(self, problems: str | Sequence[str], *, hint: str | None = None) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [mask(each) for each in ([problems] if isinstance(problems, str) else problems)]
         text = self.problems[0] if len(self.problems) == 1 else "\n".join(f"- {p}" for p in self.problems)
         super().__init__(text, hint=hint)
 
@@ -223,7 +226,7 @@ class WorkerStoppedError(WorkerError):
 def error_line(error: BaseException) -> str:
     """An exception in one line: ``ValueError: what it says``."""
     try:
-        text = " ".join(str(error)[:MOST_TEXT].split())
+        text = mask(" ".join(str(error)[:MOST_TEXT].split()))
     except BaseException as unsaid:  # of somebody's own class
         text = f"(saying what went wrong raised {type(unsaid).__name__})"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

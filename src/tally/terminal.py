@@ -17,6 +17,7 @@ from tally.jobs.facade import Jobs
 from tally.jobs.signals import stop_on_signals
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord
+from tally.text import visible
 
 
 def run(
@@ -94,7 +95,7 @@ class _Lines:
     def __call__(self, event: Event) -> None:
         match event:
             case Warned(text) | Assumed(text):
-                self._console.print(f"[yellow]warning:[/yellow] {escape(text)}")
+                self._console.print(f"[yellow]warning:[/yellow] {escape(visible(text, lines=True))}")
             case _ if self._quiet:
                 pass
             case Note(text) | Waiting(text):
@@ -120,7 +121,7 @@ class _Lines:
             )
 
     def _say(self, line: str) -> None:
-        self._console.print(f"[dim]{escape(line)}[/dim]")
+        self._console.print(f"[dim]{escape(visible(line, lines=True))}[/dim]")
 
 
 def interactive() -> bool:

@@ -34,6 +34,27 @@ def storable(text: str) -> str:
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
+_KEPT = "\u00a0\u200c\u200d\u3000"
+"""Spaces, and what joins or parts letters in many scripts: they change nothing but their own place."""
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    r"""Text that a terminal or a log shows as it is: whatever controls how it is shown is written as an escape.
+
+    Such are ``\\x1b`` and what else moves the cursor, marks of direction, and ends of lines; lines: those of ``\\n``
+    and tabs are kept, for text that has several.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in _KEPT or (lines and each in "\n\t") else _escape(each) for each in text
+    )
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The known word that is most like ``word``, if any is close."""
     return next(iter(get_close_matches(word, list(known), n=1)), None)

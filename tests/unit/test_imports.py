@@ -31,7 +31,7 @@ LAYERS = (
     ("media",),
     ("database",),
     ("storage",),
-    ("config", "errors", "extensions", "plain_yaml", "processes", "sql", "text"),
+    ("config", "errors", "extensions", "logs", "masking", "plain_yaml", "processes", "sql", "text"),
 )
 """From the top to the bottom, as ``docs/discussion/map.md`` draws them."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageError
+from tally.masking import mask
 from tally.storage import (
     TEMPORARY,
     Entry,
@@ -20,7 +21,6 @@ from tally.storage import (
     file_name,
     key_of,
     local,
-    mask,
     open_store,
 )
 

@@ -21,6 +21,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import tally
 from tally.errors import SpecError
+from tally.processes import withhold
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection
@@ -49,6 +50,7 @@ def checked(webhook: str) -> str:
     if webhook.startswith("env:"):
         if not webhook[4:].isidentifier():
             raise ValueError("env: has to name an environment variable, such as env:ALERT_URL")
+        withhold(webhook[4:])
         return webhook
     _split(webhook)
     return webhook

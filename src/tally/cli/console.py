@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from tally.errors import SpecError
+from tally.text import visible
 
 
 def pairs(flag: str, assignments: Sequence[str]) -> dict[str, Any]:
@@ -54,8 +55,14 @@ def _split(flag: str, assignments: Sequence[str], problems: list[str]) -> Iterat
             problems.append(f"{flag} {assignment!r} is not of the form KEY=VALUE")
 
 
+def say(text: object = "", *, err: bool = False, **style: Any) -> None:
+    """Print lines for people; a name in them cannot control the terminal."""
+    click.secho(visible(str(text), lines=True), err=err, **style)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table for people on a terminal; plain columns for everything else."""
+    rows = [[visible(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -68,4 +75,4 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         return
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -9,9 +9,11 @@ from functools import partial
 
 import click
 
+from tally.cli.console import say
 from tally.errors import TallyError
 from tally.health import checks, services
 from tally.health.checks import Skip, Warn
+from tally.text import visible
 
 LOCAL_SECONDS = 30.0
 """How long a check of this machine may take: it imports libraries, and a busy machine is slow at that."""
@@ -112,7 +114,7 @@ def doctor(places: tuple[str, ...], write: bool, engine: str | None, address: st
     if mend is not None:
         from tally.jobs.facade import Jobs
 
-        click.echo(Jobs().mend(mend))
+        say(Jobs().mend(mend))
         return 0
     failed = False
     if address is not None:
@@ -120,5 +122,5 @@ def doctor(places: tuple[str, ...], write: bool, engine: str | None, address: st
     for name, outcome, text in _run(_checks(places, write=write, engine=engine, address=address)):
         failed |= outcome == "FAIL"
         mark = click.style(f"{outcome:<5}", fg=_COLOURS[outcome])
-        click.echo(f"{mark} {name:<16} " + text.replace("\n", "\n" + " " * 21))
+        click.echo(f"{mark} {visible(name):<16} " + visible(text, lines=True).replace("\n", "\n" + " " * 21))
     return int(failed)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
-
+from tally.cli.console import say
 from tally.errors import DatabaseAwayError, TallyError
 
 if TYPE_CHECKING:
@@ -37,18 +36,18 @@ def see_through(
         return _interrupted(jobs.get(job_id))
     if record.state == "finished":
         if not quiet:
-            click.echo(summary(record), err=True)
+            say(summary(record), err=True)
         return 0
     if record.state == "interrupted":
         return _interrupted(record)
     if record.alive:  # the user has stopped following it
-        click.echo(
+        say(
             f"job {record.id} continues in the cluster: {record.done:,} {record.unit} are done\n"
             f"  Follow it with: tally jobs resume {record.id}   Stop it with: tally jobs cancel {record.id}",
             err=True,
         )
         return 130
-    click.echo(f"job {record.id} is {record.state}", err=True)
+    say(f"job {record.id} is {record.state}", err=True)
     return 1
 
 
@@ -71,7 +70,7 @@ def _what_next(jobs: Jobs, job_id: str, error: TallyError) -> str | None:
 
 
 def _interrupted(record: JobRecord) -> int:
-    click.echo(
+    say(
         f"job {record.id} is interrupted: {record.done:,} {record.unit} are done and saved\n"
         f"  Go on with: tally jobs resume {record.id}",
         err=True,

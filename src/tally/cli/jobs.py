@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli.console import table
+from tally.cli.console import say, table
 from tally.cli.foreground import cost, duration, share
 from tally.cli.values import moment
 from tally.jobs.states import ENDED, STATES
-from tally.text import local_time
+from tally.text import local_time, visible
 
 if TYPE_CHECKING:
     from tally.jobs.store import JobRecord
@@ -50,15 +50,15 @@ def list_(as_json: bool, **wanted: Any) -> None:
     records = page.jobs
     if as_json:
         for record in records:
-            click.echo(_json(record))
+            say(_json(record))
     elif records:
         _show(records)
     else:
         asked = any(value is not None for name, value in wanted.items() if name != "limit")
         none = "no job matches" if asked else "no jobs yet; start one with: tally score SOURCE --model MODEL --out OUT"
-        click.echo(none, err=True)
+        say(none, err=True)
     if page.next is not None:
-        click.echo(f"there are more; the next page: --after {page.next}", err=True)
+        say(f"there are more; the next page: --after {page.next}", err=True)
 
 
 def _show(records: Sequence[JobRecord]) -> None:
@@ -88,12 +88,12 @@ def show(job: str, as_json: bool) -> None:
     record = jobs.get(job)
     judged = jobs.alerts(record.id)
     if as_json:
-        click.echo(_json(record, alerts=[asdict(alert) for alert in judged]))
+        say(_json(record, alerts=[asdict(alert) for alert in judged]))
         return
     for name, value in _facts(record) + [("alert", alert.describe()) for alert in judged]:
-        click.echo(f"{name:<12} {value}")
+        say(f"{name:<12} {visible(value)}")
     if record.error:
-        click.echo(f"{'error':<12} " + record.error.replace("\n", "\n" + " " * 13))
+        say(f"{'error':<12} " + record.error.replace("\n", "\n" + " " * 13))
 
 
 @jobs.command()
@@ -112,16 +112,16 @@ def watch(job: str) -> int:
             case Progress():
                 line = f"{event.state}: {share(event)}, {event.dead:,} failed"
                 if line != shown:
-                    click.echo(line)
+                    say(line)
                     shown = line
             case Waiting(text) | Warned(text) | Assumed(text):
-                click.echo(text, err=True)
+                say(text, err=True)
             case _:
                 pass
 
     record = jobs.follow(job, events=Events(show))
     if record.error:
-        click.echo(record.error, err=True)
+        say(record.error, err=True)
     return 0 if record.state == "finished" else 1
 
 
@@ -132,7 +132,7 @@ def pause(job: str) -> None:
     from tally.jobs.facade import Jobs
 
     record = Jobs().pause(job)
-    click.echo(f"job {record.id} is pausing; go on with: tally jobs resume {record.id}")
+    say(f"job {record.id} is pausing; go on with: tally jobs resume {record.id}")
 
 
 @jobs.command(short_help="Go on with a job that was stopped.")
@@ -155,7 +155,7 @@ def resume(job: str, quiet: bool, **options: Any) -> int:
     jobs.change(job, **options)
     record = jobs.unpause(job)
     if record.alive and not jobs.runs_in_a_cluster(record):
-        click.echo(f"job {record.id} was told to continue; follow it with: tally jobs watch {record.id}")
+        say(f"job {record.id} was told to continue; follow it with: tally jobs watch {record.id}")
         return 0
     return see_through(jobs, record.id, quiet=quiet)
 
@@ -168,11 +168,11 @@ def cancel(job: str) -> None:
 
     record = Jobs().cancel(job)
     if record.alive:
-        click.echo(f"job {record.id} is being cancelled")
+        say(f"job {record.id} is being cancelled")
     elif record.state == "finished":
-        click.echo(f"the retry of job {record.id} is cancelled; its results are as they were")
+        say(f"the retry of job {record.id} is cancelled; its results are as they were")
     else:
-        click.echo(f"job {record.id} is {record.state}")
+        say(f"job {record.id} is {record.state}")
 
 
 @jobs.command(short_help="Replay a job's dead items.")
@@ -188,7 +188,7 @@ def retry(job: str, dead: bool, quiet: bool) -> int:
     record = jobs.get(job)
     if not record.dead:
         more = "" if record.state in ENDED else f"; it is {record.state}, go on with: tally jobs resume {record.id}"
-        click.echo(f"job {record.id} has no dead items{more}")
+        say(f"job {record.id} has no dead items{more}")
         return 0
     return see_through(jobs, record.id, quiet=quiet, retry_dead=dead)
 
@@ -205,13 +205,13 @@ def dead(job: str, limit: int, as_json: bool) -> None:
     record = jobs.get(job)
     for number, each in enumerate(jobs.dead(record.id)):
         if number == limit:
-            click.echo(f"... and {record.dead - limit:,} more (-n {record.dead})", err=True)
+            say(f"... and {record.dead - limit:,} more (-n {record.dead})", err=True)
             break
         if as_json:
-            click.echo(json.dumps({"key": each.key, "stage": each.stage, "error": each.error}))
+            say(json.dumps({"key": each.key, "stage": each.stage, "error": each.error}))
         else:
             # The first line says it; a stack may follow, which --json shows.
-            click.echo(f"{each.key}\t{each.stage}\t{each.error.splitlines()[0] if each.error else ''}")
+            say(f"{visible(each.key)}\t{each.stage}\t{each.error.splitlines()[0] if each.error else ''}")
 
 
 @jobs.command(short_help="The alerts of a job, and what became of them.")
@@ -225,10 +225,10 @@ def alerts(job: str, send: bool) -> int:
     record = jobs.get(job)
     judged = jobs.send_alerts(record.id) if send else jobs.alerts(record.id)
     for alert in judged:
-        click.echo(alert.describe())
+        say(alert.describe())
     if not judged:
         why = "it is not finished" if record.spec.get("alerts") else "it has no rules (--alert)"
-        click.echo(f"job {record.id} has no alerts: {why}", err=True)
+        say(f"job {record.id} has no alerts: {why}", err=True)
     return 1 if any(alert.state in ("pending", "failed") for alert in judged) else 0
 
 
@@ -243,10 +243,10 @@ def delete(job: str, dry_run: bool) -> None:
     record = jobs.get(job)
     unfinished = "" if record.state in ENDED else f", and its unfinished output at {record.spec['out']}"
     if dry_run:
-        click.echo(f"would remove job {record.id} from the list{unfinished}")
+        say(f"would remove job {record.id} from the list{unfinished}")
         return
     jobs.delete(record.id)
-    click.echo(f"job {record.id} is deleted{unfinished}")
+    say(f"job {record.id} is deleted{unfinished}")
 
 
 def _facts(record: JobRecord) -> list[tuple[str, str]]:
@@ -294,9 +294,6 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
 
 
 def _json(record: JobRecord, **more: Any) -> str:
-    from tally.alerts.webhook import shown
+    from tally.jobs.spec import shown
 
-    shows = asdict(record) | more
-    if hook := record.spec.get("webhook"):
-        shows["spec"] = record.spec | {"webhook": shown(hook)}
-    return json.dumps(shows, default=str)
+    return json.dumps(asdict(record) | more | {"spec": shown(record.spec)}, default=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import IO, Any, cast
 
 import click
 
@@ -72,27 +73,43 @@ def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> Non
 def cli(verbose: bool) -> None:
     """Score large collections with machine-learning models, and never lose or repeat an item."""
     if verbose:
-        import logging
+        from tally.logs import log_to_stderr
 
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+        log_to_stderr()
+
+
+class _Visible:
+    """A file that cannot be told by a name in a message what a terminal is to do."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        from tally.text import visible
+
+        return int(self._file.write(visible(text, lines=True)))
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrongly used, 130 interrupted."""
     from tally.errors import SpecError, TallyError
+    from tally.text import visible
 
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        error.show(cast(IO[Any], _Visible(sys.stderr)))
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
     except TallyError as error:
-        click.echo(click.style("error: ", fg="red", bold=True) + error.message, err=True)
+        click.echo(click.style("error: ", fg="red", bold=True) + visible(error.message, lines=True), err=True)
         if error.hint:
-            click.echo(f"  {error.hint}", err=True)
+            click.echo(visible(f"  {error.hint}", lines=True), err=True)
         sys.exit(2 if isinstance(error, SpecError) else 1)
     except BrokenPipeError:
         # The reader of our output has gone (head, less): nothing to report, and nobody to report it to.

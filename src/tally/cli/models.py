@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli.console import pairs, table
+from tally.cli.console import pairs, say, table
 from tally.cli.values import names
 from tally.errors import ModelChangedError, ModelNotFoundError
+from tally.text import visible
 
 if TYPE_CHECKING:
     from tally.models.registry import Registry
@@ -66,15 +67,13 @@ def add(
     ref = resolve(model, task=task, labels=labels, artifacts=artifacts, settings=pairs("--set", options), trust=trust)
     added = _registry().add(name, ref, alias=alias, metadata=metadata)
     for line in added.assumed:
-        click.secho(f"note: {line}", dim=True, err=True)
+        say(f"note: {line}", dim=True, err=True)
     if added.existed:
-        click.echo(
-            f"{added} has this content already: nothing was added" + (f", {alias} points at it" if alias else "")
-        )
+        say(f"{added} has this content already: nothing was added" + (f", {alias} points at it" if alias else ""))
     else:
-        click.echo(f"added {added} ({_size(added.bytes)}, {added.hash[:19]})" + (f" as {alias}" if alias else ""))
+        say(f"added {added} ({_size(added.bytes)}, {added.hash[:19]})" + (f" as {alias}" if alias else ""))
     use = f"models:/{name}@{alias}" if alias else str(added)
-    click.echo(f"  Use it: tally score SOURCE --model {use} --out OUT", err=True)
+    say(f"  Use it: tally score SOURCE --model {use} --out OUT", err=True)
 
 
 @models.command(short_help="Many models in one file.")
@@ -101,19 +100,17 @@ def pack(template: str, by: tuple[str, ...], out: Path, name: str | None, trust:
         f"{count:,} {kind}" for count, kind in ((packed.batched, "batched SVMs"), (packed.whole, "kept whole")) if count
     ]
     size = sum(each.stat().st_size for each in out.iterdir() if each.is_file())
-    click.echo(f"packed {packed.models:,} models into {out}: {', '.join(kinds)}; {_size(size)}")
+    say(f"packed {packed.models:,} models into {out}: {', '.join(kinds)}; {_size(size)}")
     if packed.requires_trust:
-        click.secho(
-            "note: some hold types that can do more than compute: scoring needs --trust too", dim=True, err=True
-        )
+        say("note: some hold types that can do more than compute: scoring needs --trust too", dim=True, err=True)
     use = str(out)
     if name is not None:
         from tally.models.resolve import resolve
 
         added = _registry().add(name, resolve(out, trust=trust))
-        click.echo(f"{added} has this content already" if added.existed else f"added {added} ({added.hash[:19]})")
+        say(f"{added} has this content already" if added.existed else f"added {added} ({added.hash[:19]})")
         use = f"models:/{name}"
-    click.echo(f"  Use it: tally score SOURCE --model {use} --out OUT", err=True)
+    say(f"  Use it: tally score SOURCE --model {use} --out OUT", err=True)
 
 
 @models.command("list")
@@ -123,10 +120,10 @@ def list_(as_json: bool) -> None:
     versions = _registry().list()
     if as_json:
         for each in versions:
-            click.echo(json.dumps(each.to_dict()))
+            say(json.dumps(each.to_dict()))
         return
     if not versions:
-        click.echo("no models yet; add one with: tally models add NAME MODEL", err=True)
+        say("no models yet; add one with: tally models add NAME MODEL", err=True)
         return
     table(
         ("NAME", "VERSION", "ALIASES", "KIND", "SIZE", "ADDED", "HASH"),
@@ -144,10 +141,10 @@ def show(name: str, as_json: bool) -> None:
     """A model's versions with their metadata, and what its aliases pointed at."""
     found = _registry().show(name)
     if as_json:
-        click.echo(json.dumps(found.to_dict()))
+        say(json.dumps(found.to_dict()))
         return
     for version in found.versions:
-        click.secho(str(version), bold=True)
+        say(str(version), bold=True)
         facts = {
             "aliases": ", ".join(version.aliases),
             "kind": version.kind,
@@ -160,9 +157,9 @@ def show(name: str, as_json: bool) -> None:
         }
         for key, value in facts.items():
             if value:
-                click.echo(f"  {key:<12} {value}")
+                say(f"  {visible(key):<12} {visible(str(value))}")
     if found.history:
-        click.echo()
+        say()
         rows = [(_when(h.at), h.alias, str(h.version), h.action) for h in found.history]
         table(("WHEN", "ALIAS", "VERSION", "BY"), rows)
 
@@ -174,7 +171,7 @@ def show(name: str, as_json: bool) -> None:
 def alias(name: str, alias: str, version: int) -> None:
     """Point ALIAS at VERSION from now on."""
     _registry().alias(name, alias, version)
-    click.echo(f"models:/{name}@{alias} is now version {version}")
+    say(f"models:/{name}@{alias} is now version {version}")
 
 
 @models.command()
@@ -183,7 +180,7 @@ def alias(name: str, alias: str, version: int) -> None:
 def rollback(name: str, alias: str) -> None:
     """Point ALIAS back at the version before."""
     found = _registry().rollback(name, alias)
-    click.echo(f"models:/{name}@{alias} is version {found.version} again")
+    say(f"models:/{name}@{alias} is version {found.version} again")
 
 
 @models.command(short_help="Compare content with its hash.")
@@ -207,12 +204,12 @@ def verify(name: str | None, version: int | None) -> int:
             registry.verify(each.name, each.version)
         except ModelChangedError as error:
             changed = True
-            click.echo(f"{click.style('CHANGED', fg='red')} {error.message}")
+            click.echo(f"{click.style('CHANGED', fg='red')} {visible(error.message)}")
         except ModelNotFoundError as error:
             changed = True
-            click.echo(f"{click.style('MISSING', fg='red')} {error.message}")
+            click.echo(f"{click.style('MISSING', fg='red')} {visible(error.message)}")
         else:
-            click.echo(f"{click.style('ok', fg='green')}      {each} {each.hash}")
+            click.echo(f"{click.style('ok', fg='green')}      {visible(str(each))} {each.hash}")
     return int(changed)
 
 
@@ -227,7 +224,7 @@ def remove(name: str, version: int, yes: bool) -> None:
     if not yes and sys.stdin.isatty():
         click.confirm(f"Remove {found} ({_size(found.bytes)}) for good?", abort=True)
     registry.remove(name, version)
-    click.echo(f"removed {found}")
+    say(f"removed {found}")
 
 
 def _registry() -> Registry:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from tally.cli.console import say
 from tally.errors import OutputExistsError, SpecError, StorageError
 
 SCORER = '''\
@@ -124,9 +125,9 @@ def scorer(name: str, script: bool) -> None:
     path = path.with_name(_identifier(path.stem) + ".py")
     template = SCRIPT if script else SCORER
     _write(path, template.format(title=path.stem, file=path, name=_class_name(path.stem)))
-    click.echo(f"wrote {path}")
+    say(f"wrote {path}")
     artifacts = " --artifacts FOLDER" if script else ""
-    click.echo(f"  Try it: tally score photos/ --model {path}{artifacts} --out out/", err=True)
+    say(f"  Try it: tally score photos/ --model {path}{artifacts} --out out/", err=True)
 
 
 @new.command()
@@ -150,8 +151,8 @@ def package(name: str, model: str | None, task: str | None, labels: str | None) 
         _write(folder / "tally.yaml", PACKAGE.format(name=folder.name, folder=folder))
         _write(folder / "scorer.py", code)
     for path in sorted(folder.iterdir()):
-        click.echo(f"wrote {path}")
-    click.echo(f"  Try it: tally score photos/ --model {folder} --out out/", err=True)
+        say(f"wrote {path}")
+    say(f"  Try it: tally score photos/ --model {folder} --out out/", err=True)
 
 
 def _from_file(folder: Path, model: str, task: str | None, labels: str | None) -> None:
@@ -182,7 +183,7 @@ def _from_file(folder: Path, model: str, task: str | None, labels: str | None) -
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
     for line in ref.assumed:
-        click.secho(f"note: {line}", dim=True, err=True)
+        say(f"note: {line}", dim=True, err=True)
 
 
 def _yaml(options: dict[str, Any], comments: Mapping[str, str], indent: str) -> str:

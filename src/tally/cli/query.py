@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
+from tally.cli.console import say
 from tally.storage import temporary
+from tally.text import visible
 
 
 @click.command()
@@ -44,9 +46,9 @@ def query(job: str, sql: str, as_csv: bool, as_json: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(*(escape(name) for name in table.column_names), box=None, header_style="bold")
+    shown = Table(*(escape(visible(name)) for name in table.column_names), box=None, header_style="bold")
     for row in table.slice(0, 1000).to_pylist():
-        shown.add_row(*(Text("" if value is None else str(value)) for value in row.values()))
+        shown.add_row(*(Text("" if value is None else visible(str(value))) for value in row.values()))
     Console().print(shown)
     if table.num_rows > 1000:
-        click.echo(f"... {table.num_rows - 1000:,} more rows (--csv or --json shows all)", err=True)
+        say(f"... {table.num_rows - 1000:,} more rows (--csv or --json shows all)", err=True)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli.console import table
+from tally.cli.console import say, table
 from tally.errors import JobNotFoundError, SpecError
+from tally.text import visible
 
 if TYPE_CHECKING:
     from tally.triggers.cron import Cron, Interval
@@ -98,10 +99,10 @@ def add(
         since=begin, replace=replace,
     )  # fmt: skip
     following = clock.next(max(now, added.planned_until), 1)[0]
-    click.echo(f"schedule {name} runs next at {clock.text(following.end)}, for {clock.span(following)}")
+    say(f"schedule {name} runs next at {clock.text(following.end)}, for {clock.span(following)}")
     if late := len(clock.ending(added.planned_until, now)):
-        click.echo(f"  intervals that are over already: {late:,}; catch-up is {catch_up}")
-    click.echo("  Something has to run it: tally schedule run --forever", err=True)
+        say(f"  intervals that are over already: {late:,}; catch-up is {catch_up}")
+    say("  Something has to run it: tally schedule run --forever", err=True)
 
 
 @schedule.command("list")
@@ -112,10 +113,10 @@ def list_(as_json: bool) -> None:
     schedules = store.all()
     if as_json:
         for each in schedules:
-            click.echo(json.dumps({**asdict(each), "runs": store.counts(each.name)}))
+            say(_json(each, runs=store.counts(each.name)))
         return
     if not schedules:
-        click.echo("no schedules yet; add one with: tally schedule add NAME job.yaml --cron '0 * * * *'", err=True)
+        say("no schedules yet; add one with: tally schedule add NAME job.yaml --cron '0 * * * *'", err=True)
         return
     rows = []
     for each in schedules:
@@ -126,6 +127,12 @@ def list_(as_json: bool) -> None:
         counted = ", ".join(f"{counts[state]:,} {state}" for state in _STATES if counts.get(state))
         rows.append((each.name, each.cron, each.timezone, at, shown, counted or "-"))
     table(("NAME", "CRON", "ZONE", "NEXT RUN", "LAST INTERVAL", "RUNS"), rows)
+
+
+def _json(schedule: Schedule, **more: Any) -> str:
+    from tally.jobs.spec import shown
+
+    return json.dumps(asdict(schedule) | more | {"template": shown(schedule.template)})
 
 
 _STATES = ("running", "pending", "failed", "skipped", "empty", "finished")
@@ -145,7 +152,7 @@ def show(name: str, limit: int, as_json: bool) -> None:
     following = _next(store, found, clock, 5)
     if as_json:
         last = [asdict(run) for run in runs]
-        click.echo(json.dumps({**asdict(found), "next": [asdict(each) for each in following], "runs": last}))
+        say(_json(found, next=[asdict(each) for each in following], runs=last))
         return
     for label, value in (
         ("schedule", found.name + (" (paused)" if found.paused else "")),
@@ -158,13 +165,13 @@ def show(name: str, limit: int, as_json: bool) -> None:
         ("catch-up", found.catch_up),
         ("log", log_of(name)),
     ):
-        click.echo(f"{label:<12} {value}")
+        say(f"{label:<12} {visible(str(value))}")
     if (change := _clock_change(clock, store.clock())) is not None:
-        click.echo(f"{'clock change':<12} {change}")
-    click.echo()
+        say(f"{'clock change':<12} {change}")
+    say()
     table(("NEXT RUN", "INTERVAL"), [(clock.text(each.end), clock.span(each)) for each in following])
     if runs:
-        click.echo()
+        say()
         rows = [(clock.span(r.interval), r.state, r.reason, *_job(store, r), _short(r.error)) for r in runs]
         table(("INTERVAL", "STATE", "REASON", "JOB", "DONE", "ERROR"), rows)
 
@@ -176,7 +183,7 @@ def pause(names: tuple[str, ...]) -> None:
     store = _open()
     for found in [store.get(name) for name in names]:
         store.pause(found.name, True)
-        click.echo(f"schedule {found.name} is paused; go on with: tally schedule resume {found.name}")
+        say(f"schedule {found.name} is paused; go on with: tally schedule resume {found.name}")
 
 
 @schedule.command(short_help="Start runs again.")
@@ -188,7 +195,7 @@ def resume(names: tuple[str, ...]) -> None:
         missed = len(found.clock().ending(found.planned_until, store.clock()))
         store.pause(found.name, False)
         more = f"; intervals missed meanwhile: {missed:,}; catch-up is {found.catch_up}" if missed else ""
-        click.echo(f"schedule {found.name} is resumed{more}")
+        say(f"schedule {found.name} is resumed{more}")
 
 
 @schedule.command(short_help="Run what is due, or --forever.")
@@ -208,11 +215,11 @@ def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
     known = [store.get(name) for name in names] if names else store.all()
     if failed:
         again = sum(store.retry(each.name) for each in known)
-        click.echo(f"failed runs that are tried again: {again:,}", err=True)
-    loop = Loop(store, names=names, say=lambda line: click.echo(line, err=True))
+        say(f"failed runs that are tried again: {again:,}", err=True)
+    loop = Loop(store, names=names, say=lambda line: say(line, err=True))
     with _signals(loop):
         if forever:
-            click.echo(
+            say(
                 "running " + (", ".join(each.name for each in known) or "what will be added") + "; Ctrl-C stops",
                 err=True,
             )
@@ -223,9 +230,9 @@ def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
         soon = [(_next(store, each, each.clock(), 1)[0].end, each) for each in known if not each.paused]
         if soon:
             at, first = min(soon, key=lambda pair: pair[0])
-            click.echo(f"nothing is due; the next run is that of {first.name} at {first.clock().text(at)}", err=True)
+            say(f"nothing is due; the next run is that of {first.name} at {first.clock().text(at)}", err=True)
         else:
-            click.echo("nothing is due: " + ("all is paused" if known else "there are no schedules"), err=True)
+            say("nothing is due: " + ("all is paused" if known else "there are no schedules"), err=True)
     return 1 if loop.failed else 0
 
 
@@ -234,7 +241,7 @@ def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
 def remove(name: str) -> None:
     """Forget a schedule and what it has run; jobs and results stay."""
     _open().remove(name)
-    click.echo(f"schedule {name} is removed; its jobs and results stay")
+    say(f"schedule {name} is removed; its jobs and results stay")
 
 
 @schedule.command(short_help="Run intervals gone by.")
@@ -266,7 +273,7 @@ def backfill(name: str, since: str, until: str | None, again: bool) -> int:
         what = "is over yet" if intervals else "begins then"
         raise SpecError(f"no interval of {name} {what}: {clock.text(begin)} to {clock.text(end)}")
     if len(over) < len(intervals):
-        click.echo(f"intervals that are not over yet, and left out: {len(intervals) - len(over):,}", err=True)
+        say(f"intervals that are not over yet, and left out: {len(intervals) - len(over):,}", err=True)
     report = _Report(store, name, clock, {run.id for run in store.backfill(name, over, again=again)}, over)
     loop = Loop(store, names=[name], within=report.within, listen=report.show)
     with _signals(loop):
@@ -286,7 +293,7 @@ class _Report:
         self._counts: dict[str, int] = {}
         self._ended = {run.id for run in self._runs() if run.state in ("finished", "empty")}
         if self._ended:
-            click.echo(f"{len(self._ended):,} of {len(ids):,} intervals are finished already", err=True)
+            say(f"{len(self._ended):,} of {len(ids):,} intervals are finished already", err=True)
 
     def show(self) -> None:
         """What has ended since the last time."""
@@ -300,19 +307,19 @@ class _Report:
                 job, done = _job(self._store, run)
                 what = f"{done} done (job {job})" if run.state == "finished" else str(run.error)
                 count = f"[{len(self._ended):,}/{len(self._ids):,}]"
-                click.echo(f"{count} {self._clock.span(run.interval)} {run.state}: {what}", err=True)
+                say(f"{count} {self._clock.span(run.interval)} {run.state}: {what}", err=True)
 
     def end(self, *, stopped: bool) -> int:
         """Say how it ended; the exit code."""
         runs = self._runs()
         finished, empty = (sum(run.state == state for run in runs) for state in ("finished", "empty"))
         nothing = f", {empty:,} had nothing to score" if empty else ""
-        click.echo(f"{finished:,} of {len(runs):,} intervals are finished{nothing}")
+        say(f"{finished:,} of {len(runs):,} intervals are finished{nothing}")
         if stopped:
-            click.echo("  Go on with the same command.", err=True)
+            say("  Go on with the same command.", err=True)
             return 130
         if finished + empty < len(runs):
-            click.echo("  After mending the cause, the same command tries the others again.", err=True)
+            say("  After mending the cause, the same command tries the others again.", err=True)
             return 1
         return 0
 
@@ -328,7 +335,7 @@ def _signals(loop: Loop) -> Iterator[None]:
 
     def stop(count: int) -> None:
         if count == 1:
-            click.echo("stopping: what runs saves what it has (again to kill it)", err=True)
+            say("stopping: what runs saves what it has (again to kill it)", err=True)
         loop.stop()
 
     with stop_signals(stop):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli.console import literal_pairs, pairs
+from tally.cli.console import literal_pairs, pairs, say
 from tally.errors import JobExistsError
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def coordinate(job: str, dead: bool, quiet: bool) -> int:
     from tally.jobs.facade import open_jobs
 
     check_versions()
-    jobs = open_jobs(wait=lambda line: click.echo(line, err=True))  # nobody is there to try again
+    jobs = open_jobs(wait=lambda line: say(line, err=True))  # nobody is there to try again
     return see_through(jobs, job, quiet=quiet, retry_dead=dead, here=True)
 
 
@@ -220,7 +220,7 @@ def _submit(jobs: Jobs, spec: JobSpec, *, resume: bool, overwrite: bool) -> str:
         earlier = jobs.get(error.job_id)
         if earlier.alive or earlier.state == "finished" or not interactive():
             raise
-        click.echo(error.message, err=True)
+        say(error.message, err=True)
         if not click.confirm(f"Resume job {earlier.id}?", default=True, err=True):
             raise
         return jobs.submit(spec, resume=True).id

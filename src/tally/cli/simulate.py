@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from tally.cli.console import say
 from tally.cli.values import duration, share
 
 
@@ -88,9 +89,9 @@ def readings(
     begun = time.monotonic()
     counts = simulated.write()
     seconds = time.monotonic() - begun
-    click.echo(
+    say(
         f"wrote {out}: {counts['rows']:,} readings of {devices * sensors:,} sensors, {counts['anomalies']:,} of them "
         f"anomalous, in {seconds:.1f} s"
     )
     if labels is not None:
-        click.echo(f"wrote {labels}: which ones, and how")
+        say(f"wrote {labels}: which ones, and how")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli.console import literal_pairs
+from tally.cli.console import literal_pairs, say
 from tally.cli.values import duration, names, share
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ def style(
         trained = training.run(show)
     except KeyboardInterrupt:
         show.end()
-        click.echo(f"stopped after {show.done} of {steps} steps: no model was written", err=True)
+        say(f"stopped after {show.done} of {steps} steps: no model was written", err=True)
         raise click.Abort from None
     show.end()
     added = open_registry().add(name, resolve(out), metadata=trained)
-    click.echo(f"wrote {out} ({(out / training.file).stat().st_size / 1000:.0f} kB)")
-    click.echo(f"{'is already' if added.existed else 'registered as'} {added}")
-    click.echo(f"  Use it: tally score SOURCE --model {added} --out OUT", err=True)
+    say(f"wrote {out} ({(out / training.file).stat().st_size / 1000:.0f} kB)")
+    say(f"{'is already' if added.existed else 'registered as'} {added}")
+    say(f"  Use it: tally score SOURCE --model {added} --out OUT", err=True)
 
 
 @train.command(short_help="Detectors of anomalies, one for each key of a table.")
@@ -158,28 +158,26 @@ def anomaly(
     )
     show = _Keys()
     try:
-        trained = training.run(show, lambda line: click.secho(line, dim=True, err=True))
+        trained = training.run(show, lambda line: say(line, dim=True, err=True))
     except KeyboardInterrupt:
-        click.echo(f"\nstopped after {show.done:,} keys: no model was written", err=True)
+        say(f"\nstopped after {show.done:,} keys: no model was written", err=True)
         raise click.Abort from None
     finally:
         show.end()
     figures = trained.facts["metrics"]
     for key, reason in [*trained.failed.items()][:SHOWN]:
-        click.echo(f"no model for {key}: {reason}", err=True)
+        say(f"no model for {key}: {reason}", err=True)
     if len(trained.failed) > SHOWN:
-        click.echo(f"... and for {len(trained.failed) - SHOWN:,} other keys", err=True)
+        say(f"... and for {len(trained.failed) - SHOWN:,} other keys", err=True)
     if figures["rows_left_out"]:
-        click.echo(
-            f"{figures['rows_left_out']:,} rows without a value or with one that is not finite were left out", err=True
-        )
+        say(f"{figures['rows_left_out']:,} rows without a value or with one that is not finite were left out", err=True)
     added = open_registry().add(name, resolve(out), metadata=trained.facts)
-    click.echo(
+    say(
         f"wrote {out}: {figures['keys']:,} models from {figures['rows_used']:,} of {figures['rows']:,} rows, "
         f"{figures['anomalous_share']:.2%} of them anomalous ({(out / training.file).stat().st_size / 1000:,.0f} kB)"
     )
-    click.echo(f"{'is already' if added.existed else 'registered as'} {added}")
-    click.echo(f"  Use it: tally score SOURCE --model {added} --out OUT", err=True)
+    say(f"{'is already' if added.existed else 'registered as'} {added}")
+    say(f"  Use it: tally score SOURCE --model {added} --out OUT", err=True)
 
 
 def _gamma(text: str) -> Any:
@@ -218,7 +216,7 @@ class _Line:
     def end(self) -> None:
         """Leave the line."""
         if self._terminal and self.done:
-            click.echo(err=True)
+            say(err=True)
 
 
 class _Progress(_Line):
@@ -230,7 +228,7 @@ class _Progress(_Line):
 
     def __call__(self, step: Step) -> None:
         if not self.done:
-            click.echo(f"watch it: tensorboard --logdir {self._events}", err=True)
+            say(f"watch it: tensorboard --logdir {self._events}", err=True)
         self.tell(step.done, step.of, "steps", ", ".join(f"{name} {loss:.3f}" for name, loss in step.losses.items()))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tally.cli.console import table
+from tally.cli.console import say, table
 from tally.text import local_time
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def up(host: str, port: int, parallel: int, roots: tuple[Path, ...], price_per_h
         raise SpecError(f"the server cannot start: {error}", hint=_NEEDS) from None
     folders = tuple(each.expanduser().absolute() for each in roots)
     settings = ServerSettings(host, port, parallel, folders, price_per_hour, currency)
-    jobs = open_jobs(wait=lambda line: click.echo(line, err=True))
-    return serve(jobs, settings, say=click.echo)
+    jobs = open_jobs(wait=lambda line: say(line, err=True))
+    return serve(jobs, settings, say=say)
 
 
 @click.group()
@@ -71,8 +71,8 @@ def keys() -> None:
 def add(name: str, role: str, days: float | None) -> None:
     """Make a key for NAME, and print it: it cannot be shown again."""
     key, text = _keys().add(name, role, days=days)  # type: ignore[arg-type]
-    click.echo(f"key {key.id} for {key.name} ({key.role}), shown this once:", err=True)
-    click.echo(text)
+    say(f"key {key.id} for {key.name} ({key.role}), shown this once:", err=True)
+    say(text)
 
 
 @keys.command("list")
@@ -82,7 +82,7 @@ def list_(as_json: bool) -> None:
     found = _keys().list()
     if as_json:
         for key in found:
-            click.echo(json.dumps(asdict(key)))
+            say(json.dumps(asdict(key)))
         return
     rows = [
         (k.id, k.name, k.role, k.state, local_time(k.created_at), local_time(k.expires_at), local_time(k.used_at))
@@ -96,7 +96,7 @@ def list_(as_json: bool) -> None:
 def revoke(key: str) -> None:
     """Refuse KEY (its id), and every browser that logged in with it, from now on."""
     revoked = _keys().revoke(key)
-    click.echo(f"key {revoked.id} of {revoked.name} is revoked")
+    say(f"key {revoked.id} of {revoked.name} is revoked")
 
 
 def _keys() -> KeyStore:

@@ -6,15 +6,19 @@ Callers that can wait do so with :class:`tally.database.waiting.Patience`.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
+from tally.config import make_private
 from tally.database.migrate import UnknownRevisionError, migrate
 from tally.errors import DatabaseAwayError, StorageError
+from tally.masking import mask
 
 _HINT = "Set TALLY_HOME (or TALLY_DATABASE) to a place that exists and can be written to."
 
@@ -59,11 +63,13 @@ def connect(url: str) -> sa.Engine:
         raise StorageError("the database's URL cannot be understood", hint=_HINT) from None
     if parsed.drivername == "postgresql":  # SQLAlchemy would take psycopg2
         parsed = parsed.set(drivername="postgresql+psycopg")
-    shown = _shown(parsed)
+    shown = mask(parsed.render_as_string(hide_password=False))
     sqlite = parsed.get_backend_name() == "sqlite"
-    if sqlite and parsed.database:
+    if sqlite and parsed.database and parsed.database != ":memory:":
         try:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            make_private(Path(parsed.database).parent)
+            with suppress(OSError):  # it is there, or SQLite says what is wrong
+                os.close(os.open(parsed.database, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         except OSError as error:
             raise StorageError(
                 f"cannot make the folder of the database {shown}: {error.strerror}",
@@ -99,12 +105,6 @@ def connect(url: str) -> sa.Engine:
         ) from None
     _explain_errors(engine, shown)
     return engine
-
-
-def _shown(url: sa.URL) -> str:
-    """The URL without passwords, those in its query included."""
-    hidden = {name: "***" for name in url.query if "password" in name.lower()}
-    return url.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
 def _options(url: sa.URL) -> dict[str, Any]:

@@ -75,19 +75,25 @@ def install(extra: str) -> str:
 
 def home() -> str:
     """Whether Tally's folder can be written to, and has room."""
-    from tally.config import settings
+    from tally.config import make_private, settings
 
     folder = settings().home
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        readable = [
+            str(each) for each in (folder, folder / "tally.db") if each.exists() and each.stat().st_mode & 0o077
+        ]
     except OSError as error:
         raise StorageError(
             f"{folder} cannot be written to: {error.strerror}",
             hint="Set TALLY_HOME to a folder that can be written to.",
         ) from None
-    return _room(folder, f"{folder} can be written to")
+    text = _room(folder, f"{folder} can be written to")
+    if readable:
+        raise Warn(f"{text}; others may look into it, and it holds what you score: chmod go= {' '.join(readable)}")
+    return text
 
 
 def temporary() -> str:

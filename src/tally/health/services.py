@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from tally.config import make_private
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageError, TallyError
 from tally.health.checks import Skip, Warn, install, version_of
-from tally.storage import Store, is_url, key_of, mask, open_store
+from tally.masking import mask
+from tally.storage import Store, is_url, key_of, open_store
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -51,8 +53,7 @@ def database() -> str:
         url = sa.make_url(settings().database)
     except sa.exc.ArgumentError:
         raise StorageError("TALLY_DATABASE cannot be understood as a URL", hint=_DATABASE) from None
-    hidden = {name: "***" for name in url.query if "password" in name.lower()}
-    shown = url.update_query_dict(hidden).render_as_string(hide_password=True)
+    shown = mask(url.render_as_string(hide_password=False))
     sqlite = url.get_backend_name() == "sqlite"
     if sqlite and not _is_there(url.database):
         return f"{shown}, which is not there yet: it is made at first use"
@@ -79,7 +80,7 @@ def _is_there(file: str | None) -> bool:
     if not file or file == ":memory:":
         return True
     try:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        make_private(Path(file).parent)
         return Path(file).exists()
     except OSError as error:
         raise StorageError(

@@ -11,7 +11,7 @@ import os
 import secrets
 import shlex
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
@@ -23,9 +23,10 @@ from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord, JobStore
 from tally.jobs.tidy import sink_of
+from tally.masking import has_secret, mask
 from tally.models.mirror import upload_to_mirror
 from tally.models.reference import ModelRef
-from tally.storage import is_url, mask
+from tally.storage import is_url
 
 if TYPE_CHECKING:
     from tally.engines.ray.cluster import Cluster, State
@@ -167,7 +168,7 @@ def _environment() -> dict[str, str]:
     database = os.environ.get("TALLY_DATABASE")
     if database is None or sa.make_url(database).get_backend_name() == "sqlite":
         told["TALLY_HOME"] = str(settings().home)
-    if database is not None and sa.make_url(database).password is None and "password" not in database:
+    if database is not None and not has_secret(database):
         told["TALLY_DATABASE"] = database
     registry = os.environ.get("TALLY_REGISTRY")
     if registry is not None:
@@ -205,8 +206,7 @@ def _keep_address(store: JobStore, record: JobRecord, cluster: Cluster) -> JobRe
 
 
 def _same_database() -> str:
-    database: Any = sa.make_url(settings().database)
-    shown = database.render_as_string(hide_password=True)
+    shown = mask(settings().database)
     return (
         f"It needs, in the cluster: Tally of the same version, this database ({shown}) in TALLY_DATABASE, and the "
         "credentials of the storage. 'ray job logs' shows all that it printed."

@@ -17,8 +17,11 @@ from pydantic_core import PydanticCustomError
 
 from tally.alerts.rules import checked as alert_rule
 from tally.alerts.webhook import checked as web_address
+from tally.alerts.webhook import shown as shown_webhook
 from tally.engines.factory import checked as engine_name
 from tally.errors import SpecError, StorageError
+from tally.masking import mask
+from tally.storage import is_url, refuse_secrets
 from tally.text import did_you_mean, seconds
 
 _DEVICE = re.compile(r"auto|cpu|(cuda|tensorrt)(:\d+)?")
@@ -115,6 +118,17 @@ class JobSpec(BaseModel):
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, Path)) else value
+
+    @field_validator("source", "out", "labels", "artifacts")
+    @classmethod
+    def _without_secrets(cls, value: Any) -> Any:
+        for place in (value,) if isinstance(value, str) else value or ():
+            if is_url(place):
+                try:
+                    refuse_secrets(place)
+                except StorageError as error:
+                    raise ValueError(str(error)) from None
+        return value
 
     @field_validator("by", "keep", "aggregate", mode="before")
     @classmethod
@@ -363,6 +377,23 @@ def absolute(place: str, folder: Path | None = None) -> str:
     text = str((folder or Path.cwd()) / path)
     # Path drops a trailing slash; keep it, as "out.csv/" would say that a folder is meant.
     return text + "/" if place.endswith("/") and not text.endswith("/") else text
+
+
+def shown(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a spec for people, logs and JSON: without secrets, the webhook's address among them."""
+    hook = {"webhook": shown_webhook(fields["webhook"])} if fields.get("webhook") else {}
+    return {name: _masked(value) for name, value in fields.items()} | hook
+
+
+def _masked(value: Any) -> Any:
+    match value:
+        case str():
+            return mask(value)
+        case list() | tuple():
+            return [_masked(each) for each in value]
+        case Mapping():
+            return {name: _masked(each) for name, each in value.items()}
+    return value
 
 
 def _problem(error: Any) -> str:

@@ -12,6 +12,7 @@ from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobRecord, JobStore
 from tally.jobs.tidy import discard
+from tally.masking import mask
 from tally.sinks.base import Sink
 from tally.text import local_time
 
@@ -41,7 +42,7 @@ def submit(
     parts = assemble(spec, ref)
     check(spec.alerts, spec.webhook, parts.sink.describe().columns)
     # What the source holds is settled now, whatever is put into its folder later.
-    spec = spec.model_copy(update={"media": parts.source.media or spec.media})
+    spec = _storable(spec.model_copy(update={"media": parts.source.media or spec.media}))
     fingerprint = spec.fingerprint(ref.hash)
     earlier = store.find(fingerprint)
     if earlier is not None and earlier.state == "created" and not earlier.alive and parts.sink.holder() != earlier.id:
@@ -141,6 +142,7 @@ def _clear_place(
 def submit_failed(store: JobStore, spec: JobSpec, error: TallyError) -> JobRecord:
     """A job that failed before it began, as there was nothing to score: its alerts are sent all the same."""
     ref = describe_model(spec)
+    spec = _storable(spec)
     record = store.create(
         fingerprint=spec.fingerprint(ref.hash),
         spec=spec.model_dump(mode="json"),
@@ -153,6 +155,11 @@ def submit_failed(store: JobStore, spec: JobSpec, error: TallyError) -> JobRecor
     store.release(lease, "failed", error=str(error))
     conclude(store.engine, record.id, error=error)
     return store.get(record.id)
+
+
+def _storable(spec: JobSpec) -> JobSpec:
+    """The spec as it is kept: without the signature of the model's URL. The model is known by its content."""
+    return spec.model_copy(update={"model": mask(spec.model)})
 
 
 def _still_there(record: JobRecord, sink: Sink) -> bool:

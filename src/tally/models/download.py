@@ -16,8 +16,9 @@ from itertools import chain, islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from tally.config import settings
+from tally.config import make_private, settings
 from tally.errors import ModelChangedError, ModelLoadError, ModelNotFoundError, SpecError, StorageError
+from tally.masking import mask
 from tally.models import kinds, web
 from tally.models.base import is_suffix
 from tally.models.hashing import counts, known_hash
@@ -54,7 +55,7 @@ def download(url: str) -> Path:
         found = _fetch(plain, folder, name)
         raise SpecError(
             f"the URL does not say which content is expected: {plain}",
-            hint=f"If what is there now is right, write {plain}#sha256={found}",
+            hint=f"If what is there now is right, write {mask(plain)}#sha256={found}",
         )
     kept = folder / wanted / name
     if not kept.is_file() or known_hash(kept).hex() != wanted:
@@ -70,7 +71,7 @@ def download(url: str) -> Path:
 def _fetch(url: str, folder: Path, name: str) -> str:
     """Download to ``folder/<sha256>/name``; returns the checksum."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         with temporary.folder("download", within=folder) as part:
             found = web.fetch(url, part / name)
             kept = folder / found / name

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from tally.config import make_private
 from tally.errors import ModelChangedError, ModelNotFoundError, SourceNotFoundError, StorageError, TallyError
 from tally.models.hashing import check_content, combined, content_files, content_hash, counts, known_hash
 from tally.models.reference import ModelRef
@@ -281,7 +282,7 @@ def build(folder: Path, right: Callable[[Path], bool], fill: Callable[[Path], No
     if right(folder):
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_private(folder.parent)
         with _locked(folder.with_name(f".{folder.name}.lock")) as alone:
             if not right(folder):
                 _fill(folder, right, fill, alone=alone)

@@ -58,9 +58,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def sidecar(path: Path) -> dict[str, Any]:
-    """The options declared beside a model, in ``model.onnx.yaml``."""
+    """The options declared beside a model, in ``model.onnx.yaml``. Raises SpecError."""
     declared = path.with_name(path.name + ".yaml")
-    return read_yaml(declared) if declared.is_file() else {}
+    options = read_yaml(declared) if declared.is_file() else {}
+    if isinstance(labels := options.get("labels"), str) and not is_inside(path.parent, path.parent / labels):
+        raise SpecError(
+            f"{declared}: labels: {labels!r} lies outside the model's folder", hint="--labels names a file anywhere."
+        )
+    return options
 
 
 def read_package(path: Path) -> Package:
@@ -79,6 +84,10 @@ def read_package(path: Path) -> Package:
     for name in ("file", "entry", "artifacts"):
         if isinstance(value := raw.get(name), str):
             problems += _misplaced(path.parent, name, value)
+    options = raw.get("options")
+    labels = options.get("labels") if isinstance(options, dict) else None
+    if isinstance(labels, str) and not is_inside(path.parent, path.parent / labels):
+        problems.append(f"options.labels: {labels!r} lies outside the package")
     known = kinds.names()
     unknown = isinstance(kind, str) and kind not in known and not did_you_mean(kind, known)
     if unknown and all(each.startswith(("kind:", "file:")) for each in problems):
@@ -101,12 +110,17 @@ def _misplaced(folder: Path, name: str, value: str) -> list[str]:
         claimed = kinds.claiming(place)
         if claimed is None or claimed.entry != (name == "entry"):
             return [f"{name}: {value!r} does not end in {' or '.join(kinds.claims(entry=name == 'entry'))}"]
-    if os.path.isabs(place) or os.path.normpath(place).startswith(".."):  # noqa: PTH117
+    if os.path.isabs(place) or os.path.normpath(place).startswith(".."):  # noqa: PTH117 - links of a model are followed
         return [f"{name}: {value!r} lies outside the package"]
     if (folder / place).is_dir() if name == "artifacts" else (folder / place).is_file():
         return []
     there = sorted(each.name for each in folder.iterdir())
     return [f"{name}: there is no {place!r} in the package{did_you_mean(place, there)}"]
+
+
+def is_inside(folder: Path, path: Path) -> bool:
+    """Whether a path is in a folder, links followed. What labels say is shown, whatever file it is that they name."""
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def problems_of(error: ValidationError, known: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from tally.jobs.signals import stop_on_signals
 from tally.jobs.spec import JobSpec
 from tally.jobs.starts import Start
 from tally.jobs.stop import Stop
+from tally.logs import log_to_stderr
 
 log = logging.getLogger("tally")
 
@@ -46,7 +47,7 @@ def drive(jobs: Jobs, start: Start) -> None:
 
 def main() -> int:
     """The process; its exit code is 0 whenever the job's row says how it went."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    log_to_stderr()
     job_id, token = sys.argv[1], sys.argv[2]
     jobs = Patience(what="the job")(Jobs)
     try:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tally import processes
-from tally.config import settings
+from tally.config import append_private, settings
 from tally.database.lease import host
 from tally.errors import DatabaseAwayError, TallyError
 from tally.jobs.facade import Jobs
@@ -114,10 +114,9 @@ class Supervisor:
     def _begin(self, start: Start) -> None:
         assert start.token is not None
         log_file = log_of(start.job_id)
-        log_file.parent.mkdir(parents=True, exist_ok=True)
         command = processes.command("tally.server.drive", start.job_id, start.token)
         try:
-            with log_file.open("ab") as output:
+            with append_private(log_file) as output:
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
                 )

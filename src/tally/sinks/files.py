@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import PurePosixPath
@@ -108,22 +108,28 @@ class FilesSink(RowsSink):
             return list(self.layout.table(name, ["file"])["file"].to_pylist())
 
         def hashes(name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-            return np.fromiter(map(hash, files(name)), np.int64)
+            return np.fromiter((hash(anywhere(file)) for file in files(name)), np.int64)
 
         found = [*merge.ahead(hashes, [*kept, *staged])]
         values, counts = np.unique(np.concatenate([np.empty(0, np.int64), *found]), return_counts=True)
         doubtful = set(values[counts > 1].tolist())
         if not doubtful:
             return {}
-        taken = {file for name in kept for file in files(name) if hash(file) in doubtful}
-        renamed = {}
+        taken = {each for name in kept for file in files(name) if hash(each := anywhere(file)) in doubtful}
+        renamed: dict[tuple[str, str], str] = {}
+
+        def is_taken(new: str) -> bool:
+            place = int(np.searchsorted(values, hash(new)))
+            return new in taken or (place < len(values) and bool(values[place] == hash(new)))
+
         for name in staged:
             rows = self.layout.table(name, ["key", "file"])
             for key, file in zip(rows["key"].to_pylist(), rows["file"].to_pylist(), strict=True):
-                if file in taken:
-                    renamed[name, file] = marked(file, key)
-                elif hash(file) in doubtful:
-                    taken.add(file)
+                if (plain := anywhere(file)) in taken:
+                    renamed[name, file] = free(marked(file, key), key, is_taken)
+                    taken.add(anywhere(renamed[name, file]))
+                elif hash(plain) in doubtful:
+                    taken.add(plain)
         return renamed
 
     def _retire(self, staged: Sequence[str]) -> None:
@@ -147,7 +153,7 @@ class PictureWriter(Writer):
     def __init__(self, layout: OutputLayout, attempt: str, rows: Writer, pictures: str | None) -> None:
         self._store, self._folder = layout.store, layout.attempts + attempt
         self._rows, self._pictures = rows, pictures
-        self._names: Counter[str] = Counter()
+        self._names: set[str] = set()
         self._bytes = 0
 
     def add(
@@ -165,9 +171,8 @@ class PictureWriter(Writer):
             except ItemError as error:
                 failed.append((index, error))
                 continue
-            if self._names[name]:
-                name = marked(name, key)
-            self._names[name] += 1
+            name = free(name, key, self._names.__contains__)
+            self._names.add(anywhere(name))
             self._store.write(f"{self._folder}/{name}", data)
             self._bytes += len(data)
             written.append(key)
@@ -252,6 +257,22 @@ def marked(name: str, key: str) -> str:
     digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=4).hexdigest()
     stem, dot, suffix = name.rpartition(".")
     return f"{stem}-{digest}{dot}{suffix}"
+
+
+def anywhere(name: str) -> str:
+    """The same for names that some file system takes for one: those that differ in capitals, or in how they compose
+    their letters."""
+    return name if name.isascii() and name.islower() else unicodedata.normalize("NFC", name).casefold()
+
+
+def free(name: str, key: str, is_taken: Callable[[str], bool]) -> str:
+    """The file name, with as many marks made from the key as it takes until it is free.
+
+    is_taken: told a name as :func:`anywhere` gives it.
+    """
+    while is_taken(anywhere(name)):
+        name = marked(name, key)
+    return name
 
 
 def _inside(key: str, kinds: Mapping[str, str]) -> str:

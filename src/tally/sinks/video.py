@@ -17,7 +17,7 @@ from tally.media.video.frame import FrameInfo
 from tally.media.video.metadata import Video
 from tally.scorers.base import Result
 from tally.sinks.base import Output, OutputDescription, Writer
-from tally.sinks.files import marked, named, picture
+from tally.sinks.files import anywhere, free, named, picture
 from tally.sinks.formats import VIDEOS
 from tally.sinks.layout import File, OutputLayout, staged_name
 from tally.sinks.rows import write_dead
@@ -105,7 +105,7 @@ class VideoSink(StagedSink):
 
     def _name(self, key: str, taken: set[str]) -> str:
         name = self.layout.merged or named(key, self.format, VIDEOS)
-        return marked(name, key) if name in taken else name
+        return free(name, key, {anywhere(each) for each in taken}.__contains__)
 
     def _joined(self, name: str, parts: _Parts, before: File | None) -> tuple[File, list[str]]:
         from tally.media.video.join import join

@@ -24,7 +24,6 @@ from tally.storage.base import (
     is_url,
     key_of,
     local_of,
-    mask,
     name_from_json,
     name_to_json,
     refuse_secrets,
@@ -50,11 +49,11 @@ __all__ = [
     "is_url",
     "key_of",
     "local_of",
-    "mask",
     "name_from_json",
     "name_to_json",
     "normalised",
     "open_store",
+    "refuse_secrets",
     "while_waiting",
 ]
 
@@ -90,6 +89,6 @@ def open_store(place: str | os.PathLike[str]) -> Store:
     refuse_secrets(text)
     if scheme not in KINDS:
         known = ", ".join(f"{kind}://" for kind in KINDS if kind != "memory")
-        raise StorageError(f"{mask(text)!r}: {scheme}:// is not a known kind of storage", hint=f"known are {known}")
+        raise StorageError(f"{text!r}: {scheme}:// is not a known kind of storage", hint=f"known are {known}")
     bucket, _, folder = rest.partition("/")
     return ObjectStore(scheme, bucket, folder.strip("/"))

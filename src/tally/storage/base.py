@@ -13,6 +13,8 @@ from typing import ClassVar, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from tally.errors import OutputExistsError, SourceChangedError, SourceNotFoundError, StorageError
+from tally.masking import has_secret, mask
+from tally.text import visible
 
 KINDS = ("s3", "s3a", "gs", "az", "abfs", "abfss", "memory")
 """URL schemes of object stores. ``memory`` lives in this process, for tests."""
@@ -234,20 +236,15 @@ def name_from_json(name: str | dict[str, str]) -> str:
     return name if isinstance(name, str) else os.fsdecode(bytes.fromhex(name["bytes"]))
 
 
-def mask(url: str) -> str:
-    """The URL for messages: passwords and the values of a query are replaced by ``***``."""
-    url = re.sub(r"(?<=://)[^/@]*:[^/@]*(?=@)", "***", url)
-    return re.sub(r"([?&][\w-]+=)[^&]*", r"\1***", url)
-
-
 def _shown(place: str) -> str:
     """A place for messages; a very long one is cut in its middle."""
-    text = key_of(place)
+    text = visible(key_of(place))
     return text if len(text) <= 300 else f"{text[:100]}…{text[-150:]}"
 
 
 def refuse_secrets(url: str) -> None:
-    if mask(url) == url:
+    """Raises StorageError for a URL that carries credentials."""
+    if not has_secret(url):
         return
     raise StorageError(
         f"{mask(url)!r} carries credentials, which would end up in logs and manifests",
@@ -275,7 +272,7 @@ def failure(doing: str, place: str, error: BaseException, *, hint: str | None = 
         kind = SourceNotFoundError
     elif isinstance(error, FileExistsError):
         kind = OutputExistsError
-    raised = kind(f"cannot {doing} {_shown(place)}: {mask(reason)}", hint=hint or _NEXT.get(number or 0))
+    raised = kind(f"cannot {doing} {_shown(place)}: {reason}", hint=hint or _NEXT.get(number or 0))
     raised.errno = number
     return raised
 

@@ -26,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from tally.config import make_private
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageAwayError, StorageError
 from tally.storage import s3_listing, temporary
 from tally.storage.base import CREDENTIALS, TEMPORARY, Entry, Store, cache_folder, changed, failure, file_name, key_of
@@ -461,7 +462,7 @@ class ObjectStore(Store):
         if _holds(target, meta["size"]):
             return target
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_private(target.parent)
             _sweep(target.parent.parent)
             with _locked(target.parent / _LOCK):
                 # Another process may have been faster.

@@ -137,6 +137,17 @@ class LocalStore(Store):
     def _path(self, name: str) -> str:
         return self._prefix + self._inside(name)
 
+    def _own_path(self, name: str) -> str:
+        """The path of what is to be written or removed. Raises StorageError if a link leads out of the folder."""
+        path = self._path(name)
+        root, folder = os.path.realpath(self._root), os.path.realpath(os.path.dirname(path))
+        if folder != root and not folder.startswith(root.rstrip("/") + "/"):
+            raise StorageError(
+                f"cannot change {key_of(path)}: a link on its way leads out of {key_of(self._root)}",
+                hint="Remove the link, or choose another place.",
+            )
+        return path
+
     def read(self, name: str, *, mark: str = "") -> bytes:
         return self._read(name, mark, lambda file: file.read())
 
@@ -207,7 +218,7 @@ class LocalStore(Store):
             raise failure("read", str(path), error) from None
 
     def _write(self, name: str, fill: Callable[[BinaryIO], object], exclusive: bool = False) -> None:
-        path = self._path(name)
+        path = self._own_path(name)
         made: list[str] = []
         try:
             made = make_folder(os.path.dirname(path))
@@ -218,7 +229,7 @@ class LocalStore(Store):
             raise failure("write", path, error) from None
 
     def move(self, source: str, target: str) -> None:
-        old, new = self._path(source), self._path(target)
+        old, new = self._own_path(source), self._own_path(target)
         try:
             make_folder(os.path.dirname(new))
             os.replace(old, new)
@@ -230,7 +241,7 @@ class LocalStore(Store):
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
-            path = self._path(name)
+            path = self._own_path(name)
             try:
                 os.unlink(path)
             except (FileNotFoundError, NotADirectoryError):
@@ -239,7 +250,7 @@ class LocalStore(Store):
                 raise failure("delete", path, error) from None
 
     def delete_tree(self, prefix: str = "") -> None:
-        path = self._path(prefix.strip("/")) if prefix.strip("/") else self._root
+        path = self._own_path(prefix.strip("/")) if prefix.strip("/") else self._root
         for left in reversed(range(_DELETIONS)):
             try:
                 shutil.rmtree(path)
@@ -281,6 +292,8 @@ class LocalStore(Store):
             raise failure("list", self._root, error) from None
 
     def remove_partial(self, folder: str = "") -> None:
+        if folder:
+            self._own_path(folder + "/x")
         with suppress(OSError), os.scandir(self._prefix + folder) as entries:
             for entry in entries:
                 if entry.name.startswith(TEMPORARY):

@@ -32,6 +32,7 @@ from tally.jobs.signals import stop_on_signals
 from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord
+from tally.logs import log_to_stderr
 from tally.triggers.store import LEASE_SECONDS, Run, ScheduleStore
 from tally.triggers.template import fill
 
@@ -108,7 +109,7 @@ def _job(jobs: Jobs, store: ScheduleStore, run: Run, spec: JobSpec, token: str) 
 
 def main() -> int:
     """The process; its exit code is 0 whenever the run was settled, also as failed."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    log_to_stderr()
     run_id, token = int(sys.argv[1]), sys.argv[2]
     try:
         jobs = Patience(what="the run")(Jobs)

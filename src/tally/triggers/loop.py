@@ -22,7 +22,7 @@ from tally import processes
 from tally.alerts.delivery import deliver
 from tally.alerts.evaluation import evaluate
 from tally.alerts.job import unevaluated
-from tally.config import settings
+from tally.config import append_private, settings
 from tally.database.waiting import Patience
 from tally.errors import DatabaseAwayError, OwnershipLostError, SpecError, TallyError
 from tally.triggers.cron import Cron, Interval
@@ -181,11 +181,10 @@ class Loop:
 
     def _begin(self, run: Run, clock: Cron) -> None:
         log_file = log_of(run.schedule)
-        log_file.parent.mkdir(parents=True, exist_ok=True)
         assert run.token is not None
         command = processes.command("tally.triggers.drive", str(run.id), run.token)
         try:
-            with log_file.open("ab") as output:
+            with append_private(log_file) as output:
                 # In a session of its own: Ctrl-C goes to the loop only, which stops the process cleanly.
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

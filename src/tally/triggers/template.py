@@ -15,6 +15,7 @@ from typing import Any
 from tally.errors import SpecError
 from tally.jobs.spec import JobSpec, make
 from tally.jobs.spec import read as read_spec
+from tally.masking import has_secret, mask
 from tally.text import did_you_mean
 from tally.triggers.cron import Cron, Interval
 
@@ -52,6 +53,11 @@ def check(fields: Mapping[str, Any], cron: Cron | None, moment: float) -> list[s
         for field, name in _placeholders(fields)
         if name not in NAMES
     ]
+    if has_secret(model := str(fields.get("model", ""))):
+        problems.append(
+            f"model: {mask(model)} carries credentials, which would be kept with the schedule; register the model "
+            "(tally models add NAME URL), and name it: models:/NAME"
+        )
     if problems or cron is None:
         return problems
     sample, *others = _sample(cron, moment)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, cast
 
 from tally.errors import ClusterLostError, SpecError, TallyError
-from tally.storage import mask
+from tally.masking import mask
 
 ANSWER_SECONDS = 10.0
 """How long the cluster may take to answer a request."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from tally.engines.ray.cluster import require
 from tally.errors import ClusterLostError, TallyError
-from tally.storage import mask
+from tally.masking import mask
 
 STORE_BYTES = 200 * 2**20
 """Size of the object store of a Ray that is started here; items do not go through it."""

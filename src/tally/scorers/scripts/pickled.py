@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import cloudpickle
 
-from tally.config import settings
+from tally.config import make_private, settings
 from tally.errors import ModelLoadError, SpecError, StorageError, error_line, is_interrupt
 from tally.models import kinds
 from tally.models.base import Candidate, Kind, ModelRequest, covering
@@ -149,7 +149,7 @@ def _write_private(path: Path, content: bytes) -> None:
     if path.is_file():
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(path.parent)
         write_whole(path, content, private=True)
     except OSError as error:
         raise StorageError(

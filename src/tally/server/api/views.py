@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from tally.jobs.chunks import Dead
+from tally.jobs.spec import shown
 from tally.jobs.states import State
 from tally.jobs.store import JobRecord
 
@@ -95,7 +96,7 @@ class JobDetail(JobView):
 
     @classmethod
     def of(cls, record: JobRecord) -> Self:
-        spec = {name: value for name, value in record.spec.items() if name != "webhook"}
+        spec = {name: value for name, value in shown(record.spec).items() if name != "webhook"}
         columns = record.output.get("columns")
         return cls(**JobView.of(record).model_dump(), spec=spec, columns=columns)
 
