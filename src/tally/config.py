@@ -54,24 +54,38 @@ def settings() -> Settings:
     """The settings that the environment gives now. Raises SpecError with every problem that there is."""
     problems = []
     if given := os.environ.get("TALLY_HOME"):
-        home = Path(given).expanduser().absolute()
+        try:
+            home = Path(given).expanduser().absolute()
+        except RuntimeError:  # "~name", and there is no such user
+            home = Path(given).absolute()
     else:
         from platformdirs import user_data_path
 
         home = user_data_path("tally")
-    if home.exists() and not home.is_dir():
+    if _is_no_folder(home):
         problems.append(f"TALLY_HOME must name a folder, but {str(home)!r} is a file")
     database = os.environ.get("TALLY_DATABASE") or f"sqlite:///{home / 'tally.db'}"
     if not _SCHEME.match(database):
         problems.append(f"TALLY_DATABASE must be a sqlite:/// or postgresql:// URL, not {mask(database)!r}")
     registry = os.environ.get("TALLY_REGISTRY") or str(home / "models")
     if "://" not in registry:
-        path = Path(registry).expanduser().absolute()
+        try:
+            path = Path(registry).expanduser().absolute()
+        except RuntimeError:
+            path = Path(registry).absolute()
         registry = str(path)
-        if path.exists() and not path.is_dir():
+        if _is_no_folder(path):
             problems.append(f"TALLY_REGISTRY must name a folder or a bucket, but {registry!r} is a file")
     elif has_secret(registry):
         problems.append(f"TALLY_REGISTRY must be a URL without credentials, not {mask(registry)!r}")
     if problems:
         raise SpecError(problems, hint="Correct the environment, or unset the variable to get the default.")
     return Settings(home, database, registry)
+
+
+def _is_no_folder(path: Path) -> bool:
+    """Whether something else is there, as far as it can be seen."""
+    try:
+        return path.exists() and not path.is_dir()
+    except OSError:  # whoever uses it says so
+        return False

@@ -111,8 +111,25 @@ def main() -> None:
         if error.hint:
             click.echo(visible(f"  {error.hint}", lines=True), err=True)
         sys.exit(2 if isinstance(error, SpecError) else 1)
+    except RecursionError:
+        click.echo(click.style("error: ", fg="red", bold=True) + "something given is nested too deeply", err=True)
+        sys.exit(2)
     except BrokenPipeError:
         # The reader of our output has gone (head, less): nothing to report, and nobody to report it to.
         sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:  # where nobody expected it: a full disk, a folder of somebody else's
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+        click.echo(click.style("error: ", fg="red", bold=True) + f"cannot read or write {what}", err=True)
+        click.echo("  Look at its permissions and the room there; 'tally doctor' checks Tally's own places.", err=True)
+        sys.exit(1)
+    except Exception as error:  # a fault of ours
+        import logging
+
+        from tally.errors import error_line
+
+        logging.getLogger("tally").info("the fault", exc_info=True)
+        click.echo(click.style("error: ", fg="red", bold=True) + f"a fault in Tally: {error_line(error)}", err=True)
+        click.echo("  Please report it, with what 'tally -v' and the same command say.", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -59,8 +59,10 @@ def connect(url: str) -> sa.Engine:
     """
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):  # a port that is no number, say
         raise StorageError("the database's URL cannot be understood", hint=_HINT) from None
+    if "\0" in (parsed.database or ""):
+        raise StorageError("the database's URL cannot be understood: it holds a zero byte (%00)", hint=_HINT)
     if parsed.drivername == "postgresql":  # SQLAlchemy would take psycopg2
         parsed = parsed.set(drivername="postgresql+psycopg")
     shown = mask(parsed.render_as_string(hide_password=False))

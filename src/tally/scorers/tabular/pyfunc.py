@@ -115,7 +115,7 @@ def _check_described(folder: Path) -> None:
     path = folder / "MLmodel"
     try:
         described = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ModelLoadError(f"{path} is damaged: {_line(error)}") from None
     flavors = described.get("flavors") if isinstance(described, dict) else None
     if not isinstance(flavors, dict) or "python_function" not in flavors:

@@ -119,8 +119,9 @@ def check_options(options: Mapping[str, Any]) -> list[str]:
             problems.append("csv: delim must be one character, not ''")
         elif name == "encoding":
             try:
-                codecs.lookup(value)
-            except LookupError:
+                "".encode(value)  # not all codecs are of text
+                codecs.getincrementaldecoder(value)("replace").decode(b"a", final=True)
+            except (LookupError, ValueError):
                 problems.append(f"csv: there is no encoding {value!r}; examples are utf-8, utf-16, latin-1, cp1252")
     return problems
 
@@ -233,7 +234,13 @@ def _is_utf8(encoding: str) -> bool:
 
 def _decoded(head: bytes, encoding: str, name: str) -> str:
     """The beginning as text. The first line must be valid: it may name the columns."""
-    text = head.decode(encoding, "replace").removeprefix("\ufeff")
+    try:
+        text = head.decode(encoding, "replace").removeprefix("\ufeff")
+    except ValueError as error:  # UTF-16 without a mark at its beginning, say
+        raise StorageError(
+            f"{name}, line 1, column 1: {error} (read as {encoding})",
+            hint="name the encoding that the file is in, as in csv encoding=utf-16-le",
+        ) from None
     if text.count("\0", 0, 4096) * 3 > len(text[:4096]):  # every second byte, of UTF-16 in a language of Latin letters
         probable = "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
         raise StorageError(
@@ -351,6 +358,11 @@ def readable(path: Path, dialect: Dialect, folder: Path, name: str) -> Path:
                     f"{name}, line {lines + good.count(chr(10))}, column {line.count(dialect.delim) + 1}: "
                     f"{error.reason} (read as {dialect.encoding})",
                     hint="name the encoding that the file is in, as in csv encoding=cp1252",
+                ) from None
+            except UnicodeError as error:
+                raise StorageError(
+                    f"{name}: {error} (read as {dialect.encoding})",
+                    hint="name the encoding that the file is in, as in csv encoding=utf-16-le",
                 ) from None
             out.write(text.removeprefix("\ufeff"))
             lines += text.count("\n")
