@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from tally.errors import SpecError
 from tally.masking import has_secret, mask
+from tally.text import expanded
 
 _SCHEME = re.compile(r"(sqlite|postgresql)(\+\w+)?://")
 
@@ -54,10 +55,7 @@ def settings() -> Settings:
     """The settings that the environment gives now. Raises SpecError with every problem that there is."""
     problems = []
     if given := os.environ.get("TALLY_HOME"):
-        try:
-            home = Path(given).expanduser().absolute()
-        except RuntimeError:  # "~name", and there is no such user
-            home = Path(given).absolute()
+        home = expanded(given).absolute()
     else:
         from platformdirs import user_data_path
 
@@ -69,10 +67,7 @@ def settings() -> Settings:
         problems.append(f"TALLY_DATABASE must be a sqlite:/// or postgresql:// URL, not {mask(database)!r}")
     registry = os.environ.get("TALLY_REGISTRY") or str(home / "models")
     if "://" not in registry:
-        try:
-            path = Path(registry).expanduser().absolute()
-        except RuntimeError:
-            path = Path(registry).absolute()
+        path = expanded(registry).absolute()
         registry = str(path)
         if _is_no_folder(path):
             problems.append(f"TALLY_REGISTRY must name a folder or a bucket, but {registry!r} is a file")

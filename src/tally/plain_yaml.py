@@ -14,6 +14,8 @@ import yaml
 
 _DEEPEST = 100
 """The most levels of lists and mappings."""
+_MOST = 1_000_000
+"""The most values; what an alias stands for counts each time."""
 
 _SCALARS = (
     ("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), "tTfF"),
@@ -86,16 +88,21 @@ def load(text: str) -> Any:
         raise ValueError("lists and mappings are nested too deeply") from None
     except ValueError as error:  # !!int x, say
         raise ValueError(" ".join(str(error).split())) from None
-    _check_depth(value, _DEEPEST)
+    _check_size(value)
     return value
 
 
-def _check_depth(value: Any, left: int) -> None:
-    if left < 0:
-        raise ValueError("lists and mappings are nested too deeply")
-    if isinstance(value, (list, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
-            _check_depth(each, left - 1)
+def _check_size(value: Any) -> None:
+    """Raises ValueError for what is nested too deeply, and for what a few aliases make huge."""
+    left, waiting = _MOST, [(value, _DEEPEST)]
+    while waiting:
+        found, deeper = waiting.pop()
+        if not isinstance(found, (list, dict)):
+            continue
+        left -= len(found)
+        if deeper < 0 or left < 0:
+            raise ValueError("lists and mappings are nested too deeply" if deeper < 0 else "it holds too many values")
+        waiting += [(each, deeper - 1) for each in (found.values() if isinstance(found, dict) else found)]
 
 
 def dump(value: Any) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from pathlib import Path
 
 _DURATION = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*(ms|s|sec|m|min|h|d)?\s*")
 _SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
@@ -64,3 +65,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` to end a message with, or nothing."""
     found = closest(word, known)
     return f"; did you mean {found!r}?" if found is not None else ""
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ``~`` as the user's folder. ``~name`` is a file's name where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

@@ -118,6 +118,10 @@ def main() -> None:
         # The reader of our output has gone (head, less): nothing to report, and nobody to report it to.
         sys.stderr.close()
         sys.exit(1)
+    except UnicodeEncodeError as error:  # a name that is no text, where one is needed
+        what = f"{str(error.object)[:100]!r} is not valid UTF-8"
+        click.echo(click.style("error: ", fg="red", bold=True) + what, err=True)
+        sys.exit(2)
     except OSError as error:  # where nobody expected it: a full disk, a folder of somebody else's
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
         click.echo(click.style("error: ", fg="red", bold=True) + f"cannot read or write {what}", err=True)

@@ -13,7 +13,7 @@ import click
 from tally.cli.console import pairs, say, table
 from tally.cli.values import names
 from tally.errors import ModelChangedError, ModelNotFoundError
-from tally.text import visible
+from tally.text import expanded, visible
 
 if TYPE_CHECKING:
     from tally.models.registry import Registry
@@ -94,7 +94,7 @@ def pack(template: str, by: tuple[str, ...], out: Path, name: str | None, trust:
     """
     from tally.scorers.per_key.files import pack as pack_models
 
-    place = template if "://" in template else str(Path(template).expanduser().absolute())
+    place = template if "://" in template else str(expanded(template).absolute())
     packed = pack_models(place, by, out, name=name, trusted=trust)
     kinds = [
         f"{count:,} {kind}" for count, kind in ((packed.batched, "batched SVMs"), (packed.whole, "kept whole")) if count

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tally.cli.console import say, table
-from tally.text import local_time
+from tally.text import expanded, local_time
 
 if TYPE_CHECKING:
     from tally.server.auth.keys import KeyStore
@@ -47,7 +47,7 @@ def up(host: str, port: int, parallel: int, roots: tuple[Path, ...], price_per_h
         from tally.server.settings import ServerSettings
     except ModuleNotFoundError as error:
         raise SpecError(f"the server cannot start: {error}", hint=_NEEDS) from None
-    folders = tuple(each.expanduser().absolute() for each in roots)
+    folders = tuple(expanded(each).absolute() for each in roots)
     settings = ServerSettings(host, port, parallel, folders, price_per_hour, currency)
     jobs = open_jobs(wait=lambda line: say(line, err=True))
     return serve(jobs, settings, say=say)

@@ -22,7 +22,7 @@ from tally.engines.factory import checked as engine_name
 from tally.errors import SpecError, StorageError
 from tally.masking import mask
 from tally.storage import is_url, refuse_secrets
-from tally.text import did_you_mean, seconds
+from tally.text import did_you_mean, expanded, seconds
 
 _DEVICE = re.compile(r"auto|cpu|(cuda|tensorrt)(:\d+)?")
 _RANGE = re.compile(r"\s*(\d+)\s*\.\.\s*(\d+)\s*")
@@ -370,11 +370,7 @@ def absolute(place: str, folder: Path | None = None) -> str:
     """A place that means the same in every process: URLs stay, paths become absolute."""
     if "://" in place:
         return place
-    try:
-        path = Path(place).expanduser()
-    except RuntimeError:  # "~name", and there is no such user: it is a file's name
-        path = Path(place)
-    text = str((folder or Path.cwd()) / path)
+    text = str((folder or Path.cwd()) / expanded(place))
     # Path drops a trailing slash; keep it, as "out.csv/" would say that a folder is meant.
     return text + "/" if place.endswith("/") and not text.endswith("/") else text
 

@@ -21,7 +21,7 @@ from tally.models.mirror import at_mirror, errors_name
 from tally.models.package import read_package, sidecar
 from tally.models.readable import check_readable
 from tally.models.reference import ModelRef
-from tally.text import closest
+from tally.text import closest, expanded
 
 if TYPE_CHECKING:
     from tally.scorers.base import Scorer
@@ -130,7 +130,7 @@ def _from_url(url: str, request: ModelRequest) -> ModelRef:
 
 
 def _absolute(path: str | Path) -> Path:
-    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - keeps links, drops ".."
+    return Path(os.path.abspath(expanded(path)))  # noqa: PTH100 - keeps links, drops ".."
 
 
 def _not_found(text: str, path: Path) -> ModelNotFoundError:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from tally.errors import SpecError
 from tally.jobs.spec import JobSpec
 from tally.storage import is_url
+from tally.text import expanded
 
 _WEB = ("http", "https")
 
@@ -44,7 +45,7 @@ def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
         return f"{name}: file URLs are not taken: {place}" if scheme == "file" else None
     if name == "model" and ":" in place:
         return f"{name}: {place!r} names code of the server's own environment; put it into a folder under a root"
-    resolved = Path(place).expanduser().resolve()
+    resolved = expanded(place).resolve()
     if any(resolved.is_relative_to(root.resolve()) for root in roots):
         return None
     return f"{name}: {place!r} is not under a folder that requests may name"

@@ -35,6 +35,7 @@ from tally.scorers.per_key.templates import PLACEHOLDER, columns_of, find, local
 from tally.scorers.tabular import tables
 from tally.scorers.tabular.sklearn import FORMATS, open_estimator, scorer_of
 from tally.storage import is_url
+from tally.text import expanded
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -189,7 +190,7 @@ class PerKeyFilesKind(Kind):
                 hint=f"Say which: --model-per {columns}='{template}'",
             )
         local, mirror = local_template(template, by)
-        path = Path(os.path.abspath(Path(local).expanduser()))  # noqa: PTH100 - keeps links, drops ".."
+        path = Path(os.path.abspath(expanded(local)))  # noqa: PTH100 - keeps links, drops ".."
         folder, files = find(str(path), by)
         if not request.trust:
             for name in files:

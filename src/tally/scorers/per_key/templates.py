@@ -57,6 +57,8 @@ def _check_columns(template: str, by: Sequence[str]) -> None:
     named = list(dict.fromkeys(PLACEHOLDER.findall(template)))
     problems = [f"{template}: {{{name}}} is no column of the key ({', '.join(by)})" for name in named if name not in by]
     problems += [f"{template}: the column {name} of the key chooses no model" for name in by if name not in named]
+    if not named and not problems:
+        problems = [f"{template}: names no column of a key"]
     if problems:
         raise SpecError(problems, hint="For example: --model-per Device,Tag='models/{Device}_{Tag}.skops'")
 
