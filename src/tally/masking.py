@@ -21,6 +21,8 @@ _HEADER = re.compile(
 )
 _BEARER = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}")
 _SIGNING = re.compile(r"whsec_[A-Za-z0-9+/=]{8,}")
+_SUSPECT = re.compile(r"(?i)pass|pwd|secret|token|key|signature|credential|sig\s*=|cookie|authorization|bearer|whsec_")
+"""What a text has that needs a closer look: most have nothing of it."""
 _CONTAINERS = ("abfs", "abfss")
 """Schemes of URLs that name their container before an ``@``."""
 
@@ -30,11 +32,12 @@ def mask(text: str) -> str:
     its query and fragment, passwords among settings (``password=...``), and headers that authorise."""
     if "://" in text or "%2" in text:
         text = _URL.sub(_masked_url, _joined(text))
-    if "=" in text or ":" in text:
+    if _SUSPECT.search(text):
         text = _PAIR.sub(rf"\1\2{HIDDEN}", text)
         text = _JSON.sub(rf'\1"{HIDDEN}"', text)
         text = _HEADER.sub(rf"\1\2{HIDDEN}", text)
-    return _SIGNING.sub(HIDDEN, _BEARER.sub(rf"\1{HIDDEN}", text))
+        text = _SIGNING.sub(HIDDEN, _BEARER.sub(rf"\1{HIDDEN}", text))
+    return text
 
 
 def has_secret(url: str) -> bool:
