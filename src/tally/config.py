@@ -12,6 +12,7 @@ from tally.errors import SpecError
 from tally.masking import has_secret, mask
 from tally.text import expanded
 
+_AT = re.compile(r"postgresql(\+\w+)?://[^@]*@[^/?]*@")
 _SCHEME = re.compile(r"(sqlite|postgresql)(\+\w+)?://")
 
 
@@ -65,6 +66,8 @@ def settings() -> Settings:
     database = os.environ.get("TALLY_DATABASE") or f"sqlite:///{home / 'tally.db'}"
     if not _SCHEME.match(database):
         problems.append(f"TALLY_DATABASE must be a sqlite:/// or postgresql:// URL, not {mask(database)!r}")
+    elif _AT.match(database):
+        problems.append("TALLY_DATABASE: the password has an @, which is written %40 there")
     registry = os.environ.get("TALLY_REGISTRY") or str(home / "models")
     if "://" not in registry:
         path = expanded(registry).absolute()

@@ -15,7 +15,7 @@ from tally.errors import (
 def test_settings_come_from_the_environment_when_asked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings().home == home
     assert settings().database == f"sqlite:///{home}/tally.db"
-    monkeypatch.setenv("TALLY_DATABASE", "postgresql+psycopg://me:s3:cr@t@db/tally")
+    monkeypatch.setenv("TALLY_DATABASE", "postgresql+psycopg://me:s3:cr/t@db/tally")
     assert settings().database.endswith("@db/tally")
     assert "s3" not in repr(settings())
     assert "postgresql+psycopg://me:***@db/tally" in repr(settings())
@@ -29,3 +29,14 @@ def test_settings_report_all_problems(tmp_path: Path, monkeypatch: pytest.Monkey
         settings()
     assert len(caught.value.problems) == 2
     assert "secret" not in str(caught.value)
+
+
+def test_an_at_sign_in_the_password_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the password would be taken for the host, and shown as that."""
+    monkeypatch.setenv("TALLY_DATABASE", "postgresql://me:one/two@three@db:5432/tally")
+    with pytest.raises(SpecError, match="%40") as refused:
+        settings()
+    assert "two" not in str(refused.value)
+    assert "three" not in str(refused.value)
+    monkeypatch.setenv("TALLY_DATABASE", "postgresql://me:one%40two@db:5432/tally")
+    assert settings().database.endswith("/tally")
