@@ -162,7 +162,14 @@ def probe(
         if not packets:
             raise ItemError(f"it holds no video packets{f' ({read.problem})' if read.problem else ''}", stage="read")
         if not (picture or (stream.codec_context.width and stream.codec_context.height)):
-            raise ItemError("none of its pictures can be decoded, and it does not say their size", stage="read")
+            hint = (
+                "FFmpeg reads no animated WebP: make a GIF or a video of it."
+                if "webp" in container.format.name
+                else None
+            )
+            raise ItemError(
+                "none of its pictures can be decoded, and it does not say their size", stage="read", hint=hint
+            )
         untimed = _is_untimed(container, stream, packets)
         whole = promised(container.format.name, lambda start, length: store.read_range(name, start, length, mark=mark))
         cut = read.problem or _cut(container, read) or _short(size, whole)
