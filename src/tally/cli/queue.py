@@ -119,8 +119,8 @@ def _message(key: str, place: str, body: str) -> Message:
 
 def _opened(url: str) -> Queue:
     from tally.errors import SpecError
+    from tally.masking import mask
     from tally.sources.queues.factory import BROKERS, check, is_queue, open_queue
-    from tally.storage import mask
 
     if not is_queue(url):
         raise SpecError(f"{mask(url)} is no queue", hint=f"A queue's URL begins with {', '.join(BROKERS)}, and ://")

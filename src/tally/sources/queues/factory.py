@@ -8,8 +8,8 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from tally.errors import SpecError
+from tally.masking import mask
 from tally.sources.queues.base import Queue
-from tally.storage import mask
 
 PASSWORD = "TALLY_QUEUE_PASSWORD"  # noqa: S105 - its name
 """The environment variable with the password of the user whom a queue's URL names."""

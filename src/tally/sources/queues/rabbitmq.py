@@ -19,9 +19,9 @@ import pika
 import pika.exceptions
 
 from tally.errors import SpecError, StorageAwayError
+from tally.masking import mask
 from tally.sources.queues.base import REASON, Depth, Message, Queue, pauses
 from tally.sources.queues.factory import PASSWORD
-from tally.storage import mask
 
 PREFETCH = 2000
 ANSWER_SECONDS = 30.0

@@ -24,9 +24,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
 from tally.errors import SpecError, StorageAwayError
+from tally.masking import mask
 from tally.sources.queues.base import REASON, Depth, Message, Queue, pauses
 from tally.sources.queues.factory import PASSWORD
-from tally.storage import mask
 
 LOCK_SECONDS = 60.0
 ANSWER_SECONDS = 30.0
