@@ -251,3 +251,79 @@ def test_the_loose_files_of_a_table_with_versions_are_not_its_rows(
     assert "Write the rows that it holds now into a file" in str(refused.value.hint)
     named = TableSource.describe([str(table / "data" / "a.parquet")], features=["x"])
     assert sum(chunk.count for chunk in named.plan(None, 0, lambda: ChunkLimit(10, 1 << 30))) == 2
+
+
+# -- files of several types ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "outcome"),
+    [
+        (pa.array([2**53 - 1]), pa.array([0.5]), [float(2**53 - 1), 0.5]),
+        (pa.array([2**53 + 1]), pa.array([0.5]), "column 'v' is int64 in a.parquet and a float in other files"),
+        (pa.array([2**63], pa.uint64()), pa.array([-1]), "column 'v' is uint64 in a.parquet and int64 in b.parquet"),
+        (pa.array([2**64 - 1], pa.uint64()), pa.array([1], pa.uint8()), [2**64 - 1, 1]),
+        (pa.array([Decimal("1.50")]), pa.array([Decimal("12345.678")]), [Decimal("1.500"), Decimal("12345.678")]),
+    ],
+)
+@pytest.mark.parametrize("where", [None, "true"])
+def test_numbers_of_several_files_keep_their_digits_or_are_refused(
+    tmp_path: Path, first: Any, second: Any, outcome: Any, where: str | None
+) -> None:
+    for name, array in (("a", first), ("b", second)):
+        pq.write_table(pa.table({"v": array}), tmp_path / f"{name}.parquet")
+    if isinstance(outcome, str):
+        with pytest.raises(SpecError, match=outcome):
+            kept(tmp_path / "work", tmp_path / "*.parquet", "v", where=where)
+    else:
+        found = kept(tmp_path / "work", tmp_path / "*.parquet", "v", where=where)
+        assert found["v"].to_pylist() == outcome
+
+
+def test_nan_is_as_missing_in_windows_as_no_value_at_all(tmp_path: Path) -> None:
+    lines = ["2026-01-01 00:00:00,1.0", "2026-01-01 00:01:00,NaN", "2026-01-01 00:02:00,3.0", "2026-01-01 01:00:00,NaN"]
+    (tmp_path / "a.csv").write_text("t,v\n" + "\n".join(lines) + "\n")
+    times = [datetime.fromisoformat(line.split(",")[0]) for line in lines]
+    pq.write_table(pa.table({"t": times, "v": [1.0, float("nan"), 3.0, None]}), tmp_path / "b.parquet")
+    for name in ("a.csv", "b.parquet"):
+        options = {"window": 3600, "time": "t", "aggregate": ["mean", "min", "max", "last", "count"]}
+        source = TableSource.describe([str(tmp_path / name)], features=None, **options).located(
+            str(tmp_path / f"w{name}")
+        )
+        source.prepare()
+        [chunk] = source.plan(None, 0, lambda: ChunkLimit(10, 1 << 30))
+        scorer = Scorer()
+        scorer.input, scorer.batch_size = "table", 10
+        [batch] = source.read(chunk, scorer, Timings())
+        hour, empty = batch.values.to_pylist()
+        assert hour == {"v_mean": 2.0, "v_min": 1.0, "v_max": 3.0, "v_last": 3.0, "count": 3}
+        assert empty == {"v_mean": None, "v_min": None, "v_max": None, "v_last": None, "count": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "helps"),
+    [
+        ("NA", "DOUBLE", "csv nullstr=NA"),
+        ("-", "TIMESTAMP", "csv nullstr=-"),
+        ("1,5", "DOUBLE", "csv decimal_separator=,"),
+        ("1,234.5", "DOUBLE", "csv thousands=,"),
+        ("31.12.2025 14:00", "TIMESTAMP", "csv timestampformat='%d.%m.%Y %H:%M'"),
+        ("12/31/2025", "DATE", "csv dateformat='%m/%d/%Y'"),
+    ],
+)
+def test_the_option_that_is_proposed_works(tmp_path: Path, value: str, kind: str, helps: str) -> None:
+    from tally.cli.console import literal_pairs
+    from tally.jobs.spec import CSV_VALUES
+    from tally.sources.tables.delimited import advice
+
+    told = str(advice(value, kind))
+    assert told.startswith(helps)
+    option = helps.removeprefix("csv ").replace("'", "")
+    place = tmp_path / "a.csv"
+    place.write_text(f'v\n"{value}"\n' + ("1\n" if kind == "DOUBLE" else "") + "\n")
+    found = kept(
+        tmp_path / "work",
+        place,
+        csv={**literal_pairs("--csv", [option], CSV_VALUES), "types": {"v": kind}, "header": True},
+    )
+    assert found["v"].type == {"DOUBLE": pa.float64(), "DATE": pa.date32(), "TIMESTAMP": pa.timestamp("us")}[kind]

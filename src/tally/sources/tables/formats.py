@@ -103,13 +103,27 @@ def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
         return first
     if is_numeric(first) and is_numeric(second):
         if pa.types.is_integer(first) and pa.types.is_integer(second):
-            return pa.int64()
+            if not pa.types.is_uint64(first) and not pa.types.is_uint64(second):
+                return pa.int64()
+            unsigned = pa.types.is_unsigned_integer(first) and pa.types.is_unsigned_integer(second)
+            return pa.uint64() if unsigned else None
+        if pa.types.is_decimal(first) and pa.types.is_decimal(second):
+            return _decimal(first, second)
         return pa.float64()
     try:
         schemas = [pa.schema([("column", kind)]) for kind in (first, second)]
         return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
     except (pa.ArrowTypeError, pa.ArrowInvalid):
         return None
+
+
+def _decimal(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
+    """The decimal type that holds the digits of both before and after the point."""
+    import pyarrow as pa
+
+    scale = max(first.scale, second.scale)
+    digits = max(first.precision - first.scale, second.precision - second.scale) + scale
+    return pa.decimal128(digits, scale) if digits <= 38 else None
 
 
 def unify(schemas: Sequence[tuple[str, pa.Schema]]) -> tuple[pa.Schema, list[str]]:

@@ -56,9 +56,15 @@ class Found:
     def check_where(self, where: str) -> list[str]:
         """The problems that DuckDB finds with a condition."""
         import duckdb
+        import pyarrow as pa
 
+        from tally.sinks.columns import stored_type
+
+        plain = pa.schema(
+            [(name, stored_type(kind)) for name, kind in zip(self.schema.names, self.schema.types, strict=True)]
+        )
         with connect() as connection:
-            connection.register("rows", self.schema.empty_table())
+            connection.register("rows", plain.empty_table())
             connection.execute("SET enable_external_access = false")
             try:
                 connection.execute(f"SELECT 1 FROM rows WHERE (\n{where}\n) LIMIT 0")  # noqa: S608
@@ -111,6 +117,9 @@ def inspect(inputs: Sequence[TableFile], request: TableRequest, csv: Mapping[str
         named = ", ".join(each.key for each in inputs[:3])
         raise SourceNotFoundError(f"nothing to score: {named} {'is' if len(inputs) == 1 else 'are'} empty")
     schema, differing = unify(schemas)
+    differing += _rounded(
+        schema, schemas, {each.key: metadata.get((each.location, each.name)) for each in inputs}, request
+    )
     assumed = dict.fromkeys(
         f"{each.key}: {said}" for each in looked if each.dialect is not None and (said := each.dialect.remark())
     )
@@ -121,6 +130,52 @@ def inspect(inputs: Sequence[TableFile], request: TableRequest, csv: Mapping[str
     if problems or differing:
         return Found(schema, [*problems, *differing], types, metadata=metadata)
     return Found(schema, [], types, shown, metadata, odd)
+
+
+def _rounded(
+    schema: pa.Schema,
+    schemas: Sequence[tuple[str, pa.Schema]],
+    metadata: Mapping[str, pq.FileMetaData | None],
+    request: TableRequest,
+) -> list[str]:
+    """Problems with kept columns that are floats in some files, and in others hold numbers that floats would round."""
+    import pyarrow as pa
+
+    problems = []
+    for name, common in zip(schema.names, schema.types, strict=True):
+        if not pa.types.is_float64(common) or not _is_kept(name, request):
+            continue
+        for key, each in schemas:
+            kind = each.field(name).type if name in each.names else common
+            wide = kind in (pa.int64(), pa.uint64()) or (pa.types.is_decimal(kind) and kind.precision > _FLOAT_DIGITS)
+            if wide and not _within(metadata.get(key), name):
+                problems.append(
+                    f"column {name!r} is {kind} in {key} and a float in other files, where it would lose digits; "
+                    "score them in two jobs"
+                )
+                break
+    return problems
+
+
+def _within(meta: pq.FileMetaData | None, name: str) -> bool:
+    """Whether a float64 holds all integers of a column, as far as the file's statistics tell."""
+    if meta is None:
+        return False
+    for index in range(meta.num_row_groups):
+        group = meta.row_group(index)
+        for column in (group.column(number) for number in range(group.num_columns)):
+            if column.path_in_schema != name:
+                continue
+            known = column.statistics
+            if known is None or (not known.has_min_max and known.null_count != column.num_values):
+                return False
+            if known.has_min_max and max(abs(known.min), abs(known.max)) > 2**_FLOAT_BITS:
+                return False
+    return True
+
+
+_FLOAT_BITS, _FLOAT_DIGITS = 53, 15
+"""Of the integers and the decimals of which a float64 holds each."""
 
 
 def _schema(each: TableFile) -> tuple[pa.Schema, pq.FileMetaData | None]:
@@ -148,6 +203,11 @@ def _look_at(texts: Sequence[TableFile], request: TableRequest, csv: Mapping[str
         for number, each in enumerate(texts):
             if len(looked) >= LOOKED_AT:
                 break
+            known = repr((each.store.url, each.name, each.store.version(each.name), each.key, request, csv))
+            if known in _KNOWN:
+                looked += _KNOWN[known]
+                continue
+            before = len(looked)
             path = each.store.local_path(each.name)
             packed = ".gz" if path.suffix.lower() == ".gz" else ""
             plain = link(path, Path(folder), number, f".text{packed}")
@@ -155,16 +215,21 @@ def _look_at(texts: Sequence[TableFile], request: TableRequest, csv: Mapping[str
                 if each.format == "jsonl":
                     if kinds := jsonlines.infer_types(connection, plain, closely):
                         looked.append(_Looked(each.key, kinds, {}))
-                    continue
-                dialect = delimited.look(plain, each.key, csv)
-                if dialect is None:
-                    continue
-                text = delimited.readable(plain, dialect, Path(folder), each.key)
-                see = partial(_seen, connection, dialect, each.key, closely)
-                looked.append(delimited.evenly(see, text, dialect, Path(folder)))
+                elif (dialect := delimited.look(plain, each.key, csv)) is not None:
+                    text = delimited.readable(plain, dialect, Path(folder), each.key)
+                    see = partial(_seen, connection, dialect, each.key, closely)
+                    looked.append(delimited.evenly(see, text, dialect, Path(folder)))
             except duckdb.Error as error:
                 raise StorageError(f"cannot read {each.key}: {str(error).strip().splitlines()[0]}") from None
+            if len(_KNOWN) >= _MOST_KNOWN:
+                _KNOWN.clear()
+            _KNOWN[known] = looked[before:]
     return looked
+
+
+_KNOWN: dict[str, list[_Looked]] = {}
+"""What was found in files: a job is put together when it is submitted, and again when it is run, often at once."""
+_MOST_KNOWN = 256
 
 
 def _seen(
@@ -241,20 +306,22 @@ def _odd(looked: Sequence[_Looked], types: Mapping[str, str], request: TableRequ
             if types.get(name) != "VARCHAR" or name in told or not (used or _is_kept(name, request)):
                 continue
             kind = each.kinds[name].mostly
-            helps = delimited.advice(value, kind) if kind else _written(value)
+            numbers = each.kinds[name].numbers
+            helps = delimited.advice(value, kind) if kind else _written(value, numbers=numbers)
             if helps is None and kind is not None:
                 code = re.fullmatch(r"[-+]?0[0-9]+", value)
                 helps = f"csv types={{{name}: {kind}}} " + (
                     "drops its zeros" if code else "makes such lines dead items"
                 )
             if helps:
-                what = "time" if kind and kind.startswith("TIME") else "number"
+                timely = (kind or "").startswith("TIME") or "format=" in helps
+                what = "time" if timely else "number"
                 told[name] = f"{each.key}: {name} is text, as {value[:50]!r} is no {what} ({helps})"
     return told
 
 
-def _written(value: str) -> str | None:
-    """The option for CSV with which a value would be a number, or else a time."""
-    if not re.search(r"[0-9]", value):
+def _written(value: str, *, numbers: bool) -> str | None:
+    """The option for CSV with which a value would be a number, or else a time. numbers: whether others are numbers."""
+    if not numbers and not re.search(r"[0-9]", value):
         return None
     return delimited.advice(value, "DOUBLE") or delimited.advice(value, "TIMESTAMP")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tally.sources.tables.formats import is_numeric
+from tally.sql import sql_name
 from tally.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def select(schema: pa.Schema, request: TableRequest) -> tuple[Selection, list[st
         inputs = [*by, *([time] if time else []), *read]
     info = _info(columns, [*by, *keep], time if request.window is not None else None)
     _check_reserved(columns, inputs)
+    _check_held(columns, inputs, request)
     kinds = {name: columns.kinds[name] for name in dict.fromkeys(inputs)}
     return Selection(tuple(features), info, kinds, aggregates), columns.problems
 
@@ -113,10 +115,21 @@ def _time(columns: _Columns, request: TableRequest) -> str | None:
     """The column of timestamps, if there is one."""
     time = request.time if request.time is not None and columns.has("time", request.time) else None
     if time is not None and not _is_time(columns.kinds[time]):
-        columns.problems.append(f"time: column {time!r} is {columns.kinds[time]}, not a timestamp")
+        columns.problems.append(
+            f"time: column {time!r} is {columns.kinds[time]}, not a timestamp" + _made(columns, time)
+        )
     if request.window is not None and request.time is None:
         columns.problems.append("window: needs 'time', the column of timestamps")
     return time
+
+
+def _made(columns: _Columns, time: str) -> str:
+    """How numbers since 1970 become times."""
+    if not is_numeric(columns.kinds[time]):
+        return ""
+    made = f"REPLACE (to_timestamp({sql_name(time)}) AS {sql_name(time)})"
+    how = f"COPY (SELECT * {made} FROM 'FILE') TO 'FILE.parquet'"  # noqa: S608  # to be read
+    return f"; seconds since 1970 become times by DuckDB: {how}"
 
 
 def _check_aggregates(columns: _Columns, request: TableRequest) -> None:
@@ -211,6 +224,21 @@ def _check_reserved(columns: _Columns, inputs: Sequence[str]) -> None:
     columns.problems += [
         f"column {name!r} has a name that is used inside of Tally" for name in RESERVED if name in inputs
     ]
+
+
+def _check_held(columns: _Columns, names: Sequence[str], request: TableRequest) -> None:
+    """Columns of types that cannot be read, or not to the last digit."""
+    import pyarrow as pa
+
+    arranged = bool(request.by or request.where or request.window)
+    for name in dict.fromkeys(names):
+        kind = columns.kinds[name]
+        if kind == pa.month_day_nano_interval():
+            columns.problems.append(
+                f"column {name!r} holds {kind}, which is not read; write it as text, or leave it out"
+            )
+        elif arranged and pa.types.is_decimal(kind) and kind.precision > 38:
+            columns.problems.append(f"column {name!r} holds {kind}: with by, where or window it would lose digits")
 
 
 def _nested(kind: pa.DataType) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -132,10 +133,12 @@ class TableSource(Source):
             problems += found.alike()
         if where is not None:
             problems += found.check_where(where)
+        partitions = _partitions(inputs)
+        told = [*found.odd.values(), *partitions]
         if problems:
-            raise SpecError(problems, hint="; ".join(found.odd.values()) or None)
+            raise SpecError(problems, hint="; ".join(told) or None)
         query = Query(request, selection, options, found.types)
-        source = cls(listing, query, (*found.assumed, *found.odd.values()), in_place, None, missing_reason)
+        source = cls(listing, query, (*found.assumed, *told), in_place, None, missing_reason)
         marks = {(each.location, each.name): each.mark for each in inputs}
         needed = source._needed()
         footers = {file: (marks[file], footer_of(meta, needed)) for file, meta in found.metadata.items()}
@@ -567,6 +570,17 @@ def _inputs(listing: Listing, csv: Mapping[str, Any], problems: list[str]) -> It
                 yield TableFile(key, store, entry.name, known_format(entry.name, csv=bool(csv)), index, entry.mark)
             except SpecError as error:
                 problems += error.problems
+
+
+def _partitions(inputs: Sequence[TableFile]) -> list[str]:
+    """What to tell of columns that stand in the names of folders, as in ``Device=a/part-0.parquet``."""
+    folders = (folder for each in inputs for folder in each.name.split("/")[:-1])
+    names = dict.fromkeys(folder.partition("=")[0] for folder in folders if re.fullmatch(r"\w+=.+", folder))
+    if not names:
+        return []
+    what = "is no column" if len(names) == 1 else "are no columns"
+    how = "COPY (FROM read_parquet('FOLDER/**/*.parquet', hive_partitioning = true)) TO 'rows.parquet'"
+    return [f"{', '.join(names)} in the names of folders {what}; DuckDB makes them some: {how}"]
 
 
 def fingerprint(inputs: Sequence[TableFile], query: Query) -> str:

@@ -76,6 +76,11 @@ class Kinds:
         return max(self.counts, key=self.counts.__getitem__, default=None)
 
     @property
+    def numbers(self) -> bool:
+        """Whether there are numbers."""
+        return any(self.counts.get(kind) for kind in _ALIKE["DOUBLE"])
+
+    @property
     def exact(self) -> str:
         """The DuckDB type that holds all values to the last digit; VARCHAR if no other does, or there is no value."""
         return self._type("BIGINT", "DOUBLE")
