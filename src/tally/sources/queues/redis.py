@@ -79,6 +79,7 @@ class _RedisQueue(Queue):
         self._client, self._name, self._shown = client, name, shown
         self._dead = f"{name}:dead"
         self._consumer = secrets.token_hex(8)
+        self._closed = False
         self._away, self._again_at = pauses(), 0.0
 
     def _ask(self, what: Callable[[], T]) -> T:
@@ -88,6 +89,10 @@ class _RedisQueue(Queue):
             raise StorageAwayError(f"{self._shown} does not answer: {error}") from None
         except RedisError as error:
             raise StorageAwayError(f"{self._shown} refuses: {error}") from None
+        except Exception:
+            if self._closed:  # by another thread, while this one waited for an answer
+                raise StorageAwayError(f"{self._shown} is closed") from None
+            raise
 
     def _patiently(self, what: Callable[[], list[T]], seconds: float) -> list[T]:
         """As :meth:`_ask`; while Redis is away, nothing, after a pause."""
@@ -104,6 +109,7 @@ class _RedisQueue(Queue):
             self._ask(self._give_back)
         except StorageAwayError:
             pass  # the locks run out
+        self._closed = True
         self._client.close()
 
     def _give_back(self) -> None:
