@@ -23,6 +23,8 @@ _BEARER = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}")
 _SIGNING = re.compile(r"whsec_[A-Za-z0-9+/=]{8,}")
 _SUSPECT = re.compile(r"(?i)pass|pwd|secret|token|key|signature|credential|sig\s*=|cookie|authorization|bearer|whsec_")
 """What a text has that needs a closer look: most have nothing of it."""
+_SERVICES = ("postgres", "mysql", "sqlite", "amqp", "redis")
+"""How schemes begin whose URLs name a user, and options in their query, which are no secrets."""
 _CONTAINERS = ("abfs", "abfss")
 """Schemes of URLs that name their container before an ``@``."""
 
@@ -75,8 +77,8 @@ def _masked_url(found: re.Match[str]) -> str:
 
 
 def _is_user_only(scheme: str, before: str) -> bool:
-    """Whether ``name@`` is a database's user. Before a web address, a name alone is a token."""
-    return scheme.lower().startswith(("postgres", "mysql", "sqlite")) and re.fullmatch(r"[^:/@%]+@", before) is not None
+    """Whether ``name@`` is a user of a database or a broker. Before a web address, a name alone is a token."""
+    return scheme.lower().startswith(_SERVICES) and re.fullmatch(r"[^:/@%]+@", before) is not None
 
 
 def _user(authority: str) -> str:
@@ -91,7 +93,7 @@ def _without_values(scheme: str, rest: str) -> str:
     if fragment and not re.match(r"sha256=[0-9A-Fa-f]*", fragment):
         fragment = re.sub(r"([\w%.-]+=)[^&]*", rf"\1{HIDDEN}", fragment)
     place, mark, query = path.partition("?")
-    if query and scheme.lower().startswith(("postgres", "mysql", "sqlite")):
+    if query and scheme.lower().startswith(_SERVICES):
         parts = [each.partition("=") for each in query.split("&")]
         query = "&".join(
             name + is_ + (HIDDEN if re.search(f"(?i){_NAME}", unquote(name)) else value) for name, is_, value in parts

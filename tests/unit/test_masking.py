@@ -76,6 +76,8 @@ def test_secrets_are_hidden(text: str) -> None:
         "abfss://c@account.dfs.core.windows.net/x@2",
         "postgresql://me@db:5432/tally?sslmode=require",
         "sqlite:////home/me/tally.db",
+        "amqp://me@host/vhost/queue",
+        "redis://me@host/0/queue?kind=list&group=tally",
         "https://host:8080: connection refused",
         "http://[::1]:8265/x",
         "https://host/m.onnx#sha256=" + "0" * 64,

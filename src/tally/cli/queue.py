@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tally.cli.console import say
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -34,10 +36,10 @@ def depth(url: str, as_json: bool) -> None:
     found = _opened(url).depth()
     counts = {"waiting": found.waiting, "in_hand": found.in_hand, "dead": found.dead}
     if as_json:
-        click.echo(json.dumps(counts))
+        say(json.dumps(counts))
         return
     for name, count in counts.items():
-        click.echo(f"{name.replace('_', ' '):<8} {'not told' if count is None else format(count, ',')}")
+        say(f"{name.replace('_', ' '):<8} {'not told' if count is None else format(count, ',')}")
 
 
 @queue.command()
@@ -61,7 +63,7 @@ def dead(url: str, limit: int) -> None:
 @click.option("-n", "--limit", type=click.IntRange(1), default=1000, show_default=True, help="How many, oldest first.")
 def replay(url: str, limit: int) -> None:
     """Put dead messages back into the queue."""
-    click.echo(f"{_opened(url).replay(limit):,} messages are back in the queue")
+    say(f"{_opened(url).replay(limit):,} messages are back in the queue")
 
 
 @click.command()
@@ -90,7 +92,7 @@ def inject(source: tuple[str, ...], url: str, limit: int | None, body: str) -> N
     while batch := list(islice(waiting, _SENT_AT_ONCE)):
         queue.send([_message(key, place, body) for key, place in batch])
         sent += len(batch)
-    click.echo(f"{sent:,} messages sent")
+    say(f"{sent:,} messages sent")
     queue.close()
 
 
@@ -130,4 +132,4 @@ def _opened(url: str) -> Queue:
 
 def _show(messages: Iterable[Message]) -> None:
     for each in messages:
-        click.echo(json.dumps({"body": each.body.decode("utf-8", "backslashreplace"), "headers": dict(each.headers)}))
+        say(json.dumps({"body": each.body.decode("utf-8", "backslashreplace"), "headers": dict(each.headers)}))
