@@ -26,7 +26,7 @@ Cli = Callable[..., Any]
 CHAOS = Path(__file__).with_name("scorers") / "chaos.py"
 
 # What of poison2.py gives a row after all.
-ROWS = "nan,inf,nul,nulcol,emptycol,dt,set,np0d,mixed,dupcase,nested_key,none"
+ROWS = "nan,inf,nul,nulcol,emptycol,dt,set,np0d,mixed,dupcase,none"
 NO_ROWS = "hugeint,selfrow,obj,badrepr,baditems,badlen,gen,none_,str,surr,intcol,dec,cplx,npobj,key"
 RAISED = (
     "sysexit,sysexit0,kbd,base,genexit,asynccancel,futcancel,badstr,hugestr,recursion,memerr,oserr,stopiter,excgroup"

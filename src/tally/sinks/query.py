@@ -182,10 +182,11 @@ def _sql_names(names: Sequence[str]) -> dict[str, str]:
     count = Counter(name.lower() for name in names)
     taken, called = set(count), {}
     for name in names:
-        unique, number = name, 0
-        while count[name.lower()] > 1 and unique.lower() in taken:
+        given = name or "column"  # SQL has no empty names
+        unique, number = given, 0
+        while (count[name.lower()] > 1 or not name) and unique.lower() in taken:
             number += 1
-            unique = f"{name}_{number}"
+            unique = f"{given}_{number}"
         taken.add(unique.lower())
         called[name] = unique
     return called
