@@ -12,6 +12,7 @@ import random
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -453,10 +454,15 @@ def test_a_folder_that_is_removed_during_the_listing_holds_nothing(tmp_path: Pat
     assert [entry.name for entry in entries] == ["c/1"]
 
 
-def test_a_file_that_is_gone_costs_its_item(tmp_path: Path) -> None:
+@pytest.mark.parametrize("machine", [os.uname().nodename, "another"])
+def test_a_file_that_is_gone_costs_its_item(tmp_path: Path, machine: str) -> None:
+    """Also on another machine, whose file system knows the folder by another number."""
     made = Bytes(tmp_path)
-    source = made.source()
+    source = FileSource.describe([str(made.folder)], "bytes")
     [chunk] = chunks_of(source, 100)
+    if machine == "another":
+        location = replace(source.locations[0], identity=(machine, 1))
+        source = replace(source, listing=replace(source.listing, locations=(location,)))
     (made.folder / "a").unlink()
     scorer = Scorer()
     scorer.input = "bytes"

@@ -31,24 +31,32 @@ class Location:
 
     root: an absolute path or URL. prefix: what keys begin with. names: exactly these, sorted; or
     pattern: a glob relative to the root; or neither: everything that is not hidden.
-    identity: what the file system knows the root by, if it is a folder of this machine.
+    identity: the machine that looked at the root first, and what its file system knows the root by; None for a bucket.
     """
 
     root: str
     prefix: str = ""
     names: tuple[str, ...] = ()
     pattern: str | None = None
-    identity: int | None = field(default=None, compare=False)
+    identity: tuple[str, int | None] | None = field(default=None, compare=False)
 
     def check_root(self) -> None:
         """Raises StorageAwayError if the root is not the folder that was found first: its disk is unmounted, say."""
-        if self.identity is not None and (folder_identity(self.root) != self.identity or not _can_be_listed(self.root)):
+        if self.identity is None:
+            return
+        machine, number = self.identity
+        # Machines that share a file system may know the folder by different numbers.
+        if not _can_be_listed(self.root) or (machine == _machine() and folder_identity(self.root) != number):
             raise folder_away(self.root)
 
     @property
     def within(self) -> str:
         """What the whole path of each of its files begins with."""
         return self.root.rstrip("/") + "/"
+
+
+def _machine() -> str:
+    return os.uname().nodename
 
 
 def _can_be_listed(folder: str) -> bool:
@@ -96,7 +104,7 @@ _MAGIC = re.compile(r"[*?\[]")
 def locate(uris: Sequence[str]) -> tuple[Location, ...]:
     """The locations that the uris name; single files of one folder are one location."""
     return tuple(
-        location if is_url(location.root) else replace(location, identity=folder_identity(location.root))
+        location if is_url(location.root) else replace(location, identity=(_machine(), folder_identity(location.root)))
         for location in _with_prefixes(_merge_files([_locate(uri) for uri in uris]))
     )
 

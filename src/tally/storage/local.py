@@ -29,8 +29,8 @@ _COARSE_STEP_NS = 2_000_000_000
 """The steps in which file systems count the time of a change: those of the kernel's clock (10 ms at most); FAT's 2 s,
 which are whole seconds."""
 _SETTLING_TRIES = 5
-_NUMBERED_ANEW = ("vfat", "exfat", "msdos", "fuse.")
-"""File systems whose files get other numbers (inodes) when they are mounted again."""
+_NUMBERED_ANEW = ("vfat", "exfat", "msdos", "fuse")
+"""File systems whose files get other numbers (inodes) when they are mounted again, or on another machine."""
 
 
 class LocalStore(Store):
