@@ -28,9 +28,9 @@ AHEAD = 2
 AHEAD_BYTES = 256 * 2**20
 """Bytes of prepared values that may wait. The batch that is asked for is read in any case."""
 
-WORTH_LOOKING = 1e-4
+WORTH_LOOKING = 5e-4
 """Seconds. Files whose paths are handed out are looked at if a scorer takes longer for one: looking, when the file is
-planned and before and after it is scored, costs a tenth of that, and a scorer that is faster has hardly opened it."""
+planned and before and after it is scored, costs 2 % of that, and a scorer that is faster has hardly opened it."""
 
 _RUN_ITEMS = 32
 """The most items that a thread takes at once. Handing over one by one costs more than reading small files."""
