@@ -64,7 +64,7 @@ def keys() -> None:
     """
 
 
-@keys.command()
+@keys.command(short_help="Make a key for NAME, and print it once.")
 @click.argument("name")
 @click.option("--role", type=click.Choice(("viewer", "operator", "admin")), default="viewer", show_default=True)
 @click.option("--days", type=float, help="Days until it expires; never by default.")
