@@ -91,7 +91,7 @@ def list_(as_json: bool) -> None:
     table(("KEY", "NAME", "ROLE", "STATE", "CREATED", "EXPIRES", "LAST USED"), rows)
 
 
-@keys.command()
+@keys.command(short_help="Refuse KEY, and who logged in with it.")
 @click.argument("key")
 def revoke(key: str) -> None:
     """Refuse KEY (its id), and every browser that logged in with it, from now on."""
