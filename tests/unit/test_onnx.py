@@ -665,3 +665,14 @@ def test_a_gpu_that_does_not_start(make: Make, monkeypatch: pytest.MonkeyPatch) 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     code = "import sys, tally.scorers.onnx.scorer; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_weights_outside_the_models_folder_are_refused_before_it_is_added(tmp_path: Path) -> None:
+    from tally.scorers.onnx.session import external_names
+
+    for name in (b"../weights.bin", b"a/../../weights.bin"):
+        (tmp_path / "m.onnx").write_bytes(b"\x0a\x08location\x12" + bytes([len(name)]) + name)
+        with pytest.raises(ModelLoadError, match="outside its own folder"):
+            external_names(tmp_path / "m.onnx")
+    (tmp_path / "m.onnx").write_bytes(b"\x0a\x08location\x12\x0bweights.bin")
+    assert external_names(tmp_path / "m.onnx") == ["weights.bin"]

@@ -89,6 +89,7 @@ def external_names(path: Path) -> list[str]:
 
     Each tensor names its file in a protobuf entry ``{key: "location", value: name}``. Searching for that
     entry's bytes finds them without reading gigabytes of protobuf into memory.
+    Raises ModelLoadError for names that lead out of the model's folder: only what lies in it belongs to the model.
     """
     names: set[str] = set()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -96,6 +97,11 @@ def external_names(path: Path) -> list[str]:
             low, *high = match[1]
             length = (low & 0x7F) | (high[0] << 7 if high else 0)
             names.add(os.fsdecode(content[match.end() : match.end() + length]))
+    if above := [name for name in sorted(names) if ".." in name.split("/")]:
+        raise ModelLoadError(
+            f"{path}: the model asks for weights outside its own folder: {above[0]!r}",
+            hint="Save it again with its weights beside it, in one folder.",
+        )
     return sorted(name for name in names if not os.path.isabs(name))  # noqa: PTH117
 
 
