@@ -162,3 +162,13 @@ def test_formulas_are_escaped_if_that_is_asked_for(tmp_path: Path) -> None:
     assert dead.splitlines()[1] == "'=k,read,'@x"
     with pytest.raises(ValueError, match="escape_formulas: is for results in CSV"):
         sink_for(str(tmp_path / "out"), output="rows", escape_formulas=True)
+
+
+def test_large_integers_are_kept_beside_results_one_by_one(tmp_path: Path) -> None:
+    sink = sink_for(str(tmp_path / "out"), output="rows")
+    sink.claim("job")
+    writer = sink.open("attempt", Chunk(0, 2, {}))
+    info = [{"id": 2**64 - 1}, {"id": 1}]
+    assert writer.add(["a", "b"], [{"x": 1}, {"x": 2}], info) == []
+    sink.finalize([writer.close()], [], {"job": "job"})
+    assert [int(row["id"]) for row in rows(sink, []).to_pylist()] == [2**64 - 1, 1]

@@ -203,7 +203,12 @@ def _infer(values: list[Any]) -> pa.Array:
     expected = _INFERRED.get(type(values[0]))
     if expected is not None and (plain := plain_array(values, expected)) is not None:
         return plain
-    array = pa.array(values)
+    try:
+        array = pa.array(values)
+    except OverflowError:  # an integer beyond int64; with others, it is text however items are cut
+        if len(values) > 1:
+            raise
+        array = pa.array(values, pa.uint64())
     kind = array.type
     if pa.types.is_float16(kind):
         return array.cast(pa.float32())
