@@ -565,7 +565,7 @@ def test_a_model_that_changes_between(cli: Cli, tmp_path: Path, model: Path, gat
         tally.Job(record.id).resume(quiet=True)
     # As another model it is another job, and the place is not free for that.
     ran = cli("score", tmp_path / "items", "--model", model, "--out", tmp_path / "out", "--resume")
-    refused(ran, f"is being written by job {record.id}", "cancel")
+    refused(ran, f"holds what job {record.id} has scored", "--overwrite", f"tally jobs resume {record.id}")
     model.write_text(SCORER)
     ran = cli("jobs", "resume", record.id)
     assert ran.code == 0, ran.err

@@ -215,7 +215,7 @@ def test_score_takes_every_field_of_a_job_by_its_name_and_default() -> None:
     assert all(each.kind is not each.VAR_KEYWORD for each in parameters.values())
     own = {"source", "model", "out", "resume", "overwrite", "quiet"}
     assert parameters.keys() - own == JobSpec.model_fields.keys() - own
-    empty = {"settings": {}, "csv": {}, "resources": {}}
+    empty = {"settings": {}, "csv": {}, "queue": {}, "resources": {}}
     for name in parameters.keys() - own:
         default = parameters[name].default
         assert (empty[name] if default is None and name in empty else default) == JobSpec.model_fields[name].default

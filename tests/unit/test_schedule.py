@@ -446,15 +446,14 @@ def test_a_run_that_lost_its_process_after_its_job_was_done_is_finished(
     assert len(JobStore(store.engine).newest()) == 1
 
 
-def test_an_interval_without_data_fails_with_the_reason(
+def test_an_interval_without_data_is_empty_and_is_done_again_when_asked(
     folder: Path, add: Callable[..., ScheduleStore], cli: Callable[..., Ran]
 ) -> None:
     job(folder, source="in/{interval_start_utc:%H}")
     store = add()
-    ran = cli("schedule", "run")
-    assert ran.code == 1
+    assert cli("schedule", "run").code == 0
     (run,) = runs(store)
-    assert (run.state, run.failures) == ("failed", 1)
+    assert (run.state, run.failures) == ("empty", 0)
     assert str(run.error).startswith(f"there is no file or folder {folder}/in/")
     assert "there is no file or folder" in cli("schedule", "show", "readings").out
     # The data has come late.
@@ -462,7 +461,8 @@ def test_an_interval_without_data_fails_with_the_reason(
     (folder / "in" / f"{at:%H}").mkdir()
     (folder / "in" / f"{at:%H}" / "a").write_text("a")
     assert cli("schedule", "run").err.startswith("nothing is due")
-    assert cli("schedule", "run", "--failed").code == 0
+    interval = ("--from", f"{at:%Y-%m-%d %H:%M}", "--to", datetime.fromtimestamp(run.interval_end, UTC).isoformat())
+    assert cli("schedule", "backfill", "readings", *interval, "--again").code == 0
     assert runs(store)[0].state == "finished"
 
 

@@ -450,7 +450,7 @@ def test_staged_results_that_are_gone(tmp_path: Path) -> None:
     sink.claim("job-1")
     output = attempt(sink, "a", {"1": {"n": 1}})
     (tmp_path / "out/_tally/attempts/a.parquet").unlink()
-    with pytest.raises(StorageError, match=r"a\.parquet: there is no such file"):
+    with pytest.raises(StorageError, match=r"no longer there: 1 file, e\.g\. .*a\.parquet(?s:.*)--overwrite"):
         sink.finalize([output], [], FACTS)
 
 

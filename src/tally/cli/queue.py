@@ -46,7 +46,7 @@ def depth(url: str, as_json: bool) -> None:
 @click.argument("url")
 @click.option("-n", "--limit", type=click.IntRange(1), default=10, show_default=True, help="How many, oldest first.")
 def peek(url: str, limit: int) -> None:
-    """Show the oldest messages, as JSON, one a line; they stay where they are."""
+    """Show the oldest messages as JSON; they stay where they are."""
     _show(_opened(url).peek(limit))
 
 
@@ -54,7 +54,7 @@ def peek(url: str, limit: int) -> None:
 @click.argument("url")
 @click.option("-n", "--limit", type=click.IntRange(1), default=10, show_default=True, help="How many, oldest first.")
 def dead(url: str, limit: int) -> None:
-    """Show dead messages and their reasons, as JSON, one a line; they stay where they are."""
+    """Show dead messages and their reasons as JSON."""
     _show(_opened(url).peek(limit, dead=True))
 
 

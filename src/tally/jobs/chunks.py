@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +138,16 @@ def taken(connection: sa.Connection, job_id: str, nonce: str) -> list[StoredChun
     running = (chunks.c.job_id == job_id, chunks.c.state == "running", chunks.c.nonce == nonce)
     rows = connection.execute(sa.select(*_HANDED_OUT).where(*running).order_by(chunks.c.first, chunks.c.id)).all()
     return [_handed_out(row, nonce) for row in rows]
+
+
+def rewrite(connection: sa.Connection, job_id: str, change: Callable[[Chunk], Chunk]) -> None:
+    """Change what waits to be handed out; the items stay the same."""
+    query = sa.select(chunks.c.id, chunks.c.first, chunks.c.count, chunks.c.payload)
+    pending = query.where(chunks.c.job_id == job_id, chunks.c.state == "pending")
+    for number, first, count, payload in connection.execute(pending).all():
+        chunk = unpack(first, count, payload)
+        if (changed := change(chunk)) is not chunk:
+            connection.execute(sa.update(chunks).where(chunks.c.id == number).values(payload=pack(changed)))
 
 
 def put_back(connection: sa.Connection, job_id: str) -> None:

@@ -165,7 +165,11 @@ def _reopen(store: JobStore, lease: Lease, record: JobRecord, parts: Parts, pati
     manifest = parts.sink.manifest() or {}
     published = (manifest.get("job"), manifest.get("generation")) == (record.id, record.generation)
     replay, model = parts.source.combine(dead), parts.model.to_dict()
-    patience(lambda: store.reopen(lease, replay, published=published, model=model, nonce=nonce))
+    patience(
+        lambda: store.reopen(
+            lease, replay, published=published, model=model, unmarked=parts.source.unmarked, nonce=nonce
+        )
+    )
 
 
 def _facts(spec: JobSpec, model: ModelRef) -> dict[str, Any]:

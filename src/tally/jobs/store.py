@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -456,11 +456,13 @@ class JobStore:
         *,
         published: bool,
         model: dict[str, Any] | None = None,
+        unmarked: Callable[[Chunk], Chunk] | None = None,
         nonce: str | None = None,
     ) -> None:
         """Replay the dead items as ``replay``, with ``model`` if it has grown.
 
         published: the output of this generation is finished already; the replay belongs to the next one.
+        unmarked: see :meth:`tally.sources.base.Source.unmarked`; what is still to be done is mended, too.
         The replay may hold more items than were dead: what could not be read as one item may be many.
         The dead items of a finished job are kept, for :meth:`undo_retry`. nonce: as for :meth:`commit`.
         """
@@ -476,6 +478,8 @@ class JobStore:
                 connection.execute(sa.update(dead_items).where(*dead).values(retried=1))
             else:
                 connection.execute(sa.delete(dead_items).where(*dead))
+            if unmarked is not None:
+                chunks.rewrite(connection, lease.job_id, unmarked)
             chunks.insert(connection, lease.job_id, generation, [(chunk, 0) for chunk in replay])
             connection.execute(
                 sa.update(jobs)

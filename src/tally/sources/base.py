@@ -188,6 +188,10 @@ class Source(ABC):
         """
         return list(chunks)
 
+    def unmarked(self, chunk: Chunk) -> Chunk:
+        """The same items, whatever they are by now, for a replay; the chunk itself where its items keep their mark."""
+        return chunk
+
     def renew(self) -> None:  # noqa: B027
         """All that was planned is done, and dead items are to be replayed: forget what :meth:`prepare` made."""
 

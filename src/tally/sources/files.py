@@ -130,6 +130,11 @@ class FileSource(Source):
             combined.append(Chunk(first, len(names), {"place": place, "names": names}, chunk.cursor))
         return combined
 
+    def unmarked(self, chunk: Chunk) -> Chunk:
+        """See :meth:`Source.unmarked`."""
+        payload = {name: value for name, value in chunk.payload.items() if name != "marks"}
+        return Chunk(chunk.first, chunk.count, payload, chunk.cursor)
+
     def several(self) -> bool:
         return self.listing.several()
 
