@@ -445,6 +445,19 @@ def test_a_list_of_dead_items_may_be_long(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "out" / "_dead.parquet")["key"][7].as_py() == "\\xff7"
 
 
+def test_no_column_of_the_source_is_overwritten_by_one_of_the_model(tmp_path: Path) -> None:
+    sink = sink_for(str(tmp_path / "out"), output="rows")
+    sink.claim("job-1")
+    writer = sink.open("a", Chunk(0, 3, {}))
+    info = [{"n": number} for number in range(3)]
+    refused = writer.add(["a", "b", "c"], [{"m": 1}, {"n": 2}, [{"m": 3}, {"n": 4}]], info)
+    assert [at for at, _ in refused] == [1, 2]
+    assert all("has a column 'n', and so has the source" in str(error) for _, error in refused)
+    sink.finalize([writer.close()], [], FACTS)
+    written = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    assert written == [{"key": "a", "n": 0, "m": 1}]
+
+
 def test_staged_results_that_are_gone(tmp_path: Path) -> None:
     sink = sink_for(str(tmp_path / "out"), output="rows")
     sink.claim("job-1")

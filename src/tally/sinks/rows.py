@@ -198,6 +198,13 @@ class RowsWriter(Writer):
         if info is not None:
             if self._left_out is not None:
                 info = [{name: value for name, value in each.items() if name != self._left_out} for each in info]
+            twice = [(at, _twice(each, result)) for at, (each, result) in enumerate(zip(info, results, strict=True))]
+            refused = [(at, ItemError(error, stage="write")) for at, error in twice if error is not None]
+            if refused:
+                bad = {at for at, _ in refused}
+                good = [at for at in range(len(keys)) if at not in bad]
+                failed = self.add([keys[at] for at in good], [results[at] for at in good], [info[at] for at in good])
+                return sorted([*refused, *((good[at], error) for at, error in failed)], key=lambda each: each[0])
             results = [_with(each, result) for each, result in zip(info, results, strict=True)]
         batch, failed = self._build(keys, results, self._schema)
         self._take(batch)
@@ -249,6 +256,19 @@ class RowsWriter(Writer):
         self._layout.store.write(self._layout.staging + name, data)
         self._sizes.append((table.num_rows, len(data)))
         self._batches, self._held = [], 0
+
+
+def _twice(info: Mapping[str, Any], result: Result) -> str | None:
+    """Why the row cannot have both: the source gives a column of the same name as the model does. None if it can."""
+    rows = [result] if isinstance(result, Mapping) else result if isinstance(result, list) else ()
+    for row in rows:
+        if isinstance(row, Mapping) and not info.keys().isdisjoint(row):
+            name = next(name for name in row if name in info)
+            return (
+                f"the model's result has a column {name!r}, and so has the source: rename one of them, or leave it out "
+                "of what is kept"
+            )
+    return None
 
 
 def _with(info: Mapping[str, Any], result: Result) -> Result:
