@@ -259,11 +259,12 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
     version = f" version {model['version']}" if model.get("version") else ""
     stages = ", ".join(f"{name} {usage.get(name, 0.0):.2f} s" for name in ("read", "decode", "score", "write"))
     asked = "" if record.wanted == "run" or not record.alive else f" (asked to {record.wanted})"
+    kind = f"{version} ({model['kind']}), {model['hash'][:19]}" if "kind" in model else ""  # else not looked at yet
     facts = [
         ("job", record.id),
         ("state", record.state + asked),
         ("source", ", ".join(record.spec["source"])),
-        ("model", f"{model['name']}{version} ({model['kind']}), {model['hash'][:19]}"),
+        ("model", model["name"] + kind),
         ("out", record.spec["out"]),
         ("items", f"{record.items:,}" + ("" if record.planned else " so far, still listing")),
         ("done", f"{share(record)}; {record.dead:,} failed, {record.rows:,} rows, {record.bytes:,} bytes"),

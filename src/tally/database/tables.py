@@ -238,6 +238,36 @@ schedule_runs = Table(
 )
 
 
+watches = Table(
+    "watches",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("url", Text, nullable=False),
+    Column("pattern", Text, nullable=False),
+    Column("exclude", Text),
+    # The fields of the job file, with absolute paths, and where the file was.
+    Column("template", JSON, nullable=False),
+    Column("file", Text, nullable=False),
+    Column("parallel", Integer, nullable=False),
+    Column("paused", Integer, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("looked_at", Double),
+    Column("error", Text),
+)
+
+# What a watch has seen: each content of each object.
+watch_objects = Table(
+    "watch_objects",
+    metadata,
+    Column("watch", String(128), ForeignKey("watches.name", ondelete="CASCADE"), primary_key=True),
+    # A hash of the name and of the content's mark.
+    Column("object", String(32), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("state", String(16), nullable=False),  # settling, taken, passed or refused
+    Column("seen_at", Double, nullable=False),
+    Column("job_id", String(32), index=True),
+)
+
 # Only the hash of a key's secret is kept.
 api_keys = Table(
     "api_keys",

@@ -150,6 +150,20 @@ class JobStore:
         cancelled."""
         return self._newest_uncancelled(jobs.c.place == _place(place))
 
+    def writes(self, place: str) -> bool:
+        """Whether this file or object is a job's output, lies in one, or is a working file beside one."""
+        parts = _place(place).split("/")
+        within = ["/".join(parts[:count]) for count in range(2, len(parts) + 1)]
+        beside = [
+            jobs.c.place.startswith(each[: len(each) - len(name)] + name.partition(".")[0] + ".", autoescape=True)
+            for each in within
+            if "." in (name := each.rpartition("/")[2])
+        ]
+        with self._read() as connection:
+            query = sa.select(jobs.c.place).where(sa.or_(jobs.c.place.in_(within), *beside)).distinct()
+            found = connection.scalars(query).all()
+        return any(each == path or path.startswith(_working(each)) for each in found if each for path in within)
+
     def orphaned(self) -> list[JobRecord]:
         """Running jobs without a coordinator: its lease has run out, or its process is gone. Oldest first."""
         with self._read() as connection:
@@ -249,14 +263,19 @@ class JobStore:
 
     def enqueue(self, spec: dict[str, Any], *, who: str = "", overwrite: bool = False) -> JobRecord:
         """A new job that waits for a server to start it; its model has not been looked at. who: asked for it."""
+        with self.engine.begin() as connection:
+            job_id = self.enqueue_in(connection, spec, who=who, overwrite=overwrite)
+        return self.get(job_id)
+
+    def enqueue_in(
+        self, connection: sa.Connection, spec: dict[str, Any], *, who: str = "", overwrite: bool = False
+    ) -> str:
+        """As :meth:`enqueue`, in the caller's transaction; the new job's id."""
         job_id, model = new_id(), {"name": spec["model"]}
         values = {"fingerprint": "", "spec": spec, "model": model, "state": "waiting", "output": {}}
-        with self.engine.begin() as connection:
-            connection.execute(
-                sa.insert(jobs).values(**_new_row(job_id) | values, **_search_columns(job_id, spec, model))
-            )
-            starts.insert(connection, job_id, "submit", who=who, overwrite=overwrite)
-        return self.get(job_id)
+        connection.execute(sa.insert(jobs).values(**_new_row(job_id) | values, **_search_columns(job_id, spec, model)))
+        starts.insert(connection, job_id, "submit", who=who, overwrite=overwrite)
+        return job_id
 
     def give_up(self, job_id: str, state: Literal["failed", "cancelled"], *, error: str | None = None) -> bool:
         """A waiting job is not started after all. False if it does not wait any more."""
@@ -679,6 +698,11 @@ def _leave_line(connection: sa.Connection, job_id: str, **values: Any) -> bool:
     """Change a job that waits to be started. False if it does not wait any more."""
     waits = (jobs.c.id == job_id, jobs.c.state == "waiting")
     return connection.execute(sa.update(jobs).where(*waits).values(**values)).rowcount > 0
+
+
+def _working(place: str) -> tuple[str, ...]:
+    """What the paths of files begin with that a job with one output file keeps beside it."""
+    return (f"{place}.", f"{place.rpartition('.')[0]}.dead.") if "." in place.rpartition("/")[2] else ()
 
 
 def _output_columns(output: dict[str, Any]) -> dict[str, Any]:

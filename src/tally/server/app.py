@@ -24,6 +24,7 @@ from tally.server.pages import routes as pages
 from tally.server.results import Results
 from tally.server.settings import ServerSettings
 from tally.server.supervisor import Supervisor
+from tally.triggers.watch import Watcher
 
 DESCRIPTION = """
 Start, watch and stop jobs. Every request but those for health needs a key: `Authorization: Bearer KEY`.
@@ -36,18 +37,25 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     engine = jobs.store.engine
     audit = AuditLog(engine)
     supervisor = Supervisor(jobs, parallel=settings.parallel)
+    watcher = Watcher(jobs, taken=supervisor.wake)
     feed, results = Feed(), Results(jobs)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        thread = threading.Thread(target=supervisor.run, name="tally-supervisor")
-        thread.start()
+        threads = [
+            threading.Thread(target=supervisor.run, name="tally-supervisor"),
+            threading.Thread(target=watcher.run, name="tally-watcher"),
+        ]
+        for thread in threads:
+            thread.start()
         try:
             yield
         finally:
             await feed.close()
+            watcher.stop()
             supervisor.stop()
-            await asyncio.to_thread(thread.join)
+            for thread in threads:
+                await asyncio.to_thread(thread.join)
             await asyncio.to_thread(results.close)
 
     app = FastAPI(

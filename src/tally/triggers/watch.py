@@ -1,0 +1,351 @@
+"""Watches: each object that is uploaded to a folder or a bucket, once, starts a job from a template.
+
+A look lists the place. What is new is noted first, and taken once it has not changed between two looks, so a file that
+is still being written waits. An object is known by its name and its mark (a bucket's ETag; a file's size, time and
+number): the same name with new content starts a job again, over the results of the one before. What jobs write is
+never taken. Noting that an object is taken and adding its job to the line is one transaction, so that neither a kill
+nor a second server makes two jobs of one object, or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from tally.database.clock import now
+from tally.database.tables import jobs, watch_objects, watches
+from tally.errors import DatabaseAwayError, SourceNotFoundError, SpecError, TallyError
+from tally.jobs.facade import Jobs
+from tally.jobs.spec import JobSpec, make
+from tally.jobs.spec import read as read_spec
+from tally.jobs.states import ENDED
+from tally.jobs.store import JobStore
+from tally.sources.locations import compile_glob
+from tally.storage import Entry, Store, open_store
+from tally.text import did_you_mean, storable
+
+log = logging.getLogger("tally")
+
+LOOK_SECONDS = 5.0
+"""Seconds between two looks at a place."""
+PARALLEL = 4
+"""Jobs of one watch that are not ended, at most, unless it says otherwise."""
+NAMES = ("url", "name", "stem", "folder")
+
+_URL = "{url}"
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_AT_ONCE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """One watch. url: the folder or bucket, absolute. pattern, exclude: globs; of names below it.
+    template: the fields of the job file. error: of the last look, None if it went well."""
+
+    name: str
+    url: str
+    pattern: str
+    exclude: str | None
+    template: dict[str, Any]
+    file: str
+    parallel: int
+    paused: bool
+    created_at: float
+    looked_at: float | None
+    error: str | None
+
+
+# -- the job of an object ----------------------------------------------------------------------------------------------
+
+
+def read(path: str) -> dict[str, Any]:
+    """The fields of a job file, with absolute paths. Raises SpecError or StorageError."""
+    fields = read_spec(path).model_dump(mode="json", exclude_unset=True)
+    # What stands for a whole path was taken for a relative one.
+    return fields | {"source": [_URL if each.endswith(f"/{_URL}") else each for each in fields["source"]]}
+
+
+def check(fields: Mapping[str, Any]) -> list[str]:
+    """Every problem of the template."""
+    used = {found[1] for value in _texts(fields) for found in _PLACEHOLDER.finditer(value)}
+    problems = [
+        f"there is no placeholder {name!r}{did_you_mean(name, NAMES)}; there are {', '.join(NAMES)}"
+        for name in sorted(used - set(NAMES))
+    ]
+    if not problems and not any(found[1] in NAMES for found in _PLACEHOLDER.finditer(str(fields.get("out", "")))):
+        problems.append(f"out: names no object ({fields.get('out')}): put {{name}} or {{stem}} into it")
+    if not problems and list(fields.get("source", ())) != [_URL]:
+        problems.append("source: should be '{url}', the object that has come")
+    return problems
+
+
+def fill(fields: Mapping[str, Any], root: str, name: str) -> JobSpec:
+    """The job for this object. ``{name}`` is its name below the watched place, ``{stem}`` the same without suffix,
+    ``{folder}`` the part before its last slash, ``{url}`` its whole path or URL. Raises SpecError."""
+    folder, _, last = name.rpartition("/")
+    stem = name[: -len(last)] + (last.rpartition(".")[0] or last)
+    values = {"url": f"{root.rstrip('/')}/{name}", "name": name, "stem": stem, "folder": folder}
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, str):
+            return _PLACEHOLDER.sub(lambda found: values.get(found[1], found[0]), value)
+        if isinstance(value, Mapping):
+            return {key: filled(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [filled(inner) for inner in value]
+        return value
+
+    return make(**{key: filled(value) for key, value in fields.items()})
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)
+
+
+# -- the store ---------------------------------------------------------------------------------------------------------
+
+
+class WatchStore:
+    """Watches and what they have seen, in one database. Safe to use from several threads."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+
+    def all(self) -> list[Watch]:
+        """Every watch, by name."""
+        with self.engine.connect() as connection:
+            return [_watch(row) for row in connection.execute(sa.select(watches).order_by(watches.c.name)).mappings()]
+
+    def get(self, name: str) -> Watch:
+        """The watch. Raises SpecError."""
+        found = {each.name: each for each in self.all()}
+        if name not in found:
+            raise SpecError(f"there is no watch {name!r}{did_you_mean(name, found)}", hint="See: tally watch list")
+        return found[name]
+
+    def add(
+        self, name: str, url: str, *, pattern: str, exclude: str | None, template: Mapping[str, Any], file: str,
+        parallel: int = PARALLEL, existing: bool = False,
+    ) -> tuple[Watch, int]:  # fmt: skip
+        """A new watch, and how many objects are there already. existing: those start jobs, too.
+
+        Raises SpecError if there is one of this name, or something is wrong with it, and what listing raises.
+        """
+        problems = check(template)
+        for glob in (pattern, exclude):
+            if glob is not None:
+                compile_glob(_anywhere(glob))
+        if name in {each.name for each in self.all()}:
+            problems.append(f"there is a watch {name!r} already; remove it first: tally watch delete {name}")
+        if problems:
+            raise SpecError(problems)
+        watch = Watch(name, url, pattern, exclude, dict(template), file, parallel, False, 0.0, None, None)
+        count = 0
+        entries = _entries(watch)
+        with self.engine.begin() as connection:
+            connection.execute(
+                sa.insert(watches).values(
+                    name=name, url=url, pattern=pattern, exclude=exclude, template=dict(template), file=file,
+                    parallel=parallel, paused=0, created_at=now(),
+                )
+            )  # fmt: skip
+            while batch := list(islice(entries, _AT_ONCE)):
+                count += len(batch)
+                if not existing:
+                    rows = [_row(name, each, "passed") for each in batch]
+                    connection.execute(sa.insert(watch_objects).values(seen_at=now()), rows)
+        return self.get(name), count
+
+    def pause(self, name: str, paused: bool) -> Watch:
+        """Take nothing more, or go on. What came meanwhile is taken then."""
+        self.get(name)
+        with self.engine.begin() as connection:
+            connection.execute(sa.update(watches).where(watches.c.name == name).values(paused=int(paused)))
+        return self.get(name)
+
+    def delete(self, name: str) -> None:
+        """Forget the watch; its jobs stay."""
+        self.get(name)
+        with self.engine.begin() as connection:
+            connection.execute(sa.delete(watch_objects).where(watch_objects.c.watch == name))
+            connection.execute(sa.delete(watches).where(watches.c.name == name))
+
+    def counts(self, name: str) -> dict[str, int]:
+        """How many objects are in each state: settling, taken, passed (there before, or written by a job), refused."""
+        query = sa.select(watch_objects.c.state, sa.func.count()).where(watch_objects.c.watch == name)
+        with self.engine.connect() as connection:
+            return {row[0]: row[1] for row in connection.execute(query.group_by(watch_objects.c.state))}
+
+    def looked(self, name: str, error: str | None) -> None:
+        """Note how the look at the place went."""
+        with self.engine.begin() as connection:
+            found = sa.update(watches).where(watches.c.name == name)
+            connection.execute(found.values(looked_at=now(), error=None if error is None else storable(error)))
+
+    def known(self, name: str, entries: Sequence[Entry]) -> dict[str, str]:
+        """The state of those of the entries that were seen before with the same content, by id."""
+        ids = [_id(each) for each in entries]
+        query = sa.select(watch_objects.c.object, watch_objects.c.state).where(watch_objects.c.watch == name)
+        with self.engine.connect() as connection:
+            rows = connection.execute(query.where(watch_objects.c.object.in_(ids))).all()
+        return {row[0]: row[1] for row in rows}
+
+    def note(self, name: str, entries: Sequence[Entry], state: str) -> None:
+        """Keep in mind what was seen for the first time. Of two servers that see it, one notes it."""
+        for each in entries:
+            try:
+                with self.engine.begin() as connection:
+                    connection.execute(sa.insert(watch_objects).values(seen_at=now(), **_row(name, each, state)))
+            except sa.exc.IntegrityError:
+                continue
+
+    def take(self, watch: Watch, entry: Entry, store: JobStore, spec: JobSpec) -> str | None:
+        """Add the object's job to the line, and note that it is taken; the job's id. None if another process did."""
+        mine = (watch_objects.c.watch == watch.name, watch_objects.c.object == _id(entry))
+        with self.engine.begin() as connection:
+            taken = sa.update(watch_objects).where(*mine, watch_objects.c.state == "settling").values(state="taken")
+            if connection.execute(taken).rowcount == 0:
+                return None
+            job_id = store.enqueue_in(
+                connection, spec.model_dump(mode="json"), who=f"watch {watch.name}", overwrite=True
+            )
+            connection.execute(sa.update(watch_objects).where(*mine).values(job_id=job_id))
+        return job_id
+
+    def refuse(self, watch: Watch, entry: Entry) -> None:
+        """No job can be made of the object."""
+        mine = (watch_objects.c.watch == watch.name, watch_objects.c.object == _id(entry))
+        with self.engine.begin() as connection:
+            connection.execute(sa.update(watch_objects).where(*mine).values(state="refused"))
+
+    def open_jobs(self, name: str) -> int:
+        """How many of its jobs are not ended."""
+        joined = sa.select(sa.func.count()).select_from(watch_objects.join(jobs, jobs.c.id == watch_objects.c.job_id))
+        open_ = joined.where(watch_objects.c.watch == name, jobs.c.state.not_in((*ENDED, "failed")))
+        with self.engine.connect() as connection:
+            return int(connection.scalar(open_) or 0)
+
+
+def _watch(row: sa.RowMapping) -> Watch:
+    values = {name: row[name] for name in Watch.__slots__}
+    return Watch(**values | {"paused": bool(row["paused"])})
+
+
+def _id(entry: Entry) -> str:
+    """Name and content of the object, hashed."""
+    text = f"{entry.name}\0{entry.mark or entry.size}"
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _row(watch: str, entry: Entry, state: str) -> dict[str, Any]:
+    return {"watch": watch, "object": _id(entry), "name": storable(entry.name), "state": state}
+
+
+# -- looking -----------------------------------------------------------------------------------------------------------
+
+
+def _anywhere(glob: str) -> str:
+    """A pattern without a slash is for the last part of a name, in whatever folder."""
+    return glob if "/" in glob else f"**/{glob}"
+
+
+def _entries(watch: Watch) -> Iterator[Entry]:
+    """The objects that the watch is for, in order."""
+    wanted = compile_glob(_anywhere(watch.pattern))
+    unwanted = None if watch.exclude is None else compile_glob(_anywhere(watch.exclude))
+    for entry in _opened(watch.url).list(marks=True):
+        if wanted.fullmatch(entry.name) and not (unwanted and unwanted.fullmatch(entry.name)):
+            yield entry
+
+
+class Watcher:
+    """Looks at all watched places, and takes what is new, until it is stopped. Several may work beside each other."""
+
+    def __init__(self, all_jobs: Jobs, *, taken: Callable[[], None] = lambda: None) -> None:
+        """taken: called when a job was added to the line."""
+        self._jobs, self._store, self._taken = all_jobs, WatchStore(all_jobs.store.engine), taken
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Return soon from :meth:`run`."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Look again and again."""
+        while not self._stopping.is_set():
+            try:
+                self.look()
+            except DatabaseAwayError as error:
+                log.warning("%s", error.message)
+            self._stopping.wait(LOOK_SECONDS)
+
+    def look(self) -> None:
+        """Look at each place once."""
+        for watch in self._store.all():
+            if watch.paused or self._stopping.is_set():
+                continue
+            try:
+                self._look_at(watch)
+            except DatabaseAwayError:
+                raise
+            except (TallyError, OSError) as error:
+                log.warning("watch %s: %s", watch.name, error)
+                self._store.looked(watch.name, str(error))
+            else:
+                self._store.looked(watch.name, None)
+
+    def _look_at(self, watch: Watch) -> None:
+        room = watch.parallel - self._store.open_jobs(watch.name)
+        entries = _entries(watch)
+        while batch := list(islice(entries, _AT_ONCE)):
+            known = self._store.known(watch.name, batch)
+            new = [each for each in batch if _id(each) not in known]
+            written = [each for each in new if self._jobs.store.writes(f"{watch.url.rstrip('/')}/{each.name}")]
+            self._store.note(watch.name, written, "passed")
+            self._store.note(watch.name, [each for each in new if each not in written], "settling")
+            for each in batch:
+                # Noted at an earlier look, and the same now: it has stopped growing.
+                if room > 0 and known.get(_id(each)) == "settling" and self._take(watch, each):
+                    room -= 1
+
+    def _take(self, watch: Watch, entry: Entry) -> bool:
+        try:
+            spec = fill(watch.template, watch.url, entry.name)
+        except SpecError as error:
+            log.warning("watch %s: %s: %s", watch.name, entry.name, error)
+            self._store.refuse(watch, entry)
+            return False
+        job_id = self._store.take(watch, entry, self._jobs.store, spec)
+        if job_id is None:
+            return False
+        log.info("watch %s: %s starts job %s", watch.name, entry.name, job_id)
+        self._taken()
+        return True
+
+
+def look_into(url: str) -> None:
+    """Raises SourceNotFoundError, SpecError or StorageError if the place cannot be watched."""
+    next(iter(_opened(url).list()), None)
+
+
+def _opened(url: str) -> Store:
+    store = open_store(url)
+    if store.is_local and not Path(url).is_dir():  # listing it would give nothing
+        raise SourceNotFoundError(f"there is no folder {url}")
+    return store
