@@ -35,8 +35,9 @@ def watch() -> None:
 def add(name: str, place: str, file: str, pattern: str, exclude: str | None, parallel: int, existing: bool) -> None:
     """Run the job of FILE for each new object in PLACE.
 
-    PLACE is a folder or a bucket, FILE a job in YAML. Its source is '{url}', the object; other values may hold {name} (the object's name in PLACE), {stem} (the same
-    without suffix) and {folder}; 'out' must contain one. The file is read once, now.
+    PLACE is a folder or a bucket, FILE a job in YAML. Its source is '{url}', the object. Other values may hold {name}
+    (the object's name in PLACE), {stem} (the same without suffix) and {folder}; 'out' must contain one. The file is
+    read once, now.
 
     \b
     tally watch add incoming s3://bucket/in job.yaml --pattern '*.mp4' --exclude '*processed*'
