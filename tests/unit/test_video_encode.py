@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import av
@@ -217,3 +220,15 @@ def test_quality_costs_bytes(codec: str) -> None:
     check(Encoding(codec, 2), "mp4")
     sizes = [len(encode(pictures=noise, encoding=Encoding(codec, crf))[0]) for crf in (2, 30)]
     assert sizes[0] > 1.5 * sizes[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="only Linux tells how a thread is scheduled")
+def test_no_encoder_takes_real_time_priority() -> None:
+    before = os.sched_getscheduler(0)
+    for kind in ("mp4", "mkv", "webm"):
+        encoders(kind)
+    found = {}
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended
+            found[thread.name] = os.sched_getscheduler(int(thread.name))
+    assert set(found.values()) == {before}

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -221,7 +223,8 @@ class Encoder:
         context.colorspace = colour.matrix if stated else self._matrix
         context.color_range = self._range if self._range == _FULL_RANGE else colour.range
         context.color_primaries, context.color_trc = colour.primaries, colour.transfer
-        context.open()
+        with _same_priority():
+            context.open()
         return stream
 
     def _rate(self) -> Fraction:
@@ -277,3 +280,24 @@ def delay(ticks: Sequence[int]) -> int:
     """By how many packets, at most, the order of decoding lags behind that of presentation."""
     rank = {tick: index for index, tick in enumerate(sorted(ticks))}
     return max((index - rank[tick] for index, tick in enumerate(ticks)), default=0)
+
+
+@contextmanager
+def _same_priority() -> Iterator[None]:
+    """Threads of this process keep their scheduling while the context lasts.
+
+    Where it may, SVT-AV1 takes real-time priority, for its threads and for the one that opens it. Whatever this process
+    started afterwards would inherit that, and could keep everything else from running.
+    """
+    threads = Path("/proc/self/task")
+    if not threads.is_dir():  # not Linux
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        for thread in threads.iterdir():
+            with suppress(OSError):  # it has ended
+                if os.sched_getscheduler(int(thread.name)) != policy:
+                    os.sched_setscheduler(int(thread.name), policy, parameters)
