@@ -49,9 +49,9 @@ class TallyError(Exception):
     """What happened, with the offending value; ``hint`` is the next step for the user."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        message = mask(message)
+        message = mask(str(message))  # whatever code of a model gives
         super().__init__(message)
-        self.message = str(message)  # whatever code of a model gives
+        self.message = message
         self.hint = hint
 
     def __str__(self) -> str:

@@ -458,6 +458,30 @@ def test_no_column_of_the_source_is_overwritten_by_one_of_the_model(tmp_path: Pa
     assert written == [{"key": "a", "n": 0, "m": 1}]
 
 
+def test_columns_of_a_table_keep_their_types_beside_results_that_come_one_by_one(tmp_path: Path) -> None:
+    sink = sink_for(str(tmp_path / "out"), output="rows")
+    sink.claim("job-1")
+    writer = sink.open("a", Chunk(0, 4, {}))
+    info = pa.table(
+        {
+            "t": pa.array([1700000000123456789, 2, 3, 4], pa.timestamp("ns")),
+            "u": pa.array([2**64 - 1, 3, 4, 5], pa.uint64()),
+            "m": pa.array([None, [("k", 1)], [], None], pa.map_(pa.string(), pa.int64())),
+            "f": pa.array([0.1, 0.2, 0.3, 0.4], pa.float32()),
+        }
+    )
+    results = [{"v": 1.5}, [{"v": 2.5}, {"v": 3.5}], [], {"u": 1}]
+    refused = writer.add_rows(pa.array(["a", "b", "c", "d"]), results, info)
+    assert [at for at, _ in refused] == [3]
+    sink.finalize([writer.close()], [], FACTS)
+    table = pq.read_table(tmp_path / "out" / "part-00000.parquet")
+    assert table.column("key").to_pylist() == ["a", "b", "b"]
+    assert table.column("v").to_pylist() == [1.5, 2.5, 3.5]
+    wanted = info.take(pa.array([0, 1, 1]))
+    assert all(table.column(name).combine_chunks().equals(wanted.column(name).combine_chunks()) for name in "tuf")
+    assert table.column("m").to_pylist() == [None, [("k", 1)], [("k", 1)]]
+
+
 def test_staged_results_that_are_gone(tmp_path: Path) -> None:
     sink = sink_for(str(tmp_path / "out"), output="rows")
     sink.claim("job-1")

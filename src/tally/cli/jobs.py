@@ -28,7 +28,14 @@ def jobs() -> None:
 
 
 @jobs.command("list")
-@click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True, help="How many, newest first.")
+@click.option(
+    "-n",
+    "--limit",
+    type=click.IntRange(1, 1_000_000_000),
+    default=20,
+    show_default=True,
+    help="How many, newest first.",
+)
 @click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")
 @click.option("--model", help="Only jobs with the model of this name.")
 @click.option("--out", "place", help="Only jobs that write to this place.")
@@ -195,7 +202,9 @@ def retry(job: str, dead: bool, quiet: bool) -> int:
 
 @jobs.command(short_help="The items that failed, and why.")
 @click.argument("job")
-@click.option("-n", "--limit", type=click.IntRange(1), default=100, show_default=True, help="How many at most.")
+@click.option(
+    "-n", "--limit", type=click.IntRange(1, 1_000_000_000), default=100, show_default=True, help="How many at most."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def dead(job: str, limit: int, as_json: bool) -> None:
     """The items that failed for good, each with its reason."""

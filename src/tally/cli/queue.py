@@ -44,7 +44,14 @@ def depth(url: str, as_json: bool) -> None:
 
 @queue.command()
 @click.argument("url")
-@click.option("-n", "--limit", type=click.IntRange(1), default=10, show_default=True, help="How many, oldest first.")
+@click.option(
+    "-n",
+    "--limit",
+    type=click.IntRange(1, 1_000_000_000),
+    default=10,
+    show_default=True,
+    help="How many, oldest first.",
+)
 def peek(url: str, limit: int) -> None:
     """Show the oldest messages as JSON; they stay where they are."""
     _show(_opened(url).peek(limit))
@@ -52,7 +59,14 @@ def peek(url: str, limit: int) -> None:
 
 @queue.command()
 @click.argument("url")
-@click.option("-n", "--limit", type=click.IntRange(1), default=10, show_default=True, help="How many, oldest first.")
+@click.option(
+    "-n",
+    "--limit",
+    type=click.IntRange(1, 1_000_000_000),
+    default=10,
+    show_default=True,
+    help="How many, oldest first.",
+)
 def dead(url: str, limit: int) -> None:
     """Show dead messages and their reasons as JSON."""
     _show(_opened(url).peek(limit, dead=True))
@@ -60,7 +74,14 @@ def dead(url: str, limit: int) -> None:
 
 @queue.command()
 @click.argument("url")
-@click.option("-n", "--limit", type=click.IntRange(1), default=1000, show_default=True, help="How many, oldest first.")
+@click.option(
+    "-n",
+    "--limit",
+    type=click.IntRange(1, 1_000_000_000),
+    default=1000,
+    show_default=True,
+    help="How many, oldest first.",
+)
 def replay(url: str, limit: int) -> None:
     """Put dead messages back into the queue."""
     say(f"{_opened(url).replay(limit):,} messages are back in the queue")
@@ -69,7 +90,7 @@ def replay(url: str, limit: int) -> None:
 @click.command()
 @click.argument("source", nargs=-1, required=True)
 @click.option("--queue", "url", required=True, metavar="URL", help="The queue: as for 'tally queue'.")
-@click.option("--limit", type=click.IntRange(1), help="Stop after so many.")
+@click.option("--limit", type=click.IntRange(1, 1_000_000_000), help="Stop after so many.")
 @click.option(
     "--body",
     type=click.Choice(("text", "url", "json", "pyliteral")),

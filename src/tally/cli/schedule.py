@@ -140,7 +140,9 @@ _STATES = ("running", "pending", "failed", "skipped", "empty", "finished")
 
 @schedule.command(short_help="Next times, last runs, and what the clock's changes do.")
 @click.argument("name")
-@click.option("-n", "--limit", type=click.IntRange(1), default=10, show_default=True, help="How many runs.")
+@click.option(
+    "-n", "--limit", type=click.IntRange(1, 1_000_000_000), default=10, show_default=True, help="How many runs."
+)
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(name: str, limit: int, as_json: bool) -> None:
     """Everything about a schedule: its next times, its last runs, and what happens when the clock is set."""

@@ -30,7 +30,13 @@ def watch() -> None:
 @click.argument("file")
 @click.option("--pattern", default="*", show_default=True, help="Take what matches this glob: '*.mp4', 'in/**/*.jpg'.")
 @click.option("--exclude", help="Leave out what matches this glob: '*processed*'.")
-@click.option("--parallel", type=click.IntRange(1), default=4, show_default=True, help="Jobs of this watch at once.")
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 1_000_000_000),
+    default=4,
+    show_default=True,
+    help="Jobs of this watch at once.",
+)
 @click.option("--existing", is_flag=True, help="Take what is there already, too.")
 def add(name: str, place: str, file: str, pattern: str, exclude: str | None, parallel: int, existing: bool) -> None:
     """Run the job of FILE for each new object in PLACE.

@@ -196,8 +196,10 @@ def _write(writer: Writer, batch: Batch, parts: Sequence[Part]) -> list[tuple[in
             results = _select(part.results, good if part.errors else None)
             if hasattr(results, "num_rows"):
                 refused = writer.add_table(keys, results, info)
+            elif hasattr(keys, "to_pylist"):
+                refused = writer.add_rows(keys, results, info)
             else:
-                refused = writer.add(_as_list(keys), results, None if info is None else _as_list(info))
+                refused = writer.add(keys, results, info)
             dead += [(int(batch.positions[start + good[index]]), error) for index, error in refused]
         start += part.count
     return dead
@@ -206,11 +208,6 @@ def _write(writer: Writer, batch: Batch, parts: Sequence[Part]) -> list[tuple[in
 def _select(values: Any, indices: Sequence[int] | None) -> Any:
     """Some of the values; all of them if ``indices`` is None."""
     return values if indices is None or values is None else select(values, indices)
-
-
-def _as_list(values: Any) -> Any:
-    """A sequence as it is, an Arrow array or table as a list."""
-    return values.to_pylist() if hasattr(values, "to_pylist") else values
 
 
 def _bounded(text: str) -> str:

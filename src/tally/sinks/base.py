@@ -91,6 +91,13 @@ class Writer(ABC):
         """
         return self.add(keys.to_pylist(), rows.to_pylist(), None if info is None else info.to_pylist())
 
+    def add_rows(self, keys: Any, results: Sequence[Result], info: Any | None = None) -> list[tuple[int, ItemError]]:
+        """As :meth:`add`, for results one by one of items that are rows of a table.
+
+        keys: a ``pyarrow.Array`` of strings. info: a ``pyarrow.Table``, whose types the rows keep.
+        """
+        return self.add(keys.to_pylist(), results, None if info is None else info.to_pylist())
+
     @abstractmethod
     def close(self) -> Output:
         """Make everything durable. Returns what was written."""

@@ -222,6 +222,31 @@ class RowsWriter(Writer):
         self._take(batch)
         return []
 
+    def add_rows(self, keys: Any, results: Sequence[Result], info: Any | None = None) -> list[tuple[int, ItemError]]:
+        """See :meth:`Writer.add_rows`. The columns of the source stay columns: no value of theirs becomes Python's."""
+        import pyarrow as pa
+
+        from tally.sinks import columns
+
+        if info is not None and self._left_out is not None:
+            info = info.drop_columns(self._left_out)
+        if info is None or not info.num_columns:
+            return self.add(keys.to_pylist(), results)
+        given = dict.fromkeys(info.column_names)
+        twice = {at: error for at, result in enumerate(results) if (error := _twice(given, result)) is not None}
+        good = [at for at in range(len(results)) if at not in twice]
+        own = None if self._schema is None else pa.schema([each for each in self._schema if each.name not in given])
+        # Each row says by its key which item it is of: there may be several, or none.
+        batch, failed = self._build([str(at) for at in good], [results[at] for at in good], own)
+        at = batch.column(0).cast(pa.int64())
+        rows = pa.Table.from_batches([batch.drop_columns([columns.KEY])])
+        whole = columns.assemble(keys.take(at), rows, info.take(at), self._schema)
+        if whole is None:  # what a schema does not hold is found row by row
+            return self.add(keys.to_pylist(), results, info.to_pylist())
+        self._take(whole)
+        refused = [(at, ItemError(error, stage="write")) for at, error in twice.items()]
+        return sorted([*refused, *((good[index], error) for index, error in failed)], key=lambda each: each[0])
+
     def _take(self, batch: pa.RecordBatch) -> None:
         if batch.num_rows:
             self._batches.append(batch)

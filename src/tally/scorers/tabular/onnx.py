@@ -305,7 +305,7 @@ class OnnxTableScorer(Scorer):
         values = tables.matrix(table) if tables.is_numeric(table) else None
         errors = tables.unusable(table, values, nan=self._nan)
         if self._kinds:
-            errors = tables.not_whole(table, self._kinds) | errors
+            errors = tables.beyond_type(table, self._kinds) | errors
         count = table.num_rows
         if len(errors) == count:
             return tables.results(None, errors, count)

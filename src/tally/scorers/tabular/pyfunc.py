@@ -215,7 +215,7 @@ class PyfuncScorer(Scorer):
 
         errors: dict[int, ItemError] = {}
         if self.options.tensor and tables.is_numeric(table):
-            errors = tables.not_whole(table, [self.options.tensor] * table.num_columns)
+            errors = tables.beyond_type(table, [self.options.tensor] * table.num_columns)
             if np.dtype(self.options.tensor).kind in "iub":
                 errors = tables.unusable(table, tables.matrix(table), nan=False) | errors
         columns = []

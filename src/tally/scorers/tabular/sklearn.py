@@ -96,10 +96,18 @@ def _opened(source: Path | bytes, kind: Format, trusted: bool, name: str) -> tup
         except (ModelLoadError, UntrustedModelError):
             raise
         except ModuleNotFoundError as error:
+            module = str(error.name).partition(".")[0]
+            if module == "sklearn" or module.startswith("_"):  # compiled parts of scikit-learn move between versions
+                import sklearn
+
+                raise ModelLoadError(
+                    f"{name} was saved with another version of scikit-learn, which had a module {error.name}; here is "
+                    f"{sklearn.__version__}",
+                    hint="Install the version that it was saved with, or save it again with this one.",
+                ) from None
             raise ModelLoadError(
                 f"{name} needs the module {error.name}, which is not installed",
-                hint=f"Install {str(error.name).partition('.')[0]!r} into the environment that runs Tally; a module "
-                "of scikit-learn that is missing was in the version that the model was saved with.",
+                hint=f"Install {module!r} into the environment that runs Tally.",
             ) from None
         except Exception as error:
             raise _unreadable(error, kind, name, caught) from error

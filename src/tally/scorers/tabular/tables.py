@@ -172,8 +172,8 @@ def unusable(table: pa.Table, values: Array | None, *, nan: bool) -> dict[int, I
     return errors
 
 
-def not_whole(table: pa.Table, kinds: Sequence[str]) -> dict[int, ItemError]:
-    """Rows that hold what an integer (or truth value) of the model cannot be: fractions, and numbers beyond its range.
+def beyond_type(table: pa.Table, kinds: Sequence[str]) -> dict[int, ItemError]:
+    """Rows with numbers that the model's type does not hold: fractions for whole ones, and what is beyond its range.
 
     kinds: NumPy's name of the type that the model takes, for each column. Returns position to error; nulls are passed
     over.
@@ -183,6 +183,9 @@ def not_whole(table: pa.Table, kinds: Sequence[str]) -> dict[int, ItemError]:
     errors: dict[int, ItemError] = {}
     for name, column, kind in zip(table.column_names, table.columns, kinds, strict=False):
         wanted = np.dtype(kind)
+        if wanted.kind == "f" and wanted.itemsize < 8 and _is_number(column.type):
+            _check_range(name, column, wanted, errors)
+            continue
         if wanted.kind not in "iub" or not _is_number(column.type) or pa.types.is_boolean(column.type):
             continue
         low, high = (0, 1) if wanted.kind == "b" else (np.iinfo(wanted).min, np.iinfo(wanted).max)
@@ -198,6 +201,17 @@ def not_whole(table: pa.Table, kinds: Sequence[str]) -> dict[int, ItemError]:
             shown = "true or false" if wanted.kind == "b" else f"whole numbers ({kind})"
             errors.setdefault(row, ItemError(f"{name} is {column[row].as_py()}, but the model takes {shown}"))
     return errors
+
+
+def _check_range(name: str, column: pa.ChunkedArray, wanted: np.dtype[Any], errors: dict[int, ItemError]) -> None:
+    """Finite numbers that would be infinite as the model takes them."""
+    import pyarrow as pa
+
+    most = np.finfo(wanted).max
+    numbers = matrix(pa.table([column], names=[name]))[:, 0]
+    for row in np.flatnonzero((np.abs(numbers) > most) & np.isfinite(numbers)).tolist():
+        shown = f"numbers up to {most:.6g} ({wanted.name})"
+        errors.setdefault(row, ItemError(f"{name} is {column[row].as_py()}, but the model takes {shown}"))
 
 
 def _bad(column: pa.ChunkedArray, nan: bool) -> Array:

@@ -461,6 +461,7 @@ def verdict(facts: Facts, probe: Callable[[], Mapping[str, Array] | None]) -> tu
             [*problems, f"task: nothing that Tally knows fits the outputs {looked}{labels}{why}"],
             hint="Say --task, and with --set outputs=NAME which output holds the result; labels tell how many classes.",
         )
+    unknown = [str(fit) for fit in found if fit.head.task is None]
     said = dict.fromkeys(
         fit.head.said + (f" --set outputs={fit.outputs[0].name}" if len(fit.outputs) < len(facts.outputs) else "")
         for fit in found
@@ -468,7 +469,9 @@ def verdict(facts: Facts, probe: Callable[[], Mapping[str, Array] | None]) -> tu
     )
     raise SpecError(
         f"task: the outputs {looked} fit several heads: {', '.join(map(str, found))}",
-        hint=f"Say which: {', or '.join(said)}" + ("; or give the labels" if not facts.labels else ""),
+        hint=f"Say which: {', or '.join(said)}"
+        + ("; or give the labels" if not facts.labels else "")
+        + (f". If it is {' or '.join(unknown)}, Tally cannot decode it: none of these is right" if unknown else ""),
     )
 
 
