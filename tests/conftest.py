@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def pytest_configure() -> None:
     # A shell has what it starts in the background ignore Ctrl-C, and so would whatever a test starts and interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as nohup has it ignored
 
 
 @pytest.fixture
