@@ -109,7 +109,7 @@ def coordinators(cluster: Cluster, job: str) -> list[psutil.Process]:
     found = []
     for process in cluster.processes():
         try:
-            if process.cmdline()[1:5] == ["-m", "tally", "coordinate", job]:
+            if process.cmdline()[1:6] == ["-P", "-m", "tally", "coordinate", job]:
                 found.append(process)
         except psutil.Error:
             pass

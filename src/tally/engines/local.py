@@ -48,6 +48,8 @@ LAST_RESULT_SECONDS = 1.0
 """How long the result of a worker that has ended may still be on its way."""
 CHILDREN_SECONDS = 0.5
 """How long processes that a worker started may outlive it, where it ended in good order."""
+LAST_WORDS_SECONDS = 5.0
+"""How long a worker that has exceeded its time limit may take to write its stack."""
 _SETUP = "setup"
 """In the engine's folder, the file that tells workers how they are set up."""
 MEMORY_SHARE = 0.8
@@ -61,7 +63,7 @@ class _Slot(Slot):
     over_memory: the resident bytes for which the worker was killed.
     exceeded: the time limit that it exceeded, see :meth:`tally.engines.watchdog.Clock.exceeded`; it is being ended, and
         what it may still give back does not count: the signal may have cut short what it did. exceeded_at: what it had
-        noted then.
+        noted then. kill_at: when it is killed even if it has not written its stack.
     overdue: the worker was killed because its task did not stop in time.
     gone_since: when it was noticed that the process has ended.
     children: the processes that it had started when it was last looked at.
@@ -84,6 +86,7 @@ class _Slot(Slot):
         self.over_memory: int | None = None
         self.exceeded: str | None = None
         self.exceeded_at = watchdog.Note()
+        self.kill_at = 0.0
         self.clock = watchdog.Clock()
         self.overdue = False
         self.gone_since: float | None = None
@@ -158,7 +161,8 @@ class _Slot(Slot):
         if process is None or process.pid is None:
             return
         if self.exceeded is not None:
-            self.kill()
+            if self._has_last_words() or time.monotonic() >= self.kill_at:
+                self.kill()
             return
         stopped = False
         with suppress(psutil.Error):
@@ -166,8 +170,15 @@ class _Slot(Slot):
         note = watchdog.read(self.files.note)
         self.exceeded, self.exceeded_at = self.clock.exceeded(note, time.monotonic(), stopped=stopped), note
         if self.exceeded is not None:
+            self.kill_at = time.monotonic() + LAST_WORDS_SECONDS
             with suppress(OSError):
                 os.kill(process.pid, watchdog.DUMP_SIGNAL)
+
+    def _has_last_words(self) -> bool:
+        try:
+            return self.files.trace.stat().st_size > 0
+        except OSError:
+            return True
 
     def kill(self) -> None:
         process = self.context.worker
