@@ -18,11 +18,6 @@ FOLDER = Path(__file__).resolve().parent.parent / "src" / "tally" / "server" / "
 
 PACKAGES = {
     "htmx.org@4.0.1": {"dist/htmx.min.js": "htmx.min.js", "dist/ext/hx-sse.min.js": "hx-sse.min.js", "LICENSE": None},
-    "uplot@1.6.32": {
-        "dist/uPlot.iife.min.js": "uPlot.iife.min.js",
-        "dist/uPlot.min.css": "uPlot.min.css",
-        "LICENSE": None,
-    },
 }
 """By package and version: its files, and what they are called here. Licences are called by their package."""
 
