@@ -39,7 +39,10 @@ def download(url: str) -> Path:
     Raises SpecError, saying which checksum to append, where the URL has none; ModelChangedError where
     the content is another one; ModelNotFoundError, StorageError.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise SpecError(f"{url!r} is no URL: {error}") from None
     if parts.scheme != "https":
         raise SpecError(f"models come from https:// URLs, not {parts.scheme}://: {url}")
     name = unquote(parts.path).rpartition("/")[2]

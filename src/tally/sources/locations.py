@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import stat
@@ -64,8 +65,8 @@ def _can_be_listed(folder: str) -> bool:
     try:
         with os.scandir(folder) as entries:
             next(entries, None)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)  # this process's fault, not the folder's
     return True
 
 

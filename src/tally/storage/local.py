@@ -108,7 +108,7 @@ class LocalStore(Store):
                     except OSError:
                         names.append(name)
         except (FileNotFoundError, NotADirectoryError):
-            if folder_identity(self._root) != identity:
+            if identity is not None and folder_identity(self._root) != identity:
                 raise folder_away(self._root) from None
             return iter(())
         except OSError as error:
