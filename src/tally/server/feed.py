@@ -10,13 +10,18 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from fastapi.sse import ServerSentEvent
 
 from tally.errors import TallyError
 
 log = logging.getLogger("tally")
 
 LOOK_SECONDS = 0.5
+KEEP_ALIVE_SECONDS = 15.0
+"""A stream says something at least that often, so that proxies keep it open and a lost client is noticed."""
+_NOT_LOOKED: Any = object()
 
 State = TypeVar("State")
 
@@ -26,7 +31,7 @@ class Topic:
 
     def __init__(self, look: Callable[[], object]) -> None:
         self.look = look
-        self.last: object = None
+        self.last: object = _NOT_LOOKED
         self.subscribers: set[asyncio.Queue[object]] = set()
 
 
@@ -46,7 +51,7 @@ class Feed:
         """
         topic = self._topics.setdefault(name, Topic(look))
         queue: asyncio.Queue[object] = asyncio.Queue(maxsize=1)
-        if topic.last is not None:
+        if topic.last is not _NOT_LOOKED:
             queue.put_nowait(topic.last)
         topic.subscribers.add(queue)
         if self._task is None or self._task.done():
@@ -57,6 +62,26 @@ class Feed:
             topic.subscribers.discard(queue)
             if not topic.subscribers:
                 self._topics.pop(name, None)
+
+    async def stream(
+        self,
+        name: str,
+        look: Callable[[], State],
+        event: Callable[[State], ServerSentEvent],
+        *,
+        is_last: Callable[[State], bool],
+    ) -> AsyncIterator[ServerSentEvent]:
+        """Server-sent events: what ``event`` makes of each new state, up to the one that ``is_last``."""
+        async with self.subscribe(name, look) as states:
+            while True:
+                try:
+                    state = await asyncio.wait_for(states.get(), KEEP_ALIVE_SECONDS)
+                except TimeoutError:
+                    yield ServerSentEvent(comment="still here")
+                    continue
+                yield event(state)
+                if is_last(state):
+                    return
 
     async def close(self) -> None:
         """Stop looking."""

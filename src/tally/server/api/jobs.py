@@ -24,9 +24,6 @@ from tally.server.results import Results
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], responses=answers(401, 403, 422, 429, 503))
 
-KEEP_ALIVE_SECONDS = 15.0
-"""A stream says something at least that often, so that proxies keep it open and a lost client is noticed."""
-
 _EXAMPLE = {"source": ["s3://bucket/photos"], "model": "models:/classifier@champion", "out": "s3://bucket/predictions"}
 
 
@@ -105,19 +102,16 @@ async def job_events(
         except JobNotFoundError:
             return None
 
-    async with feed.subscribe(f"job:{job_id}", look) as states:
-        while True:
-            try:
-                view = await asyncio.wait_for(states.get(), KEEP_ALIVE_SECONDS)
-            except TimeoutError:
-                yield ServerSentEvent(comment="still here")
-                continue
-            if view is None:
-                yield ServerSentEvent(event="deleted", data={"id": job_id})
-                return
-            yield ServerSentEvent(event="job", data=view.model_dump())
-            if view.state in ENDED and not view.alive:
-                return
+    def event(view: JobView | None) -> ServerSentEvent:
+        if view is None:
+            return ServerSentEvent(event="deleted", data={"id": job_id})
+        return ServerSentEvent(event="job", data=view.model_dump())
+
+    def is_last(view: JobView | None) -> bool:
+        return view is None or (view.state in ENDED and not view.alive)
+
+    async for each in feed.stream(f"job:{job_id}", look, event, is_last=is_last):
+        yield each
 
 
 @router.get("/{job}/dead", responses=answers(404))

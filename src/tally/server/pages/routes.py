@@ -335,17 +335,14 @@ async def _stream(
     feed: Feed, topic: str, look: Callable[[], dict[str, Any] | None], template: str, **values: Any
 ) -> AsyncIterator[ServerSentEvent]:
     """The template anew whenever what ``look`` returns has changed; ends where it returns None."""
-    async with feed.subscribe(topic, look) as states:
-        while True:
-            try:
-                state = await asyncio.wait_for(states.get(), 15)
-            except TimeoutError:
-                yield ServerSentEvent(comment="still here")
-                continue
-            if state is None:
-                yield ServerSentEvent(raw_data=render("_message.html", text="This job was deleted.", problem=True))
-                return
-            yield ServerSentEvent(raw_data=render(template, now=state, **values))
+
+    def event(state: dict[str, Any] | None) -> ServerSentEvent:
+        if state is None:
+            return ServerSentEvent(raw_data=render("_message.html", text="This job was deleted.", problem=True))
+        return ServerSentEvent(raw_data=render(template, now=state, **values))
+
+    async for each in feed.stream(topic, look, event, is_last=lambda state: state is None):
+        yield each
 
 
 # -- installing --------------------------------------------------------------------------------------------------------
