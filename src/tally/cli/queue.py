@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import json
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from tally.cli.console import say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from tally.sources.queues.base import Message, Queue
 
 _SENT_AT_ONCE = 500
+
+Command = TypeVar("Command", bound="Callable[..., Any]")
+
+
+def _limit(default: int) -> Callable[[Command], Command]:
+    return click.option(
+        "-n",
+        "--limit",
+        type=click.IntRange(1, 1_000_000_000),
+        default=default,
+        show_default=True,
+        help="How many, oldest first.",
+    )
 
 
 @click.group()
@@ -44,14 +57,7 @@ def depth(url: str, as_json: bool) -> None:
 
 @queue.command()
 @click.argument("url")
-@click.option(
-    "-n",
-    "--limit",
-    type=click.IntRange(1, 1_000_000_000),
-    default=10,
-    show_default=True,
-    help="How many, oldest first.",
-)
+@_limit(10)
 def peek(url: str, limit: int) -> None:
     """Show the oldest messages as JSON; they stay where they are."""
     _show(_opened(url).peek(limit))
@@ -59,14 +65,7 @@ def peek(url: str, limit: int) -> None:
 
 @queue.command()
 @click.argument("url")
-@click.option(
-    "-n",
-    "--limit",
-    type=click.IntRange(1, 1_000_000_000),
-    default=10,
-    show_default=True,
-    help="How many, oldest first.",
-)
+@_limit(10)
 def dead(url: str, limit: int) -> None:
     """Show dead messages and their reasons as JSON."""
     _show(_opened(url).peek(limit, dead=True))
@@ -74,14 +73,7 @@ def dead(url: str, limit: int) -> None:
 
 @queue.command()
 @click.argument("url")
-@click.option(
-    "-n",
-    "--limit",
-    type=click.IntRange(1, 1_000_000_000),
-    default=1000,
-    show_default=True,
-    help="How many, oldest first.",
-)
+@_limit(1000)
 def replay(url: str, limit: int) -> None:
     """Put dead messages back into the queue."""
     say(f"{_opened(url).replay(limit):,} messages are back in the queue")
