@@ -137,7 +137,7 @@ def test_version(cli: Cli) -> None:
         (["score", "x", "--model", "y"], "Missing option '-o' / '--out'"),
         (["score", "x", "--model", "y", "--out", "z", "--batch-size", "two"], "'two' is not a valid integer"),
         (["jobs", "retry", "x"], "Missing option '--dead'"),
-        (["jobs", "list", "-n", "0"], "0 is not in the range x>=1"),
+        (["jobs", "list", "-n", "0"], "0 is not in the range 1<=x<=1000000000"),
     ],
 )
 def test_mistyped_words(cli: Cli, words: list[str], message: str) -> None:

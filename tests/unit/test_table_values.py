@@ -69,6 +69,11 @@ LATER: dict[str, tuple[list[str], list[str], Any]] = {
     "no date": (["2026-01-01"], ["2026-02-30"], pa.string()),
     "times beside dates": (["2026-01-01"], ["2026-01-05 13:45:00"], pa.timestamp("us")),
     "nanoseconds": (["2026-01-01 00:00:00"], ["2026-01-01 00:00:00.123456789"], pa.string()),
+    "nine digits, the last of them zeros": (
+        ["2026-01-01 00:00:00"],
+        ["2026-01-01 00:00:00.123456000"],
+        pa.timestamp("us"),
+    ),
     "truth values": (["true"], ["yes"], pa.string()),
 }
 
