@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tally.jobs.facade import Jobs
 from tally.scorers.base import Item
 from tally.scorers.onnx.scorer import OnnxVisionScorer, inspect
 from tally.scorers.run import copies_of, score
+from tally.scorers.vision.heads import Task
 
 
 def boxes(*rows: tuple[Any, ...]) -> list[dict[str, Any]]:
@@ -63,6 +65,13 @@ RIGHT: list[tuple[str, dict[str, Any], Any]] = [
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("yolov8_transposed", {}, "fit several heads: yolox-decoded (2 classes) of output0, yolov8 (3 classes) of output0"),
+    (
+        "yolov8_transposed",
+        {"labels": "two.txt"},
+        "with 2 labels, the outputs output0 [1, 84, 7] fit yolox-decoded (2 classes) of output0, which finds no box",
+    ),
+    ("yolov8_transposed", {"labels": "coco80.txt"}, "none has 80 classes, as there are labels"),
+    ("yolov8_transposed", {"labels": "two.txt", "decoder": "yolov8"}, "2 names, but the model has 3 classes"),
     ("yolox_decoded", {}, "fit several heads: yolox-decoded (3 classes) of output, yolov8 (4 classes) of output"),
     ("yolox_decoded80", {}, "fit several heads: yolox-decoded (80 classes)"),
     ("yolox_decoded80", {"decoder": "yolox"}, "its values for dark.png do not bear that out: centres reach 32 cells"),
@@ -72,10 +81,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"decoder": "ssd"},
         "taken for ssd boxes, and its values for dark.png do not bear that out",
     ),
-    ("yolov7_e2e", {}, "fit several heads: classify (7 classes) of output, YOLOv7's rows of 7"),
+    *(("yolov7_e2e", say, "YOLOv7's rows of 7, which Tally cannot decode") for say in ({}, {"task": "classify"})),
     ("yolo_nms4", {}, "boxes after built-in suppression, which Tally cannot decode"),
     ("detr", {}, "DETR's boxes, which Tally cannot decode"),
-    ("detr", {"task": "detect"}, "was taken for ssd boxes, and its values for dark.png do not bear that out"),
+    ("detr", {"task": "detect"}, "DETR's boxes, which Tally cannot decode"),
+    ("detr", {"decoder": "ssd"}, "was taken for ssd boxes, and its values for dark.png do not bear that out"),
+    *((name, {"task": "classify"}, "which Tally cannot decode") for name in ("tf_od", "yolo_nms4", "fasterrcnn_4d")),
+    ("yolonas80", {"task": "segment"}, "are not those of segment"),
     ("rtdetr", {}, "this one has 2 inputs (images, orig_target_sizes)"),
     ("fasterrcnn", {}, "a tensor of four axes"),
     ("fasterrcnn_4d", {}, "TorchVision's detection"),
@@ -85,6 +97,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("regression", {"task": "classify"}, "outputs of age [1, 1] are not those of classify"),
     ("vit_hidden", {}, "nothing that Tally knows fits the outputs last_hidden_state [1, 197, 768]"),
     ("vit_hidden", {"task": "segment"}, "are not those of segment"),
+    ("binary_sigmoid", {"task": "classify"}, "For one number that tells two classes apart, give 2 labels"),
     ("depth", {}, "a map of depth, distance or the like"),
     ("depth", {"task": "segment"}, "its values for dark.png do not bear that out: values lie between 0 and 10"),
     ("two_heads", {}, "classify (2 classes) of gender, classify (5 classes) of age"),
@@ -145,6 +158,33 @@ def test_or_refused_with_a_sentence(found: Path, name: str, options: dict[str, A
     with pytest.raises(TallyError) as caught:
         scored(found, name, options)
     assert words in str(caught.value)
+
+
+SAYS = re.compile(r"--task (\w+)((?: --set \w+=[\w:.-]+)*)")
+TASKS: tuple[Task, ...] = get_args(Task)
+
+
+def outcome(found: Path, name: str, options: dict[str, Any]) -> TallyError | None:
+    try:
+        scored(found, name, options)
+    except TallyError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("name", sorted({name for name, *_ in RIGHT} | {"vit_hidden", "depth", "yolov7_e2e", "tf_od"}))
+def test_what_a_refusal_says_to_say_is_taken(found: Path, name: str) -> None:
+    """For whatever task is said: the advice leads to results, or to what else is to be said."""
+    for task in TASKS:
+        error = outcome(found, name, {"task": task})
+        if error is None:
+            continue
+        said = SAYS.findall(error.hint or "")
+        assert said, (task, error)
+        for other, sets in said:
+            more = dict(each.split("=", 1) for each in sets.split(" --set ")[1:])
+            then = outcome(found, name, {"task": other, **more})
+            assert then is None or "fit several heads" in then.message, (task, error, then)
 
 
 def test_every_model_has_its_answer(found: Path) -> None:

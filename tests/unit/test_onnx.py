@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, ModelRefutedError, SpecError
 from tally.scorers.base import Item
-from tally.scorers.onnx.scorer import OnnxOptions, OnnxVisionScorer, inspect
+from tally.scorers.onnx.scorer import CHECKED, OnnxOptions, OnnxVisionScorer, inspect
 from tally.scorers.onnx.session import choose_providers, open_session, plain_reason
 
 Make = Callable[..., Path]
@@ -131,7 +131,6 @@ def test_what_is_declared_is_not_assumed(make: Make) -> None:
         (["b", 3, 32, 32], ["b", 5, 8, 8], "segment"),
         ([1, 3, 64, 64], [1, 252, 7], "detect"),
         ([1, 3, 64, 64], [1, 300, 6], "detect"),
-        ([1, 3, 64, 64], [1, 7, 84], "detect"),
     ],
 )
 def test_the_task_is_told_by_the_output(make: Make, given: list[Any], output: list[Any], task: str) -> None:
@@ -152,6 +151,7 @@ def test_the_task_is_told_by_the_output(make: Make, given: list[Any], output: li
             [1, 84, 7],
             r"yolox \(2 classes\) of y, yolox-decoded .* yolov8 \(3 classes\)",
         ),
+        ([1, 3, 64, 64], [1, 7, 84], r"yolov8 \(3 classes\) of y, oriented boxes \(YOLO OBB\) \(2 classes\)"),
         ([1, 3, "h", "w"], [1, 300, 6], "preprocess.size: the model takes several sizes"),
         ([1, 3, 32, 320], [1, "t", 97], "fit several heads: yolox"),
     ],
@@ -181,6 +181,99 @@ def test_prototypes_of_masks_are_no_classes(make: Make) -> None:
     nodes = [node("Reshape", "x s"), node("Reshape", "x t", "z")]
     path = make(nodes, [1, 3, 64, 64], [1, 38, 84], [1, 32, 16, 16], weights=target)
     assert "look like those of masks of single objects (YOLO), which Tally cannot decode" in problems(path)
+
+
+def constant(make: Make, values: Any, **options: Any) -> Path:
+    """A detector for 64x64 that finds the same in each picture."""
+    weights = [numpy_helper.from_array(np.asarray(values, np.float32)[None], "v"),
+               numpy_helper.from_array(np.zeros(1, np.float32), "zero")]  # fmt: skip
+    nodes = [node("ReduceMean", "x", "mean", keepdims=0), node("Mul", "mean zero", "none"), node("Add", "none v")]
+    return make(nodes, [1, 3, 64, 64], [1, *np.shape(values)], weights=weights, **options)
+
+
+def anchors(last: Any) -> Any:
+    """Centres and sides in pixels, two scores, and something for each of the anchors."""
+    x, y = np.random.default_rng(0).uniform(0, 64, (2, 84))
+    scores = np.full((2, 84), 0.01)
+    scores[1, 7] = 0.9
+    return np.stack([x, y, np.full(84, 9), np.full(84, 8), *scores, np.broadcast_to(last, 84)])
+
+
+ANGLES = np.random.default_rng(1).uniform(0.1, 0.9, 84)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("said", [{}, {"task": "detect"}, {"labels": ["a", "b", "c"]}, {"labels": ["a", "b"]}])
+def test_angles_are_no_scores(make: Make, turned: bool, said: dict[str, Any]) -> None:
+    """Oriented boxes have an angle where others have the score of one more class."""
+    path = constant(make, anchors(ANGLES).T if turned else anchors(ANGLES))
+    with pytest.raises(SpecError, match=r"fit several heads: .*yolo(v8|x-decoded) .*oriented boxes") as caught:
+        inspect(path, said)
+    assert "--task detect --set decoder=yolo" in str(caught.value.hint)
+    assert "oriented boxes (YOLO OBB) (2 classes) of y, Tally cannot decode it" in str(caught.value.hint)
+    assert inspect(path, {"decoder": "yolov8"})["classes"] == 3
+
+
+def test_angles_beyond_scores_are_told(make: Make) -> None:
+    path = constant(make, anchors(ANGLES - 0.5))
+    for said in ({}, {"task": "detect"}, {"labels": ["a", "b", "c"]}, {"labels": ["a", "b"]}):
+        assert "look like those of oriented boxes (YOLO OBB), which Tally cannot decode" in problems(path, **said)
+
+
+def test_scores_are_no_angles(make: Make) -> None:
+    path = constant(make, anchors(0.02))
+    assert inspect(path, {})["decoder"] == "yolov8"
+    assert inspect(path, {"labels": ["a", "b", "c"]})["decoder"] == "yolov8"
+    assert "2 names, but the model has 3 classes" in problems(path, labels=["a", "b"])
+
+
+def test_what_the_metadata_say_is_not_overruled_by_a_task(make: Make) -> None:
+    path = constant(make, anchors(0.02), metadata={"task": "obb"})
+    assert "look like those of obb, which Tally cannot decode" in problems(path, task="detect")
+
+
+CORNERS = [[16, 8, 48, 40, 0.9, 1], [2, 40, 20, 60, 0.8, 0]]
+CENTRES = [[32, 24, 32, 32, 0.9, 1], [11, 50, 18, 20, 0.8, 0]]
+FROM_A_CORNER = [[16, 8, 32, 32, 0.9, 1], [2, 40, 18, 20, 0.8, 0]]
+LEAVES_IT_OPEN = [[20, 20, 30, 30, 0.9, 1]]  # as corners, as centre and sides, and as corner and sides
+
+
+def rows(found: list[list[float]]) -> Any:
+    return found + [[0.0] * 6] * (300 - len(found))
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (CENTRES, "50% of the boxes end before they begin"),
+        (FROM_A_CORNER, "50% of the boxes end before they begin"),
+        ([[320, 240, 480, 400, 0.9, 1]], "corners lie between 240 and 480, far outside a picture of 64x64"),
+        ([[40, 40, 9, 9, 0.06, 1]], "100% of the boxes end before they begin"),
+    ],
+)
+def test_boxes_that_are_no_corners(make: Make, found: Any, words: str) -> None:
+    with pytest.raises(ModelRefutedError, match=words):
+        run(scorer_of(constant(make, rows(found))), plain(1, 2, 3))
+
+
+@pytest.mark.parametrize(("before", "checked"), [(LEAVES_IT_OPEN, True), ([], True), (CORNERS, False)])
+def test_the_check_goes_on_until_there_is_evidence(make: Make, before: Any, checked: bool) -> None:
+    """Light pictures give something else than dark ones."""
+    weights = [numpy_helper.from_array(np.asarray(rows(each), np.float32)[None], name)
+               for each, name in ((before, "dark"), (CENTRES, "light"))]  # fmt: skip
+    weights.append(numpy_helper.from_array(np.full(1, 0.5, np.float32), "half"))
+    nodes = [
+        node("ReduceMean", "x", "mean", keepdims=0),
+        node("Greater", "mean half", "is_light"),
+        node("Where", "is_light light dark"),
+    ]
+    scorer = scorer_of(make(nodes, [1, 3, 64, 64], [1, 300, 6], weights=weights), preprocess={"resize": "squash"})
+    run(scorer, *[plain(0, 0, 0)] * CHECKED)
+    if checked:
+        with pytest.raises(ModelRefutedError, match="end before they begin"):
+            run(scorer, plain(255, 255, 255))
+    else:
+        run(scorer, plain(255, 255, 255))
 
 
 def test_heat_maps_are_no_classes(make: Make) -> None:

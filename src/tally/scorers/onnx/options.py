@@ -121,6 +121,9 @@ class _Facts:
     metadata: Mapping[str, str]
 
 
+_BY_YOURSELF = "A scorer of your own can run it (docs: write-a-scorer)."
+
+
 def _dims(shape: Sequence[Any] | None) -> tuple[int | None, ...]:
     return tuple(n if isinstance(n, int) and n > 0 else None for n in shape or ())
 
@@ -131,7 +134,9 @@ def _examine(path: Path) -> _Facts:
     inputs, outputs = found.inputs, found.outputs
     if len(inputs) != 1:
         names = ", ".join(i.name for i in inputs) or "none"
-        raise ModelLoadError(f"{path}: a vision model takes one picture, this one has {len(inputs)} inputs ({names})")
+        raise ModelLoadError(
+            f"{path}: a vision model takes one picture, this one has {len(inputs)} inputs ({names})", hint=_BY_YOURSELF
+        )
     picture = inputs[0]
     dims = _dims(picture.shape)
     if len(dims) != 4 or picture.type not in TENSOR_TYPES:
@@ -141,7 +146,9 @@ def _examine(path: Path) -> _Facts:
         )
     for output in outputs:
         if not output.type.startswith("tensor(") or output.type == "tensor(string)":
-            raise ModelLoadError(f"{path}: its output {output.name} is {output.type}; only numbers can be used")
+            raise ModelLoadError(
+                f"{path}: its output {output.name} is {output.type}; only numbers can be used", hint=_BY_YOURSELF
+            )
     return _Facts(
         path,
         picture.name,

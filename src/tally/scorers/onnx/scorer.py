@@ -21,7 +21,7 @@ from tally.scorers.base import Item, Result, Scorer
 from tally.scorers.onnx.options import OnnxOptions, inspect
 from tally.scorers.onnx.session import choose_providers, external_names, open_session, plain_reason
 from tally.scorers.vision.detection import DECODERS, detect_rows, outside
-from tally.scorers.vision.heads import Facts, Task, fit_of, objection
+from tally.scorers.vision.heads import Facts, Task, evident, fit_of, objection
 from tally.scorers.vision.outputs import classify_rows, label_map, restore_image, restore_map, segment_rows
 from tally.scorers.vision.preprocess import Array, Prepared, Preprocessor, made_up_pictures
 
@@ -35,10 +35,11 @@ _SHORT_NAMES = {
 
 
 CHECKED = 64
-"""Pictures of which each worker checks whether their values bear out what the model was taken for."""
+"""Pictures of which each worker checks whether their values bear out what the model was taken for. Those whose values
+leave it open do not count."""
 
 _SAY_OTHERWISE = {
-    "detect": "Say with --set decoder=... how its boxes are decoded, or with --task what else it does.",
+    "detect": "Say with --set decoder=... how its boxes are decoded, or --task values for the numbers as they are.",
     "segment": "Say --task values for a map of something else; for logits of a foreground --set softmax=always, for "
     "independent scores of classes --set softmax=never.",
     "restyle": "Say with --set preprocess.scale=1/255 (mean, std) what values its pictures have, or --task segment.",
@@ -258,13 +259,15 @@ class OnnxVisionScorer(Scorer):
             wrong = outside(values[0])
             hint = "Say --set softmax=always if softmax is still to be applied, or never to keep them as they are."
         elif self._unchecked:
-            self._unchecked -= 1
             shape = prepared.tensor.shape
             size = (shape[2], shape[1]) if self.preprocessor.nchw else (shape[1], shape[0])
             if self.task == "restyle":
                 wrong = self._against_picture(prepared, values[0][0])
+                self._unchecked -= 1
             else:
-                wrong = objection(self._fit, values, replace(self._facts, size=size))
+                facts = replace(self._facts, size=size)
+                wrong = objection(self._fit, values, facts)
+                self._unchecked -= evident(self._fit, values, facts)
             hint = _SAY_OTHERWISE.get(self.task, "Say with --task what the model does.")
         else:
             return

@@ -270,15 +270,49 @@ def _against_yolov8(outputs: Sequence[Array], size: Size) -> str | None:
     return _against_pixels(raw[:, :2], raw[:, 2:4], size) or outside(raw[:, 4:])
 
 
+def against_oriented(output: Array, size: Size) -> str | None:
+    """Says if these are no oriented boxes: those of ``yolov8``, with an angle in the place of the last score. Angles
+    are told by what scores are not: below 0, above 1, or far from 0 where there is nothing."""
+    raw = _anchors_first(output, size)
+    if (wrong := _against_pixels(raw[:, :2], raw[:, 2:4], size) or outside(raw[:, 4:-1])) is not None:
+        return wrong
+    low, high = float(raw[:, -1].min()), float(raw[:, -1].max())
+    if low < -np.pi or high > np.pi:
+        return f"the last values lie between {low:.4g} and {high:.4g}: no angles"
+    if low >= 0 and float(np.median(raw[:, -1])) < 0.05:
+        return "the last values are mostly about 0, as scores are"
+    return None
+
+
 def _against_end_to_end(outputs: Sequence[Array], size: Size) -> str | None:
     raw = outputs[0]
-    found = raw[raw[:, 4] > 0.3]
+    found = raw[raw[:, 4] > _PADDING]
     classes = raw[:, 5]
     if (classes != np.rint(classes)).any() or classes.min(initial=0) < -1:
         return "the last column holds no numbers of classes"
-    if len(found) and found[:, :4].max() <= 1.5:
+    if not len(found):
+        return outside(raw[:, 4])
+    low, high = float(found[:, :4].min()), float(found[:, :4].max())
+    if high <= 1.5:
         return "corners lie in 0..1, not in pixels"
+    if low < -max(size) or high > 2 * max(size):
+        return f"corners lie between {low:.4g} and {high:.4g}, far outside a picture of {size[0]}x{size[1]}"
     return outside(raw[:, 4]) or _against_corners(found)
+
+
+def _evident_end_to_end(outputs: Sequence[Array], size: Size) -> bool:
+    """Whether these can be nothing but corners: as centre and sides, and as corner and sides, they would reach out of
+    the picture."""
+    found = outputs[0][outputs[0][:, 4] > _PADDING]
+    first, second = found[:, :2] / np.array(size), found[:, 2:4] / np.array(size)
+    centres = (first - second / 2 < -_BEYOND) | (first + second / 2 > 1 + _BEYOND)
+    return bool(centres.any() and (first + second > 1 + _BEYOND).any())
+
+
+_PADDING = 0.01
+"""Rows that score less are there to fill the output up."""
+_BEYOND = 0.1
+"""So far beyond the picture, as a share of its side, no box reaches."""
 
 
 def _against_corners(corners: Array) -> str | None:
@@ -325,6 +359,7 @@ class Decoder:
     classes: output shapes, batch axis included, and tensor size → number of classes (without background), or
         :data:`ANY_CLASSES`, or None if these are not the outputs of this family.
     against: outputs of one picture, tensor size → what in the values speaks against this family, or None.
+    evident: the same → whether these values could have spoken against it; None: any could.
     preprocess: with which the family was trained.
     outputs: how many there are. words: what their names usually contain (a regular expression).
     background: whether the first column of scores is the background's, which has no label.
@@ -340,6 +375,7 @@ class Decoder:
     words: str | None = None
     background: bool = False
     suppressed: bool = False
+    evident: Callable[[Sequence[Array], Size], bool] | None = None
 
 
 ANY_CLASSES = -1
@@ -365,7 +401,13 @@ DECODERS: Mapping[str, Decoder] = {
     "yolov5": Decoder(_decode_yolov5, _yolov5_classes, _against_yolov5, 0.25, _ULTRALYTICS),
     "yolov8": Decoder(_decode_yolov8, _yolov8_classes, _against_yolov8, 0.25, _ULTRALYTICS),
     "end-to-end": Decoder(
-        _decode_end_to_end, _end_to_end_classes, _against_end_to_end, 0.25, _ULTRALYTICS, suppressed=True
+        _decode_end_to_end,
+        _end_to_end_classes,
+        _against_end_to_end,
+        0.25,
+        _ULTRALYTICS,
+        suppressed=True,
+        evident=_evident_end_to_end,
     ),
     "yolonas": Decoder(
         _decode_yolonas,

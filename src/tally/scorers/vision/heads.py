@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from tally.errors import SpecError
-from tally.scorers.vision.detection import ANY_CLASSES, DECODERS, Decoder, outside
+from tally.scorers.vision.detection import ANY_CLASSES, DECODERS, Decoder, against_oriented, outside
 from tally.scorers.vision.preprocess import Array, Size
 
 Task = Literal["classify", "detect", "restyle", "embed", "segment", "values"]
@@ -70,7 +70,9 @@ class Fit:
     classes: int | None = None
 
     def __str__(self) -> str:
-        classes = f" ({self.classes} classes)" if self.classes else ""
+        classes = ""
+        if self.classes and self.head.task != "values":
+            classes = f" ({self.classes} {'class' if self.classes == 1 else 'classes'})"
         return f"{self.head.name}{classes}" + (f" of {self.outputs[0].name}" if len(self.outputs) == 1 else "")
 
 
@@ -81,6 +83,7 @@ class Head:
     task, decoder: None where nothing decodes it. find: where it may be in a model, and with how many classes.
     against: the outputs of one picture, and the model → what in the values speaks against it, or None.
     words: what the names of such outputs contain; a head whose words are found goes before others for these outputs.
+    like: the tasks that it would be taken for, by whoever says one: nothing decodes it.
     asked: it is a guess for nobody: the user has to say the task.
     """
 
@@ -90,6 +93,7 @@ class Head:
     against: Callable[[Sequence[Array], Facts], str | None]
     decoder: str | None = None
     words: str | None = None
+    like: tuple[Task, ...] = ()
     asked: bool = False
 
     @property
@@ -165,7 +169,7 @@ def _is_mask(plane: Dims, facts: Facts) -> bool:
     high, wide = plane
     assert high is not None
     assert wide is not None
-    return abs(high * facts.size[0] / (wide * facts.size[1]) - 1) < 0.1
+    return high <= facts.size[1] and abs(high * facts.size[0] / (wide * facts.size[1]) - 1) < 0.1
 
 
 def _segment(facts: Facts) -> Iterator[Fit]:
@@ -257,6 +261,14 @@ def _rows_of_seven(facts: Facts) -> Iterator[Fit]:
         yield Fit(_HEADS["YOLOv7's rows of 7"], facts.outputs)
 
 
+def _oriented(facts: Facts) -> Iterator[Fit]:
+    if facts.size is None or len(facts.outputs) != 1 or facts.outputs[0].kind != "float":
+        return
+    classes = DECODERS["yolov8"].classes([facts.outputs[0].dims], facts.size)
+    if classes is not None and classes > 1:
+        yield Fit(_HEADS["oriented boxes (YOLO OBB)"], facts.outputs, classes - 1)
+
+
 def _ultralytics(facts: Facts) -> Iterator[Fit]:
     if (facts.metadata or {}).get("task") in ("segment", "pose", "obb"):
         yield Fit(_HEADS["ultralytics"], facts.outputs)
@@ -316,8 +328,13 @@ def _against_seven(outputs: Sequence[Array], facts: Facts) -> str | None:
     if row.size < 7:
         return None
     number, x0, y0, x1, y1, kind, score = row.tolist()
-    boxes = number == 0 and kind == int(kind) and 0 <= score <= 1 and x0 <= x1 and y0 <= y1
+    boxes = number == 0 and kind == int(kind) and 0 <= score <= 1 and x0 <= x1 and y0 <= y1 and max(x1, y1) > 1.5
     return None if boxes else "the values are no picture's number, corners, class and score"
+
+
+def _against_oriented(outputs: Sequence[Array], facts: Facts) -> str | None:
+    assert facts.size is not None
+    return against_oriented(outputs[0][0], facts.size)
 
 
 def _against_boxes(decoder: Decoder) -> Callable[[Sequence[Array], Facts], str | None]:
@@ -328,6 +345,7 @@ def _against_boxes(decoder: Decoder) -> Callable[[Sequence[Array], Facts], str |
     return against
 
 
+_TASKS: tuple[Task, ...] = ("classify", "detect", "segment")
 _MAP_WORDS = r"depth|disp|distance|normal|flow|heat|density"
 _FEATURES = r"feature|hidden|embed|backbone"
 _AUXILIARY = r"(?i)aux|hidden|attention"
@@ -346,18 +364,22 @@ _HEADS: dict[str, Head] = {
         Head("foreground", "segment", _foreground, _against_foreground),
         Head("restyle", "restyle", _restyle, _against_picture, words=r"image|styl|picture|super|denois|restor"),
         Head("a map of depth, distance or the like", None, _map, _nothing, words=_MAP_WORDS),
-        Head("DETR's boxes", None, _named("DETR's boxes", "logits", "boxes"), _nothing, words=r"pred_boxes|logits"),
+        Head("DETR's boxes", None, _named("DETR's boxes", "logits", "boxes"), _nothing, words=r"pred_boxes|logits",
+             like=_TASKS),
         Head("TensorFlow's object detection", None,
              _named("TensorFlow's object detection", "detection_boxes", "detection_scores", "detection_classes", "num"),
-             _nothing, words="detection"),
+             _nothing, words="detection", like=_TASKS),
         Head("TorchVision's detection", None, _named("TorchVision's detection", "boxes", "labels", "scores"), _nothing,
-             words="boxes|labels|scores"),
+             words="boxes|labels|scores", like=_TASKS),
         Head("boxes after built-in suppression", None,
-             _named("boxes after built-in suppression", "num", "boxes", "scores", "classes"), _nothing, words="det"),
-        Head("MMDetection's boxes", None, _named("MMDetection's boxes", "dets", "labels"), _nothing, words="dets"),
-        Head("YOLOv7's rows of 7", None, _rows_of_seven, _against_seven),
-        Head("masks of single objects (YOLO)", None, _instances, _nothing, words="."),
-        Head("ultralytics", None, _ultralytics, _nothing, words="."),
+             _named("boxes after built-in suppression", "num", "boxes", "scores", "classes"), _nothing, words="det",
+             like=_TASKS),
+        Head("MMDetection's boxes", None, _named("MMDetection's boxes", "dets", "labels"), _nothing, words="dets",
+             like=_TASKS),
+        Head("YOLOv7's rows of 7", None, _rows_of_seven, _against_seven, like=("classify", "detect")),
+        Head("oriented boxes (YOLO OBB)", None, _oriented, _against_oriented, like=("detect",)),
+        Head("masks of single objects (YOLO)", None, _instances, _nothing, words=".", like=_TASKS),
+        Head("ultralytics", None, _ultralytics, _nothing, words=".", like=_TASKS),
     )
 }  # fmt: skip
 """The heads, by their names."""
@@ -367,13 +389,13 @@ _HEADS: dict[str, Head] = {
 
 
 def candidates(facts: Facts) -> list[Fit]:
-    """The heads that fit names, shapes, metadata and number of labels."""
+    """The heads that fit names, shapes and metadata, whatever the number of labels."""
     if facts.task in ("embed", "values") and len(facts.outputs) == 1:  # whatever it is
         alone = facts.task == "values" and _vector(facts.outputs[0].dims) == (True, 1)
         return [Fit(_HEADS[facts.task], facts.outputs, 1 if alone else None)]
     found = [fit for head in _HEADS.values() for fit in head.find(facts)]
     if facts.task is not None:
-        found = [fit for fit in found if fit.head.task == facts.task]
+        found = [fit for fit in found if fit.head.task == facts.task or facts.task in fit.head.like]
         if facts.task == "embed":
             found = [fit for fit in found if _named_so(fit)] or found
     else:
@@ -383,8 +405,6 @@ def candidates(facts: Facts) -> list[Fit]:
     said = (facts.metadata or {}).get("task")
     if said in ("detect", "classify") and any(fit.head.task == said for fit in found):
         found = [fit for fit in found if fit.head.task == said]
-    if facts.labels:
-        found = [fit for fit in found if fit.head.task is None or _has_labels(fit, facts)] or found
     if any(len(fit.outputs) == len(facts.outputs) > 1 for fit in found):  # what explains all of them goes first
         found = [fit for fit in found if len(fit.outputs) == len(facts.outputs)]
     named = [fit.outputs for fit in found if _named_so(fit)]
@@ -392,8 +412,16 @@ def candidates(facts: Facts) -> list[Fit]:
     return _first_of_alike(found)
 
 
+def _of_labels(found: Sequence[Fit], facts: Facts) -> list[Fit]:
+    """Those that have as many classes as there are labels, or all if none has; and what cannot be decoded."""
+    fitting = [fit for fit in found if fit.head.task is None or _has_labels(fit, facts)]
+    return fitting if any(fit.head.task is not None for fit in fitting) else [*found]
+
+
 def _has_labels(fit: Fit, facts: Facts) -> bool:
-    labels = facts.labels or 0
+    if not facts.labels:
+        return True
+    labels = facts.labels
     background = fit.head.decoder is not None and DECODERS[fit.head.decoder].background and facts.background
     return fit.classes in (None, labels) or (background and fit.classes == labels - 1)
 
@@ -424,7 +452,8 @@ def verdict(facts: Facts, probe: Callable[[], Mapping[str, Array] | None]) -> tu
     Raises SpecError where nothing fits, or several heads do.
     """
     found, values = candidates(facts), None
-    if len(found) != 1 or any(not output.dims for output in facts.outputs):
+    kept = _of_labels(found, facts)
+    if len(kept) != 1 or _rivals(kept[0], found) or any(not output.dims for output in facts.outputs):
         values = probe()
         if values is not None:
             facts = replace(facts, outputs=tuple(_measured(each, values) for each in facts.outputs))
@@ -439,38 +468,103 @@ def verdict(facts: Facts, probe: Callable[[], Mapping[str, Array] | None]) -> tu
             else:
                 refuted.append(f"not {fit.head.name}: {against}")
         found = remaining
-    looked = " and ".join(map(str, facts.outputs))
-    if len(found) == 1 and found[0].head.task is not None:
-        return found[0], values is not None
-    if found and all(fit.head.task is None for fit in found):
-        kind = (facts.metadata or {}).get("task") if found[0].head.name == "ultralytics" else found[0].head.name
-        raise SpecError(
-            f"task: the outputs {looked} look like those of {kind}, which Tally cannot decode",
-            hint="Export the model with a head that it can (docs: detect), or write a scorer for it.",
-        )
-    if not found:
-        wanted, problems = facts.decoder or facts.task, []
-        if facts.size is None and facts.task in (None, "detect"):
-            problems.append("preprocess.size: the model takes several sizes; say which, for instance 640x640")
-        if wanted is not None:
-            refused = f"task: outputs of {looked} are not those of {wanted}" + "".join(f"; {r}" for r in refuted)
-            raise SpecError([*problems, refused])
+    kept = _of_labels(found, facts)
+    if len(kept) == 1 and kept[0].head.task is not None:
+        if (rivals := _rivals(kept[0], found)) and not _gives_boxes(kept[0], values, facts):
+            raise _of_labels_alone(kept[0], rivals, facts)
+        return kept[0], values is not None
+    unknown = [fit for fit in kept if fit.head.task is None]
+    if unknown and (len(unknown) == len(kept) or (values is not None and not any(fit.head.decoder for fit in kept))):
+        raise _undecodable(unknown, facts)
+    raise _several(kept, facts) if kept else _nothing_fits(facts, refuted)
+
+
+def _rivals(fit: Fit, found: Sequence[Fit]) -> list[Fit]:
+    """Other readings of the same boxes."""
+    boxes = fit.head.decoder is not None
+    return [each for each in found if boxes and each != fit and each.head.task in ("detect", None)]
+
+
+def _gives_boxes(fit: Fit, values: Mapping[str, Array] | None, facts: Facts) -> bool:
+    if values is None or fit.head.decoder is None or facts.size is None:
+        return False
+    decoder = DECODERS[fit.head.decoder]
+    outputs = [values[output.name][0] for output in fit.outputs]
+    return len(decoder.decode(outputs, facts.size, decoder.score_threshold).scores) > 0
+
+
+def _looked(facts: Facts) -> str:
+    return " and ".join(map(str, facts.outputs))
+
+
+def _how(fit: Fit, facts: Facts, *, exactly: bool = True) -> str:
+    """How the user says that it is this; or only its task, where values are still to be asked."""
+    said = fit.head.said if exactly else f"--task {fit.head.task}"
+    if len(fit.outputs) < len(facts.outputs):
+        said += f" --set outputs={fit.outputs[0].name}"
+    return said if not exactly or _has_labels(fit, facts) else f"{said} (with {fit.classes} labels)"
+
+
+def _of_labels_alone(fit: Fit, rivals: Sequence[Fit], facts: Facts) -> SpecError:
+    others = ", ".join(map(str, rivals))
+    return SpecError(
+        f"task: with {facts.labels} labels, the outputs {_looked(facts)} fit {fit}, which finds no box in a made-up "
+        f"picture; with other labels they fit {others}",
+        hint=f"Say which: {', or '.join(_how(each, facts) for each in (fit, *rivals) if each.head.task is not None)}",
+    )
+
+
+def _undecodable(found: Sequence[Fit], facts: Facts) -> SpecError:
+    kind = (facts.metadata or {}).get("task") if found[0].head.name == "ultralytics" else found[0].head.name
+    return SpecError(
+        f"task: the outputs {_looked(facts)} look like those of {kind}, which Tally cannot decode",
+        hint="Export the model with a head that it can (docs: detect), write a scorer for it, or say "
+        f"{_as_they_are(facts)}",
+    )
+
+
+def _as_they_are(facts: Facts) -> str:
+    """How the user says that an output is to be kept, whatever it is."""
+    output = f" --set outputs={facts.outputs[0].name}" if len(facts.outputs) > 1 else ""
+    return f"--task values{output} for the numbers as they are"
+
+
+def _nothing_fits(facts: Facts, refuted: Sequence[str]) -> SpecError:
+    problems = []
+    if facts.size is None and facts.task in (None, "detect"):
+        problems.append("preprocess.size: the model takes several sizes; say which, for instance 640x640")
+    wanted = facts.decoder or facts.task
+    if wanted is None:
         labels = f", with {facts.labels} labels" if facts.labels else ""
         why = f" ({'; '.join(refuted)})" if refuted else ""
-        raise SpecError(
-            [*problems, f"task: nothing that Tally knows fits the outputs {looked}{labels}{why}"],
-            hint="Say --task, and with --set outputs=NAME which output holds the result; labels tell how many classes.",
-        )
+        problems.append(f"task: nothing that Tally knows fits the outputs {_looked(facts)}{labels}{why}")
+    else:
+        refused = "".join(f"; {each}" for each in refuted)
+        problems.append(f"task: outputs of {_looked(facts)} are not those of {wanted}{refused}")
+    said = []
+    if wanted is not None:
+        others = candidates(replace(facts, task=None, decoder=None))
+        doubtful = {task for fit in others if not fit.head.decoder for task in fit.head.like} - {"detect"}
+        said = [_how(fit, facts, exactly=False) for fit in others if fit.head.task not in (None, "values", *doubtful)]
+    hint = f"Say {', or '.join([*dict.fromkeys(said), _as_they_are(facts)])}"
+    if wanted == "classify" and facts.labels != 2 and any(_vector(each.dims) == (True, 1) for each in facts.outputs):
+        hint = f"For one number that tells two classes apart, give 2 labels. {hint}"
+    return SpecError(problems, hint=hint)
+
+
+def _several(found: Sequence[Fit], facts: Facts) -> SpecError:
     unknown = [str(fit) for fit in found if fit.head.task is None]
-    said = dict.fromkeys(
-        fit.head.said + (f" --set outputs={fit.outputs[0].name}" if len(fit.outputs) < len(facts.outputs) else "")
-        for fit in found
-        if fit.head.task is not None
-    )
-    raise SpecError(
-        f"task: the outputs {looked} fit several heads: {', '.join(map(str, found))}",
+    said = dict.fromkeys(_how(fit, facts) for fit in found if fit.head.task is not None)
+    matching = any(fit.head.task is not None and _has_labels(fit, facts) for fit in found)
+    labels = "" if matching else f"; none has {facts.labels} classes, as there are labels"
+    return SpecError(
+        f"task: the outputs {_looked(facts)} fit several heads: {', '.join(map(str, found))}{labels}",
         hint=f"Say which: {', or '.join(said)}"
-        + ("; or give the labels" if not facts.labels else "")
+        + (
+            "; or give the labels"
+            if not facts.labels and len({fit.classes for fit in found if fit.head.task}) > 1
+            else ""
+        )
         + (f". If it is {' or '.join(unknown)}, Tally cannot decode it: none of these is right" if unknown else ""),
     )
 
@@ -492,6 +586,13 @@ def objection(fit: Fit, values: Sequence[Array], facts: Facts) -> str | None:
         if fit.head.task is not None and (each.ndim == 0 or len(each) != 1):
             return f"an output of shape {list(each.shape)} for one picture"
     return fit.head.against([each if fit.head.task is None else each[0] for each in values], facts)
+
+
+def evident(fit: Fit, values: Sequence[Array], facts: Facts) -> bool:
+    """Whether the values of one picture, batch axis included, could have spoken against the head."""
+    if fit.head.decoder is None or (asked := DECODERS[fit.head.decoder].evident) is None or facts.size is None:
+        return True
+    return asked([each[0] for each in values], facts.size)
 
 
 def fit_of(task: Task, decoder: str, facts: Facts, classes: int | None) -> Fit:
