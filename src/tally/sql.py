@@ -16,12 +16,13 @@ def sql_text(text: object) -> str:
 
 
 def distinct_names(names: Sequence[str]) -> dict[str, str]:
-    """For each column the name that SQL knows it by: its own, with a number where others differ only in capitals.
+    """For each column the name that SQL knows it by: its own, with a number where others differ only in capitals, or
+    where it is empty.
 
     SQL does not tell capitals apart: of two columns V and v, it would give the first one for both.
     """
     taken = {name.lower() for name in names}
-    seen: set[str] = set()
+    seen = {""}
     called: dict[str, str] = {}
     for name in names:
         unique, number = name, 0
@@ -31,3 +32,8 @@ def distinct_names(names: Sequence[str]) -> dict[str, str]:
         seen.add(unique.lower())
         called[name] = unique
     return called
+
+
+def json_place(name: str) -> str:
+    """The place of a field of an object, as DuckDB's functions for JSON take it (a JSON pointer, RFC 6901)."""
+    return "/" + name.replace("~", "~0").replace("/", "~1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tally.sinks.columns import name_of, stored_type, type_named
@@ -172,3 +174,126 @@ def test_large_integers_are_kept_beside_results_one_by_one(tmp_path: Path) -> No
     assert writer.add(["a", "b"], [{"x": 1}, {"x": 2}], info) == []
     sink.finalize([writer.close()], [], {"job": "job"})
     assert [int(row["id"]) for row in rows(sink, []).to_pylist()] == [2**64 - 1, 1]
+
+
+NOW = 1_800_000_000_123_456_789
+PER = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+TIMES: dict[str, Any] = {
+    **{f"timestamp {unit}": pa.array([NOW // per, None, -1], pa.timestamp(unit)) for unit, per in PER.items()},
+    **{f"zoned {unit}": pa.array([NOW // per, None, -1], pa.timestamp(unit, "UTC")) for unit, per in PER.items()},
+    **{f"interval {unit}": pa.array([90_061_123, None, -1], pa.duration(unit)) for unit in PER},
+    "time s": pa.array([1, None, 86_399], pa.time32("s")),
+    "time ms": pa.array([1, None, 86_399_999], pa.time32("ms")),
+    "time ns": pa.array([1, None, 86_399_999_999_999], pa.time64("ns")),
+    "list of ns": pa.array([[NOW], None, []], pa.list_(pa.timestamp("ns"))),
+    "map of ns": pa.array([[("k", 1)], None, []], pa.map_(pa.string(), pa.time64("ns"))),
+    "list of intervals": pa.array([[1], None, []], pa.list_(pa.duration("ns"))),
+}
+
+
+def ended(place: Path, form: str, columns: dict[str, Any], *, declared: bool = True) -> tuple[Any, list[Any]]:
+    """A finished sink that holds these columns of the source, and what was refused."""
+    kinds = {name: name_of(stored_type(array.type)) for name, array in columns.items()}
+    sink = sink_for(str(place), output="rows", format=form, columns=kinds | {"x": "int64"} if declared else None)
+    sink.claim("job")
+    count = len(next(iter(columns.values())))
+    writer = sink.open("attempt", Chunk(0, count, {}))
+    given = pa.array(map(str, range(count))), pa.table({"x": range(count)}), pa.table(columns)
+    refused = writer.add_table(*given) if declared else writer.add_rows(given[0], given[1].to_pylist(), given[2])
+    sink.finalize([writer.close()], [], {"job": "job"})
+    return sink, refused
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_times_of_every_unit_are_kept_side_by_side(tmp_path: Path, declared: bool) -> None:
+    answers = []
+    for form in FORMATS:
+        sink, refused = ended(tmp_path / form, form, TIMES, declared=declared)
+        assert refused == []
+        flat = [name for name in TIMES if " of " not in name]
+        listed = ", ".join(f'"{name}"::varchar, typeof("{name}")' for name in flat)
+        answers.append([list(row.values()) for row in query(sink, [], f"select {listed} from results").to_pylist()])
+        if form == "parquet":
+            kept = pq.read_table(next((tmp_path / form).glob("part-*")))
+            for name, array in TIMES.items():
+                assert kept[name].combine_chunks() == array.cast(kept[name].type), name
+                assert name.endswith(" s") or kept[name].type == array.type, name
+    assert answers[0] == answers[1] == answers[2]
+    text = next((tmp_path / "csv").glob("part-*")).read_text()
+    assert "2027-01-15 08:00:00.123456789," in text
+    assert '"[""2027-01-15 08:00:00.123456789""]"' in text
+    assert "23:59:59.999999999" in text
+
+
+def test_times_that_text_does_not_tell_cost_their_rows_there(tmp_path: Path) -> None:
+    far = {
+        "seconds": pa.array([2**45, 0, 0, 0], pa.timestamp("ms")),
+        "endless": pa.array([0, 2**63 - 1, 0, 0], pa.timestamp("ns")),
+        "interval": pa.array([0, 0, 2**62, 0], pa.duration("s")),
+        "fine": pa.array([0, 0, 0, 7], pa.duration("ns")),
+        "day": pa.array([0, 0, 0, 2_932_897], pa.date32()),  # the first one of the year 10000
+    }
+    sink, refused = ended(tmp_path / "out", "parquet", far)
+    assert refused == []
+    kept = pq.read_table(next((tmp_path / "out").glob("part-*")))
+    assert [kept[name].combine_chunks() for name in far] == list(far.values())
+    for form in ("csv", "jsonl"):
+        far["seconds"] = pa.array([2**51, 0, 0, 0], pa.timestamp("ms"))
+        sink, refused = ended(tmp_path / form, form, far)
+        assert [at for at, _ in refused] == [0, 1, 2]
+        assert "column 'seconds': timestamp[ms] 2251799813685248 is too far away" in refused[0][1].message
+        assert rows(sink, [])["fine"].to_pylist() == [7]
+        assert "10000-01-01" in next((tmp_path / form).glob("part-*")).read_text()
+
+
+def test_text_that_is_not_utf_8_costs_its_row_and_no_other(tmp_path: Path) -> None:
+    text = pa.array([b"good", b"\xff\xfe", None], pa.binary()).view(pa.string())
+    columns = {
+        "text": text,
+        "coded": pa.DictionaryArray.from_arrays(pa.array([0, 0, 2]), text),
+        "listed": pa.ListArray.from_arrays([0, 1, 1, 2], text),
+        "fine": pa.array([1, 2, 3], pa.duration("ns")),
+    }
+    for form in FORMATS:
+        sink, refused = ended(tmp_path / form, form, columns)
+        assert [at for at, _ in refused] == [1, 2]
+        assert refused[0][1].message == "column 'text': its text is not valid UTF-8: b'\\xff\\xfe'"
+        assert refused[1][1].message == "column 'listed': its text is not valid UTF-8"
+        assert query(sink, [], "select text, fine::varchar as fine from results").num_rows == 1
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_column_without_a_name_and_maps_come_back_as_they_are(tmp_path: Path, form: str) -> None:
+    columns = {
+        "": pa.array([1, 2]),
+        "map": pa.array([[], [("k", float("nan"))]], pa.map_(pa.string(), pa.float64())),
+        "V": pa.array([1, 2]),
+        "v/~": pa.array([3, 4]),
+    }
+    sink, refused = ended(tmp_path / "out", form, columns)
+    assert refused == []
+    assert rows(sink, []).column_names == ["key", *columns, "x"]
+    assert rows(sink, [])["v/~"].to_pylist() == [3, 4]
+    text = next((tmp_path / "out").glob("part-*")).read_bytes()
+    if form == "csv":
+        assert text.splitlines()[:2] == [b"key,,map,V,v/~,x", b"0,1,{},1,3,0"]
+    if form == "jsonl":
+        assert [json.loads(line)["map"] for line in text.splitlines()] == [{}, {"k": None}]
+        assert [json.loads(line)[""] for line in text.splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_sorted_rows_keep_their_nanoseconds(tmp_path: Path, form: str) -> None:
+    kinds = {name: name_of(array.type) for name, array in TIMES.items()}
+    sink = sink_for(str(tmp_path / f"out.{form}"), output="rows", columns=kinds | {"at": "int64"}, order="at")
+    sink.claim("job")
+    writer = sink.open("attempt", Chunk(0, 3, {}))
+    order = pa.table({**TIMES, "at": [2, 1, 0]})
+    assert writer.add_table(pa.array(["c", "b", "a"]), pa.table({"n": [1]}).select([]), order) == []
+    sink.finalize([writer.close()], [], {"job": "job"})
+    if form == "parquet":
+        kept = pq.read_table(tmp_path / "out.parquet")
+        for name, array in TIMES.items():
+            assert kept[name].combine_chunks() == array.take([2, 1, 0]).cast(kept[name].type), name
+    else:
+        assert "2027-01-15 08:00:00.123456789" in (tmp_path / f"out.{form}").read_text().splitlines()[-1]

@@ -332,3 +332,53 @@ def test_the_option_that_is_proposed_works(tmp_path: Path, value: str, kind: str
         csv={**literal_pairs("--csv", [option], CSV_VALUES), "types": {"v": kind}, "header": True},
     )
     assert found["v"].type == {"DOUBLE": pa.float64(), "DATE": pa.date32(), "TIMESTAMP": pa.timestamp("us")}[kind]
+
+
+# -- Parquet and Arrow --------------------------------------------------------------------------------
+
+
+def test_a_time_that_the_unit_of_other_files_does_not_hold_is_a_dead_item(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    far = [1, 32_503_680_000_000_000, 3, 4, 5]  # the second is of the year 3000
+    pq.write_table(pa.table({"t": pa.array(far, pa.timestamp("us"))}), folder / "a.parquet")
+    pq.write_table(pa.table({"t": pa.array([7], pa.timestamp("ns"))}), folder / "b.parquet")
+    scorer = Scorer()
+    scorer.input, scorer.batch_size = "table", 4
+    source = TableSource.describe([str(folder)], features=[], keep=["t"])
+    found, dead = [], {}
+    for chunk in source.plan(None, 0, lambda: ChunkLimit(1 << 20, 1 << 40)):
+        keys = source.keys(chunk)
+        for batch in source.read(chunk, scorer, Timings()):
+            found += batch.info["t"].cast(pa.int64()).to_pylist()
+            dead |= {keys[at]: error.message for at, error in batch.dead}
+    assert found == [1000, 3000, 4000, 5000, 7]
+    [(key, message)] = dead.items()
+    assert (key, message) == (
+        "a.parquet#2",
+        "a.parquet, column 't': a value of timestamp[us] does not fit timestamp[ns], which other files hold",
+    )
+
+
+def test_text_that_is_not_utf_8_is_named_where_rows_are_sorted(tmp_path: Path) -> None:
+    text = pa.array([b"good", b"\xff"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"a": ["x", "y"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"a": text}), tmp_path / "b.parquet")
+    with pytest.raises(StorageError, match=r"b\.parquet, row 2, column 'a': its text is not valid UTF-8"):
+        kept(tmp_path / "work", tmp_path, by=["a"])
+
+
+def test_times_in_seconds_that_parquet_does_not_hold_are_named(tmp_path: Path) -> None:
+    table = pa.table({"t": pa.array([2**60], pa.timestamp("s"))})
+    with pa.OSFile(str(tmp_path / "t.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(StorageError, match=r"t\.arrow, column 't': "):
+        kept(tmp_path / "work", tmp_path / "t.arrow")
+
+
+def test_a_field_of_json_may_have_an_empty_name(tmp_path: Path) -> None:
+    place = tmp_path / "t.jsonl"
+    place.write_text('{"": 1, "a/b~": 2, "a.b\\"": 3}\n')
+    assert kept(tmp_path / "work", place).to_pylist() == [{"": 1, "a/b~": 2, 'a.b"': 3}]
+    with pytest.raises(SpecError, match="a column has no name"):
+        kept(tmp_path / "work", place, by=["a/b~"])

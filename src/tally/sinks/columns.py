@@ -11,7 +11,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from operator import itemgetter
@@ -89,10 +89,7 @@ def name_of(kind: pa.DataType) -> str:
 
 
 def stored_type(kind: pa.DataType) -> pa.DataType:
-    """The type by which results hold values of a type: one that each format and SQL know, and that loses nothing.
-
-    Finer intervals than microseconds do not fit theirs.
-    """
+    """The type by which results hold values of a type: one that each format knows, and that loses nothing."""
     types = pa.types
     if isinstance(kind, pa.BaseExtensionType):
         return stored_type(kind.storage_type)
@@ -114,7 +111,24 @@ def stored_type(kind: pa.DataType) -> pa.DataType:
         return pa.float32()
     if types.is_date64(kind):
         return pa.date32()
-    return pa.duration("us") if types.is_duration(kind) else kind
+    # Parquet has no whole seconds.
+    return pa.timestamp("ms", kind.tz) if types.is_timestamp(kind) and kind.unit == "s" else kind
+
+
+def replaced(kind: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """The type with others in place of those that hold values, at any depth."""
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, replaced(field.type, leaf)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(replaced(kind.key_type, leaf), replaced(kind.item_type, leaf))
+    if pa.types.is_list(kind):
+        return pa.list_(replaced(kind.value_type, leaf))
+    return leaf(kind)
+
+
+def is_fine_interval(kind: pa.DataType) -> bool:
+    """Whether it is the type of intervals in nanoseconds: integers where there is none such, in text and SQL."""
+    return bool(pa.types.is_duration(kind) and kind.unit == "ns")
 
 
 def schema_of(columns: Mapping[str, str] | None) -> pa.Schema | None:
@@ -229,44 +243,194 @@ def _has_empty_struct(kind: pa.DataType) -> bool:
     return kind.num_fields == 0 or any(_has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def assemble(keys: Any, rows: Any, info: Any | None, schema: pa.Schema | None) -> pa.RecordBatch | None:
-    """One record batch of results that are columns already; None if they do not fit as they are.
+def assemble(
+    keys: Any, rows: Any, info: Any | None, schema: pa.Schema | None, *, textual: bool = False
+) -> tuple[pa.RecordBatch, list[tuple[int, ItemError]]]:
+    """One record batch of results that are columns already, and the index and error of each row that does not fit.
 
-    keys: an array of strings. rows, info: tables of the same length; info's columns come first.
+    keys: an array of strings. rows, info: tables of the same length; info's columns come first, and none of them is
+    among those of rows. textual: rows are refused that hold times or intervals of which a text tells nothing.
     """
-    found: dict[str, Any] = {KEY: keys}
-    for table in (info, rows):
-        if table is not None:
-            if not found.keys().isdisjoint(table.column_names):
-                return None
-            found |= dict(zip(table.column_names, table.columns, strict=True))
-    try:
-        arrays = {name: _whole(column) for name, column in found.items()}
-        if schema is None:
-            return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
-        if arrays.keys() != set(schema.names):
-            return None
-        fitted = [_safely(arrays[field.name], field.type) for field in schema]
-        return pa.RecordBatch.from_arrays(fitted, schema=schema)
-    except _UNFIT:
-        return None
+    given = {name: column for table in (info, rows) if table is not None for name, column in _named(table)}
+    if (problem := name_problem(rows.column_names, schema)) is not None:
+        empty = schema or pa.schema([(KEY, pa.string())])
+        return pa.RecordBatch.from_pylist([], schema=empty), [(at, problem) for at in range(len(keys))]
+    names = list(given) if schema is None else schema.names[1:]
+    misfits: dict[int, ItemError] = {}
+    arrays = []
+    for name in names:
+        kind = None if schema is None else schema.field(name).type
+        if name not in given:
+            arrays.append(pa.nulls(len(keys), kind))
+            continue
+        column = _whole(given[name])
+        kind = kind or stored_type(column.type)
+        arrays.append(_concat(_pieces(name, column, kind, 0, misfits, textual), kind))
+    fields = [(name, array.type) for name, array in zip(names, arrays, strict=True)]
+    batch = pa.RecordBatch.from_arrays(
+        [_whole(keys), *arrays], schema=schema or pa.schema([(KEY, pa.string()), *fields])
+    )
+    if misfits:
+        batch = batch.take(pa.array([at for at in range(len(keys)) if at not in misfits], pa.int64()))
+    return batch, sorted(misfits.items(), key=itemgetter(0))
+
+
+def _named(table: Any) -> Iterable[tuple[str, Any]]:
+    return zip(table.column_names, table.columns, strict=True)
 
 
 def _whole(column: Any) -> Any:
-    """A column as one array, of a type that Parquet and the other formats know."""
+    """A column as one array, of a type that holds its values themselves."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     if isinstance(column, pa.ChunkedArray):  # of more bytes than one array may hold
         raise ValueError("too large for one array")
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    return _safely(column, stored_type(column.type))
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
-def _safely(array: Any, kind: pa.DataType) -> Any:
-    return array if array.type == kind else array.cast(kind)
+def _pieces(
+    name: str, array: Any, kind: pa.DataType, start: int, misfits: dict[int, ItemError], textual: bool
+) -> Iterator[pa.Array]:
+    """The column as pieces of its stored type, with nulls for values that do not fit, which are noted in ``misfits``.
+
+    start: the row of the first value.
+    """
+    try:
+        yield _held(array, kind, textual=textual)
+    except _UNFIT as error:
+        if len(array) == 1:
+            yield _alone(name, array, kind, start, misfits, error, textual=textual)
+            return
+        half = len(array) // 2
+        for first, stop in ((0, half), (half, len(array))):
+            part = array.take(pa.array(range(first, stop), pa.int64()))  # a slice would know the other values, too
+            yield from _pieces(name, part, kind, start + first, misfits, textual)
+
+
+def _alone(
+    name: str,
+    array: Any,
+    kind: pa.DataType,
+    row: int,
+    misfits: dict[int, ItemError],
+    error: Exception,
+    *,
+    textual: bool,
+) -> pa.Array:
+    """The piece of one value: null, unless it is a mapping, say, with its fields in another order."""
+    value: Any = None
+    try:
+        value = array[0].as_py()
+        if pa.types.is_nested(kind):
+            return _held(_single(value, kind), kind, textual=textual)
+    except UnicodeDecodeError:
+        error = UnicodeError()
+    except _UNFIT:  # Python's times end in 9999, and have microseconds
+        pass
+    if isinstance(error, _NoTextError):
+        problem = _error(f"column {name!r}: {error}", _FAR)
+    elif isinstance(error, UnicodeError):
+        problem = _error(f"column {name!r}: its text is not valid UTF-8{_bytes(array)}", _UTF_8)
+    else:
+        problem = _misfit(name, value if value is not None else getattr(array[0], "value", None), kind)
+    misfits.setdefault(row, problem)
+    return pa.nulls(1, kind)
+
+
+_UTF_8 = "Write it as UTF-8, keep it as bytes, or leave the column out of what is kept."
+_FAR = "Parquet holds it: --out results.parquet, or a folder."
+
+
+def _bytes(array: Any) -> str:
+    kind = array.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return ""
+    plain = array.view(pa.binary() if pa.types.is_string(kind) else pa.large_binary())
+    return f": {reprlib.repr(plain[0].as_py())}"
+
+
+def _held(array: Any, kind: pa.DataType, *, textual: bool) -> Any:
+    """The array as one of its stored type. Raises one of _UNFIT if that does not hold a value of it."""
+    if array.type != kind:
+        array = array.cast(kind)
+    if _has(kind, pa.types.is_string):
+        array.validate(full=True)  # Parquet's readers take any bytes for text
+    if textual and _has(kind, pa.types.is_temporal):
+        for leaf in _leaves(array):
+            _check_told(leaf)
+    return array
+
+
+class _NoTextError(ValueError):
+    """A value of which a text tells nothing."""
+
+
+_DAYS = 11_248_737
+"""The most days before and after 1970 that Arrow and DuckDB both write: up to the year 32767."""
+_A_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000}
+_ENDLESS = 2**63 - 1
+"""DuckDB's infinity, in nanoseconds; an interval of more microseconds has no text."""
+_PER_MICRO = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 1}
+
+
+def _check_told(array: Any) -> None:
+    """Raises _NoTextError if there is a time or an interval of which a text tells nothing."""
+    import pyarrow.compute as pc  # slow to import, and workers can do without it
+
+    kind = array.type
+    if pa.types.is_timestamp(kind):
+        most = _DAYS * _A_DAY[kind.unit] if kind.unit != "ns" else _ENDLESS - 1
+    elif pa.types.is_duration(kind):
+        most = _ENDLESS // _PER_MICRO[kind.unit]
+    elif pa.types.is_date32(kind):
+        most = _DAYS
+    else:
+        return
+    ends = pc.min_max(array.cast(pa.int32() if pa.types.is_date32(kind) else pa.int64())).as_py()
+    for value in (ends["min"], ends["max"]):
+        if value is not None and abs(value) > most:
+            raise _NoTextError(f"{kind} {value} is too far away to be written as text")
+
+
+def _leaves(array: Any) -> Iterator[Any]:
+    """The arrays that hold a nested array's values."""
+    if pa.types.is_struct(array.type):
+        for field in array.flatten():
+            yield from _leaves(field)
+    elif pa.types.is_map(array.type):
+        yield from _leaves(array.keys)
+        yield from _leaves(array.items)
+    elif pa.types.is_list(array.type):
+        yield from _leaves(array.flatten())
+    else:
+        yield array
+
+
+def _concat(pieces: Iterable[pa.Array], kind: pa.DataType) -> pa.Array:
+    found = list(pieces)
+    return found[0] if len(found) == 1 else pa.concat_arrays(found) if found else pa.nulls(0, kind)
+
+
+def name_problem(names: Iterable[object], schema: pa.Schema | None) -> ItemError | None:
+    """What is wrong with the names of a scorer's columns; None if they can be had."""
+    for name in names:
+        if not isinstance(name, str):
+            return _error(f"the column name {_show(name)} is no text", "Name columns with strings.")
+        if name == KEY:
+            return _error(
+                f"the column name {KEY!r} is reserved: Tally writes the item's key there",
+                "Return that value under another name.",
+            )
+        if schema is not None and schema.get_field_index(name) < 0:
+            return _error(
+                f"the scorer returned the column {printable(name)!r}, which its columns do not declare",
+                f"Declared are {', '.join(schema.names[1:])}.",
+            )
+        if not _encodable(name):
+            return _error(f"the column name {printable(name)!r} is not valid Unicode", None)
+    return None
 
 
 class _Careful:
@@ -320,22 +484,7 @@ class _Careful:
                 f"the scorer returned {_show(row)}, which is no row",
                 "Return a mapping of column names to values, or a list of them.",
             )
-        for name in row:
-            if not isinstance(name, str):
-                return _error(f"the column name {_show(name)} is no text", "Name columns with strings.")
-            if name == KEY:
-                return _error(
-                    f"the column name {KEY!r} is reserved: Tally writes the item's key there",
-                    "Return that value under another name.",
-                )
-            if self.schema is not None and self.schema.get_field_index(name) < 0:
-                return _error(
-                    f"the scorer returned the column {printable(name)!r}, which its columns do not declare",
-                    f"Declared are {', '.join(self.schema.names[1:])}.",
-                )
-            if not _encodable(name):
-                return _error(f"the column name {printable(name)!r} is not valid Unicode", None)
-        return None
+        return name_problem(row, self.schema)
 
     def _column(
         self, name: str, kind: pa.DataType | None, owned: Sequence[tuple[int, Mapping[str, Any]]]
@@ -491,9 +640,23 @@ def cast(array: Any, kind: pa.DataType) -> Any:
 
 def as_text(array: Any) -> pa.Array:
     """Values as text: numbers as Arrow prints them, nested values as JSON, bytes as base64."""
+    array = _for_python(array)
     if pa.types.is_nested(array.type) or pa.types.is_binary(array.type):
         return pa.array([None if v is None else _text(v) for v in _values(array)], pa.string())
     return array.cast(pa.string())
+
+
+def _for_python(array: Any) -> Any:
+    """The array with texts for nested times, and integers for fine intervals: Python's have microseconds, and its times
+    end in 9999."""
+    return array.cast(replaced(array.type, _python_holds)) if pa.types.is_nested(array.type) else array
+
+
+def _python_holds(kind: pa.DataType) -> pa.DataType:
+    if is_fine_interval(kind):
+        return pa.int64()
+    is_time = pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_time(kind)
+    return pa.string() if is_time else kind
 
 
 def _values(array: Any) -> list[Any]:
@@ -505,7 +668,9 @@ def without_bytes(array: Any) -> Any:
     """Nested values with bytes as base64; others as they are."""
     if not _has(array.type, pa.types.is_binary):
         return array
-    return pa.array([_with_text(value) for value in array.to_pylist()], _without_bytes(array.type))
+    array = _for_python(array)
+    plain = replaced(array.type, lambda kind: pa.string() if pa.types.is_binary(kind) else kind)
+    return pa.array([_with_text(value) for value in array.to_pylist()], plain)
 
 
 def _with_text(value: Any) -> Any:
@@ -516,16 +681,6 @@ def _with_text(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _with_text(each) for name, each in value.items()}
     return _plain(value) if isinstance(value, bytes) else value
-
-
-def _without_bytes(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _without_bytes(field.type)) for field in kind])
-    if pa.types.is_map(kind):
-        return pa.map_(_without_bytes(kind.key_type), _without_bytes(kind.item_type))
-    if pa.types.is_list(kind):
-        return pa.list_(_without_bytes(kind.value_type))
-    return pa.string() if pa.types.is_binary(kind) else kind
 
 
 def _has(kind: pa.DataType, test: Callable[[pa.DataType], bool]) -> bool:
@@ -567,19 +722,22 @@ def finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, list):
         return [finite(inner) for inner in value]
+    if isinstance(value, tuple):  # an entry of a map
+        return tuple(finite(inner) for inner in value)
     if isinstance(value, dict):
         return {name: finite(inner) for name, inner in value.items()}
     return value
 
 
 def only_finite(array: Any) -> Any:
-    """The array, of the same type, with null for every NaN and infinity."""
+    """The array with null for every NaN and infinity."""
     if _all_finite(array):
         return array
     if pa.types.is_floating(array.type):
         import pyarrow.compute as pc  # slow to import, and workers can do without it
 
         return pc.if_else(pc.is_finite(array), array, pa.scalar(None, array.type))
+    array = _for_python(array)
     return pa.array([finite(value) for value in array.to_pylist()], array.type)
 
 
@@ -588,8 +746,4 @@ def _all_finite(array: Any) -> bool:
         import pyarrow.compute as pc
 
         return pc.all(pc.is_finite(array)).as_py() is not False
-    if pa.types.is_list(array.type):
-        return _all_finite(array.flatten())
-    if pa.types.is_struct(array.type):
-        return all(_all_finite(field) for field in array.flatten())
-    return True
+    return not pa.types.is_nested(array.type) or all(map(_all_finite, _leaves(array)))

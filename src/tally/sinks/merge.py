@@ -104,8 +104,8 @@ def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBa
 
     target = pa.schema([field for field in given if field.name != by])
     names = [f"column {number}" for number in range(len(given))]
-    # DuckDB takes names for one that differ only in capitals, and has another idea of intervals.
-    kinds = [pa.int64() if pa.types.is_duration(kind) else kind for kind in given.types]
+    # DuckDB takes names for one that differ only in capitals, and has another idea of intervals and of far times.
+    kinds = [columns.replaced(kind, _counted) for kind in given.types]
     plain = pa.schema(list(zip(names, kinds, strict=True)))
     position = given.get_field_index(by)
     kept = ", ".join(sql_name(name) for number, name in enumerate(names) if number != position)
@@ -122,8 +122,13 @@ def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBa
         connection.register("batches", pa.RecordBatchReader.from_batches(plain, prepared()))
         found = connection.sql(f"SELECT {kept} FROM batches ORDER BY {sql_name(names[position])}")  # noqa: S608
         for batch in found.to_arrow_reader(_GROUP_ROWS):
-            arrays = [columns.cast(array, kind) for array, kind in zip(batch.columns, target.types, strict=True)]
+            arrays = [array.cast(kind) for array, kind in zip(batch.columns, target.types, strict=True)]
             yield pa.RecordBatch.from_arrays(arrays, schema=target)
+
+
+def _counted(kind: pa.DataType) -> pa.DataType:
+    """Integers for times and intervals."""
+    return pa.int64() if pa.types.is_timestamp(kind) or pa.types.is_duration(kind) else kind
 
 
 def write_file(layout: OutputLayout, name: str, batches: Batches, target: pa.Schema, suffix: str) -> File:
@@ -263,8 +268,8 @@ def text_connection() -> Any:
 
 def _copy_csv(connection: Any, query: str, path: Path, names: Sequence[str] | None) -> int:
     """Write rows as CSV, with these names in the first line if there are any. Returns how many rows there are."""
-    # DuckDB's own header numbers names that differ only in capitals.
-    renamed = names is not None and len({name.lower() for name in names}) < len(names)
+    # DuckDB's own header numbers names that differ only in capitals, and has none that are empty.
+    renamed = names is not None and len({name.lower() for name in names} - {""}) < len(names)
     options = f"FORMAT csv, HEADER {str(names is not None and not renamed).lower()}"
     target = path.with_name(f"{path.name}.rows") if renamed else path
     found = connection.execute(f"COPY ({query}) TO {sql_text(target)} ({options})").fetchone()
@@ -326,7 +331,8 @@ def _textual(batch: pa.RecordBatch, suffix: str, names: Sequence[str]) -> pa.Rec
 
 def _textual_column(array: Any, suffix: str) -> Any:
     array = array.cast(columns.stored_type(array.type))
-    kind = array.type
+    kind = columns.replaced(array.type, _told_intervals)
+    array = array.cast(kind)
     if pa.types.is_binary(kind) or (suffix == "csv" and pa.types.is_nested(kind)):
         return columns.as_text(array)
     if suffix == "jsonl" and pa.types.is_decimal(kind) and kind.precision > _JSON_DIGITS:
@@ -334,3 +340,10 @@ def _textual_column(array: Any, suffix: str) -> Any:
     if suffix == "jsonl" and (pa.types.is_floating(kind) or pa.types.is_nested(kind)):
         return columns.without_bytes(columns.only_finite(array))
     return array
+
+
+def _told_intervals(kind: pa.DataType) -> pa.DataType:
+    """Intervals as DuckDB writes them: in microseconds, which it does not have to convert; finer ones are integers."""
+    if columns.is_fine_interval(kind):
+        return pa.int64()
+    return pa.duration("us") if pa.types.is_duration(kind) else kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,9 +13,9 @@ import pyarrow as pa
 
 from tally.errors import SpecError, StorageError
 from tally.sinks.base import Output, Sink
-from tally.sinks.columns import KEY, printable, schema_of, type_named
+from tally.sinks.columns import KEY, is_fine_interval, printable, replaced, schema_of, type_named
 from tally.sinks.merge import CSV, plain_path
-from tally.sql import sql_name, sql_text
+from tally.sql import json_place, sql_name, sql_text
 from tally.storage import failure, is_url, open_store, temporary
 
 Dead: TypeAlias = "pa.Table | Iterable[Mapping[str, Any]]"
@@ -126,17 +125,14 @@ def _reader(
     elif names == {name: name for name in names}:
         given = f"read_json({_list(paths)}, format = 'newline_delimited', columns = {_struct(_kept_in_json(duck))})"
     else:
-        fields = ", ".join(
-            f"json->>{sql_text(f'$.{json.dumps(name, ensure_ascii=False)}')} AS {sql_name(names[name])}"
-            for name in duck
-        )
+        fields = ", ".join(f"json->>{sql_text(json_place(name))} AS {sql_name(names[name])}" for name in duck)
         given = f"(SELECT {fields} FROM read_ndjson_objects({_list(paths)}))"  # noqa: S608
     there: list[str] = [row[0] for row in connection.execute(f"DESCRIBE FROM {given}").fetchall()]
     known = dict(zip(there, types if len(there) == len(types) else there, strict=True))
     chosen = []
     for column in there:
         name = known[column]
-        value = _read_as(sql_name(column), duck.get(name, "VARCHAR"), kind) if name in duck else sql_name(column)
+        value = _read_as(sql_name(column), duck[name], kind, types[name]) if name in duck else sql_name(column)
         chosen.append(f"{value} AS {sql_name(names.get(name, name))}")
     return f"SELECT {', '.join(chosen)} FROM {given}"  # noqa: S608
 
@@ -146,7 +142,7 @@ def _duck_types(connection: duckdb.DuckDBPyConnection, types: dict[str, str]) ->
     kinds = []
     for kind in types.values():
         try:
-            kinds.append(type_named(kind))
+            kinds.append(replaced(type_named(kind), _asked))
         except SpecError:
             kinds.append(pa.string())
     plain = pa.schema([(f"column {number}", kind) for number, kind in enumerate(kinds)])
@@ -156,11 +152,21 @@ def _duck_types(connection: duckdb.DuckDBPyConnection, types: dict[str, str]) ->
     return {name: row[1] for name, row in zip(types, found, strict=True)}
 
 
-def _read_as(value: str, kind: str, form: str) -> str:
-    """A column as one of its DuckDB type, from how the format keeps it."""
+def _asked(kind: pa.DataType) -> pa.DataType:
+    """The type that SQL sees: times of microseconds, if they are not finer, and integers for intervals that are."""
+    if pa.types.is_timestamp(kind) and kind.unit in ("s", "ms"):
+        return pa.timestamp("us", kind.tz)
+    return pa.int64() if is_fine_interval(kind) else kind
+
+
+_INTERVALS = {"duration[s]": "to_seconds", "duration[ms]": "to_milliseconds"}
+
+
+def _read_as(value: str, kind: str, form: str, known: str) -> str:
+    """A column as one of its DuckDB type, from how the format keeps it. known: its Arrow type."""
     nested = kind.endswith(("]", ")")) and not kind.startswith("DECIMAL")
     if form == "parquet":
-        return f"to_microseconds({value})" if kind == "INTERVAL" else value
+        return f"{_INTERVALS.get(known, 'to_microseconds')}({value})" if kind == "INTERVAL" else value
     if kind == "BLOB":
         return f"from_base64({value})"
     if kind in ("VARCHAR", '"NULL"'):

@@ -56,7 +56,8 @@ class RowsSink(StagedSink):
 
     def open(self, attempt: str, chunk: Chunk) -> Writer:
         """See :meth:`Sink.open`."""
-        return RowsWriter(self.layout, attempt, self._schema(), None if self._sorts else self.order)
+        left_out = None if self._sorts else self.order
+        return RowsWriter(self.layout, attempt, self._schema(), left_out, textual=self.format != "parquet")
 
     @property
     def _sorts(self) -> bool:
@@ -180,11 +181,18 @@ class RowsWriter(Writer):
     """Gathers rows in memory. Writes them as Parquet when it is closed, or when they are many."""
 
     def __init__(
-        self, layout: OutputLayout, attempt: str, schema: pa.Schema | None, left_out: str | None = None
+        self,
+        layout: OutputLayout,
+        attempt: str,
+        schema: pa.Schema | None,
+        left_out: str | None = None,
+        *,
+        textual: bool = False,
     ) -> None:
         from tally.sinks import columns
 
         self._layout, self._attempt, self._schema, self._left_out = layout, attempt, schema, left_out
+        self._textual = textual
         self._build = columns.build
         self._batches: list[pa.RecordBatch] = []
         self._held = 0
@@ -211,16 +219,16 @@ class RowsWriter(Writer):
         return failed
 
     def add_table(self, keys: Any, rows: Any, info: Any | None = None) -> list[tuple[int, ItemError]]:
-        """See :meth:`Writer.add_table`. Rows are written one by one only if the columns do not fit as a whole."""
+        """See :meth:`Writer.add_table`. No value becomes Python's, but for those that do not fit."""
         from tally.sinks import columns
 
         if info is not None and self._left_out is not None:
             info = info.drop_columns(self._left_out)
-        batch = columns.assemble(keys, rows, info, self._schema)
-        if batch is None:
-            return super().add_table(keys, rows, info)
+        if info is not None and (error := _twice(dict.fromkeys(info.column_names), dict.fromkeys(rows.column_names))):
+            return [(at, ItemError(error, stage="write")) for at in range(len(keys))]
+        batch, failed = columns.assemble(keys, rows, info, self._schema, textual=self._textual)
         self._take(batch)
-        return []
+        return failed
 
     def add_rows(self, keys: Any, results: Sequence[Result], info: Any | None = None) -> list[tuple[int, ItemError]]:
         """See :meth:`Writer.add_rows`. The columns of the source stay columns: no value of theirs becomes Python's."""
@@ -240,12 +248,12 @@ class RowsWriter(Writer):
         batch, failed = self._build([str(at) for at in good], [results[at] for at in good], own)
         at = batch.column(0).cast(pa.int64())
         rows = pa.Table.from_batches([batch.drop_columns([columns.KEY])])
-        whole = columns.assemble(keys.take(at), rows, info.take(at), self._schema)
-        if whole is None:  # what a schema does not hold is found row by row
-            return self.add(keys.to_pylist(), results, info.to_pylist())
+        whole, unfit = columns.assemble(keys.take(at), rows, info.take(at), self._schema, textual=self._textual)
         self._take(whole)
-        refused = [(at, ItemError(error, stage="write")) for at, error in twice.items()]
-        return sorted([*refused, *((good[index], error) for index, error in failed)], key=lambda each: each[0])
+        refused = {at: ItemError(error, stage="write") for at, error in twice.items()}
+        refused |= {at[row].as_py(): error for row, error in reversed(unfit)}
+        refused |= {good[index]: error for index, error in failed}
+        return sorted(refused.items(), key=lambda each: each[0])
 
     def _take(self, batch: pa.RecordBatch) -> None:
         if batch.num_rows:

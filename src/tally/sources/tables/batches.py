@@ -106,10 +106,28 @@ class Reader:
             rows = pa.Table.from_batches([found.slice(offset, count)])
             if names := {called: name for name, called in self._source.called(row_range).items()}:
                 rows = rows.rename_columns([names.get(name, name) for name in rows.column_names])
-            window.tables.append(plain(rows, self._types))
+            try:
+                rows = plain(rows, self._types)
+            except _MisfitError as error:
+                self._add_parts(row_range, start, count, found, offset, error)
+                return
+            window.tables.append(rows)
             window.keys.append(self._source.keys_of(row_range, start, rows, count))
             window.runs.append((window.at, window.at + count))
         window.at += count
+
+    def _add_parts(
+        self, row_range: RowRange, start: int, count: int, found: Any, offset: int, error: _MisfitError
+    ) -> None:
+        """As :meth:`_add`, for rows of which one does not fit."""
+        if count == 1:
+            where = key_of(name_from_json(row_range[2]))
+            dead = ItemError(f"{where}, {error}", stage="read", hint="Score such files in two jobs.")
+            self._add(row_range, start, 1, [dead], 0)
+            return
+        half = count // 2
+        self._add(row_range, start, half, found, offset)
+        self._add(row_range, start + half, count - half, found, offset + half)
 
 
 @dataclass(slots=True)
@@ -147,13 +165,27 @@ class _Window:
 
 
 def plain(table: pa.Table, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """The table with plain column types. types: those that all files of the source have in common."""
+    """The table with plain column types. types: those that all files of the source have in common.
+
+    Raises _MisfitError if one of them does not hold a time or an interval.
+    """
+    import pyarrow as pa
+
     for index, name in enumerate(table.schema.names):
         kind = table.schema.field(index).type
         expected = types.get(name) or plain_type(kind)
         if kind != expected:
-            table = table.set_column(index, name, table.column(index).cast(expected, safe=False))
+            try:
+                cast = table.column(index).cast(expected, safe=pa.types.is_temporal(expected))
+            except pa.ArrowInvalid as error:
+                what = f"column {name!r}: a value of {kind} does not fit {expected}, which other files hold"
+                raise _MisfitError(what) from error
+            table = table.set_column(index, name, cast)
     return table
+
+
+class _MisfitError(ValueError):
+    """A value that a column's type does not hold."""
 
 
 def _unreadable(row_range: RowRange, error: BaseException) -> ItemError:

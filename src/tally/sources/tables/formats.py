@@ -88,6 +88,13 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def in_parquet(kind: pa.DataType) -> pa.DataType:
+    """The type that Parquet has for values of a type: it has no times in whole seconds."""
+    import pyarrow as pa
+
+    return pa.timestamp("ms", kind.tz) if pa.types.is_timestamp(kind) and kind.unit == "s" else kind
+
+
 def is_numeric(kind: pa.DataType) -> bool:
     """Whether it is a type of integers, floats or decimals. Booleans are not numbers."""
     import pyarrow as pa

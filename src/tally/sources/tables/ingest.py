@@ -8,6 +8,7 @@ their own.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import psutil
 
 from tally.errors import StorageError
 from tally.sources.tables import delimited, jsonlines
-from tally.sources.tables.formats import Format, open_arrow, plain_type
+from tally.sources.tables.formats import Format, in_parquet, open_arrow, plain_type
 from tally.sources.tables.select import ORDER, Selection, TableRequest
 from tally.sources.tables.type_inference import INFERRED, LOOKED_AT, Kinds
 from tally.sql import distinct_names, sql_name, sql_text
@@ -103,6 +104,8 @@ def make(inputs: Iterable[TableFile], query: Query, folder: Path) -> Made:
     import duckdb
 
     spill = folder / "spill"
+    files: list[tuple[str, int]] = []
+    tables: list[tuple[Path, int]] = []
     with temporary.folder("tables") as links, connect(spill) as connection:
         try:
             files, tables, healthy = _convert(connection, inputs, query, folder, Path(links))
@@ -112,11 +115,36 @@ def make(inputs: Iterable[TableFile], query: Query, folder: Path) -> Made:
                 made = _arrange(connection, query, files, tables, folder, Path(links))
             return replace(made, healthy=healthy)
         except duckdb.Error as error:
+            if "Invalid string encoding" in str(error):
+                _check_text(files, tables)
             raise failure("prepare", str(folder), _first_line(error)) from None
         except OSError as error:
             raise error if isinstance(error, StorageError) else failure("write", str(folder), error) from None
         finally:
             shutil.rmtree(spill, ignore_errors=True)
+
+
+def _check_text(files: Sequence[tuple[str, int]], tables: Sequence[tuple[Path, int]]) -> None:
+    """Raises StorageError if there is a text in Parquet that is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for (key, _), (path, rows) in zip(files, tables, strict=True):
+        if not rows or not path.exists():
+            continue
+        at = 1
+        for batch in pq.ParquetFile(path).iter_batches(_BATCH_ROWS):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    column.validate(full=True)
+                except pa.ArrowInvalid as error:
+                    found = re.search(r"string index (\d+)", str(error))
+                    row = f", row {at + int(found[1]):,}" if found else ""
+                    raise StorageError(
+                        f"{key}{row}, column {name!r}: its text is not valid UTF-8",
+                        hint="Write it as UTF-8, or as bytes.",
+                    ) from None
+            at += batch.num_rows
 
 
 @contextmanager
@@ -243,15 +271,25 @@ def _from_arrow(each: TableFile, query: Query, target: Path) -> int:
         names = reader.schema.names if query.request.where is not None else list(query.selection.inputs)
         if missing := [name for name in names if name not in reader.schema.names]:
             raise StorageError(f"{each.key} lacks the column {missing[0]!r}")
-        schema = pa.schema([(name, plain_type(reader.schema.field(name).type)) for name in names])
+        schema = pa.schema([(name, in_parquet(plain_type(reader.schema.field(name).type))) for name in names])
         called = list(distinct_names(names).values())
         rows = 0
         with pq.ParquetWriter(target, pa.schema(list(zip(called, schema.types, strict=True)))) as writer:
             for batch in _batches(reader):
-                table = pa.Table.from_batches([batch]).select(names).cast(schema).rename_columns(called)
-                writer.write_table(table, row_group_size=_GROUP_ROWS)
+                table = pa.Table.from_batches([batch]).select(names)
+                arrays = [_cast(column, field, each.key) for column, field in zip(table.columns, schema, strict=True)]
+                writer.write_table(pa.Table.from_arrays(arrays, called), row_group_size=_GROUP_ROWS)
                 rows += table.num_rows
     return rows
+
+
+def _cast(column: Any, field: pa.Field, key: str) -> Any:
+    import pyarrow as pa
+
+    try:
+        return column.cast(field.type)
+    except pa.ArrowInvalid as error:
+        raise StorageError(f"{key}, column {field.name!r}: {_first_line(error)}") from None
 
 
 def _batches(reader: Any) -> Iterator[pa.RecordBatch]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tally.sources.tables.delimited import Fault, converted, forget_faults
 from tally.sources.tables.type_inference import SAMPLE_ROWS, Kinds, Notation, Text, infer
-from tally.sql import distinct_names, sql_name, sql_text
+from tally.sql import distinct_names, json_place, sql_name, sql_text
 
 _LINE_BYTES = 16 << 20
 _BUFFER_BYTES = 32 << 20
@@ -30,9 +30,7 @@ def _lines(path: Path) -> str:
 
 def _paths(names: Sequence[str]) -> str:
     """The columns' paths within an object, as a list of SQL."""
-    escaped = (name.replace("\\", "\\\\").replace('"', '\\"') for name in names)
-    listed = ", ".join(sql_text('$."' + name + '"') for name in escaped)
-    return f"[{listed}]::VARCHAR[]"
+    return f"[{', '.join(sql_text(json_place(name)) for name in names)}]::VARCHAR[]"
 
 
 def _values(relation: str, names: Sequence[str]) -> str:

@@ -237,6 +237,8 @@ def _check_held(columns: _Columns, names: Sequence[str], request: TableRequest) 
             columns.problems.append(
                 f"column {name!r} holds {kind}, which is not read; write it as text, or leave it out"
             )
+        elif arranged and not name:
+            columns.problems.append("a column has no name: with by, where or window it cannot be read; give it one")
         elif arranged and pa.types.is_decimal(kind) and kind.precision > 38:
             columns.problems.append(f"column {name!r} holds {kind}: with by, where or window it would lose digits")
 
