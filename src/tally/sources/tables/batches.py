@@ -107,11 +107,11 @@ class Reader:
             if names := {called: name for name, called in self._source.called(row_range).items()}:
                 rows = rows.rename_columns([names.get(name, name) for name in rows.column_names])
             try:
-                rows = plain(rows, self._types)
+                table = plain(rows, self._types)
             except _MisfitError as error:
                 self._add_parts(row_range, start, count, found, offset, error)
                 return
-            window.tables.append(rows)
+            window.tables.append(table)
             window.keys.append(self._source.keys_of(row_range, start, rows, count))
             window.runs.append((window.at, window.at + count))
         window.at += count
