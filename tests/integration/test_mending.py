@@ -171,3 +171,28 @@ def test_a_retry_is_cancelled_and_the_job_is_as_finished_as_it_was(tmp_path: Pat
     assert jobs.cancel(job.id).state == "finished"
     assert published(tmp_path / "out") == before
     assert (job.record.state, job.record.dead, job.dead().num_rows) == ("finished", 2, 2)
+
+
+def test_what_a_refused_retry_says_to_do_works(tmp_path: Path) -> None:
+    table, out = tmp_path / "t.csv", tmp_path / "out.csv"
+    scorer = tmp_path / "doubled.py"
+    scorer.write_text(
+        "import tally\n\nclass Doubled(tally.Scorer):\n    input, columns = 'table', {'twice': 'float64'}\n\n"
+        "    def score(self, batch):\n        return [{'twice': 2 * float(x)} for x in batch['value'].to_pylist()]\n"
+    )
+    write(table, bad=(3,), form="csv")
+    command = ["score", str(table), "--model", str(scorer), "--out", str(out)]
+
+    def typed(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "tally", *words], capture_output=True, text=True, check=False)
+
+    assert typed(*command).returncode == 0
+    before = out.read_bytes()
+    write(table, bad=(), form="csv")
+    refused = typed("jobs", "retry", str(out), "--dead")
+    assert refused.returncode == 1
+    assert "give the command that began the job again, with --overwrite" in refused.stderr
+    assert "--dead" not in refused.stderr
+    assert out.read_bytes() == before
+    assert typed(*command, "--overwrite").returncode == 0
+    assert len(out.read_text().splitlines()) == ROWS + 1

@@ -382,3 +382,13 @@ def test_a_field_of_json_may_have_an_empty_name(tmp_path: Path) -> None:
     assert kept(tmp_path / "work", place).to_pylist() == [{"": 1, "a/b~": 2, 'a.b"': 3}]
     with pytest.raises(SpecError, match="a column has no name"):
         kept(tmp_path / "work", place, by=["a/b~"])
+
+
+def test_lines_of_remarks_are_told_with_the_option_that_passes_them_over(tmp_path: Path) -> None:
+    place = tmp_path / "t.csv"
+    place.write_text("# made today\na,b\n1,2\n# at noon\n3,4\n5,6\n")
+    with pytest.raises(StorageError) as caught:
+        kept(tmp_path / "work", place)
+    assert "csv comment='#'" in (caught.value.hint or "")
+    found = kept(tmp_path / "work", place, csv={"comment": "#"})
+    assert found.to_pylist() == [{"a": 1, "b": 2}, {"a": 3, "b": 4}, {"a": 5, "b": 6}]

@@ -58,9 +58,10 @@ def _what_next(jobs: Jobs, job_id: str, error: TallyError) -> str | None:
     except DatabaseAwayError:
         record = None
     if record is not None and record.state == "finished" and record.error is not None:
-        return (
-            f"The job is as it was, and so are its results. After mending the cause: tally jobs retry {job_id} --dead"
-        )
+        as_it_was = "The job is as it was, and so are its results."
+        if "--overwrite" in (error.hint or ""):  # the same retry would be refused again
+            return as_it_was
+        return f"{as_it_was} After mending the cause: tally jobs retry {job_id} --dead"
     if record is not None and record.state not in ("failed", "interrupted"):
         return None
     if record is not None and record.done == record.dead:

@@ -324,12 +324,14 @@ def _names(cells: Sequence[str]) -> tuple[str, ...]:
 
 def _check_width(name: str, names: Sequence[str], rows: Sequence[Sequence[str]], delim: str, header: bool) -> None:
     data = rows[1:] if header else rows
+    mark = rows[0][0].lstrip()[:1]
+    remark = f", or what lines of remarks begin with, with csv comment='{mark}'" if mark in ("#", "%", "!") else ""
     fitting = sum(len(row) == len(names) for row in data)
     if len(data) >= 2 and fitting * 2 < len(data):
         raise StorageError(
             f"{name}, line 1, column {min(len(names), _width(data)) + 1}: the first line has {len(names)} "
             f"columns, and most of the others have {_width(data)} (delimiter {delim!r})",
-            hint="say how many lines to pass over with csv skip=N, or what it is cut at with csv delim=';'",
+            hint=f"say how many lines to pass over with csv skip=N, or what it is cut at with csv delim=';'{remark}",
         )
 
 

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
     from tally.sources.tables.work_files import WorkFiles
 
-_AGAIN = "Score it again with --overwrite; the results that are there stay until then."
+_AGAIN = (
+    "To score all of it as it is now, give the command that began the job again, with --overwrite; the results that "
+    "are there stay until then."
+)
 
 
 class Positions:
