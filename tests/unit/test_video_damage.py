@@ -21,6 +21,7 @@ DEPENDS = "it depends on a damaged picture"
 DAMAGED = "it is damaged: parts of it are missing"
 GAP = "pictures are missing before this frame"
 CUT = "it is cut off"
+MISSING = "it is missing: the file is damaged where it was"
 
 # What each file gives: how many frames are good, and how many dead items there are for which reason.
 FOUND: dict[str, tuple[int, dict[str, int]]] = {
@@ -205,13 +206,51 @@ def test_pictures_that_a_reader_skips_are_told(clips: Path, tmp_path: Path, name
     damaged = tmp_path / name
     damaged.write_bytes(content)
     found = frames(VideoSource.describe([str(damaged)]))
-    told = [key for key, error in errors(found).items() if GAP in error or "from frame" in error]
-    assert told
-    assert {key.rpartition("-")[2] for key in told} == {"gap" if name == "m.avi" else "end"}  # the reader finds no more
+    told = [key for key, error in errors(found).items() if GAP in error or "from frame" in error or MISSING in error]
+    if name == "m.avi":  # its index tells which
+        assert told == [f"{name}/{number:06}" for number in (8, 9, 10)]
+        assert len(found) == COUNT
+    else:  # the reader finds no more
+        assert {key.rpartition("-")[2] for key in told} == {"end"}
     pictures = {round(value[1]["time"], 3): value[0] for value in intact.values()}
     for value in found.values():
         if not isinstance(value, ItemError):
             assert np.array_equal(value[0], pictures[round(value[1]["time"], 3)])
+
+
+def taken_out(content: bytes, rng: np.random.Generator) -> bytes:
+    """Without some bytes among the packets, before the index."""
+    begin, end = content.index(b"movi") + 4, content.index(b"idx1")
+    length = int(rng.integers(1, (end - begin) // 8))
+    at = int(rng.integers(begin, end - length))
+    return content[:at] + content[at + length :]
+
+
+@pytest.mark.parametrize("name", ["a.avi", "m.avi"])
+@pytest.mark.parametrize("also", ["", "twice", "without its index"])
+def test_frames_behind_missing_bytes_keep_their_numbers(clips: Path, tmp_path: Path, name: str, also: str) -> None:
+    """Or are dead, where no index tells them. Every frame of the intact file is an item."""
+    path, intact = clip(clips, name)
+    damaged = tmp_path / name
+    count = 0
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        content = taken_out(path.read_bytes(), rng)
+        if also == "twice":
+            content = taken_out(content, rng)
+        elif also:
+            content = content[: content.index(b"idx1")]
+        damaged.write_bytes(content)
+        found = frames(VideoSource.describe([str(damaged)]), 1000)
+        if {*found} == {name}:  # damaged at its beginning: nothing is certain
+            assert also == "without its index"
+            continue
+        assert {key.rpartition("/")[2] for key in found} == {*intact}
+        for key, value in good(damaged).items():
+            assert np.array_equal(value[0], intact[key][0]), (seed, key)
+            assert value[1]["time"] == pytest.approx(intact[key][1]["time"], abs=1e-6)
+            count += 1
+    assert count > COUNT
 
 
 def test_a_timeline_survives_json(clips: Path) -> None:

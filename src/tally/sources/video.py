@@ -159,7 +159,8 @@ class VideoSource(Source):
         start = max(start, len(timeline.ticks))
         if timeline.lost:
             total = len(timeline.ticks) + timeline.lost
-            text = f"it is missing: the file ends before it, after {len(timeline.ticks):,} of {total:,} frames"
+            why = timeline.cut or "the file ends before it"
+            text = f"it is missing: {why}, after {len(timeline.ticks):,} of {total:,} frames"
             missing = range(-(-start // self.every) * self.every, total, self.every)
             while missing:
                 taken, missing = missing[:_MISSING], missing[_MISSING:]

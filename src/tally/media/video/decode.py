@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,7 +30,8 @@ def decode(
 ) -> Iterator[Picture | ItemError]:
     """One picture, or the reason why there is none, for each chosen frame, in order.
 
-    packets: positions of the frames' packets in the video stream (see ``Timeline``), in the order of presentation.
+    packets: positions of the frames' packets in the video stream (see ``Timeline``), in the order of presentation;
+        negative for frames that are missing.
     keys: keyframes at or before the first frame, the nearest last. Decoding begins at the nearest; if its first
         picture is damaged, at one before it, for some streams need a run-up. Empty: the stream's beginning.
     damaged: positions of packets that are known to be damaged.
@@ -61,11 +62,11 @@ def _decode(video: Video, packets: Sequence[int], key: Key, damaged: Collection[
             if index < due:
                 continue  # before the wanted ones, or between them
             for lost in range(due, index):
-                yield _lost(failed.get(packets[lost]))
+                yield _lost(packets[lost], failed)
             due = index + 1
             yield error or _picture(frame, video)
     for lost in range(due, len(packets)):
-        yield _lost(failed.get(packets[lost]))
+        yield _lost(packets[lost], failed)
 
 
 def _frames(
@@ -191,8 +192,8 @@ def _picture(frame: VideoFrame, video: Video) -> Picture | ItemError:
     return np.ascontiguousarray(np.rot90(array, turns)) if turns else array
 
 
-def _lost(reason: str | None) -> ItemError:
-    return ItemError(
-        f"it cannot be decoded: {reason or 'the decoder gave no picture for it; a keyframe before it is missing'}",
-        stage="decode",
-    )
+def _lost(position: int, failed: Mapping[int, str]) -> ItemError:
+    if position < 0:
+        return ItemError("it is missing: the file is damaged where it was", stage="read")
+    reason = failed.get(position) or "the decoder gave no picture for it; a keyframe before it is missing"
+    return ItemError(f"it cannot be decoded: {reason}", stage="decode")

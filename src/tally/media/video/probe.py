@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tally import processes
 from tally.errors import ItemError, SourceChangedError, StorageAwayError, StorageError, TallyError
+from tally.media.video.avi import CHUNK_HEADER, Entry, intact_until, moved_index, ordinals
 from tally.media.video.clock import Clock
 from tally.media.video.container import Input, error_text, open_video, video_stream
 from tally.media.video.metadata import Colour, Video, pack, unpack
-from tally.media.video.promise import promised
+from tally.media.video.promise import Reader, promised
 from tally.storage import open_store
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ _KINDS: tuple[type[TallyError], ...] = (StorageAwayError, SourceChangedError, St
 """The class that a failure travels as between processes: the first that fits."""
 _UNTIMED = frozenset({"avi"})
 _UNKNOWN_RATE = Fraction(25)
-_CHUNK_HEADER = 8
-"""Bytes in an AVI between the place that the index has and the packet."""
 _ADDITION: Final = "matroska_block_additional"
 _USUAL = 50
 """So many gaps between the last frames tell what is usual."""
@@ -79,10 +78,11 @@ class Timeline:
     """A video's frames in the order of presentation; a frame's number is its index.
 
     ticks: presentation times (see :class:`Video`), strictly ascending.
-    packets: the position of each frame's packet in the stream, which is in the order of decoding.
+    packets: the position of each frame's packet in the stream, which is in the order of decoding; negative for frames
+        that are known to be missing.
     keys: keyframes, where decoding can begin, ascending.
     lost: how many frames the container's index or header lists after the last one that could be read.
-    cut: why the video ends too early, if the number of missing frames is not known.
+    cut: why the video ends too early, if the number of missing frames is not known, or it does not simply end.
     damaged: positions of packets that the container knows to be damaged, ascending.
     gaps: numbers of frames before which pictures are missing, it is not known how many.
     remarks: what a user should know of the video: that it is interlaced, say.
@@ -129,7 +129,8 @@ class Timeline:
 
 
 class _Packet(NamedTuple):
-    """part: how often the clock was set back before it. damaged: the container says so. at: its place in the file."""
+    """part: how often the clock was set back before it. damaged: the container says so. at: its place in the file.
+    size: in bytes."""
 
     position: int
     pts: int | None
@@ -138,7 +139,8 @@ class _Packet(NamedTuple):
     key: bool
     part: int
     damaged: bool
-    at: int | None = None
+    at: int | None
+    size: int
 
 
 def probe(
@@ -156,6 +158,7 @@ def probe(
     size, mark = known = known or store.marked(name)
     with _messages() as messages, open_video(root, name, known, on_fetched) as opened:
         container, stream = opened.container, video_stream(opened.container)
+        index = [Entry(entry.pos, entry.size) for entry in stream.index_entries]  # reading adds to it
         read = _demux(opened, stream)
         packets, picture = read.packets, read.picture
         skipped = any(each[1] == container.format.name for each in messages)
@@ -171,14 +174,19 @@ def probe(
                 "none of its pictures can be decoded, and it does not say their size", stage="read", hint=hint
             )
         untimed = _is_untimed(container, stream, packets)
-        whole = promised(container.format.name, lambda start, length: store.read_range(name, start, length, mark=mark))
+        reader: Reader = lambda start, length: store.read_range(name, start, length, mark=mark)  # noqa: E731
+        whole = promised(container.format.name, reader)
         cut = read.problem or _cut(container, read) or _short(size, whole)
         if cut is not None and packets[-1].damaged and len(packets) > 1:
             packets.pop()  # the file ends in it
-        lost = _lost(container, stream, packets, cut is not None)
+        found = _found(stream, index, packets, reader, size, whole) if container.format.name == "avi" else None
+        if found is not None:
+            packets = found.packets
+            cut = None if found.numbers else found.broken or cut
+        lost = _lost(container, stream, packets, cut is not None) if found is None or found.broken else found.lost
         video = _metadata(container, stream, picture, key=key, root=root, name=name, size=size, mark=mark)
         video = replace(video, joints=_joints(read, video.time_base))
-        holes = _restored(stream, packets) if container.format.name == "avi" else []
+        holes: list[int] = []
         damaged = _damaged(container, packets)
         remarks = _remarks(stream, read)
         depth = stream.codec_context.reorder_depth
@@ -187,19 +195,29 @@ def probe(
     if untimed:
         with open_video(root, name, known, on_fetched) as opened:
             rank = _order_by_decoding(opened, packets)
+        if found is not None and found.numbers:  # decoders give late what they had before a gap
+            behind = [number - at for at, number in enumerate(found.numbers)]
+            rank = {
+                each.position: rank[each.position] + len(packets) * gaps
+                for each, gaps in zip(packets, behind, strict=True)
+            }
     if skipped and not untimed:
         holes += _skipped(partial(open_video, root, name, known, on_fetched, format=format_name), video.stream)
     if holes and holes[-1] > packets[-1].position and not lost:
         cut = cut or "the file is damaged behind its last picture"
     known_keys = {packet.position for packet in packets if packet.key}
     damaged = sorted({*damaged, *(hole for hole in holes if hole not in known_keys)})
-    timeline = _timeline(video, packets, rank)
+    timeline = _timeline(video, packets, rank, seekable=found is None or not found.numbers)
     timeline, dropped = _without_doubtful(timeline, depth if lost or cut is not None else None)
     if dropped and not lost:
         cut = cut or "the pictures before the last ones are missing: it is cut off"
     lost = lost and lost + dropped
     gaps = [number for number, packet in enumerate(timeline.packets) if packet in holes]
-    cut = None if lost else cut
+    if found is not None and found.numbers:
+        damaged = sorted({*damaged, *_beside_gaps(found, _lateness(timeline))})
+        timeline = _with_missing(timeline, found)
+        lost = len(found.times) - len(timeline.ticks)
+    cut = None if lost and (found is None or not found.broken) else cut
     return replace(timeline, lost=lost, cut=cut, damaged=damaged, gaps=gaps, remarks=remarks)
 
 
@@ -247,7 +265,9 @@ def _demux(opened: Input, stream: VideoStream) -> _Read:
             part = clock.part if clock is not None else 0
             if is_shown(codec, packet):
                 times = packet.pts, packet.dts, packet.duration or 0
-                found.packets.append(_Packet(position, *times, packet.is_keyframe, part, packet.is_corrupt, packet.pos))
+                found.packets.append(
+                    _Packet(position, *times, packet.is_keyframe, part, packet.is_corrupt, packet.pos, packet.size)
+                )
                 found.additions = found.additions or (not position and packet.has_sidedata(_ADDITION))
             position += 1
             if set_back:
@@ -308,24 +328,91 @@ def _skipped(opening: Callable[[], Input], index: int) -> list[int]:
     return holes
 
 
-def _restored(stream: VideoStream, packets: list[_Packet]) -> list[int]:
-    """Give the packets of an AVI the times that its index says: where some are missing, FFmpeg counts on. Returns the
-    positions of packets before which others are missing."""
-    entries = [entry.pos + _CHUNK_HEADER for entry in stream.index_entries]
-    if len(entries) <= len(packets):
-        return []
-    places = {at: number for number, at in enumerate(entries)}
-    holes = []
-    expected = 0
-    for index, packet in enumerate(packets):
-        number = places.get(packet.at or -1, expected)
-        if number > expected:
-            holes.append(packet.position)
-        if packet.dts is not None and number != packet.dts:
-            pts = None if packet.pts is None else packet.pts + number - packet.dts
-            packets[index] = packet._replace(pts=pts, dts=number)
-        expected = number + 1
-    return holes
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is left of an AVI from which pictures are missing.
+
+    packets: those whose number is known; their times are those of the intact file. numbers: of each, in the order of
+    decoding. times: of each picture in the intact file, present or missing. strays: positions of packets that may be
+    anything. broken: why nothing is known from some place on.
+    """
+
+    packets: list[_Packet]
+    numbers: list[int] = field(default_factory=list)
+    times: list[int] = field(default_factory=list)
+    strays: list[int] = field(default_factory=list)
+    broken: str | None = None
+
+    @property
+    def lost(self) -> int:
+        """How many are missing after the last one that is there."""
+        return len(self.times) - 1 - self.numbers[-1]
+
+
+def _found(
+    stream: VideoStream,
+    entries: list[Entry],
+    packets: list[_Packet],
+    read: Reader,
+    size: int,
+    promised: int | None,
+) -> _Found | None:
+    """What is left of an AVI; None if no picture is missing between others. Raises ItemError if nothing is certain."""
+    missing = 0
+    if len(entries) < len(packets) or len(entries) < stream.frames:  # FFmpeg found none, and made one up
+        entries = moved_index(read, size, promised, stream.index)
+        missing = (promised or size) - size
+    pictures = [number for number, entry in enumerate(entries) if entry.length]
+    if entries and len(pictures) == len(packets) and not missing:
+        return None
+    if not entries:
+        until = intact_until(read, size)
+        kept = [packet for packet in packets if (packet.at or 0) - CHUNK_HEADER < until]
+        if len(kept) == len(packets):
+            return None
+        reason = "bytes are missing in the middle of the file, and no index tells which pictures follow"
+        if not kept:
+            raise ItemError(f"{reason}: it is damaged at its beginning", stage="read")
+        return _Found(kept, broken=reason)
+    places = ordinals(entries, [Entry((each.at or 0) - CHUNK_HEADER, each.size) for each in packets], missing)
+    stamps = [packet.pts for packet in packets if packet.pts is not None]
+    ahead = min(stamps, default=0) - min((packet.dts or 0 for packet in packets), default=0) if stamps else 0
+    ordinal = {place: number for number, place in enumerate(pictures)}
+    placed = [(packet, place) for packet, place in zip(packets, places, strict=True) if place is not None]
+    if not placed:
+        raise ItemError("none of its pictures is where its index has them: it is damaged", stage="read")
+    return _Found(
+        [packet._replace(pts=None, dts=place + ahead) for packet, place in placed],
+        [ordinal[place] for _, place in placed],
+        [place + ahead for place in pictures],
+        [packet.position for packet, place in zip(packets, places, strict=True) if place is None],
+    )
+
+
+def _beside_gaps(found: _Found, lateness: int) -> set[int]:
+    """Positions of packets that may lack bytes, or whose picture's place depends on one that is missing.
+
+    lateness: by how many pictures the orders of decoding and of presentation differ.
+    """
+    positions = {*found.strays}
+    for at, (before, after) in enumerate(pairwise(zip(found.packets, found.numbers, strict=True)), 1):
+        if after[1] != before[1] + 1 or after[0].position != before[0].position + 1:
+            positions |= {packet.position for packet in found.packets[max(0, at - 1 - lateness) : at]}
+            if not after[0].key:
+                positions.add(after[0].position)
+    return positions
+
+
+def _with_missing(timeline: Timeline, found: _Found) -> Timeline:
+    """The timeline with a frame for each that is missing between others."""
+    numbers = sorted(found.numbers)[: len(timeline.ticks)]
+    ticks = [time - found.times[numbers[0]] + timeline.ticks[0] for time in found.times[: numbers[-1] + 1]]
+    packets = [-1 - number for number in range(len(ticks))]
+    for number, packet in zip(numbers, timeline.packets, strict=True):
+        packets[number] = packet
+    keys = [key._replace(number=numbers[key.number]) for key in timeline.keys]
+    video = replace(timeline.video, rate=_rate(ticks, timeline.video))
+    return replace(timeline, video=video, ticks=ticks, packets=packets, keys=keys)
 
 
 def _extend(spans: list[tuple[float, float]], clock: Clock, packet: Packet[Any]) -> None:
@@ -491,7 +578,7 @@ def _order_by_decoding(opened: Input, packets: list[_Packet]) -> dict[int, int]:
 # -- putting it together -------------------------------------------------------------------------------
 
 
-def _timeline(video: Video, packets: list[_Packet], rank: dict[int, int] | None) -> Timeline:
+def _timeline(video: Video, packets: list[_Packet], rank: dict[int, int] | None, *, seekable: bool = True) -> Timeline:
     tick = 1 / (video.rate * video.time_base)  # ticks per frame
 
     def at(packet: _Packet) -> int | None:
@@ -511,7 +598,7 @@ def _timeline(video: Video, packets: list[_Packet], rank: dict[int, int] | None)
     if ticks[0] < 0:  # players begin with the first picture, too
         video = replace(video, start=video.start + ticks[0], end=video.end - ticks[0])
         ticks = [each - ticks[0] for each in ticks]
-    seekable = not video.joints  # a time that comes twice is no place
+    seekable = seekable and not video.joints  # a time that comes twice is no place
     keys = [
         Key(number, packet.position, packet.pts, packet.dts if seekable else None)
         for number, packet in enumerate(ordered)
@@ -520,10 +607,22 @@ def _timeline(video: Video, packets: list[_Packet], rank: dict[int, int] | None)
     end = ticks[-1] + (ordered[-1].duration or (ticks[-1] - ticks[-2] if len(ticks) > 1 else max(1, round(tick))))
     if ticks[-1] < video.end < end:  # an edit list cuts the last picture short
         end = video.end
-    if len(ticks) > 1:  # headers are often far from it
-        span = (ticks[-1] - ticks[0]) * video.time_base
-        video = replace(video, rate=max(_SLOWEST, ((len(ticks) - 1) / span).limit_denominator(1001)))
-    return Timeline(replace(video, end=end), ticks, [packet.position for packet in ordered], keys)
+    return Timeline(
+        replace(video, end=end, rate=_rate(ticks, video)), ticks, [packet.position for packet in ordered], keys
+    )
+
+
+def _rate(ticks: Sequence[int], video: Video) -> Fraction:
+    """Frames per second, as they come: headers are often far from it."""
+    if len(ticks) < 2:
+        return video.rate
+    return max(_SLOWEST, ((len(ticks) - 1) / ((ticks[-1] - ticks[0]) * video.time_base)).limit_denominator(1001))
+
+
+def _lateness(timeline: Timeline) -> int:
+    """By how many pictures the order of presentation is behind that of decoding."""
+    order = sorted(timeline.packets)
+    return max(bisect_left(order, packet) - number for number, packet in enumerate(timeline.packets))
 
 
 def _without_doubtful(timeline: Timeline, depth: int | None) -> tuple[Timeline, int]:
@@ -534,8 +633,7 @@ def _without_doubtful(timeline: Timeline, depth: int | None) -> tuple[Timeline, 
     known to be cut off. If it is not known (None), a gap between the last times tells it.
     """
     ticks, packets = timeline.ticks, timeline.packets
-    order = sorted(packets)
-    late = max(bisect_left(order, packet) - number for number, packet in enumerate(packets))
+    late = _lateness(timeline)
     keep = max(0, len(ticks) - max(late, depth or 0))
     if depth is None and late:
         gaps = [after - before for before, after in pairwise(ticks)]
