@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import socket
@@ -10,10 +11,14 @@ import subprocess
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import pytest
+from tests.faulty import FaultyProxy
+from tests.objectstores import AZURITE_ACCOUNT, azurite_queues, moto_s3
 from tests.ports import free_ports
 from tests.services import require
 
@@ -100,29 +105,83 @@ def _relay(one: socket.socket, other: socket.socket) -> None:
         other.shutdown(socket.SHUT_RDWR)
 
 
+def answers(port: int) -> bool:
+    """Whether somebody listens there."""
+    with contextlib.closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def listening(port: int) -> None:
     """Until somebody listens there."""
     deadline = time.monotonic() + PATIENCE
-    while True:
-        with contextlib.closing(socket.socket()) as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+    while not answers(port):
         assert time.monotonic() < deadline, f"nobody listens on port {port}"
         time.sleep(0.02)
 
 
-KINDS: Sequence[str] = ("rabbitmq", "redis-stream", "redis-list")
+class Faulty(BrokerUnderTest):
+    """A broker that is asked over HTTP, behind a proxy that breaks requests in all the ways there are."""
+
+    def __init__(self, url: str, proxy: FaultyProxy) -> None:
+        self.url, self._proxy = url, proxy
+
+    def hurt(self) -> None:
+        """The next requests fail: half of them have been done."""
+        for fault in ("cut", "late-cut", "503", "late-cut"):
+            self._proxy.inject(fault, 5)
+
+
+def make_sqs_queue(name: str, **attributes: str) -> None:
+    import boto3
+
+    if name.endswith(".fifo"):
+        attributes["FifoQueue"] = "true"
+    with contextlib.closing(boto3.client("sqs")) as client:
+        client.create_queue(QueueName=name, Attributes=attributes)
 
 
 @contextmanager
-def broker(kind: str, folder: Path) -> Iterator[BrokerUnderTest]:
-    """A broker of this kind; skipped where it is not there."""
-    if kind == "rabbitmq":
-        with contextlib.closing(socket.socket()) as probe:
-            require("RabbitMQ", probe.connect_ex(("127.0.0.1", 5672)) == 0)
-        with contextlib.closing(CutRabbit()) as rabbit:
-            yield rabbit
-    else:
-        require("Redis (redis-server)", shutil.which("redis-server") is not None)
-        with contextlib.closing(OwnRedis(folder, "?kind=list&lock=2" if kind == "redis-list" else "?lock=2")) as redis:
-            yield redis
+def _rabbitmq(_: Path, __: pytest.MonkeyPatch) -> Iterator[BrokerUnderTest]:
+    require("RabbitMQ", answers(5672))
+    with contextlib.closing(CutRabbit()) as rabbit:
+        yield rabbit
+
+
+@contextmanager
+def _redis(folder: Path, _: pytest.MonkeyPatch, *, options: str = "?lock=2") -> Iterator[BrokerUnderTest]:
+    require("Redis (redis-server)", shutil.which("redis-server") is not None)
+    with contextlib.closing(OwnRedis(folder, options)) as redis:
+        yield redis
+
+
+@contextmanager
+def _sqs(_: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokerUnderTest]:
+    with moto_s3() as service, FaultyProxy(service.url) as proxy:
+        service.through(proxy.url).enter(monkeypatch)
+        make_sqs_queue("items")
+        yield Faulty("sqs://us-east-1/items?lock=10", proxy)
+
+
+def make_azure_queue(name: str) -> None:
+    from azure.storage.queue import QueueClient
+
+    with QueueClient.from_connection_string(os.environ["AZURE_STORAGE_CONNECTION_STRING"], name) as client:
+        client.create_queue()
+
+
+@contextmanager
+def _azure_queue(_: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokerUnderTest]:
+    with azurite_queues() as service, FaultyProxy(service.url) as proxy:
+        service.through(proxy.url).enter(monkeypatch)
+        make_azure_queue("items")
+        yield Faulty(f"azure-queue://{AZURITE_ACCOUNT}/items?lock=10", proxy)
+
+
+BROKERS = {
+    "rabbitmq": _rabbitmq,
+    "redis-stream": _redis,
+    "redis-list": partial(_redis, options="?kind=list&lock=2"),
+    "sqs": _sqs,
+    "azure-queue": _azure_queue,
+}
+"""Each gives a broker of this kind; the test is skipped where it is not there."""

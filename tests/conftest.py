@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.objectstores import Service, azurite, moto_s3
+from tests.objectstores import Service, azurite, azurite_queues, moto_s3
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -89,6 +89,13 @@ def s3_server() -> Iterator[Service]:
 def azure_server() -> Iterator[Service]:
     """An Azure Blob service for this process's tests; each takes a container of its own."""
     with azurite() as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def azure_queue_server() -> Iterator[Service]:
+    """An Azure Queue service for this process's tests; each takes a queue of its own."""
+    with azurite_queues() as service:
         yield service
 
 

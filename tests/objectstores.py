@@ -97,31 +97,47 @@ def azurite() -> Iterator[Service]:
     The program is ``$TALLY_TEST_AZURITE``, ``azurite-blob`` on the PATH, or what ``npm install --prefix
     build/azurite azurite`` installed.
     """
-    program = azurite_program()
-    require("Azurite (npm install --prefix build/azurite azurite)", program is not None)
-    assert program
-    (port,) = free_ports(1)
-    server = f"http://127.0.0.1:{port}"
-    url = f"{server}/{AZURITE_ACCOUNT}"
-    with tempfile.TemporaryDirectory(prefix="azurite-", ignore_cleanup_errors=True) as folder:
-        command = [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", folder]
-        # Without checks of the API's version: Azurite lags behind the clients.
-        command += ["--silent", "--skipApiVersionCheck", "--disableTelemetry"]
+    with _azurite("blob") as url:
         environment = {
             "AZURE_STORAGE_ACCOUNT_NAME": AZURITE_ACCOUNT,
             "AZURE_STORAGE_ACCOUNT_KEY": AZURITE_KEY,
             "AZURE_STORAGE_ENDPOINT": url,
             "AZURE_ALLOW_HTTP": "true",
         }
+        yield Service(url, "az", environment)
+
+
+@contextmanager
+def azurite_queues() -> Iterator[Service]:
+    """An empty Azure Queue service, of the same Azurite."""
+    with _azurite("queue") as url:
+        settings = f"AccountName={AZURITE_ACCOUNT};AccountKey={AZURITE_KEY};QueueEndpoint={url}"
+        yield Service(url, "azure-queue", {"AZURE_STORAGE_CONNECTION_STRING": settings})
+
+
+@contextmanager
+def _azurite(service: str) -> Iterator[str]:
+    """One of Azurite's services, ended afterwards: its account's URL."""
+    program = azurite_program(service)
+    require("Azurite (npm install --prefix build/azurite azurite)", program is not None)
+    assert program
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}/{AZURITE_ACCOUNT}"
+    with tempfile.TemporaryDirectory(prefix="azurite-", ignore_cleanup_errors=True) as folder:
+        command = [program, f"--{service}Host", "127.0.0.1", f"--{service}Port", str(port), "--location", folder]
+        # Without checks of the API's version: Azurite lags behind the clients.
+        command += ["--silent", "--skipApiVersionCheck", "--disableTelemetry"]
         with _running(command, f"{url}?comp=list"):
-            yield Service(url, "az", environment)
+            yield url
 
 
-def azurite_program() -> str | None:
-    """Where Azurite's Blob service is, or None."""
-    if named := os.environ.get("TALLY_TEST_AZURITE"):
-        return shutil.which(named)
-    return shutil.which("azurite-blob") or shutil.which(REPOSITORY / "build/azurite/node_modules/.bin/azurite-blob")
+def azurite_program(service: str = "blob") -> str | None:
+    """Where one of Azurite's services is, or None."""
+    name = f"azurite-{service}"
+    if named := os.environ.get("TALLY_TEST_AZURITE"):  # of its Blob service; the others lie beside it
+        found = shutil.which(named)
+        return found and shutil.which(Path(found).with_name(name))
+    return shutil.which(name) or shutil.which(REPOSITORY / f"build/azurite/node_modules/.bin/{name}")
 
 
 @contextmanager

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tests.brokers import answers, make_azure_queue, make_sqs_queue
+from tests.objectstores import AZURITE_ACCOUNT
 from tests.services import require
-
-pytest.importorskip("pika")
-pytest.importorskip("redis")
 
 from tally.sources.base import Source
 from tally.sources.queues.base import REASON, Message, Queue
@@ -25,34 +22,71 @@ from tally.testing.sources import EndlessSourceContract
 PATIENCE = 60.0
 """Seconds after which something will not happen any more."""
 
-BROKERS = {
-    "rabbitmq": ("RabbitMQ", 5672, "amqp://127.0.0.1/{name}"),
-    "redis-stream": ("Redis", 6379, "redis://127.0.0.1/0/{name}"),
-    "redis-list": ("Redis", 6379, "redis://127.0.0.1/0/{name}?kind=list"),
+SHORT = {"redis-stream": "lock=1", "sqs": "lock=1", "azure-queue": "lock=1"}
+"""How URLs say that messages go to another consumer after a second, for brokers that keep a lock for each message."""
+
+
+def rabbitmq(name: str, _: pytest.FixtureRequest) -> Iterator[str]:
+    require("RabbitMQ", answers(5672))
+    yield f"amqp://127.0.0.1/{name}"
+    import pika
+
+    with pika.BlockingConnection() as connection:
+        channel = connection.channel()
+        for each in (name, f"{name}.dead"):
+            channel.queue_delete(each)
+
+
+def redis_stream(name: str, _: pytest.FixtureRequest) -> Iterator[str]:
+    require("Redis", answers(6379))
+    yield f"redis://127.0.0.1/0/{name}"
+    import redis
+
+    with redis.Redis() as client:
+        for each in client.scan_iter(match=f"{name}*"):
+            client.delete(each)
+
+
+def redis_list(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    for url in redis_stream(name, request):
+        yield f"{url}?kind=list"
+
+
+def sqs(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    request.getfixturevalue("s3_server").enter(request.getfixturevalue("monkeypatch"))
+    make_sqs_queue(name)
+    yield f"sqs://us-east-1/{name}"
+
+
+def sqs_fifo(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from sqs(f"{name}.fifo", request)
+
+
+def azure_queue(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    request.getfixturevalue("azure_queue_server").enter(request.getfixturevalue("monkeypatch"))
+    make_azure_queue(name)
+    yield f"azure-queue://{AZURITE_ACCOUNT}/{name}"
+
+
+MAKERS: dict[str, Callable[[str, pytest.FixtureRequest], Iterator[str]]] = {
+    "rabbitmq": rabbitmq,
+    "redis-stream": redis_stream,
+    "redis-list": redis_list,
+    "sqs": sqs,
+    "sqs-fifo": sqs_fifo,
+    "azure-queue": azure_queue,
 }
 
 
-@pytest.fixture(params=list(BROKERS))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(params=list(MAKERS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def url(kind: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """A new queue; it is removed afterwards."""
-    service, port, template = BROKERS[request.param]
-    with contextlib.closing(socket.socket()) as probe:
-        require(service, probe.connect_ex(("127.0.0.1", port)) == 0)
-    name = f"tally-test-{secrets.token_hex(6)}"
-    yield template.format(name=name)
-    if service == "RabbitMQ":
-        import pika
-
-        with pika.BlockingConnection() as connection:
-            channel = connection.channel()
-            for each in (name, f"{name}.dead"):
-                channel.queue_delete(each)
-    else:
-        import redis
-
-        with redis.Redis() as client:
-            for each in client.scan_iter(match=f"{name}*"):
-                client.delete(each)
+    yield from MAKERS[kind](f"tally-test-{secrets.token_hex(6)}", request)
 
 
 @pytest.fixture
@@ -109,7 +143,7 @@ def test_what_is_rejected_is_in_the_dead_letter_queue_with_its_reason(opened: Ca
     queue.send([Message(b"good"), Message(b"bad", {"from": "a test"})])
     good, bad = receive(queue, 2)
     queue.acknowledge([good])
-    queue.reject(bad, "it cannot be read")
+    queue.reject([(bad, "it cannot be read")])
     until(lambda: queue.depth().dead == 1)
     [dead] = queue.peek(5, dead=True)
     assert (dead.body, dead.headers[REASON]) == (b"bad", "it cannot be read")
@@ -132,6 +166,36 @@ def test_depth_and_peek(opened: Callable[[], Queue]) -> None:
     until(lambda: queue.depth().waiting == 2)  # looking takes nothing; RabbitMQ takes its time to put it back
 
 
+@pytest.mark.parametrize("kind", list(SHORT), indirect=True)
+def test_a_lock_holds_as_long_as_it_is_extended(url: str, kind: str) -> None:
+    with closing(open_queue(f"{url}?{SHORT[kind]}")) as first, closing(open_queue(f"{url}?{SHORT[kind]}")) as second:
+        first.send([Message(b"a"), Message(b"b")])
+        a, _ = receive(first, 2)
+        others: list[Message] = []
+
+        def again() -> bool:
+            first.extend([a])
+            others.extend(second.receive(2, 0.1))
+            return bool(others)
+
+        until(again)
+        assert bodies(others) == [b"b"]
+        first.acknowledge([a])
+        second.acknowledge(others)
+        until(lambda: (second.depth().waiting, second.depth().in_hand or 0) == (0, 0))
+
+
+@pytest.mark.parametrize("kind", list(SHORT), indirect=True)
+def test_settling_what_another_has_meanwhile_is_no_error(opened: Callable[[], Queue]) -> None:
+    first = opened()
+    first.send([Message(b"a"), Message(b"b")])
+    lost = receive(first, 2)
+    first.acknowledge(lost)
+    first.acknowledge(lost)
+    first.extend(lost)
+    assert first.depth().waiting == 0
+
+
 class TestQueueSource(EndlessSourceContract):
     @pytest.fixture
     def make(self, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Source]:
@@ -149,15 +213,17 @@ class TestQueueSource(EndlessSourceContract):
     @pytest.fixture
     def acknowledged(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
         said: list[str] = []
-        from tally.sources.queues.rabbitmq import RabbitQueue
-        from tally.sources.queues.redis import RedisList, RedisStream
 
-        for kind in (RabbitQueue, RedisStream, RedisList):
-            before = kind.acknowledge
+        def noting(url: str) -> Queue:
+            queue = open_queue(url)
+            before = queue.acknowledge
 
-            def noting(self: Any, messages: Sequence[Message], before: Any = before) -> None:
-                before(self, messages)
+            def acknowledge(messages: Sequence[Message]) -> None:
+                before(messages)
                 said.extend(each.body.decode() for each in messages)
 
-            monkeypatch.setattr(kind, "acknowledge", noting)
+            monkeypatch.setattr(queue, "acknowledge", acknowledge)
+            return queue
+
+        monkeypatch.setattr("tally.sources.queues.source.open_queue", noting)
         return lambda: list(said)

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.brokers import KINDS, BrokerUnderTest, broker
+from tests.brokers import BROKERS, BrokerUnderTest
 from tests.extent import FULL
 from tests.faults.storms import start, workers_of
 from tests.faults.test_kill_endless import SCORER
@@ -55,17 +55,15 @@ def asked(queue: Queue, url: str) -> tuple[int | None, int | None, int | None]:
     return depth.waiting, depth.in_hand, depth.dead
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", list(BROKERS))
 def test_every_item_is_scored_once(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pika")
-    pytest.importorskip("redis")
     source = tmp_path / "items"
     source.mkdir()
     for number in range(MESSAGES):
         (source / f"{number:05}").write_bytes(b"" if number % 50 == 0 else b"x" * (1 + number % 100))
     model, out, log = tmp_path / "lengths.py", tmp_path / "out", tmp_path / "log"
     model.write_text(SCORER)
-    with broker(kind, tmp_path) as under_test:
+    with BROKERS[kind](tmp_path, monkeypatch) as under_test:
         command = [
             sys.executable, str(Path(__file__).with_name("short_generations.py")), "score", under_test.url,
             "--queue", f"base={source}", "--model", str(model), "--out", f"{out}/", "--workers", "2",

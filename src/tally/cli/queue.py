@@ -36,8 +36,12 @@ def queue() -> None:
     """Look into a queue: how much waits, what is dead and why.
 
     \b
-    URL is amqp://HOST/VHOST/QUEUE, redis://HOST/0/STREAM or redis://HOST/0/LIST?kind=list.
-    A password comes from TALLY_QUEUE_PASSWORD.
+    URL is one of
+      amqp://HOST/VHOST/QUEUE
+      redis://HOST/0/STREAM or redis://HOST/0/LIST?kind=list
+      sqs://REGION/QUEUE
+      azure-queue://ACCOUNT/QUEUE
+    A password comes from TALLY_QUEUE_PASSWORD; credentials of clouds from where their own programs look for them.
     """
 
 

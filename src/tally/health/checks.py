@@ -26,6 +26,8 @@ EXTRAS = {
     "mlflow": ("mlflow-skinny",),
     "rabbitmq": ("pika",),
     "redis": ("redis",),
+    "sqs": ("boto3",),
+    "azure-queue": ("azure-storage-queue", "azure-identity"),
     "server": ("fastapi", "uvicorn"),
 }
 """Optional dependencies by the name of the extra that brings them; a test keeps the names true. What only authors of

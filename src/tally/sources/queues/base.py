@@ -12,10 +12,16 @@ threads.
 from __future__ import annotations
 
 import random
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from tally.errors import SpecError, StorageAwayError, StorageError
+from tally.masking import mask
 
 REASON = "tally-reason"
 """The header (or property) of a dead message that says why it is dead."""
@@ -62,8 +68,8 @@ class Queue(ABC):
         """Have the broker forget these. Raises StorageAwayError where it does not answer."""
 
     @abstractmethod
-    def reject(self, message: Message, reason: str) -> None:
-        """Move the message to the dead-letter queue, with the reason. Raises StorageAwayError."""
+    def reject(self, rejected: Sequence[tuple[Message, str]]) -> None:
+        """Move messages to the dead-letter queue, each with its reason. Raises StorageAwayError."""
 
     def extend(self, messages: Sequence[Message]) -> None:  # noqa: B027 - most brokers have no locks
         """Keep these for :attr:`lock_seconds` from now."""
@@ -87,6 +93,73 @@ class Queue(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back what is not settled, and release connections. Idempotent."""
+
+
+class PolledQueue(Queue):
+    """A queue that is asked for messages. Between attempts to reach a broker that is away there are pauses."""
+
+    def __init__(self) -> None:
+        self._closed = threading.Event()
+        self._polling = threading.Lock()
+        self._away, self._again_at = pauses(), 0.0
+
+    @abstractmethod
+    def _poll(self, most: int, seconds: float) -> list[Message]:
+        """As :meth:`receive`. Raises StorageAwayError while the broker is away."""
+
+    @abstractmethod
+    def _give_back(self) -> None:
+        """Let others have at once what this consumer has not settled. Raises StorageError."""
+
+    def _release(self) -> None:
+        """Give connections back."""
+
+    def close(self) -> None:
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        with self._polling:  # or what is being received would be nobody's until its lock has run out
+            try:
+                self._give_back()
+            except StorageError:
+                pass  # the locks run out
+        self._release()
+
+    def receive(self, most: int, seconds: float) -> list[Message]:
+        pause = self._again_at - time.monotonic()
+        if pause > 0:
+            self._closed.wait(min(pause, seconds))
+            if pause > seconds:
+                return []
+        try:
+            with self._polling:
+                found = [] if self._closed.is_set() else self._poll(most, seconds)
+        except StorageAwayError:
+            self._again_at = time.monotonic() + next(self._away)
+            return []
+        self._away = pauses()
+        return found
+
+
+def options_of(url: str, *names: str) -> dict[str, str]:
+    """The options in a queue's URL. Raises SpecError for others than these."""
+    options = dict(parse_qsl(urlsplit(url).query))
+    if unknown := options.keys() - set(names):
+        known = f"{', '.join(names[:-1])} and {names[-1]}" if names[1:] else f"only {names[0]}"
+        raise SpecError(f"{mask(url)}: there is no option {min(unknown)!r}; there are {known}")
+    return options
+
+
+def lock_of(url: str, options: Mapping[str, str], usual: float, *, least: float = 1, longest: float = 86_400) -> float:
+    """The option ``lock``, in seconds. Raises SpecError where it is none."""
+    given = options.get("lock", str(usual))
+    try:
+        lock = float(given)
+    except ValueError:
+        lock = 0.0
+    if not least <= lock <= longest:
+        raise SpecError(f"{mask(url)}: lock should be from {least:g} to {longest:.0f} seconds, not {given!r}")
+    return lock
 
 
 def pauses() -> Iterator[float]:

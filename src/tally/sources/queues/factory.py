@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple
@@ -27,12 +28,28 @@ BROKERS = {
     "amqps": _Line("tally.sources.queues.rabbitmq", "rabbitmq"),
     "redis": _Line("tally.sources.queues.redis", "redis"),
     "rediss": _Line("tally.sources.queues.redis", "redis"),
+    "sqs": _Line("tally.sources.queues.sqs", "sqs"),
+    "azure-queue": _Line("tally.sources.queues.azure_queue", "azure-queue"),
 }
+"""By the scheme of URLs."""
+
+_HOSTS = {
+    r"sqs\.[a-z0-9-]+\.amazonaws\.com(\.cn)?": BROKERS["sqs"],
+    r"[a-z0-9]+\.queue\.core\.[a-z.]+": BROKERS["azure-queue"],
+}
+"""By the host of https URLs, as the broker's own pages show them."""
 
 
 def is_queue(url: str) -> bool:
     """Whether the URL names a queue."""
-    return "://" in url and urlsplit(url).scheme.lower() in BROKERS
+    return "://" in url and _line(url) is not None
+
+
+def _line(url: str) -> _Line | None:
+    parts = urlsplit(url)
+    if parts.scheme.lower() == "https":
+        return next((line for host, line in _HOSTS.items() if re.fullmatch(host, parts.hostname or "")), None)
+    return BROKERS.get(parts.scheme.lower())
 
 
 def check(url: str) -> None:
@@ -51,7 +68,8 @@ def open_queue(url: str) -> Queue:
 
 
 def _adapter(url: str) -> Callable[[str], Queue]:
-    line = BROKERS[urlsplit(url).scheme.lower()]
+    line = _line(url)
+    assert line is not None, "is_queue"
     try:
         make: Callable[[str], Queue] = import_module(line.module).open_queue
     except ModuleNotFoundError as error:

@@ -71,9 +71,11 @@ class RabbitQueue(Queue):
     def acknowledge(self, messages: Sequence[Message]) -> None:
         self._ask(lambda channel: [channel.basic_ack(each.handle[1]) for each in self._current(messages)])
 
-    def reject(self, message: Message, reason: str) -> None:
+    def reject(self, rejected: Sequence[tuple[Message, str]]) -> None:
         def move(channel: Any) -> None:
-            if self._current([message]):
+            for message, reason in rejected:
+                if not self._current([message]):
+                    continue
                 channel.basic_publish("", self._dead, message.body, _properties(message, {REASON: reason[:10_000]}))
                 channel.basic_ack(message.handle[1])
 

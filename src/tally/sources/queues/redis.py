@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -25,7 +25,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from tally.errors import SpecError, StorageAwayError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, Queue, pauses
+from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, lock_of, options_of
 from tally.sources.queues.factory import PASSWORD
 
 LOCK_SECONDS = 60.0
@@ -44,19 +44,12 @@ def open_queue(url: str) -> Queue:
     """The queue of this URL."""
     parts = urlsplit(url)
     database, _, name = parts.path.removeprefix("/").partition("/")
-    options = {key: values[-1] for key, values in parse_qs(parts.query).items()}
     if not name or not database.isdecimal():
         raise SpecError(
             f"{mask(url)} names no queue", hint="Write redis://HOST/0/NAME, with the number of the database."
         )
-    if unknown := options.keys() - {"kind", "group", "lock"}:
-        raise SpecError(f"{mask(url)}: there is no option {min(unknown)!r}; there are kind, group and lock")
-    try:
-        lock = float(options.get("lock", LOCK_SECONDS))
-        if not 1 <= lock <= 86_400:
-            raise ValueError
-    except ValueError:
-        raise SpecError(f"{mask(url)}: lock should be from 1 to 86400 seconds, not {options['lock']!r}") from None
+    options = options_of(url, "kind", "group", "lock")
+    lock = lock_of(url, options, LOCK_SECONDS)
     client = redis.Redis.from_url(
         f"{parts.scheme}://{parts.netloc}/{database}",
         password=os.environ.get(PASSWORD),
@@ -71,16 +64,15 @@ def open_queue(url: str) -> Queue:
     raise SpecError(f"{mask(url)}: kind should be stream or list, not {kind!r}")
 
 
-class _RedisQueue(Queue):
+class _RedisQueue(PolledQueue):
     """What streams and lists share."""
 
     def __init__(self, client: Any, name: str, *, lock: float, shown: str) -> None:
+        super().__init__()
         self.lock_seconds = self._lock = lock
         self._client, self._name, self._shown = client, name, shown
         self._dead = f"{name}:dead"
         self._consumer = secrets.token_hex(8)
-        self._closed = False
-        self._away, self._again_at = pauses(), 0.0
 
     def _ask(self, what: Callable[[], T]) -> T:
         try:
@@ -90,31 +82,12 @@ class _RedisQueue(Queue):
         except RedisError as error:
             raise StorageAwayError(f"{self._shown} refuses: {error}") from None
         except Exception:
-            if self._closed:  # by another thread, while this one waited for an answer
+            if self._closed.is_set():  # by another thread, while this one waited for an answer
                 raise StorageAwayError(f"{self._shown} is closed") from None
             raise
 
-    def _patiently(self, what: Callable[[], list[T]], seconds: float) -> list[T]:
-        """As :meth:`_ask`; while Redis is away, nothing, after a pause."""
-        try:
-            found = self._ask(what)
-        except StorageAwayError:
-            time.sleep(min(next(self._away), seconds))
-            return []
-        self._away = pauses()
-        return found
-
-    def close(self) -> None:
-        try:
-            self._ask(self._give_back)
-        except StorageAwayError:
-            pass  # the locks run out
-        self._closed = True
+    def _release(self) -> None:
         self._client.close()
-
-    def _give_back(self) -> None:
-        """Let others have at once what this consumer has not settled."""
-        raise NotImplementedError
 
 
 class RedisStream(_RedisQueue):
@@ -125,12 +98,12 @@ class RedisStream(_RedisQueue):
         self._group = group
         self._claimed_at = 0.0
 
-    def receive(self, most: int, seconds: float) -> list[Message]:
+    def _poll(self, most: int, seconds: float) -> list[Message]:
         def read() -> list[Message]:
             self._make_group()
             return self._claim(most) or self._read(most, seconds)
 
-        return self._patiently(read, seconds)
+        return self._ask(read)
 
     def _make_group(self) -> None:
         try:
@@ -167,13 +140,15 @@ class RedisStream(_RedisQueue):
         pipeline.xdel(self._name, *ids)
         return pipeline
 
-    def reject(self, message: Message, reason: str) -> None:
+    def reject(self, rejected: Sequence[tuple[Message, str]]) -> None:
         def move() -> None:
-            pipeline = self._pipeline([message.handle])
-            pipeline.xadd(self._dead, _fields(message, {REASON: reason}))
+            pipeline = self._pipeline([message.handle for message, _ in rejected])
+            for message, reason in rejected:
+                pipeline.xadd(self._dead, _fields(message, {REASON: reason}))
             pipeline.execute()
 
-        self._ask(move)
+        if rejected:
+            self._ask(move)
 
     def extend(self, messages: Sequence[Message]) -> None:
         ids = [each.handle for each in messages]
@@ -194,14 +169,17 @@ class RedisStream(_RedisQueue):
         self._ask(add)
 
     def _give_back(self) -> None:
-        while True:
-            held = self._client.xpending_range(self._name, self._group, "-", "+", 1000, self._consumer)
-            ids = [each["message_id"] for each in held]
-            if ids:
-                long_ago = int(self._lock * 1000)
-                self._client.xclaim(self._name, self._group, _NOBODY, 0, ids, idle=long_ago, justid=True)
-            else:
-                return
+        def give() -> None:
+            while True:
+                held = self._client.xpending_range(self._name, self._group, "-", "+", 1000, self._consumer)
+                ids = [each["message_id"] for each in held]
+                if ids:
+                    long_ago = int(self._lock * 1000)
+                    self._client.xclaim(self._name, self._group, _NOBODY, 0, ids, idle=long_ago, justid=True)
+                else:
+                    return
+
+        self._ask(give)
 
     def depth(self) -> Depth:
         def count() -> Depth:
@@ -238,7 +216,7 @@ class RedisList(_RedisQueue):
         self._unsure = False
         """Whether a request failed that may have moved messages all the same."""
 
-    def receive(self, most: int, seconds: float) -> list[Message]:
+    def _poll(self, most: int, seconds: float) -> list[Message]:
         def take() -> list[Message]:
             self._show_life()
             self._take_over()
@@ -263,7 +241,7 @@ class RedisList(_RedisQueue):
                     return found
                 time.sleep(_POLL_SECONDS)
 
-        messages = self._patiently(take, seconds)
+        messages = self._ask(take)
         self._held.update(each.body for each in messages)
         return messages
 
@@ -294,15 +272,17 @@ class RedisList(_RedisQueue):
             self._held.subtract(each.body for each in messages)
             self._held = +self._held
 
-    def reject(self, message: Message, reason: str) -> None:
+    def reject(self, rejected: Sequence[tuple[Message, str]]) -> None:
         def move() -> None:
             pipeline = self._client.pipeline(transaction=True)
-            pipeline.rpush(self._dead, json.dumps({"body": message.body.decode("latin-1"), REASON: reason}))
-            pipeline.lrem(self._mine, 1, message.handle)
+            for message, reason in rejected:
+                pipeline.rpush(self._dead, json.dumps({"body": message.body.decode("latin-1"), REASON: reason}))
+                pipeline.lrem(self._mine, 1, message.handle)
             pipeline.execute()
 
-        self._ask(move)
-        self._held -= Counter([message.body])
+        if rejected:
+            self._ask(move)
+            self._held -= Counter(message.body for message, _ in rejected)
 
     def extend(self, messages: Sequence[Message]) -> None:
         self._ask(self._show_life)
@@ -312,9 +292,12 @@ class RedisList(_RedisQueue):
             self._ask(lambda: self._client.rpush(self._name, *(each.body for each in messages)))
 
     def _give_back(self) -> None:
-        while self._client.lmove(self._mine, self._name, "RIGHT", "LEFT") is not None:
-            pass
-        self._client.delete(f"{self._name}:alive:{self._consumer}")
+        def give() -> None:
+            while self._client.lmove(self._mine, self._name, "RIGHT", "LEFT") is not None:
+                pass
+            self._client.delete(f"{self._name}:alive:{self._consumer}")
+
+        self._ask(give)
 
     def depth(self) -> Depth:
         def count() -> Depth:

@@ -46,6 +46,10 @@ class _Delivery:
     open: set[str]
     dead: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def reason(self) -> str:
+        return "\n".join(f"{key}: {reason}" for key, reason in self.dead.items())
+
 
 class QueueSource(Source):
     """The messages of one queue as items; see the module. Pickles to what it was made from.
@@ -146,9 +150,8 @@ class QueueSource(Source):
             return
         queue = self._open()
         queue.acknowledge([each.message for each in settled if not each.dead])
-        for each in settled:
-            if each.dead:
-                queue.reject(each.message, "\n".join(f"{key}: {reason}" for key, reason in each.dead.items()))
+        if spoilt := [(each.message, each.reason) for each in settled if each.dead]:
+            queue.reject(spoilt)
         with self._lock:
             gone = {id(each) for each in settled}
             self._messages -= len(gone)
@@ -175,15 +178,13 @@ class QueueSource(Source):
     def _take(self, queue: Queue, received: Sequence[Message]) -> list[tuple[Named, Message]]:
         """Take messages in hand; returns their items that are not in hand yet."""
         fresh: list[tuple[Named, Message]] = []
+        unreadable: list[tuple[Message, str]] = []
         for message in received:
             try:
                 items = self._reader.items(message)
             except ItemError as error:
                 log.warning("%s", error)
-                try:
-                    queue.reject(message, str(error))
-                except StorageAwayError as away:  # it will be delivered again
-                    log.warning("%s", away)
+                unreadable.append((message, str(error)))
                 continue
             with self._lock:
                 delivery = _Delivery(message, {each.key for each in items})
@@ -192,6 +193,11 @@ class QueueSource(Source):
                     if item.key not in self._in_hand:
                         fresh.append((item, message))
                     self._in_hand.setdefault(item.key, []).append(delivery)
+        try:  # after the others are in hand, so that their locks are kept meanwhile
+            if unreadable:
+                queue.reject(unreadable)
+        except StorageAwayError as away:  # they will be delivered again
+            log.warning("%s", away)
         return fresh
 
     def _renew(self, queue: Queue) -> None:
