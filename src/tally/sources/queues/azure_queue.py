@@ -1,6 +1,6 @@
 """Azure Storage Queue, by azure-storage-queue: ``azure-queue://ACCOUNT/QUEUE``, or the queue's https URL.
 
-Credentials come from ``AZURE_STORAGE_CONNECTION_STRING``, ``AZURE_STORAGE_ACCOUNT_KEY`` or ``AZURE_STORAGE_SAS_TOKEN``,
+Credentials come from ``AZURE_STORAGE_CONNECTION_STRING``, ``AZURE_STORAGE_ACCOUNT_KEY`` or ``AZURE_STORAGE_SAS_KEY``,
 or else from where azure-identity looks for them: a managed identity, say. The queue has to be there. A message that was
 received is hidden from other consumers for the lock (``?lock=`` seconds, 300).
 
@@ -90,7 +90,7 @@ def _client(url: str, account: str, name: str) -> QueueClient:
             raise SpecError(f"{mask(url)} is of the account {account}, and {CONNECTION} of {client.account_name}")
         return client
     host = urlsplit(url).netloc if "." in urlsplit(url).netloc else f"{account}.queue.core.windows.net"
-    credential = os.environ.get("AZURE_STORAGE_ACCOUNT_KEY") or os.environ.get("AZURE_STORAGE_SAS_TOKEN")
+    credential = os.environ.get("AZURE_STORAGE_ACCOUNT_KEY") or os.environ.get("AZURE_STORAGE_SAS_KEY")
     return QueueClient(f"https://{host}", name, credential or DefaultAzureCredential(), **options)
 
 
