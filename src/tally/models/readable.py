@@ -2,13 +2,74 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
+import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 from tally.errors import ModelLoadError, UntrustedModelError
 from tally.models import kinds
 
 PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".th")
 """Suffixes of files that are taken for pickles where no kind of model says otherwise."""
+
+
+def check_whole(path: Path) -> None:
+    """Raises ModelLoadError for an ONNX or skops file that is cut off or damaged, as far as that is seen without
+    opening it: lengths of ONNX's outermost fields, checksums of what skops packs."""
+    kind = path.suffix.lower()
+    if (kind == ".onnx" and not _fields_fill(path)) or (kind == ".skops" and not _checksums_hold(path)):
+        raise ModelLoadError(f"{path.parent.name}/{path.name} cannot be opened: it is damaged or cut off")
+
+
+def _checksums_hold(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, EOFError):
+        return False
+
+
+def _fields_fill(path: Path) -> bool:
+    """Whether the fields of a protobuf message fill the file exactly.
+
+    See https://protobuf.dev/programming-guides/encoding/
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        while (at := file.tell()) < size:
+            tag = _varint(file)
+            if tag is None or not tag >> 3:
+                return False
+            match tag & 7:
+                case 0:
+                    length = 0 if _varint(file) is not None else size
+                case 1:
+                    length = 8
+                case 2:
+                    found = _varint(file)
+                    length = size if found is None else found
+                case 5:
+                    length = 4
+                case _:
+                    return False
+            if file.tell() + length > size or file.tell() == at:
+                return False
+            file.seek(length, os.SEEK_CUR)
+    return True
+
+
+def _varint(file: BinaryIO) -> int | None:
+    """The next number; None if there is none."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if not (byte := file.read(1)):
+            return None
+        number |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return number
+    return None
 
 
 def check_readable(path: Path, *, trusted: bool) -> None:

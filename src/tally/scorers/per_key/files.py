@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from tally.errors import ModelError, ModelLoadError, SpecError, TallyError, Untr
 from tally.models.base import Candidate, Kind, ModelRequest, merged
 from tally.models.hashing import check_content, content_hash
 from tally.models.mirror import errors_name, fetched, is_here, upload_to_mirror, uploaded_below
-from tally.models.readable import check_readable
+from tally.models.readable import check_readable, check_whole
 from tally.models.reference import ModelRef
 from tally.scorers.base import Scorer
 from tally.scorers.per_key.batched_svms import BatchedSvms, Integers, Svm, Svms, parameters
@@ -119,8 +118,7 @@ def _unreadable(folder: Path, files: Sequence[str]) -> dict[str, TallyError]:
     for name in files:
         try:
             check_readable(folder / name, trusted=True)
-            if name.lower().endswith(".skops") and not zipfile.is_zipfile(folder / name):
-                found[name] = ModelLoadError(f"{folder.name}/{name} cannot be opened: it is damaged or cut off")
+            check_whole(folder / name)
         except ModelLoadError as error:
             found[name] = error
     return found
