@@ -18,7 +18,7 @@ import tally
 ROOT = Path(tally.__file__).parent
 
 LAYERS = (
-    ("__main__", "__init__", "cli", "server", "api", "terminal"),
+    ("__main__", "__init__", "cli", "client", "server", "api", "terminal"),
     ("pipelines", "deploy"),
     ("triggers",),
     ("serving",),
@@ -31,7 +31,7 @@ LAYERS = (
     ("media",),
     ("database",),
     ("storage",),
-    ("config", "errors", "extensions", "logs", "masking", "plain_yaml", "processes", "sql", "text"),
+    ("config", "errors", "extensions", "logs", "masking", "network", "plain_yaml", "processes", "sql", "text"),
 )
 """From the top to the bottom, as ``docs/discussion/map.md`` draws them."""
 

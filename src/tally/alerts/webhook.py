@@ -164,7 +164,8 @@ def _reason(error: Exception) -> str:
 
 def _connection(parts: SplitResult) -> HTTPConnection:
     import ssl
-    from http.client import HTTPConnection, HTTPSConnection
+
+    from tally.network import HTTPConnection, HTTPSConnection  # which hosts may be told is checked there
 
     host = parts.hostname or ""
     if parts.scheme == "http":

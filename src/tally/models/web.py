@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tally import network
 from tally.errors import ModelNotFoundError, StorageError
 
 SILENCE_SECONDS = 60
@@ -36,6 +37,13 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
+class _Checked(urllib.request.HTTPSHandler):
+    """Connects to allowed addresses only, also where a redirect leads."""
+
+    def https_open(self, req: Any) -> Any:
+        return self.do_open(network.HTTPSConnection, req)
+
+
 def fetch(url: str, target: Path) -> str:
     """Write what is at an https:// URL to a file; returns its SHA-256 in hexadecimal.
 
@@ -45,7 +53,7 @@ def fetch(url: str, target: Path) -> str:
     digest = hashlib.sha256()
     received = 0
     began = time.monotonic()
-    opener = urllib.request.build_opener(_HttpsOnly)
+    opener = urllib.request.build_opener(_HttpsOnly, _Checked)
     try:
         with opener.open(url, timeout=SILENCE_SECONDS) as response, target.open("wb") as file:
             expected = _length(response)
@@ -65,7 +73,9 @@ def fetch(url: str, target: Path) -> str:
     except StorageError:
         raise
     except urllib.error.URLError as error:
-        raise ModelNotFoundError(f"cannot download {url}: {getattr(error, 'reason', error)}") from error
+        reason = getattr(error, "reason", error)
+        why = reason.strerror if isinstance(reason, network.PrivateAddressError) else reason
+        raise ModelNotFoundError(f"cannot download {url}: {why}") from error
     except http.client.HTTPException as error:
         raise _incomplete(url, received, None) from error
     except TimeoutError as error:
