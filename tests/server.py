@@ -64,12 +64,14 @@ def running(*options: object) -> Iterator[Server]:
         process.stdout.close()
 
 
-def until(client: httpx2.Client, job: str, ended: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """The job, once ``ended`` says so of it; seen by its events, as pages do. Joins again where a server has gone."""
+def until(
+    client: httpx2.Client, job: str, ended: Callable[[dict[str, Any]], object], *, params: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """The job, once ``ended`` says so of it; without an id, the list of jobs."""
     deadline = time.monotonic() + PATIENCE
     view: dict[str, Any] = {}
     while time.monotonic() < deadline:
-        view = client.get(f"/jobs/{job}").raise_for_status().json()
+        view = client.get(f"/jobs/{job}".rstrip("/"), params=params).raise_for_status().json()
         if ended(view):
             return view
         time.sleep(0.1)

@@ -22,6 +22,8 @@
     │   ├── JobStateError                   the job's state does not allow that
     │   └── OwnershipLostError              another coordinator has taken the job over
     ├── ClusterLostError (ConnectionError)  the Ray cluster does not answer, or its head was lost
+    ├── ServerAwayError (ConnectionError)   the server of a client does not answer
+    ├── RefusedError                    the server refuses a request
     ├── ItemError                           one item failed; it is dead, its neighbours are not
     └── WorkerError                         a worker was lost
         ├── WorkerCrashedError              it died: a signal, ``os._exit``, kill -9
@@ -165,6 +167,24 @@ class OwnershipLostError(JobError):
 
 class ClusterLostError(TallyError, ConnectionError):
     """The Ray cluster does not answer, or its head was lost while it was used."""
+
+
+class ServerAwayError(TallyError, ConnectionError):
+    """The server that a client asks does not answer, or something else does in its place."""
+
+
+class RefusedError(TallyError):
+    """The server refuses the request: the key is wrong, its role does not allow that, there is too much of it.
+
+    status: of the answer. retry_after: seconds after which to ask again, if that may help.
+    """
+
+    def __init__(self, status: int, message: str, *, hint: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.status, self.retry_after = status, retry_after
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), (self.message,), dict(self.__dict__)))
 
 
 class ItemError(TallyError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tally.cli import installation
 from tally.cli.console import say, table
 from tally.errors import JobNotFoundError, SpecError
 from tally.text import visible
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from tally.triggers.loop import Loop
     from tally.triggers.store import Run, Schedule, ScheduleStore
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NEAR = 3 * 3600
 """Seconds around a change of the clock whose runs are shown."""
 
@@ -70,34 +69,13 @@ def add(
     tally schedule run --forever
     """
     from tally.triggers import template
-    from tally.triggers.cron import Cron
 
-    store = _open()
-    problems: list[str] = []
-    hints: list[str | None] = []
-    if not _NAME.fullmatch(name):
-        problems.append(f"name: {name!r} is not made of letters, digits, '.', '_' and '-'")
-    clock, fields, begin = None, None, None
-    try:
-        clock = Cron(cron, timezone)
-        begin = clock.after(clock.moment(since, "--from") - 1) if since else None
-    except SpecError as error:
-        problems += error.problems
-        hints.append(error.hint)
-    try:
-        fields = template.read(file)
-    except SpecError as error:
-        problems += error.problems
-        hints.append(error.hint)
-    now = store.clock()
-    if fields is not None:
-        problems += template.check(fields, clock, now)
-    if problems or clock is None or fields is None:
-        raise SpecError(problems, hint="\n  ".join(hint for hint in hints if hint) or None)
-    added = store.add(
-        name, template=fields, file=str(Path(file).absolute()), cron=clock, overlap=overlap, catch_up=catch_up,
-        since=begin, replace=replace,
+    store = installation.schedules()
+    added = store.define(
+        name, lambda: template.read(file), file=str(Path(file).absolute()), cron=cron, timezone=timezone,
+        overlap=overlap, catch_up=catch_up, since=since, replace=replace,
     )  # fmt: skip
+    clock, now = added.clock(), store.clock()
     following = clock.next(max(now, added.planned_until), 1)[0]
     say(f"schedule {name} runs next at {clock.text(following.end)}, for {clock.span(following)}")
     if late := len(clock.ending(added.planned_until, now)):
@@ -109,7 +87,7 @@ def add(
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(as_json: bool) -> None:
     """All schedules, with their next and last runs."""
-    store = _open()
+    store = installation.schedules()
     schedules = store.all()
     if as_json:
         for each in schedules:
@@ -148,7 +126,7 @@ def show(name: str, limit: int, as_json: bool) -> None:
     """Everything about a schedule: its next times, its last runs, and what happens when the clock is set."""
     from tally.triggers.loop import log_of
 
-    store = _open()
+    store = installation.schedules()
     found = store.get(name)
     clock, runs = found.clock(), store.runs(name, limit=limit)
     following = _next(store, found, clock, 5)
@@ -174,7 +152,7 @@ def show(name: str, limit: int, as_json: bool) -> None:
     table(("NEXT RUN", "INTERVAL"), [(clock.text(each.end), clock.span(each)) for each in following])
     if runs:
         say()
-        rows = [(clock.span(r.interval), r.state, r.reason, *_job(store, r), _short(r.error)) for r in runs]
+        rows = [(clock.span(r.interval), r.state, r.reason, *_job(r), _short(r.error)) for r in runs]
         table(("INTERVAL", "STATE", "REASON", "JOB", "DONE", "ERROR"), rows)
 
 
@@ -182,7 +160,7 @@ def show(name: str, limit: int, as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def pause(names: tuple[str, ...]) -> None:
     """Start no new runs; running ones continue."""
-    store = _open()
+    store = installation.schedules()
     for found in [store.get(name) for name in names]:
         store.pause(found.name, True)
         say(f"schedule {found.name} is paused; go on with: tally schedule resume {found.name}")
@@ -192,7 +170,7 @@ def pause(names: tuple[str, ...]) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def resume(names: tuple[str, ...]) -> None:
     """Start runs again. --catch-up of the schedule says which of the intervals missed meanwhile are run."""
-    store = _open()
+    store = installation.schedules()
     for found in [store.get(name) for name in names]:
         missed = len(found.clock().ending(found.planned_until, store.clock()))
         store.pause(found.name, False)
@@ -213,7 +191,7 @@ def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
     """
     from tally.triggers.loop import Loop
 
-    store = _open()
+    store = installation.schedules()
     known = [store.get(name) for name in names] if names else store.all()
     if failed:
         again = sum(store.retry(each.name) for each in known)
@@ -242,7 +220,7 @@ def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
 @click.argument("name")
 def remove(name: str) -> None:
     """Forget a schedule and what it has run; jobs and results stay."""
-    _open().remove(name)
+    installation.schedules().remove(name)
     say(f"schedule {name} is removed; its jobs and results stay")
 
 
@@ -262,7 +240,7 @@ def backfill(name: str, since: str, until: str | None, again: bool) -> int:
     """
     from tally.triggers.loop import Loop
 
-    store = _open()
+    store = installation.schedules()
     found = store.get(name)
     clock, now = found.clock(), store.clock()
     begin = clock.moment(since, "--from")
@@ -306,7 +284,7 @@ class _Report:
         for run in self._runs():
             if run.state in ("finished", "empty", "failed") and run.id not in self._ended:
                 self._ended.add(run.id)
-                job, done = _job(self._store, run)
+                job, done = _job(run)
                 what = f"{done} done (job {job})" if run.state == "finished" else str(run.error)
                 count = f"[{len(self._ended):,}/{len(self._ids):,}]"
                 say(f"{count} {self._clock.span(run.interval)} {run.state}: {what}", err=True)
@@ -361,14 +339,12 @@ def _clock_change(clock: Cron, now: float) -> str | None:
     return f"on {clock.local(at):%Y-%m-%d} {before} becomes {clock.local(at):%H:%M %Z}; {runs}"
 
 
-def _job(store: ScheduleStore, run: Run) -> tuple[str, str]:
+def _job(run: Run) -> tuple[str, str]:
     """The run's job, and how far it is."""
-    from tally.jobs.store import JobStore
-
     if run.job_id is None:
         return "-", "-"
     try:
-        record = JobStore(store.engine).get(run.job_id)
+        record = installation.jobs().get(run.job_id)
     except JobNotFoundError:
         return run.job_id, "deleted"
     dead = f", {record.dead:,} failed" if record.dead else ""
@@ -382,11 +358,3 @@ def _short(error: str | None) -> str:
 
 def _listed(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else [str(each) for each in value]
-
-
-def _open() -> ScheduleStore:
-    from tally.config import settings
-    from tally.database.connect import connect
-    from tally.triggers.store import ScheduleStore
-
-    return ScheduleStore(connect(settings().database))

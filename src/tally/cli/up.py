@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from tally.cli import installation
 from tally.cli.console import say, table
 from tally.text import expanded, local_time
-
-if TYPE_CHECKING:
-    from tally.server.auth.keys import KeyStore
 
 _NEEDS = "The server needs more than scoring does: pip install 'tally-scoring[server]'"
 
@@ -32,8 +29,27 @@ _NEEDS = "The server needs more than scoring does: pip install 'tally-scoring[se
 )
 @click.option("--price-per-hour", type=float, default=0.0, help="What one worker costs for an hour.")
 @click.option("--currency", default="USD", show_default=True, help="What that is counted in.")
-def up(host: str, port: int, parallel: int, roots: tuple[Path, ...], price_per_hour: float, currency: str) -> int:
+@click.option(
+    "--allow-host",
+    "allow_hosts",
+    multiple=True,
+    metavar="HOST",
+    help="A private host that requests may name (a broker, a webhook); may be repeated.",
+)
+@click.option("--max-upload", type=int, default=1024, show_default=True, help="MiB that one upload may have.")
+def up(
+    host: str,
+    port: int,
+    parallel: int,
+    roots: tuple[Path, ...],
+    price_per_hour: float,
+    currency: str,
+    allow_hosts: tuple[str, ...],
+    max_upload: int,
+) -> int:
     """Start the server: API and pages.
+
+    It also runs schedules and looks at watched places.
 
     \b
     It listens on this machine only, unless --host says otherwise; that needs a key first (tally keys add).
@@ -48,7 +64,9 @@ def up(host: str, port: int, parallel: int, roots: tuple[Path, ...], price_per_h
     except ModuleNotFoundError as error:
         raise SpecError(f"the server cannot start: {error}", hint=_NEEDS) from None
     folders = tuple(expanded(each).absolute() for each in roots)
-    settings = ServerSettings(host, port, parallel, folders, price_per_hour, currency)
+    settings = ServerSettings(
+        host, port, parallel, folders, price_per_hour, currency, allow_hosts, max_upload=max_upload << 20
+    )
     jobs = open_jobs(wait=lambda line: say(line, err=True))
     return serve(jobs, settings, say=say)
 
@@ -70,7 +88,7 @@ def keys() -> None:
 @click.option("--days", type=float, help="Days until it expires; never by default.")
 def add(name: str, role: str, days: float | None) -> None:
     """Make a key for NAME, and print it: it cannot be shown again."""
-    key, text = _keys().add(name, role, days=days)  # type: ignore[arg-type]
+    key, text = installation.keys().add(name, role, days=days)  # type: ignore[arg-type]
     say(f"key {key.id} for {key.name} ({key.role}), shown this once:", err=True)
     say(text)
 
@@ -79,7 +97,7 @@ def add(name: str, role: str, days: float | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(as_json: bool) -> None:
     """List all keys, newest first."""
-    found = _keys().list()
+    found = installation.keys().list()
     if as_json:
         for key in found:
             say(json.dumps(asdict(key)))
@@ -95,13 +113,5 @@ def list_(as_json: bool) -> None:
 @click.argument("key")
 def revoke(key: str) -> None:
     """Refuse KEY (its id), and every browser that logged in with it, from now on."""
-    revoked = _keys().revoke(key)
+    revoked = installation.keys().revoke(key)
     say(f"key {revoked.id} of {revoked.name} is revoked")
-
-
-def _keys() -> KeyStore:
-    from tally.config import settings
-    from tally.database.connect import connect
-    from tally.server.auth.keys import KeyStore
-
-    return KeyStore(connect(settings().database))

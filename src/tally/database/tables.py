@@ -1,4 +1,5 @@
-"""Every table: of jobs and their starts, alerts, the model registry, schedules and their runs, keys and the audit log.
+"""Every table: of jobs and their starts, alerts, the model registry, schedules and their runs, keys, the audit log and
+answers.
 
 Times are seconds since the epoch by the database's own clock; those of a schedule's intervals are whole ones.
 Columns marked "later" may be empty only because they were added to tables with rows in them, which SQLite cannot do
@@ -89,7 +90,10 @@ chunks = Table(
     Column("output", JSON),
     # Of the commit that handed it out, or by which it was done.
     Column("nonce", String(32)),
+    # Later.
+    Column("done_at", Double),
     Index("chunks_by_state", "job_id", "state", "first"),
+    Index("chunks_by_time", "done_at"),
 )
 
 dead_items = Table(
@@ -305,4 +309,18 @@ audit = Table(
     Column("target", Text, nullable=False),
     Column("status", Integer, nullable=False),
     Column("address", Text, nullable=False),
+)
+
+# What a server has answered, so that a request that is repeated is not carried out again.
+answers = Table(
+    "answers",
+    metadata,
+    # A hash of who asked and the idempotency key; and one of the request.
+    Column("key", String(64), primary_key=True),
+    Column("request", String(64), nullable=False),
+    # None while it is being carried out.
+    Column("status", Integer),
+    # None where the answer holds a secret.
+    Column("body", LargeBinary),
+    Column("at", Double, nullable=False),
 )

@@ -235,14 +235,15 @@ def _written(output: Output) -> str:
 _DONE_ON_POSTGRES = sa.text(
     """
     UPDATE chunks
-    SET state = 'done', attempt = given.by, output = CAST(given.made AS json), payload = NULL, nonce = :nonce
+    SET state = 'done', attempt = given.by, output = CAST(given.made AS json), payload = NULL, nonce = :nonce,
+        done_at = CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)
     FROM json_to_recordset(CAST(:rows AS json)) AS given(chunk bigint, by text, made text)
     WHERE chunks.id = given.chunk AND coalesce(chunks.job_id = :job AND chunks.state = 'running', false)
     """
 )
 _DONE_ON_SQLITE = (
-    "UPDATE chunks SET state = 'done', attempt = ?, output = ?, payload = NULL, nonce = ? "
-    "WHERE id = ? AND job_id = ? AND state = 'running'"
+    "UPDATE chunks SET state = 'done', attempt = ?, output = ?, payload = NULL, nonce = ?, "
+    "done_at = (julianday('now') - 2440587.5) * 86400.0 WHERE id = ? AND job_id = ? AND state = 'running'"
 )
 _INSERT_ON_POSTGRES = sa.text(
     """

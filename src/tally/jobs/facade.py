@@ -44,6 +44,9 @@ class Jobs:
     JobNotFoundError where there is no such job, DatabaseAwayError while the database does not answer.
     """
 
+    elsewhere = "in the cluster"
+    """Where a job runs that is followed from here, in words."""
+
     def __init__(self, store: JobStore | None = None) -> None:
         self.store = store if store is not None else JobStore(connect(settings().database))
         self.starts = StartStore(self.store.engine)

@@ -6,15 +6,20 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from tally.database.waiting import Patience
-from tally.errors import ClusterLostError, DatabaseAwayError, JobError, TallyError
+from tally.errors import ClusterLostError, DatabaseAwayError, JobError, ServerAwayError, TallyError
 from tally.jobs.events import Assumed, Events, Finished, Progress, Started, StateChanged, Warned
 from tally.jobs.stop import Stop
-from tally.jobs.store import JobRecord, JobStore
+from tally.jobs.store import JobRecord
 
 LOOK_SECONDS = 0.5
 """Seconds between two looks at the job."""
+
+
+class _Looked(Protocol):
+    def get(self, job_id: str, /) -> JobRecord: ...
 
 
 class Follower:
@@ -23,7 +28,7 @@ class Follower:
     saw_it_driven: whether a coordinator had the job at one of the looks.
     """
 
-    def __init__(self, store: JobStore, record: JobRecord, events: Events, stop: Stop | None = None) -> None:
+    def __init__(self, store: _Looked, record: JobRecord, events: Events, stop: Stop | None = None) -> None:
         self._store, self._events, self._stop = store, events, stop or Stop()
         self.saw_it_driven = self._started = False
         self._first = True
@@ -52,7 +57,7 @@ class Follower:
                     return last
                 else:
                     self.is_back()
-            except (ClusterLostError, DatabaseAwayError) as error:
+            except (ClusterLostError, DatabaseAwayError, ServerAwayError) as error:
                 self.wait_for(error)
         return self._shown
 

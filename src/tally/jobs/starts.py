@@ -89,6 +89,11 @@ class StartStore:
         with self._engine.begin() as connection:
             connection.execute(sa.delete(starts).where(starts.c.job_id == job_id))
 
+    def is_waiting(self, job_id: str) -> bool:
+        """Whether the job is to be started."""
+        with self._engine.connect() as connection:
+            return connection.scalar(sa.select(starts.c.job_id).where(starts.c.job_id == job_id)) is not None
+
     def waiting(self) -> set[str]:
         """The ids of all jobs that are to be started."""
         with self._engine.connect() as connection:

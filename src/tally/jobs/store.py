@@ -215,6 +215,18 @@ class JobStore:
             rows = connection.execute(sa.select(state, sa.func.count()).group_by(state)).all()
         return dict.fromkeys(STATES, 0) | {str(row[0]): int(row[1]) for row in rows}
 
+    def throughput(self, *, minutes: int = 60) -> list[int]:
+        """Items of all jobs that were done in each of the last minutes, oldest first; the last one has just begun."""
+        table = tables.chunks
+        minute = sa.cast(sa.func.floor((now() - table.c.done_at) / 60), sa.Integer).label("minute")
+        query = sa.select(minute, sa.func.sum(table.c.count)).where(table.c.done_at > now() - 60 * minutes)
+        found = [0] * minutes
+        with self._read() as connection:
+            for ago, count in connection.execute(query.group_by(minute)):
+                if 0 <= ago < minutes:
+                    found[-1 - ago] += int(count)
+        return found
+
     def known_keys(self, job_id: str, keys: Iterable[str]) -> dict[str, Literal["pending", "done"]]:
         """Those of the keys that were planned already, and whether their items are done (or dead)."""
         with self._read() as connection:

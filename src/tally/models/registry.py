@@ -264,6 +264,19 @@ class Registry:
             self._remember(connection, name, alias, earlier, "rollback")
         return self._version(name, earlier)
 
+    def tag(self, name: str, version: int, tags: Mapping[str, str | None]) -> ModelVersion:
+        """Set tags of a version, shown as ``tags`` of its metadata; None takes one away. Content stays as it is."""
+        self._version(name, version)
+        it = (model_versions.c.name == name, model_versions.c.version == version)
+        with self.engine.begin() as connection:
+            self._hold(connection, name, version)
+            facts = dict(connection.scalar(sa.select(model_versions.c.facts).where(*it)) or {})
+            merged = {**facts.get("tags", {}), **tags}
+            kept = {key: value for key, value in merged.items() if value is not None}
+            facts = {key: value for key, value in facts.items() if key != "tags"} | ({"tags": kept} if kept else {})
+            connection.execute(sa.update(model_versions).where(*it).values(facts=facts))
+        return self._version(name, version)
+
     def verify(self, name: str, version: int) -> ModelVersion:
         """Compare the content that is kept of a version with its hash.
 

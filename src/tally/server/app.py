@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import APIRouter, FastAPI
 
 import tally
 from tally.jobs.facade import Jobs
 from tally.server import errors, health
+from tally.server.api import figures, models, queues, schedules, uploads, watches
 from tally.server.api import jobs as jobs_api
 from tally.server.api import keys as keys_api
+from tally.server.api import results as results_api
+from tally.server.aside import Aside
 from tally.server.auth.audit import AuditLog
 from tally.server.auth.guard import Guard
 from tally.server.auth.keys import KeyStore
 from tally.server.auth.throttle import Throttle
 from tally.server.feed import Feed
-from tally.server.middleware import Audited, BodyLimit, SecurityHeaders
+from tally.server.middleware import MAX_BODY, Audited, BodyLimit, SecurityHeaders
 from tally.server.pages import routes as pages
 from tally.server.results import Results
 from tally.server.settings import ServerSettings
 from tally.server.supervisor import Supervisor
+from tally.server.uploads import Uploads
+from tally.triggers.loop import Loop
+from tally.triggers.store import ScheduleStore
 from tally.triggers.watch import Watcher
+
+log = logging.getLogger("tally")
 
 DESCRIPTION = """
 Start, watch and stop jobs. Every request but those for health needs a key: `Authorization: Bearer KEY`.
@@ -38,13 +48,15 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     audit = AuditLog(engine)
     supervisor = Supervisor(jobs, parallel=settings.parallel)
     watcher = Watcher(jobs, taken=supervisor.wake)
-    feed, results = Feed(), Results(jobs)
+    loop = Loop(ScheduleStore(engine), say=log.info)
+    feed, aside = Feed(), Aside()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         threads = [
             threading.Thread(target=supervisor.run, name="tally-supervisor"),
             threading.Thread(target=watcher.run, name="tally-watcher"),
+            threading.Thread(target=partial(loop.run, forever=True), name="tally-schedules"),
         ]
         for thread in threads:
             thread.start()
@@ -53,10 +65,11 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
         finally:
             await feed.close()
             watcher.stop()
+            loop.stop()
             supervisor.stop()
             for thread in threads:
                 await asyncio.to_thread(thread.join)
-            await asyncio.to_thread(results.close)
+            await asyncio.to_thread(aside.close)
 
     app = FastAPI(
         title="Tally",
@@ -68,17 +81,19 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
         redoc_url=None,
     )
     app.state.jobs, app.state.settings, app.state.feed, app.state.audit = jobs, settings, feed, audit
-    app.state.supervisor, app.state.results = supervisor, results
+    app.state.supervisor, app.state.aside, app.state.results = supervisor, aside, Results(jobs, aside)
+    app.state.uploads = Uploads(most=settings.max_upload)
     app.state.guard = Guard(KeyStore(engine), Throttle())
     errors.install(app)
     api = APIRouter(prefix="/api/v1")
-    api.include_router(jobs_api.router)
-    api.include_router(keys_api.router)
+    for each in (jobs_api, results_api, models, schedules, watches, queues, uploads, figures, keys_api):
+        api.include_router(each.router)
     app.include_router(api)
     app.include_router(health.router)
     pages.install(app)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit)
+    # Beside the files, an upload holds their names.
+    app.add_middleware(BodyLimit, limits={"/api/v1/uploads": settings.max_upload + MAX_BODY})
     app.add_middleware(Audited, audit=audit)
     app.add_middleware(SecurityHeaders)
     return app

@@ -11,6 +11,7 @@ import sys
 
 from tally.database.waiting import Patience
 from tally.errors import OwnershipLostError, TallyError, error_line
+from tally.jobs.events import Event, Events, Started
 from tally.jobs.facade import Jobs
 from tally.jobs.prestart import prestarted
 from tally.jobs.signals import stop_on_signals
@@ -37,12 +38,19 @@ def drive(jobs: Jobs, start: Start) -> None:
                 jobs.store.give_up(start.job_id, "failed", error=text)
                 jobs.starts.settle(start.job_id, start.token)
                 return
-        # From here on the job's own lease says who has it.
-        jobs.starts.settle(start.job_id, start.token)
-        if start.action == "retry":
-            jobs.run(start.job_id, engine=engine, stop=stop, retry_dead=True)
-        else:
-            jobs.see_through(start.job_id, engine=engine, stop=stop)
+        token = start.token
+
+        def settle(event: Event) -> None:
+            if isinstance(event, Started):  # from here on the job's own lease says who has it
+                jobs.starts.settle(start.job_id, token)
+
+        try:
+            if start.action == "retry":
+                jobs.run(start.job_id, events=Events(settle), engine=engine, stop=stop, retry_dead=True)
+            else:
+                jobs.see_through(start.job_id, events=Events(settle), engine=engine, stop=stop)
+        finally:
+            jobs.starts.settle(start.job_id, token)
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from tally.errors import (
     JobStateError,
     ModelNotFoundError,
     OutputExistsError,
+    RefusedError,
     SourceNotFoundError,
     SpecError,
     StorageAwayError,
@@ -63,14 +64,6 @@ class ErrorAnswer(BaseModel):
     """The one shape of every error."""
 
     error: Problem
-
-
-class RefusedError(TallyError):
-    """The server refuses the request. status: of the answer. retry_after: seconds."""
-
-    def __init__(self, status: int, message: str, *, hint: str | None = None, retry_after: float | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.status, self.retry_after = status, retry_after
 
 
 def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from tally.errors import TallyError
-from tally.server.errors import RefusedError, answer
+from tally.errors import RefusedError, TallyError
+from tally.server.errors import answer
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

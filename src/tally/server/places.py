@@ -1,27 +1,36 @@
 """Which places a request may name. Whoever has a key is not thereby let into this machine, or into its network.
 
-Local paths must lie under a declared root, links resolved. Web addresses must not be private ones.
+Local paths must lie under a declared root, links resolved. Hosts must not be private ones, unless they are allowed.
+What is named here is looked up again when it is used, and checked again: see :mod:`tally.network`.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from tally.errors import SpecError
 from tally.jobs.spec import JobSpec
+from tally.network import refusal
+from tally.server.uploads import uploads_folder
+from tally.sources.queues.factory import is_queue
 from tally.storage import is_url
 from tally.text import expanded
 
-_WEB = ("http", "https")
+_PORTS = {"http": 80, "https": 443}
+_UPLOADED = ("source", "labels", "upload")
+"""What may be an upload: data. What runs may not, or whoever uploads could run code."""
 
 
 def check(spec: JobSpec, roots: Sequence[Path]) -> None:
     """Raises SpecError with every place of the spec that a request may not name."""
-    problems = [problem for name, place in _places(spec) if (problem := _refusal(name, place, roots))]
+    check_places(_places(spec), roots)
+
+
+def check_places(places: Iterable[tuple[str, str]], roots: Sequence[Path]) -> None:
+    """As :func:`check`, of places with what they are for: ``source``, ``model``, ``queue`` and so on."""
+    problems = [problem for name, place in places if (problem := _refusal(name, place, roots))]
     if problems:
         allowed = ", ".join(map(str, roots)) or "none is declared (tally up --root FOLDER)"
         raise SpecError(problems, hint=f"Folders that requests may name: {allowed}")
@@ -29,7 +38,7 @@ def check(spec: JobSpec, roots: Sequence[Path]) -> None:
 
 def _places(spec: JobSpec) -> Iterable[tuple[str, str]]:
     yield from (("source", each) for each in spec.source)
-    for name in ("model", "out", "labels", "artifacts", "webhook"):
+    for name in ("model", "out", "labels", "artifacts", "webhook", "address"):
         place = getattr(spec, name)
         if place:
             yield name, str(place)
@@ -38,30 +47,37 @@ def _places(spec: JobSpec) -> Iterable[tuple[str, str]]:
 def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
     if name == "model" and place.startswith("models:/"):
         return None
-    scheme = urlsplit(place).scheme.lower()
-    if scheme in _WEB:
-        return _web_refusal(name, place)
+    if name == "webhook" and place.startswith("env:"):
+        return f"{name}: {place!r} names a variable of the server's own environment"
+    try:
+        scheme = urlsplit(place).scheme.lower()
+    except ValueError as error:
+        return f"{name}: {place!r} is no URL: {error}"
+    if scheme in _PORTS or (is_url(place) and is_queue(place)):
+        return _host_refusal(name, place)
     if is_url(place):
         return f"{name}: file URLs are not taken: {place}" if scheme == "file" else None
     if name == "model" and ":" in place:
         return f"{name}: {place!r} names code of the server's own environment; put it into a folder under a root"
-    resolved = expanded(place).resolve()
+    try:
+        resolved = expanded(place).resolve()
+    except (OSError, ValueError, RuntimeError):
+        return f"{name}: {place!r} is no path"
     if any(resolved.is_relative_to(root.resolve()) for root in roots):
+        return None
+    uploads = uploads_folder().resolve()
+    if name in _UPLOADED and resolved.is_relative_to(uploads) and resolved != uploads:
         return None
     return f"{name}: {place!r} is not under a folder that requests may name"
 
 
-def _web_refusal(name: str, url: str) -> str | None:
+def _host_refusal(name: str, url: str) -> str | None:
     parts = urlsplit(url)
     try:
-        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+        host, port = parts.hostname, parts.port or _PORTS.get(parts.scheme.lower(), 0)
     except ValueError:
         return f"{name}: {url!r} has no valid port"
     if not host:
         return f"{name}: {url!r} names no host"
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
-        return f"{name}: the host {host!r} cannot be found"
-    private = [str(each[4][0]) for each in found if not ipaddress.ip_address(str(each[4][0]).split("%")[0]).is_global]
-    return f"{name}: {host!r} is a private address ({private[0]})" if private else None
+    why = refusal(host, port)
+    return None if why is None else f"{name}: the host {why}"

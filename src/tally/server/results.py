@@ -1,4 +1,4 @@
-"""SQL over a job's results for requests: bounded in time, rows and memory.
+"""What jobs have written, for requests: SQL over rows, bounded in time, rows and memory; and the files.
 
 Each query runs in a process beside the server's, so one that is slow, greedy or brings DuckDB down costs no page its
 answer. That process has no database, opens no model and runs no code of the user's.
@@ -6,66 +6,176 @@ answer. That process has no database, opens no model and runs no code of the use
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-from concurrent.futures import TimeoutError as LateError
-from multiprocessing.context import SpawnContext
-from typing import Any
+import base64
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import pyarrow as pa
-from pebble import ProcessExpired, ProcessPool
 
-from tally.engines.spawn import Process
-from tally.errors import SpecError, StorageError
+from tally.errors import SourceNotFoundError, SpecError
 from tally.jobs.facade import Jobs
-from tally.server.api.views import Rows
+from tally.server.api.views import ResultFile, Rows
+from tally.server.aside import Aside
 from tally.sinks.base import Output, OutputDescription
 from tally.sinks.factory import reopen
 from tally.sinks.query import query
+from tally.sql import sql_text
+from tally.storage import Store, open_store
 
 SECONDS = 20.0
 MEMORY = "1GiB"
-PROCESSES = 2
-
-
-class _Context(SpawnContext):
-    Process = Process
+BLOCK = 1 << 20
 
 
 class Results:
-    """Answers queries. Safe to use from several threads."""
+    """Answers queries, and opens files. Safe to use from several threads."""
 
-    def __init__(self, jobs: Jobs) -> None:
-        self._jobs, self._lock = jobs, threading.Lock()
-        self._pool: Any = None
+    def __init__(self, jobs: Jobs, aside: Aside) -> None:
+        self._jobs, self._aside = jobs, aside
 
     def query(self, job: str, sql: str, *, limit: int) -> Rows:
         """At most ``limit`` rows of the answer. Raises SpecError where the query is wrong, or takes too long."""
-        record = self._jobs.store.get(job)
-        self._jobs.sink(record.id)  # says where its results have gone
-        given = (record.output, list(self._jobs.outputs(record.id)), self._jobs.dead_table(record.id), sql, limit)
-        with self._lock:
-            if self._pool is None:
-                self._pool = ProcessPool(max_workers=PROCESSES, context=_Context())
-        future = self._pool.schedule(_answer, args=given, timeout=SECONDS)
-        try:
-            found: Rows = future.result()
-        except LateError:
-            raise SpecError(f"the query was stopped after {SECONDS:g} s", hint="Ask for less.") from None
-        except ProcessExpired:
-            raise StorageError("the process that answered the query has ended", hint="Ask for less.") from None
+        found: Rows = self._ask(_rows, job, sql, limit)
         return found
 
-    def close(self) -> None:
-        """End the processes."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
+    def arrow(self, job: str, sql: str, target: Path, *, limit: int) -> bool:
+        """As :meth:`query`, into a file, as an Arrow stream; whether there are more rows."""
+        more: bool = self._ask(_write_arrow, job, sql, limit, str(target))
+        return more
+
+    def page(
+        self, job: str, *, order: Literal["source", "key"], after: str | None, limit: int
+    ) -> tuple[Rows, str | None]:
+        """Rows, and where the next page begins; None if this is the last.
+
+        order: that of the source; or by key, which stays what it is while a job adds rows. after: ``next`` of the page
+        before. Raises SpecError for anything else.
+        """
+        if order == "source":
+            begin = _number(after)
+            found = self.query(job, f"from results limit {limit + 1} offset {begin}", limit=limit)
+            return found, str(begin + limit) if found.truncated else None
+        key, given = _cursor(after)
+        where = "" if key is None else f"where key >= {sql_text(key)}"
+        # Several rows may have one key: those of it that were on earlier pages are passed over.
+        sql = f"select * from results {where} order by all limit {limit + 1} offset {given}"  # noqa: S608
+        found = self.query(job, sql, limit=limit)
+        if not found.truncated:
+            return found, None
+        last = found.rows[-1]["key"]
+        same = sum(row["key"] == last for row in found.rows) + (given if last == key else 0)
+        return found, base64.urlsafe_b64encode(json.dumps([last, same]).encode()).decode()
+
+    def files(self, job: str) -> list[ResultFile]:
+        """The files of a job whose results are published: those that its manifest lists, and the manifest."""
+        _, names = self._published(job)
+        return [ResultFile(name=name, bytes=size) for name, size in names.items()]
+
+    def file(self, job: str, name: str) -> tuple[Store, int]:
+        """Where a file of the output is, and its size in bytes. Raises SourceNotFoundError for any other name."""
+        store, names = self._published(job)
+        if name not in names:
+            raise SourceNotFoundError(f"job {job} has no file {name!r}")
+        if store.is_local and not Path(store.url, name).resolve().is_relative_to(Path(store.url).resolve()):
+            raise SourceNotFoundError(f"{name!r} is a link that leads out of the output")
+        return store, store.size(name)
+
+    def _published(self, job: str) -> tuple[Store, dict[str, int]]:
+        """The output's folder; names and sizes of its files, from the job's row: who can write to the output cannot
+        add to them."""
+        record = self._jobs.store.get(job)
+        self._jobs.sink(record.id)  # says where its results have gone
+        description = OutputDescription.from_json(record.output)
+        manifest = record.manifest or {}
+        folder, name = description.place, "_manifest.json"
+        if description.merged:
+            folder, _, last = description.place.rpartition("/")
+            name = f"{last}.manifest.json"
+        store = open_store(folder or "/")
+        listed = [*manifest.get("files", ()), *([dead] if (dead := manifest.get("dead_file")) else [])]
+        names = {str(each["path"]): int(each.get("bytes", -1)) for each in listed}
+        if manifest:
+            names[name] = store.size(name)
+        return store, names
+
+    def _ask(self, function: Any, job: str, sql: str, limit: int, *more: str) -> Any:
+        record = self._jobs.store.get(job)
+        self._jobs.sink(record.id)  # says where its results have gone
+        given = (
+            record.output,
+            list(self._jobs.outputs(record.id)),
+            self._jobs.dead_table(record.id),
+            sql,
+            limit,
+            *more,
+        )
+        return self._aside.call(function, *given, seconds=SECONDS, what="the query")
 
 
-def _answer(output: dict[str, Any], outputs: Sequence[Output], dead: pa.Table, sql: str, limit: int) -> Rows:
-    """In the process of the query."""
+def read_blocks(store: Store, name: str, start: int, stop: int) -> Iterator[bytes]:
+    """The bytes from ``start`` on and before ``stop``."""
+    while start < stop and (block := store.read_range(name, start, min(BLOCK, stop - start))):
+        yield block
+        start += len(block)
+
+
+def _number(text: str | None) -> int:
+    if text is not None and not (text.isdecimal() and len(text) < 16):
+        raise SpecError(f"after: {text[:100]!r} is not the 'next' of a page in the source's order")
+    return int(text or 0)
+
+
+def _cursor(text: str | None) -> tuple[str | None, int]:
+    if text is None:
+        return None, 0
+    try:
+        key, given = json.loads(base64.urlsafe_b64decode(text.encode()))
+        if not isinstance(key, str) or "\0" in key or type(given) is not int or not 0 <= given < 2**53:
+            raise ValueError
+        key.encode()
+    except (ValueError, TypeError):  # what base64 and JSON raise are ValueErrors, too
+        raise SpecError(f"after: {text[:100]!r} is not the 'next' of a page by key") from None
+    return key, given
+
+
+# -- in the process of the query ---------------------------------------------------------------------------------------
+
+
+def _table(output: dict[str, Any], outputs: Sequence[Output], dead: pa.Table, sql: str, limit: int) -> pa.Table:
     sink = reopen(OutputDescription.from_json(output))
-    table = query(sink, outputs, sql, dead, limit=limit + 1, memory=MEMORY)
+    return query(sink, outputs, sql, dead, limit=limit + 1, memory=MEMORY)
+
+
+def _rows(output: dict[str, Any], outputs: Sequence[Output], dead: pa.Table, sql: str, limit: int) -> Rows:
+    table = _table(output, outputs, dead, sql, limit)
     columns = {field.name: str(field.type) for field in table.schema}
-    return Rows(columns=columns, rows=table.slice(0, limit).to_pylist(), truncated=table.num_rows > limit)
+    rows = [{name: _plain(value) for name, value in row.items()} for row in table.slice(0, limit).to_pylist()]
+    return Rows(columns=columns, rows=rows, truncated=table.num_rows > limit)
+
+
+def _write_arrow(
+    output: dict[str, Any], outputs: Sequence[Output], dead: pa.Table, sql: str, limit: int, target: str
+) -> bool:
+    table = _table(output, outputs, dead, sql, limit)
+    with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table.slice(0, limit))
+    return bool(table.num_rows > limit)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON knows it: bytes in base64, and null for numbers that are none."""
+    match value:
+        case bytes():
+            return base64.b64encode(value).decode()
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {str(name): _plain(each) for name, each in value.items()}
+        case list() | tuple():
+            return [_plain(each) for each in value]
+        case None | bool() | int() | str():
+            return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)

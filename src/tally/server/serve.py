@@ -10,6 +10,7 @@ import uvicorn
 
 from tally.errors import SpecError, StorageError
 from tally.jobs.facade import Jobs
+from tally.network import restrict
 from tally.server.app import create_app
 from tally.server.auth.keys import KeyStore
 from tally.server.settings import ServerSettings
@@ -23,6 +24,7 @@ def serve(jobs: Jobs, settings: ServerSettings, *, say: Callable[[str], None]) -
 
     Raises SpecError where others could reach a server that nobody has a key for, StorageError if the port is taken.
     """
+    restrict(settings.allow_hosts)
     keys = KeyStore(jobs.store.engine)
     if not keys.any_valid():
         if not settings.loopback:

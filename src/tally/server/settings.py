@@ -19,7 +19,7 @@ class ServerSettings:
     roots: folders under which local paths in requests must lie. Without any, requests may name buckets and models of
         the registry only.
     price_per_hour: of one running worker; currency: what that is counted in.
-    schedules: whether this server starts what is due.
+    allow_hosts: private hosts that requests may name. max_upload: bytes of one upload.
     """
 
     host: str = "127.0.0.1"
@@ -28,7 +28,8 @@ class ServerSettings:
     roots: tuple[Path, ...] = ()
     price_per_hour: float = 0.0
     currency: str = "USD"
-    schedules: bool = True
+    allow_hosts: tuple[str, ...] = ()
+    max_upload: int = 1 << 30
 
     def __post_init__(self) -> None:
         problems = []
@@ -36,6 +37,8 @@ class ServerSettings:
             problems.append(f"--port must be between 0 and 65535, not {self.port}")
         if self.parallel < 1:
             problems.append(f"--parallel must be at least 1, not {self.parallel}")
+        if self.max_upload < 1:
+            problems.append("--max-upload must be at least 1")
         if self.price_per_hour < 0:
             problems.append(f"--price-per-hour must not be negative: {self.price_per_hour}")
         problems += [f"--root {root} is not a folder" for root in self.roots if not root.is_dir()]

@@ -8,7 +8,9 @@ Waiting times go by the database's clock; statements are portable between SQLite
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,13 @@ from tally.database.clock import now
 from tally.database.tables import schedule_runs as runs
 from tally.database.tables import schedules
 from tally.errors import JobStateError, OwnershipLostError, SpecError
+from tally.jobs.spec import JobSpec
 from tally.text import did_you_mean, storable
+from tally.triggers import template
 from tally.triggers.cron import Cron, Interval
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""What a schedule may be called."""
 
 LEASE_SECONDS = 30.0
 PARALLEL = 4
@@ -187,6 +194,56 @@ class ScheduleStore:
                 new = {"planned_until": now(), **values, "paused": 0, "created_at": now()}
                 connection.execute(sa.insert(schedules).values(name=name, **new))
         return self.get(name)
+
+    def define(
+        self,
+        name: str,
+        read: Callable[[], Mapping[str, Any]],
+        *,
+        file: str,
+        cron: str,
+        timezone: str,
+        overlap: str,
+        catch_up: str,
+        since: str | None = None,
+        replace: bool = False,
+        allow: Callable[[JobSpec], None] = lambda spec: None,
+    ) -> Schedule:
+        """As :meth:`add`, from what a user wrote. Raises SpecError with every problem.
+
+        read: returns the fields of the job file. since: a time on the zone's clock. allow: raises SpecError for a job,
+        that of the next interval, which this user may not start.
+        """
+        problems: list[str] = []
+        hints: list[str | None] = []
+
+        @contextmanager
+        def collected() -> Iterator[None]:
+            try:
+                yield
+            except SpecError as error:
+                problems.extend(error.problems)
+                hints.append(error.hint)
+
+        clock, begin, fields, at = None, None, None, self.clock()
+        if not NAME.fullmatch(name):
+            problems.append(f"name: {name!r} is not made of letters, digits, '.', '_' and '-'")
+        with collected():
+            clock = Cron(cron, timezone)
+            begin = clock.after(clock.moment(since, "--from") - 1) if since else None
+        with collected():
+            fields = read()
+        if fields is not None:
+            problems += template.check(fields, clock, at)
+        if clock is not None and fields is not None and not problems:
+            with collected():
+                allow(template.fill(fields, clock.next(at, 1)[0], clock))
+        if problems or clock is None or fields is None:
+            raise SpecError(problems, hint="\n  ".join(hint for hint in hints if hint) or None)
+        return self.add(
+            name, template=fields, file=file, cron=clock, overlap=overlap, catch_up=catch_up, since=begin,
+            replace=replace,
+        )  # fmt: skip
 
     def pause(self, name: str, paused: bool) -> Schedule:
         """Start no more runs, or start them again; what is running continues."""

@@ -69,9 +69,13 @@ class Watch:
 
 def read(path: str) -> dict[str, Any]:
     """The fields of a job file, with absolute paths. Raises SpecError or StorageError."""
-    fields = read_spec(path).model_dump(mode="json", exclude_unset=True)
+    return job_fields(read_spec(path).model_dump(mode="json", exclude_unset=True))
+
+
+def job_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a job, absolute, as those of a watch's template."""
     # What stands for a whole path was taken for a relative one.
-    return fields | {"source": [_URL if each.endswith(f"/{_URL}") else each for each in fields["source"]]}
+    return {**fields, "source": [_URL if each.endswith(f"/{_URL}") else each for each in fields["source"]]}
 
 
 def check(fields: Mapping[str, Any]) -> list[str]:
@@ -155,6 +159,7 @@ class WatchStore:
             problems.append(f"there is a watch {name!r} already; remove it first: tally watch delete {name}")
         if problems:
             raise SpecError(problems)
+        look_into(url)
         watch = Watch(name, url, pattern, exclude, dict(template), file, parallel, False, 0.0, None, None)
         count = 0
         entries = _entries(watch)

@@ -9,29 +9,26 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Path, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import BaseModel, Field
 
-from tally.errors import JobNotFoundError
+from tally.alerts.alert import Alert
+from tally.errors import JobNotFoundError, SpecError
 from tally.jobs.facade import Jobs
 from tally.jobs.spec import make
 from tally.jobs.states import ENDED, State
-from tally.server.api.views import DeadItem, DeadList, JobDetail, JobList, JobView, Rows
+from tally.jobs.store import JobRecord
+from tally.server.api.views import DeadItem, DeadList, JobDetail, JobList, JobView
 from tally.server.auth.guard import Admin, Operator, Viewer
 from tally.server.errors import answers
 from tally.server.feed import Feed
+from tally.server.once import OnceRoute
 from tally.server.places import check as check_places
-from tally.server.results import Results
 
-router = APIRouter(prefix="/jobs", tags=["jobs"], responses=answers(401, 403, 422, 429, 503))
+router = APIRouter(
+    prefix="/jobs", tags=["jobs"], route_class=OnceRoute, responses=answers(400, 401, 403, 409, 413, 422, 429, 503)
+)
 
+_CHANGEABLE = {"device", "workers", "timeout", "memory", "max_dead", "min_dead", "batch_size"}
 _EXAMPLE = {"source": ["s3://bucket/photos"], "model": "models:/classifier@champion", "out": "s3://bucket/predictions"}
-
-
-class SqlQuery(BaseModel):
-    """A question. limit: rows of the answer, at most."""
-
-    sql: str = Field(min_length=1, max_length=20_000)
-    limit: int = Field(1000, ge=1, le=10_000)
 
 
 def facade(request: Request) -> Jobs:
@@ -43,6 +40,16 @@ def facade(request: Request) -> Jobs:
 def feed_of(request: Request) -> Feed:
     found: Feed = request.app.state.feed
     return found
+
+
+def given_fields(job: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a job file, absolute and checked. Raises SpecError."""
+    return make(**job).model_dump(mode="json", exclude_unset=True)
+
+
+def seen(jobs: Jobs, record: JobRecord) -> JobView:
+    """The job as the API shows it."""
+    return JobView.of(record, starting=jobs.starts.is_waiting(record.id))
 
 
 AllJobs = Annotated[Jobs, Depends(facade)]
@@ -80,13 +87,14 @@ def start_job(
     check_places(spec, request.app.state.settings.roots)
     record = jobs.enqueue(spec, who=who.name, overwrite=overwrite)
     request.app.state.supervisor.wake()
-    return JobView.of(record)
+    return seen(jobs, record)
 
 
 @router.get("/{job}", responses=answers(404))
 def get_job(who: Viewer, jobs: AllJobs, job: JobId) -> JobDetail:
     """Everything about a job."""
-    return JobDetail.of(jobs.store.get(job))
+    record = jobs.store.get(job)
+    return JobDetail.of(record, starting=jobs.starts.is_waiting(record.id))
 
 
 @router.get("/{job}/events", response_class=EventSourceResponse, responses=answers(404))
@@ -98,7 +106,7 @@ async def job_events(
 
     def look() -> JobView | None:
         try:
-            return JobView.of(jobs.store.get(job_id))
+            return seen(jobs, jobs.store.get(job_id))
         except JobNotFoundError:
             return None
 
@@ -108,7 +116,7 @@ async def job_events(
         return ServerSentEvent(event="job", data=view.model_dump())
 
     def is_last(view: JobView | None) -> bool:
-        return view is None or (view.state in ENDED and not view.alive)
+        return view is None or (view.state in (*ENDED, "failed") and not view.alive and not view.starting)
 
     async for each in feed.stream(f"job:{job_id}", look, event, is_last=is_last):
         yield each
@@ -127,11 +135,16 @@ def list_dead(
     return DeadList(dead=found[:limit], next=offset + limit if len(found) > limit else None)
 
 
-@router.post("/{job}/query", responses=answers(404, 409))
-def query_job(request: Request, who: Viewer, jobs: AllJobs, job: JobId, asked: SqlQuery) -> Rows:
-    """One SELECT in DuckDB's SQL over the views ``results`` and ``dead``. Nothing else can be read."""
-    results: Results = request.app.state.results
-    return results.query(jobs.store.get(job).id, asked.sql, limit=asked.limit)
+@router.get("/{job}/alerts", responses=answers(404))
+def job_alerts(who: Viewer, jobs: AllJobs, job: JobId) -> list[Alert]:
+    """The rules of a job that has ended, what was measured, and whether the webhook was told."""
+    return jobs.alerts(jobs.store.get(job).id)
+
+
+@router.post("/{job}/alerts/send", responses=answers(404))
+def send_alerts(who: Operator, jobs: AllJobs, job: JobId) -> list[Alert]:
+    """Send those that are not delivered, also those that were given up."""
+    return jobs.send_alerts(jobs.store.get(job).id)
 
 
 @router.post("/{job}/pause", responses=answers(404, 409))
@@ -141,11 +154,24 @@ def pause_job(who: Operator, jobs: AllJobs, job: JobId) -> JobView:
 
 
 @router.post("/{job}/resume", responses=answers(404, 409))
-def resume_job(request: Request, who: Operator, jobs: AllJobs, job: JobId) -> JobView:
+def resume_job(
+    request: Request,
+    who: Operator,
+    jobs: AllJobs,
+    job: JobId,
+    options: Annotated[
+        dict[str, Any] | None, Body(description="Fields to change before: workers, device, limits.")
+    ] = None,
+) -> JobView:
     """Go on with a job that was paused or interrupted, or that has failed."""
-    record = jobs.ask_to_start(jobs.store.get(job).id, "resume", who=who.name)
+    job_id = jobs.store.get(job).id
+    if options:
+        if unknown := sorted(set(options) - _CHANGEABLE):
+            raise SpecError([f"{each}: cannot be changed in a job that has begun" for each in unknown])
+        jobs.change(job_id, **options)
+    record = jobs.ask_to_start(job_id, "resume", who=who.name)
     request.app.state.supervisor.wake()
-    return JobView.of(record)
+    return seen(jobs, record)
 
 
 @router.post("/{job}/retry", responses=answers(404, 409))
@@ -153,7 +179,7 @@ def retry_job(request: Request, who: Operator, jobs: AllJobs, job: JobId) -> Job
     """Replay the dead items of a job that has ended."""
     record = jobs.ask_to_start(jobs.store.get(job).id, "retry", who=who.name)
     request.app.state.supervisor.wake()
-    return JobView.of(record)
+    return seen(jobs, record)
 
 
 @router.post("/{job}/cancel", responses=answers(404, 409))

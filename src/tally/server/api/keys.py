@@ -8,14 +8,17 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, Field
 
-from tally.server.api.views import AuditEntry, KeyView, NewKey
+from tally.server.api.views import AuditEntry, KeyView, Me, NewKey
 from tally.server.auth.audit import AuditLog
 from tally.server.auth.guard import Admin, Viewer
 from tally.server.auth.keys import KeyStore
 from tally.server.auth.roles import Role
 from tally.server.errors import answers
+from tally.server.once import SecretOnceRoute
 
-router = APIRouter(tags=["keys"], responses=answers(401, 403, 422, 429, 503))
+router = APIRouter(
+    tags=["keys"], route_class=SecretOnceRoute, responses=answers(400, 401, 403, 409, 413, 422, 429, 503)
+)
 
 
 class KeyRequest(BaseModel):
@@ -24,13 +27,6 @@ class KeyRequest(BaseModel):
     name: str = Field(min_length=1, max_length=64)
     role: Role
     days: float | None = Field(None, gt=0, lt=36_500, allow_inf_nan=False)
-
-
-class Me(BaseModel):
-    """Who the request came from."""
-
-    name: str
-    role: Role
 
 
 def keys_of(request: Request) -> KeyStore:

@@ -10,6 +10,11 @@ from tally.jobs.chunks import Dead
 from tally.jobs.spec import shown
 from tally.jobs.states import State
 from tally.jobs.store import JobRecord
+from tally.server.auth.roles import Role
+from tally.sources.queues.base import Message
+from tally.triggers.cron import Interval
+from tally.triggers.store import Run, Schedule
+from tally.triggers.watch import Watch
 
 
 class View(BaseModel):
@@ -33,6 +38,7 @@ class JobView(View):
     id: str
     state: State
     alive: bool = Field(description="Whether a process drives it now.")
+    starting: bool = Field(False, description="Whether a server is about to start, continue or replay it.")
     model: ModelName
     source: list[str]
     out: str
@@ -54,13 +60,14 @@ class JobView(View):
     stages: dict[str, float] = Field(description="Seconds that workers spent, by stage.")
 
     @classmethod
-    def of(cls, record: JobRecord) -> Self:
+    def of(cls, record: JobRecord, *, starting: bool = False) -> Self:
         model, usage = record.model, dict(record.usage)
         seconds = usage.pop("seconds", 0.0)
         return cls(
             id=record.id,
             state=record.state,  # type: ignore[arg-type]
             alive=record.alive,
+            starting=starting,
             model=ModelName(
                 name=model.get("name") or "",
                 kind=model.get("kind"),
@@ -93,12 +100,19 @@ class JobDetail(JobView):
 
     spec: dict[str, Any]
     columns: dict[str, str] | None
+    wanted: str = Field(description="What was asked of it last: run, pause or cancel.")
+    driver: str | None = Field(description="The host whose process drives it, or drove it last.")
+    manifest: dict[str, Any] | None = Field(description="What was published, without the files.")
 
     @classmethod
-    def of(cls, record: JobRecord) -> Self:
+    def of(cls, record: JobRecord, *, starting: bool = False) -> Self:
         spec = {name: value for name, value in shown(record.spec).items() if name != "webhook"}
         columns = record.output.get("columns")
-        return cls(**JobView.of(record).model_dump(), spec=spec, columns=columns)
+        manifest = record.manifest and {name: value for name, value in record.manifest.items() if name != "files"}
+        return cls(
+            **JobView.of(record, starting=starting).model_dump(), spec=spec, columns=columns, wanted=record.wanted,
+            driver=record.owner_host, manifest=manifest,
+        )  # fmt: skip
 
 
 class JobList(View):
@@ -133,6 +147,89 @@ class Rows(View):
     columns: dict[str, str] = Field(description="Name to type, as Arrow writes it.")
     rows: list[dict[str, Any]]
     truncated: bool
+
+
+class RowPage(Rows):
+    """Rows of a result. next: ``after`` of the next page; null where this is the last."""
+
+    next: str | None
+
+
+class RunningJob(View):
+    """A job that is being driven. rate: items per second over all its time. workers: busy at once, on average.
+    cost: of its workers so far."""
+
+    id: str
+    rate: float
+    workers: float
+    cost: float
+
+
+class Figures(View):
+    """How much the server has to do, and what it costs. Prices are of one worker."""
+
+    at: float = Field(description="The time of the database.")
+    jobs: dict[str, int] = Field(description="Jobs by state.")
+    waiting: int = Field(description="Jobs that are to be started.")
+    minutes: list[int] = Field(description="Items done in each of the last sixty minutes, oldest first.")
+    items: int = Field(description="Items done in the last hour.")
+    price_per_hour: float
+    currency: str
+    running: list[RunningJob]
+
+
+class ScheduleDetail(View):
+    """A schedule, its next intervals, its last runs, and how many runs are in each state."""
+
+    schedule: Schedule
+    next: list[Interval]
+    runs: list[Run]
+    counts: dict[str, int]
+
+
+class AddedWatch(View):
+    """A watch, and how many objects are there already."""
+
+    watch: Watch
+    there: int
+
+
+class WatchDetail(View):
+    """A watch, and how many objects it has seen, by what became of them."""
+
+    watch: Watch
+    objects: dict[str, int]
+
+
+class MessageView(View):
+    """A message. body: as text; bytes that are none are written as escapes."""
+
+    body: str
+    headers: dict[str, str]
+
+    @classmethod
+    def of(cls, message: Message) -> MessageView:
+        return cls(body=message.body.decode("utf-8", "backslashreplace"), headers=dict(message.headers))
+
+
+class Replayed(View):
+    """How many messages are back in the queue."""
+
+    replayed: int
+
+
+class ResultFile(View):
+    """A file of an output. name: relative to the output's folder."""
+
+    name: str
+    bytes: int
+
+
+class Me(View):
+    """Who the request came from."""
+
+    name: str
+    role: Role
 
 
 class KeyView(View):

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
 
+from tally.errors import RefusedError
 from tally.server.auth.keys import KeyStore, csrf_token
 from tally.server.auth.roles import Principal, Role
 from tally.server.auth.throttle import Throttle
-from tally.server.errors import RefusedError
 
 COOKIE = "tally_session"
 CSRF_HEADER = "X-CSRF-Token"
@@ -74,6 +74,11 @@ async def signed_in(
         raise RefusedError(401, "this needs a key", hint="Send 'Authorization: Bearer KEY', or log in on the page.")
     request.state.principal = principal  # for the audit log
     return principal
+
+
+async def principal_of(request: Request) -> Principal:
+    """As :func:`signed_in`, of a request at hand."""
+    return await signed_in(request, await _bearer(request), await _cookie(request))
 
 
 async def _csrf(request: Request) -> str:

@@ -23,20 +23,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from starlette.exceptions import HTTPException
 
 import tally
-from tally.config import settings
-from tally.errors import JobNotFoundError, SpecError, TallyError
-from tally.jobs.facade import Jobs
+from tally.errors import JobNotFoundError, RefusedError, SpecError, TallyError
 from tally.jobs.spec import make
 from tally.jobs.states import ENDED, STATES, State
-from tally.models.registry import ModelVersion, RegisteredModel, Registry
 from tally.server.api.jobs import AllJobs, JobId, feed_of
 from tally.server.api.keys import Keys, audit_of
+from tally.server.api.models import all_models, open_registry
 from tally.server.api.views import DeadItem, JobDetail, JobView
 from tally.server.auth.audit import AuditLog
 from tally.server.auth.guard import COOKIE, Admin, Operator, Viewer, address_of
 from tally.server.auth.keys import SESSION_SECONDS, csrf_token
 from tally.server.auth.roles import ROLES, Principal, Role
-from tally.server.errors import RefusedError
 from tally.server.feed import Feed
 from tally.server.pages import format as formats
 from tally.server.places import check as check_places
@@ -176,7 +173,7 @@ def _summary(request: Request, jobs: AllJobs) -> dict[str, Any]:
 def new_job(request: Request, who: Operator, again: str | None = None) -> HTMLResponse:
     jobs = request.app.state.jobs
     spec = jobs.get(again).spec if again is not None else {}
-    models = [f"models:/{each.name}" for each in _models(jobs)]
+    models = [f"models:/{each.name}" for each in all_models(jobs)]
     roots = request.app.state.settings.roots
     return page(request, "new.html", spec=spec, models=models, roots=roots, problems=[], hint=None)
 
@@ -195,7 +192,7 @@ def _start(request: Request, who: Principal, jobs: Any, fields: dict[str, Any]) 
         spec = make(**fields)
         check_places(spec, request.app.state.settings.roots)
     except SpecError as error:
-        models = [f"models:/{each.name}" for each in _models(jobs)]
+        models = [f"models:/{each.name}" for each in all_models(jobs)]
         roots = request.app.state.settings.roots
         return page(
             request, "new.html", status=422, spec=fields, models=models, roots=roots, problems=error.problems,
@@ -274,24 +271,12 @@ def job_rows(request: Request, who: Viewer, job: JobId, sql: Annotated[str, Quer
     return HTMLResponse(render("_rows.html", rows=rows))
 
 
-def _models(jobs: Jobs) -> list[RegisteredModel]:
-    """Every model, with its versions."""
-    by_name: dict[str, list[ModelVersion]] = {}
-    for each in open_registry(jobs).list():
-        by_name.setdefault(each.name, []).append(each)
-    return [RegisteredModel(name, tuple(versions), ()) for name, versions in by_name.items()]
-
-
-def open_registry(jobs: Jobs) -> Registry:
-    return Registry(jobs.store.engine, settings().registry)
-
-
 # -- models, keys ------------------------------------------------------------------------------------------------------
 
 
 @router.get("/models", response_class=HTMLResponse)
 def models_page(request: Request, who: Viewer, jobs: AllJobs) -> HTMLResponse:
-    return page(request, "models.html", models=_models(jobs))
+    return page(request, "models.html", models=all_models(jobs))
 
 
 @router.get("/models/{name}", response_class=HTMLResponse)
