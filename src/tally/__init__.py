@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from tally.api import Job as Job
     from tally.api import jobs as jobs
     from tally.api import score as score
+    from tally.client import Client as Client
     from tally.errors import ItemError as ItemError
     from tally.errors import TallyError as TallyError
     from tally.scorers.base import Item as Item
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tally.scorers.base import TableResult as TableResult
 
 _EXPORTS = {
+    "Client": "tally.client",
     "Item": "tally.scorers.base",
     "ItemError": "tally.errors",
     "Job": "tally.api",
@@ -27,7 +29,7 @@ _EXPORTS = {
 # is told otherwise before it is imported. Set the variable to 0 to allow that.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-__all__ = ["Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "jobs", "score"]
+__all__ = ["Client", "Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "jobs", "score"]
 
 
 def __getattr__(name: str) -> Any:

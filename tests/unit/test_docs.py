@@ -26,6 +26,7 @@ import tally
 from tally import errors
 from tally.api import Job
 from tally.cli.main import cli
+from tally.client import Client
 from tally.jobs.spec import JobSpec
 from tally.models.package import Package
 from tally.scorers.base import Scorer
@@ -36,7 +37,7 @@ from tally.scorers.vision.preprocess import Preprocess
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
-EXPORTS = ["Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "jobs", "score"]
+EXPORTS = ["Client", "Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "jobs", "score"]
 
 _BLOCK = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -140,7 +141,7 @@ def test_exports_are_exact_and_documented() -> None:
     assert [name for name in EXPORTS if f"tally.{name}" not in headings] == []
 
 
-@pytest.mark.parametrize("kind", [Job, Scorer], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Client, Job, Scorer], ids=lambda kind: kind.__name__)
 def test_every_public_member_is_documented(kind: type) -> None:
     spans = {re.split(r"\W", span)[0] for span in code_spans(reference("python"))}
     assert {name for name in vars(kind) if not name.startswith("_")} <= spans

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tally.cli.console import say
-from tally.errors import DatabaseAwayError, TallyError
+from tally.errors import DatabaseAwayError, ServerAwayError, TallyError
 
 if TYPE_CHECKING:
     from tally.engines.base import Engine
@@ -40,9 +40,9 @@ def see_through(
         return 0
     if record.state == "interrupted":
         return _interrupted(record)
-    if record.alive:  # the user has stopped following it
+    if record.alive or record.state == "waiting":  # the user has stopped following it
         say(
-            f"job {record.id} continues in the cluster: {record.done:,} {record.unit} are done\n"
+            f"job {record.id} continues {jobs.elsewhere}: {record.done:,} {record.unit} are done\n"
             f"  Follow it with: tally jobs resume {record.id}   Stop it with: tally jobs cancel {record.id}",
             err=True,
         )
@@ -55,7 +55,7 @@ def _what_next(jobs: Jobs, job_id: str, error: TallyError) -> str | None:
     """What the user can do about a job that failed or was interrupted, as far as the database can be asked."""
     try:
         record = jobs.get(job_id)
-    except DatabaseAwayError:
+    except (DatabaseAwayError, ServerAwayError):
         record = None
     if record is not None and record.state == "finished" and record.error is not None:
         as_it_was = "The job is as it was, and so are its results."

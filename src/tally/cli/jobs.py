@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tally.cli import installation
 from tally.cli.console import say, table
 from tally.cli.foreground import cost, duration, share
 from tally.cli.values import moment
@@ -51,9 +52,7 @@ def jobs() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(as_json: bool, **wanted: Any) -> None:
     """List the newest jobs. Filters combine: a job must match all of them."""
-    from tally.jobs.facade import Jobs
-
-    page = Jobs().list(**wanted)
+    page = installation.jobs().list(**wanted)
     records = page.jobs
     if as_json:
         for record in records:
@@ -89,9 +88,7 @@ def _show(records: Sequence[JobRecord]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(job: str, as_json: bool) -> None:
     """Everything about a job: progress, timings per stage, cost, alerts, error, where the results are."""
-    from tally.jobs.facade import Jobs
-
-    jobs = Jobs()
+    jobs = installation.jobs()
     record = jobs.get(job)
     judged = jobs.alerts(record.id)
     if as_json:
@@ -108,9 +105,8 @@ def show(job: str, as_json: bool) -> None:
 def watch(job: str) -> int:
     """Follow a job until it ends. Ctrl-C stops following, not the job."""
     from tally.jobs.events import Assumed, Event, Events, Progress, Waiting, Warned
-    from tally.jobs.facade import Jobs
 
-    jobs = Jobs()
+    jobs = installation.jobs()
     shown = ""
 
     def show(event: Event) -> None:
@@ -136,9 +132,7 @@ def watch(job: str) -> int:
 @click.argument("job")
 def pause(job: str) -> None:
     """Stop handing out work; running chunks are finished and saved. The model stays loaded."""
-    from tally.jobs.facade import Jobs
-
-    record = Jobs().pause(job)
+    record = installation.jobs().pause(job)
     say(f"job {record.id} is pausing; go on with: tally jobs resume {record.id}")
 
 
@@ -156,9 +150,8 @@ def resume(job: str, quiet: bool, **options: Any) -> int:
     The options that are given are changed; those that would change the result cannot be.
     """
     from tally.cli.foreground import see_through
-    from tally.jobs.facade import Jobs
 
-    jobs = Jobs()
+    jobs = installation.jobs()
     jobs.change(job, **options)
     record = jobs.unpause(job)
     if record.alive and not jobs.runs_in_a_cluster(record):
@@ -171,9 +164,7 @@ def resume(job: str, quiet: bool, **options: Any) -> int:
 @click.argument("job")
 def cancel(job: str) -> None:
     """Stop a job for good, and remove what it had not finished writing."""
-    from tally.jobs.facade import Jobs
-
-    record = Jobs().cancel(job)
+    record = installation.jobs().cancel(job)
     if record.alive:
         say(f"job {record.id} is being cancelled")
     elif record.state == "finished":
@@ -189,9 +180,8 @@ def cancel(job: str) -> None:
 def retry(job: str, dead: bool, quiet: bool) -> int:
     """Replay a job's dead items, after their cause was mended; what succeeds joins the results."""
     from tally.cli.foreground import see_through
-    from tally.jobs.facade import Jobs
 
-    jobs = Jobs()
+    jobs = installation.jobs()
     record = jobs.get(job)
     if not record.dead:
         more = "" if record.state in ENDED else f"; it is {record.state}, go on with: tally jobs resume {record.id}"
@@ -208,9 +198,7 @@ def retry(job: str, dead: bool, quiet: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def dead(job: str, limit: int, as_json: bool) -> None:
     """The items that failed for good, each with its reason."""
-    from tally.jobs.facade import Jobs
-
-    jobs = Jobs()
+    jobs = installation.jobs()
     record = jobs.get(job)
     for number, each in enumerate(jobs.dead(record.id)):
         if number == limit:
@@ -228,9 +216,7 @@ def dead(job: str, limit: int, as_json: bool) -> None:
 @click.option("--send", is_flag=True, help="Send undelivered alerts now, including those that were given up.")
 def alerts(job: str, send: bool) -> int:
     """The rules of a job that has ended, what was measured, and whether the webhook was told."""
-    from tally.jobs.facade import Jobs
-
-    jobs = Jobs()
+    jobs = installation.jobs()
     record = jobs.get(job)
     judged = jobs.send_alerts(record.id) if send else jobs.alerts(record.id)
     for alert in judged:
@@ -246,9 +232,7 @@ def alerts(job: str, send: bool) -> int:
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def delete(job: str, dry_run: bool) -> None:
     """Forget a job. Finished results stay where they are; what was not finished is removed."""
-    from tally.jobs.facade import Jobs
-
-    jobs = Jobs()
+    jobs = installation.jobs()
     record = jobs.get(job)
     unfinished = "" if record.state in ENDED else f", and its unfinished output at {record.spec['out']}"
     if dry_run:

@@ -70,9 +70,16 @@ def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> Non
     epilog="A first try: tally score photos/ --model model.onnx --out predictions/",
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+@click.option("--server", metavar="URL", envvar="TALLY_SERVER", help="Work on this server (see 'tally up').")
+@click.option("--key", metavar="KEY", help="The key for it; better kept in TALLY_KEY, where nobody sees it.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens inside.")
-def cli(verbose: bool) -> None:
+@click.pass_context
+def cli(ctx: click.Context, server: str | None, key: str | None, verbose: bool) -> None:
     """Score large collections with machine-learning models, and never lose or repeat an item."""
+    if server is not None:
+        from tally.cli import installation
+
+        installation.use(installation.Server(server, key), ctx.invoked_subcommand)
     if verbose:
         from tally.logs import log_to_stderr
 

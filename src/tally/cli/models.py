@@ -6,17 +6,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from tally.cli import installation
 from tally.cli.console import pairs, say, table
 from tally.cli.values import names
 from tally.errors import ModelChangedError, ModelNotFoundError
 from tally.text import expanded, visible
-
-if TYPE_CHECKING:
-    from tally.models.registry import Registry
 
 
 @click.group()
@@ -65,7 +63,7 @@ def add(
     if measured := pairs("--metric", metrics):
         metadata["metrics"] = measured
     ref = resolve(model, task=task, labels=labels, artifacts=artifacts, settings=pairs("--set", options), trust=trust)
-    added = _registry().add(name, ref, alias=alias, metadata=metadata)
+    added = installation.registry().add(name, ref, alias=alias, metadata=metadata)
     for line in added.assumed:
         say(f"note: {line}", dim=True, err=True)
     if added.existed:
@@ -107,7 +105,7 @@ def pack(template: str, by: tuple[str, ...], out: Path, name: str | None, trust:
     if name is not None:
         from tally.models.resolve import resolve
 
-        added = _registry().add(name, resolve(out, trust=trust))
+        added = installation.registry().add(name, resolve(out, trust=trust))
         say(f"{added} has this content already" if added.existed else f"added {added} ({added.hash[:19]})")
         use = f"models:/{name}"
     say(f"  Use it: tally score SOURCE --model {use} --out OUT", err=True)
@@ -117,7 +115,7 @@ def pack(template: str, by: tuple[str, ...], out: Path, name: str | None, trust:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(as_json: bool) -> None:
     """Every version of every model."""
-    versions = _registry().list()
+    versions = installation.registry().list()
     if as_json:
         for each in versions:
             say(json.dumps(each.to_dict()))
@@ -139,7 +137,7 @@ def list_(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(name: str, as_json: bool) -> None:
     """A model's versions with their metadata, and what its aliases pointed at."""
-    found = _registry().show(name)
+    found = installation.registry().show(name)
     if as_json:
         say(json.dumps(found.to_dict()))
         return
@@ -170,7 +168,7 @@ def show(name: str, as_json: bool) -> None:
 @click.argument("version", type=int)
 def alias(name: str, alias: str, version: int) -> None:
     """Point ALIAS at VERSION from now on."""
-    _registry().alias(name, alias, version)
+    installation.registry().alias(name, alias, version)
     say(f"models:/{name}@{alias} is now version {version}")
 
 
@@ -179,8 +177,21 @@ def alias(name: str, alias: str, version: int) -> None:
 @click.argument("alias")
 def rollback(name: str, alias: str) -> None:
     """Point ALIAS back at the version before."""
-    found = _registry().rollback(name, alias)
+    found = installation.registry().rollback(name, alias)
     say(f"models:/{name}@{alias} is version {found.version} again")
+
+
+@models.command(short_help="Remember something about a version.")
+@click.argument("name")
+@click.argument("version", type=int)
+@click.argument("tags", nargs=-1, required=True, metavar="KEY=VALUE...")
+def tag(name: str, version: int, tags: tuple[str, ...]) -> None:
+    """Tag VERSION of NAME; KEY= without a value takes a tag away."""
+    from tally.cli.console import literal_pairs
+
+    given = {key: value or None for key, value in literal_pairs("KEY=VALUE", tags).items()}
+    found = installation.registry().tag(name, version, given)
+    say(f"{found}: {_text(found.metadata.get('tags', {})) or 'no tags'}")
 
 
 @models.command(short_help="Compare content with its hash.")
@@ -191,7 +202,7 @@ def verify(name: str | None, version: int | None) -> int:
 
     Content in a bucket is downloaded to check it. The exit code is 1 if anything was changed, or is not there.
     """
-    registry = _registry()
+    registry = installation.registry()
     if name is None:
         versions: Sequence[Any] = registry.list()
     elif version is None:
@@ -219,18 +230,12 @@ def verify(name: str | None, version: int | None) -> int:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def remove(name: str, version: int, yes: bool) -> None:
     """Remove VERSION of NAME for good. Its number is not used again."""
-    registry = _registry()
+    registry = installation.registry()
     found = registry.get(f"models:/{name}/{version}")
     if not yes and sys.stdin.isatty():
         click.confirm(f"Remove {found} ({_size(found.bytes)}) for good?", abort=True)
     registry.remove(name, version)
     say(f"removed {found}")
-
-
-def _registry() -> Registry:
-    from tally.models.registry import open_registry
-
-    return open_registry()
 
 
 def _text(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from tally.cli import installation
 from tally.cli.console import say
 from tally.storage import temporary
 from tally.text import visible
@@ -29,9 +30,7 @@ def query(job: str, sql: str, as_csv: bool, as_json: bool) -> None:
     \b
     tally query JOB "select label, count(*) from results group by 1 order by 2 desc"
     """
-    from tally.api import Job
-
-    table: Any = Job(job).query(sql)  # a pyarrow.Table
+    table: Any = installation.jobs().query(job, sql)  # a pyarrow.Table
     if as_json or as_csv or not sys.stdout.isatty():
         from tally.sinks.merge import write_text
 

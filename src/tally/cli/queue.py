@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tally.cli import installation
 from tally.cli.console import say
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def queue() -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def depth(url: str, as_json: bool) -> None:
     """How many messages wait, are in hand, and are dead."""
-    found = _opened(url).depth()
+    found = installation.queue(url, _opened).depth()
     counts = {"waiting": found.waiting, "in_hand": found.in_hand, "dead": found.dead}
     if as_json:
         say(json.dumps(counts))
@@ -64,7 +65,7 @@ def depth(url: str, as_json: bool) -> None:
 @_limit(10)
 def peek(url: str, limit: int) -> None:
     """Show the oldest messages as JSON; they stay where they are."""
-    _show(_opened(url).peek(limit))
+    _show(installation.queue(url, _opened).peek(limit))
 
 
 @queue.command()
@@ -72,7 +73,7 @@ def peek(url: str, limit: int) -> None:
 @_limit(10)
 def dead(url: str, limit: int) -> None:
     """Show dead messages and their reasons as JSON."""
-    _show(_opened(url).peek(limit, dead=True))
+    _show(installation.queue(url, _opened).peek(limit, dead=True))
 
 
 @queue.command()
@@ -80,7 +81,7 @@ def dead(url: str, limit: int) -> None:
 @_limit(1000)
 def replay(url: str, limit: int) -> None:
     """Put dead messages back into the queue."""
-    say(f"{_opened(url).replay(limit):,} messages are back in the queue")
+    say(f"{installation.queue(url, _opened).replay(limit):,} messages are back in the queue")
 
 
 @click.command()

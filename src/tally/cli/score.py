@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tally.cli import installation
 from tally.cli.console import literal_pairs, pairs, say
 from tally.errors import JobExistsError
 
@@ -199,13 +200,10 @@ def coordinate(job: str, dead: bool, quiet: bool) -> int:
 
 
 def _start(spec: JobSpec, *, resume: bool, overwrite: bool, quiet: bool) -> int:
-    from tally.jobs.prestart import prestarted
-
-    with prestarted(spec) as engine:  # before anything else that takes long to import
+    with installation.prestarted(spec) as engine:  # before anything else that takes long to import
         from tally.cli.foreground import see_through
-        from tally.jobs.facade import Jobs
 
-        jobs = Jobs()
+        jobs = installation.jobs()
         job = _submit(jobs, spec, resume=resume, overwrite=overwrite)
         return see_through(jobs, job, quiet=quiet, engine=engine)
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from tally.cli import installation
 from tally.cli.console import say, table
 from tally.text import local_time
-
-if TYPE_CHECKING:
-    from tally.triggers.watch import WatchStore
 
 
 @click.group()
@@ -50,11 +47,10 @@ def add(name: str, place: str, file: str, pattern: str, exclude: str | None, par
     tally up
     """
     from tally.jobs.spec import absolute
-    from tally.triggers.watch import look_into, read
+    from tally.triggers.watch import read
 
-    store, place = _store(), absolute(place)
+    store, place = installation.watches(), absolute(place)
     fields = read(file)
-    look_into(place)
     _, count = store.add(
         name, place, pattern=pattern, exclude=exclude, template=fields, file=str(Path(file).absolute()),
         parallel=parallel, existing=existing,
@@ -70,7 +66,7 @@ def list_(as_json: bool) -> None:
     """All watches, and what they have seen."""
     from tally.jobs.spec import shown
 
-    store = _store()
+    store = installation.watches()
     found = store.all()
     if as_json:
         for each in found:
@@ -91,7 +87,7 @@ def list_(as_json: bool) -> None:
 @click.argument("name")
 def pause(name: str) -> None:
     """Take nothing more from NAME, for a while."""
-    _store().pause(name, True)
+    installation.watches().pause(name, True)
     say(f"watch {name} is paused; go on with: tally watch resume {name}")
 
 
@@ -99,7 +95,7 @@ def pause(name: str) -> None:
 @click.argument("name")
 def resume(name: str) -> None:
     """Go on with NAME; what has come meanwhile is taken."""
-    _store().pause(name, False)
+    installation.watches().pause(name, False)
     say(f"watch {name} goes on")
 
 
@@ -107,13 +103,5 @@ def resume(name: str) -> None:
 @click.argument("name")
 def delete(name: str) -> None:
     """Forget NAME; its jobs and their results stay."""
-    _store().delete(name)
+    installation.watches().delete(name)
     say(f"watch {name} is forgotten; its jobs stay")
-
-
-def _store() -> WatchStore:
-    from tally.config import settings
-    from tally.database.connect import connect
-    from tally.triggers.watch import WatchStore
-
-    return WatchStore(connect(settings().database))
