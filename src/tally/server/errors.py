@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -69,6 +70,12 @@ class ErrorAnswer(BaseModel):
 def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For a route's ``responses``: the errors that it may answer with."""
     return {status: {"model": ErrorAnswer} for status in statuses}
+
+
+def answers_beside(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """As :func:`answers`, of a route whose answer is no JSON: FastAPI would say of errors that they are none either."""
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
 def install(app: FastAPI) -> None:

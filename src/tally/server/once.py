@@ -107,9 +107,9 @@ class OnceRoute(APIRoute):
             name = request.headers.get(HEADER)
             if name is None or request.method != "POST":
                 return await plain(request)
+            who = await principal_of(request)
             if not _KEY.fullmatch(name):
                 raise SpecError(f"{HEADER}: should be 1 to 200 visible characters of ASCII")
-            who = await principal_of(request)
             store = AnswerStore(request.app.state.jobs.store.engine)
             key = hashlib.sha256(f"{who.key_id}\0{name}".encode()).hexdigest()
             before = await asyncio.to_thread(store.begin, key, await _digest(request))

@@ -18,7 +18,7 @@ from tally.jobs.states import ENDED, State
 from tally.jobs.store import JobRecord
 from tally.server.api.views import DeadItem, DeadList, JobDetail, JobList, JobView
 from tally.server.auth.guard import Admin, Operator, Viewer
-from tally.server.errors import answers
+from tally.server.errors import answers, answers_beside
 from tally.server.feed import Feed
 from tally.server.once import OnceRoute
 from tally.server.places import check as check_places
@@ -97,7 +97,11 @@ def get_job(who: Viewer, jobs: AllJobs, job: JobId) -> JobDetail:
     return JobDetail.of(record, starting=jobs.starts.is_waiting(record.id))
 
 
-@router.get("/{job}/events", response_class=EventSourceResponse, responses=answers(404))
+@router.get(
+    "/{job}/events",
+    response_class=EventSourceResponse,
+    responses=answers_beside(400, 401, 403, 404, 409, 413, 422, 429, 503),
+)
 async def job_events(
     who: Viewer, jobs: AllJobs, feed: Annotated[Feed, Depends(feed_of)], job: JobId
 ) -> AsyncIterator[ServerSentEvent]:
