@@ -372,7 +372,7 @@ class RemoteQueue(Queue):
     def acknowledge(self, messages: Sequence[Message]) -> None:
         _not_here(self)
 
-    def reject(self, message: Message, reason: str) -> None:
+    def reject(self, rejected: Sequence[tuple[Message, str]]) -> None:
         _not_here(self)
 
     def send(self, messages: Sequence[Message]) -> None:

@@ -14,11 +14,11 @@ from tally.errors import SpecError
 from tally.jobs.spec import JobSpec
 from tally.network import refusal
 from tally.server.uploads import uploads_folder
-from tally.sources.queues.factory import is_queue
 from tally.storage import is_url
 from tally.text import expanded
 
-_PORTS = {"http": 80, "https": 443}
+_PORTS = {"http": 80, "https": 443, "amqp": 5672, "amqps": 5671, "redis": 6379, "rediss": 6379}
+"""URLs that name a host. Others name what is reached with the credentials of the server's environment."""
 _UPLOADED = ("source", "labels", "upload")
 """What may be an upload: data. What runs may not, or whoever uploads could run code."""
 
@@ -53,7 +53,7 @@ def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
         scheme = urlsplit(place).scheme.lower()
     except ValueError as error:
         return f"{name}: {place!r} is no URL: {error}"
-    if scheme in _PORTS or (is_url(place) and is_queue(place)):
+    if scheme in _PORTS:
         return _host_refusal(name, place)
     if is_url(place):
         return f"{name}: file URLs are not taken: {place}" if scheme == "file" else None
@@ -74,7 +74,7 @@ def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
 def _host_refusal(name: str, url: str) -> str | None:
     parts = urlsplit(url)
     try:
-        host, port = parts.hostname, parts.port or _PORTS.get(parts.scheme.lower(), 0)
+        host, port = parts.hostname, parts.port or _PORTS[parts.scheme.lower()]
     except ValueError:
         return f"{name}: {url!r} has no valid port"
     if not host:
