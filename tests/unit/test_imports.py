@@ -24,6 +24,7 @@ LAYERS = (
     ("serving",),
     ("training",),
     ("jobs",),
+    ("push",),
     ("alerts", "health"),
     ("sinks", "sources", "engines"),
     ("scorers",),

@@ -15,13 +15,16 @@ import hmac
 import os
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
 import tally
 from tally.errors import SpecError
 from tally.processes import withhold
+from tally.text import visible
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection
@@ -32,6 +35,8 @@ ANSWER_SECONDS = 10.0
 """Limit from the connection to the answer's status, even if single bytes keep arriving."""
 
 _GONE = 410
+_MOST_READ = 2000
+"""Bytes that are read of an answer."""
 _PREFIX = "whsec_"
 _SHORTEST = 24
 """Bytes of a secret, by the specification."""
@@ -80,6 +85,11 @@ def address(webhook: str) -> str:
     return found
 
 
+def has_secret() -> bool:
+    """Whether there is a key to sign with."""
+    return bool(os.environ.get(SECRET, "").strip())
+
+
 def secret() -> bytes:
     """The key that bodies are signed with, from the environment. Raises SpecError."""
     given = os.environ.get(SECRET, "").strip()
@@ -101,29 +111,48 @@ def signature(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
     return "v1," + base64.b64encode(signed).decode()
 
 
-def post(url: str, key: bytes, message_id: str, body: bytes) -> None:
-    """Send the JSON ``body`` once. TLS is verified, redirects are not followed, proxies are not used.
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a receiver said. text: the beginning of what it says about a request that it did not accept.
+    retry_after: seconds that it asks for, if it does."""
 
-    Raises UndeliveredError unless the answer's status is 2xx.
-    """
-    parts = urlsplit(url)
-    timestamp = int(time.time())
-    headers = {
-        "content-type": "application/json",
-        "user-agent": f"tally/{tally.__version__}",
-        "webhook-id": message_id,
-        "webhook-timestamp": str(timestamp),
-        "webhook-signature": signature(key, message_id, timestamp, body),
-    }
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    status = _status(_connection(parts), target, body, headers)
+    status: int
+    text: str = ""
+    retry_after: float = 0.0
+
+
+def post(url: str, key: bytes, message_id: str, body: bytes) -> None:
+    """Send the JSON ``body`` once. Raises UndeliveredError unless the answer's status is 2xx."""
+    status = send(url, body, message_id, key=key).status
     if 200 <= status < 300:
         return
     why = ": redirects are not followed" if 300 <= status < 400 else ""
     raise UndeliveredError(f"answered {status}{why}", final=status == _GONE)
 
 
-def _status(connection: HTTPConnection, target: str, body: bytes, headers: dict[str, str]) -> int:
+def send(
+    url: str, body: bytes, message_id: str, *, key: bytes | None, headers: Mapping[str, str] | None = None
+) -> Answer:
+    """Post JSON once, signed if there is a key. TLS is verified, redirects are not followed, proxies are not used.
+
+    Raises UndeliveredError where there is no answer.
+    """
+    parts = urlsplit(url)
+    timestamp = int(time.time())
+    sent = {
+        **(headers or {}),
+        "content-type": "application/json",
+        "user-agent": f"tally/{tally.__version__}",
+        "webhook-id": message_id,
+        "webhook-timestamp": str(timestamp),
+    }
+    if key is not None:
+        sent["webhook-signature"] = signature(key, message_id, timestamp, body)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return _answer(_connection(parts), target, body, sent)
+
+
+def _answer(connection: HTTPConnection, target: str, body: bytes, headers: Mapping[str, str]) -> Answer:
     import socket
     from http.client import HTTPException
 
@@ -141,7 +170,12 @@ def _status(connection: HTTPConnection, target: str, body: bytes, headers: dict[
         until = time.monotonic() + ANSWER_SECONDS
         timer.start()
         connection.request("POST", target, body, headers)
-        return connection.getresponse().status  # the answer's body is not read
+        answer = connection.getresponse()
+        if 200 <= answer.status < 400:
+            return Answer(answer.status)
+        after = answer.getheader("retry-after", "")
+        text = answer.read(_MOST_READ).decode("utf-8", "replace")
+        return Answer(answer.status, visible(" ".join(text.split())), float(after) if after.isdigit() else 0.0)
     except (OSError, HTTPException, ValueError) as error:
         late = time.monotonic() >= until
         raise UndeliveredError(f"no answer within {ANSWER_SECONDS:g} s" if late else _reason(error)) from None

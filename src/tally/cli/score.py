@@ -126,6 +126,11 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
     help="Notify the webhook if this is true when the job ends: 'anomalies > 0'.",
 )
 @click.option("--webhook", help="Where alerts are sent: https://..., or env:NAME.")
+@click.option(
+    "--push",
+    help="Where rows go, too, as they are committed: https://..., env:NAME, or a table, postgresql://HOST/DB#TABLE; "
+    "or a mapping: {url: ..., items: 100}.",
+)
 @click.option("--strict", is_flag=True, help="Stop at the first item that fails.")
 @click.option("--price-per-hour", type=float, help="What this machine costs; the job's cost is then shown.")
 @click.option(
@@ -156,6 +161,7 @@ def score(
     tally score readings.parquet --model model.skops --out predictions.parquet
     tally score 'readings/*.csv' --model-per Device,Tag='models/{Device}_{Tag}.skops' --out predictions.csv
     """
+    from tally import plain_yaml
     from tally.jobs.spec import CSV_VALUES, QUEUE_VALUES, make
 
     fields["alerts"] = fields["alerts"] or None
@@ -163,6 +169,8 @@ def score(
         fields[flag] = fields[flag] or None
     fields |= {"settings": pairs("--set", assignments), "csv": literal_pairs("--csv", csv_options, CSV_VALUES)}
     fields["queue"] = literal_pairs("--queue", queue_options, QUEUE_VALUES)
+    if fields["push"] is not None:
+        fields["push"] = plain_yaml.value(fields["push"])
     spec = make(resources=pairs("--resource", resources), **fields)
     return _start(spec, resume=resume, overwrite=overwrite, quiet=quiet)
 

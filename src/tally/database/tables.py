@@ -124,6 +124,22 @@ received_keys = Table(
     Index("received_keys_by_age", "job_id", "at"),
 )
 
+# What is committed and not pushed yet: what one attempt gave, or one item that was refused.
+pushes = Table(
+    "pushes",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("job_id", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("parcel", String(32), nullable=False),  # its name, which no other has
+    Column("item_keys", JSON, nullable=False),
+    # The attempt's output, whose staged files hold the rows; or, of a refused item, its rows (Arrow's stream format).
+    Column("output", JSON),
+    Column("rows", LargeBinary),
+    # Why the receiver does not take the item.
+    Column("refused", Text),
+    Index("pushes_by_job", "job_id", "id"),
+)
+
 # Jobs that a server is to start.
 starts = Table(
     "starts",

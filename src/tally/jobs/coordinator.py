@@ -68,10 +68,12 @@ from tally.jobs.policy import (
     had_begun,
     is_too_large_a_share,
 )
+from tally.jobs.pusher import Pusher, refusal
 from tally.jobs.scaling import CHUNKS_PER_SLOT, Scaler
 from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.jobs.tidy import undo_retry
+from tally.push.base import Receiver
 from tally.sinks.base import Output, Sink
 from tally.sources.base import Chunk, Source
 from tally.text import iso_time
@@ -127,6 +129,7 @@ class Coordinator:
     """Owns one job by a lease. :meth:`run` returns when the job is finished, stopped or lost.
 
     workers: the least and the most slots of the engine; between them, there are as many as there is work for.
+    receiver: gets all rows as they are committed.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class Coordinator:
         batch_size: int,
         manifest: dict[str, Any],
         events: Events | None = None,
+        receiver: Receiver | None = None,
     ) -> None:
         self._store, self._lease, self._spec = store, lease, spec
         self._source, self._sink, self._engine = source, sink, engine
@@ -165,6 +169,12 @@ class Coordinator:
         self._sizer = ChunkSizer(batch_size, self._most, source.chunk_seconds, most)
         self._planner: Planner | None = None
         self._intake = None if source.bounded else Intake(store, lease.job_id, source, self._patience, self._events)
+        self._pusher: Pusher | None = None
+        if receiver is not None:
+            self._pusher = Pusher(
+                store, lease, sink, receiver,
+                patience=self._patience, events=self._events, failed=lambda error: self._inbox.put(("unpushed", error)),
+            )  # fmt: skip
         self._published_at = time.monotonic()
         self._unpublished = False
         self._loaded = self._prepared = self._starved = False
@@ -221,6 +231,8 @@ class Coordinator:
             self._open = counts["pending"] + counts["running"]
             if self._intake is not None:
                 self._publish_settled()
+            if self._pusher is not None:
+                self._pusher.start()
             self._load()
             self._plan()
             self._loop()
@@ -244,6 +256,8 @@ class Coordinator:
             renewer.stop()
             if self._planner is not None:
                 self._planner.stop()
+            if self._pusher is not None:
+                self._pusher.stop()
             self._source.close()
             self._engine.stop(kill=True)
 
@@ -307,6 +321,8 @@ class Coordinator:
             case ("done", stored, attempt, future):
                 self._heard_at = time.monotonic()
                 self._settle(stored, attempt, future, turn)
+            case ("unpushed", error):
+                self._fail(error)
             case ("stop", now):
                 self._halt("interrupted", grace=0.0 if now else GRACE_SECONDS)
             case ("wanted", wanted):
@@ -351,6 +367,7 @@ class Coordinator:
             done=turn.done,
             lost=turn.lost,
             usage=usage,
+            push=self._to_push(turn),
             take=take,
         )
         if turn.done:
@@ -370,6 +387,8 @@ class Coordinator:
         if counted:
             self._rates.append((now, self._done))
             self._unpublished = True
+            if self._pusher is not None:
+                self._pusher.wake()
         if self._intake is not None:
             dead = {item.key: item.error for each in counted for item in each.dead}
             self._intake.acknowledge([turn.settled[each.id] for each in counted], dead)
@@ -379,6 +398,14 @@ class Coordinator:
                 self._inbox.put(("more",))  # look again at once
         self._hand_out(taken)
         self._check_dead()
+
+    def _to_push(self, turn: _Turn) -> dict[int, list[str]]:
+        """The keys of what was scored, by chunk, if rows are pushed."""
+        if self._pusher is None:
+            return {}
+        dead = {each.key for done in turn.done for each in done.dead}
+        keys = {done.id: self._source.keys(turn.settled[done.id]) for done in turn.done}
+        return {number: [key for key in found if key not in dead] for number, found in keys.items()}
 
     def _tell(self, chunk: Chunk, done: Done) -> None:
         """Send the events of a committed chunk."""
@@ -642,6 +669,8 @@ class Coordinator:
                     hint=_mend_all(self._lease.job_id),
                 )
             )
+        if self._stop is None and self._pusher is not None:
+            self._arrive(self._pusher)
         if self._stop is None:
             try:
                 manifest = self._finalize()
@@ -662,6 +691,20 @@ class Coordinator:
             raise self._error
         self._release(self._stop or "interrupted")
         return self._stop or "interrupted"
+
+    def _arrive(self, pusher: Pusher) -> None:
+        """Wait until all rows have arrived where they are pushed."""
+        try:
+            pusher.drain(stopped=lambda: self._stopping)
+        except TallyError as error:
+            self._fail(error)
+            return
+        if self._stopping:
+            self._halt("interrupted", grace=0.0)
+        elif refused := self._patience(lambda: self._store.refused(self._lease.job_id)):
+            self._fail(refusal(refused, self._lease.job_id))
+        elif self._spec.push is not None:
+            self._events.note(f"all rows have arrived at {self._spec.push.shown}")
 
     def _give_up(self, error: Exception) -> None:
         """The job has failed; one that was finished before it was retried is as finished as it was."""
@@ -722,6 +765,8 @@ class Coordinator:
         """Publish what is committed and not published yet."""
         if self._intake is None or not self._unpublished:
             return
+        if self._pusher is not None and self._stop != "cancelled" and not self._pusher.idle:
+            return  # what is published is not staged any more, and could not be pushed
         nonce = new_nonce()
         self._patience(lambda: self._store.advance(self._lease, nonce=nonce))
         self._publish_settled()

@@ -26,6 +26,7 @@ from tally.jobs.tidy import undo_retry
 from tally.models.load import verify
 from tally.models.reference import ModelRef
 from tally.models.resolve import refreshed
+from tally.push.factory import open_receiver
 from tally.sinks.base import Sink
 
 
@@ -97,6 +98,7 @@ def drive(
             workers=(least, most),
             batch_size=parts.batch_size,
             manifest=_facts(spec, parts.model),
+            receiver=None if spec.push is None else open_receiver(spec.push, _pushed(record, parts.model)),
             # Its own, as the caller's may serve several jobs, or this one again.
             events=Events(events, _record_of(store, lease, patience), _alerts_of(store, events, patience)),
         )
@@ -170,6 +172,11 @@ def _reopen(store: JobStore, lease: Lease, record: JobRecord, parts: Parts, pati
             lease, replay, published=published, model=model, unmarked=parts.source.unmarked, nonce=nonce
         )
     )
+
+
+def _pushed(record: JobRecord, model: ModelRef) -> dict[str, Any]:
+    """What the bodies of pushed rows may name, beside the rows."""
+    return {"job": record.id, "model": model.name, "version": model.version}
 
 
 def _facts(spec: JobSpec, model: ModelRef) -> dict[str, Any]:

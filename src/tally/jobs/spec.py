@@ -18,9 +18,11 @@ from pydantic_core import PydanticCustomError
 from tally.alerts.rules import checked as alert_rule
 from tally.alerts.webhook import checked as web_address
 from tally.alerts.webhook import shown as shown_webhook
+from tally.config import settings
 from tally.engines.factory import checked as engine_name
 from tally.errors import SpecError, StorageError
 from tally.masking import mask
+from tally.push.target import Push, is_database
 from tally.storage import is_url, refuse_secrets
 from tally.text import did_you_mean, expanded, seconds
 
@@ -53,6 +55,7 @@ class JobSpec(BaseModel):
     settings, csv: values that JSON knows; dates and times are written as text.
     escape_formulas: in CSV, text that a spreadsheet would take for a formula begins with an apostrophe.
     queue, until_empty: queues only. queue: how messages are read: body, key, template, base, prefetch.
+    push: where rows go, too, as they are committed; an address alone stands for its ``url``.
     alerts: rules that are evaluated when the job has ended; webhook: who is told when one of them holds.
     every, size, frames, codec, crf, audio: videos only. size: (width, height) in pixels (``640x360`` is understood).
     engine: who runs the workers: ``local`` on this machine, ``ray`` on a Ray cluster, or one of an installed package.
@@ -113,6 +116,7 @@ class JobSpec(BaseModel):
     price_per_hour: float | None = Field(default=None, ge=0)
     alerts: tuple[Annotated[str, AfterValidator(alert_rule)], ...] = ()
     webhook: Annotated[str, AfterValidator(web_address)] | None = Field(default=None, repr=False)
+    push: Push | None = None
 
     @field_validator("source", mode="before")
     @classmethod
@@ -129,6 +133,11 @@ class JobSpec(BaseModel):
                 except StorageError as error:
                     raise ValueError(str(error)) from None
         return value
+
+    @field_validator("push", mode="before")
+    @classmethod
+    def _address_alone(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
 
     @field_validator("by", "keep", "aggregate", mode="before")
     @classmethod
@@ -300,6 +309,7 @@ def make(**fields: Any) -> JobSpec:
     """
     if (given := fields.pop("model_per", None)) is not None:
         fields |= _model_per(given, fields)
+    fields = _into_a_table(fields)
     try:
         spec = JobSpec(**{name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
@@ -314,6 +324,23 @@ def make(**fields: Any) -> JobSpec:
             "artifacts": absolute(spec.artifacts) if spec.artifacts else None,
         }
     )
+
+
+def _into_a_table(fields: dict[str, Any]) -> dict[str, Any]:
+    """``out: postgresql://HOST/DATABASE#TABLE``: rows are pushed there, and kept in Tally's home, to be looked at."""
+    out = fields.get("out")
+    if not isinstance(out, str) or not is_database(out):
+        return fields
+    if fields.get("push") is not None:
+        raise SpecError("out: is a table, where rows are pushed, and push is given too", hint="Give a folder for out.")
+    if fields.get("engine") == "ray":
+        raise SpecError(
+            "out: is a table, and a cluster's workers need a place that all of them can write to",
+            hint="Give a bucket, and the table for push: --out s3://bucket/results --push " + out,
+        )
+    text = json.dumps([out, fields.get("source"), fields.get("model")], default=str)
+    place = settings().home / "outputs" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {**fields, "out": str(place), "push": {"url": out}}
 
 
 def _model_per(given: Any, fields: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from tally.database.clock import now
 from tally.database.notify import notify
 from tally.database.tables import dead_items, jobs
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError, SpecError
-from tally.jobs import chunks, received_keys, starts
+from tally.jobs import chunks, outbox, received_keys, starts
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
 from tally.jobs.states import ENDED, STATES, Request
 from tally.sinks.base import Output
@@ -330,7 +330,7 @@ class JobStore:
     def delete(self, job_id: str) -> None:
         """Forget the job and everything that belongs to it."""
         with self.engine.begin() as connection:
-            for table in (tables.chunks, dead_items, tables.received_keys):
+            for table in (tables.chunks, dead_items, tables.received_keys, tables.pushes):
                 connection.execute(sa.delete(table).where(table.c.job_id == job_id))
             connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
 
@@ -402,6 +402,7 @@ class JobStore:
         done: Sequence[Done] = (),
         lost: Sequence[Lost] = (),
         usage: Mapping[str, float] | None = None,
+        push: Mapping[int, Sequence[str]] | None = None,
         take: int = 0,
         nonce: str | None = None,
     ) -> tuple[list[Done], list[StoredChunk]]:
@@ -410,6 +411,7 @@ class JobStore:
         received: of an endless source, the keys of each planned chunk, one for each item.
         complete: ``planned`` holds the last chunks there are.
         usage: numbers to add to the job's, beside those of the outcomes.
+        push: by the numbers of chunks in ``done`` whose rows are to be pushed, the keys of what was scored.
         take: hand out up to that many pending chunks, in order.
         nonce: from :func:`new_nonce`. Repeated with the same nonce, before any other commit, nothing is done twice:
             the result is that of the first call, if that was carried out.
@@ -431,6 +433,8 @@ class JobStore:
                 received_keys.insert(connection, job_id, planned, received)
             replaced = bool(lost) and chunks.replace(connection, job_id, row["generation"], lost)
             counted = chunks.finish(connection, job_id, done, nonce) if done else []
+            if push:
+                outbox.add(connection, job_id, {each.id: each.output for each in counted if each.id in push}, push)
             if counted or usage:
                 changes |= _totals(row, counted, usage or {})
             taken = chunks.take(connection, job_id, take, nonce) if take > 0 else []
@@ -473,6 +477,28 @@ class JobStore:
             changes = {"generation": generation, "nonce": nonce}
             connection.execute(sa.update(jobs).where(jobs.c.id == lease.job_id).values(**changes))
         return generation
+
+    def unpushed(self, lease: Lease, *, limit: int) -> list[outbox.Waiting]:
+        """What waits to be pushed, oldest first, without what was refused."""
+        with self._read() as connection:
+            return outbox.waiting(connection, lease.job_id, limit)
+
+    def pushed(self, lease: Lease, number: int, refused: Sequence[outbox.Refused] = ()) -> None:
+        """What waited has arrived, but for what was refused. May be repeated."""
+        with self.engine.begin() as connection:
+            self._own(connection, lease)
+            outbox.settle(connection, lease.job_id, number, refused)
+
+    def push_refused_again(self, lease: Lease) -> None:
+        """Have what was refused wait again."""
+        with self.engine.begin() as connection:
+            self._own(connection, lease)
+            outbox.try_again(connection, lease.job_id)
+
+    def refused(self, job_id: str) -> list[tuple[str, str]]:
+        """Key and reason of each item that was refused when it was pushed."""
+        with self._read() as connection:
+            return outbox.refused(connection, job_id)
 
     def forget_keys(self, lease: Lease, *, older_than: float) -> int:
         """Forget keys that were planned more than so many seconds ago and whose items are done; returns how many."""

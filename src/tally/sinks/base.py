@@ -16,13 +16,16 @@ A merged output (``out.csv``) has ``out.csv.tally/`` for the first, and ``out.cs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tally.errors import ItemError, SpecError
 from tally.scorers.base import Result
 from tally.sources.base import Chunk, Source
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +219,10 @@ class Sink(ABC):
 
         If the output is finished, remove what they have staged since. Otherwise, finalizing will.
         """
+
+    def staged_rows(self, output: Output) -> Iterator[pa.Table]:
+        """The rows of a committed output that is not published yet, ``key`` first. Raises SpecError if it has none."""
+        raise SpecError(f"{self.place} holds no rows that could be pushed")
 
     @abstractmethod
     def committed(self, outputs: Iterable[Output]) -> tuple[str, list[str]]:

@@ -642,7 +642,7 @@ def as_text(array: Any) -> pa.Array:
     """Values as text: numbers as Arrow prints them, nested values as JSON, bytes as base64."""
     array = _for_python(array)
     if pa.types.is_nested(array.type) or pa.types.is_binary(array.type):
-        return pa.array([None if v is None else _text(v) for v in _values(array)], pa.string())
+        return pa.array([None if v is None else json_text(v) for v in _values(array)], pa.string())
     return array.cast(pa.string())
 
 
@@ -688,7 +688,22 @@ def _has(kind: pa.DataType, test: Callable[[pa.DataType], bool]) -> bool:
     return test(kind) or any(_has(kind.field(at).type, test) for at in range(kind.num_fields))
 
 
-def _text(value: Any) -> str:
+def rows_of(table: Any) -> list[dict[str, Any]]:
+    """The rows of a table as Python's values. Times with nanoseconds, which Python has none for, are text."""
+    columns = [_values(_without_nanoseconds(column)) for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _without_nanoseconds(column: Any) -> Any:
+    kind = column.type
+    exact = (
+        pa.types.is_timestamp(kind) or pa.types.is_duration(kind) or pa.types.is_time64(kind)
+    ) and kind.unit == "ns"
+    return column.cast(pa.string()) if exact and not pa.types.is_duration(kind) else column
+
+
+def json_text(value: Any) -> str:
+    """A value of the results as JSON: NaN and infinities are null, bytes base64, times ISO 8601."""
     return _plain(value) if isinstance(value, bytes) else json.dumps(finite(value), ensure_ascii=False, default=_plain)
 
 

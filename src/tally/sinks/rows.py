@@ -59,6 +59,12 @@ class RowsSink(StagedSink):
         left_out = None if self._sorts else self.order
         return RowsWriter(self.layout, attempt, self._schema(), left_out, textual=self.format != "parquet")
 
+    def staged_rows(self, output: Output) -> Iterator[pa.Table]:
+        """See :meth:`Sink.staged_rows`."""
+        for name in output.files:
+            table = self.layout.table(self.layout.staging + name)
+            yield table.drop_columns(self.order) if self._sorts and self.order in table.column_names else table
+
     @property
     def _sorts(self) -> bool:
         """Whether the final rows are sorted by ``order``: those of a merged file are."""

@@ -1,0 +1,97 @@
+"""What is committed and to be pushed: the statements that keep it until it has arrived.
+
+It is put there by the transaction that commits the rows, and leaves once the receiver has them. So nothing that is
+committed is forgotten, whoever is killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import sqlalchemy as sa
+
+from tally.database.lease import new_token
+from tally.database.tables import pushes
+from tally.sinks.base import Output
+from tally.text import storable
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits. name: no other has it. keys: of its items. output: where its rows are staged, or else ``rows``."""
+
+    id: int
+    name: str
+    keys: list[str]
+    output: Output | None
+    rows: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An item that the receiver does not take, why, and its rows in Arrow's stream format."""
+
+    key: str
+    reason: str
+    rows: bytes
+
+
+def add(
+    connection: sa.Connection, job_id: str, outputs: Mapping[int, Output], keys: Mapping[int, Sequence[str]]
+) -> None:
+    """Have the rows of these chunks wait."""
+    rows = [
+        {
+            "job_id": job_id,
+            "parcel": new_token(),
+            "item_keys": [storable(key) for key in keys[number]],
+            "output": asdict(output),
+        }
+        for number, output in outputs.items()
+    ]
+    if rows:
+        connection.execute(sa.insert(pushes), rows)
+
+
+def waiting(connection: sa.Connection, job_id: str, limit: int) -> list[Waiting]:
+    """See :meth:`JobStore.unpushed`."""
+    these = (pushes.c.job_id == job_id, pushes.c.refused.is_(None))
+    query = sa.select(pushes).where(*these).order_by(pushes.c.id).limit(limit)
+    return [
+        Waiting(
+            row["id"], row["parcel"], row["item_keys"], Output(**row["output"]) if row["output"] else None, row["rows"]
+        )
+        for row in connection.execute(query).mappings()
+    ]
+
+
+def settle(connection: sa.Connection, job_id: str, number: int, refused: Sequence[Refused]) -> None:
+    """See :meth:`JobStore.pushed`."""
+    gone = connection.execute(sa.delete(pushes).where(pushes.c.id == number, pushes.c.job_id == job_id)).rowcount
+    if gone and refused:
+        connection.execute(
+            sa.insert(pushes),
+            [
+                {
+                    "job_id": job_id,
+                    "parcel": new_token(),
+                    "item_keys": [storable(each.key)],
+                    "rows": each.rows,
+                    "refused": storable(each.reason),
+                }
+                for each in refused
+            ],
+        )
+
+
+def try_again(connection: sa.Connection, job_id: str) -> None:
+    """See :meth:`JobStore.push_refused_again`."""
+    connection.execute(sa.update(pushes).where(pushes.c.job_id == job_id).values(refused=None))
+
+
+def refused(connection: sa.Connection, job_id: str) -> list[tuple[str, str]]:
+    """See :meth:`JobStore.refused`."""
+    these = (pushes.c.job_id == job_id, pushes.c.refused.is_not(None))
+    query = sa.select(pushes.c.item_keys, pushes.c.refused).where(*these).order_by(pushes.c.id)
+    return [(keys[0], reason) for keys, reason in connection.execute(query)]

@@ -1,0 +1,55 @@
+"""The receiver contract: who gets a job's rows as they are committed.
+
+Rows travel in *parcels*: what one attempt at a chunk gave. A parcel is delivered at least once. It carries a name, and
+each item its key, by which a receiver recognises what it has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+KEY = "key"
+"""The column of a parcel's rows that says whose they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Rows to deliver.
+
+    name: no other parcel has it, and it is the same however often it is tried.
+    keys: of all items that were scored, also of those that gave no row. rows: ``key``, then the results' columns.
+    """
+
+    name: str
+    keys: Sequence[str]
+    rows: pa.Table
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An item that the receiver does not take, and never will as it is."""
+
+    key: str
+    reason: str
+
+
+class Receiver(ABC):
+    """Used by one thread."""
+
+    @abstractmethod
+    def deliver(self, parcel: Parcel) -> list[Refusal]:
+        """Deliver a parcel; may be repeated. Returns the items that were refused: all others have arrived.
+
+        Raises StorageAwayError where the receiver does not answer, or not now; StorageError where it takes nothing at
+        all: there is no such table, say, or the key is not accepted.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back connections. Idempotent."""

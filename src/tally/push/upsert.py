@@ -1,0 +1,303 @@
+"""Puts rows into a table of PostgreSQL, SQLite or MariaDB.
+
+What the table holds of an item is replaced by its new rows, in one transaction for each parcel: so each row is there
+once, however often a parcel is delivered. The table is made if there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql, postgresql
+
+from tally.errors import SpecError, StorageAwayError, StorageError
+from tally.masking import mask
+from tally.push.base import KEY, Parcel, Receiver, Refusal
+from tally.push.target import DATABASES, Push
+from tally.sinks.columns import json_text, rows_of
+
+NUMBER = "item_row"
+"""The column that numbers the rows of one item, from 0."""
+
+LONGEST_KEY = 700
+"""Characters: MariaDB indexes no more."""
+
+_KEYS_AT_ONCE = 500
+_TRIES = 5
+"""How often a transaction is tried that another one got in the way of."""
+
+_EXTRAS = {"postgresql": "postgres", "mysql": "mariadb", "mariadb": "mariadb"}
+
+
+_CHECKS = ((4025,), (3819,))
+"""MariaDB's and MySQL's codes for a constraint that is not met; their driver takes them for operational errors."""
+
+
+class _ItemsRefusedError(Exception):
+    """The database does not take these values."""
+
+
+class TableReceiver(Receiver):
+    """Raises SpecError if its database cannot be meant, or its driver is not installed."""
+
+    def __init__(self, push: Push) -> None:
+        assert push.table is not None
+        self._name = push.table
+        address = push.address()
+        try:
+            url = sa.make_url(address)
+        except (sa.exc.ArgumentError, ValueError):
+            raise SpecError("push: the database's URL cannot be understood") from None
+        if url.drivername not in DATABASES:
+            raise SpecError(f"push: {url.drivername}:// is no database that rows can go into")
+        self._shown = f"{mask(url.render_as_string(hide_password=True))}#{self._name}"
+        try:
+            self._engine = sa.create_engine(url.set(drivername=DATABASES[url.drivername]), pool_pre_ping=True)
+        except ImportError:
+            extra = _EXTRAS.get(url.drivername, "postgres")
+            raise SpecError(
+                f"push: {url.drivername}:// needs a driver", hint=f"pip install 'tally-scoring[{extra}]'"
+            ) from None
+        if self._engine.dialect.name in ("mysql", "mariadb"):
+            sa.event.listen(self._engine, "connect", _strictly)
+        self._table: sa.Table | None = None
+
+    def deliver(self, parcel: Parcel) -> list[Refusal]:
+        """See :meth:`Receiver.deliver`."""
+        refusals = [Refusal(key, f"a key of over {LONGEST_KEY} characters") for key in parcel.keys if _is_long(key)]
+        keys = [key for key in parcel.keys if not _is_long(key)]
+        table = self._fitting(parcel.rows.schema)
+        rows = [row for row in self._rows(parcel.rows, table) if not _is_long(row[KEY])]
+        return refusals + self._replace(table, keys, rows)
+
+    def close(self) -> None:
+        """See :meth:`Receiver.close`."""
+        self._engine.dispose()
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    def _replace(self, table: sa.Table, keys: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Refusal]:
+        """Replace what the table holds of these items. An item that the database refuses costs itself alone."""
+        try:
+            self._transaction(lambda connection: _put(connection, table, keys, rows))
+        except _ItemsRefusedError as error:
+            if len(keys) <= 1:
+                return [Refusal(key, str(error)) for key in keys]
+            half = len(keys) // 2
+            return [
+                refusal
+                for some in (keys[:half], keys[half:])
+                for refusal in self._replace(table, some, [row for row in rows if row[KEY] in set(some)])
+            ]
+        return []
+
+    def _transaction(self, change: Callable[[sa.Connection], None]) -> None:
+        """Raises _ItemsRefusedError where the database does not take these values, StorageAwayError where it does not
+        answer, StorageError where it takes nothing."""
+        for tries in range(_TRIES):
+            try:
+                with self._engine.begin() as connection:
+                    change(connection)
+                return
+            except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+                if error.orig is not None and error.orig.args[:1] in _CHECKS:
+                    raise _ItemsRefusedError(_reason(error)) from None
+                # Locked, deadlocked, or away: what lasts is told as away.
+                if tries == _TRIES - 1 or error.connection_invalidated:
+                    raise StorageAwayError(f"{self._shown}: {_reason(error)}") from None
+            except sa.exc.ProgrammingError as error:
+                self._table = None  # it may have been changed
+                raise StorageError(
+                    f"{self._shown} takes no rows: {_reason(error)}", hint="Mend that, then resume the job."
+                ) from None
+            except sa.exc.StatementError as error:
+                raise _ItemsRefusedError(_reason(error)) from None
+
+    def _rows(self, given: pa.Table, table: sa.Table) -> Iterator[dict[str, Any]]:
+        numbers: dict[str, int] = {}
+        plain = [(column.name, _plain_for(column, self._engine.dialect.name)) for column in table.columns]
+        names = set(given.column_names)
+        for row in rows_of(_shaped(given, table, self._shown)):
+            number = numbers[row[KEY]] = numbers.get(row[KEY], -1) + 1
+            made = {name: convert(row[name]) for name, convert in plain if name in names}
+            yield {**made, NUMBER: number} if NUMBER in table.columns else made
+
+    # -- the table -----------------------------------------------------------------------------------------------
+
+    def _fitting(self, schema: pa.Schema) -> sa.Table:
+        """The table, with a column for each of these. Raises StorageError if it is another kind of table."""
+        if self._table is None:
+            found: list[sa.Table] = []
+            self._transaction(lambda connection: found.append(self._opened(connection, schema)))
+            self._table = found[0]
+        table = self._table
+        missing = [field for field in schema if field.name not in table.columns]
+        if missing:
+            lines = "; ".join(
+                f"ALTER TABLE {self._quoted(self._name)} ADD COLUMN {self._quoted(field.name)} "
+                f"{_sql_type(field.type, field.name).compile(self._engine.dialect)}"
+                for field in missing
+            )
+            self._table = None
+            raise StorageError(
+                f"{self._shown} lacks {', '.join(repr(field.name) for field in missing)}",
+                hint=f"Add what is missing, then resume the job: {lines}",
+            )
+        return table
+
+    def _opened(self, connection: sa.Connection, schema: pa.Schema) -> sa.Table:
+        metadata = sa.MetaData()
+        schema_name, _, name = self._name.rpartition(".")
+        if not sa.inspect(connection).has_table(name, schema=schema_name or None):
+            columns = [
+                sa.Column(field.name, _sql_type(field.type, field.name)) for field in schema if field.name != KEY
+            ]
+            made = sa.Table(
+                name,
+                metadata,
+                sa.Column(KEY, _KEY_TYPE, primary_key=True),
+                sa.Column(NUMBER, sa.Integer, primary_key=True, autoincrement=False),
+                *columns,
+                schema=schema_name or None,
+            )
+            made.create(connection, checkfirst=True)
+            metadata = sa.MetaData()
+        found = sa.Table(name, metadata, autoload_with=connection, schema=schema_name or None)
+        for column in found.columns:
+            if isinstance(column.type, sa.JSON):
+                column.type.none_as_null = True
+        if KEY not in found.columns:
+            raise StorageError(
+                f"{self._shown} has no column {KEY!r}, which says whose a row is",
+                hint="Give a table that has one, or the name of a table that is not there: it is made.",
+            )
+        return found
+
+    def _quoted(self, name: str) -> str:
+        return self._engine.dialect.identifier_preparer.quote(name)
+
+
+_KEY_TYPE = sa.Text().with_variant(
+    mysql.VARCHAR(LONGEST_KEY, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
+)
+_TEXT = sa.Text().with_variant(mysql.LONGTEXT(charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb")
+_BYTES = sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
+_JSON = sa.Text().with_variant(postgresql.JSONB(), "postgresql").with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+
+
+def _sql_type(kind: pa.DataType, name: str) -> sa.types.TypeEngine[Any]:
+    """The type of a new table's column."""
+    types = pa.types
+    if name == KEY:
+        return _KEY_TYPE
+    if types.is_boolean(kind):
+        return sa.Boolean()
+    if types.is_uint64(kind):
+        return sa.Numeric(20, 0).with_variant(sa.Text(), "sqlite")
+    if types.is_integer(kind):
+        return sa.BigInteger()
+    if types.is_floating(kind):
+        return sa.Double()
+    if types.is_decimal(kind):
+        # SQLite would keep a float64.
+        return sa.Numeric(kind.precision, kind.scale).with_variant(sa.Text(), "sqlite")
+    if types.is_timestamp(kind):
+        zoned = kind.tz is not None
+        return sa.DateTime(timezone=zoned).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
+    if types.is_date(kind):
+        return sa.Date()
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        return _BYTES
+    if types.is_nested(kind):
+        return _JSON
+    return _TEXT
+
+
+_BYTES_TYPES = (sa.LargeBinary, sa.BINARY, sa.VARBINARY, mysql.TINYBLOB, mysql.MEDIUMBLOB, mysql.LONGBLOB)
+_ALIKE: tuple[tuple[Callable[[pa.DataType], bool], tuple[type, ...]], ...] = (
+    (pa.types.is_boolean, (sa.Boolean, sa.Integer)),
+    (pa.types.is_uint64, (sa.Numeric, sa.String)),
+    (pa.types.is_integer, (sa.Integer, sa.Numeric)),
+    (pa.types.is_floating, (sa.Float,)),
+    (pa.types.is_decimal, (sa.Numeric, sa.String)),
+    (pa.types.is_timestamp, (sa.DateTime,)),
+    (pa.types.is_date, (sa.Date,)),
+    (pa.types.is_binary, _BYTES_TYPES),
+    (pa.types.is_nested, (sa.JSON, sa.String)),
+    (lambda kind: True, (sa.String, sa.Uuid, sa.Enum)),
+)
+"""Which columns of a table hold values of an Arrow type; the first that fits counts."""
+
+
+def _shaped(given: pa.Table, table: sa.Table, shown: str) -> pa.Table:
+    """The rows as they fit the table's columns. Raises StorageError where a column would change what it gets."""
+    arrays = []
+    for name in given.column_names:
+        array = given[name]
+        kind, wanted = array.type, table.columns[name].type
+        if pa.types.is_timestamp(kind) and kind.unit == "ns":
+            try:
+                array = array.cast(pa.timestamp("us", kind.tz))
+            except pa.ArrowInvalid:
+                raise StorageError(
+                    f"{shown}: column {name!r} holds nanoseconds, and no database keeps those",
+                    hint="Round them, or leave the column out.",
+                ) from None
+        fits = next(types for test, types in _ALIKE if test(kind))
+        rounds = pa.types.is_decimal(kind) and isinstance(wanted, sa.Float)  # which is a Numeric to SQLAlchemy
+        if not pa.types.is_null(kind) and (rounds or not isinstance(wanted, fits)):
+            raise StorageError(
+                f"{shown}: column {name!r} is {wanted} there, and the results hold {kind}",
+                hint="Change its type in the table, then resume the job.",
+            )
+        arrays.append(array)
+    return pa.table(arrays, names=given.column_names)
+
+
+def _plain_for(column: sa.Column[Any], dialect: str) -> Callable[[Any], Any]:
+    """What makes a value one that the column takes."""
+    if isinstance(column.type, sa.JSON):
+        return lambda value: None if value is None else json.loads(json_text(value))
+    bare = dialect != "postgresql"
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, dict, tuple)):
+            return json_text(value)
+        if isinstance(value, float) and bare and math.isnan(value):
+            return None  # neither SQLite nor MariaDB knows NaN
+        if bare and getattr(value, "tzinfo", None) is not None:
+            return value.astimezone(UTC).replace(tzinfo=None)
+        if isinstance(column.type, sa.String) and isinstance(value, (int, Decimal)):
+            return str(value)
+        return value
+
+    return plain
+
+
+def _put(connection: sa.Connection, table: sa.Table, keys: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    for begin in range(0, len(keys), _KEYS_AT_ONCE):
+        connection.execute(sa.delete(table).where(table.c[KEY].in_(keys[begin : begin + _KEYS_AT_ONCE])))
+    if rows:
+        connection.execute(sa.insert(table), list(rows))
+
+
+def _is_long(key: str) -> bool:
+    return len(key) > LONGEST_KEY
+
+
+def _reason(error: sa.exc.SQLAlchemyError) -> str:
+    cause = getattr(error, "orig", None) or error
+    return mask(" ".join(str(cause).split()))
+
+
+def _strictly(connection: Any, record: Any) -> None:
+    """Have MariaDB refuse what it would otherwise cut."""
+    with connection.cursor() as cursor:
+        cursor.execute("SET SESSION sql_mode = 'TRADITIONAL', time_zone = '+00:00'")

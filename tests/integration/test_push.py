@@ -1,0 +1,416 @@
+"""Rows go to where they are pushed, each once, whoever is killed or away; what is refused is not lost, and told."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from decimal import Decimal
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import sqlalchemy as sa
+from tests.services import postgres_database, require
+from tests.waiting import wait_for
+
+from tally.alerts import webhook
+from tally.errors import StorageError
+from tally.jobs.facade import Jobs
+from tally.push.base import Parcel
+from tally.push.factory import open_receiver
+from tally.push.post import fill
+from tally.push.target import DATABASES, Push
+
+Cli = Callable[..., Any]
+FACTS = {"job": "j1", "model": "m", "version": 3}
+
+SCORER = """
+import tally
+
+
+class Sizes(tally.Scorer):
+    input = "bytes"
+    columns = {"size": "int64", "part": "float64"}
+
+    def score(self, batch):
+        return [[{"size": len(each), "part": len(each) / 2 + n} for n in range(len(each) % 3)] for each in batch]
+"""
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    """40 items: of each three, one gives no row, one gives one, one gives two."""
+    folder = tmp_path / "items"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"i{number:03}.jpg").write_bytes(b"x" * (number + 1))
+    (tmp_path / "sizes.py").write_text(SCORER)
+    return folder
+
+
+def expected() -> dict[str, list[dict[str, Any]]]:
+    return {
+        f"i{number:03}.jpg": [{"size": number + 1, "part": (number + 1) / 2 + n} for n in range((number + 1) % 3)]
+        for number in range(40)
+    }
+
+
+class Hook:
+    """A web receiver. answer: by the posted JSON, the status. got: what was accepted, by its id."""
+
+    def __init__(self) -> None:
+        self.got: dict[str, Any] = {}
+        self.seen: list[str] = []
+        self.headers: dict[str, str] = {}
+        self.body = b""
+        self.answer: Callable[[Any], int] = lambda body: 200
+        hook = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                name, posted = self.headers["webhook-id"], json.loads(body)
+                status = hook.answer(posted)
+                hook.seen.append(name)
+                if 200 <= status < 300:
+                    hook.got[name] = posted
+                    hook.headers, hook.body = dict(self.headers), body
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(b"as the test asks")
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}/hook"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def hook() -> Iterator[Hook]:
+    made = Hook()
+    yield made
+    made.close()
+
+
+# -- web addresses -----------------------------------------------------------------------------------------------------
+
+
+def test_each_item_is_posted_in_the_form_that_the_job_says(
+    cli: Cli, items: Path, tmp_path: Path, hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TSS_KEY", "hush")
+    monkeypatch.setenv(webhook.SECRET, "whsec_" + "c2VjcmV0" * 6)
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"source: items\nmodel: sizes.py\nout: out\npush:\n  url: {hook.url}\n"
+        "  headers: {Authentication-Key: 'env:TSS_KEY'}\n"
+        "  body: {type: ai-result, payload: {image: '{key}', boxes: '{rows}', by: '{model} of {job}'}}\n"
+    )
+    ran = cli("run", job)
+    assert ran.code == 0, ran.err
+    assert "all rows have arrived at http://127.0.0.1" in ran.err
+    [record] = Jobs().list().jobs
+    assert sorted(hook.got.values(), key=lambda each: str(each["payload"]["image"])) == [
+        {"type": "ai-result", "payload": {"image": key, "boxes": rows, "by": f"sizes of {record.id}"}}
+        for key, rows in expected().items()
+    ]
+    assert hook.headers["Authentication-Key"] == "hush"
+    stamp = int(hook.headers["webhook-timestamp"])
+    signed = webhook.signature(webhook.secret(), hook.headers["webhook-id"], stamp, hook.body)
+    assert hook.headers["webhook-signature"] == signed
+    assert "hush" not in json.dumps(record.spec)
+
+
+def test_several_items_go_in_one_request(cli: Cli, items: Path, tmp_path: Path, hook: Hook) -> None:
+    ran = cli(
+        *("score", items, "--model", tmp_path / "sizes.py", "--out", tmp_path / "out.csv", "--batch-size", 16),
+        *("--push", f"{{url: '{hook.url}', items: 16}}"),
+    )
+    assert ran.code == 0, ran.err
+    posted = [each for some in hook.got.values() for each in some]
+    assert {each["key"]: each["rows"] for each in posted} == expected()
+    assert max(map(len, hook.got.values())) == 16
+    assert len(posted) == 40
+
+
+def test_what_is_refused_costs_itself_and_is_pushed_again_on_resuming(
+    cli: Cli, items: Path, tmp_path: Path, hook: Hook
+) -> None:
+    hook.answer = lambda body: 422 if "i007.jpg" in json.dumps(body) else 200
+    ran = cli(
+        *("score", items, "--model", tmp_path / "sizes.py", "--out", tmp_path / "out.csv"),
+        *("--push", f"{{url: '{hook.url}', items: 8}}"),
+    )
+    assert ran.code == 1
+    assert (
+        "one item was refused where rows are pushed; the first was i007.jpg: answered 422: as the test asks" in ran.err
+    )
+    [record] = Jobs().list().jobs
+    assert record.state == "failed"
+    before = dict(hook.got)
+    assert {each["key"] for some in before.values() for each in _several(some)} == {*expected()} - {"i007.jpg"}
+    hook.answer = lambda body: 200
+    ran = cli("jobs", "resume", record.id)
+    assert ran.code == 0, ran.err
+    [again] = [posted for name, posted in hook.got.items() if name not in before]
+    assert _several(again) == [{"key": "i007.jpg", "rows": expected()["i007.jpg"]}]
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + sum(map(len, expected().values()))
+
+
+def _several(posted: Any) -> list[Any]:
+    return posted if isinstance(posted, list) else [posted]
+
+
+def test_a_receiver_that_takes_nothing_fails_the_job_at_once(cli: Cli, items: Path, tmp_path: Path, hook: Hook) -> None:
+    hook.answer = lambda body: 401
+    given = ("score", items, "--model", tmp_path / "sizes.py", "--out", tmp_path / "out.csv", "--push", hook.url)
+    ran = cli(*given)
+    assert ran.code == 1
+    assert "takes no rows: it answered 401" in ran.err
+    hook.answer = lambda body: 200
+    ran = cli(*given, "--resume")
+    assert ran.code == 0, ran.err
+    assert {each["key"]: each["rows"] for each in hook.got.values()} == expected()
+
+
+def test_while_a_receiver_is_away_the_job_waits_and_a_kill_loses_nothing(
+    items: Path, tmp_path: Path, hook: Hook
+) -> None:
+    hook.answer = lambda body: 503
+    command = [
+        *(sys.executable, "-m", "tally", "score", str(items), "--model", str(tmp_path / "sizes.py")),
+        *("--out", str(tmp_path / "out.csv"), "--push", hook.url),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    wait_for(lambda: hook.seen and [each for each in Jobs().list().jobs if each.done == 40], process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert hook.got == {}
+    half = {"left": 20}
+
+    def answer(body: Any) -> int:
+        half["left"] -= 1
+        return 200 if half["left"] >= 0 else 503
+
+    hook.answer = answer
+    resumed = subprocess.Popen([*command, "--resume"], stderr=subprocess.DEVNULL)
+    wait_for(lambda: half["left"] < 0, resumed)
+    resumed.send_signal(signal.SIGKILL)
+    resumed.wait()
+    hook.answer = lambda body: 200
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {each["key"]: each["rows"] for each in hook.got.values()} == expected()
+    assert Counter(each["key"] for each in hook.got.values()) == dict.fromkeys(expected(), 1)  # known by their id
+
+
+def test_text_of_one_name_becomes_its_value() -> None:
+    values = {"rows": [1, 2], "key": "a", "score": 0.5}
+    found = fill({"all": "{rows}", "of": ["{key}: {score}", "{score}", 7], "{key}": None}, values.get)
+    assert found == {"all": [1, 2], "of": ["a: 0.5", 0.5, 7], "{key}": None}
+
+
+@pytest.mark.parametrize(
+    ("push", "problem"),
+    [
+        ("ftp://host/x", "should be an address"),
+        ("postgresql://host/db", "should end with the table's name"),
+        ("postgresql://me:secret@host/db#t", "holds a password"),
+        ({"url": "sqlite:///x.db#t", "items": 5}, "body, items and headers are for web addresses"),
+        ({"url": "https://h/x", "headers": {"X-Api-Key": "abc"}}, "the header X-Api-Key is a secret"),
+        ({"url": "https://h/x", "headers": {"A\r\nB": "abc"}}, "is no header"),
+        ({"url": "https://h/x", "nonsense": 1}, "nonsense"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(cli: Cli, items: Path, tmp_path: Path, push: Any, problem: str) -> None:
+    ran = cli("score", items, "--model", tmp_path / "sizes.py", "--out", tmp_path / "o", "--push", json.dumps(push))
+    assert ran.code == 2
+    assert problem in ran.err
+    assert "secret@" not in ran.err
+    assert "Traceback" not in ran.err
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def database(kind: str, folder: Path) -> Iterator[str]:
+    """The URL of a new, empty database."""
+    with ExitStack() as stack:
+        if kind == "sqlite":
+            yield f"sqlite:///{folder / 'rows.db'}"
+        elif kind == "postgresql":
+            url = sa.make_url(stack.enter_context(postgres_database()))
+            stack.enter_context(pytest.MonkeyPatch.context()).setenv("PGPASSWORD", url.password or "none")
+            yield url.set(drivername="postgresql", password=None).render_as_string()
+        else:
+            pytest.importorskip("pymysql")
+            server = sa.create_engine("mariadb+pymysql://root@127.0.0.1:3306", isolation_level="AUTOCOMMIT")
+            stack.callback(server.dispose)
+            require("MariaDB", _answers(server))
+            name = f"tally_test_{secrets.token_hex(6)}"
+            with server.connect() as connection:
+                connection.exec_driver_sql(f"CREATE DATABASE {name}")
+                stack.callback(_execute, server, f"DROP DATABASE {name}")
+            yield f"mariadb://root@127.0.0.1:3306/{name}"
+
+
+def _answers(server: sa.Engine) -> bool:
+    try:
+        server.connect().close()
+    except sa.exc.DBAPIError:
+        return False
+    return True
+
+
+def _execute(server: sa.Engine, sql: str) -> None:
+    with server.begin() as connection:
+        connection.exec_driver_sql(sql)
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    with database(request.param, tmp_path) as found:
+        yield found
+
+
+def opened(url: str) -> sa.Engine:
+    made = sa.make_url(url)
+    return sa.create_engine(made.set(drivername=DATABASES[made.drivername]), poolclass=sa.NullPool)
+
+
+def in_table(url: str, query: str = "SELECT * FROM found ORDER BY 1, 2") -> list[tuple[Any, ...]]:
+    with opened(url).connect() as connection:
+        return [tuple(row) for row in connection.exec_driver_sql(query)]
+
+
+def test_rows_go_into_a_table_each_once(cli: Cli, items: Path, tmp_path: Path, url: str) -> None:
+    given = ("score", items, "--model", tmp_path / "sizes.py", "--out", f"{url}#found", "--batch-size", 8)
+    ran = cli(*given)
+    assert ran.code == 0, ran.err
+    rows = [(key, n, row["size"], row["part"]) for key, found in expected().items() for n, row in enumerate(found)]
+    assert in_table(url) == rows
+    [record] = Jobs().list().jobs
+    assert cli("query", record.id, "select count(*) as n from results").out.split() == ["n", str(len(rows))]
+    (items / "i004.jpg").write_bytes(b"x" * 3)  # had two rows, and gives none
+    (items / "i005.jpg").write_bytes(b"x" * 1)
+    assert cli(*given, "--overwrite").code == 0
+    changed = {**expected(), "i004.jpg": [], "i005.jpg": [{"size": 1, "part": 0.5}]}
+    assert in_table(url) == [
+        (key, n, row["size"], row["part"]) for key, found in changed.items() for n, row in enumerate(found)
+    ]
+
+
+def test_values_arrive_to_the_last_digit(url: str) -> None:
+    at = datetime(2026, 3, 29, 1, 30, 0, 123456, tzinfo=UTC)
+    columns = {
+        "whole": pa.array([2**63 - 1, None], "int64"),
+        "huge": pa.array([2**64 - 1, 0], "uint64"),
+        "money": pa.array([Decimal("12345678901234567890.123456789"), None], pa.decimal128(38, 9)),
+        "fine": pa.array([0.1 + 0.2, 1e-300], "float64"),
+        "text": pa.array(["naïve 🙂 'quoted' \\ \n", ""], "string"),
+        "zoned": pa.array([at, None], pa.timestamp("us", "UTC")),
+        "day": pa.array([at.date(), None], pa.date32()),
+        "raw": pa.array([bytes(range(256)), b""], "binary"),
+        "yes": pa.array([True, False], "bool"),
+        "boxes": pa.array([[{"x": 1.5}], []], pa.list_(pa.struct([("x", pa.float64())]))),
+    }
+    rows = pa.table({"key": ["a", "b"], **columns})
+    receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
+    assert receiver.deliver(Parcel("p1", ["a", "b"], rows)) == []
+    assert receiver.deliver(Parcel("p1", ["a", "b"], rows)) == []  # as after a kill
+    receiver.close()
+    engine = opened(url)
+    table = sa.Table("found", sa.MetaData(), autoload_with=engine)
+    with engine.connect() as connection:
+        first, second = connection.execute(sa.select(table).order_by(table.c.key)).mappings().all()
+    assert (first["whole"], Decimal(first["huge"]), Decimal(first["money"])) == (
+        2**63 - 1, 2**64 - 1, Decimal("12345678901234567890.123456789"),
+    )  # fmt: skip
+    assert (first["text"], first["raw"], bool(first["yes"])) == (
+        "naïve 🙂 'quoted' \\ \n", bytes(range(256)), True,
+    )  # fmt: skip
+    assert sorted(in_table(url, "SELECT fine FROM found")) == [(1e-300,), (0.1 + 0.2,)]
+    assert (first["zoned"].replace(tzinfo=UTC), first["day"]) == (at, at.date())
+    boxes = first["boxes"]
+    assert (json.loads(boxes) if isinstance(boxes, str) else boxes) == [{"x": 1.5}]
+    assert (second["whole"], second["money"], second["text"], second["raw"]) == (None, None, "", b"")
+    assert (second["zoned"], second["day"], bool(second["yes"])) == (None, None, False)
+
+
+def test_a_table_of_the_users_own_gets_what_it_has_columns_for(url: str) -> None:
+    engine = opened(url)
+    _execute(engine, "CREATE TABLE found (key_id INTEGER)" if "mariadb" not in url else "CREATE TABLE found (k INT)")
+    rows = pa.table({"key": ["a"], "size": [1]})
+    receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
+    with pytest.raises(StorageError, match="has no column 'key'"):
+        receiver.deliver(Parcel("p1", ["a"], rows))
+    _execute(engine, "DROP TABLE found")
+    quoted = "`key`" if "mariadb" in url else "key"
+    _execute(engine, f"CREATE TABLE found ({quoted} VARCHAR(100), note VARCHAR(10) DEFAULT 'mine')")
+    with pytest.raises(StorageError, match="lacks 'size'") as lacking:
+        receiver.deliver(Parcel("p1", ["a"], rows))
+    _execute(engine, str(lacking.value.hint).partition(": ")[2])
+    assert receiver.deliver(Parcel("p1", ["a"], rows)) == []
+    assert receiver.deliver(Parcel("p2", ["a"], rows.set_column(1, "size", pa.array([2])))) == []
+    assert in_table(url, f"SELECT {quoted}, note, size FROM found") == [("a", "mine", 2)]
+    with pytest.raises(StorageError, match=r"'size' is BIGINT.* there, and the results hold double"):
+        receiver.deliver(Parcel("p3", ["a"], rows.set_column(1, "size", pa.array([2.5]))))
+    receiver.close()
+
+
+def test_an_item_that_the_database_refuses_costs_itself_alone(url: str) -> None:
+    engine = opened(url)
+    quoted = "`key`" if "mariadb" in url else "key"
+    _execute(engine, f"CREATE TABLE found ({quoted} VARCHAR(100), size BIGINT CHECK (size < 5))")
+    keys = [f"k{n}" for n in range(10)]
+    receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
+    refused = receiver.deliver(Parcel("p1", [*keys, "long" * 200], pa.table({"key": keys, "size": list(range(10))})))
+    receiver.close()
+    assert sorted(each.key[:4] for each in refused) == ["k5", "k6", "k7", "k8", "k9", "long"]
+    assert len(in_table(url, "SELECT size FROM found")) == 5
+
+
+def _done(process: subprocess.Popen[bytes], least: int) -> bool:
+    """Whether so many items are done, or the job has ended."""
+    page = Jobs().list().jobs
+    return process.poll() is not None or bool(page and page[0].done >= least)
+
+
+def test_a_job_that_is_killed_again_and_again_leaves_each_row_once(items: Path, tmp_path: Path, url: str) -> None:
+    command = [
+        *(sys.executable, "-m", "tally", "score", str(items), "--model", str(tmp_path / "sizes.py")),
+        *("--out", f"{url}#found", "--batch-size", "1", "--resume", "-q"),
+    ]
+    for least in (1, 12, 25):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        wait_for(partial(_done, process, least), process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 or "already did this same job" in done.stderr, done.stderr
+    assert in_table(url) == [
+        (key, n, row["size"], row["part"]) for key, found in expected().items() for n, row in enumerate(found)
+    ]
