@@ -90,6 +90,10 @@ def install(app: FastAPI) -> None:
         problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         return answer(SpecError(problems))
 
+    @app.exception_handler(RecursionError)
+    async def too_deep(request: Request, error: RecursionError) -> JSONResponse:
+        return answer(SpecError("something given is nested too deeply"))
+
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
         refused = RefusedError(error.status_code, str(error.detail))

@@ -1,0 +1,168 @@
+"""Requests that mean harm: they get an error, and the server goes on answering others."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+import pytest
+from tests.server import Server, running, until
+
+SCORER = """
+import time
+import tally
+
+class Lengths(tally.Scorer):
+    input = "bytes"
+    columns = {"length": "int64"}
+
+    def score(self, batch):
+        time.sleep(PAUSE)
+        return [{"length": len(content)} for content in batch]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "quick.py").write_text(SCORER.replace("PAUSE", "0"))
+    (folder / "slow.py").write_text(SCORER.replace("PAUSE", "0.2"))
+    (folder / "in").mkdir()
+    for number in range(20):
+        (folder / "in" / f"{number}.txt").write_text("secret")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TALLY_HOME", str(tmp_path_factory.mktemp("home")))
+        with running("--root", folder, "--max-upload", 1) as server:
+            yield server
+
+
+@pytest.fixture
+def admin(server: Server) -> Iterator[httpx2.Client]:
+    with server.client() as client:
+        yield client
+        assert client.get("/me").status_code == 200, "it still answers"
+
+
+def job(folder: Path, out: str, **fields: Any) -> dict[str, Any]:
+    return {
+        "source": [str(folder / "in")], "model": str(folder / "quick.py"), "out": str(folder / out), "workers": 1,
+        **fields,
+    }  # fmt: skip
+
+
+def test_sql_reads_one_job_only(admin: httpx2.Client, folder: Path) -> None:
+    ids = [admin.post("/jobs", json=job(folder, name)).json()["id"] for name in ("mine", "theirs")]
+    for each in ids:
+        until(admin, each, lambda view: view["state"] == "finished")
+    other = next((folder / "theirs").glob("part-*"))
+    database = "sqlite_scan('tally.db', 'api_keys')"
+    for sql in (
+        f"from '{other}'", f"from read_parquet('{other}')", f"from '{folder}/mine/../theirs/part-00000.parquet'",
+        f"from glob('{folder}/*')", f"from read_blob('{folder}/in/0.txt')", f"from {database}",
+        "from '/proc/1/environ'",
+        f"select * from results union all by name select * from '{other}'", "from read_csv('http://127.0.0.1/x')",
+        "select getenv('TALLY_HOME')", "call pragma_database_list()", "load httpfs", "export database '/tmp/x'",
+        "with x as (from read_text('/etc/hostname')) from x", f"copy (from results) to '{folder}/written.csv'",
+    ):  # fmt: skip
+        answer = admin.post(f"/jobs/{ids[0]}/query", json={"sql": sql})
+        assert answer.status_code == 422, (sql, answer.text)
+        assert "secret" not in answer.text
+    assert not (folder / "written.csv").exists()
+
+
+@pytest.mark.parametrize("depth", [100, 900, 5_000, 200_000])
+def test_deeply_nested_bodies_are_refused(admin: httpx2.Client, folder: Path, depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    fields = '"source": ["s3://b/in"], "model": "models:/m", "out": "s3://b/out"'
+    for body in (nested, f'{{{fields}, "settings": {{"a": {nested}}}}}', f'{{{fields}, "csv": {{"a": {nested}}}}}'):
+        answer = admin.post("/jobs", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (202, 400, 422), answer.text
+        if answer.status_code == 202:
+            assert admin.post(f"/jobs/{answer.json()['id']}/cancel").status_code in (200, 409)
+
+
+@pytest.mark.parametrize("text", ["a\r\nX-Injected: 1", "a\nb", "\0", "\ud800", "ä" * 2000, "%0d%0aX-Injected: 1"])
+def test_no_text_becomes_a_header(server: Server, admin: httpx2.Client, text: str) -> None:
+    plain = text.encode("utf-8", "surrogatepass")
+    quoted = "".join(f"%{byte:02x}" for byte in plain)
+    base = server.url
+    for path in (f"/login?then={quoted}", f"/api/v1/jobs/{quoted}", f"/api/v1/jobs?text={quoted}", f"/jobs/{quoted}"):
+        answer = admin.get(base + path, headers={"Accept": "text/html"})
+        assert answer.status_code < 500, path
+        assert "x-injected" not in answer.headers
+    nobody = httpx2.get(f"{base}/jobs?x={quoted}", headers={"Accept": "text/html"})
+    assert "x-injected" not in nobody.headers
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET /api/v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"GET /api/v1/jobs HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 1_000_000 + b"\r\n\r\n",
+        b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST /api/v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nzzz\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 100,
+        b"GET http://169.254.169.254/ HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n",
+    ],
+)
+def test_what_is_no_request_is_no_fault(server: Server, admin: httpx2.Client, request_: bytes) -> None:
+    with connected(server) as connection:
+        try:
+            connection.sendall(request_)
+            answer = connection.recv(1000)
+        except ConnectionError:
+            answer = b""
+        assert not answer.startswith(b"HTTP/1.1 5"), answer
+        assert not answer.startswith(b"HTTP/1.1 200"), answer
+
+
+def test_who_does_not_read_holds_nobody_up(server: Server, admin: httpx2.Client, folder: Path) -> None:
+    """Forty pages that are open on a job and read nothing; as many requests that never end."""
+    fields = job(folder, "watched", model=str(folder / "slow.py"), batch_size=1)
+    started = admin.post("/jobs", json=fields).json()["id"]
+    streams = [connected(server) for _ in range(40)]
+    halves = [connected(server) for _ in range(40)]
+    try:
+        for each in streams:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            head = f"GET /api/v1/jobs/{started}/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}"
+            each.sendall(f"{head}\r\n\r\n".encode())
+        for each in halves:
+            each.sendall(b"POST /api/v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        ended = until(admin, started, lambda view: view["state"] == "finished")
+        assert ended["done"] == 20
+    finally:
+        for each in (*streams, *halves):
+            each.close()
+
+
+def test_uploads_without_an_announced_length_are_bounded(admin: httpx2.Client) -> None:
+    boundary = "b"
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'.encode()
+
+    def endless() -> Iterator[bytes]:
+        yield head
+        for _ in range(64):
+            yield b"x" * (1 << 20)
+
+    headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    try:
+        assert admin.post("/uploads", content=endless(), headers=headers).status_code == 413
+    except httpx2.TransportError:  # it hung up while we were still sending
+        pass
+    many = b"".join(head + b"x\r\n" for _ in range(3_000)) + b"--b--\r\n"
+    assert admin.post("/uploads", content=many, headers=headers).status_code in (400, 413, 422)
+
+
+def connected(server: Server) -> socket.socket:
+    parts = urlsplit(server.url)
+    return socket.create_connection((parts.hostname, parts.port), timeout=30)
