@@ -174,6 +174,11 @@ def test_what_cannot_begin_says_why(admin: httpx2.Client, folder: Path) -> None:
         ({"model": "http://127.0.0.1:9/model.onnx"}, "is a private address"),
         ({"model": "http://169.254.169.254/latest"}, "is a private address"),
         ({"webhook": "http://localhost/hook", "alerts": ["dead > 1"]}, "is a private address"),
+        ({"push": "http://127.0.0.1/rows"}, "is a private address"),
+        ({"push": "postgresql://localhost/db#t"}, "is a private address"),
+        ({"push": "sqlite:////etc/rows.db#t"}, "not under a folder that requests may name"),
+        ({"push": "env:SECRET"}, "a variable of the server's own environment"),
+        ({"push": {"url": "https://1.1.1.1", "headers": {"X": "env:SECRET"}}}, "the server's own environment"),
         ({"batchsize": 3}, "batch_size"),
     ],
 )

@@ -18,6 +18,7 @@ from tally.storage import is_url
 from tally.text import expanded
 
 _PORTS = {"http": 80, "https": 443, "amqp": 5672, "amqps": 5671, "redis": 6379, "rediss": 6379}
+_PORTS |= {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mariadb": 3306}
 """URLs that name a host. Others name what is reached with the credentials of the server's environment."""
 _UPLOADED = ("source", "labels", "upload")
 """What may be an upload: data. What runs may not, or whoever uploads could run code."""
@@ -42,20 +43,25 @@ def _places(spec: JobSpec) -> Iterable[tuple[str, str]]:
         place = getattr(spec, name)
         if place:
             yield name, str(place)
+    if spec.push is not None:
+        yield "push", spec.push.url
+        yield from (("push", value) for value in spec.push.headers.values() if value.startswith("env:"))
 
 
 def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
     if name == "model" and place.startswith("models:/"):
         return None
-    if name == "webhook" and place.startswith("env:"):
+    if name in ("webhook", "push") and place.startswith("env:"):  # it would be sent to whom the request names
         return f"{name}: {place!r} names a variable of the server's own environment"
     try:
         scheme = urlsplit(place).scheme.lower()
     except ValueError as error:
         return f"{name}: {place!r} is no URL: {error}"
-    if scheme in _PORTS:
+    if scheme == "sqlite":
+        place = place.partition("#")[0].removeprefix("sqlite:///")
+    elif scheme in _PORTS:
         return _host_refusal(name, place)
-    if is_url(place):
+    elif is_url(place):
         return f"{name}: file URLs are not taken: {place}" if scheme == "file" else None
     if name == "model" and ":" in place:
         return f"{name}: {place!r} names code of the server's own environment; put it into a folder under a root"
