@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from tests.faulty import FaultyProxy
+from tests.kafka import MockKafka, mock_kafka
 from tests.objectstores import AZURITE_ACCOUNT, azurite_queues, moto_s3
 from tests.ports import free_ports
 from tests.services import require
@@ -177,11 +178,28 @@ def _azure_queue(_: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokerUnd
         yield Faulty(f"azure-queue://{AZURITE_ACCOUNT}/items?lock=10", proxy)
 
 
+class RestartedKafka(BrokerUnderTest):
+    def __init__(self, cluster: MockKafka) -> None:
+        self._cluster, self.url = cluster, f"kafka://{cluster.servers}/items?lock=6"
+
+    def hurt(self) -> None:
+        """Every connection is cut."""
+        self._cluster.restart()
+
+
+@contextmanager
+def _kafka(_: Path, __: pytest.MonkeyPatch) -> Iterator[BrokerUnderTest]:
+    with mock_kafka() as cluster:
+        cluster.make("items", partitions=3)
+        yield RestartedKafka(cluster)
+
+
 BROKERS = {
     "rabbitmq": _rabbitmq,
     "redis-stream": _redis,
     "redis-list": partial(_redis, options="?kind=list&lock=2"),
     "sqs": _sqs,
     "azure-queue": _azure_queue,
+    "kafka": _kafka,
 }
 """Each gives a broker of this kind; the test is skipped where it is not there."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.brokers import answers, make_azure_queue, make_sqs_queue
+from tests.kafka import MockKafka, mock_kafka
 from tests.objectstores import AZURITE_ACCOUNT
 from tests.services import require
 
@@ -68,6 +69,18 @@ def azure_queue(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
     yield f"azure-queue://{AZURITE_ACCOUNT}/{name}"
 
 
+@pytest.fixture(scope="session")
+def kafka_cluster() -> Iterator[MockKafka]:
+    with mock_kafka() as cluster:
+        yield cluster
+
+
+def kafka(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    cluster = request.getfixturevalue("kafka_cluster")
+    cluster.make(name)
+    yield f"kafka://{cluster.servers}/{name}?lock=6"
+
+
 MAKERS: dict[str, Callable[[str, pytest.FixtureRequest], Iterator[str]]] = {
     "rabbitmq": rabbitmq,
     "redis-stream": redis_stream,
@@ -75,6 +88,7 @@ MAKERS: dict[str, Callable[[str, pytest.FixtureRequest], Iterator[str]]] = {
     "sqs": sqs,
     "sqs-fifo": sqs_fifo,
     "azure-queue": azure_queue,
+    "kafka": kafka,
 }
 
 

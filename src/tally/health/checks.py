@@ -27,6 +27,7 @@ EXTRAS = {
     "rabbitmq": ("pika",),
     "redis": ("redis",),
     "sqs": ("boto3",),
+    "kafka": ("confluent-kafka",),
     "azure-queue": ("azure-storage-queue", "azure-identity"),
     "server": ("fastapi", "uvicorn"),
 }

@@ -30,6 +30,8 @@ BROKERS = {
     "rediss": _Line("tally.sources.queues.redis", "redis"),
     "sqs": _Line("tally.sources.queues.sqs", "sqs"),
     "azure-queue": _Line("tally.sources.queues.azure_queue", "azure-queue"),
+    "kafka": _Line("tally.sources.queues.kafka", "kafka"),
+    "kafkas": _Line("tally.sources.queues.kafka", "kafka"),
 }
 """By the scheme of URLs."""
 
