@@ -388,7 +388,14 @@ def test_watches(admin: httpx2.Client, operator: httpx2.Client, folder: Path) ->
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://127.0.0.1/0/list?kind=list", "amqp://localhost/%2f/q", "nothing", "redis://["]
+    "url",
+    [
+        "redis://127.0.0.1/0/list?kind=list",
+        "amqp://localhost/%2f/q",
+        "kafka://198.51.100.1:9092,127.0.0.1:9092/t",
+        "nothing",
+        "redis://[",
+    ],
 )
 def test_queues_in_the_servers_network_are_not_asked(operator: httpx2.Client, url: str) -> None:
     assert operator.get("/queues/depth", params={"url": url}).status_code == 422

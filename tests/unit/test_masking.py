@@ -81,6 +81,7 @@ def test_secrets_are_hidden(text: str) -> None:
         "sqs://eu-west-1/images?lock=60",
         "azure-queue://account/images?lock=60&encoding=plain",
         "servicebus://namespace/topic/subscription?lock=60",
+        "kafka://one:9092,two:9092,three:9092/images?lock=30",
         "kafkas://me@one:9093,two:9093/images?group=tally",
         "https://host:8080: connection refused",
         "http://[::1]:8265/x",

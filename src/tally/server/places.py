@@ -17,7 +17,16 @@ from tally.server.uploads import uploads_folder
 from tally.storage import is_url
 from tally.text import expanded
 
-_PORTS = {"http": 80, "https": 443, "amqp": 5672, "amqps": 5671, "redis": 6379, "rediss": 6379}
+_PORTS = {
+    "http": 80,
+    "https": 443,
+    "amqp": 5672,
+    "amqps": 5671,
+    "redis": 6379,
+    "rediss": 6379,
+    "kafka": 9092,
+    "kafkas": 9093,
+}
 _PORTS |= {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mariadb": 3306}
 """URLs that name a host. Others name what is reached with the credentials of the server's environment."""
 _UPLOADED = ("source", "labels", "upload")
@@ -78,12 +87,15 @@ def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
 
 
 def _host_refusal(name: str, url: str) -> str | None:
-    parts = urlsplit(url)
-    try:
-        host, port = parts.hostname, parts.port or _PORTS[parts.scheme.lower()]
-    except ValueError:
-        return f"{name}: {url!r} has no valid port"
-    if not host:
-        return f"{name}: {url!r} names no host"
-    why = refusal(host, port)
-    return None if why is None else f"{name}: the host {why}"
+    scheme, netloc = urlsplit(url)[:2]
+    for server in netloc.rpartition("@")[2].split(","):  # Kafka's URLs name several
+        parts = urlsplit(f"//{server}")
+        try:
+            host, port = parts.hostname, parts.port or _PORTS[scheme.lower()]
+        except ValueError:
+            return f"{name}: {url!r} has no valid port"
+        if not host:
+            return f"{name}: {url!r} names no host"
+        if (why := refusal(host, port)) is not None:
+            return f"{name}: the host {why}"
+    return None
