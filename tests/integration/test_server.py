@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,17 @@ def test_results_are_asked_with_sql_and_nothing_else_is(admin: httpx2.Client, fo
     many = ask("from range(1000000000000)")
     assert many.status_code == 422 or many.json()["truncated"]
     assert ask("select 1 as one").json()["rows"] == [{"one": 1}]  # it still answers
+
+
+def test_rows_go_into_a_table_under_a_root(admin: httpx2.Client, folder: Path) -> None:
+    fields = job(folder, "") | {"out": f"sqlite:///{folder / 'rows.db'}#lengths"}
+    started = admin.post("/jobs", json=fields).json()["id"]
+    until(admin, started, lambda view: view["state"] == "finished")
+    with closing(sqlite3.connect(folder / "rows.db")) as connection:
+        assert connection.execute("SELECT sum(length), count(*) FROM lengths").fetchall() == [(sum(range(30)), 30)]
+    assert len(admin.get(f"/jobs/{started}/rows").json()["rows"]) == 30
+    refused = admin.post("/jobs", json=fields | {"out": "sqlite:////etc/rows.db#lengths"})
+    assert (refused.status_code, "may name" in refused.json()["error"]["message"]) == (422, True)
 
 
 def test_the_same_job_again_is_a_failure_that_names_the_first(admin: httpx2.Client, folder: Path) -> None:

@@ -326,6 +326,11 @@ def make(**fields: Any) -> JobSpec:
     )
 
 
+def pushed_folder() -> Path:
+    """Where rows are kept, too, that go into a table."""
+    return settings().home / "outputs"
+
+
 def _into_a_table(fields: dict[str, Any]) -> dict[str, Any]:
     """``out: postgresql://HOST/DATABASE#TABLE``: rows are pushed there, and kept in Tally's home, to be looked at."""
     out = fields.get("out")
@@ -339,7 +344,7 @@ def _into_a_table(fields: dict[str, Any]) -> dict[str, Any]:
             hint="Give a bucket, and the table for push: --out s3://bucket/results --push " + out,
         )
     text = json.dumps([out, fields.get("source"), fields.get("model")], default=str)
-    place = settings().home / "outputs" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    place = pushed_folder() / hashlib.sha256(text.encode()).hexdigest()[:16]
     return {**fields, "out": str(place), "push": {"url": out}}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tally.errors import SpecError
-from tally.jobs.spec import JobSpec
+from tally.jobs.spec import JobSpec, pushed_folder
 from tally.network import refusal
 from tally.server.uploads import uploads_folder
 from tally.storage import is_url
@@ -82,6 +82,8 @@ def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
         return None
     uploads = uploads_folder().resolve()
     if name in _UPLOADED and resolved.is_relative_to(uploads) and resolved != uploads:
+        return None
+    if name == "out" and resolved.parent == pushed_folder().resolve():  # kept beside rows that go into a table
         return None
     return f"{name}: {place!r} is not under a folder that requests may name"
 
