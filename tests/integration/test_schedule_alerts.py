@@ -1,4 +1,4 @@
-"""Schedules and alerts together: an hour without data tells the webhook, and the loop sends what was left over."""
+"""Schedules and alerts together: an hour without data tells the webhook, and what was left over is sent later."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ import tally
 from tally.alerts import delivery
 from tally.alerts.alert import alerts_of
 from tally.jobs.facade import Jobs
-from tally.triggers.loop import Loop
-from tally.triggers.store import ScheduleStore
 
 Cli = Callable[..., Any]
 DEADLINE = 60.0
@@ -89,7 +87,7 @@ def test_an_interval_without_data_is_told(cli: Cli, scorer: Path, tmp_path: Path
     assert failed.id in cli("schedule", "show", "hourly").out
 
 
-def test_the_loop_sends_what_was_not_delivered(scorer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_delivered_is_sent_later(scorer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "PATIENCE", 0.1)
     monkeypatch.setattr(delivery, "FIRST_DELAY", 0.1)
     with socket.socket() as held:  # nobody listens
@@ -107,14 +105,7 @@ def test_the_loop_sends_what_was_not_delivered(scorer: Path, tmp_path: Path, mon
     store = Jobs().store
     [alert] = alerts_of(store.engine, job.id)
     assert (alert.state, alert.value) == ("pending", 2.0)
-    with receiver(port) as (_, messages):
-        loop = Loop(ScheduleStore(store.engine))
-        thread = threading.Thread(target=loop.run, kwargs={"forever": True})
-        thread.start()
-        try:
-            message = messages.get(timeout=DEADLINE)
-        finally:
-            loop.stop()
-            thread.join(DEADLINE)
+    with receiver(port) as (_, messages), delivery.delivering(store.engine):
+        message = messages.get(timeout=DEADLINE)
     assert message["id"] == alert.message_id
     assert message["data"]["value"] == 2.0

@@ -911,7 +911,7 @@ def test_a_real_job_that_nobody_judged_is_sent_by_hand(
     assert json.loads(receiver.got[0][1])["data"]["value"] == 1
 
 
-def test_the_loop_of_schedules_opens_no_model(
+def test_who_delivers_alerts_opens_no_model(
     store: JobStore, run: Callable[..., Any], receiver: Receiver, tmp_path: Path
 ) -> None:
     assert run([b"odd", b"even"]).code == 0
@@ -919,17 +919,12 @@ def test_the_loop_of_schedules_opens_no_model(
     store.respec(record.id, {**record.spec, "alerts": ["anomalies >= 1"], "webhook": receiver.url})
     (tmp_path / "odd.py").write_text("raise SystemExit('imported')")
     program = (
-        "import sys, threading\n"
+        "import sys\n"
+        "from tally.alerts.delivery import delivering\n"
         "from tally.config import settings\n"
         "from tally.database.connect import connect\n"
-        "from tally.triggers.loop import Loop\n"
-        "from tally.triggers.store import ScheduleStore\n"
-        "loop = Loop(ScheduleStore(connect(settings().database)))\n"
-        "thread = threading.Thread(target=loop.run, kwargs={'forever': True})\n"
-        "thread.start()\n"
-        "sys.stdin.read()\n"
-        "loop.stop()\n"
-        "thread.join()\n"
+        "with delivering(connect(settings().database)):\n"
+        "    sys.stdin.read()\n"
         "print(*sorted(sys.modules))\n"
     )
     with subprocess.Popen(

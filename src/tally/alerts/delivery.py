@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import random
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,7 +28,7 @@ from tally.alerts.job import AlertedJob
 from tally.database import lease
 from tally.database.clock import now
 from tally.database.tables import alerts
-from tally.errors import SpecError
+from tally.errors import DatabaseAwayError, SpecError, TallyError
 from tally.text import storable
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,9 @@ LEASE_SECONDS = 60.0
 
 PATIENCE = 10.0
 """Seconds that the end of a job waits for its alerts to be delivered."""
+
+LOOK_SECONDS = 10.0
+"""Seconds between two looks for alerts of all jobs that are due."""
 
 PASS_SECONDS = 30.0
 """Limit for one call; the rest of what is due is left to the next."""
@@ -86,6 +91,30 @@ def deliver(engine: sa.Engine, *, job_id: str | None = None, patience: float = 0
         if pause is None or time.monotonic() + pause > until:
             return
         time.sleep(max(pause, 0.02))
+
+
+@contextmanager
+def delivering(engine: sa.Engine) -> Iterator[None]:
+    """Meanwhile, a thread delivers the alerts of all jobs, also of those whose process was killed before it could."""
+    stopping = threading.Event()
+
+    def work() -> None:
+        while not stopping.is_set():
+            try:
+                for job_id in alerted.unevaluated(engine):
+                    evaluate(engine, job_id)
+                deliver(engine)
+            except DatabaseAwayError:
+                pass  # whatever else works on it says so
+            except (OSError, TallyError) as error:
+                log.warning("alerts: %s", error)
+            stopping.wait(LOOK_SECONDS)
+
+    threading.Thread(target=work, name="tally-alerts", daemon=True).start()
+    try:
+        yield
+    finally:
+        stopping.set()
 
 
 def _acquire(engine: sa.Engine, job_id: str | None) -> tuple[Alert, str] | None:

@@ -189,6 +189,9 @@ def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
     they have.
     Several may run at once, here and on other hosts with the same database: no interval is run twice.
     """
+    from contextlib import nullcontext
+
+    from tally.alerts.delivery import delivering
     from tally.triggers.loop import Loop
 
     store = installation.schedules()
@@ -203,7 +206,8 @@ def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
                 "running " + (", ".join(each.name for each in known) or "what will be added") + "; Ctrl-C stops",
                 err=True,
             )
-        loop.run(forever=forever)
+        with delivering(store.engine) if forever else nullcontext():
+            loop.run(forever=forever)
     if loop.stopped:
         return 0 if forever else 130
     if not loop.begun:

@@ -37,6 +37,7 @@ _NEEDS = "The server needs more than scoring does: pip install 'tally-scoring[se
     help="A private host that requests may name (a broker, a webhook); may be repeated.",
 )
 @click.option("--max-upload", type=int, default=1024, show_default=True, help="MiB that one upload may have.")
+@click.option("--schedules/--no-schedules", default=True, help="Whether it runs schedules.  [default: it does]")
 def up(
     host: str,
     port: int,
@@ -46,6 +47,7 @@ def up(
     currency: str,
     allow_hosts: tuple[str, ...],
     max_upload: int,
+    schedules: bool,
 ) -> int:
     """Start the server: API and pages.
 
@@ -65,7 +67,7 @@ def up(
         raise SpecError(f"the server cannot start: {error}", hint=_NEEDS) from None
     folders = tuple(expanded(each).absolute() for each in roots)
     settings = ServerSettings(
-        host, port, parallel, folders, price_per_hour, currency, allow_hosts, max_upload=max_upload << 20
+        host, port, parallel, folders, price_per_hour, currency, allow_hosts, max_upload << 20, schedules
     )
     jobs = open_jobs(wait=lambda line: say(line, err=True))
     return serve(jobs, settings, say=say)

@@ -12,6 +12,7 @@ from functools import partial
 from fastapi import APIRouter, FastAPI
 
 import tally
+from tally.alerts.delivery import delivering
 from tally.jobs.facade import Jobs
 from tally.server import errors, health
 from tally.server.api import figures, models, queues, schedules, uploads, watches
@@ -56,12 +57,14 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
         threads = [
             threading.Thread(target=supervisor.run, name="tally-supervisor"),
             threading.Thread(target=watcher.run, name="tally-watcher"),
-            threading.Thread(target=partial(loop.run, forever=True), name="tally-schedules"),
         ]
+        if settings.schedules:
+            threads.append(threading.Thread(target=partial(loop.run, forever=True), name="tally-schedules"))
         for thread in threads:
             thread.start()
         try:
-            yield
+            with delivering(engine):
+                yield
         finally:
             await feed.close()
             watcher.stop()

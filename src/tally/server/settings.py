@@ -20,6 +20,7 @@ class ServerSettings:
         the registry only.
     price_per_hour: of one running worker; currency: what that is counted in.
     allow_hosts: private hosts that requests may name. max_upload: bytes of one upload.
+    schedules: whether it starts runs of schedules that are due.
     """
 
     host: str = "127.0.0.1"
@@ -30,6 +31,7 @@ class ServerSettings:
     currency: str = "USD"
     allow_hosts: tuple[str, ...] = ()
     max_upload: int = 1 << 30
+    schedules: bool = True
 
     def __post_init__(self) -> None:
         problems = []

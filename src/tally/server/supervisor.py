@@ -8,19 +8,14 @@ own, which continue. No model is opened here, and no user's code is imported.
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import subprocess
 import threading
 import time
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from tally import processes
-from tally.config import append_private, settings
+from tally.config import settings
 from tally.database.lease import host
 from tally.errors import DatabaseAwayError, TallyError
+from tally.jobs.children import Children
 from tally.jobs.facade import Jobs
 from tally.jobs.starts import Start
 from tally.jobs.states import ENDED
@@ -35,14 +30,6 @@ ORPHAN_SECONDS = 5.0
 """Seconds between two looks for jobs that have lost their coordinator."""
 ATTEMPTS = 3
 """How often a coordinator may die before it has its job."""
-STOP_SECONDS = 40.0
-"""How long coordinators may take to save what they have, once the server is to stop."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Child:
-    start: Start
-    process: subprocess.Popen[bytes]
 
 
 def log_of(job_id: str) -> Path:
@@ -56,8 +43,8 @@ class Supervisor:
 
     def __init__(self, jobs: Jobs, *, parallel: int) -> None:
         self._jobs, self._parallel = jobs, parallel
-        self._children: list[_Child] = []
         self._wake, self._stopping = threading.Event(), False
+        self._children: Children[Start] = Children(self._wake)
         self._next_orphans = 0.0
 
     @property
@@ -113,52 +100,38 @@ class Supervisor:
 
     def _begin(self, start: Start) -> None:
         assert start.token is not None
-        log_file = log_of(start.job_id)
-        command = processes.command("tally.server.drive", start.job_id, start.token)
         try:
-            with append_private(log_file) as output:
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-                )
+            self._children.start(start, "tally.server.drive", start.job_id, start.token, log=log_of(start.job_id))
         except OSError:
             self._jobs.starts.put_back(start.job_id, start.token)
             raise
-        self._children.append(_Child(start, process))
-        threading.Thread(target=self._wake_when_ended, args=(process,), daemon=True).start()
-
-    def _wake_when_ended(self, process: subprocess.Popen[bytes]) -> None:
-        process.wait()
-        self._wake.set()
 
     def _reap(self) -> None:
         """Settle what has ended. A coordinator that died before it had its job is started again, a few times."""
-        for child in [each for each in self._children if each.process.poll() is not None]:
-            start, token = child.start, child.start.token or ""
-            unsettled = self._jobs.starts.put_back(start.job_id, token)
+        for start in self._children.ended():
+            unsettled = self._jobs.starts.put_back(start.job_id, start.token or "")
             if unsettled is not None and unsettled.attempts >= ATTEMPTS:
                 how = f"its process died {ATTEMPTS} times before it could begin; its log: {log_of(start.job_id)}"
                 log.error("job %s is not started: %s", start.job_id, how)
                 self._jobs.store.give_up(start.job_id, "failed", error=how)
                 self._jobs.starts.forget(start.job_id)
-            self._children.remove(child)  # last: if the database is away, the next turn tries again
+            self._children.forget(start)  # last: if the database is away, the next turn tries again
 
     def _end(self) -> None:
         """Stop the coordinators, which save what they have, and have their jobs started again by the next server."""
-        stopped = list(self._children)
-        for child in stopped:
-            child.process.terminate()
-        deadline = time.monotonic() + STOP_SECONDS
-        for child in stopped:
-            try:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                with suppress(ProcessLookupError):
-                    os.killpg(child.process.pid, signal.SIGKILL)
-                child.process.wait()
+        stopped = self._children.work
+        self._children.stop(self._reap_if_possible)
         try:
-            self._reap()
-            for child in stopped:
-                if self._jobs.store.get(child.start.job_id).state not in (*ENDED, "failed", "paused"):
-                    self._jobs.starts.ask(child.start.job_id, "resume", who=child.start.who)
+            for start in stopped:
+                if self._jobs.store.get(start.job_id).state not in (*ENDED, "failed", "paused"):
+                    self._jobs.starts.ask(start.job_id, "resume", who=start.who)
         except TallyError as error:  # those that are left count as orphaned
             log.warning("%s", error)
+
+    def _reap_if_possible(self) -> None:
+        try:
+            self._reap()
+        except TallyError as error:  # what is left counts as orphaned
+            log.warning("%s", error)
+            for start in self._children.ended():
+                self._children.forget(start)

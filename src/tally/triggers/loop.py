@@ -8,23 +8,15 @@ any number of hosts with one database. No model is opened in this process, and n
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from tally import processes
-from tally.alerts.delivery import deliver
-from tally.alerts.evaluation import evaluate
-from tally.alerts.job import unevaluated
-from tally.config import append_private, settings
+from tally.config import settings
 from tally.database.waiting import Patience
-from tally.errors import DatabaseAwayError, OwnershipLostError, SpecError, TallyError
+from tally.errors import DatabaseAwayError, OwnershipLostError, SpecError
+from tally.jobs.children import Children
 from tally.triggers.cron import Cron, Interval
 from tally.triggers.store import Run, Schedule, ScheduleStore
 
@@ -32,20 +24,10 @@ log = logging.getLogger("tally")
 
 LOOK_SECONDS = 2.0
 """Seconds between two looks at what other processes have changed."""
-ALERT_SECONDS = 10.0
-"""Seconds between two looks for alerts that are due."""
 GRACE_SECONDS = 60.0
 """A tick that is noticed later than this was missed: catch-up decides about it."""
-STOP_SECONDS = 40.0
-"""How long running jobs may take to save what they have, once the loop is to stop."""
 _MISSED_SHOWN = 1000
 """Missed intervals, at most, that are noted at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Child:
-    run: Run
-    process: subprocess.Popen[bytes]
 
 
 def log_of(name: str) -> Path:
@@ -70,11 +52,11 @@ class Loop:
         listen: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._names, self._within, self._say, self._listen = store, set(names), within, say, listen
-        self._children: list[_Child] = []
         self._clocks: dict[tuple[str, str], Cron] = {}
         self._refused: set[str] = set()
         self._patience = Patience(say, what="the schedule")
-        self._wake, self._stopping = threading.Event(), threading.Event()
+        self._wake = threading.Event()
+        self._children: Children[Run] = Children(self._wake)
         self._stops = 0
         self.begun = self.failed = 0
         """How many runs were started, and how many of them failed."""
@@ -88,12 +70,9 @@ class Loop:
         """Start no more runs; running jobs save what they have. Called twice, it kills them."""
         self._stops += 1
         self._wake.set()
-        self._stopping.set()
 
     def run(self, *, forever: bool = False) -> None:
         """Run what is due, with ``forever`` also what will be; returns when all has ended, or after :meth:`stop`."""
-        if forever:
-            threading.Thread(target=self._deliver_alerts, name="tally-alerts", daemon=True).start()
         try:
             while not self.stopped:
                 pause = LOOK_SECONDS
@@ -112,20 +91,6 @@ class Loop:
                 self._wake.clear()
         finally:
             self._end()
-
-    def _deliver_alerts(self) -> None:
-        """Deliver the alerts of all jobs, also of those whose process was killed before it could."""
-        engine = self._store.engine
-        while not self.stopped:
-            try:
-                for job_id in unevaluated(engine):
-                    evaluate(engine, job_id)
-                deliver(engine)
-            except DatabaseAwayError:
-                pass  # the loop reports it
-            except (OSError, TallyError) as error:
-                log.warning("alerts: %s", error)
-            self._stopping.wait(ALERT_SECONDS)
 
     def _turn(self, forever: bool) -> float:
         """Do everything that is due now; returns the seconds until there may be more, or 0 if there will be none."""
@@ -180,59 +145,39 @@ class Loop:
             )
 
     def _begin(self, run: Run, clock: Cron) -> None:
-        log_file = log_of(run.schedule)
         assert run.token is not None
-        command = processes.command("tally.triggers.drive", str(run.id), run.token)
         try:
-            with append_private(log_file) as output:
-                # In a session of its own: Ctrl-C goes to the loop only, which stops the process cleanly.
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-                )
+            self._children.start(run, "tally.triggers.drive", str(run.id), run.token, log=log_of(run.schedule))
         except OSError:
             self._store.put_back(run.id, run.token, counted=False)
             raise
-        self._children.append(_Child(run, process))
         self.begun += 1
         self._say(
             f"{run.schedule}: {clock.span(run.interval)} begins" + (f" ({run.reason})" if run.reason != "cron" else "")
         )
-        threading.Thread(target=self._wake_when_ended, args=(process,), daemon=True).start()
-
-    def _wake_when_ended(self, process: subprocess.Popen[bytes]) -> None:
-        process.wait()
-        self._wake.set()
 
     def _reap(self) -> None:
         """Settle the runs whose process has ended."""
-        for child in [each for each in self._children if each.process.poll() is not None]:
-            run, token = child.run, child.run.token or ""
+        for child in self._children.ended():
             with suppress(OwnershipLostError):  # its process has settled it, as it should
-                self._store.put_back(run.id, token, counted=not self.stopped)
+                self._store.put_back(child.id, child.token or "", counted=not self.stopped)
             with suppress(OwnershipLostError, SpecError):  # removed meanwhile
-                run = self._store.run(run.id)
+                run = self._store.run(child.id)
                 self.failed += run.state == "failed"
                 what = self._clock(self._store.get(run.schedule)).span(run.interval)
                 job = f" (job {run.job_id})" if run.job_id else ""
                 ended = {"pending": "continues later", "running": "continues in another process"}
                 line = f"{run.schedule}: {what} {ended.get(run.state, run.state)}{job}"
                 self._say(f"{line}: {run.error}" if run.error else line)
-            self._children.remove(child)  # last: if the database is away, the next turn tries again
+            self._children.forget(child)  # last: if the database is away, the next turn tries again
 
     def _end(self) -> None:
         """Stop the processes, which save what they have."""
-        deadline = time.monotonic() + STOP_SECONDS
-        for child in self._children:
-            child.process.terminate()
-        while self._children:
-            try:
-                self._reap()
-            except DatabaseAwayError:  # their leases run out, and another loop takes over
-                self._children = [each for each in self._children if each.process.poll() is None]
-            if self._stops > 1 or time.monotonic() > deadline:
-                for child in self._children:
-                    with suppress(ProcessLookupError):
-                        os.killpg(child.process.pid, signal.SIGKILL)
-            if self._children:
-                self._wake.wait(0.5)
-                self._wake.clear()
+        self._children.stop(self._reap_if_possible, at_once=lambda: self._stops > 1)
+
+    def _reap_if_possible(self) -> None:
+        try:
+            self._reap()
+        except DatabaseAwayError:  # their leases run out, and another loop takes over
+            for run in self._children.ended():
+                self._children.forget(run)
