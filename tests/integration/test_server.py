@@ -278,3 +278,13 @@ def test_others_are_not_let_in_before_there_is_a_key(home: Path) -> None:
     assert ended.returncode == 2
     assert "nobody has a key" in ended.stderr
     assert "tally keys add" in ended.stderr
+
+
+def test_logs_are_json_where_that_is_asked_for(folder: Path, home: Path) -> None:
+    with running("--root", folder, "--log-format", "json") as server, server.client() as client:
+        started = client.post("/jobs", json=job(folder, "logged")).json()["id"]
+        until(client, started, lambda view: view["state"] == "finished")
+    lines = (home / "logs" / f"{started}.coordinator.log").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert {each["job"] for each in found} == {started}
+    assert found[-1]["message"] == f"job {started} is finished"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,6 +39,14 @@ _NEEDS = "The server needs more than scoring does: pip install 'tally-scoring[se
 )
 @click.option("--max-upload", type=int, default=1024, show_default=True, help="MiB that one upload may have.")
 @click.option("--schedules/--no-schedules", default=True, help="Whether it runs schedules.  [default: it does]")
+@click.option(
+    "--log-format",
+    type=click.Choice(("text", "json")),
+    envvar="TALLY_LOG_FORMAT",
+    default="text",
+    show_default=True,
+    help="Lines of text, or a JSON object a line; for the logs of jobs, too.",
+)
 def up(
     host: str,
     port: int,
@@ -48,6 +57,7 @@ def up(
     allow_hosts: tuple[str, ...],
     max_upload: int,
     schedules: bool,
+    log_format: str,
 ) -> int:
     """Start the server: API and pages.
 
@@ -57,9 +67,12 @@ def up(
     It listens on this machine only, unless --host says otherwise; that needs a key first (tally keys add).
     The first time, a key for an admin is made and printed once.
     """
+    from tally import logs
     from tally.errors import SpecError
     from tally.jobs.facade import open_jobs
 
+    os.environ[logs.FORMAT] = log_format  # what is started logs like that, too
+    logs.log_to_stderr()
     try:
         from tally.server.serve import serve
         from tally.server.settings import ServerSettings

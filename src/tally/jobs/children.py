@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 
 from tally import processes
 from tally.config import append_private
+from tally.engines import logs
 
 STOP_SECONDS = 40.0
 """How long they may take to save what they have, once they are told to stop."""
@@ -30,6 +31,7 @@ Work = TypeVar("Work")
 class _Child(Generic[Work]):
     work: Work
     process: subprocess.Popen[bytes]
+    log: Path
 
 
 class Children(Generic[Work]):
@@ -61,11 +63,13 @@ class Children(Generic[Work]):
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._found.append(_Child(work, process))
+        self._found.append(_Child(work, process, log))
         threading.Thread(target=self._wake_when_ended, args=(process,), daemon=True).start()
 
     def ended(self) -> list[Work]:
-        """What those worked at whose process has ended."""
+        """What those worked at whose process has ended. To be asked now and then: their logs are kept bounded by it."""
+        for each in self._found:
+            logs.bound(each.log)
         return [each.work for each in self._found if each.process.poll() is not None]
 
     def forget(self, work: Work) -> None:

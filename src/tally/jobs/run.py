@@ -23,6 +23,7 @@ from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.jobs.tidy import undo_retry
+from tally.logs import about
 from tally.models.load import verify
 from tally.models.reference import ModelRef
 from tally.models.resolve import refreshed
@@ -112,7 +113,8 @@ def drive(
                 store.release(lease, "interrupted" if stopped else "failed", error=str(error) or None)
         raise
     stop.attach(coordinator)
-    coordinator.run()
+    with about(record.id):
+        coordinator.run()
     return patience(lambda: store.get(record.id))
 
 

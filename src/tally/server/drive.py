@@ -18,7 +18,7 @@ from tally.jobs.signals import stop_on_signals
 from tally.jobs.spec import JobSpec
 from tally.jobs.starts import Start
 from tally.jobs.stop import Stop
-from tally.logs import log_to_stderr
+from tally.logs import about, log_to_stderr
 
 log = logging.getLogger("tally")
 
@@ -59,7 +59,8 @@ def main() -> int:
     job_id, token = sys.argv[1], sys.argv[2]
     jobs = Patience(what="the job")(Jobs)
     try:
-        drive(jobs, jobs.starts.get(job_id, token))
+        with about(job_id):
+            drive(jobs, jobs.starts.get(job_id, token))
     except OwnershipLostError:
         return 0
     except TallyError as error:  # it is in the job's row, too

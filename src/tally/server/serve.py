@@ -39,6 +39,7 @@ def serve(jobs: Jobs, settings: ServerSettings, *, say: Callable[[str], None]) -
         say(f"Tally is at http://{f'[{host}]' if ':' in host else host}:{port}")
         config = uvicorn.Config(
             create_app(jobs, settings),
+            log_config=None,  # it goes where ours goes
             log_level="warning",
             access_log=False,
             server_header=False,
