@@ -288,3 +288,30 @@ def test_logs_are_json_where_that_is_asked_for(folder: Path, home: Path) -> None
     found = [json.loads(line) for line in lines]
     assert {each["job"] for each in found} == {started}
     assert found[-1]["message"] == f"job {started} is finished"
+
+
+def test_metrics_tell_of_running_jobs(server: Server, admin: httpx2.Client, folder: Path) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    def sampled() -> dict[tuple[str, ...], float]:
+        text = httpx2.get(f"{server.url}/metrics").text
+        families = list(text_string_to_metric_families(text))
+        assert all(family.documentation for family in families)
+        return {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
+
+    started = admin.post("/jobs", json=job(folder, "measured", scorer="slow", batch_size=1)).json()["id"]
+    until(admin, started, lambda view: view["done"] > 0)
+    samples = sampled()
+    view = admin.get(f"/jobs/{started}").json()
+    assert samples["tally_jobs", "running"] >= 1
+    assert 0 < samples["tally_job_items_done_total", started] <= view["done"]
+    assert samples["tally_job_rows_total", started] == samples["tally_job_items_done_total", started]
+    assert samples["tally_job_items_dead_total", started] == 0
+    assert samples["tally_job_items_queued", started] > 0
+    assert samples["tally_job_chunks_total", started] >= 1
+    assert samples["tally_job_chunk_seconds_total", started] > 0
+    assert samples["tally_job_stage_seconds_total", started, "score"] > 0
+    assert samples["tally_job_workers", started] == 1
+    admin.post(f"/jobs/{started}/cancel")
+    until(admin, started, lambda view: view["state"] == "cancelled")
+    assert not [name for name in sampled() if started in name]

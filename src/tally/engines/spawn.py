@@ -12,10 +12,13 @@ import subprocess
 import sys
 import threading
 import types
+from collections.abc import Collection
 from contextlib import suppress
 from multiprocessing import popen_spawn_posix, reduction, resource_tracker, spawn, util
 from multiprocessing.context import SpawnContext, SpawnProcess, set_spawning_popen
 from typing import Any
+
+import psutil
 
 from tally.processes import SAFE_PATH, environment, track_resources
 
@@ -115,3 +118,13 @@ class Context(SpawnContext):
             raise ChildProcessError("a slot has one worker")
         self.worker = Process(*args, **kwargs)
         return self.worker
+
+
+def workers_of(pids: Collection[int]) -> dict[int, int]:
+    """How many processes that multiprocessing has started, workers, each of these processes has."""
+    found = dict.fromkeys(pids, 0)
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if (parent := process.ppid()) in found:
+                found[parent] += "--multiprocessing-fork" in process.cmdline()
+    return found

@@ -14,7 +14,7 @@ from fastapi import APIRouter, FastAPI
 import tally
 from tally.alerts.delivery import delivering
 from tally.jobs.facade import Jobs
-from tally.server import errors, health
+from tally.server import errors, health, metrics
 from tally.server.api import figures, models, queues, schedules, uploads, watches
 from tally.server.api import jobs as jobs_api
 from tally.server.api import keys as keys_api
@@ -93,6 +93,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
         api.include_router(each.router)
     app.include_router(api)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     pages.install(app)
     # The last one added is the outermost.
     # Beside the files, an upload holds their names.

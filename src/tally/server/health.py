@@ -1,6 +1,6 @@
-"""``/healthz``, ``/readyz`` and ``/metrics``: for who runs the server, without a key.
+"""``/healthz`` and ``/readyz``: for who runs the server, without a key.
 
-They say nothing about what jobs score. ``/healthz`` is true while the process answers; ``/readyz`` while its database
+``/healthz`` is true while the process answers; ``/readyz`` while its database
 does, too.
 """
 
@@ -10,8 +10,7 @@ import asyncio
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+from fastapi.responses import JSONResponse
 
 import tally
 from tally.errors import TallyError
@@ -39,18 +38,6 @@ async def readyz(request: Request) -> Response:
     except TallyError as error:
         return _unready(error.message)
     return JSONResponse({"status": "ok", "version": tally.__version__})
-
-
-@router.get("/metrics", response_class=PlainTextResponse)
-def metrics(request: Request) -> Response:
-    """What Prometheus reads."""
-    registry = CollectorRegistry()
-    by_state = Gauge("tally_jobs", "Jobs by state.", ["state"], registry=registry)
-    driven = Gauge("tally_coordinators", "Coordinators that this server has started.", registry=registry)
-    for state, count in request.app.state.jobs.store.counts_by_state().items():
-        by_state.labels(state).set(count)
-    driven.set(request.app.state.supervisor.running)
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _ask(engine: sa.Engine) -> None:
