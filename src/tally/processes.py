@@ -16,6 +16,7 @@ SAFE_PATH = "-P"
 
 _SECRETS = re.compile(
     r"TALLY_DATABASE|TALLY_\w*(SECRET|KEY|TOKEN|PASSWORD)\w*|RAY_AUTH_TOKEN"
+    r"|OTEL_EXPORTER_OTLP_\w*HEADERS"
     r"|PG(PASSWORD|PASSFILE|SERVICE|SERVICEFILE|SSLKEY)"  # libpq's
 )
 _withheld: set[str] = set()

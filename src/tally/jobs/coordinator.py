@@ -43,8 +43,10 @@ from tally.jobs.events import (
     Assumed,
     ChunkDone,
     Events,
+    Finalizing,
     Finished,
     ItemDead,
+    Planned,
     Progress,
     Started,
     StateChanged,
@@ -75,7 +77,7 @@ from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.jobs.tidy import undo_retry
 from tally.push.base import Receiver
 from tally.sinks.base import Output, Sink
-from tally.sources.base import Chunk, Source
+from tally.sources.base import STAGES, Chunk, Source
 from tally.text import iso_time
 
 log = logging.getLogger("tally")
@@ -269,6 +271,9 @@ class Coordinator:
         future.add_done_callback(lambda done: self._inbox.put(("ready", done)))
 
     def _plan(self) -> None:
+        if self._planned:
+            self._events(Planned(self._items))
+
         def ended(error: Exception | None) -> None:
             self._inbox.put(("planned", error))
 
@@ -378,6 +383,7 @@ class Coordinator:
             self._planner.taken(len(turn.planned))
         if turn.complete:
             self._planned = True
+            self._events(Planned(self._items))
             if remark := self._source.remark():
                 self._events.warn(remark)
         for each in counted:
@@ -412,7 +418,8 @@ class Coordinator:
         if not self._events:
             return
         seconds = done.usage.get("worker_seconds", 0.0)
-        self._events(ChunkDone(chunk.first, chunk.count, len(done.dead), done.output.rows, seconds))
+        stages = {stage: done.usage[stage] for stage in STAGES if stage in done.usage}
+        self._events(ChunkDone(chunk.first, chunk.count, len(done.dead), done.output.rows, seconds, stages))
         for dead in done.dead:
             self._events(ItemDead(dead.key, dead.stage, dead.error))
 
@@ -724,6 +731,7 @@ class Coordinator:
             self._accounted = now
 
     def _finalize(self) -> dict[str, Any]:
+        self._events(Finalizing())
         self._account()
         if self._intake is not None:
             self._publish_settled()

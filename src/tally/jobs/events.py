@@ -1,6 +1,6 @@
 """What happens in a job, as typed events.
 
-The terminal, the log and alerts subscribe to them; metrics and server-sent events can do the same. Subscribers are
+The terminal, the log, alerts and traces subscribe to them. Subscribers are
 called in the order in which they subscribed, in the thread where the event happens: mostly the coordinator's, sometimes
 that of its lease. They should return quickly. If one raises, that is logged, and the job continues.
 """
@@ -8,7 +8,7 @@ that of its lease. They should return quickly. If one raises, that is logged, an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -59,14 +59,25 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """The source is listed to its end: so many items are all that there are."""
+
+    items: int
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkDone:
-    """A chunk is committed. first, count: which items. dead: how many of them failed. seconds: in the worker."""
+    """A chunk is committed. first, count: which items. dead: how many of them failed.
+
+    seconds: in the worker. stages: seconds of each (read, decode, score, write), summed over threads.
+    """
 
     first: int
     count: int
     dead: int
     rows: int
     seconds: float
+    stages: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +113,11 @@ class StateChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Finalizing:
+    """All is scored, and what was committed becomes the output."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The coordinator has put the job down. state: finished, interrupted, failed or cancelled; error: why it failed."""
 
@@ -111,7 +127,19 @@ class Finished:
 
 
 Event: TypeAlias = (
-    Started | Note | Warned | Assumed | Progress | ChunkDone | ItemDead | WorkerLost | Waiting | StateChanged | Finished
+    Started
+    | Note
+    | Warned
+    | Assumed
+    | Progress
+    | Planned
+    | ChunkDone
+    | ItemDead
+    | WorkerLost
+    | Waiting
+    | StateChanged
+    | Finalizing
+    | Finished
 )
 Subscriber: TypeAlias = Callable[[Event], None]
 
@@ -153,7 +181,7 @@ def write_to_log(event: Event) -> None:
     match event:
         case Started(job_id, _):
             _told.info("job %s begins or goes on", job_id)
-        case ChunkDone(first, count, dead, rows, seconds):
+        case ChunkDone(first, count, dead, rows, seconds, _):
             _told.debug("%d rows in %.2f s; %d items failed", rows, seconds, dead, extra={"chunk": (first, count)})
         case WorkerLost(first, count, error):
             items = f"item {first}" if count == 1 else f"items {first} to {first + count - 1}"

@@ -23,6 +23,7 @@ from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.jobs.tidy import undo_retry
+from tally.jobs.traces import traced
 from tally.logs import about
 from tally.models.load import verify
 from tally.models.reference import ModelRef
@@ -88,6 +89,8 @@ def drive(
         parts.sink.claim(record.id)
         if retry_dead:
             _reopen(store, lease, record, parts, patience, nonce)
+        # Its own, as the caller's may serve several jobs, or this one again.
+        told = Events(events, _record_of(store, lease, patience), _alerts_of(store, events, patience))
         coordinator = Coordinator(
             store,
             patience(lambda: store.get(record.id)),
@@ -100,8 +103,7 @@ def drive(
             batch_size=parts.batch_size,
             manifest=_facts(spec, parts.model),
             receiver=None if spec.push is None else open_receiver(spec.push, _pushed(record, parts.model)),
-            # Its own, as the caller's may serve several jobs, or this one again.
-            events=Events(events, _record_of(store, lease, patience), _alerts_of(store, events, patience)),
+            events=told,
         )
     except BaseException as error:
         engine.stop(kill=True)
@@ -113,7 +115,7 @@ def drive(
                 store.release(lease, "interrupted" if stopped else "failed", error=str(error) or None)
         raise
     stop.attach(coordinator)
-    with about(record.id):
+    with about(record.id), traced(record.id, told):
         coordinator.run()
     return patience(lambda: store.get(record.id))
 

@@ -18,12 +18,12 @@ from tally.database.lease import host
 from tally.engines.spawn import workers_of
 from tally.jobs.facade import Jobs
 from tally.jobs.store import JobRecord
+from tally.sources.base import STAGES
 
 router = APIRouter(tags=["health"])
 
 MOST_JOBS = 1000
 """Running jobs that have numbers of their own: the newest."""
-STAGES = ("read", "decode", "score", "write")
 
 
 class _State(Collector):

@@ -83,6 +83,10 @@ class Batch:
     dead: list[tuple[int, ItemError]] = field(default_factory=list)
 
 
+STAGES = ("read", "decode", "score", "write")
+"""What a worker spends its time on."""
+
+
 @dataclass(slots=True)
 class Timings:
     """Seconds spent per stage, summed over threads; each stage adds its own."""
@@ -93,7 +97,7 @@ class Timings:
     write: float = 0.0
 
     def as_dict(self) -> dict[str, float]:
-        return {"read": self.read, "decode": self.decode, "score": self.score, "write": self.write}
+        return {stage: getattr(self, stage) for stage in STAGES}
 
 
 class Source(ABC):
