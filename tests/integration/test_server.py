@@ -183,6 +183,7 @@ def test_what_cannot_begin_says_why(admin: httpx2.Client, folder: Path) -> None:
         ({"source": ["/etc"]}, "not under a folder that requests may name"),
         ({"source": ["../in"]}, "not under a folder that requests may name"),
         ({"out": "/etc/out"}, "not under a folder that requests may name"),
+        ({"queue": {"base": "/etc"}}, "not under a folder that requests may name"),
         ({"model": "os:system"}, "names code of the server's own environment"),
         ({"model": "http://127.0.0.1:9/model.onnx"}, "is a private address"),
         ({"model": "http://169.254.169.254/latest"}, "is a private address"),

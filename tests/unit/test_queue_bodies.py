@@ -75,6 +75,8 @@ def test_a_message_may_be_the_item_itself() -> None:
         ("../secret", {"base": "/data"}, "leads out of /data"),
         ("/etc/passwd", {"base": "/data"}, "leads out of /data"),
         ("a//b", {"base": "/data"}, "leads out of /data"),
+        ("file:///etc/passwd", {"base": "/data"}, "is a file of this machine"),
+        ("FILE:///etc/passwd", {}, "is a file of this machine"),
         ("", {"base": "/data"}, "no name of one item"),
         ("a\nb", {"base": "/data"}, "no name of one item"),
         (b"\xff\xfe", {"base": "/data"}, "no UTF-8"),

@@ -117,6 +117,21 @@ def test_relative_paths_become_absolute(here: Path, monkeypatch: pytest.MonkeyPa
     assert (made.out, made.labels, made.artifacts) == (f"{here}/out.csv/", f"{here}/l.txt", f"{here}/w")
 
 
+def test_places_inside_of_fields_become_absolute(tmp_path: Path, here: Path) -> None:
+    made = given(queue={"base": "photos", "body": "text"}, push="sqlite:///rows.db#t")
+    assert made.queue == {"base": f"{here}/photos", "body": "text"}
+    assert made.push is not None
+    assert made.push.url == f"sqlite:///{here}/rows.db#t"
+    made = given(queue={"base": "s3://b/in"}, push={"url": "sqlite:////data/rows.db#t"})
+    assert (made.queue["base"], made.push and made.push.url) == ("s3://b/in", "sqlite:////data/rows.db#t")
+    for line in ("out: out\npush: sqlite:///rows.db#t", "out: sqlite:///rows.db#t"):
+        (tmp_path / "job.yaml").write_text(f"source: photos\nmodel: m.onnx\nqueue: {{base: deep}}\n{line}\n")
+        made = spec.read("../job.yaml")
+        assert (made.queue["base"], made.push and made.push.url) == (
+            f"{tmp_path}/deep", f"sqlite:///{tmp_path}/rows.db#t"
+        )  # fmt: skip
+
+
 def test_one_source_needs_no_list(here: Path) -> None:
     assert given(source="photos").source == (f"{here}/photos",)
 

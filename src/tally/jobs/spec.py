@@ -28,6 +28,7 @@ from tally.text import did_you_mean, expanded, seconds
 
 _DEVICE = re.compile(r"auto|cpu|(cuda|tensorrt)(:\d+)?")
 _RANGE = re.compile(r"\s*(\d+)\s*\.\.\s*(\d+)\s*")
+_SQLITE = "sqlite:///"
 _SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*$")
 
 Side = Annotated[int, Field(ge=1, le=16_384)]
@@ -309,7 +310,7 @@ def make(**fields: Any) -> JobSpec:
     """
     if (given := fields.pop("model_per", None)) is not None:
         fields |= _model_per(given, fields)
-    fields = _into_a_table(fields)
+    fields = _into_a_table(_placed(fields))
     try:
         spec = JobSpec(**{name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
@@ -336,6 +337,7 @@ def _into_a_table(fields: dict[str, Any]) -> dict[str, Any]:
     out = fields.get("out")
     if not isinstance(out, str) or not is_database(out):
         return fields
+    out = absolute(out)
     if fields.get("push") is not None:
         raise SpecError("out: is a table, where rows are pushed, and push is given too", hint="Give a folder for out.")
     if fields.get("engine") == "ray":
@@ -388,7 +390,22 @@ def read(path: str) -> JobSpec:
             fields[name] = _beside(folder, value, name)
         elif isinstance(value, list) and name == "source":
             fields[name] = [_beside(folder, str(each), name) for each in value]
+    fields = _placed(fields, folder)
     return make(**{str(name): value for name, value in fields.items()})
+
+
+def _placed(fields: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """The fields, with absolute places also where they stand inside of others."""
+    found: dict[str, Any] = {}
+    match fields.get("queue"):
+        case {"base": str() | os.PathLike() as base, **others} if str(base):
+            found["queue"] = {**others, "base": absolute(os.fspath(base), folder)}
+    match fields.get("push"):
+        case str() as url if "://" in url:
+            found["push"] = absolute(url, folder)
+        case {"url": str() as url, **others} if "://" in url:
+            found["push"] = {**others, "url": absolute(url, folder)}
+    return {**fields, **found}
 
 
 def _beside(folder: Path, value: str, name: str) -> str:
@@ -399,7 +416,9 @@ def _beside(folder: Path, value: str, name: str) -> str:
 
 
 def absolute(place: str, folder: Path | None = None) -> str:
-    """A place that means the same in every process: URLs stay, paths become absolute."""
+    """A place that means the same in every process: URLs stay, paths become absolute, that of sqlite:///FILE, too."""
+    if place.startswith(_SQLITE):
+        return _SQLITE + absolute(place.removeprefix(_SQLITE), folder)
     if "://" in place:
         return place
     text = str((folder or Path.cwd()) / expanded(place))

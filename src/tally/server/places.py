@@ -52,6 +52,8 @@ def _places(spec: JobSpec) -> Iterable[tuple[str, str]]:
         place = getattr(spec, name)
         if place:
             yield name, str(place)
+    if spec.queue.get("base"):
+        yield "queue", str(spec.queue["base"])
     if spec.push is not None:
         yield "push", spec.push.url
         yield from (("push", value) for value in spec.push.headers.values() if value.startswith("env:"))
