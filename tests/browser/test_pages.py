@@ -1,33 +1,19 @@
-"""The pages in a real browser: Chromium, without a screen."""
+"""The pages in a real browser."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.integration.test_server import SCORER, job
-from tests.server import PATIENCE, Server, running, until
-from tests.services import require
+from tests.server import Server, running, until
 
 pytest.importorskip("playwright")
 
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
-
-expect.set_options(timeout=PATIENCE * 1000)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = os.environ.get("TALLY_TEST_CHROMIUM") or shutil.which("chromium")
-    require("Chromium (apt-get install chromium, or TALLY_TEST_CHROMIUM)", path is not None)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+from playwright.sync_api import Browser, BrowserContext, Page, expect
+from tests.browsing import check_accessibility, log_in
 
 
 @pytest.fixture(scope="module")
@@ -49,36 +35,6 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
             yield server
 
 
-@pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    context = browser.new_context(viewport={"width": 1100, "height": 800})
-    yield context
-    context.close()
-
-
-@pytest.fixture
-def page(context: BrowserContext) -> Iterator[Page]:
-    """A tab whose console must be empty by the end, but for what Chromium itself says of a form that was refused."""
-    page = context.new_page()
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: said.append(str(error)))
-    yield page
-    assert [text for text in said if "422 (Unprocessable" not in text] == []
-
-
-def log_in(page: Page, server: Server, key: str | None = None, *, path: str = "/") -> None:
-    page.goto(server.url + path)
-    page.get_by_label("Your key").fill(server.key if key is None else key)
-    page.get_by_role("button", name="Log in").click()
-
-
-def check_accessibility(page: Page) -> None:
-    found = Axe().run(page).response["violations"]
-    serious = [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")]
-    assert serious == []
-
-
 def test_a_job_from_the_form_to_its_results(page: Page, server: Server, folder: Path) -> None:
     log_in(page, server)
     check_accessibility(page)
@@ -97,6 +53,8 @@ def test_a_job_from_the_form_to_its_results(page: Page, server: Server, folder: 
     expect(page.get_by_role("progressbar", name="Progress")).to_have_attribute("value", "100")  # it moves by itself
     expect(page.get_by_text("finished", exact=True)).to_be_visible()
     expect(page.get_by_role("cell", name="<b>odd &amp; more.txt")).to_be_visible()  # as text
+    expect(page.get_by_role("img", name=re.compile(r"^Chunks: (\d+) of \1 done, 0 running$"))).to_be_visible()
+    expect(page.get_by_role("img", name=re.compile(r"^items per minute: lately [\d,]+, at most"))).to_be_visible()
     check_accessibility(page)
 
     page.reload()
@@ -181,6 +139,7 @@ def test_a_phone_in_both_schemes(browser: Browser, server: Server, scheme: str) 
 
 def test_without_a_mouse(page: Page, server: Server) -> None:
     log_in(page, server)
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
     page.keyboard.press("Enter")

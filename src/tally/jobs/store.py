@@ -24,7 +24,7 @@ from tally.database.clock import now
 from tally.database.notify import notify
 from tally.database.tables import dead_items, jobs
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError, SpecError
-from tally.jobs import chunks, outbox, received_keys, starts
+from tally.jobs import chunks, glance, outbox, received_keys, starts
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
 from tally.jobs.states import ENDED, STATES, Request
 from tally.sinks.base import Output
@@ -205,6 +205,16 @@ class JobStore:
             rows = connection.execute(query.group_by(table.c.state)).all()
         found = {str(row[0]): int(row[1]) for row in rows}
         return {"pending": 0, "running": 0, "done": 0, **found}
+
+    def cells(self, job_id: str, *, limit: int) -> list[glance.Cell]:
+        """The chunks at a glance; see :func:`tally.jobs.glance.cells`."""
+        with self._read() as connection:
+            return glance.cells(connection, job_id, limit=limit)
+
+    def pace(self, job_id: str, *, running: bool, limit: int) -> glance.Pace | None:
+        """How fast the job was; see :func:`tally.jobs.glance.pace`."""
+        with self._read() as connection:
+            return glance.pace(connection, job_id, running=running, limit=limit)
 
     def counts_by_state(self) -> dict[str, int]:
         """How many jobs are in each state, as :class:`JobRecord` reports it."""

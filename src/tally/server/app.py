@@ -25,6 +25,7 @@ from tally.server.auth.guard import Guard
 from tally.server.auth.keys import KeyStore
 from tally.server.auth.throttle import Throttle
 from tally.server.feed import Feed
+from tally.server.gallery import Gallery
 from tally.server.middleware import MAX_BODY, Audited, BodyLimit, SecurityHeaders
 from tally.server.pages import routes as pages
 from tally.server.results import Results
@@ -85,6 +86,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     )
     app.state.jobs, app.state.settings, app.state.feed, app.state.audit = jobs, settings, feed, audit
     app.state.supervisor, app.state.aside, app.state.results = supervisor, aside, Results(jobs, aside)
+    app.state.gallery = Gallery(jobs, app.state.results, aside, settings.roots)
     app.state.uploads = Uploads(most=settings.max_upload)
     app.state.guard = Guard(KeyStore(engine), Throttle())
     errors.install(app)

@@ -1022,6 +1022,40 @@ class JobStoreContract:
                         replayed.update(each.first for each in replay)
             _audit(stores[1], job_id, len(running), Counter(range(planned)) + replayed)
 
+    # At a glance ----------------------------------------------------------------------------------
+
+    def test_chunks_at_a_glance_are_as_few_as_asked_for(self, store: JobStore, lease: Lease) -> None:
+        assert store.cells(lease.job_id, limit=3) == []
+        assert store.pace(lease.job_id, running=True, limit=3) is None
+        sizes = [1, 2, 4, 8, 16, 32]
+        firsts = [sum(sizes[:number]) for number in range(len(sizes))]
+        planned = [chunk(first, size) for first, size in zip(firsts, sizes, strict=True)]
+        _, taken = store.commit(lease, planned=planned, complete=True, take=4)
+        store.commit(lease, done=[done(taken[0]), done(taken[1]), done(taken[2], 1)])
+
+        cells = store.cells(lease.job_id, limit=100)
+        assert [each.first for each in cells] == firsts
+        assert [each.state for each in cells] == ["done", "done", "done", "running", "waiting", "waiting"]
+        assert [each.dead for each in cells] == [False, False, True, False, False, False]
+        cells = store.cells(lease.job_id, limit=3)
+        assert [(each.first, each.chunks, each.done) for each in cells] == [(0, 2, 2), (3, 2, 1), (15, 2, 0)]
+        assert [(each.state, each.dead) for each in cells] == [("done", False), ("running", True), ("waiting", False)]
+
+    def test_the_pace_holds_every_item_that_is_done(self, store: JobStore, lease: Lease) -> None:
+        _, taken = store.commit(lease, planned=[chunk(10 * n, 10) for n in range(4)], complete=True, take=4)
+        store.commit(lease, done=[done(each) for each in taken])
+        with store.engine.begin() as connection:
+            for each, at in zip(taken, (1000.0, 1000.0, 1090.0, 1120.0), strict=True):
+                connection.execute(sa.update(chunks).where(chunks.c.id == each.id).values(done_at=at))
+        pace = store.pace(lease.job_id, running=False, limit=4)
+        assert pace is not None
+        assert (pace.begin, pace.seconds) == (1000.0, 30.0)
+        assert pace.rates == (40.0, 0.0, 0.0, 40.0)
+        running = store.pace(lease.job_id, running=True, limit=4)
+        assert running is not None
+        assert running.begin + 4 * running.seconds > 1e9, "it reaches up to now"
+        assert sum(running.rates) * running.seconds / 60 == pytest.approx(40)
+
 
 def _age(store: JobStore, *ids: str) -> None:
     """The jobs were created one second after another, the first at 1.0."""

@@ -22,6 +22,7 @@ from tally.server.api.views import ResultFile, RowPage, Rows
 from tally.server.auth.guard import Viewer
 from tally.server.errors import answers
 from tally.server.results import Results, read_blocks
+from tally.storage import Store
 
 router = APIRouter(prefix="/jobs", tags=["results"], responses=answers(400, 401, 403, 404, 409, 422, 429, 503))
 
@@ -106,6 +107,11 @@ def job_file(
 ) -> Response:
     """A file of the output, as it was written; with the header ``Range``, one part of it."""
     store, size = results_of(request).file(jobs.store.get(job).id, name)
+    return send_file(store, name, size, range_, if_range)
+
+
+def send_file(store: Store, name: str, size: int, range_: str | None, if_range: str | None) -> Response:
+    """The file, or the part of it that the headers ``Range`` and ``If-Range`` ask for. Raises RefusedError (416)."""
     tag = '"' + hashlib.sha256(store.version(name).encode()).hexdigest()[:32] + '"'
     kind = mimetypes.guess_type(name)[0] or ""
     shown = _SHOWN.fullmatch(kind) is not None

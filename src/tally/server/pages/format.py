@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,11 @@ def actions(job: JobView) -> list[tuple[str, str]]:
     return possible
 
 
+def clock_time(seconds: float) -> str:
+    """The time of the day, ``14:05:09``, on this machine's clock."""
+    return time.strftime("%H:%M:%S", time.localtime(seconds))
+
+
 def cell(value: Any) -> str:
     """A value of a result."""
     if value is None:
@@ -89,6 +95,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "left": left,
     "cost": cost,
     "cell": cell,
+    "clock_time": clock_time,
     "local_time": local_time,
     "iso_time": iso_time,
 }

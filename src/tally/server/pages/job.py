@@ -1,0 +1,246 @@
+"""The pages of jobs: start one, see how it goes, change it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from tally.errors import JobNotFoundError, RefusedError, SpecError, TallyError
+from tally.jobs.facade import Jobs
+from tally.jobs.spec import make
+from tally.jobs.states import ENDED
+from tally.jobs.store import JobRecord
+from tally.server.api.jobs import AllJobs, JobId, feed_of
+from tally.server.api.models import all_models
+from tally.server.api.results import send_file
+from tally.server.api.views import DeadItem, JobDetail, JobView
+from tally.server.auth.guard import COOKIE, Operator, Viewer
+from tally.server.auth.keys import csrf_token
+from tally.server.auth.roles import Principal
+from tally.server.feed import Feed
+from tally.server.gallery import Gallery, rows_from
+from tally.server.pages.labels import labels_of
+from tally.server.pages.render import page, price_of, render, said, stream
+from tally.server.places import check as check_places
+from tally.server.results import Results
+
+router = APIRouter(include_in_schema=False)
+
+SHOWN_DEAD = 20
+SHOWN_ROWS = 50
+CELLS, STRETCHES = 240, 60
+"""Of the map of chunks, and of the chart of the rate."""
+GLANCE_SECONDS = 2.0
+"""Seconds between two looks at all chunks of a job."""
+
+PageNumber = Annotated[int, Query(ge=1, le=10**9, alias="page")]
+Label = Annotated[str, Query(max_length=1000)]
+
+
+@router.get("/jobs/new", response_class=HTMLResponse)
+def new_job(request: Request, who: Operator, again: str | None = None) -> HTMLResponse:
+    jobs = request.app.state.jobs
+    spec = jobs.get(again).spec if again is not None else {}
+    models = [f"models:/{each.name}" for each in all_models(jobs)]
+    roots = request.app.state.settings.roots
+    return page(request, "new.html", spec=spec, models=models, roots=roots, problems=[], hint=None)
+
+
+@router.post("/jobs/new", response_class=HTMLResponse)
+async def start_job(request: Request, who: Operator, jobs: AllJobs) -> Response:
+    form = await request.form()
+    fields = {name: str(value).strip() for name, value in form.items() if name != "csrf" and str(value).strip()}
+    return await asyncio.to_thread(_start, request, who, jobs, fields)
+
+
+def _start(request: Request, who: Principal, jobs: Any, fields: dict[str, Any]) -> Response:
+    overwrite = fields.pop("overwrite", None) is not None
+    fields["source"] = fields.get("source", "").split()
+    try:
+        spec = make(**fields)
+        check_places(spec, request.app.state.settings.roots)
+    except SpecError as error:
+        models = [f"models:/{each.name}" for each in all_models(jobs)]
+        roots = request.app.state.settings.roots
+        return page(
+            request, "new.html", status=422, spec=fields, models=models, roots=roots, problems=error.problems,
+            hint=error.hint,
+        )  # fmt: skip
+    record = jobs.enqueue(spec, who=who.name, overwrite=overwrite)
+    request.app.state.supervisor.wake()
+    return RedirectResponse(f"/jobs/{record.id}", status_code=303)
+
+
+@router.get("/jobs/{job}", response_class=HTMLResponse)
+def job_page(
+    request: Request, who: Viewer, jobs: AllJobs, job: JobId, number: PageNumber = 1, label: Label = ""
+) -> HTMLResponse:
+    record = jobs.store.get(job)
+    now = _job(jobs, record.id, Glance(jobs))
+    return page(
+        request, "job.html", detail=JobDetail.of(record), now=now, price=price_of(request), number=number, label=label
+    )
+
+
+@router.get("/jobs/{job}/live", response_class=EventSourceResponse)
+async def job_live(
+    request: Request, who: Viewer, jobs: AllJobs, feed: Annotated[Feed, Depends(feed_of)], job: JobId
+) -> AsyncIterator[ServerSentEvent]:
+    job_id = (await asyncio.to_thread(jobs.store.get, job)).id
+    price, glance = price_of(request), Glance(jobs)
+
+    def look() -> dict[str, Any] | None:
+        try:
+            return _job(jobs, job_id, glance)
+        except JobNotFoundError:
+            return None
+
+    csrf = csrf_token(request.cookies.get(COOKIE, ""))
+    async for each in stream(feed, f"page:{job_id}", look, "_job.html", price=price, who=who, csrf=csrf):
+        yield each
+
+
+class Glance:
+    """The map of a job's chunks and the chart of its rate, looked at anew only now and then."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs, self._next = jobs, 0.0
+        self._last: dict[str, Any] = {}
+
+    def __call__(self, job: JobView) -> dict[str, Any]:
+        if time.monotonic() >= self._next:
+            store = self._jobs.store
+            cells = store.cells(job.id, limit=CELLS)
+            pace = store.pace(job.id, running=job.state == "running", limit=STRETCHES)
+            self._last = {"cells": cells, "pace": pace}
+            self._next = time.monotonic() + GLANCE_SECONDS
+        return self._last
+
+
+def _job(jobs: Jobs, job_id: str, glance: Glance) -> dict[str, Any]:
+    """What changes about a job while it runs."""
+    view = JobView.of(jobs.store.get(job_id))
+    dead = [DeadItem.of(each) for each in itertools.islice(jobs.dead(job_id), SHOWN_DEAD)] if view.dead else []
+    return {"job": view, "dead": dead, "ended": view.state in ENDED, **glance(view)}
+
+
+@router.post("/jobs/{job}/{action}")
+def change_job(request: Request, who: Operator, jobs: AllJobs, job: JobId, action: str) -> Response:
+    record = jobs.store.get(job)
+    back = f"/jobs/{record.id}"
+    changes: dict[str, tuple[Callable[[], object], str]] = {
+        "pause": (lambda: jobs.pause(record.id), "It pauses once what runs is saved."),
+        "resume": (lambda: jobs.ask_to_start(record.id, "resume", who=who.name), "It goes on."),
+        "retry": (lambda: jobs.ask_to_start(record.id, "retry", who=who.name), "The dead items are replayed."),
+        "cancel": (lambda: jobs.cancel(record.id), "It is cancelled."),
+    }
+    if action not in changes:
+        raise RefusedError(404, f"there is no action {action!r}")
+    change, text = changes[action]
+    try:
+        change()
+    except TallyError as error:
+        return said(request, str(error), back=back, problem=True)
+    request.app.state.supervisor.wake()
+    return said(request, text, back=back)
+
+
+@router.get("/jobs/{job}/rows", response_class=HTMLResponse)
+def job_rows(request: Request, who: Viewer, job: JobId, sql: Annotated[str, Query(max_length=20_000)] = "") -> Response:
+    results: Results = request.app.state.results
+    asked = sql.strip() or "from results"
+    try:
+        rows = results.query(job, asked, limit=SHOWN_ROWS)
+    except TallyError as error:
+        return HTMLResponse(render("_message.html", text=str(error), problem=True))
+    return HTMLResponse(render("_rows.html", rows=rows))
+
+
+@router.get("/jobs/{job}/labels", response_class=HTMLResponse)
+def job_labels(request: Request, who: Viewer, jobs: AllJobs, job: JobId) -> HTMLResponse:
+    record, found, problem = jobs.store.get(job), None, None
+    if record.output.get("kind") == "rows":
+        try:
+            found = labels_of(request.app.state.results, record.id)
+        except TallyError as error:
+            problem = str(error)
+    return HTMLResponse(
+        render("_labels.html", job=record.id, unit=record.unit, ended=_settled(record), found=found, problem=problem)
+    )
+
+
+# -- pictures and videos -----------------------------------------------------------------------------------------------
+
+
+def gallery_of(request: Request) -> Gallery:
+    found: Gallery = request.app.state.gallery
+    return found
+
+
+@router.get("/jobs/{job}/pictures", response_class=HTMLResponse)
+def job_pictures(
+    request: Request, who: Viewer, jobs: AllJobs, job: JobId, number: PageNumber = 1, label: Label = ""
+) -> HTMLResponse:
+    record, found, problem = jobs.store.get(job), None, None
+    if record.output:
+        try:
+            found = gallery_of(request).page(record.id, number=number, label=label or None)
+        except TallyError as error:
+            problem = str(error)
+    return HTMLResponse(
+        render(
+            "_pictures.html", job=record.id, ended=_settled(record), found=found, number=number, label=label,
+            problem=problem, images=record.output.get("kind") == "images", published=record.manifest is not None,
+        )
+    )  # fmt: skip
+
+
+@router.get("/jobs/{job}/picture")
+def job_picture(
+    request: Request,
+    who: Viewer,
+    job: JobId,
+    key: Annotated[str, Query(max_length=4000)] = "",
+    file: Annotated[str, Query(max_length=4000)] = "",
+    rows: Annotated[str, Query(max_length=20_000)] = "[]",
+    size: Literal[320, 1280] = 320,
+) -> Response:
+    """A picture, made small: the item ``key`` with ``rows`` drawn onto it, or the ``file`` that was made of one.
+
+    What cannot be shown is a picture, too, that says why: a page that holds many is none the worse for it.
+    """
+    gallery = gallery_of(request)
+    try:
+        if file:
+            data = gallery.made(job, file, size=size)
+        else:
+            data = gallery.item(job, key, size=size, rows=rows_from(rows))
+    except TallyError as error:
+        return Response(render("_nothing.svg", text=error.message), media_type="image/svg+xml")
+    return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
+
+
+@router.get("/jobs/{job}/original")
+def job_original(
+    request: Request,
+    who: Viewer,
+    job: JobId,
+    key: Annotated[str, Query(max_length=4000)],
+    range_: Annotated[str | None, Header(alias="Range", max_length=1000)] = None,
+    if_range: Annotated[str | None, Header(alias="If-Range", max_length=1000)] = None,
+) -> Response:
+    """The video that the job has made another of, or a part of it."""
+    store, name = gallery_of(request).video(job, key)
+    return send_file(store, name, store.size(name), range_, if_range)
+
+
+def _settled(record: JobRecord) -> bool:
+    """Whether its results stay as they are for now."""
+    return record.state in (*ENDED, "failed") and not record.alive

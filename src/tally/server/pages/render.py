@@ -1,0 +1,71 @@
+"""What all pages are made with: templates, messages for forms, and streams of what has changed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.sse import ServerSentEvent
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+import tally
+from tally.jobs.states import STATES
+from tally.server.auth.guard import COOKIE
+from tally.server.auth.keys import csrf_token
+from tally.server.auth.roles import ROLES, Principal
+from tally.server.feed import Feed
+from tally.server.pages import format as formats
+
+FOLDER = Path(__file__).parent
+_templates = Environment(
+    loader=FileSystemLoader(FOLDER / "templates"),
+    autoescape=select_autoescape(default=True),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_templates.globals |= {"version": tally.__version__, "states": STATES, "roles": ROLES}
+_templates.filters |= formats.FILTERS
+
+
+def render(name: str, **values: Any) -> str:
+    """The template, filled in; everything is escaped."""
+    return _templates.get_template(name).render(**values)
+
+
+def page(request: Request, name: str, *, status: int = 200, **values: Any) -> HTMLResponse:
+    """A whole page."""
+    cookie = request.cookies.get(COOKIE, "")
+    who: Principal | None = getattr(request.state, "principal", None)
+    text = render(name, who=who, csrf=csrf_token(cookie), path=request.url.path, **values)
+    return HTMLResponse(text, status_code=status)
+
+
+def said(request: Request, text: str, *, back: str, problem: bool = False, status: int = 200) -> Response:
+    """What a form is answered with: a message for the page that sent it, or, without scripts, the page ``back``."""
+    if "hx-request" in request.headers:
+        return HTMLResponse(render("_message.html", text=text, problem=problem), status_code=status)
+    return RedirectResponse(back, status_code=303)
+
+
+def price_of(request: Request) -> tuple[float, str]:
+    """What an hour of a worker costs, and in which currency."""
+    asked = request.app.state.settings
+    return asked.price_per_hour, asked.currency
+
+
+async def stream(
+    feed: Feed, topic: str, look: Callable[[], dict[str, Any] | None], template: str, **values: Any
+) -> AsyncIterator[ServerSentEvent]:
+    """The template anew whenever what ``look`` returns has changed; ends where it returns None."""
+
+    def event(state: dict[str, Any] | None) -> ServerSentEvent:
+        if state is None:
+            return ServerSentEvent(raw_data=render("_message.html", text="This job was deleted.", problem=True))
+        return ServerSentEvent(raw_data=render(template, now=state, **values))
+
+    async for each in feed.stream(topic, look, event, is_last=lambda state: state is None):
+        yield each
