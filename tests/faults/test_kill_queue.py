@@ -84,8 +84,11 @@ def test_every_item_is_scored_once(tmp_path: Path, kind: str, monkeypatch: pytes
             wait_for(lambda: jobs.get(job).done == MESSAGES, process, seconds=600)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=120) == 130, log.read_text()
+            # What a cut connection had delivered a second time may have been in hand: it is known, and acknowledged.
+            process = start([*command, "--resume", "--until-empty"], log)
+            assert process.wait(timeout=300) == 0, log.read_text()
             dead = queue.peek(MESSAGES, dead=True)
-            assert asked(queue, under_test.url)[:2] in ((0, 0), (0, None)), "what was in hand was settled"
+            assert asked(queue, under_test.url)[:2] in ((0, 0), (0, None))
             queue.close()
         finally:
             stop.set()

@@ -243,6 +243,7 @@ class Jobs:
             try:
                 tidy.release(self.store, record)
             except BaseException:
+                self.store.request(record.id, "run")  # it was refused: who resumes the job does not cancel it
                 self.store.release(lease, record.state, error=record.error)
                 raise
             self.store.release(lease, "cancelled")
