@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -13,7 +14,9 @@ from tally.cli import installation
 from tally.cli.console import say, table
 from tally.text import expanded, local_time
 
-_NEEDS = "The server needs more than scoring does: pip install 'tally-scoring[server]'"
+_NEEDS = (
+    "The server needs more than scoring does: pip install 'tally-scoring[server]', and with --oidc-issuer [server,oidc]"
+)
 
 
 @click.command()
@@ -39,6 +42,11 @@ _NEEDS = "The server needs more than scoring does: pip install 'tally-scoring[se
 )
 @click.option("--max-upload", type=int, default=1024, show_default=True, help="MiB that one upload may have.")
 @click.option("--schedules/--no-schedules", default=True, help="Whether it runs schedules.  [default: it does]")
+@click.option("--oidc-issuer", metavar="URL", help="An identity provider whose accounts may log in.")
+@click.option("--oidc-client-id", default="", metavar="ID", help="How it knows this server; secret: TALLY_OIDC_SECRET.")
+@click.option("--oidc-admin", multiple=True, metavar="MAIL", help="Who is admin; @example.com for all there.")
+@click.option("--oidc-operator", multiple=True, metavar="MAIL", help="Who is operator.")
+@click.option("--oidc-viewer", multiple=True, metavar="MAIL", help="Who is viewer.")
 @click.option(
     "--log-format",
     type=click.Choice(("text", "json")),
@@ -57,6 +65,11 @@ def up(
     allow_hosts: tuple[str, ...],
     max_upload: int,
     schedules: bool,
+    oidc_issuer: str | None,
+    oidc_client_id: str,
+    oidc_admin: tuple[str, ...],
+    oidc_operator: tuple[str, ...],
+    oidc_viewer: tuple[str, ...],
     log_format: str,
 ) -> int:
     """Start the server: API and pages.
@@ -71,17 +84,24 @@ def up(
     from tally.errors import SpecError
     from tally.jobs.facade import open_jobs
 
-    os.environ[logs.FORMAT] = log_format  # what is started logs like that, too
-    logs.log_to_stderr()
     try:
         from tally.server.serve import serve
-        from tally.server.settings import ServerSettings
+        from tally.server.settings import OidcSettings, ServerSettings
+
+        if oidc_issuer is not None:
+            import_module("tally.server.auth.oidc")
     except ModuleNotFoundError as error:
         raise SpecError(f"the server cannot start: {error}", hint=_NEEDS) from None
+    oidc = None
+    if oidc_issuer is not None:
+        secret = os.environ.get("TALLY_OIDC_SECRET", "")
+        oidc = OidcSettings(oidc_issuer, oidc_client_id, secret, oidc_admin, oidc_operator, oidc_viewer)
     folders = tuple(expanded(each).absolute() for each in roots)
     settings = ServerSettings(
-        host, port, parallel, folders, price_per_hour, currency, allow_hosts, max_upload << 20, schedules
+        host, port, parallel, folders, price_per_hour, currency, allow_hosts, max_upload << 20, schedules, oidc
     )
+    os.environ[logs.FORMAT] = log_format  # what is started logs like that, too
+    logs.log_to_stderr()
     jobs = open_jobs(wait=lambda line: say(line, err=True))
     return serve(jobs, settings, say=say)
 

@@ -96,6 +96,13 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     app.include_router(api)
     app.include_router(health.router)
     app.include_router(metrics.router)
+    app.state.oidc = None
+    if settings.oidc is not None:  # what it needs is an extra
+        from tally.server.auth.oidc import Oidc
+        from tally.server.pages import oidc
+
+        app.state.oidc = Oidc(settings.oidc, KeyStore(engine))
+        app.include_router(oidc.router)
     pages.install(app)
     # The last one added is the outermost.
     # Beside the files, an upload holds their names.

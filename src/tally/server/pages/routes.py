@@ -43,7 +43,7 @@ NEWEST = 25
 
 @router.get("/login", response_class=HTMLResponse)
 def login_page(request: Request, then: str = "/") -> HTMLResponse:
-    return page(request, "login.html", then=then, problem=None)
+    return page(request, "login.html", then=then, problem=None, oidc=request.app.state.oidc)
 
 
 @router.post("/login", response_class=HTMLResponse)
@@ -54,7 +54,9 @@ def log_in(request: Request, key: Annotated[str, Form(max_length=200)], then: An
     try:
         principal = guard.with_key(key.strip(), address_of(request))
     except RefusedError as error:
-        return page(request, "login.html", then=then, problem=str(error), status=error.status)
+        return page(
+            request, "login.html", then=then, problem=str(error), status=error.status, oidc=request.app.state.oidc
+        )
     request.state.principal = principal
     answer = RedirectResponse(then if _is_ours(then) else "/", status_code=303)
     answer.set_cookie(
