@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import httpx2
 import pytest
@@ -38,11 +38,11 @@ class Server:
 
 
 @contextmanager
-def running(*options: object) -> Iterator[Server]:
-    """``tally up`` on any free port, in this test's home."""
+def running(*options: object, log: IO[bytes] | None = None) -> Iterator[Server]:
+    """``tally up`` on any free port, in this test's home. log: gets its standard error."""
     pytest.importorskip("fastapi")
     command = [sys.executable, "-m", "tally", "up", "--port", "0", *map(str, options)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
         key = ""

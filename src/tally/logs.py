@@ -63,4 +63,5 @@ def log_to_stderr() -> None:
         raise SpecError(f"{FORMAT} must be text or json, not {wanted!r}")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if wanted == "json" else _Text("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])  # what libraries do is not worth a line
+    logging.getLogger("tally").setLevel(logging.INFO)

@@ -281,14 +281,20 @@ def test_others_are_not_let_in_before_there_is_a_key(home: Path) -> None:
     assert "tally keys add" in ended.stderr
 
 
-def test_logs_are_json_where_that_is_asked_for(folder: Path, home: Path) -> None:
-    with running("--root", folder, "--log-format", "json") as server, server.client() as client:
+def test_logs_are_json_where_that_is_asked_for(folder: Path, home: Path, tmp_path: Path) -> None:
+    with (
+        (tmp_path / "log").open("wb") as log,
+        running("--root", folder, "--log-format", "json", log=log) as server,
+        server.client() as client,
+    ):
         started = client.post("/jobs", json=job(folder, "logged")).json()["id"]
         until(client, started, lambda view: view["state"] == "finished")
     lines = (home / "logs" / f"{started}.coordinator.log").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     assert {each["job"] for each in found} == {started}
     assert found[-1]["message"] == f"job {started} is finished"
+    (begun,) = (json.loads(line) for line in (tmp_path / "log").read_text().splitlines())  # libraries are silent
+    assert (begun["message"], begun["job"]) == (f"job {started} has a process: submit", started)
 
 
 def test_metrics_tell_of_running_jobs(server: Server, admin: httpx2.Client, folder: Path) -> None:

@@ -89,7 +89,7 @@ class Supervisor:
         """Have jobs started again whose coordinator is gone."""
         for record in self._jobs.orphaned():
             if self._reaches(record):
-                log.info("job %s has lost its coordinator: it is started again", record.id)
+                log.info("job %s has lost its coordinator: it is started again", record.id, extra={"job": record.id})
                 self._jobs.starts.ask(record.id, "resume")
 
     def _reaches(self, record: JobRecord) -> bool:
@@ -105,6 +105,7 @@ class Supervisor:
         except OSError:
             self._jobs.starts.put_back(start.job_id, start.token)
             raise
+        log.info("job %s has a process: %s", start.job_id, start.action, extra={"job": start.job_id})
 
     def _reap(self) -> None:
         """Settle what has ended. A coordinator that died before it had its job is started again, a few times."""
@@ -112,7 +113,7 @@ class Supervisor:
             unsettled = self._jobs.starts.put_back(start.job_id, start.token or "")
             if unsettled is not None and unsettled.attempts >= ATTEMPTS:
                 how = f"its process died {ATTEMPTS} times before it could begin; its log: {log_of(start.job_id)}"
-                log.error("job %s is not started: %s", start.job_id, how)
+                log.error("job %s is not started: %s", start.job_id, how, extra={"job": start.job_id})
                 self._jobs.store.give_up(start.job_id, "failed", error=how)
                 self._jobs.starts.forget(start.job_id)
             self._children.forget(start)  # last: if the database is away, the next turn tries again
