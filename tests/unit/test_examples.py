@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +13,9 @@ import onnxruntime
 import pytest
 import yaml
 from PIL import Image, ImageOps
+from tests.examples import EXAMPLES, script
 
-SHAPES = Path(__file__).resolve().parents[2] / "examples" / "shapes"
+SHAPES = EXAMPLES / "shapes"
 MODEL = SHAPES / "model"
 UNSEEN_SEED = 20_260
 ORIENTATION_TAG = 0x0112
@@ -23,12 +23,7 @@ ORIENTATION_TAG = 0x0112
 
 @pytest.fixture(scope="module")
 def make_pictures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_pictures", SHAPES / "make_pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("shapes/make_pictures.py")
 
 
 @pytest.fixture(scope="module")
