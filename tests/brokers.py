@@ -21,6 +21,7 @@ from tests.faulty import FaultyProxy
 from tests.kafka import MockKafka, mock_kafka
 from tests.objectstores import AZURITE_ACCOUNT, azurite_queues, moto_s3
 from tests.ports import free_ports
+from tests.servicebus import ServiceBus, service_bus
 from tests.services import require
 
 PATIENCE = 60.0
@@ -178,6 +179,23 @@ def _azure_queue(_: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokerUnd
         yield Faulty(f"azure-queue://{AZURITE_ACCOUNT}/items?lock=10", proxy)
 
 
+class CutServiceBus(BrokerUnderTest):
+    def __init__(self, bus: ServiceBus) -> None:
+        self._bus, self.url = bus, f"{bus.url}/items"
+
+    def hurt(self) -> None:
+        """Every connection is cut."""
+        self._bus.cut()
+
+
+@contextmanager
+def _servicebus(_: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokerUnderTest]:
+    with service_bus() as bus:
+        bus.enter(monkeypatch)
+        bus.make("items", lock=10)
+        yield CutServiceBus(bus)
+
+
 class RestartedKafka(BrokerUnderTest):
     def __init__(self, cluster: MockKafka) -> None:
         self._cluster, self.url = cluster, f"kafka://{cluster.servers}/items?lock=6"
@@ -200,6 +218,7 @@ BROKERS = {
     "redis-list": partial(_redis, options="?kind=list&lock=2"),
     "sqs": _sqs,
     "azure-queue": _azure_queue,
+    "servicebus": _servicebus,
     "kafka": _kafka,
 }
 """Each gives a broker of this kind; the test is skipped where it is not there."""

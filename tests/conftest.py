@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.objectstores import Service, azurite, azurite_queues, moto_s3
+from tests.servicebus import ServiceBus, service_bus
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -96,6 +97,13 @@ def azure_server() -> Iterator[Service]:
 def azure_queue_server() -> Iterator[Service]:
     """An Azure Queue service for this process's tests; each takes a queue of its own."""
     with azurite_queues() as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def service_bus_server() -> Iterator[ServiceBus]:
+    """A Service Bus for this process's tests; each takes a queue of its own."""
+    with service_bus() as service:
         yield service
 
 

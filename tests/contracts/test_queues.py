@@ -12,6 +12,7 @@ import pytest
 from tests.brokers import answers, make_azure_queue, make_sqs_queue
 from tests.kafka import MockKafka, mock_kafka
 from tests.objectstores import AZURITE_ACCOUNT
+from tests.servicebus import ServiceBus
 from tests.services import require
 
 from tally.sources.base import Source
@@ -23,8 +24,9 @@ from tally.testing.sources import EndlessSourceContract
 PATIENCE = 60.0
 """Seconds after which something will not happen any more."""
 
-SHORT = {"redis-stream": "lock=1", "sqs": "lock=1", "azure-queue": "lock=1"}
-"""How URLs say that messages go to another consumer after a second, for brokers that keep a lock for each message."""
+SHORT = {"redis-stream": "?lock=1", "sqs": "?lock=1", "azure-queue": "?lock=1", "servicebus": "-short"}
+"""How URLs end that say that messages go to another consumer after a second, for brokers that keep a lock for each
+message."""
 
 
 def rabbitmq(name: str, _: pytest.FixtureRequest) -> Iterator[str]:
@@ -69,6 +71,18 @@ def azure_queue(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
     yield f"azure-queue://{AZURITE_ACCOUNT}/{name}"
 
 
+def servicebus(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    bus: ServiceBus = request.getfixturevalue("service_bus_server")
+    bus.enter(request.getfixturevalue("monkeypatch"))
+    bus.make(name)
+    bus.make(f"{name}-short", lock=1)
+    yield f"{bus.url}/{name}"
+
+
+def servicebus_topic(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    return servicebus(f"{name}/Subscriptions/tally", request)
+
+
 @pytest.fixture(scope="session")
 def kafka_cluster() -> Iterator[MockKafka]:
     with mock_kafka() as cluster:
@@ -88,6 +102,8 @@ MAKERS: dict[str, Callable[[str, pytest.FixtureRequest], Iterator[str]]] = {
     "sqs": sqs,
     "sqs-fifo": sqs_fifo,
     "azure-queue": azure_queue,
+    "servicebus": servicebus,
+    "servicebus-topic": servicebus_topic,
     "kafka": kafka,
 }
 
@@ -182,7 +198,7 @@ def test_depth_and_peek(opened: Callable[[], Queue]) -> None:
 
 @pytest.mark.parametrize("kind", list(SHORT), indirect=True)
 def test_a_lock_holds_as_long_as_it_is_extended(url: str, kind: str) -> None:
-    with closing(open_queue(f"{url}?{SHORT[kind]}")) as first, closing(open_queue(f"{url}?{SHORT[kind]}")) as second:
+    with closing(open_queue(url + SHORT[kind])) as first, closing(open_queue(url + SHORT[kind])) as second:
         first.send([Message(b"a"), Message(b"b")])
         a, _ = receive(first, 2)
         others: list[Message] = []

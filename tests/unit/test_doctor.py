@@ -153,7 +153,10 @@ def test_extras_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "version_of", there.get)
     text = checks.extras()
     assert "postgres (psycopg 3.2.1)" in text
-    assert "pip install 'tally-scoring[ray,sklearn,train,mlflow,rabbitmq,redis,sqs,kafka,azure-queue,server]'" in text
+    assert (
+        "pip install 'tally-scoring[ray,sklearn,train,mlflow,rabbitmq,redis,sqs,kafka,azure-queue,servicebus,server]'"
+        in text
+    )
 
 
 # -- database ----------------------------------------------------------------------------------------------------------

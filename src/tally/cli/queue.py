@@ -42,6 +42,7 @@ def queue() -> None:
       redis://HOST/0/STREAM or redis://HOST/0/LIST?kind=list
       sqs://REGION/QUEUE
       azure-queue://ACCOUNT/QUEUE
+      servicebus://NAMESPACE/QUEUE or servicebus://NAMESPACE/TOPIC/Subscriptions/NAME
       kafka://HOST:PORT/TOPIC
     A password comes from TALLY_QUEUE_PASSWORD; credentials of clouds from where their own programs look for them.
     """

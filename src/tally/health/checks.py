@@ -29,6 +29,7 @@ EXTRAS = {
     "sqs": ("boto3",),
     "kafka": ("confluent-kafka",),
     "azure-queue": ("azure-storage-queue", "azure-identity"),
+    "servicebus": ("azure-servicebus", "azure-identity"),
     "server": ("fastapi", "uvicorn"),
 }
 """Optional dependencies by the name of the extra that brings them; a test keeps the names true. What only authors of

@@ -30,6 +30,7 @@ BROKERS = {
     "rediss": _Line("tally.sources.queues.redis", "redis"),
     "sqs": _Line("tally.sources.queues.sqs", "sqs"),
     "azure-queue": _Line("tally.sources.queues.azure_queue", "azure-queue"),
+    "servicebus": _Line("tally.sources.queues.servicebus", "servicebus"),
     "kafka": _Line("tally.sources.queues.kafka", "kafka"),
     "kafkas": _Line("tally.sources.queues.kafka", "kafka"),
 }
@@ -38,6 +39,7 @@ BROKERS = {
 _HOSTS = {
     r"sqs\.[a-z0-9-]+\.amazonaws\.com(\.cn)?": BROKERS["sqs"],
     r"[a-z0-9]+\.queue\.core\.[a-z.]+": BROKERS["azure-queue"],
+    r"[a-z0-9-]+\.servicebus\.[a-z.]+": BROKERS["servicebus"],
 }
 """By the host of https URLs, as the broker's own pages show them."""
 
