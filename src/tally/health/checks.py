@@ -20,6 +20,7 @@ ROOM = 1 << 30
 
 EXTRAS = {
     "postgres": ("psycopg",),
+    "mariadb": ("pymysql",),
     "ray": ("ray",),
     "sklearn": ("scikit-learn", "skops"),
     "train": ("torch", "tensorboard"),
@@ -31,6 +32,8 @@ EXTRAS = {
     "azure-queue": ("azure-storage-queue", "azure-identity"),
     "servicebus": ("azure-servicebus", "azure-identity"),
     "server": ("fastapi", "uvicorn"),
+    "oidc": ("authlib",),
+    "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
 }
 """Optional dependencies by the name of the extra that brings them; a test keeps the names true. What only authors of
 extensions need (``testing``) is left out."""
