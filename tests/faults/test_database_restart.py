@@ -139,10 +139,12 @@ def test_following_a_job_survives_restarts(
 ) -> None:
     log, watched = tmp_path / "log", tmp_path / "watched"
     process = begin(score(items, tmp_path / "out"), log)
-    wait_for(lambda: any(each.alive for each in store.newest(limit=1)), process, told=log.read_text)
+    wait_for(lambda: any(each.state == "running" for each in store.newest(limit=1)), process, told=log.read_text)
+    process.send_signal(signal.SIGSTOP)  # the job is not over before it is watched
     watcher = begin(tally("jobs", "watch", store.newest(limit=1)[0].id), watched)
     wait_for(lambda: "running" in watched.read_text(), watcher, told=watched.read_text)
     postgres.stop()
+    process.send_signal(signal.SIGCONT)
     wait_for(lambda: AWAY in watched.read_text(), watcher, told=watched.read_text)
     postgres.start()
     assert process.wait(timeout=120) == 0, log.read_text()
