@@ -39,6 +39,12 @@ def refusal(host: str, port: int) -> str | None:
     return None
 
 
+def is_allowed(host: str) -> bool:
+    """Whether this process may connect to the host wherever that is."""
+    allowed = os.environ.get(ALLOWED)
+    return allowed is None or host.lower() in allowed.split(",")
+
+
 def create_connection(
     address: tuple[str, int], timeout: float | None = None, source_address: tuple[str, int] | None = None
 ) -> socket.socket:
@@ -83,8 +89,7 @@ def _guard(connection: Any) -> None:
 def _addresses(host: str, port: int) -> list[str]:
     """The addresses of the host. Raises PrivateAddressError if it may not be connected to, OSError."""
     found = [str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    allowed = os.environ.get(ALLOWED)
-    if allowed is not None and host.lower() not in allowed.split(","):
+    if not is_allowed(host):
         for each in found:
             if not _is_public(each):
                 raise PrivateAddressError(errno.EACCES, f"{host!r} is a private address ({each})")

@@ -100,6 +100,20 @@ def test_allowed_hosts_are_reached(inside: tuple[int, list[str]], resolve: Calla
     assert refusal("no-such-host.invalid", 80) == "'no-such-host.invalid' cannot be found"
 
 
+def test_servers_of_kafka_are_allowed_ones(resolve: Callable[..., list[str]]) -> None:
+    """The first says where the others are, and the client goes there unchecked."""
+    pytest.importorskip("fastapi")
+    from tally.server.places import check_places
+
+    resolve(kafka_internal=["10.0.0.1"])
+    check_places([("source", "kafka://1.1.1.1/topic")], ())  # nothing is restricted
+    restrict(["Kafka.Internal"])
+    check_places([("source", "kafkas://me@kafka.internal:9093/topic")], ())
+    for url in ("kafka://1.1.1.1/topic", "KAFKAS://kafka.internal:9093,1.1.1.1:9093/topic"):
+        with pytest.raises(SpecError, match=r"the host '1\.1\.1\.1' would say where else to connect"):
+            check_places([("source", url)], ())
+
+
 def test_a_name_that_leads_elsewhere_by_then_leads_nowhere(
     inside: tuple[int, list[str]], resolve: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ _NEEDS = (
     "allow_hosts",
     multiple=True,
     metavar="HOST",
-    help="A private host that requests may name (a broker, a webhook); may be repeated.",
+    help="A private host, or a server of Kafka, that requests may name; may be repeated.",
 )
 @click.option("--max-upload", type=int, default=1024, show_default=True, help="MiB that one upload may have.")
 @click.option("--schedules/--no-schedules", default=True, help="Whether it runs schedules.  [default: it does]")

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from tally.errors import SpecError
 from tally.jobs.spec import JobSpec, pushed_folder
-from tally.network import refusal
+from tally.network import is_allowed, refusal
 from tally.server.uploads import uploads_folder
 from tally.storage import is_url
 from tally.text import expanded
@@ -100,6 +100,8 @@ def _host_refusal(name: str, url: str) -> str | None:
             return f"{name}: {url!r} has no valid port"
         if not host:
             return f"{name}: {url!r} names no host"
+        if scheme.lower().startswith("kafka") and not is_allowed(host):
+            return f"{name}: the host {host!r} would say where else to connect, so it has to be one that is allowed"
         if (why := refusal(host, port)) is not None:
             return f"{name}: the host {why}"
     return None
