@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 expect.set_options(timeout=PATIENCE * 1000)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while Playwright runs, no other test may run an event loop
 def browser() -> Iterator[Browser]:
     path = os.environ.get("TALLY_TEST_CHROMIUM") or shutil.which("chromium")
     require("Chromium (apt-get install chromium, or TALLY_TEST_CHROMIUM)", path is not None)

@@ -20,6 +20,7 @@ from tests.browsing import check_accessibility, log_in
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     (folder / "slow.py").write_text(SCORER.replace("PAUSE", "0.2"))
+    (folder / "slower.py").write_text(SCORER.replace("PAUSE", "5"))
     (folder / "in").mkdir()
     for number in range(30):
         (folder / "in" / f"{number:02}.txt").write_text("x" * number)
@@ -79,10 +80,14 @@ def test_a_job_is_cancelled_and_the_overview_follows(
 ) -> None:
     log_in(page, server)
     with server.client() as client:
-        started = client.post("/jobs", json=job(folder, "by-click", scorer="slow", batch_size=1)).json()["id"]
+        started = client.post("/jobs", json=job(folder, "by-click", scorer="slower", batch_size=1)).json()["id"]
         row = page.get_by_role("row").filter(has_text=started)
-        expect(row).to_contain_text("running")  # without a reload
-        page.get_by_role("link", name=started).click()
+        expect(row.first).to_contain_text("running")  # without a reload
+        workers = page.get_by_role("table").filter(has=page.get_by_role("columnheader", name="GPU memory"))
+        expect(workers.get_by_role("row").filter(has_text=started)).to_contain_text(re.compile(r"\d %\s*[\d.]+ MiB"))
+        expect(page.get_by_role("img", name=re.compile("^Items per minute in the last hour"))).to_be_visible()
+        check_accessibility(page)
+        page.get_by_role("link", name=started).first.click()
         page.on("dialog", lambda dialog: dialog.accept())
         page.get_by_role("button", name="Cancel").click()
         expect(page.get_by_text("cancelled", exact=True)).to_be_visible()

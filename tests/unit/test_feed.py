@@ -10,7 +10,7 @@ pytest.importorskip("fastapi")
 
 from fastapi.sse import ServerSentEvent
 
-from tally.server.feed import Feed
+from tally.server.feed import Feed, seldom
 
 
 async def seen(states: list[str | None], last: str | None) -> list[str | None]:
@@ -38,3 +38,11 @@ def test_states_are_told_when_they_change_up_to_the_last() -> None:
 
 def test_what_is_gone_before_the_first_look_ends_the_stream() -> None:
     assert asyncio.run(asyncio.wait_for(seen([None], None), 30)) == [None]
+
+
+def test_what_is_costly_is_looked_at_seldom() -> None:
+    looks = iter(range(9))
+    now_and_then = seldom(lambda: next(looks), seconds=3600)
+    assert [now_and_then() for _ in range(3)] == [0, 0, 0]
+    always = seldom(lambda: next(looks), seconds=0)
+    assert [always() for _ in range(3)] == [1, 2, 3]

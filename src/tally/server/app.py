@@ -26,6 +26,7 @@ from tally.server.auth.keys import KeyStore
 from tally.server.auth.throttle import Throttle
 from tally.server.feed import Feed
 from tally.server.gallery import Gallery
+from tally.server.machine import Machine
 from tally.server.middleware import MAX_BODY, Audited, BodyLimit, SecurityHeaders
 from tally.server.pages import routes as pages
 from tally.server.results import Results
@@ -87,6 +88,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     app.state.jobs, app.state.settings, app.state.feed, app.state.audit = jobs, settings, feed, audit
     app.state.supervisor, app.state.aside, app.state.results = supervisor, aside, Results(jobs, aside)
     app.state.gallery = Gallery(jobs, app.state.results, aside, settings.roots)
+    app.state.machine = Machine()
     app.state.uploads = Uploads(most=settings.max_upload)
     app.state.guard = Guard(KeyStore(engine), Throttle())
     errors.install(app)
@@ -106,7 +108,9 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     pages.install(app)
     # The last one added is the outermost.
     # Beside the files, an upload holds their names.
-    app.add_middleware(BodyLimit, limits={"/api/v1/uploads": settings.max_upload + MAX_BODY})
+    app.add_middleware(
+        BodyLimit, limits=dict.fromkeys(("/api/v1/uploads", "/jobs/new"), settings.max_upload + MAX_BODY)
+    )
     app.add_middleware(Audited, audit=audit)
     app.add_middleware(SecurityHeaders)
     return app

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -105,3 +106,19 @@ class Feed:
                             queue.get_nowait()
                         queue.put_nowait(now)
             await asyncio.sleep(LOOK_SECONDS)
+
+
+def seldom(look: Callable[[], State], *, seconds: float) -> Callable[[], State]:
+    """As ``look``, but asked again only after so many seconds; until then, its last answer stands. For one thread at a
+    time."""
+    last: State = _NOT_LOOKED
+    following = 0.0
+
+    def look_seldom() -> State:
+        nonlocal last, following
+        if last is _NOT_LOOKED or time.monotonic() >= following:
+            last = look()
+            following = time.monotonic() + seconds
+        return last
+
+    return look_seldom

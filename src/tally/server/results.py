@@ -7,6 +7,7 @@ answer. That process has no database, opens no model and runs no code of the use
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tally.errors import SourceNotFoundError, SpecError
 from tally.jobs.facade import Jobs
@@ -28,6 +30,8 @@ from tally.storage import Store, open_store
 SECONDS = 20.0
 MEMORY = "1GiB"
 BLOCK = 1 << 20
+MOST_DOWNLOADED = 100_000
+"""Rows of an answer that is fetched as a file."""
 
 
 class Results:
@@ -45,6 +49,14 @@ class Results:
         """As :meth:`query`, into a file, as an Arrow stream; whether there are more rows."""
         more: bool = self._ask(_write_arrow, job, sql, limit, str(target))
         return more
+
+    def download(self, job: str, sql: str, target: Path, *, form: Literal["csv", "parquet"]) -> None:
+        """The whole answer into a file. Raises SpecError where it has more than :data:`MOST_DOWNLOADED` rows."""
+        if self._ask(_write_file, job, sql, MOST_DOWNLOADED, str(target), form):
+            raise SpecError(
+                f"the answer has more than {MOST_DOWNLOADED:,} rows",
+                hint=f"End the query with 'limit {MOST_DOWNLOADED}', or fetch the job's files.",
+            )
 
     def page(
         self, job: str, *, order: Literal["source", "key"], after: str | None, limit: int
@@ -163,6 +175,29 @@ def _write_arrow(
     with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table.slice(0, limit))
     return bool(table.num_rows > limit)
+
+
+def _write_file(
+    output: dict[str, Any], outputs: Sequence[Output], dead: pa.Table, sql: str, limit: int, target: str, form: str
+) -> bool:
+    table = _table(output, outputs, dead, sql, limit)
+    if table.num_rows > limit:
+        return True
+    if form == "parquet":
+        pq.write_table(table, target)
+        return False
+    with Path(target).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(table.column_names)
+        for batch in table.to_batches(max_chunksize=10_000):
+            for row in batch.to_pylist():
+                writer.writerow([_in_csv(_plain(value)) for value in row.values()])
+    return False
+
+
+def _in_csv(value: Any) -> Any:
+    """The value as a cell: lists and mappings as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
 
 
 def _plain(value: Any) -> Any:

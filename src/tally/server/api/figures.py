@@ -30,11 +30,12 @@ def figures(request: Request, who: Viewer, jobs: AllJobs) -> Figures:
         items=sum(minutes),
         price_per_hour=settings.price_per_hour,
         currency=settings.currency,
-        running=[_running(each, settings.price_per_hour) for each in driven],
+        running=[running_job(each, settings.price_per_hour) for each in driven],
     )
 
 
-def _running(record: JobRecord, price_per_hour: float) -> RunningJob:
+def running_job(record: JobRecord, price_per_hour: float) -> RunningJob:
+    """How a job runs, and what that has cost so far."""
     seconds, busy = (float(record.usage.get(name, 0.0)) for name in ("seconds", "worker_seconds"))
     return RunningJob(
         id=record.id,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, UploadFile
+from starlette.datastructures import UploadFile as PlainUpload
 
+from tally.jobs.facade import Jobs
 from tally.jobs.states import ENDED
 from tally.server.api.jobs import AllJobs
 from tally.server.auth.guard import Operator
@@ -27,6 +30,10 @@ def upload_files(
     unpack: Annotated[bool, Query(description="They are zip archives, whose files are kept instead.")] = False,
 ) -> Upload:
     """Keep files for a week. The answer's ``place`` may be a job's source, and its files a model's."""
-    uploads: Uploads = request.app.state.uploads
+    return keep(request.app.state.uploads, jobs, files, unpack=unpack)
+
+
+def keep(uploads: Uploads, jobs: Jobs, files: Sequence[PlainUpload], *, unpack: bool) -> Upload:
+    """Keep these files, and remove what has expired. Raises as :meth:`Uploads.add`."""
     uploads.sweep(lambda upload: any(each.state not in ENDED for each in jobs.list(text=upload, limit=1000).jobs))
     return uploads.add([(each.filename or "", each.file) for each in files], unpack=unpack)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
+import tempfile
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.background import BackgroundTask
+from starlette.datastructures import UploadFile
 
 from tally.errors import JobNotFoundError, RefusedError, SpecError, TallyError
 from tally.jobs.facade import Jobs
@@ -20,62 +23,89 @@ from tally.jobs.store import JobRecord
 from tally.server.api.jobs import AllJobs, JobId, feed_of
 from tally.server.api.models import all_models
 from tally.server.api.results import send_file
+from tally.server.api.uploads import keep
 from tally.server.api.views import DeadItem, JobDetail, JobView
 from tally.server.auth.guard import COOKIE, Operator, Viewer
 from tally.server.auth.keys import csrf_token
 from tally.server.auth.roles import Principal
-from tally.server.feed import Feed
+from tally.server.feed import Feed, seldom
 from tally.server.gallery import Gallery, rows_from
 from tally.server.pages.labels import labels_of
 from tally.server.pages.render import page, price_of, render, said, stream
 from tally.server.places import check as check_places
-from tally.server.results import Results
+from tally.server.results import MOST_DOWNLOADED, Results
+from tally.server.uploads import MAX_FILES
 
 router = APIRouter(include_in_schema=False)
 
 SHOWN_DEAD = 20
-SHOWN_ROWS = 50
+SHOWN_ROWS, EXPLORED_ROWS = 50, 200
 CELLS, STRETCHES = 240, 60
 """Of the map of chunks, and of the chart of the rate."""
 GLANCE_SECONDS = 2.0
 """Seconds between two looks at all chunks of a job."""
 
 PageNumber = Annotated[int, Query(ge=1, le=10**9, alias="page")]
+Sql = Annotated[str, Query(max_length=20_000)]
 Label = Annotated[str, Query(max_length=1000)]
 
 
 @router.get("/jobs/new", response_class=HTMLResponse)
-def new_job(request: Request, who: Operator, again: str | None = None) -> HTMLResponse:
-    jobs = request.app.state.jobs
-    spec = jobs.get(again).spec if again is not None else {}
-    models = [f"models:/{each.name}" for each in all_models(jobs)]
-    roots = request.app.state.settings.roots
-    return page(request, "new.html", spec=spec, models=models, roots=roots, problems=[], hint=None)
+def new_job(
+    request: Request,
+    who: Operator,
+    jobs: AllJobs,
+    again: str | None = None,
+    model: Annotated[str, Query(max_length=1000)] = "",
+) -> HTMLResponse:
+    spec = jobs.get(again).spec if again is not None else {"model": model}
+    return _form(request, jobs, spec)
 
 
 @router.post("/jobs/new", response_class=HTMLResponse)
 async def start_job(request: Request, who: Operator, jobs: AllJobs) -> Response:
-    form = await request.form()
-    fields = {name: str(value).strip() for name, value in form.items() if name != "csrf" and str(value).strip()}
-    return await asyncio.to_thread(_start, request, who, jobs, fields)
+    form = await request.form(max_files=MAX_FILES)
+    files = [each for each in form.getlist("files") if isinstance(each, UploadFile) and each.filename]
+    fields = {
+        name: value.strip()
+        for name, value in form.items()
+        if name != "csrf" and isinstance(value, str) and value.strip()
+    }
+    return await asyncio.to_thread(_start, request, who, jobs, fields, files)
 
 
-def _start(request: Request, who: Principal, jobs: Any, fields: dict[str, Any]) -> Response:
-    overwrite = fields.pop("overwrite", None) is not None
+def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any], files: list[UploadFile]) -> Response:
+    overwrite, unpack = (fields.pop(name, None) is not None for name in ("overwrite", "unpack"))
     fields["source"] = fields.get("source", "").split()
     try:
+        if files:
+            upload = keep(request.app.state.uploads, jobs, files, unpack=unpack)
+            fields["source"].append(upload.place)  # it stays in the form where something else is wrong
         spec = make(**fields)
         check_places(spec, request.app.state.settings.roots)
     except SpecError as error:
-        models = [f"models:/{each.name}" for each in all_models(jobs)]
-        roots = request.app.state.settings.roots
-        return page(
-            request, "new.html", status=422, spec=fields, models=models, roots=roots, problems=error.problems,
-            hint=error.hint,
-        )  # fmt: skip
+        return _form(request, jobs, fields, error)
     record = jobs.enqueue(spec, who=who.name, overwrite=overwrite)
     request.app.state.supervisor.wake()
     return RedirectResponse(f"/jobs/{record.id}", status_code=303)
+
+
+def _form(request: Request, jobs: Jobs, spec: dict[str, Any], error: SpecError | None = None) -> HTMLResponse:
+    """The form of a new job, with what was given, and what is wrong with that."""
+    settings = request.app.state.settings
+    models = [
+        name
+        for model in all_models(jobs)
+        for name in (
+            f"models:/{model.name}",
+            *(f"models:/{model.name}@{alias}" for version in model.versions for alias in version.aliases),
+        )
+    ]
+    return page(
+        request, "new.html", status=200 if error is None else 422, spec=spec, models=models, roots=settings.roots,
+        most=settings.max_upload, problems=[] if error is None else error.problems,
+        hint=None if error is None else error.hint,
+    )  # fmt: skip
 
 
 @router.get("/jobs/{job}", response_class=HTMLResponse)
@@ -83,7 +113,7 @@ def job_page(
     request: Request, who: Viewer, jobs: AllJobs, job: JobId, number: PageNumber = 1, label: Label = ""
 ) -> HTMLResponse:
     record = jobs.store.get(job)
-    now = _job(jobs, record.id, Glance(jobs))
+    now = _job(jobs, record.id, _glance(jobs, record.id))
     return page(
         request, "job.html", detail=JobDetail.of(record), now=now, price=price_of(request), number=number, label=label
     )
@@ -94,11 +124,12 @@ async def job_live(
     request: Request, who: Viewer, jobs: AllJobs, feed: Annotated[Feed, Depends(feed_of)], job: JobId
 ) -> AsyncIterator[ServerSentEvent]:
     job_id = (await asyncio.to_thread(jobs.store.get, job)).id
-    price, glance = price_of(request), Glance(jobs)
+    price = price_of(request)
+    glance = seldom(lambda: _glance(jobs, job_id), seconds=GLANCE_SECONDS)
 
     def look() -> dict[str, Any] | None:
         try:
-            return _job(jobs, job_id, glance)
+            return _job(jobs, job_id, glance())
         except JobNotFoundError:
             return None
 
@@ -107,28 +138,20 @@ async def job_live(
         yield each
 
 
-class Glance:
-    """The map of a job's chunks and the chart of its rate, looked at anew only now and then."""
-
-    def __init__(self, jobs: Jobs) -> None:
-        self._jobs, self._next = jobs, 0.0
-        self._last: dict[str, Any] = {}
-
-    def __call__(self, job: JobView) -> dict[str, Any]:
-        if time.monotonic() >= self._next:
-            store = self._jobs.store
-            cells = store.cells(job.id, limit=CELLS)
-            pace = store.pace(job.id, running=job.state == "running", limit=STRETCHES)
-            self._last = {"cells": cells, "pace": pace}
-            self._next = time.monotonic() + GLANCE_SECONDS
-        return self._last
+def _glance(jobs: Jobs, job_id: str) -> dict[str, Any]:
+    """The map of a job's chunks, and the chart of its rate."""
+    running = jobs.store.get(job_id).state == "running"
+    return {
+        "cells": jobs.store.cells(job_id, limit=CELLS),
+        "pace": jobs.store.pace(job_id, running=running, limit=STRETCHES),
+    }
 
 
-def _job(jobs: Jobs, job_id: str, glance: Glance) -> dict[str, Any]:
+def _job(jobs: Jobs, job_id: str, glance: dict[str, Any]) -> dict[str, Any]:
     """What changes about a job while it runs."""
     view = JobView.of(jobs.store.get(job_id))
     dead = [DeadItem.of(each) for each in itertools.islice(jobs.dead(job_id), SHOWN_DEAD)] if view.dead else []
-    return {"job": view, "dead": dead, "ended": view.state in ENDED, **glance(view)}
+    return {"job": view, "dead": dead, "ended": view.state in ENDED, **glance}
 
 
 @router.post("/jobs/{job}/{action}")
@@ -153,7 +176,7 @@ def change_job(request: Request, who: Operator, jobs: AllJobs, job: JobId, actio
 
 
 @router.get("/jobs/{job}/rows", response_class=HTMLResponse)
-def job_rows(request: Request, who: Viewer, job: JobId, sql: Annotated[str, Query(max_length=20_000)] = "") -> Response:
+def job_rows(request: Request, who: Viewer, job: JobId, sql: Sql = "") -> Response:
     results: Results = request.app.state.results
     asked = sql.strip() or "from results"
     try:
@@ -161,6 +184,38 @@ def job_rows(request: Request, who: Viewer, job: JobId, sql: Annotated[str, Quer
     except TallyError as error:
         return HTMLResponse(render("_message.html", text=str(error), problem=True))
     return HTMLResponse(render("_rows.html", rows=rows))
+
+
+@router.get("/jobs/{job}/sql", response_class=HTMLResponse)
+def explorer(request: Request, who: Viewer, jobs: AllJobs, job: JobId, sql: Sql = "") -> HTMLResponse:
+    record, results = jobs.store.get(job), request.app.state.results
+    asked = sql.strip() or f"from results limit {EXPLORED_ROWS}"
+    views, rows, problem = {}, None, None
+    try:
+        for view in ("results", "dead"):
+            views[view] = results.query(record.id, f"from {view} limit 0", limit=0).columns
+        rows = results.query(record.id, asked, limit=EXPLORED_ROWS)
+    except TallyError as error:
+        problem = str(error)
+    return page(
+        request, "sql.html", job=record.id, sql=asked, views=views, rows=rows, problem=problem, most=MOST_DOWNLOADED
+    )
+
+
+@router.get("/jobs/{job}/download")
+def download(
+    request: Request, who: Viewer, jobs: AllJobs, job: JobId, sql: Sql, form: Literal["csv", "parquet"] = "csv"
+) -> Response:
+    job_id = jobs.store.get(job).id
+    with tempfile.NamedTemporaryFile(prefix="tally-answer-", delete=False) as file:
+        path = Path(file.name)
+    try:
+        request.app.state.results.download(job_id, sql, path, form=form)
+    except BaseException:
+        path.unlink()
+        raise
+    kind = {"csv": "text/csv", "parquet": "application/vnd.apache.parquet"}[form]
+    return FileResponse(path, media_type=kind, filename=f"{job_id}.{form}", background=BackgroundTask(path.unlink))
 
 
 @router.get("/jobs/{job}/labels", response_class=HTMLResponse)

@@ -47,7 +47,8 @@ def page(request: Request, name: str, *, status: int = 200, **values: Any) -> HT
 def said(request: Request, text: str, *, back: str, problem: bool = False, status: int = 200) -> Response:
     """What a form is answered with: a message for the page that sent it, or, without scripts, the page ``back``."""
     if "hx-request" in request.headers:
-        return HTMLResponse(render("_message.html", text=text, problem=problem), status_code=status)
+        headers = {"HX-Trigger": "changed"}  # for what the page shows of it
+        return HTMLResponse(render("_message.html", text=text, problem=problem), status_code=status, headers=headers)
     return RedirectResponse(back, status_code=303)
 
 

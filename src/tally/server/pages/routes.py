@@ -20,22 +20,27 @@ from starlette.exceptions import HTTPException
 
 from tally.errors import RefusedError, SpecError, TallyError
 from tally.jobs.states import STATES, State
+from tally.server.api import models
+from tally.server.api.figures import running_job
 from tally.server.api.jobs import AllJobs, feed_of
 from tally.server.api.keys import Keys, audit_of
 from tally.server.api.models import all_models, open_registry
 from tally.server.api.views import JobView
 from tally.server.auth.audit import AuditLog
-from tally.server.auth.guard import COOKIE, Admin, Viewer, address_of
+from tally.server.auth.guard import COOKIE, Admin, Operator, Viewer, address_of
 from tally.server.auth.keys import SESSION_SECONDS
 from tally.server.auth.roles import Role
-from tally.server.feed import Feed
-from tally.server.pages import job
-from tally.server.pages.render import FOLDER, page, price_of, stream
+from tally.server.feed import Feed, seldom
+from tally.server.machine import Machine
+from tally.server.pages import job, triggers
+from tally.server.pages.render import FOLDER, page, price_of, said, stream
 
 router = APIRouter(include_in_schema=False)
 
-NEWEST = 25
-"""Jobs on the overview."""
+NEWEST, MOST_RUNNING = 25, 50
+"""Jobs on the overview, and those of them that run."""
+LOAD_SECONDS = 2.0
+"""Seconds between two looks at workers, and at what was done in the last hour."""
 
 
 # -- logging in --------------------------------------------------------------------------------------------------------
@@ -103,7 +108,7 @@ def overview(
     return page(
         request,
         "overview.html",
-        now=_summary(request, jobs) | {"jobs": [JobView.of(each) for each in found.jobs]},
+        now=_summary(request, jobs, _load(request, jobs)) | {"jobs": [JobView.of(each) for each in found.jobs]},
         next=found.next,
         text=text,
         state=state,
@@ -115,17 +120,32 @@ def overview(
 async def overview_live(
     request: Request, who: Viewer, jobs: AllJobs, feed: Annotated[Feed, Depends(feed_of)]
 ) -> AsyncIterator[ServerSentEvent]:
+    load = seldom(lambda: _load(request, jobs), seconds=LOAD_SECONDS)
+
     def look() -> dict[str, Any]:
         newest = [JobView.of(each) for each in jobs.list(limit=NEWEST).jobs]
-        return _summary(request, jobs) | {"jobs": newest}
+        return _summary(request, jobs, load()) | {"jobs": newest}
 
     async for each in stream(feed, "overview", look, "_overview.html"):
         yield each
 
 
-def _summary(request: Request, jobs: AllJobs) -> dict[str, Any]:
+def _summary(request: Request, jobs: AllJobs, load: dict[str, Any]) -> dict[str, Any]:
     price, currency = price_of(request)
-    return {"counts": jobs.store.counts_by_state(), "price": price, "currency": currency}
+    return {"counts": jobs.store.counts_by_state(), "price": price, "currency": currency, **load}
+
+
+def _load(request: Request, jobs: AllJobs) -> dict[str, Any]:
+    """What the server's jobs do, and with what."""
+    running = [each for each in jobs.list(state="running", limit=MOST_RUNNING).jobs if each.alive]
+    machine: Machine = request.app.state.machine
+    driven = machine.driven(running)
+    costs = {each.id: running_job(each, request.app.state.settings.price_per_hour) for each in running}
+    return {
+        "minutes": jobs.store.throughput(),
+        "running": [(each, costs[each.job]) for each in driven],
+        "workers": sum(len(each.workers or ()) for each in driven),
+    }
 
 
 # -- models, keys ------------------------------------------------------------------------------------------------------
@@ -139,6 +159,16 @@ def models_page(request: Request, who: Viewer, jobs: AllJobs) -> HTMLResponse:
 @router.get("/models/{name}", response_class=HTMLResponse)
 def model_page(request: Request, who: Viewer, jobs: AllJobs, name: str) -> HTMLResponse:
     return page(request, "model.html", model=open_registry(jobs).show(name))
+
+
+@router.post("/models/{name}/aliases/{alias}/rollback")
+def roll_back_alias(request: Request, who: Operator, jobs: AllJobs, name: models.Name, alias: models.Alias) -> Response:
+    back = f"/models/{name}"
+    try:
+        now = models.roll_back(who, open_registry(jobs), name, alias)
+    except TallyError as error:
+        return said(request, str(error), back=back, problem=True)
+    return said(request, f"{alias} points at version {now.version}.", back=back)
 
 
 @router.get("/keys", response_class=HTMLResponse)
@@ -178,6 +208,7 @@ def install(app: FastAPI) -> None:
     app.mount("/static", StaticFiles(directory=FOLDER / "static"))
     app.include_router(router)
     app.include_router(job.router)
+    app.include_router(triggers.router)
     for kind in (TallyError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _for_browsers(app.exception_handlers[kind]))
 

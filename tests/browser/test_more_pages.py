@@ -1,0 +1,180 @@
+"""Models, schedules, watches, queues, uploads and SQL, in a real browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from tests.integration.test_server import SCORER, job
+from tests.server import Server, running, until
+
+pytest.importorskip("playwright")
+
+from playwright.sync_api import Page, expect
+from tests.browsing import check_accessibility, log_in
+
+from tally.jobs.facade import Jobs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "quick.py").write_text(SCORER.replace("PAUSE", "0"))
+    (folder / "other.py").write_text(SCORER.replace("PAUSE", "0.001"))
+    (folder / "in").mkdir()
+    for number in range(30):
+        (folder / "in" / f"{number:02}.txt").write_text("x" * number)
+    (folder / "inbox").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TALLY_HOME", str(tmp_path_factory.mktemp("home")))
+        with running("--root", folder) as server:
+            yield server
+
+
+def test_empty_pages_say_what_to_do(page: Page, server: Server) -> None:
+    log_in(page, server)
+    for name, hint in [
+        ("Models", "tally models add"), ("Schedules", "tally schedule add"), ("Watches", "tally watch add"),
+        ("Queues", "tally score amqp://"),
+    ]:  # fmt: skip
+        page.get_by_role("navigation", name="Main").get_by_role("link", name=name).click()
+        expect(page.get_by_role("heading", name=name)).to_be_visible()
+        expect(page.get_by_text(hint)).to_be_visible()
+        check_accessibility(page)
+
+
+def test_a_model_is_rolled_back_and_a_job_started_with_it_and_an_upload(
+    page: Page, server: Server, folder: Path, tmp_path: Path
+) -> None:
+    with server.client() as client:
+        for name in ("quick", "other"):
+            given = {"model": str(folder / f"{name}.py"), "alias": "champion"}
+            client.post("/models/lengths/versions", json=given).raise_for_status()
+    log_in(page, server, path="/models")
+    page.get_by_role("link", name="lengths").click()
+    row = page.get_by_role("row").filter(has=page.get_by_role("button", name="Roll back champion"))
+    expect(row).to_contain_text("2")
+    check_accessibility(page)
+    page.get_by_role("button", name="Roll back champion").press("Enter")
+    expect(page.get_by_role("status")).to_have_text("champion points at version 1.")
+    expect(row).to_contain_text("1")  # the page follows
+    page.get_by_role("button", name="Roll back champion").click()
+    expect(page.get_by_role("alert")).to_be_visible()
+
+    page.get_by_role("link", name="Start a job with it").click()
+    expect(page.get_by_label("Model")).to_have_value("models:/lengths")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    page.get_by_label("Or bring files along").set_input_files([tmp_path / "a.txt", tmp_path / "b.txt"])
+    page.get_by_label("Output").fill("/nowhere")
+    check_accessibility(page)
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_role("alert")).to_contain_text("not under a folder that requests may name")
+    expect(page.get_by_label("Source")).to_have_value(re.compile("/uploads/"))  # nothing has to be sent again
+    page.get_by_label("Output").fill(str(folder / "uploaded"))
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_text("2 of 2 items")).to_be_visible()
+    expect(page.get_by_text("finished", exact=True)).to_be_visible()
+
+
+def test_a_schedule_is_paused_resumed_and_run_now(page: Page, server: Server, folder: Path) -> None:
+    with server.client() as client:
+        given = job(folder, "hours-{interval_start}")
+        client.post("/schedules", json={"name": "hourly", "cron": "0 * * * *", "job": given}).raise_for_status()
+    log_in(page, server, path="/schedules")
+    row = page.get_by_role("row").filter(has=page.get_by_role("link", name="hourly"))
+    page.get_by_role("button", name="Pause hourly").click()
+    expect(row.get_by_text("paused")).to_be_visible()
+    page.get_by_role("button", name="Resume hourly").click()
+    expect(row.get_by_text("active")).to_be_visible()
+    check_accessibility(page)
+    page.get_by_role("link", name="hourly").click()
+    expect(page.get_by_role("listitem").filter(has_text="UTC to")).to_have_count(5)
+    page.get_by_role("button", name="Run now").press("Enter")
+    past = page.get_by_role("table").filter(has=page.get_by_role("columnheader", name="Interval"))
+    expect(past.get_by_text("finished")).to_be_visible()
+    check_accessibility(page)
+    past.get_by_role("link").click()
+    expect(page.get_by_text("30 of 30 items")).to_be_visible()
+
+
+def test_a_watch_is_paused_and_goes_on(page: Page, server: Server, folder: Path) -> None:
+    with server.client() as client:
+        given = {"name": "in <box>", "place": str(folder / "inbox"), "job": job(folder, "{name}", source=["{url}"])}
+        client.post("/watches", json=given).raise_for_status()
+    log_in(page, server, path="/watches")
+    row = page.get_by_role("row").filter(has_text="in <box>")
+    check_accessibility(page)
+    row.get_by_role("button", name="Pause in <box>").click()
+    expect(row.get_by_text("paused")).to_be_visible()
+    row.get_by_role("button", name="Resume in <box>").click()
+    expect(row.get_by_text("active")).to_be_visible()
+
+
+def test_queues_of_jobs_are_listed_with_what_keeps_them_from_being_asked(
+    page: Page, server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TALLY_HOME", server_home(server))
+    given = {**job(folder, "from-queue"), "source": ["redis://127.0.0.1:1/orders"]}
+    Jobs().store.create(fingerprint="f", spec=given, model={}, output={"kind": "rows", "place": given["out"]})
+    log_in(page, server, path="/queues")
+    row = page.get_by_role("row").filter(has_text="redis://127.0.0.1:1/orders")
+    expect(row).to_contain_text("private address")
+    check_accessibility(page)
+
+
+def server_home(server: Server) -> str:
+    return psutil.Process(server.process.pid).environ()["TALLY_HOME"]
+
+
+def test_sql_has_an_address_and_its_answer_is_a_file(page: Page, server: Server, folder: Path, tmp_path: Path) -> None:
+    with server.client() as client:
+        started = client.post("/jobs", json=job(folder, "asked")).json()["id"]
+        until(client, started, lambda view: view["state"] == "finished")
+    log_in(page, server, path=f"/jobs/{started}")
+    page.get_by_role("link", name="On a page of its own").click()
+    page.get_by_label("SQL over").fill("select key, [length] as lengths from results where length > 27 order by key")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.get_by_role("row")).to_have_count(3)
+    check_accessibility(page)
+    page.reload()
+    expect(page.get_by_role("row")).to_have_count(3)
+    files = {}
+    for name in ("CSV", "Parquet"):
+        with page.expect_download() as download:
+            page.get_by_role("link", name=name).click()
+        files[name] = tmp_path / download.value.suggested_filename
+        download.value.save_as(files[name])
+    assert files["CSV"].read_text().splitlines() == ["key,lengths", "28.txt,[28]", "29.txt,[29]"]
+    assert pq.read_table(files["Parquet"]).to_pylist()[0] == {"key": "28.txt", "lengths": [28]}
+
+    page.get_by_label("SQL over").fill("select nothing from results")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.get_by_role("alert")).to_contain_text("There are results(key, length)")
+    page.goto(f"{server.url}/jobs/{started}/download?sql=from range(100001)")
+    expect(page.get_by_role("alert")).to_contain_text("limit 100000")
+
+
+def test_all_pages_fit_a_phone(page: Page, server: Server, folder: Path) -> None:
+    page.set_viewport_size({"width": 360, "height": 640})
+    page.emulate_media(color_scheme="dark")
+    log_in(page, server)
+    with server.client() as client:
+        client.post("/models/small/versions", json={"model": str(folder / "quick.py"), "alias": "champion"})
+        client.post("/schedules", json={"name": "small", "cron": "0 0 * * *", "job": job(folder, "{interval_start}")})
+        newest = client.post("/jobs", json=job(folder, "small")).json()["id"]
+        until(client, newest, lambda view: view["state"] == "finished")
+    there = ["/", "/models", "/models/small", "/schedules", "/schedules/small", "/watches", "/queues", "/jobs/new"]
+    for path in (*there, f"/jobs/{newest}", f"/jobs/{newest}/sql"):
+        page.goto(server.url + path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
+        check_accessibility(page)
