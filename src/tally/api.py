@@ -88,6 +88,7 @@ def score(
     price_per_hour: float | None = None,
     alerts: Sequence[str] = (),
     webhook: str | None = None,
+    push: str | Mapping[str, Any] | None = None,
 ) -> Job:
     """Score a collection and return the finished job.
 
@@ -116,6 +117,7 @@ def score(
     Limits. max_dead: share of dead items above which the job stops, once min_dead items are done. strict: stop at the
         first one. price_per_hour: what the machine costs. alerts: rules that are evaluated when the job has ended;
         webhook: who is told if one of them holds.
+    Push. push: where rows go, too, as they are committed: a web address, a table of a database, or a mapping.
 
     Raises TallyError with the next step; JobExistsError when the same was asked for before. Ctrl-C stops
     the job cleanly and raises KeyboardInterrupt; the same call with ``resume=True`` continues it.
