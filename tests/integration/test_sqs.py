@@ -51,6 +51,18 @@ def test_a_message_stays_in_its_group(name: str) -> None:
         assert again.headers == {"MessageGroupId": "ours"}
 
 
+def test_messages_of_a_group_are_received_in_order(name: str) -> None:
+    make_sqs_queue(f"{name}.fifo")
+    with closing(open_queue(f"sqs://us-east-1/{name}.fifo")) as queue:
+        sent = [str(number).encode() for number in range(12)]
+        queue.send([Message(each, {"MessageGroupId": "cats"}) for each in sent])
+        received: list[bytes] = []
+        while len(received) < len(sent):  # the next ones come when these are settled
+            queue.acknowledge(some := queue.receive(5, 1.0))
+            received += [each.body for each in some]
+        assert received == sent
+
+
 def test_large_messages_are_sent_in_requests_of_their_own(name: str) -> None:
     make_sqs_queue(name)
     with closing(open_queue(f"sqs://us-east-1/{name}")) as queue:
