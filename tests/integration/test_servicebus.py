@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -153,6 +155,14 @@ def test_a_queue_that_is_not_there(bus: ServiceBus) -> None:
         for ask in (queue.depth, lambda: queue.peek(1, dead=True), lambda: queue.send([Message(b"a")])):
             with pytest.raises(StorageAwayError, match="Is there such a queue"):
                 ask()
+
+
+def test_what_the_client_logs_is_not_printed(bus: ServiceBus) -> None:
+    code = "from tally.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "queue", "depth", f"{bus.url}/nowhere"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: ")
 
 
 def test_a_queue_with_sessions_is_refused(bus: ServiceBus, name: str) -> None:

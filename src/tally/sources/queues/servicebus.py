@@ -10,6 +10,7 @@ many messages there are: who asks looks at them all.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -47,6 +48,9 @@ from azure.servicebus.exceptions import (
 from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, StorageError
 from tally.masking import mask
 from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue
+
+# The client logs what it raises, with tracebacks, which would be printed where nobody has set up logging.
+logging.getLogger("azure.servicebus").addHandler(logging.NullHandler())
 
 CONNECTION = "SERVICEBUS_CONNECTION_STRING"
 ANSWER_SECONDS = 30.0
