@@ -137,6 +137,8 @@ def test_version(cli: Cli) -> None:
         (["score", "x", "--model", "y"], "Missing option '-o' / '--out'"),
         (["score", "x", "--model", "y", "--out", "z", "--batch-size", "two"], "'two' is not a valid integer"),
         (["jobs", "retry", "x"], "Missing option '--dead'"),
+        (["queue", "depth", "http://[::1"], "is no queue"),
+        (["queue", "depth", "amqp://h:abc/q"], "is no URL of a queue: Port could not be cast"),
         (["jobs", "list", "-n", "0"], "0 is not in the range 1<=x<=1000000000"),
     ],
 )

@@ -236,6 +236,9 @@ def test_text_of_one_name_becomes_its_value() -> None:
     ("push", "problem"),
     [
         ("ftp://host/x", "should be an address"),
+        ("sqlite:///#t", "names no server and database, or no file"),
+        ("postgresql://[#t", "names no server and database, or no file"),
+        ("postgresql://h:999999/d#t", "names no server and database, or no file"),
         ("postgresql://host/db", "should end with the table's name"),
         ("postgresql://me:secret@host/db#t", "holds a password"),
         ({"url": "sqlite:///x.db#t", "items": 5}, "body, items and headers are for web addresses"),

@@ -60,6 +60,8 @@ class Push(BaseModel):
                     "holds a password, which the job would keep: use PGPASSWORD or ~/.pgpass, or put the whole URL "
                     "into a variable: env:NAME#TABLE"
                 )
+            if not _leads_somewhere(address):
+                raise ValueError("names no server and database, or no file: postgresql://HOST/DATABASE, sqlite:///FILE")
             if not table:
                 raise ValueError("should end with the table's name, as in postgresql://HOST/DATABASE#TABLE")
             return url
@@ -105,7 +107,18 @@ class Push(BaseModel):
 
 def is_database(url: str) -> bool:
     """Whether the URL is one of a database."""
-    return "://" in url and urlsplit(url).scheme.lower() in DATABASES
+    scheme, separator, _ = url.partition("://")
+    return bool(separator) and scheme.lower() in DATABASES
+
+
+def _leads_somewhere(address: str) -> bool:
+    """Whether the URL of a database says where it is."""
+    try:
+        parts = urlsplit(address)
+        there = parts.scheme.lower() == "sqlite" or (parts.hostname and parts.port != 0)
+    except ValueError:
+        return False
+    return bool(there) and parts.path.strip("/") not in ("", ":memory:")
 
 
 def _value(text: str, what: str) -> str:

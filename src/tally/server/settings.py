@@ -31,7 +31,10 @@ class OidcSettings:
     def problems(self) -> list[str]:
         """What is wrong with it."""
         found = []
-        url = urlsplit(self.issuer)
+        try:
+            url = urlsplit(self.issuer)
+        except ValueError as error:
+            return [f"--oidc-issuer {self.issuer!r} is no URL: {error}"]
         if not (url.scheme == "https" or (url.scheme == "http" and _is_loopback(url.hostname or ""))):
             found.append(f"--oidc-issuer must be an https:// URL, not {self.issuer!r}")
         if not self.client_id:

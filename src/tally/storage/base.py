@@ -209,7 +209,10 @@ def is_url(place: str) -> bool:
 
 def local_of(url: str) -> str:
     """The path that a ``file://`` URL names."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise StorageError(f"{url!r} is no URL: {error}") from None
     if parts.netloc not in ("", "localhost"):
         raise StorageError(f"{url!r} names a file of another machine ({parts.netloc})")
     return unquote(parts.path, errors="surrogateescape")

@@ -189,5 +189,8 @@ def _s3(record: Any) -> str | None:
 
 def _azure(url: str) -> str:
     """``https://ACCOUNT.blob.core.windows.net/CONTAINER/NAME`` as ``az://CONTAINER/NAME``."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url
     return f"az:/{parts.path}" if _AZURE_HOST.fullmatch(parts.hostname or "") else url

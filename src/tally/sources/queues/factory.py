@@ -50,7 +50,10 @@ def is_queue(url: str) -> bool:
 
 
 def _line(url: str) -> _Line | None:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # an address in brackets that is none, say
+        return None
     if parts.scheme.lower() == "https":
         return next((line for host, line in _HOSTS.items() if re.fullmatch(host, parts.hostname or "")), None)
     return BROKERS.get(parts.scheme.lower())
@@ -68,7 +71,12 @@ def check(url: str) -> None:
 
 def open_queue(url: str) -> Queue:
     """The queue of the URL. Raises SpecError where the URL is wrong or its client is not installed."""
-    return _adapter(url)(url)
+    try:
+        return _adapter(url)(url)
+    except SpecError:
+        raise
+    except ValueError as error:  # a port that is no number, say
+        raise SpecError(f"{mask(url)} is no URL of a queue: {error}") from None
 
 
 def _adapter(url: str) -> Callable[[str], Queue]:
