@@ -417,7 +417,7 @@ def _beside(folder: Path, value: str, name: str) -> str:
 
 def absolute(place: str, folder: Path | None = None) -> str:
     """A place that means the same in every process: URLs stay, paths become absolute, that of sqlite:///FILE, too."""
-    if place.startswith(_SQLITE):
+    if place.startswith(_SQLITE) and place.removeprefix(_SQLITE)[:1] not in ("", "#"):
         return _SQLITE + absolute(place.removeprefix(_SQLITE), folder)
     if "://" in place:
         return place
