@@ -176,7 +176,7 @@ class QueueSource(Source):
             return self._queue
 
     def _take(self, queue: Queue, received: Sequence[Message]) -> list[tuple[Named, Message]]:
-        """Take messages in hand; returns their items that are not in hand yet."""
+        """Take messages in hand; returns their items that nothing in hand waits for yet."""
         fresh: list[tuple[Named, Message]] = []
         unreadable: list[tuple[Message, str]] = []
         for message in received:
@@ -190,7 +190,8 @@ class QueueSource(Source):
                 delivery = _Delivery(message, {each.key for each in items})
                 self._messages += 1
                 for item in items:
-                    if item.key not in self._in_hand:
+                    # One whose item is committed is planned again: the coordinator knows it, and acknowledges it.
+                    if not any(item.key in each.open for each in self._in_hand.get(item.key, ())):
                         fresh.append((item, message))
                     self._in_hand.setdefault(item.key, []).append(delivery)
         try:  # after the others are in hand, so that their locks are kept meanwhile
