@@ -417,3 +417,51 @@ def test_a_job_that_is_killed_again_and_again_leaves_each_row_once(items: Path, 
     assert in_table(url) == [
         (key, n, row["size"], row["part"]) for key, found in expected().items() for n, row in enumerate(found)
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "told"),
+    [
+        ("NUMERIC(6,1)", pa.array([Decimal("1.25")]), "decimal128"),
+        ("VARCHAR(2)", pa.array(["ab   "]), "longer text"),
+        ("BIGINT", pa.array([2.5]), "double"),
+        ("BIGINT", pa.array(["x"]), "string"),
+    ],
+)
+def test_a_column_that_would_change_values_is_refused(url: str, kind: str, values: Any, told: str) -> None:
+    quoted = "`key`" if "mariadb" in url else "key"
+    _execute(opened(url), f"CREATE TABLE found ({quoted} VARCHAR(100), v {kind})")
+    receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
+    with pytest.raises(StorageError, match=rf"column 'v' is .* there, and the results hold {told}"):
+        receiver.deliver(Parcel("p1", ["a"], pa.table({"key": ["a"], "v": values})))
+    receiver.close()
+    assert in_table(url, "SELECT * FROM found") == []
+
+
+def test_whole_numbers_and_times_are_not_what_a_column_makes_of_them(tmp_path: Path) -> None:
+    with database("sqlite", tmp_path) as url:
+        _execute(opened(url), "CREATE TABLE found (key TEXT, v NUMERIC)")
+        receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
+        with pytest.raises(StorageError, match="the results hold int64"):  # it would keep a float64
+            receiver.deliver(Parcel("p1", ["a"], pa.table({"key": ["a"], "v": [2**53 + 1]})))
+        receiver.close()
+    with database("postgresql", tmp_path) as url:
+        _execute(opened(url), "CREATE TABLE found (key TEXT, v TIMESTAMP)")
+        receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
+        zoned = pa.table({"key": ["a"], "v": pa.array([datetime(2026, 1, 1, tzinfo=UTC)])})
+        with pytest.raises(StorageError, match="the results hold times with a zone"):
+            receiver.deliver(Parcel("p1", ["a"], zoned))
+        receiver.close()
+
+
+def test_keys_that_differ_in_capitals_are_two_and_columns_are_refused(url: str) -> None:
+    receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
+    receiver.deliver(Parcel("p1", ["A", "a"], pa.table({"key": ["A", "a"], "n": [1, 2]})))
+    receiver.deliver(Parcel("p2", ["a"], pa.table({"key": ["a"], "n": [3]})))
+    assert sorted(in_table(url, "SELECT n FROM found")) == [(1,), (3,)]
+    receiver.close()
+    for name, columns in (("b", {"x": [1], "X": [2]}), ("c", {"item_row": [1]})):
+        receiver = open_receiver(Push(url=f"{url}#{name}"), FACTS)
+        with pytest.raises(StorageError, match="which databases do not tell from another one"):
+            receiver.deliver(Parcel("p1", ["a"], pa.table({"key": ["a"], **columns})))
+        receiver.close()

@@ -161,7 +161,6 @@ def score(
     tally score readings.parquet --model model.skops --out predictions.parquet
     tally score 'readings/*.csv' --model-per Device,Tag='models/{Device}_{Tag}.skops' --out predictions.csv
     """
-    from tally import plain_yaml
     from tally.jobs.spec import CSV_VALUES, QUEUE_VALUES, make
 
     fields["alerts"] = fields["alerts"] or None
@@ -170,7 +169,7 @@ def score(
     fields |= {"settings": pairs("--set", assignments), "csv": literal_pairs("--csv", csv_options, CSV_VALUES)}
     fields["queue"] = literal_pairs("--queue", queue_options, QUEUE_VALUES)
     if fields["push"] is not None:
-        fields["push"] = plain_yaml.value(fields["push"])
+        fields |= pairs("--push", [f"push={fields['push']}"])
     spec = make(resources=pairs("--resource", resources), **fields)
     return _start(spec, resume=resume, overwrite=overwrite, quiet=quiet)
 

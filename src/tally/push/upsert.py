@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC
-from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -65,8 +64,8 @@ class TableReceiver(Receiver):
             raise SpecError(
                 f"push: {url.drivername}:// needs a driver", hint=f"pip install 'tally-scoring[{extra}]'"
             ) from None
-        if self._engine.dialect.name in ("mysql", "mariadb"):
-            sa.event.listen(self._engine, "connect", _strictly)
+        if (exactly := _SESSIONS.get(self._engine.dialect.name)) is not None:
+            sa.event.listen(self._engine, "connect", exactly)
         self._table: sa.Table | None = None
 
     def deliver(self, parcel: Parcel) -> list[Refusal]:
@@ -124,7 +123,7 @@ class TableReceiver(Receiver):
         numbers: dict[str, int] = {}
         plain = [(column.name, _plain_for(column, self._engine.dialect.name)) for column in table.columns]
         names = set(given.column_names)
-        for row in rows_of(_shaped(given, table, self._shown)):
+        for row in rows_of(_shaped(given, table, self._shown, self._engine.dialect.name)):
             number = numbers[row[KEY]] = numbers.get(row[KEY], -1) + 1
             made = {name: convert(row[name]) for name, convert in plain if name in names}
             yield {**made, NUMBER: number} if NUMBER in table.columns else made
@@ -153,6 +152,11 @@ class TableReceiver(Receiver):
         return table
 
     def _opened(self, connection: sa.Connection, schema: pa.Schema) -> sa.Table:
+        if twice := _twice(schema.names, [NUMBER]):
+            raise StorageError(
+                f"{self._shown}: the results have a column {twice!r}, which databases do not tell from another one",
+                hint="Rename it, or leave it out.",
+            )
         metadata = sa.MetaData()
         schema_name, _, name = self._name.rpartition(".")
         if not sa.inspect(connection).has_table(name, schema=schema_name or None):
@@ -184,6 +188,16 @@ class TableReceiver(Receiver):
         return self._engine.dialect.identifier_preparer.quote(name)
 
 
+def _twice(names: Sequence[str], more: Sequence[str]) -> str | None:
+    """A name that differs from another one in capitals only, or is one of Tally's own."""
+    seen = {name.casefold() for name in more}
+    for name in names:
+        if name.casefold() in seen:
+            return name
+        seen.add(name.casefold())
+    return None
+
+
 _KEY_TYPE = sa.Text().with_variant(
     mysql.VARCHAR(LONGEST_KEY, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
 )
@@ -201,7 +215,7 @@ def _sql_type(kind: pa.DataType, name: str) -> sa.types.TypeEngine[Any]:
         return sa.Boolean()
     if types.is_uint64(kind):
         return sa.Numeric(20, 0).with_variant(sa.Text(), "sqlite")
-    if types.is_integer(kind):
+    if types.is_integer(kind) or types.is_duration(kind):
         return sa.BigInteger()
     if types.is_floating(kind):
         return sa.Double()
@@ -236,29 +250,62 @@ _ALIKE: tuple[tuple[Callable[[pa.DataType], bool], tuple[type, ...]], ...] = (
 """Which columns of a table hold values of an Arrow type; the first that fits counts."""
 
 
-def _shaped(given: pa.Table, table: sa.Table, shown: str) -> pa.Table:
+def _shaped(given: pa.Table, table: sa.Table, shown: str, dialect: str) -> pa.Table:
     """The rows as they fit the table's columns. Raises StorageError where a column would change what it gets."""
     arrays = []
     for name in given.column_names:
-        array = given[name]
-        kind, wanted = array.type, table.columns[name].type
-        if pa.types.is_timestamp(kind) and kind.unit == "ns":
+        array, wanted = given[name], table.columns[name].type
+        if pa.types.is_duration(array.type):
+            array = array.cast(pa.int64())  # no two databases have the same intervals: they are counted in their unit
+        if pa.types.is_timestamp(array.type) and array.type.unit == "ns":
             try:
-                array = array.cast(pa.timestamp("us", kind.tz))
+                array = array.cast(pa.timestamp("us", array.type.tz))
             except pa.ArrowInvalid:
                 raise StorageError(
                     f"{shown}: column {name!r} holds nanoseconds, and no database keeps those",
                     hint="Round them, or leave the column out.",
                 ) from None
-        fits = next(types for test, types in _ALIKE if test(kind))
-        rounds = pa.types.is_decimal(kind) and isinstance(wanted, sa.Float)  # which is a Numeric to SQLAlchemy
-        if not pa.types.is_null(kind) and (rounds or not isinstance(wanted, fits)):
+        if not pa.types.is_null(array.type) and (why := _misfit(array, wanted, dialect)):
             raise StorageError(
-                f"{shown}: column {name!r} is {wanted} there, and the results hold {kind}",
+                f"{shown}: column {name!r} is {wanted} there, and the results hold {why}",
                 hint="Change its type in the table, then resume the job.",
             )
         arrays.append(array)
     return pa.table(arrays, names=given.column_names)
+
+
+def _misfit(array: pa.ChunkedArray, wanted: sa.types.TypeEngine[Any], dialect: str) -> str | None:
+    """What the values are, if a column of this type would not take them, or would change them."""
+    kind, types = array.type, pa.types
+    if not isinstance(wanted, next(fits for test, fits in _ALIKE if test(kind))):
+        return str(kind)
+    if isinstance(wanted, sa.Float):
+        single = dialect != "sqlite" and isinstance(wanted, (sa.REAL, mysql.FLOAT))
+        return str(kind) if not types.is_floating(kind) or (single and types.is_float64(kind)) else None
+    if isinstance(wanted, sa.Numeric):  # which SQLite keeps as a float64
+        scale = kind.scale if types.is_decimal(kind) else 0
+        cut = wanted.scale is not None and wanted.scale < scale
+        return str(kind) if dialect == "sqlite" or cut else None
+    if isinstance(wanted, sa.DateTime):
+        if dialect == "postgresql" and wanted.timezone != (kind.tz is not None):
+            return "times with a zone" if kind.tz is not None else "times without a zone"
+        digits = getattr(wanted, "fsp", None) or 0 if dialect != "postgresql" else getattr(wanted, "precision", None)
+        if dialect != "sqlite" and digits is not None and digits < 6 and not _whole_seconds(array):
+            return "fractions of seconds"
+    if isinstance(wanted, sa.String) and wanted.length is not None and types.is_string(kind):
+        import pyarrow.compute as pc
+
+        if (pc.max(pc.utf8_length(array)).as_py() or 0) > wanted.length:
+            return "longer text"
+    return None
+
+
+def _whole_seconds(array: pa.ChunkedArray) -> bool:
+    try:
+        array.cast(pa.timestamp("s", array.type.tz))
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _plain_for(column: sa.Column[Any], dialect: str) -> Callable[[Any], Any]:
@@ -274,7 +321,7 @@ def _plain_for(column: sa.Column[Any], dialect: str) -> Callable[[Any], Any]:
             return None  # neither SQLite nor MariaDB knows NaN
         if bare and getattr(value, "tzinfo", None) is not None:
             return value.astimezone(UTC).replace(tzinfo=None)
-        if isinstance(column.type, sa.String) and isinstance(value, (int, Decimal)):
+        if isinstance(column.type, sa.String) and value is not None and not isinstance(value, str):
             return str(value)
         return value
 
@@ -282,8 +329,10 @@ def _plain_for(column: sa.Column[Any], dialect: str) -> Callable[[Any], Any]:
 
 
 def _put(connection: sa.Connection, table: sa.Table, keys: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    exactly = _EXACT.get(connection.dialect.name)
+    column = table.c[KEY].collate(exactly) if exactly else table.c[KEY]
     for begin in range(0, len(keys), _KEYS_AT_ONCE):
-        connection.execute(sa.delete(table).where(table.c[KEY].in_(keys[begin : begin + _KEYS_AT_ONCE])))
+        connection.execute(sa.delete(table).where(column.in_(keys[begin : begin + _KEYS_AT_ONCE])))
     if rows:
         connection.execute(sa.insert(table), list(rows))
 
@@ -297,7 +346,22 @@ def _reason(error: sa.exc.SQLAlchemyError) -> str:
     return mask(" ".join(str(cause).split()))
 
 
+_EXACT = {"sqlite": "BINARY", "mysql": "utf8mb4_bin", "mariadb": "utf8mb4_bin"}
+"""Collations by which keys that differ in capitals differ, whatever the column's own is."""
+
+
+def _in_utc(connection: Any, record: Any) -> None:
+    """Have PostgreSQL keep times as they are, whatever the zone of the session would be."""
+    with connection.cursor() as cursor:
+        cursor.execute("SET TIME ZONE 'UTC'")
+    connection.commit()
+
+
 def _strictly(connection: Any, record: Any) -> None:
     """Have MariaDB refuse what it would otherwise cut."""
     with connection.cursor() as cursor:
         cursor.execute("SET SESSION sql_mode = 'TRADITIONAL', time_zone = '+00:00'")
+
+
+_SESSIONS = {"postgresql": _in_utc, "mysql": _strictly, "mariadb": _strictly}
+"""What a new connection is told first."""
