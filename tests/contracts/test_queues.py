@@ -28,7 +28,7 @@ SHORT = {"redis-stream": "?lock=1", "sqs": "?lock=1", "azure-queue": "?lock=1", 
 """How URLs end that say that messages go to another consumer after a second, for brokers that keep a lock for each
 message."""
 
-UNORDERED = ("sqs", "sqs-fifo")
+UNORDERED = ("sqs", "sqs-fifo", "azure-queue")
 """Brokers that promise no order. SQS has one within a group only, and here each message is in a group of its own."""
 
 
@@ -168,15 +168,15 @@ def test_what_is_sent_is_received_in_order_and_once(opened: Callable[[], Queue],
 def test_what_is_acknowledged_is_gone_and_the_rest_comes_again(opened: Callable[[], Queue]) -> None:
     first = opened()
     first.send([Message(b"a"), Message(b"b"), Message(b"c")])
-    first.acknowledge(receive(first, 3)[1:2])
+    first.acknowledge([each for each in receive(first, 3) if each.body == b"b"])
     first.close()
-    assert bodies(receive(opened(), 2)) == [b"a", b"c"]
+    assert sorted(bodies(receive(opened(), 2))) == [b"a", b"c"]
 
 
 def test_what_is_rejected_is_in_the_dead_letter_queue_with_its_reason(opened: Callable[[], Queue]) -> None:
     queue = opened()
     queue.send([Message(b"good"), Message(b"bad", {"from": "a test"})])
-    good, bad = receive(queue, 2)
+    bad, good = sorted(receive(queue, 2), key=lambda each: each.body)
     queue.acknowledge([good])
     queue.reject([(bad, "it cannot be read")])
     until(lambda: queue.depth().dead == 1)
@@ -197,7 +197,7 @@ def test_depth_and_peek(opened: Callable[[], Queue]) -> None:
     queue = opened()
     queue.send([Message(b"a"), Message(b"b")])
     until(lambda: queue.depth().waiting == 2)
-    assert bodies(queue.peek(1)) == [b"a"]
+    assert bodies(queue.peek(1)) in ([b"a"], [b"b"])
     until(lambda: queue.depth().waiting == 2)  # looking takes nothing; RabbitMQ takes its time to put it back
 
 

@@ -12,6 +12,7 @@ from tally import plain_yaml
 from tally.config import settings
 from tally.errors import RefusedError, SpecError
 from tally.jobs.facade import Jobs
+from tally.models import kinds
 from tally.models.reference import ModelRef
 from tally.models.registry import ModelVersion, RegisteredModel, Registry
 from tally.models.resolve import resolve
@@ -143,8 +144,9 @@ def _is_upload(place: str) -> bool:
 
 def _carries_code(place: FilePath) -> bool:
     """Whether using the uploaded model may run code that it brings or names."""
+    marks = {mark for _, traits in kinds.table() if traits.runs_code for mark in traits.markers}
     for each in place.parent.iterdir() if place.is_file() else place.rglob("*"):
-        if each.suffix.lower() in _CODE or each.name == "MLmodel":
+        if each.suffix.lower() in _CODE or each.name in marks:
             return True
         if each.name == "tally.yaml":
             try:
