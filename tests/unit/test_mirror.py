@@ -30,7 +30,8 @@ from tally.models.registry import open_registry
 from tally.models.resolve import refreshed, resolve
 from tally.scorers.base import Item, Scorer
 from tally.scorers.per_key.files import pack
-from tally.storage import ObjectStore, Store, open_store
+from tally.storage import Store, open_store
+from tally.storage.buckets import ObjectStore
 
 HOST = platform.node()
 SCRIPT = "def init():\n    pass\n\n\ndef run(mini_batch):\n    return ['{answer}'] * len(mini_batch)\n"

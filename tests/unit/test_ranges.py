@@ -11,7 +11,8 @@ from contextlib import closing
 import pytest
 
 from tally.errors import SourceNotFoundError, StorageError
-from tally.storage import ObjectStore, open_store, ranges
+from tally.storage import open_store, ranges
+from tally.storage.buckets import ObjectStore
 from tally.storage.ranges import RangeFile
 
 BLOCK = 64

@@ -16,13 +16,13 @@ from tally.storage import (
     TEMPORARY,
     Entry,
     LocalStore,
-    ObjectStore,
     failure,
     file_name,
     key_of,
     local,
     open_store,
 )
+from tally.storage.buckets import ObjectStore
 
 AWKWARD = [
     os.fsdecode(b"caf\xe9.jpg"),

@@ -19,7 +19,8 @@ from tally.errors import JobError, StorageError
 from tally.media.video.encode import Encoder, Encoding
 from tally.media.video.join import Segment, join
 from tally.media.video.metadata import Colour, Video
-from tally.storage import ObjectStore, open_store, ranges
+from tally.storage import open_store, ranges
+from tally.storage.buckets import ObjectStore
 
 LOSSLESS = Encoding("libx264", 0)
 COUNT = 30

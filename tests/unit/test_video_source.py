@@ -25,7 +25,8 @@ from tally.media.video.metadata import Colour, Video, pack, unpack
 from tally.media.video.probe import Prober
 from tally.sources.base import Chunk, ChunkLimit, Timings
 from tally.sources.video import VideoSource
-from tally.storage import ObjectStore, Store, open_store, ranges
+from tally.storage import Store, open_store, ranges
+from tally.storage.buckets import ObjectStore
 from tally.testing.sources import Recorder, chunks_of
 
 # -- every frame, in order -----------------------------------------------------------------------------

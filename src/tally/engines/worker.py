@@ -8,6 +8,7 @@ This module is all that a worker imports of Tally before its setup: what it does
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import multiprocessing
@@ -74,9 +75,12 @@ def begin(setup: Path, files: Files, bell: socket, threads: int, modules: Sequen
     else:
         _output = os.dup(1), os.dup(2)
         _print_to(str(files.early))
+    gc.disable()  # imports leave no garbage, and what they made is not looked at again
     for module in modules:
         with suppress(Exception):  # importing it again, where it is needed, says what is wrong
             importlib.import_module(module)
+    gc.freeze()
+    gc.enable()
 
 
 def _adopt_orphans() -> None:

@@ -1,7 +1,7 @@
 """Where bytes are kept: folders of this machine and object stores, behind one interface.
 
-``open_store("photos/")`` gives a :class:`LocalStore`, ``open_store("s3://bucket/photos")`` an
-:class:`ObjectStore`. A store holds objects under names: segments joined with ``/``, relative to the
+``open_store("photos/")`` gives a :class:`LocalStore`, ``open_store("s3://bucket/photos")`` a store of a bucket
+(``buckets``, imported then). A store holds objects under names: segments joined with ``/``, relative to the
 store's place. Stores are safe to share between threads. Every failure is a
 :class:`~tally.errors.StorageError` that says in plain words what was wrong and keeps ``errno``.
 """
@@ -27,8 +27,8 @@ from tally.storage.base import (
     name_from_json,
     name_to_json,
     refuse_secrets,
+    while_waiting,
 )
-from tally.storage.buckets import ObjectStore, while_waiting
 from tally.storage.local import LocalStore, folder_away, folder_identity
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "TEMPORARY",
     "Entry",
     "LocalStore",
-    "ObjectStore",
     "Store",
     "cache_folder",
     "changed",
@@ -90,5 +89,7 @@ def open_store(place: str | os.PathLike[str]) -> Store:
     if scheme not in KINDS:
         known = ", ".join(f"{kind}://" for kind in KINDS if kind != "memory")
         raise StorageError(f"{text!r}: {scheme}:// is not a known kind of storage", hint=f"known are {known}")
+    from tally.storage.buckets import ObjectStore
+
     bucket, _, folder = rest.partition("/")
     return ObjectStore(scheme, bucket, folder.strip("/"))

@@ -326,6 +326,21 @@ def file_name(name: str) -> str:
     return (stem[:200] + b"." + suffix).decode("utf-8", "ignore")
 
 
+_tell_of_pauses: Callable[[], None] | None = None
+
+
+def while_waiting(tell: Callable[[], None]) -> None:
+    """Call ``tell``, in this process, before and after each pause between two tries of a request."""
+    global _tell_of_pauses
+    _tell_of_pauses = tell
+
+
+def tell_of_pause() -> None:
+    """A pause between two tries begins or goes on."""
+    if _tell_of_pauses is not None:
+        _tell_of_pauses()
+
+
 def cache_folder() -> Path:
     """Where downloads are kept: ``$TALLY_CACHE``, ``$TALLY_HOME/cache``, or the system's cache folder."""
     if folder := os.environ.get("TALLY_CACHE"):

@@ -29,7 +29,18 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from tally.config import make_private
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageAwayError, StorageError
 from tally.storage import s3_listing, temporary
-from tally.storage.base import CREDENTIALS, TEMPORARY, Entry, Store, cache_folder, changed, failure, file_name, key_of
+from tally.storage.base import (
+    CREDENTIALS,
+    TEMPORARY,
+    Entry,
+    Store,
+    cache_folder,
+    changed,
+    failure,
+    file_name,
+    key_of,
+    tell_of_pause,
+)
 from tally.storage.publish import whole
 
 if TYPE_CHECKING:
@@ -477,15 +488,6 @@ class ObjectStore(Store):
             self.download(name, Path(part), mark=mark)
 
 
-_while_waiting: Callable[[], None] | None = None
-
-
-def while_waiting(tell: Callable[[], None]) -> None:
-    """Call ``tell``, in this process, before and after each pause between two tries of a request."""
-    global _while_waiting
-    _while_waiting = tell
-
-
 class _Patience:
     """How long a request has been tried, and whether to try it again."""
 
@@ -509,8 +511,7 @@ class _Patience:
         if self.seconds + pause > (_GIVE_UP_UNKNOWN if unknown else _GIVE_UP):
             return False
         for seconds in (pause, 0.0):
-            if _while_waiting is not None:
-                _while_waiting()
+            tell_of_pause()
             time.sleep(seconds)
         return True
 

@@ -129,8 +129,13 @@ def _exchange(variables: Mapping[str, str | None]) -> dict[str, str | None]:
 
 def names_beside(folder: Path) -> set[str]:
     """The modules and packages, with and without ``__init__.py``, that can be imported from a folder."""
-    found = {each.stem for each in folder.glob("*.py")}
-    found |= {each.relative_to(folder).parts[0] for depth in ("*/*.py", "*/*/*.py") for each in folder.glob(depth)}
+    found = set()
+    with os.scandir(folder) as entries:  # a scorer may lie beside a million files
+        for each in entries:
+            if each.name.endswith(".py"):
+                found.add(each.name[:-3])
+            elif each.is_dir() and any(any(Path(each.path).glob(depth)) for depth in ("*.py", "*/*.py")):
+                found.add(each.name)
     return {name for name in found if not name.startswith("__")} - {"tally"}
 
 

@@ -71,8 +71,8 @@ def put_first(folder: Path) -> None:
     if here not in sys.path or here in _importable:
         _importable.add(here)
         sys.path[:] = [here, *(each for each in sys.path if each != here)]
-    names = names_beside(folder)
-    homes = {name: home_of(name) for name in names if name in sys.modules}
+    strange = _folders - {str(folder.absolute()), str(folder.resolve())}
+    homes = {name: home_of(name) for name in names_beside(folder) if name in sys.modules} if strange else {}
     others = {name: home for name, home in homes.items() if home is not None and home != here and home in _folders}
     for name in list(sys.modules) if others else ():
         if (home := others.get(name.partition(".")[0])) is not None:

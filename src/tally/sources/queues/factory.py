@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from tally.errors import SpecError
 from tally.masking import mask
-from tally.sources.queues.base import Queue
+
+if TYPE_CHECKING:
+    from tally.sources.queues.base import Queue
 
 PASSWORD = "TALLY_QUEUE_PASSWORD"  # noqa: S105 - its name
 """The environment variable with the password of the user whom a queue's URL names."""
