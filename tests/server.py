@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import httpx2
@@ -16,6 +17,34 @@ import pytest
 
 PATIENCE = 120.0
 """Seconds after which something will not happen any more."""
+
+_LENGTHS = """
+import time
+import tally
+
+class Lengths(tally.Scorer):
+    input = "bytes"
+    columns = {"length": "int64"}
+
+    def score(self, batch):
+        time.sleep(PAUSE)
+        if b"bad" in batch:
+            raise ValueError("a bad item")
+        return [{"length": len(content)} for content in batch]
+"""
+
+
+def lengths(*, pause: float = 0) -> str:
+    """A scorer's code: how long items are; one whose content is ``bad`` is dead. pause: seconds for each batch."""
+    return _LENGTHS.replace("PAUSE", str(pause))
+
+
+def job(folder: Path, out: str, *, scorer: str = "quick", **fields: Any) -> dict[str, Any]:
+    """The fields of a job: what is in the folder's ``in`` is scored into its ``out`` by one worker."""
+    return {
+        "source": [str(folder / "in")], "model": str(folder / f"{scorer}.py"), "out": str(folder / out), "workers": 1,
+        **fields,
+    }  # fmt: skip
 
 
 @dataclass

@@ -9,8 +9,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from tests.integration.test_server import SCORER, job
-from tests.server import Server, running, until
+from tests.server import Server, job, lengths, running, until
 
 pytest.importorskip("playwright")
 
@@ -23,8 +22,8 @@ from tally.jobs.facade import Jobs
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
-    (folder / "quick.py").write_text(SCORER.replace("PAUSE", "0"))
-    (folder / "other.py").write_text(SCORER.replace("PAUSE", "0.001"))
+    (folder / "quick.py").write_text(lengths())
+    (folder / "other.py").write_text(lengths(pause=0.001))
     (folder / "in").mkdir()
     for number in range(30):
         (folder / "in" / f"{number:02}.txt").write_text("x" * number)

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.integration.test_server import SCORER, job
-from tests.server import Server, running, until
+from tests.server import Server, job, lengths, running, until
 
 pytest.importorskip("playwright")
 
@@ -19,8 +18,8 @@ from tests.browsing import check_accessibility, log_in
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
-    (folder / "slow.py").write_text(SCORER.replace("PAUSE", "0.2"))
-    (folder / "slower.py").write_text(SCORER.replace("PAUSE", "5"))
+    (folder / "slow.py").write_text(lengths(pause=0.2))
+    (folder / "slower.py").write_text(lengths(pause=5))
     (folder / "in").mkdir()
     for number in range(30):
         (folder / "in" / f"{number:02}.txt").write_text("x" * number)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import click
 import pytest
 from click.testing import CliRunner
-from tests.server import Server, running
+from tests.server import Server, lengths, running
 from tests.waiting import wait_for
 
 import tally
@@ -33,27 +33,12 @@ from tally.errors import (
     TallyError,
 )
 
-SCORER = """
-import time
-import tally
-
-class Lengths(tally.Scorer):
-    input = "bytes"
-    columns = {"length": "int64"}
-
-    def score(self, batch):
-        time.sleep(PAUSE)
-        if b"bad" in batch:
-            raise ValueError("a bad item")
-        return [{"length": len(content)} for content in batch]
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
-    (folder / "quick.py").write_text(SCORER.replace("PAUSE", "0"))
-    (folder / "slow.py").write_text(SCORER.replace("PAUSE", "0.3"))
+    (folder / "quick.py").write_text(lengths())
+    (folder / "slow.py").write_text(lengths(pause=0.3))
     (folder / "in").mkdir()
     for number in range(20):
         (folder / "in" / f"{number:02}.txt").write_text("x" * number)

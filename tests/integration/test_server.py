@@ -16,30 +16,15 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-from tests.server import Server, running, until
-
-SCORER = """
-import time
-import tally
-
-class Lengths(tally.Scorer):
-    input = "bytes"
-    columns = {"length": "int64"}
-
-    def score(self, batch):
-        time.sleep(PAUSE)
-        if b"bad" in batch:
-            raise ValueError("a bad item")
-        return [{"length": len(content)} for content in batch]
-"""
+from tests.server import Server, job, lengths, running, until
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What requests may name: a scorer, and thirty items."""
     folder = tmp_path_factory.mktemp("served")
-    (folder / "quick.py").write_text(SCORER.replace("PAUSE", "0"))
-    (folder / "slow.py").write_text(SCORER.replace("PAUSE", "0.2"))
+    (folder / "quick.py").write_text(lengths())
+    (folder / "slow.py").write_text(lengths(pause=0.2))
     (folder / "in").mkdir()
     for number in range(30):
         (folder / "in" / f"{number:02}.txt").write_text("x" * number)
@@ -58,13 +43,6 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def admin(server: Server) -> Iterator[httpx2.Client]:
     with server.client() as client:
         yield client
-
-
-def job(folder: Path, out: str, *, scorer: str = "quick", **fields: Any) -> dict[str, Any]:
-    return {
-        "source": [str(folder / "in")], "model": str(folder / f"{scorer}.py"), "out": str(folder / out), "workers": 1,
-        **fields,
-    }  # fmt: skip
 
 
 def test_a_job_is_started_followed_and_asked(server: Server, admin: httpx2.Client, folder: Path) -> None:

@@ -5,32 +5,18 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 import pytest
-from tests.server import Server, running, until
-
-SCORER = """
-import time
-import tally
-
-class Lengths(tally.Scorer):
-    input = "bytes"
-    columns = {"length": "int64"}
-
-    def score(self, batch):
-        time.sleep(PAUSE)
-        return [{"length": len(content)} for content in batch]
-"""
+from tests.server import Server, job, lengths, running, until
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
-    (folder / "quick.py").write_text(SCORER.replace("PAUSE", "0"))
-    (folder / "slow.py").write_text(SCORER.replace("PAUSE", "0.2"))
+    (folder / "quick.py").write_text(lengths())
+    (folder / "slow.py").write_text(lengths(pause=0.2))
     (folder / "in").mkdir()
     for number in range(20):
         (folder / "in" / f"{number}.txt").write_text("secret")
@@ -50,13 +36,6 @@ def admin(server: Server) -> Iterator[httpx2.Client]:
     with server.client() as client:
         yield client
         assert client.get("/me").status_code == 200, "it still answers"
-
-
-def job(folder: Path, out: str, **fields: Any) -> dict[str, Any]:
-    return {
-        "source": [str(folder / "in")], "model": str(folder / "quick.py"), "out": str(folder / out), "workers": 1,
-        **fields,
-    }  # fmt: skip
 
 
 def test_sql_reads_one_job_only(admin: httpx2.Client, folder: Path) -> None:

@@ -10,19 +10,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from tests.server import running, until
+from tests.server import lengths, running, until
 
 INTERVALS = 3
-SCORER = """
-import tally
-
-class Lengths(tally.Scorer):
-    input = "bytes"
-    columns = {"length": "int64"}
-
-    def score(self, batch):
-        return [{"length": len(content)} for content in batch]
-"""
 
 
 @pytest.fixture
@@ -30,7 +20,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TALLY_HOME", str(tmp_path / "home"))
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "item.txt").write_text("an item")
-    (tmp_path / "scorer.py").write_text(SCORER)
+    (tmp_path / "scorer.py").write_text(lengths())
     return tmp_path
 
 
