@@ -302,6 +302,11 @@ class Client:
         path = f"models/{_quoted(name)}/aliases/{_quoted(alias)}"
         return _read(ModelVersion, self._send("PUT", path, json={"version": version}).content)
 
+    def remove_alias(self, name: str, alias: str) -> ModelVersion:
+        """Remove an alias; returns the version that it pointed at."""
+        path = f"models/{_quoted(name)}/aliases/{_quoted(alias)}"
+        return _read(ModelVersion, self._send("DELETE", path).content)
+
     def rollback(self, name: str, alias: str) -> ModelVersion:
         """Point an alias back at the version before."""
         return self._post(ModelVersion, f"models/{_quoted(name)}/aliases/{_quoted(alias)}/rollback")

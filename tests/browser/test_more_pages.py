@@ -69,6 +69,21 @@ def test_a_model_is_rolled_back_and_a_job_started_with_it_and_an_upload(
     page.get_by_role("button", name="Roll back champion").click()
     expect(page.get_by_role("alert")).to_be_visible()
 
+    page.get_by_label("Alias", exact=True).fill("Staging")
+    page.get_by_role("button", name="Set alias").click()
+    expect(page.get_by_role("alert")).to_contain_text("the alias 'Staging' is not allowed")
+    page.get_by_label("Alias", exact=True).fill("staging")
+    page.get_by_label("Version", exact=True).select_option("2")
+    page.get_by_role("button", name="Set alias").press("Enter")
+    expect(page.get_by_role("status")).to_have_text("staging points at version 2.")
+    check_accessibility(page)
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Remove staging").click()
+    expect(page.get_by_role("status")).to_have_text("staging is removed.")
+    expect(page.get_by_role("button", name="Remove staging")).to_have_count(0)
+    history = page.get_by_role("group", name="Aliases over time").get_by_role("row")
+    expect(history.nth(1)).to_contain_text(re.compile("staging.*2.*remove.*first admin", re.DOTALL))
+
     page.get_by_role("link", name="Start a job with it").click()
     expect(page.get_by_label("Model")).to_have_value("models:/lengths")
     for name in ("a.txt", "b.txt"):

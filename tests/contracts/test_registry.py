@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,10 +125,12 @@ def test_a_model_from_adding_to_removing(tally_models: Callable[..., str], scrip
     assert lines[1].split()[:4] == ["faces", "1", "production", "script"]
     shown = tally_models("show", "faces")
     assert "metrics      ap 0.5" in shown
-    assert "rollback" in shown
+    assert re.search(rf"production  1 +rollback +{re.escape(getpass.getuser())}", shown)
     described = json.loads(tally_models("show", "faces", "--json"))
     assert described["versions"][0]["metadata"] == {"by": "me", "metrics": {"ap": 0.5}}
     assert [each["action"] for each in described["history"]] == ["set", "set", "rollback"]
+    tally_models("alias", "faces", "passing", "2")
+    assert "passing is removed; it was version 2" in tally_models("unalias", "faces", "passing")
     listed = [json.loads(line) for line in tally_models("list", "--json").splitlines()]
     assert [each["uri"] for each in listed] == ["models:/faces/1", "models:/faces/2"]
 

@@ -163,6 +163,8 @@ def test_models(client: tally.Client, folder: Path) -> None:
     assert client.add_model("lengths", folder / "quick.py").existed
     second = client.add_model("lengths", str(folder / "slow.py"))
     assert client.set_alias("lengths", "champion", second.version).version == 2
+    assert client.set_alias("lengths", "passing", 1).aliases == ("passing",)
+    assert client.remove_alias("lengths", "passing").version == 1
     assert client.rollback("lengths", "champion").version == 1
     assert client.tag_model("lengths", 2, {"stage": "trial"}).metadata["tags"] == {"stage": "trial"}
     assert [change.action for change in client.model("lengths").history][-1] == "rollback"

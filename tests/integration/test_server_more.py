@@ -308,6 +308,9 @@ def test_models_are_uploaded_versioned_and_rolled_back(
     assert operator.post("/models/net/aliases/champion/rollback").json()["version"] == 1
     assert operator.put("/models/net/aliases/newest", json={"version": 2}).status_code == 200
     assert operator.put("/models/net/aliases/newest", json={"version": 9}).status_code == 404
+    assert operator.put("/models/net/aliases/passing", json={"version": 1}).status_code == 200
+    assert operator.delete("/models/net/aliases/passing").json()["version"] == 1
+    assert operator.delete("/models/net/aliases/passing").status_code == 404
     tagged = operator.patch("/models/net/versions/2/tags", json={"tags": {"stage": "trial", "by": "ada"}}).json()
     assert tagged["metadata"]["tags"] == {"stage": "trial", "by": "ada"}
     tagged = operator.patch("/models/net/versions/2/tags", json={"tags": {"stage": None}}).json()
@@ -316,8 +319,9 @@ def test_models_are_uploaded_versioned_and_rolled_back(
     assert [each["aliases"] for each in shown["versions"]] == [["champion"], ["newest"]]
     assert [(each["alias"], each["version"], each["action"]) for each in shown["history"]] == [
         ("champion", 1, "set"), ("champion", 1, "set"), ("champion", 2, "set"), ("champion", 1, "rollback"),
-        ("newest", 2, "set"),
+        ("newest", 2, "set"), ("passing", 1, "set"), ("passing", 1, "remove"),
     ]  # fmt: skip
+    assert {each["who"] for each in shown["history"] if each["alias"] != "champion"} == {"ada"}
     assert {each["name"] for each in operator.get("/models").json()} >= {"net"}
     assert operator.delete("/models/net/versions/2").status_code == 403
     assert admin.delete("/models/net/versions/2").status_code == 409

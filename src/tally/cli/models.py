@@ -158,8 +158,8 @@ def show(name: str, as_json: bool) -> None:
                 say(f"  {visible(key):<12} {visible(str(value))}")
     if found.history:
         say()
-        rows = [(_when(h.at), h.alias, str(h.version), h.action) for h in found.history]
-        table(("WHEN", "ALIAS", "VERSION", "BY"), rows)
+        rows = [(_when(h.at), h.alias, str(h.version), h.action, h.who or "-") for h in found.history]
+        table(("WHEN", "ALIAS", "VERSION", "CHANGE", "BY"), rows)
 
 
 @models.command()
@@ -179,6 +179,15 @@ def rollback(name: str, alias: str) -> None:
     """Point ALIAS back at the version before."""
     found = installation.registry().rollback(name, alias)
     say(f"models:/{name}@{alias} is version {found.version} again")
+
+
+@models.command()
+@click.argument("name")
+@click.argument("alias")
+def unalias(name: str, alias: str) -> None:
+    """Remove ALIAS; the version that it points at stays."""
+    found = installation.registry().unalias(name, alias)
+    say(f"models:/{name}@{alias} is removed; it was version {found.version}")
 
 
 @models.command(short_help="Remember something about a version.")

@@ -206,8 +206,9 @@ class RemoteRegistry(Registry):
         *,
         alias: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        who: str | None = None,
     ) -> ModelVersion:
-        ref = fetched(model)
+        ref = fetched(model)  # the server knows who asks
         with temporary.folder("package") as folder:
             write_package(ref, folder / "package")
             return self._client.add_model(
@@ -227,11 +228,14 @@ class RemoteRegistry(Registry):
                 return each
         raise SpecError(f"model {name!r} has no version {version}")
 
-    def alias(self, name: str, alias: str, version: int) -> ModelVersion:
+    def alias(self, name: str, alias: str, version: int, *, who: str | None = None) -> ModelVersion:
         return self._client.set_alias(name, alias, version)
 
-    def rollback(self, name: str, alias: str) -> ModelVersion:
+    def rollback(self, name: str, alias: str, *, who: str | None = None) -> ModelVersion:
         return self._client.rollback(name, alias)
+
+    def unalias(self, name: str, alias: str, *, who: str | None = None) -> ModelVersion:
+        return self._client.remove_alias(name, alias)
 
     def tag(self, name: str, version: int, tags: Mapping[str, str | None]) -> ModelVersion:
         return self._client.tag_model(name, version, tags)

@@ -206,9 +206,11 @@ model_alias_history = Table(
     Column("name", String(128), nullable=False),
     Column("alias", String(128), nullable=False),
     Column("version", Integer, nullable=False),
-    # set or rollback
+    # set, rollback or remove
     Column("action", String(16), nullable=False),
     Column("at", Double, nullable=False),
+    # Who did it, where that is known.
+    Column("who", String(200)),
     Index("model_alias_history_by_alias", "name", "alias", "id"),
 )
 

@@ -9,6 +9,7 @@ and any number of processes may use one registry.
 from __future__ import annotations
 
 import builtins
+import getpass
 import platform
 import re
 import time
@@ -28,7 +29,7 @@ from tally.models.hashing import content_files, content_hash
 from tally.models.mirror import fetched
 from tally.models.package import write_package
 from tally.models.reference import ModelRef
-from tally.text import did_you_mean
+from tally.text import did_you_mean, storable
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>[^/@]+)|@(?P<alias>[^/@]+))?")
@@ -82,12 +83,14 @@ class ModelVersion:
 
 @dataclass(frozen=True, slots=True)
 class AliasChange:
-    """``alias`` was made to point at ``version``; action: set or rollback."""
+    """``alias`` was made to point at ``version`` (action: set or rollback), or pointed there when it was removed
+    (remove). who: did it; empty where that is not known."""
 
     alias: str
     version: int
     action: str
     at: datetime
+    who: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class RegisteredModel:
                     "version": each.version,
                     "action": each.action,
                     "at": each.at.isoformat(timespec="seconds"),
+                    "who": each.who,
                 }
                 for each in self.history
             ],
@@ -139,11 +143,13 @@ class Registry:
         *,
         alias: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        who: str | None = None,
     ) -> ModelVersion:
         """Copy a model into the registry as the next version of ``name``.
 
         model: from :func:`tally.models.resolve.resolve`.
         metadata: anything JSON can hold; ``metrics`` in it is shown by ``tally models show``.
+        who: for the alias's history; None for who runs this process.
         Content that ``name`` already has is not added again: that version is returned, with ``existed``.
         """
         _check_name("name", name)
@@ -156,7 +162,7 @@ class Registry:
         if not self._blobs.has(digest):  # the last other use of it was removed meanwhile
             self._store(ref)
         if alias is not None:
-            self.alias(name, alias, version)
+            self.alias(name, alias, version, who=who)
         added = self._version(name, version)
         return replace(added, existed=existed, assumed=ref.assumed)
 
@@ -175,7 +181,7 @@ class Registry:
                 .where(model_alias_history.c.name == name)
                 .order_by(model_alias_history.c.id)
             ).all()
-        history = tuple(AliasChange(row.alias, row.version, row.action, _time(row.at)) for row in rows)
+        history = tuple(AliasChange(row.alias, row.version, row.action, _time(row.at), row.who or "") for row in rows)
         return RegisteredModel(name, tuple(versions), history)
 
     def get(self, uri: str) -> ModelVersion:
@@ -213,7 +219,7 @@ class Registry:
             hint=f"It has {', '.join(known)}." + ("" if number.isdigit() else f" An alias is written {name}@{number}."),
         )
 
-    def alias(self, name: str, alias: str, version: int) -> ModelVersion:
+    def alias(self, name: str, alias: str, version: int, *, who: str | None = None) -> ModelVersion:
         """Make ``alias`` point at a version from now on."""
         _check_alias(alias)
         found = self._version(name, version)
@@ -222,13 +228,13 @@ class Registry:
                 with self.engine.begin() as connection:
                     self._hold(connection, name, version)
                     self._point(connection, name, alias, version)
-                    self._remember(connection, name, alias, version, "set")
+                    self._remember(connection, name, alias, version, "set", who)
                 break
             except sa.exc.IntegrityError:  # the same alias was made by somebody else just now
                 continue
         return replace(found, aliases=tuple(sorted({*found.aliases, alias})))
 
-    def rollback(self, name: str, alias: str) -> ModelVersion:
+    def rollback(self, name: str, alias: str, *, who: str | None = None) -> ModelVersion:
         """Make ``alias`` point where it pointed before it was last set; again, to the one before that.
 
         Raises ModelError if there is nothing to go back to.
@@ -261,8 +267,24 @@ class Registry:
                 )
             self._hold(connection, name, earlier)
             self._point(connection, name, alias, earlier)
-            self._remember(connection, name, alias, earlier, "rollback")
+            self._remember(connection, name, alias, earlier, "rollback", who)
         return self._version(name, earlier)
+
+    def unalias(self, name: str, alias: str, *, who: str | None = None) -> ModelVersion:
+        """Remove ``alias``; returns the version that it pointed at. Made again, it has nothing to go back to.
+
+        Raises ModelNotFoundError.
+        """
+        version = self.get(f"models:/{name}@{alias}").version
+        it = (model_aliases.c.name == name, model_aliases.c.alias == alias)
+        with self.engine.begin() as connection:
+            connection.execute(sa.update(model_aliases).where(*it).values(version=model_aliases.c.version))  # a lock
+            pointed = connection.scalar(sa.select(model_aliases.c.version).where(*it))
+            if pointed is not None:  # else it was removed just now
+                version = pointed
+                connection.execute(sa.delete(model_aliases).where(*it))
+                self._remember(connection, name, alias, version, "remove", who)
+        return self._version(name, version)
 
     def tag(self, name: str, version: int, tags: Mapping[str, str | None]) -> ModelVersion:
         """Set tags of a version, shown as ``tags`` of its metadata; None takes one away. Content stays as it is."""
@@ -451,10 +473,15 @@ class Registry:
             connection.execute(sa.insert(model_aliases).values(name=name, alias=alias, version=version))
 
     @staticmethod
-    def _remember(connection: sa.Connection, name: str, alias: str, version: int, action: str) -> None:
+    def _remember(connection: sa.Connection, name: str, alias: str, version: int, action: str, who: str | None) -> None:
         connection.execute(
             sa.insert(model_alias_history).values(
-                name=name, alias=alias, version=version, action=action, at=time.time()
+                name=name,
+                alias=alias,
+                version=version,
+                action=action,
+                at=time.time(),
+                who=storable((_user() if who is None else who)[:200]),
             )
         )
 
@@ -480,15 +507,26 @@ class Registry:
 
 
 def _earlier(changes: Sequence[tuple[int, str]], there: Collection[int]) -> int | None:
-    """Where an alias goes back to: sets stack up, a rollback takes off what came after its version."""
+    """Where an alias goes back to: sets stack up, a rollback takes off what came after its version, a removal all."""
     stack: list[int] = []
     for version, action in changes:
+        if action == "remove":
+            stack.clear()
+            continue
         if action == "rollback":
             while stack and stack[-1] != version:
                 stack.pop()
         if not stack or stack[-1] != version:
             stack.append(version)
     return next((each for each in reversed(stack) if each in there and each != stack[-1]), None)
+
+
+def _user() -> str:
+    """Who runs this process; empty where the system has no name for that."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return ""
 
 
 def _time(seconds: float) -> datetime:

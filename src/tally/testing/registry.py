@@ -6,6 +6,7 @@ the fixtures ``engine`` and, for another place than a folder, ``root``.
 
 from __future__ import annotations
 
+import getpass
 import threading
 from pathlib import Path
 
@@ -115,6 +116,26 @@ class RegistryContract(_Contract):
             registry.rollback("faces", "staging")
         with pytest.raises(ModelNotFoundError):
             registry.alias("faces", "production", 9)
+
+    def test_an_alias_is_removed_and_the_history_says_who_did_what(self, registry: Registry, tmp_path: Path) -> None:
+        registry.add("faces", resolve(self.script(tmp_path, 1)), alias="production", who="ana")
+        registry.add("faces", resolve(self.script(tmp_path, 2)))
+        registry.alias("faces", "production", 2, who="ben")
+        assert registry.unalias("faces", "production", who="eve").version == 2
+        with pytest.raises(ModelNotFoundError, match="no alias 'production'"):
+            registry.get("models:/faces@production")
+        for change in (registry.unalias, registry.rollback):
+            with pytest.raises(ModelNotFoundError, match="no alias 'production'"):
+                change("faces", "production")
+        registry.alias("faces", "production", 1)
+        with pytest.raises(ModelError, match="no earlier version to go back to"):
+            registry.rollback("faces", "production")
+        assert [(each.version, each.action, each.who) for each in registry.show("faces").history] == [
+            (1, "set", "ana"),
+            (2, "set", "ben"),
+            (2, "remove", "eve"),
+            (1, "set", getpass.getuser()),
+        ]
 
     def test_rollback_passes_over_removed_versions(self, registry: Registry, tmp_path: Path) -> None:
         for number in (1, 2, 3):

@@ -106,19 +106,25 @@ def add_version(request: Request, who: Operator, models: Models, name: Name, wan
     aside: Aside = request.app.state.aside
     given = {each: getattr(wanted, each) for each in ("task", "labels", "artifacts", "settings", "trust")}
     ref = aside.call(_resolved, wanted.model, given, seconds=INSPECT_SECONDS, what="looking at the model")
-    return models.add(name, ModelRef.from_dict(ref), alias=wanted.alias, metadata=wanted.metadata)
+    return models.add(name, ModelRef.from_dict(ref), alias=wanted.alias, metadata=wanted.metadata, who=who.name)
 
 
 @router.put("/{name}/aliases/{alias}")
 def set_alias(who: Operator, models: Models, name: Name, alias: Alias, target: Target) -> ModelVersion:
     """Point the alias at a version from now on."""
-    return models.alias(name, alias, target.version)
+    return models.alias(name, alias, target.version, who=who.name)
+
+
+@router.delete("/{name}/aliases/{alias}")
+def remove_alias(who: Operator, models: Models, name: Name, alias: Alias) -> ModelVersion:
+    """Remove the alias; the answer is the version that it pointed at, which stays."""
+    return models.unalias(name, alias, who=who.name)
 
 
 @router.post("/{name}/aliases/{alias}/rollback")
 def roll_back(who: Operator, models: Models, name: Name, alias: Alias) -> ModelVersion:
     """Point the alias back at the version before."""
-    return models.rollback(name, alias)
+    return models.rollback(name, alias, who=who.name)
 
 
 @router.patch("/{name}/versions/{version}/tags")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.background import BackgroundTask
 from starlette.datastructures import UploadFile
 
-from tally.errors import JobNotFoundError, RefusedError, SpecError, TallyError
+from tally.errors import JobNotFoundError, SpecError, TallyError
 from tally.jobs.facade import Jobs
 from tally.jobs.spec import make
 from tally.jobs.states import ENDED
@@ -31,7 +31,7 @@ from tally.server.auth.roles import Principal
 from tally.server.feed import Feed, seldom
 from tally.server.gallery import Gallery, rows_from
 from tally.server.pages.labels import labels_of
-from tally.server.pages.render import page, price_of, render, said, stream
+from tally.server.pages.render import Changes, changed, chosen, page, price_of, render, stream
 from tally.server.places import check as check_places
 from tally.server.results import MOST_DOWNLOADED, Results
 from tally.server.uploads import MAX_FILES
@@ -158,21 +158,15 @@ def _job(jobs: Jobs, job_id: str, glance: dict[str, Any]) -> dict[str, Any]:
 def change_job(request: Request, who: Operator, jobs: AllJobs, job: JobId, action: str) -> Response:
     record = jobs.store.get(job)
     back = f"/jobs/{record.id}"
-    changes: dict[str, tuple[Callable[[], object], str]] = {
+    changes: Changes = {
         "pause": (lambda: jobs.pause(record.id), "It pauses once what runs is saved."),
         "resume": (lambda: jobs.ask_to_start(record.id, "resume", who=who.name), "It goes on."),
         "retry": (lambda: jobs.ask_to_start(record.id, "retry", who=who.name), "The dead items are replayed."),
         "cancel": (lambda: jobs.cancel(record.id), "It is cancelled."),
     }
-    if action not in changes:
-        raise RefusedError(404, f"there is no action {action!r}")
-    change, text = changes[action]
-    try:
-        change()
-    except TallyError as error:
-        return said(request, str(error), back=back, problem=True)
+    answer = changed(request, *chosen(changes, action), back=back)
     request.app.state.supervisor.wake()
-    return said(request, text, back=back)
+    return answer
 
 
 @router.get("/jobs/{job}/rows", response_class=HTMLResponse)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
@@ -12,6 +12,7 @@ from fastapi.sse import ServerSentEvent
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 import tally
+from tally.errors import RefusedError, TallyError
 from tally.jobs.states import STATES
 from tally.server.auth.guard import COOKIE
 from tally.server.auth.keys import csrf_token
@@ -45,11 +46,35 @@ def page(request: Request, name: str, *, status: int = 200, **values: Any) -> HT
 
 
 def said(request: Request, text: str, *, back: str, problem: bool = False, status: int = 200) -> Response:
-    """What a form is answered with: a message for the page that sent it, or, without scripts, the page ``back``."""
+    """What a form is answered with: a message for the page that sent it, or, without scripts, the page ``back``;
+    a problem is then a page of its own."""
     if "hx-request" in request.headers:
         headers = {"HX-Trigger": "changed"}  # for what the page shows of it
         return HTMLResponse(render("_message.html", text=text, problem=problem), status_code=status, headers=headers)
+    if problem:
+        return page(request, "problem.html", status=409, title="That did not work", text=text, back=back)
     return RedirectResponse(back, status_code=303)
+
+
+Changes: TypeAlias = dict[str, tuple[Callable[[], object], str]]
+"""What can be done with a thing, by the last part of the address: what does it, and what is said then; ``{now}`` in
+that is what the former has returned."""
+
+
+def chosen(changes: Changes, action: str) -> tuple[Callable[[], object], str]:
+    """Raises RefusedError where there is no such action."""
+    if action not in changes:
+        raise RefusedError(404, f"there is no action {action!r}")
+    return changes[action]
+
+
+def changed(request: Request, change: Callable[[], object], text: str, *, back: str) -> Response:
+    """Make the change, and say the text, or what was wrong."""
+    try:
+        now = change()
+    except TallyError as error:
+        return said(request, str(error), back=back, problem=True)
+    return said(request, text.format(now=now), back=back)
 
 
 def price_of(request: Request) -> tuple[float, str]:

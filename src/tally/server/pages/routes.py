@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
 
@@ -33,7 +34,7 @@ from tally.server.auth.roles import Role
 from tally.server.feed import Feed, seldom
 from tally.server.machine import Machine
 from tally.server.pages import job, triggers
-from tally.server.pages.render import FOLDER, page, price_of, said, stream
+from tally.server.pages.render import FOLDER, Changes, changed, chosen, page, price_of, stream
 
 router = APIRouter(include_in_schema=False)
 
@@ -161,14 +162,30 @@ def model_page(request: Request, who: Viewer, jobs: AllJobs, name: str) -> HTMLR
     return page(request, "model.html", model=open_registry(jobs).show(name))
 
 
-@router.post("/models/{name}/aliases/{alias}/rollback")
-def roll_back_alias(request: Request, who: Operator, jobs: AllJobs, name: models.Name, alias: models.Alias) -> Response:
-    back = f"/models/{name}"
-    try:
-        now = models.roll_back(who, open_registry(jobs), name, alias)
-    except TallyError as error:
-        return said(request, str(error), back=back, problem=True)
-    return said(request, f"{alias} points at version {now.version}.", back=back)
+@router.post("/models/{name}/aliases")
+def set_alias(
+    request: Request,
+    who: Operator,
+    jobs: AllJobs,
+    name: models.Name,
+    alias: Annotated[str, Form(max_length=1000)],
+    version: Annotated[int, Form(ge=1, le=2**31 - 1)],
+) -> Response:
+    alias = alias.strip()
+    change = partial(models.open_registry(jobs).alias, name, alias, version, who=who.name)
+    return changed(request, change, f"{alias} points at version {version}.", back=f"/models/{name}")
+
+
+@router.post("/models/{name}/aliases/{alias}/{action}")
+def change_alias(
+    request: Request, who: Operator, jobs: AllJobs, name: models.Name, alias: models.Alias, action: str
+) -> Response:
+    registry = open_registry(jobs)
+    changes: Changes = {
+        "rollback": (lambda: models.roll_back(who, registry, name, alias), alias + " points at version {now.version}."),
+        "remove": (lambda: models.remove_alias(who, registry, name, alias), f"{alias} is removed."),
+    }
+    return changed(request, *chosen(changes, action), back=f"/models/{name}")
 
 
 @router.get("/keys", response_class=HTMLResponse)

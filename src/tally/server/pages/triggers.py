@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse
 
-from tally.errors import RefusedError, TallyError
+from tally.errors import TallyError
 from tally.jobs.facade import Jobs
 from tally.jobs.states import ENDED
 from tally.masking import mask
 from tally.server.api import queues, schedules, watches
 from tally.server.api.jobs import AllJobs
 from tally.server.auth.guard import Operator, Viewer
-from tally.server.pages.render import page, render, said
+from tally.server.pages.render import Changes, changed, chosen, page, render
 from tally.sources.queues.factory import is_queue
 from tally.triggers.store import ScheduleStore
 from tally.triggers.watch import WatchStore
@@ -46,12 +45,12 @@ def schedule_page(request: Request, who: Viewer, jobs: AllJobs, name: schedules.
 @router.post("/schedules/{name}/{action}")
 def change_schedule(request: Request, who: Operator, jobs: AllJobs, name: schedules.Name, action: str) -> Response:
     store = ScheduleStore(jobs.store.engine)
-    changes: dict[str, tuple[Callable[[], object], str]] = {
+    changes: Changes = {
         "pause": (lambda: schedules.pause_schedule(who, store, name), "It starts no new runs."),
         "resume": (lambda: schedules.resume_schedule(who, store, name), "It starts runs again."),
         "run": (lambda: schedules.run_now(who, store, name), "The newest interval that is over is run."),
     }
-    return _changed(request, changes, action, back=f"/schedules/{name}")
+    return changed(request, *chosen(changes, action), back=f"/schedules/{name}")
 
 
 # -- watches -----------------------------------------------------------------------------------------------------------
@@ -65,11 +64,11 @@ def watches_page(request: Request, who: Viewer, jobs: AllJobs) -> HTMLResponse:
 @router.post("/watches/{name}/{action}")
 def change_watch(request: Request, who: Operator, jobs: AllJobs, name: watches.Name, action: str) -> Response:
     store = WatchStore(jobs.store.engine)
-    changes: dict[str, tuple[Callable[[], object], str]] = {
+    changes: Changes = {
         "pause": (lambda: watches.pause_watch(who, store, name), "It takes nothing more for now."),
         "resume": (lambda: watches.resume_watch(who, store, name), "It goes on, with what has come meanwhile."),
     }
-    return _changed(request, changes, action, back="/watches")
+    return changed(request, *chosen(changes, action), back="/watches")
 
 
 # -- queues ------------------------------------------------------------------------------------------------------------
@@ -107,16 +106,3 @@ def _is_queue(url: str) -> bool:
         return is_queue(url)
     except ValueError:
         return False
-
-
-def _changed(
-    request: Request, changes: dict[str, tuple[Callable[[], object], str]], action: str, *, back: str
-) -> Response:
-    if action not in changes:
-        raise RefusedError(404, f"there is no action {action!r}")
-    change, text = changes[action]
-    try:
-        change()
-    except TallyError as error:
-        return said(request, str(error), back=back, problem=True)
-    return said(request, text, back=back)
