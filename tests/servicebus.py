@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from proton import Condition, Delivery, Disposition, Endpoint, Event, Handler, Link, Message, symbol, timestamp, ulong
-from proton.handlers import Handshaker
+from proton.handlers import Handshaker, IOHandler
 from proton.reactor import Container
 from tests.ports import free_ports
 
@@ -87,6 +87,36 @@ class _Entity:
         return True
 
 
+class _Connections(IOHandler):
+    """Connections that end when they cannot be read or written. proton's own end in one direction only: their links
+    would still be handed messages, which nobody gets."""
+
+    def on_selectable_readable(self, event: Event) -> None:
+        selectable = event.selectable
+        transport = selectable._transport
+        if transport is not None and transport.capacity() > 0:
+            try:
+                content = selectable.recv(transport.capacity())
+            except OSError:
+                content = b""
+            if not content:
+                self.on_selectable_error(event)
+                return
+            transport.push(content)
+            self.update(transport, selectable, selectable._reactor.now)
+
+    def on_selectable_writable(self, event: Event) -> None:
+        selectable = event.selectable
+        transport = selectable._transport
+        if transport is not None and transport.pending() > 0:
+            try:
+                transport.pop(selectable.send(transport.peek(transport.pending())))
+            except OSError:
+                self.on_selectable_error(event)
+                return
+            self.update(transport, selectable, selectable._reactor.now)
+
+
 class ServiceBus(Handler):
     """url: that of its queues, without their names."""
 
@@ -102,7 +132,7 @@ class ServiceBus(Handler):
         self._senders: list[Link] = []
         self._cutting = self._stopped = False
         self._cut = threading.Event()
-        self._container = Container(self)
+        self._container = Container(self, global_handler=_Connections())
         self._container.handler.add(Handshaker())
         self._listening = threading.Event()
         self._thread = threading.Thread(target=self._container.run, name="service-bus", daemon=True)

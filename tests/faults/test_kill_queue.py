@@ -80,8 +80,9 @@ def test_every_item_is_scored_once(tmp_path: Path, kind: str, monkeypatch: pytes
             process = _storm(process, command, log, jobs, job, under_test)
             feeder.join(600)
             queue = open_queue(under_test.url)
-            wait_for(lambda: asked(queue, under_test.url)[:2] in ((0, 0), (0, None)), process, seconds=600)
-            wait_for(lambda: jobs.get(job).done == MESSAGES, process, seconds=600)
+            queue_told = lambda: f"{asked(queue, under_test.url)}\n{log.read_text()[-4000:]}"  # noqa: E731
+            wait_for(lambda: asked(queue, under_test.url)[:2] in ((0, 0), (0, None)), process, 600, queue_told)
+            wait_for(lambda: jobs.get(job).done == MESSAGES, process, 600, queue_told)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=120) == 130, log.read_text()
             # What a cut connection had delivered a second time may have been in hand: it is known, and acknowledged.
