@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from urllib.parse import quote
@@ -95,7 +96,9 @@ def main() -> None:
                 assert record.state == "running", f"the job is {record.state}: give it more items"
                 show("beside a job with every core", answers)
                 busy = psutil.cpu_percent(interval=2.0)
-                print(f"the job scored {(record.done - before) / passed:,.0f} items/s meanwhile; cores busy: {busy:.0f} %")
+                print(
+                    f"the job scored {(record.done - before) / passed:,.0f} items/s meanwhile; cores busy: {busy:.0f} %"
+                )
 
 
 def large_result(folder: Path, rows: int) -> str:
@@ -132,7 +135,9 @@ def fill(count: int) -> None:
 @contextmanager
 def serving() -> Iterator[tuple[str, str]]:
     """``tally up``: its address and the first admin's key."""
-    process = subprocess.Popen([*TALLY, "up", "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        [*TALLY, "up", "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert process.stdout is not None
     try:
         key = ""
@@ -191,7 +196,7 @@ def routes_of(job: str, rows: int) -> dict[str, Request]:
     }
     posted = {"api: SQL, grouped": json.dumps({"sql": sql}).encode()}
     return {
-        name: Request(path if "://" in path else f"http://server{path}", data=posted.get(name))  # noqa: S310
+        name: Request(path if "://" in path else f"http://server{path}", data=posted.get(name))
         for name, path in asked.items()
     }
 
@@ -202,9 +207,9 @@ def ask(url: str, key: str, routes: Mapping[str, Request], times: int) -> dict[s
     for _ in range(times + 1):
         for name, route in routes.items():
             headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-            request = Request(route.full_url.replace("http://server", url.rstrip("/")), route.data, headers)  # noqa: S310
+            request = Request(route.full_url.replace("http://server", url.rstrip("/")), route.data, headers)
             began = perf_counter()
-            with urlopen(request, timeout=60) as answer:  # noqa: S310 - our own server
+            with urlopen(request, timeout=60) as answer:
                 answer.read()
             took[name].append((perf_counter() - began) * 1000)
     return {name: figures[1:] for name, figures in took.items()}  # the first one warms up
@@ -213,7 +218,7 @@ def ask(url: str, key: str, routes: Mapping[str, Request], times: int) -> dict[s
 def show(when: str, took: Mapping[str, list[float]]) -> None:
     print(f"{when} (ms)")
     width = max(map(len, took))
-    for name, figures in {**took, "all": [each for figures in took.values() for each in figures]}.items():
+    for name, figures in {**took, "all": list(chain(*took.values()))}.items():
         parts = statistics.quantiles(figures, n=100, method="inclusive")
         print(f"  {name:{width}}  p50 {parts[49]:7.1f}   p95 {parts[94]:7.1f}   p99 {parts[98]:7.1f}")
     print(flush=True)

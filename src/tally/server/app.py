@@ -29,6 +29,7 @@ from tally.server.gallery import Gallery
 from tally.server.machine import Machine
 from tally.server.middleware import MAX_BODY, Audited, BodyLimit, SecurityHeaders
 from tally.server.pages import routes as pages
+from tally.server.pages.labels import Labels
 from tally.server.results import Results
 from tally.server.settings import ServerSettings
 from tally.server.supervisor import Supervisor
@@ -87,6 +88,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     )
     app.state.jobs, app.state.settings, app.state.feed, app.state.audit = jobs, settings, feed, audit
     app.state.supervisor, app.state.aside, app.state.results = supervisor, aside, Results(jobs, aside)
+    app.state.labels = Labels(app.state.results)
     app.state.gallery = Gallery(jobs, app.state.results, aside, settings.roots)
     app.state.machine = Machine()
     app.state.uploads = Uploads(most=settings.max_upload)

@@ -10,9 +10,9 @@ import base64
 import csv
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +33,10 @@ BLOCK = 1 << 20
 MOST_DOWNLOADED = 100_000
 """Rows of an answer that is fetched as a file."""
 
+Ask: TypeAlias = Callable[[str, int], Rows]
+"""Gives the answer to a query: at most so many rows."""
+Answer = TypeVar("Answer")
+
 
 class Results:
     """Answers queries, and opens files. Safe to use from several threads."""
@@ -44,6 +48,11 @@ class Results:
         """At most ``limit`` rows of the answer. Raises SpecError where the query is wrong, or takes too long."""
         found: Rows = self._ask(_rows, job, sql, limit)
         return found
+
+    def run(self, job: str, function: Callable[[Ask], Answer]) -> Answer:
+        """What a function makes of several answers about one state of the job. It runs where queries do."""
+        answer: Answer = self._ask(_run, job, function)
+        return answer
 
     def arrow(self, job: str, sql: str, target: Path, *, limit: int) -> bool:
         """As :meth:`query`, into a file, as an Arrow stream; whether there are more rows."""
@@ -113,18 +122,11 @@ class Results:
             names[name] = store.size(name)
         return store, names
 
-    def _ask(self, function: Any, job: str, sql: str, limit: int, *more: str) -> Any:
+    def _ask(self, function: Any, job: str, *more: Any) -> Any:
         record = self._jobs.store.get(job)
         self._jobs.sink(record.id)  # says where its results have gone
-        given = (
-            record.output,
-            list(self._jobs.outputs(record.id)),
-            self._jobs.dead_table(record.id),
-            sql,
-            limit,
-            *more,
-        )
-        return self._aside.call(function, *given, seconds=SECONDS, what="the query")
+        state = record.output, list(self._jobs.outputs(record.id)), self._jobs.dead_table(record.id)
+        return self._aside.call(function, *state, *more, seconds=SECONDS, what="the query")
 
 
 def read_blocks(store: Store, name: str, start: int, stop: int) -> Iterator[bytes]:
@@ -166,6 +168,12 @@ def _rows(output: dict[str, Any], outputs: Sequence[Output], dead: pa.Table, sql
     columns = {field.name: str(field.type) for field in table.schema}
     rows = [{name: _plain(value) for name, value in row.items()} for row in table.slice(0, limit).to_pylist()]
     return Rows(columns=columns, rows=rows, truncated=table.num_rows > limit)
+
+
+def _run(
+    output: dict[str, Any], outputs: Sequence[Output], dead: pa.Table, function: Callable[[Ask], Answer]
+) -> Answer:
+    return function(lambda sql, limit: _rows(output, outputs, dead, sql, limit))
 
 
 def _write_arrow(

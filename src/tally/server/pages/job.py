@@ -30,7 +30,7 @@ from tally.server.auth.keys import csrf_token
 from tally.server.auth.roles import Principal
 from tally.server.feed import Feed, seldom
 from tally.server.gallery import Gallery, rows_from
-from tally.server.pages.labels import labels_of
+from tally.server.pages.labels import Labels
 from tally.server.pages.render import Changes, changed, chosen, page, price_of, render, stream
 from tally.server.places import check as check_places
 from tally.server.results import MOST_DOWNLOADED, Results
@@ -217,7 +217,8 @@ def job_labels(request: Request, who: Viewer, jobs: AllJobs, job: JobId) -> HTML
     record, found, problem = jobs.store.get(job), None, None
     if record.output.get("kind") == "rows":
         try:
-            found = labels_of(request.app.state.results, record.id)
+            labels: Labels = request.app.state.labels
+            found = labels.of(record)
         except TallyError as error:
             problem = str(error)
     return HTMLResponse(

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from tally.server.results import Results
+from tally.jobs.states import ENDED
+from tally.jobs.store import JobRecord
+from tally.server.results import Ask, Results
 
 MOST_LABELS = 12
 _MOST_PAIRS = 66  # as many as so many labels can have
 
-_LABELS = """
-select label::varchar as label, count(*) as rows, count(distinct key) as items
-from results where label is not null group by 1 order by items desc, rows desc, 1
-"""
+_MOST_ROWS = 1_000_000
+_MOST_KNOWN = 256
+
+_SEEN = f"""
+with seen as (select key, label::varchar as label from results where label is not null limit {_MOST_ROWS})
+"""  # noqa: S608 - a number of ours
+_LABELS = 12
+_MOST_PAIRS = 66  # as many as so many labels can have
+
+_MOST_ROWS = 1_000_000
+_MOST_KNOWN = 256
+
+_SEEN = f"with seen as (select key, label::varchar as label from results where label is not null limit {_MOST_ROWS})"  # noqa: S608 - numbers of ours
+_LABELS = f"""
+{_SEEN}
+select label, count(*) as rows, count(distinct key) as items from seen group by 1 order by items desc, rows desc, 1
+"""  # noqa: S608
 _PAIRS = f"""
-with seen as (select distinct key, label::varchar as label from results where label is not null),
-     most as (select label from seen group by label order by count(*) desc, label limit {MOST_LABELS}),
-     few as (select * from seen where label in (from most))
+{_SEEN}, found as (select distinct key, label from seen),
+     most as (select label from found group by label order by count(*) desc, label limit {MOST_LABELS}),
+     few as (select * from found where label in (from most))
 select a.label as one, b.label as other, count(*) as items
 from few as a join few as b on a.key = b.key and a.label < b.label group by 1, 2 order by 3 desc, 1, 2
-"""  # noqa: S608 - a number of ours
+"""  # noqa: S608
 
 WIDTH, HEIGHT = 640, 400
 _RADII = (190.0, 140.0)
@@ -80,22 +97,47 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The labels of a job, the most frequent first. more: there are others. graph: None if no item has two labels."""
+    """The labels of a job, the most frequent first. more: there are others. graph: None if no item has two labels.
+
+    looked: so many rows were looked at, the first ones; None: all. More would take too long for a page.
+    """
 
     labels: list[Label]
     more: bool
     graph: Graph | None
+    looked: int | None
 
 
-def labels_of(results: Results, job: str) -> Found | None:
-    """The labels of the job's results; None where they have no column of that name. Raises TallyError."""
-    if "label" not in results.query(job, "from results limit 0", limit=0).columns:
+class Labels:
+    """Of jobs; those of ended ones are counted once. Safe to use from several threads."""
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+        self._known: OrderedDict[tuple[str, int, float | None], Found | None] = OrderedDict()
+
+    def of(self, record: JobRecord) -> Found | None:
+        """None where the results have no column ``label``. Raises TallyError."""
+        state = record.id, record.generation, record.finished_at
+        if state in self._known:
+            return self._known[state]
+        found = self._results.run(record.id, _counted)
+        if record.state in ENDED:
+            self._known[state] = found
+            if len(self._known) > _MOST_KNOWN:
+                with suppress(KeyError):  # another thread was faster
+                    self._known.popitem(last=False)
+        return found
+
+
+def _counted(ask: Ask) -> Found | None:
+    if "label" not in ask("from results limit 0", 0).columns:
         return None
-    found = results.query(job, _LABELS, limit=MOST_LABELS)
+    found = ask(_LABELS, MOST_LABELS)
     labels = [Label(**row) for row in found.rows]
-    pairs = [Pair(**row) for row in results.query(job, _PAIRS, limit=_MOST_PAIRS).rows]
+    pairs = [Pair(**row) for row in ask(_PAIRS, _MOST_PAIRS).rows]
     graph = draw({each.label: each.items for each in labels}, pairs) if pairs else None
-    return Found(labels, found.truncated, graph)
+    [total] = ask("select count(label) as rows from results", 1).rows
+    return Found(labels, found.truncated, graph, _MOST_ROWS if total["rows"] > _MOST_ROWS else None)
 
 
 def draw(items: Mapping[str, int], pairs: Sequence[Pair]) -> Graph:
