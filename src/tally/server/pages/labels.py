@@ -14,20 +14,12 @@ from tally.server.results import Ask, Results
 
 MOST_LABELS = 12
 _MOST_PAIRS = 66  # as many as so many labels can have
-
 _MOST_ROWS = 1_000_000
 _MOST_KNOWN = 256
 
 _SEEN = f"""
 with seen as (select key, label::varchar as label from results where label is not null limit {_MOST_ROWS})
 """  # noqa: S608 - a number of ours
-_LABELS = 12
-_MOST_PAIRS = 66  # as many as so many labels can have
-
-_MOST_ROWS = 1_000_000
-_MOST_KNOWN = 256
-
-_SEEN = f"with seen as (select key, label::varchar as label from results where label is not null limit {_MOST_ROWS})"  # noqa: S608 - numbers of ours
 _LABELS = f"""
 {_SEEN}
 select label, count(*) as rows, count(distinct key) as items from seen group by 1 order by items desc, rows desc, 1
