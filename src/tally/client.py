@@ -218,13 +218,13 @@ class Client:
 
     def query(self, job: str, sql: str, *, limit: int = 100_000) -> Any:
         """SQL (DuckDB's) over the views ``results`` and ``dead``, as a ``pyarrow.Table`` of at most a million rows."""
-        return self._arrow(self._id(job), sql, limit)[0]
+        return self._arrow(self._id(job, begun=True), sql, limit)[0]
 
     def results(self, job: str) -> Any:
         """All rows, as a ``pyarrow.Table``; of a job that is not finished, those committed."""
         import pyarrow as pa
 
-        job_id, more = self._id(job), True
+        job_id, more = self._id(job, begun=True), True
         parts: list[Any] = []
         while more:
             begin = len(parts) * _ARROW_ROWS
@@ -236,7 +236,7 @@ class Client:
 
     def rows(self, job: str, *, order: Literal["source", "key"] = "source") -> Iterator[dict[str, Any]]:
         """The rows, page by page, as JSON has them: for programs without Arrow."""
-        job_id, after = self._id(job), None
+        job_id, after = self._id(job, begun=True), None
         while True:
             asked = {"order": order, "after": after, "limit": _PAGE}
             page = self._get(RowPage, f"jobs/{job_id}/rows", params=asked)
@@ -246,11 +246,11 @@ class Client:
 
     def files(self, job: str) -> Sequence[ResultFile]:
         """The files of a job whose results are published."""
-        return self._get(list[ResultFile], f"jobs/{self._id(job)}/files")
+        return self._get(list[ResultFile], f"jobs/{self._id(job, begun=True)}/files")
 
     def download(self, job: str, name: str, target: str | Path) -> Path:
         """Write a file of the output to ``target``; cut off on the way, it goes on where it was."""
-        path, target = f"jobs/{self._id(job)}/files/{_quoted_path(name)}", Path(target)
+        path, target = f"jobs/{self._id(job, begun=True)}/files/{_quoted_path(name)}", Path(target)
         part, tag, tries = target.with_name(f".{target.name}.part"), "", 0
         part.unlink(missing_ok=True)
         while True:
@@ -356,9 +356,9 @@ class Client:
         """All watches, and what they have seen."""
         return self._get(list[WatchDetail], "watches")
 
-    def watch(self, name: str) -> WatchDetail:
-        """A watch, and what it has seen."""
-        return self._get(WatchDetail, f"watches/{_quoted(name)}")
+    def watch(self, name: str, *, limit: int = 10) -> WatchDetail:
+        """A watch, and what it has seen: its counts, and the newest ``limit`` objects with their jobs."""
+        return self._get(WatchDetail, f"watches/{_quoted(name)}", params={"limit": limit})
 
     def add_watch(self, name: str, place: str, job: Mapping[str, Any], **options: Any) -> AddedWatch:
         """Start a job for each new object in a place. options: pattern, exclude, parallel, existing."""
@@ -429,13 +429,15 @@ class Client:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def _id(self, job: str) -> str:
-        """The id of a job that is given by its id, the beginning of it, or the place that it writes to."""
-        if _ID.fullmatch(job):
+    def _id(self, job: str, *, begun: bool = False) -> str:
+        """The id of a job that is given by its id, the beginning of it, or the place that it writes to. begun: of those
+        that write to a place, rather one whose results may be there."""
+        if is_id(job):
             return job
-        for each in self.list(out=job).jobs:
-            if each.state != "cancelled":
-                return each.id
+        there = [each for each in self.list(out=job).jobs if each.state != "cancelled"]
+        # Results of an earlier job stay while the next one waits.
+        for each in [each for each in there if begun and each.kind is not None] + there:
+            return each.id
         raise JobNotFoundError(f"no job {job!r}", hint="'tally jobs list' shows the jobs there are.")
 
     def _get(self, kind: type[Answer], path: str, *, params: Mapping[str, Any] | None = None) -> Answer:
@@ -560,6 +562,11 @@ def _read(kind: type[Answer], content: str | bytes) -> Answer:
         return TypeAdapter(kind).validate_json(content)
     except ValidationError as error:
         raise ServerAwayError(f"the server's answer is not understood: {error.errors()[0]['msg']}") from None
+
+
+def is_id(job: str) -> bool:
+    """Whether the text may be a job's id, or the beginning of one."""
+    return _ID.fullmatch(job) is not None
 
 
 def _is_address(url: str) -> bool:

@@ -391,6 +391,33 @@ def test_jobs_are_run_and_asked_on_the_server(typed: Callable[..., str], folder:
     assert not (home / "tally.db").exists(), "nothing of that happened here"
 
 
+def test_a_job_is_named_by_its_place_as_it_is_seen_from_here(
+    typed: Callable[..., str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    typed("score", "in", "--model", "quick.py", "--out", "relative", "--workers", 1)
+    assert "1 failed" in typed("jobs", "show", "relative")
+    (folder / "relative").rename(folder / "elsewhere")
+    assert "1 failed" in typed("jobs", "show", "relative")  # as of a job that waits
+    assert "20.txt\tscore\t" in typed("jobs", "dead", "./relative/")
+    for wrong in ("relativ", "./nowhere", ""):
+        with pytest.raises(JobNotFoundError, match=f"no job {wrong!r}"):
+            typed("jobs", "show", wrong)
+
+
+def test_a_job_is_named_by_the_table_that_its_rows_go_to(
+    typed: Callable[..., str], client: tally.Client, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    typed("score", "in", "--model", "quick.py", "--out", "sqlite:///rows.db#rows", "--workers", 1)
+    assert "20 items delivered, 0 waiting, 0 refused" in typed("jobs", "show", "sqlite:///rows.db#rows")
+    assert "finished" in typed("jobs", "list", "--out", "sqlite:///rows.db#rows")
+    assert "190" in typed("query", "sqlite:///rows.db#rows", "select sum(length) from results", "--csv")
+    pushes = client.get(f"sqlite:///{folder}/rows.db#rows").pushes
+    assert pushes is not None
+    assert (pushes.to, pushes.delivered) == (f"sqlite:///{folder}/rows.db#rows", 20)
+
+
 def test_a_job_that_fails_on_the_server_fails_here(typed: Callable[..., str], folder: Path) -> None:
     (folder / "broken.py").write_text("import nothing_of_that_name\n")
     job = folder / "broken.yaml"
@@ -427,6 +454,7 @@ def test_models_schedules_watches_and_keys_on_the_server(typed: Callable[..., st
     watched.write_text(f"source: '{{url}}'\nmodel: {folder}/quick.py\nout: {folder}/typed-drops/{{stem}}\n")
     assert "0 objects are there already" in typed("watch", "add", "typed", folder / "typed-drop", watched)
     assert "typed" in typed("watch", "list")
+    assert f"{folder}/quick.py" in typed("watch", "show", "typed")
     assert "is paused" in typed("watch", "pause", "typed")
     assert "is forgotten" in typed("watch", "delete", "typed")
 

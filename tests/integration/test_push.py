@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import signal
 import subprocess
@@ -169,11 +170,16 @@ def test_what_is_refused_costs_itself_and_is_pushed_again_on_resuming(
     )
     [record] = Jobs().list().jobs
     assert record.state == "failed"
+    shown = cli("jobs", "show", record.id).out
+    assert "39 items delivered, 0 waiting, 1 refused (the first: i007.jpg: answered 422: as the test asks)" in shown
+    assert hook.url not in shown  # it may be a secret
     before = dict(hook.got)
     assert {each["key"] for some in before.values() for each in _several(some)} == {*expected()} - {"i007.jpg"}
     hook.answer = lambda body: 200
     ran = cli("jobs", "resume", record.id)
     assert ran.code == 0, ran.err
+    pushes = json.loads(cli("jobs", "show", record.id, "--json").out)["pushes"]
+    assert (pushes["delivered"], pushes["waiting"], pushes["refused"]) == (40, 0, 0)
     [again] = [posted for name, posted in hook.got.items() if name not in before]
     assert _several(again) == [{"key": "i007.jpg", "rows": expected()["i007.jpg"]}]
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + sum(map(len, expected().values()))
@@ -208,6 +214,9 @@ def test_while_a_receiver_is_away_the_job_waits_and_a_kill_loses_nothing(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert hook.got == {}
+    waiting = Jobs().pushes(str(tmp_path / "out.csv"))
+    assert waiting is not None
+    assert (waiting.delivered, waiting.waiting, waiting.refused) == (0, 40, 0)
     half = {"left": 20}
 
     def answer(body: Any) -> int:
@@ -315,8 +324,8 @@ def test_rows_go_into_a_table_each_once(cli: Cli, items: Path, tmp_path: Path, u
     assert ran.code == 0, ran.err
     rows = [(key, n, row["size"], row["part"]) for key, found in expected().items() for n, row in enumerate(found)]
     assert in_table(url) == rows
-    [record] = Jobs().list().jobs
-    assert cli("query", record.id, "select count(*) as n from results").out.split() == ["n", str(len(rows))]
+    assert cli("query", f"{url}#found", "select count(*) as n from results").out.split() == ["n", str(len(rows))]
+    assert re.search(rf"pushed +to {re.escape(url)}#found: 40 items delivered", cli("jobs", "show", f"{url}#found").out)
     (items / "i004.jpg").write_bytes(b"x" * 3)  # had two rows, and gives none
     (items / "i005.jpg").write_bytes(b"x" * 1)
     assert cli(*given, "--overwrite").code == 0

@@ -168,6 +168,20 @@ def test_a_stop_may_come_before_the_job_is_under_way(items: Path) -> None:
         jobs.run(record.id)
 
 
+def test_while_a_job_waits_its_place_has_the_results_of_the_one_before(items: Path) -> None:
+    jobs, spec = Jobs(), make(source=[str(items)], model="lengths.py:Lengths", out="out", workers=1)
+    before = jobs.run(jobs.submit(spec).id)
+    waiting = jobs.enqueue(spec, overwrite=True)
+    assert (jobs.get("out").id, jobs.get("out").state) == (waiting.id, "waiting")
+    assert jobs.results("out").num_rows == 5
+    assert jobs.query("out", "select sum(length) as n from results").to_pylist() == [{"n": 10}]
+    jobs.delete(before.id)
+    with pytest.raises(JobStateError, match="is waiting"):
+        jobs.results("out")
+    nothing_yet = jobs.enqueue(spec.model_copy(update={"out": str(items / "nothing")}))
+    assert jobs.get("items/nothing").id == nothing_yet.id
+
+
 def test_what_is_asked_of_jobs_that_nobody_drives(items: Path) -> None:
     jobs = Jobs()
     record = jobs.submit(spec_of(items))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from tests.conftest import Ran
 
-from tally.errors import SourceNotFoundError, SpecError
+from tally.database.tables import watch_objects
+from tally.errors import ModelNotFoundError, SourceNotFoundError, SpecError
 from tally.jobs.facade import Jobs
+from tally.jobs.store import JobRecord
 from tally.storage import open_store
 from tally.triggers import watch as watches
 from tally.triggers.watch import Watcher, WatchStore, fill
 
-TEMPLATE = {"source": ["{url}"], "model": "/models/style.onnx", "out": "/out/{stem}_processed.mp4"}
+STYLE = Path(__file__).parents[2] / "examples/style/model"
+TEMPLATE = {"source": ["{url}"], "model": str(STYLE), "out": "/out/{stem}_processed.mp4"}
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -93,8 +99,29 @@ def test_what_grows_waits(tmp_path: Path) -> None:
         os.utime(growing, ns=(size * 10**9, size * 10**9))
         watched.look(1)
         assert watched.started() == []
+        assert watched.store.counts("incoming") == {"settling": 1}  # its earlier sizes are forgotten
     watched.look(1)
     assert watched.started() == ["a.mp4"]
+    assert watched.store.counts("incoming") == {"taken": 1}
+
+
+def test_what_goes_before_it_is_still_is_forgotten(watched: Watched) -> None:
+    watched.add()
+    watched.files.write("a.mp4", b"1")
+    watched.look(1)
+    assert watched.store.counts("incoming") == {"settling": 1}
+    watched.files.delete(["a.mp4"])
+    watched.look(1)
+    assert watched.store.counts("incoming") == {}
+
+
+def begun(watched: Watched, record: JobRecord) -> None:
+    """The waiting job has begun, so what it writes is known."""
+    output = {"kind": "video", "format": "mp4", "unit": "frames", "place": record.spec["out"], "columns": None}
+    watched.jobs.store.create(
+        fingerprint="f", spec=record.spec, model={"name": "m", "kind": "onnx", "hash": "h"}, output=output,
+        waiting=record.id,
+    )  # fmt: skip
 
 
 def test_what_jobs_write_starts_none(watched: Watched) -> None:
@@ -102,16 +129,32 @@ def test_what_jobs_write_starts_none(watched: Watched) -> None:
     watched.files.write("a.mp4", b"1")
     watched.look()
     [record] = watched.jobs.list().jobs
-    output = {"kind": "video", "format": "mp4", "unit": "frames", "place": record.spec["out"], "columns": None}
-    watched.jobs.store.create(
-        fingerprint="f", spec=record.spec, model={"name": "m", "kind": "onnx", "hash": "h"}, output=output,
-        waiting=record.id,
-    )  # fmt: skip
+    begun(watched, record)
     watched.files.write("a_processed.mp4", b"1")
-    watched.files.write("a_processed.mp4._tally/attempts/x.mp4", b"1")
+    watched.files.write("a_processed.mp4.tally/attempts/x.mp4", b"1")
+    watched.files.write("a_processed.mp4.manifest.json", b"1")
     watched.files.write("a_processed_too.mp4", b"1")  # a user's own
     watched.look(3)
     assert watched.started() == ["a.mp4", "a_processed_too.mp4"]
+
+
+def test_what_jobs_write_is_not_counted_and_kept_once(watched: Watched) -> None:
+    watched.add(pattern="*", template=TEMPLATE | {"out": f"{watched.place}/{{stem}}_processed.mp4"})
+    watched.files.write("a.mp4", b"1")
+    watched.look()
+    begun(watched, watched.jobs.list().jobs[0])
+    for size in range(1, 4):
+        for name in ("a_processed.mp4", "a_processed.dead.jsonl", "a_processed.mp4.tally/attempts/x.mp4"):
+            watched.files.write(name, b"x" * size)
+        watched.files.write("other.mp4.tally/job.json", b"x" * size)  # of a job of another database
+        watched.look()
+    assert watched.started() == ["a.mp4"]
+    assert watched.store.counts("incoming") == {"taken": 1}
+    with watched.store.engine.connect() as connection:
+        kept = sorted(connection.scalars(sa.select(watch_objects.c.name)))
+    assert kept == ["a.mp4", "a_processed.dead.jsonl", "a_processed.mp4"]
+    watched.store.delete("incoming")
+    assert watched.add(pattern="*") == 1  # nor are they "there already"
 
 
 def test_only_so_many_at_once(watched: Watched) -> None:
@@ -189,10 +232,67 @@ def test_what_placeholders_stand_for() -> None:
     assert (spec.source, spec.out) == (("s3://in/x/deep/a.b.mp4",), "s3://b/deep/deep/a.b|deep/a.b.mp4")
 
 
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [
+        ("modle", "Did you mean .*model"),
+        ("models:/nothing@champion", "tally models"),
+        ("s3://{bucket}/nothing.onnx", "A model is|there is no|nothing"),
+        ("nowhere_at_all:Class", "installed in"),
+        ("nothing.py:Class", "A model is one of"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused_at_once(
+    tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch, model: str, hint: str
+) -> None:
+    monkeypatch.chdir(STYLE.parent)
+    model = model.replace("s3://{bucket}", s3)
+    with pytest.raises(ModelNotFoundError) as refused:
+        Watched(str(tmp_path)).add(template=TEMPLATE | {"model": model})
+    assert re.search(hint, f"{refused.value}")
+    assert WatchStore(Jobs().store.engine).all() == []
+
+
+def test_a_model_beside_the_command_is_found_by_the_server_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "job.yaml").write_text("source: '{url}'\nmodel: bright.py:Bright\nout: 'out/{stem}'\n")
+    (tmp_path / "here" / "bright.py").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    assert watches.read(str(tmp_path / "job.yaml"))["model"] == f"{tmp_path}/here/bright.py:Bright"
+    (tmp_path / "bright.py").touch()
+    assert watches.read(str(tmp_path / "job.yaml"))["model"] == f"{tmp_path}/bright.py:Bright"
+
+
+def test_a_watch_is_shown_with_its_objects_jobs_and_errors(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    (tmp_path / "in").mkdir()
+    watched = Watched(str(tmp_path / "in"))
+    watched.add(exclude="*processed*", template=TEMPLATE | {"every": "{stem}"})  # a number, of which few names are one
+    for name in ("3.mp4", "a.mp4"):
+        watched.files.write(name, b"1")
+    watched.look()
+    [record] = watched.jobs.list().jobs
+    watched.jobs.store.give_up(record.id, "failed", error="the model is broken\nfor a long reason")
+    watched.files.write("7.mp4", b"1")
+    watched.look(1)
+    shown = cli("watch", "show", "incoming").out
+    for words in (
+        ["place", str(tmp_path / "in")], ["exclude", "*processed*"], ["model", str(STYLE)], ["every", "{stem}"],
+        ["objects", "1 refused, 1 settling, 1 taken"],
+    ):  # fmt: skip
+        assert re.search(r"\s+".join(map(re.escape, words)), shown), words
+    rows = {line.split()[0]: line for line in shown.splitlines() if ".mp4 " in line and line[:1] != " "}
+    assert re.search(rf"taken .* {record.id} +failed +the model is broken$", rows["3.mp4"].rstrip())
+    assert re.search("refused .* every: ", rows["a.mp4"])
+    assert "settling" in rows["7.mp4"]
+    given = json.loads(cli("watch", "show", "incoming", "--json", "-n", "1").out)
+    assert [each["name"] for each in given["seen"]] == ["7.mp4"]
+    assert "did you mean 'incoming'" in cli("watch", "show", "incomin").err
+
+
 def test_the_commands(tmp_path: Path, cli: Callable[..., Ran]) -> None:
     (tmp_path / "in").mkdir()
     file = tmp_path / "job.yaml"
-    file.write_text("source: '{url}'\nmodel: style.onnx\nout: 'out/{stem}.mp4'\n")
+    file.write_text(f"source: '{{url}}'\nmodel: {STYLE}\nout: 'out/{{stem}}.mp4'\n")
     added = cli("watch", "add", "incoming", tmp_path / "in", file, "--pattern", "*.mp4")
     assert added.code == 0, added.err
     assert "0 objects are there already" in added.out

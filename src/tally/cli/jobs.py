@@ -17,6 +17,7 @@ from tally.jobs.states import ENDED, STATES
 from tally.text import local_time, visible
 
 if TYPE_CHECKING:
+    from tally.jobs.outbox import Pushes
     from tally.jobs.store import JobRecord
 
 
@@ -90,11 +91,13 @@ def show(job: str, as_json: bool) -> None:
     """Everything about a job: progress, timings per stage, cost, alerts, error, where the results are."""
     jobs = installation.jobs()
     record = jobs.get(job)
-    judged = jobs.alerts(record.id)
+    judged, pushes = jobs.alerts(record.id), jobs.pushes(record.id)
     if as_json:
-        say(_json(record, alerts=[asdict(alert) for alert in judged]))
+        more = {"alerts": [asdict(alert) for alert in judged], "pushes": None if pushes is None else asdict(pushes)}
+        say(_json(record, **more))
         return
-    for name, value in _facts(record) + [("alert", alert.describe()) for alert in judged]:
+    pushed = [] if pushes is None else [("pushed", _pushed(pushes))]
+    for name, value in _facts(record) + pushed + [("alert", alert.describe()) for alert in judged]:
         say(f"{name:<12} {visible(value)}")
     if record.error:
         say(f"{'error':<12} " + record.error.replace("\n", "\n" + " " * 13))
@@ -285,6 +288,14 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
         hopeless = record.planned and 0 < record.items == record.dead
         facts.append(("next", f"tally jobs retry {record.id} --dead" if hopeless else f"tally jobs resume {record.id}"))
     return facts
+
+
+def _pushed(pushes: Pushes) -> str:
+    first = f" (the first: {pushes.reason})" if pushes.reason else ""
+    return (
+        f"to {pushes.to}: {pushes.delivered:,} items delivered, {pushes.waiting:,} waiting, {pushes.refused:,} "
+        f"refused{first}"
+    )
 
 
 def _json(record: JobRecord, **more: Any) -> str:

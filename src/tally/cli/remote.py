@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tally.alerts.alert import Alert
-from tally.client import Client
-from tally.errors import JobError, JobStateError, SpecError, TallyError
+from tally.client import Client, is_id
+from tally.errors import JobError, JobNotFoundError, JobStateError, SpecError, TallyError
 from tally.jobs.events import Events
-from tally.jobs.facade import Jobs
+from tally.jobs.facade import Jobs, may_be_place
 from tally.jobs.follow import Follower
-from tally.jobs.spec import JobSpec, absolute
+from tally.jobs.outbox import Pushes
+from tally.jobs.spec import JobSpec, absolute, is_in_home
 from tally.jobs.states import State
 from tally.jobs.store import JobPage, JobRecord
 from tally.models.mirror import fetched
@@ -30,7 +31,7 @@ from tally.sources.queues.base import Depth, Message, Queue
 from tally.storage import temporary
 from tally.triggers.cron import Interval
 from tally.triggers.store import Run, Schedule, ScheduleStore
-from tally.triggers.watch import Watch, WatchStore
+from tally.triggers.watch import SEEN, Seen, Watch, WatchStore
 
 if TYPE_CHECKING:
     from tally.engines.base import Engine
@@ -66,12 +67,21 @@ class RemoteJobs(Jobs):
         overwrite: bool = False,
         waiting: str | None = None,
     ) -> JobRecord:
-        if resume and (earlier := self.at(spec.out)) is not None and earlier.state != "finished":
-            return earlier
         given = spec.model_dump(mode="json", exclude_unset=True)
+        if spec.push is not None and is_in_home(spec.out):  # that of the server will be another one
+            given["out"] = given.pop("push")["url"]
+        if resume and (earlier := self._begun_at(given["out"])) is not None:
+            return earlier
         if "://" not in spec.model and Path(spec.model).exists():
             given["model"] = absolute(spec.model)
         return self.get(self._client.submit(overwrite=overwrite, **given).id)
+
+    def _begun_at(self, place: str) -> JobRecord | None:
+        """The job to go on with. One that failed before it began is none: it is asked for again."""
+        record = self.at(place)
+        if record is None or record.state == "finished":
+            return None
+        return record if record.state == "waiting" or record.output["kind"] is not None else None
 
     def run(
         self,
@@ -83,7 +93,7 @@ class RemoteJobs(Jobs):
         retry_dead: bool = False,
         in_this_process: bool = False,
     ) -> JobRecord:
-        now = self._client.get(job)
+        now = self._look_up(job)[1]
         if retry_dead:
             self._client.retry(now.id)
         elif now.state in ("paused", "interrupted", "failed") and not now.starting:
@@ -108,7 +118,7 @@ class RemoteJobs(Jobs):
     # -- asking of a job ---------------------------------------------------------------------------
 
     def pause(self, job: str) -> JobRecord:
-        return self.get(self._client.pause(job).id)
+        return self.get(self._client.pause(self.get(job).id).id)
 
     def unpause(self, job: str) -> JobRecord:
         record = self.get(job)
@@ -123,7 +133,7 @@ class RemoteJobs(Jobs):
         return self.get(job)
 
     def cancel(self, job: str) -> JobRecord:
-        return self.get(self._client.cancel(job).id)
+        return self.get(self._client.cancel(self.get(job).id).id)
 
     def delete(self, job: str) -> JobRecord:
         record = self.get(job)
@@ -131,28 +141,42 @@ class RemoteJobs(Jobs):
         return record
 
     def alerts(self, job: str) -> list[Alert]:
-        return list(self._client.alerts(job))
+        return list(self._client.alerts(self.get(job).id))
 
     def send_alerts(self, job: str) -> list[Alert]:
-        return list(self._client.alerts(job, send=True))
+        return list(self._client.alerts(self.get(job).id, send=True))
 
     # -- looking -----------------------------------------------------------------------------------
 
     def get(self, job: str) -> JobRecord:
-        return _record(self._client.get(job if "://" in job or "/" not in job else absolute(job)))
+        return _record(self._look_up(job)[1])
+
+    def _look_up(self, job: str) -> tuple[str, JobDetail]:
+        """The job, and its id or place as the server knows it. What is relative is meant from here."""
+        names = [each for each in (job, absolute(job)) if "/" in each or is_id(each)] if job else []
+        for name in reversed(names) if may_be_place(job) else names:
+            try:
+                return name, self._client.get(name)
+            except JobNotFoundError:
+                continue
+        raise JobNotFoundError(f"no job {job!r}", hint="'tally jobs list' shows the jobs there are.")
+
+    def pushes(self, job: str) -> Pushes | None:
+        return self._look_up(job)[1].pushes
 
     def at(self, place: str) -> JobRecord | None:
         found = [each for each in self._client.list(out=place).jobs if each.state != "cancelled"]
         return self.get(found[0].id) if found else None
 
     def dead(self, job: str) -> Iterator[Any]:
-        return self._client.dead(job)
+        return self._client.dead(self.get(job).id)
 
     def results(self, job: str) -> Any:
-        return self._client.results(job)
+        return self._client.results(self._look_up(job)[0])
 
     def query(self, job: str, sql: str, *, limit: int | None = None, memory: str | None = None) -> Any:
-        return self._client.query(job, sql) if limit is None else self._client.query(job, sql, limit=limit)
+        name = self._look_up(job)[0]
+        return self._client.query(name, sql) if limit is None else self._client.query(name, sql, limit=limit)
 
     def list(
         self,
@@ -314,6 +338,9 @@ class RemoteWatches(WatchStore):
 
     def counts(self, name: str) -> dict[str, int]:
         return self._client.watch(name).objects
+
+    def seen(self, name: str, *, limit: int = SEEN) -> list[Seen]:
+        return self._client.watch(name, limit=min(limit, 1000)).seen
 
     def add(
         self, name: str, url: str, *, pattern: str, exclude: str | None, template: Mapping[str, Any], file: str,

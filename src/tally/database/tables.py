@@ -285,7 +285,7 @@ watch_objects = Table(
     # A hash of the name and of the content's mark.
     Column("object", String(32), primary_key=True),
     Column("name", Text, nullable=False),
-    Column("state", String(16), nullable=False),  # settling, taken, passed or refused
+    Column("state", String(16), nullable=False),  # settling, taken, passed, written or refused
     Column("seen_at", Double, nullable=False),
     Column("job_id", String(32), index=True),
 )

@@ -19,6 +19,7 @@ from tally.jobs.cluster import cluster_for, drive_in_cluster
 from tally.jobs.events import Assumed, Events, write_to_log
 from tally.jobs.follow import LOOK_SECONDS, Follower, is_driven
 from tally.jobs.lease_renewer import LEASE_SECONDS
+from tally.jobs.outbox import Pushes
 from tally.jobs.run import drive
 from tally.jobs.spec import JobSpec, absolute, make
 from tally.jobs.starts import StartStore
@@ -295,11 +296,7 @@ class Jobs:
 
     def get(self, job: str) -> JobRecord:
         """The job. Of several that wrote to one place, the newest that was not cancelled."""
-        if "/" in job or _exists(job):
-            record = self.at(job)
-            if record is not None:
-                return record
-        return self.store.get(job)
+        return self._found(job)
 
     def list(
         self,
@@ -325,6 +322,27 @@ class Jobs:
             state=state, model=model, place=place, text=text, since=since, until=until, after=after, limit=limit
         )
 
+    def _found(self, job: str, *, begun: bool = False) -> JobRecord:
+        """The job. begun: of those that write to a place, rather one whose results may be there."""
+        named = may_be_place(job)
+        if named and (record := self._at(job, begun=begun)) is not None:
+            return record
+        try:
+            return self.store.get(job)
+        except JobNotFoundError:
+            # Where a job still waits, nothing is there yet.
+            if not named and job and (record := self._at(job, begun=begun)) is not None:
+                return record
+            raise
+
+    def _at(self, place: str, *, begun: bool) -> JobRecord | None:
+        place = absolute(place)
+        return (self.store.at(place, begun=True) if begun else None) or self.store.at(place)
+
+    def pushes(self, job: str) -> Pushes | None:
+        """How far what the job pushes has come; None if it pushes nothing."""
+        return self.store.pushes(self.get(job).id)
+
     def at(self, place: str) -> JobRecord | None:
         """The newest job that writes to this place and was not cancelled; None if there is none."""
         return self.store.at(absolute(place))
@@ -339,11 +357,11 @@ class Jobs:
 
     def outputs(self, job: str) -> Iterator[Output]:
         """What is committed, in the source's order."""
-        return self.store.outputs(self.get(job).id)
+        return self.store.outputs(self._found(job, begun=True).id)
 
     def sink(self, job: str) -> Sink:
         """Where the job's results are. Raises JobStateError where they are gone, or are another job's."""
-        record = self.get(job)
+        record = self._found(job, begun=True)
         sink = tidy.sink_of(record)
         holder = sink.holder()
         if holder != record.id:
@@ -358,12 +376,14 @@ class Jobs:
         """All rows of the job; of one that is not finished, those committed."""
         from tally.sinks.query import rows
 
+        job = self._found(job, begun=True).id
         return rows(self.sink(job), self.outputs(job))
 
     def query(self, job: str, sql: str, *, limit: int | None = None, memory: str | None = None) -> pa.Table:
         """SQL (DuckDB's) over the views ``results`` and ``dead``; see :func:`tally.sinks.query.query`."""
         from tally.sinks.query import query
 
+        job = self._found(job, begun=True).id
         return query(self.sink(job), self.outputs(job), sql, self.dead_table(job), limit=limit, memory=memory)
 
     def dead_table(self, job: str) -> pa.Table:
@@ -375,9 +395,10 @@ class Jobs:
         return pa.table(columns, schema=pa.schema([(name, pa.string()) for name in columns]))
 
 
-def _exists(path: str) -> bool:
+def may_be_place(job: str) -> bool:
+    """Whether a job that was named like this is rather named by a place than by its id."""
     try:
-        return Path(path).exists()
+        return "/" in job or Path(job).exists()
     except (OSError, ValueError):  # no name that a file could have
         return False
 

@@ -37,6 +37,18 @@ class Refused:
     rows: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Pushes:
+    """How far a job's rows have come. to: where they go, without secrets. delivered, waiting, refused: items. reason:
+    why the first one was refused."""
+
+    to: str
+    delivered: int
+    waiting: int
+    refused: int
+    reason: str | None
+
+
 def add(
     connection: sa.Connection, job_id: str, outputs: Mapping[int, Output], keys: Mapping[int, Sequence[str]]
 ) -> None:
@@ -85,13 +97,21 @@ def settle(connection: sa.Connection, job_id: str, number: int, refused: Sequenc
         )
 
 
+def counts(connection: sa.Connection, job_id: str) -> tuple[int, int]:
+    """How many items wait, and how many are refused."""
+    those = sa.select(pushes.c.refused.is_not(None), sa.func.sum(sa.func.json_array_length(pushes.c.item_keys)))
+    query = those.where(pushes.c.job_id == job_id).group_by(pushes.c.refused.is_not(None))
+    found = {bool(row[0]): int(row[1]) for row in connection.execute(query)}
+    return found.get(False, 0), found.get(True, 0)
+
+
 def try_again(connection: sa.Connection, job_id: str) -> None:
     """See :meth:`JobStore.push_refused_again`."""
     connection.execute(sa.update(pushes).where(pushes.c.job_id == job_id).values(refused=None))
 
 
-def refused(connection: sa.Connection, job_id: str) -> list[tuple[str, str]]:
-    """See :meth:`JobStore.refused`."""
+def refused(connection: sa.Connection, job_id: str, limit: int | None = None) -> list[tuple[str, str]]:
+    """See :meth:`JobStore.refused`. limit: the first ones only."""
     these = (pushes.c.job_id == job_id, pushes.c.refused.is_not(None))
-    query = sa.select(pushes.c.item_keys, pushes.c.refused).where(*these).order_by(pushes.c.id)
+    query = sa.select(pushes.c.item_keys, pushes.c.refused).where(*these).order_by(pushes.c.id).limit(limit)
     return [(keys[0], reason) for keys, reason in connection.execute(query)]

@@ -332,6 +332,11 @@ def pushed_folder() -> Path:
     return settings().home / "outputs"
 
 
+def is_in_home(out: str) -> bool:
+    """Whether this is where rows are kept, too, that go into a table; and no place that a user has named."""
+    return Path(out).parent == pushed_folder()
+
+
 def _into_a_table(fields: dict[str, Any]) -> dict[str, Any]:
     """``out: postgresql://HOST/DATABASE#TABLE``: rows are pushed there, and kept in Tally's home, to be looked at."""
     out = fields.get("out")
@@ -394,6 +399,12 @@ def read(path: str) -> JobSpec:
     return make(**{str(name): value for name, value in fields.items()})
 
 
+def settled(spec: JobSpec) -> dict[str, Any]:
+    """The fields that were given, for a process that starts elsewhere: a model beside this one has its whole path."""
+    fields = spec.model_dump(mode="json", exclude_unset=True)
+    return {**fields, "model": _beside(Path.cwd(), spec.model, "model")}
+
+
 def _placed(fields: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
     """The fields, with absolute places also where they stand inside of others."""
     found: dict[str, Any] = {}
@@ -410,7 +421,8 @@ def _placed(fields: dict[str, Any], folder: Path | None = None) -> dict[str, Any
 
 def _beside(folder: Path, value: str, name: str) -> str:
     # It may be missing, or a registry name, a URL, or module:Class; a template of names is never there itself.
-    if not value or (name == "model" and "{" not in value and not os.path.exists(folder / value)):  # noqa: PTH110
+    file = f"{value.rpartition('.py:')[0]}.py" if ".py:" in value else value
+    if not value or (name == "model" and "{" not in value and not os.path.exists(folder / file)):  # noqa: PTH110
         return value
     return absolute(value, folder)
 

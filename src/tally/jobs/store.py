@@ -27,6 +27,7 @@ from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError, Sp
 from tally.jobs import chunks, glance, outbox, received_keys, starts
 from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
 from tally.jobs.states import ENDED, STATES, Request
+from tally.push.target import Push, is_database
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 from tally.storage import normalised
@@ -37,6 +38,9 @@ CHANNEL = "tally_jobs"
 
 _SEARCHED_SOURCES = 16
 """Sources of a job, at most, that a search by text looks at."""
+
+_ASKED_AT_ONCE = 500
+"""Places, at most, that one statement asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,24 +149,41 @@ class JobStore:
         """The newest job with this fingerprint that was not cancelled."""
         return self._newest_uncancelled(jobs.c.fingerprint == fingerprint)
 
-    def at(self, place: str) -> JobRecord | None:
+    def at(self, place: str, *, begun: bool = False) -> JobRecord | None:
         """The newest job that writes to this place (as in the spec; trailing slashes do not count) and was not
-        cancelled."""
-        return self._newest_uncancelled(jobs.c.place == _place(place))
+        cancelled. place: also a table of a database, where a job's rows go. begun: leave out jobs that still wait, and
+        those that failed before they had written anything."""
+        there = _writes_to(place)
+        return self._newest_uncancelled(sa.and_(there, jobs.c.fingerprint != "") if begun else there)
 
-    def writes(self, place: str) -> bool:
-        """Whether this file or object is a job's output, lies in one, or is a working file beside one."""
-        parts = _place(place).split("/")
-        within = ["/".join(parts[:count]) for count in range(2, len(parts) + 1)]
-        beside = [
-            jobs.c.place.startswith(each[: len(each) - len(name)] + name.partition(".")[0] + ".", autoescape=True)
-            for each in within
-            if "." in (name := each.rpartition("/")[2])
-        ]
+    def written(self, places: Iterable[str]) -> set[str]:
+        """Those of these files and objects that are a job's output, lie in one, or are working files beside one."""
+        within = {place: _upward(_place(place)) for place in places}
+        every = {path for paths in within.values() for path in paths}
+        # What a job with one output file keeps beside it is called after that file.
+        after = {path: [path[:dot] for dot in _dots(path)] for path in every}
+        stems = {stem for path, begins in after.items() for stem in begins if path.startswith(".dead.", len(stem))}
+        asked = sorted(every.union(*after.values()))
+        beside = [jobs.c.place.startswith(f"{stem}.", autoescape=True) for stem in sorted(stems)]
+        found: set[str] = set()
         with self._read() as connection:
-            query = sa.select(jobs.c.place).where(sa.or_(jobs.c.place.in_(within), *beside)).distinct()
-            found = connection.scalars(query).all()
-        return any(each == path or path.startswith(_working(each)) for each in found if each for path in within)
+            for begin in range(0, len(asked), _ASKED_AT_ONCE):
+                those = jobs.c.place.in_(asked[begin : begin + _ASKED_AT_ONCE])
+                found.update(connection.scalars(sa.select(jobs.c.place).where(those).distinct()))
+            for begin in range(0, len(beside), _ASKED_AT_ONCE):
+                any_of = sa.or_(*beside[begin : begin + _ASKED_AT_ONCE])
+                found.update(connection.scalars(sa.select(jobs.c.place).where(any_of).distinct()))
+        files = {place for place in found if "." in place.rpartition("/")[2]}
+        stems &= {place.rpartition(".")[0] for place in files}
+
+        def is_written(path: str) -> bool:
+            return (
+                path in found
+                or not files.isdisjoint(after[path])
+                or any(stem in stems and path.startswith(".dead.", len(stem)) for stem in after[path])
+            )
+
+        return {place for place, paths in within.items() if any(map(is_written, paths))}
 
     def orphaned(self) -> list[JobRecord]:
         """Running jobs without a coordinator: its lease has run out, or its process is gone. Oldest first."""
@@ -242,6 +263,20 @@ class JobStore:
         with self._read() as connection:
             return received_keys.known(connection, job_id, keys)
 
+    def pushes(self, job_id: str) -> outbox.Pushes | None:
+        """How far what the job pushes has come; None if it pushes nothing."""
+        record = self.get(job_id)
+        if not record.spec.get("push"):
+            return None
+        with self._read() as connection:
+            waiting, refused = outbox.counts(connection, record.id)
+            first = outbox.refused(connection, record.id, 1)
+        scored = record.done - record.dead
+        return outbox.Pushes(
+            Push(**record.spec["push"]).shown, max(0, scored - waiting - refused), waiting, refused,
+            f"{first[0][0]}: {first[0][1]}" if first else None,
+        )  # fmt: skip
+
     def reasons(self, job_id: str, keys: Sequence[str]) -> dict[str, str]:
         """Why those of the items with these keys are dead that are."""
         query = sa.select(dead_items.c.key, dead_items.c.error).where(dead_items.c.job_id == job_id)
@@ -295,6 +330,7 @@ class JobStore:
         """As :meth:`enqueue`, in the caller's transaction; the new job's id."""
         job_id, model = new_id(), {"name": spec["model"]}
         values = {"fingerprint": "", "spec": spec, "model": model, "state": "waiting", "output": {}}
+        values["place"] = _place(spec["out"])
         connection.execute(sa.insert(jobs).values(**_new_row(job_id) | values, **_search_columns(job_id, spec, model)))
         starts.insert(connection, job_id, "submit", who=who, overwrite=overwrite)
         return job_id
@@ -698,7 +734,7 @@ class JobStore:
         """
         conditions: Sequence[tuple[object, sa.ColumnElement[bool]]] = (
             (model, jobs.c.model_name == storable(model or "")),
-            (place, jobs.c.place == _place(place or "")),
+            (place, _writes_to(place or "")),
             (text, jobs.c.search.contains(storable(text or "").lower(), autoescape=True)),
             (since, jobs.c.created_at >= (since or 0.0)),
             (until, jobs.c.created_at < (until or 0.0)),
@@ -735,6 +771,13 @@ def _place(out: str) -> str:
     return storable(normalised(out))
 
 
+def _writes_to(place: str) -> sa.ColumnElement[bool]:
+    if is_database(place):
+        url: sa.ColumnElement[str] = jobs.c.spec[("push", "url")].as_string()
+        return url == place
+    return jobs.c.place == _place(place)
+
+
 def _new_row(job_id: str) -> dict[str, Any]:
     return {
         "id": job_id, "wanted": "run", "remarks": [], "generation": 0, "created_at": now(), "planned": 0, "items": 0,
@@ -748,9 +791,16 @@ def _leave_line(connection: sa.Connection, job_id: str, **values: Any) -> bool:
     return connection.execute(sa.update(jobs).where(*waits).values(**values)).rowcount > 0
 
 
-def _working(place: str) -> tuple[str, ...]:
-    """What the paths of files begin with that a job with one output file keeps beside it."""
-    return (f"{place}.", f"{place.rpartition('.')[0]}.dead.") if "." in place.rpartition("/")[2] else ()
+def _upward(place: str) -> list[str]:
+    """The place, and the folders above it."""
+    parts = place.split("/")
+    return ["/".join(parts[:count]) for count in range(2, len(parts) + 1)]
+
+
+def _dots(path: str) -> Iterator[int]:
+    """Where the dots of its last part are."""
+    begin = path.rfind("/") + 1
+    return (number for number, letter in enumerate(path[begin:], begin) if letter == ".")
 
 
 def _output_columns(output: dict[str, Any]) -> dict[str, Any]:

@@ -115,6 +115,13 @@ def model(url: str) -> tuple[Path, str]:
     return folder(place), place
 
 
+def check_there(url: str) -> None:
+    """Raises ModelNotFoundError if nothing in a bucket has this URL. StorageError."""
+    above, name = _parted(url)
+    if not (name and open_store(above).exists(name)) and next(iter(open_store(url.rstrip("/")).list()), None) is None:
+        raise _not_there(url, above, name)
+
+
 def file(url: str) -> Path:
     """The local copy of one file in a bucket. Raises SpecError if there is none, StorageError."""
     above, name = _parted(url)

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +67,41 @@ def resolve(
         name = (model if isinstance(model, type) else type(model)).__name__
         return _resolved(kinds.of_form("object"), Candidate(f"the object {name}", name, value=model), request)
     return _from_text(str(model), request)
+
+
+def check_there(model: str) -> None:
+    """Raises ModelNotFoundError where a model that is named in a text is plainly not there.
+
+    Nothing is opened, fetched or run: what is there may still be no model. Templates, and pages of the web, are not
+    looked for. Raises StorageError where a bucket does not answer.
+    """
+    if _PLACEHOLDER.search(model):
+        return
+    if model.startswith("models:/"):
+        from tally.models.registry import open_registry
+
+        open_registry().get(model)
+    elif _URL.match(model):
+        from tally.models import download
+        from tally.storage import local_of
+
+        scheme = model.partition(":")[0].lower()
+        if scheme == "file":
+            check_there(local_of(model))
+        elif scheme not in ("http", "https"):
+            download.check_there(model)
+    elif not _absolute(model).exists():
+        file, separator, _ = model.rpartition(".py:")
+        if separator and _absolute(f"{file}.py").is_file():
+            return
+        if separator or not _IMPORTABLE.fullmatch(model):
+            raise _not_found(*((f"{file}.py", _absolute(f"{file}.py")) if separator else (model, _absolute(model))))
+        module = model.partition(":")[0].partition(".")[0]
+        if find_spec(module) is None and PathFinder.find_spec(module, [str(Path.cwd())]) is None:
+            raise ModelNotFoundError(
+                f"{model}: there is no module {module!r}",
+                hint=f"It is looked for in {Path.cwd()} and among what is installed in {sys.prefix}.",
+            )
 
 
 def refreshed(ref: ModelRef) -> ModelRef:

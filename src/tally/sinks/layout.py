@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tally.errors import StorageError
-from tally.storage import failure, key_of, open_store, temporary
+from tally.storage import TEMPORARY, failure, key_of, open_store, temporary
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
 
 File = dict[str, Any]
 """A finished file in the manifest: ``path``, ``rows``, ``bytes``."""
+
+_WORKING = re.compile(
+    r"(?s:.*/)?"
+    r"(?:(?:_tally|[^/]+\.tally)/(?:(?:attempts|final|work)/(?s:.*)|(?:job|manifest)\.json)"
+    rf"|{re.escape(TEMPORARY)}[^/]*)"
+)
+
+
+def is_working(name: str) -> bool:
+    """Whether the name is that of a file which jobs keep only while they run, whichever database knows of them."""
+    return _WORKING.fullmatch(name) is not None
 
 
 class OutputLayout:

@@ -208,6 +208,31 @@ class JobStoreContract:
         assert found is not None
         assert (found.id, found.place) == (root, "/")
 
+    def test_a_job_that_waits_is_found_by_its_place(self, store: JobStore, create: Callable[..., JobRecord]) -> None:
+        begun = create(place="/out").id
+        waiting = store.enqueue({"source": ["/in"], "model": "m", "out": "/out"}).id
+        _age(store, begun, waiting)
+        found = store.at("/out/"), store.at("/out", begun=True)
+        assert [each.id for each in found if each] == [waiting, begun]
+        assert {each.id for each in store.list(place="/out").jobs} == {begun, waiting}
+        store.give_up(waiting, "failed", error="there is no model")
+        failed = store.at("/out")
+        assert failed is not None
+        assert failed.error == "there is no model"
+
+    def test_a_job_is_found_by_the_table_that_its_rows_go_to(self, store: JobStore) -> None:
+        url = "postgresql://host/db#Rows"
+        spec = {"source": ["/in"], "model": "m", "out": "/home/outputs/1", "push": {"url": url}}
+        job_id = store.enqueue(spec).id
+        store.enqueue({**spec, "push": {"url": f"{url}2"}})
+        store.enqueue({**spec, "push": None})
+        store.enqueue({"source": ["/in"], "model": "m", "out": "/home/outputs/1"})
+        found = store.at(url)
+        assert found is not None
+        assert found.id == job_id
+        assert [each.id for each in store.list(place=url).jobs] == [job_id]
+        assert store.at(url.lower()) is None
+
     def test_a_place_is_found_by_an_index(self, store: JobStore, create: Callable[..., JobRecord]) -> None:
         create()
         with store.engine.begin() as connection:

@@ -22,6 +22,7 @@ from tally.database.tables import schedule_runs as runs
 from tally.database.tables import schedules
 from tally.errors import JobStateError, OwnershipLostError, SpecError
 from tally.jobs.spec import JobSpec
+from tally.models.resolve import check_there
 from tally.text import did_you_mean, storable
 from tally.triggers import template
 from tally.triggers.cron import Cron, Interval
@@ -209,7 +210,7 @@ class ScheduleStore:
         replace: bool = False,
         allow: Callable[[JobSpec], None] = lambda spec: None,
     ) -> Schedule:
-        """As :meth:`add`, from what a user wrote. Raises SpecError with every problem.
+        """As :meth:`add`, from what a user wrote. Raises SpecError with every problem, ModelNotFoundError.
 
         read: returns the fields of the job file. since: a time on the zone's clock. allow: raises SpecError for a job,
         that of the next interval, which this user may not start.
@@ -240,6 +241,7 @@ class ScheduleStore:
                 allow(template.fill(fields, clock.next(at, 1)[0], clock))
         if problems or clock is None or fields is None:
             raise SpecError(problems, hint="\n  ".join(hint for hint in hints if hint) or None)
+        check_there(str(fields["model"]))
         return self.add(
             name, template=fields, file=file, cron=clock, overlap=overlap, catch_up=catch_up, since=begin,
             replace=replace,

@@ -13,7 +13,7 @@ from datetime import UTC
 from typing import Any
 
 from tally.errors import SpecError
-from tally.jobs.spec import JobSpec, make
+from tally.jobs.spec import JobSpec, make, settled
 from tally.jobs.spec import read as read_spec
 from tally.masking import has_secret, mask
 from tally.text import did_you_mean
@@ -31,7 +31,7 @@ _NEIGHBOURS = 50
 def read(path: str) -> dict[str, Any]:
     """The fields of a job file, with absolute paths, as the file may go away. Raises SpecError or StorageError."""
     try:
-        return read_spec(path).model_dump(mode="json", exclude_unset=True)
+        return settled(read_spec(path))
     except SpecError as error:
         if "{'interval" in error.message:
             error.hint = "In YAML a value that begins with a brace needs quotes: '{interval_start}'"

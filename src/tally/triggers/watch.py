@@ -13,7 +13,8 @@ import hashlib
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,12 +24,14 @@ import sqlalchemy as sa
 
 from tally.database.clock import now
 from tally.database.tables import jobs, watch_objects, watches
-from tally.errors import DatabaseAwayError, SourceNotFoundError, SpecError, TallyError
+from tally.errors import DatabaseAwayError, JobNotFoundError, SourceNotFoundError, SpecError, TallyError
 from tally.jobs.facade import Jobs
-from tally.jobs.spec import JobSpec, make
+from tally.jobs.spec import JobSpec, make, settled
 from tally.jobs.spec import read as read_spec
 from tally.jobs.states import ENDED
 from tally.jobs.store import JobStore
+from tally.models.resolve import check_there
+from tally.sinks.layout import is_working
 from tally.sources.locations import compile_glob
 from tally.storage import Entry, Store, open_store
 from tally.text import did_you_mean, storable
@@ -39,11 +42,15 @@ LOOK_SECONDS = 5.0
 """Seconds between two looks at a place."""
 PARALLEL = 4
 """Jobs of one watch that are not ended, at most, unless it says otherwise."""
+SEEN = 10
+"""Objects that are shown of a watch, unless more are asked for."""
 NAMES = ("url", "name", "stem", "folder")
 
 _URL = "{url}"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _AT_ONCE = 500
+_WRITTEN = "written"
+"""The state of what jobs have written: it is kept in mind, as asking again at each look would take long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +71,28 @@ class Watch:
     error: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An object that a watch has seen. state: settling, taken or refused (no job can be made of it).
+
+    seen_at: first with this content, in seconds since the epoch. job_id, job_state: of the job that it has started;
+    job_state is None once that is deleted. error: of the job, or why there is none.
+    """
+
+    name: str
+    state: str
+    seen_at: float
+    job_id: str | None
+    job_state: str | None
+    error: str | None
+
+
 # -- the job of an object ----------------------------------------------------------------------------------------------
 
 
 def read(path: str) -> dict[str, Any]:
     """The fields of a job file, with absolute paths. Raises SpecError or StorageError."""
-    return job_fields(read_spec(path).model_dump(mode="json", exclude_unset=True))
+    return job_fields(settled(read_spec(path)))
 
 
 def job_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +172,8 @@ class WatchStore:
     ) -> tuple[Watch, int]:  # fmt: skip
         """A new watch, and how many objects are there already. existing: those start jobs, too.
 
-        Raises SpecError if there is one of this name, or something is wrong with it, and what listing raises.
+        Raises SpecError if there is one of this name, or something is wrong with it, ModelNotFoundError, and what
+        listing raises.
         """
         problems = check(template)
         for glob in (pattern, exclude):
@@ -159,10 +183,12 @@ class WatchStore:
             problems.append(f"there is a watch {name!r} already; remove it first: tally watch delete {name}")
         if problems:
             raise SpecError(problems)
+        check_there(str(template["model"]))
         look_into(url)
         watch = Watch(name, url, pattern, exclude, dict(template), file, parallel, False, 0.0, None, None)
         count = 0
         entries = _entries(watch)
+        all_jobs = JobStore(self.engine)
         with self.engine.begin() as connection:
             connection.execute(
                 sa.insert(watches).values(
@@ -171,9 +197,11 @@ class WatchStore:
                 )
             )  # fmt: skip
             while batch := list(islice(entries, _AT_ONCE)):
-                count += len(batch)
-                if not existing:
-                    rows = [_row(name, each, "passed") for each in batch]
+                written = _written(all_jobs, watch, batch)
+                there = [each for each in batch if each.name not in written]
+                count += len(there)
+                if there and not existing:
+                    rows = [_row(name, each, "passed") for each in there]
                     connection.execute(sa.insert(watch_objects).values(seen_at=now()), rows)
         return self.get(name), count
 
@@ -192,10 +220,34 @@ class WatchStore:
             connection.execute(sa.delete(watches).where(watches.c.name == name))
 
     def counts(self, name: str) -> dict[str, int]:
-        """How many objects are in each state: settling, taken, passed (there before, or written by a job), refused."""
-        query = sa.select(watch_objects.c.state, sa.func.count()).where(watch_objects.c.watch == name)
+        """How many objects are in each state: settling, taken, passed (there before), refused. What jobs write is not
+        counted."""
+        those = (watch_objects.c.watch == name, watch_objects.c.state != _WRITTEN)
+        query = sa.select(watch_objects.c.state, sa.func.count()).where(*those)
         with self.engine.connect() as connection:
             return {row[0]: row[1] for row in connection.execute(query.group_by(watch_objects.c.state))}
+
+    def seen(self, name: str, *, limit: int = SEEN) -> list[Seen]:
+        """The newest objects that are settling, taken or refused, newest first. Raises SpecError."""
+        watch, store = self.get(name), JobStore(self.engine)
+        those = (watch_objects.c.watch == name, watch_objects.c.state.in_(("settling", "taken", "refused")))
+        newest = sa.select(watch_objects).where(*those).order_by(watch_objects.c.seen_at.desc(), watch_objects.c.name)
+        with self.engine.connect() as connection:
+            rows = connection.execute(newest.limit(limit)).mappings().all()
+        found = []
+        for row in rows:
+            job_state, error = None, None
+            if row["job_id"] is not None:
+                with suppress(JobNotFoundError):
+                    record = store.get(row["job_id"])
+                    job_state, error = record.state, record.error
+            elif row["state"] == "refused":
+                try:
+                    fill(watch.template, watch.url, row["name"])
+                except SpecError as problem:
+                    error = str(problem)
+            found.append(Seen(row["name"], row["state"], row["seen_at"], row["job_id"], job_state, error))
+        return found
 
     def looked(self, name: str, error: str | None) -> None:
         """Note how the look at the place went."""
@@ -210,6 +262,30 @@ class WatchStore:
         with self.engine.connect() as connection:
             rows = connection.execute(query.where(watch_objects.c.object.in_(ids))).all()
         return {row[0]: row[1] for row in rows}
+
+    def settling(self, name: str) -> set[str]:
+        """The ids of what is not yet still."""
+        those = (watch_objects.c.watch == name, watch_objects.c.state == "settling")
+        with self.engine.connect() as connection:
+            return set(connection.scalars(sa.select(watch_objects.c.object).where(*those)))
+
+    def forget(self, name: str, ids: Iterable[str]) -> None:
+        """What was settling is not there any more: it has grown, or is gone."""
+        wanted = list(ids)
+        for begin in range(0, len(wanted), _AT_ONCE):
+            those = watch_objects.c.object.in_(wanted[begin : begin + _AT_ONCE])
+            mine = (watch_objects.c.watch == name, watch_objects.c.state == "settling", those)
+            with self.engine.begin() as connection:
+                connection.execute(sa.delete(watch_objects).where(*mine))
+
+    def note_written(self, name: str, entries: Sequence[Entry]) -> None:
+        """Keep in mind what a job has written: of each name, the newest content alone."""
+        if entries:
+            names = [storable(each.name) for each in entries]
+            mine = (watch_objects.c.watch == name, watch_objects.c.state == _WRITTEN, watch_objects.c.name.in_(names))
+            with self.engine.begin() as connection:
+                connection.execute(sa.delete(watch_objects).where(*mine))
+        self.note(name, entries, _WRITTEN)
 
     def note(self, name: str, entries: Sequence[Entry], state: str) -> None:
         """Keep in mind what was seen for the first time. Of two servers that see it, one notes it."""
@@ -275,8 +351,16 @@ def _entries(watch: Watch) -> Iterator[Entry]:
     wanted = compile_glob(_anywhere(watch.pattern))
     unwanted = None if watch.exclude is None else compile_glob(_anywhere(watch.exclude))
     for entry in _opened(watch.url).list(marks=True):
+        if is_working(entry.name):  # also of jobs of another database
+            continue
         if wanted.fullmatch(entry.name) and not (unwanted and unwanted.fullmatch(entry.name)):
             yield entry
+
+
+def _written(store: JobStore, watch: Watch, entries: Sequence[Entry]) -> set[str]:
+    """The names of those that jobs have written."""
+    names = {f"{watch.url.rstrip('/')}/{each.name}": each.name for each in entries}
+    return {names[place] for place in store.written(names)}
 
 
 class Watcher:
@@ -318,16 +402,19 @@ class Watcher:
     def _look_at(self, watch: Watch) -> None:
         room = watch.parallel - self._store.open_jobs(watch.name)
         entries = _entries(watch)
+        unseen = self._store.settling(watch.name)
         while batch := list(islice(entries, _AT_ONCE)):
             known = self._store.known(watch.name, batch)
+            unseen.difference_update(known)
             new = [each for each in batch if _id(each) not in known]
-            written = [each for each in new if self._jobs.store.writes(f"{watch.url.rstrip('/')}/{each.name}")]
-            self._store.note(watch.name, written, "passed")
-            self._store.note(watch.name, [each for each in new if each not in written], "settling")
+            written = _written(self._jobs.store, watch, new)
+            self._store.note_written(watch.name, [each for each in new if each.name in written])
+            self._store.note(watch.name, [each for each in new if each.name not in written], "settling")
             for each in batch:
                 # Noted at an earlier look, and the same now: it has stopped growing.
                 if room > 0 and known.get(_id(each)) == "settling" and self._take(watch, each):
                     room -= 1
+        self._store.forget(watch.name, unseen)
 
     def _take(self, watch: Watch, entry: Entry) -> bool:
         try:

@@ -94,7 +94,7 @@ def start_job(
 def get_job(who: Viewer, jobs: AllJobs, job: JobId) -> JobDetail:
     """Everything about a job."""
     record = jobs.store.get(job)
-    return JobDetail.of(record, starting=jobs.starts.is_waiting(record.id))
+    return JobDetail.of(record, starting=jobs.starts.is_waiting(record.id), pushes=jobs.store.pushes(record.id))
 
 
 @router.get(

@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from tally.jobs.chunks import Dead
+from tally.jobs.outbox import Pushes
 from tally.jobs.spec import shown
 from tally.jobs.states import State
 from tally.jobs.store import JobRecord
@@ -14,7 +15,7 @@ from tally.server.auth.roles import Role
 from tally.sources.queues.base import Message
 from tally.triggers.cron import Interval
 from tally.triggers.store import Run, Schedule
-from tally.triggers.watch import Watch
+from tally.triggers.watch import Seen, Watch
 
 
 class View(BaseModel):
@@ -103,15 +104,16 @@ class JobDetail(JobView):
     wanted: str = Field(description="What was asked of it last: run, pause or cancel.")
     driver: str | None = Field(description="The host whose process drives it, or drove it last.")
     manifest: dict[str, Any] | None = Field(description="What was published, without the files.")
+    pushes: Pushes | None = Field(description="How far what is pushed has come, in items; null if nothing is.")
 
     @classmethod
-    def of(cls, record: JobRecord, *, starting: bool = False) -> Self:
+    def of(cls, record: JobRecord, *, starting: bool = False, pushes: Pushes | None = None) -> Self:
         spec = {name: value for name, value in shown(record.spec).items() if name != "webhook"}
         columns = record.output.get("columns")
         manifest = record.manifest and {name: value for name, value in record.manifest.items() if name != "files"}
         return cls(
             **JobView.of(record, starting=starting).model_dump(), spec=spec, columns=columns, wanted=record.wanted,
-            driver=record.owner_host, manifest=manifest,
+            driver=record.owner_host, manifest=manifest, pushes=pushes,
         )  # fmt: skip
 
 
@@ -195,10 +197,12 @@ class AddedWatch(View):
 
 
 class WatchDetail(View):
-    """A watch, and how many objects it has seen, by what became of them."""
+    """A watch, how many objects it has seen, by what became of them, and the newest of them where one watch was asked
+    for."""
 
     watch: Watch
     objects: dict[str, int]
+    seen: list[Seen] = Field(description="The newest that are settling, taken or refused, newest first.")
 
 
 class MessageView(View):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, Field
 
 from tally.errors import RefusedError, SpecError
@@ -17,7 +17,7 @@ from tally.server.errors import answers
 from tally.server.once import OnceRoute
 from tally.server.places import check as check_spec
 from tally.server.places import check_places
-from tally.triggers.watch import PARALLEL, Watch, WatchStore, fill, job_fields
+from tally.triggers.watch import PARALLEL, SEEN, Watch, WatchStore, fill, job_fields
 
 router = APIRouter(
     prefix="/watches",
@@ -53,7 +53,7 @@ Name = Annotated[str, Path(pattern=_NAME)]
 @router.get("")
 def list_watches(who: Viewer, store: Watches) -> list[WatchDetail]:
     """All watches, by name."""
-    return [_detail(store, each) for each in store.all()]
+    return [_detail(store, each, seen=0) for each in store.all()]
 
 
 @router.post("", status_code=201)
@@ -72,9 +72,11 @@ def add_watch(request: Request, who: Operator, store: Watches, wanted: NewWatch)
 
 
 @router.get("/{name}")
-def show_watch(who: Viewer, store: Watches, name: Name) -> WatchDetail:
-    """A watch, and what it has seen."""
-    return _detail(store, _found(store, name))
+def show_watch(
+    who: Viewer, store: Watches, name: Name, limit: Annotated[int, Query(ge=1, le=1000)] = SEEN
+) -> WatchDetail:
+    """A watch, what it has seen, and the jobs that it has started."""
+    return _detail(store, _found(store, name), seen=limit)
 
 
 @router.post("/{name}/pause")
@@ -102,8 +104,9 @@ def _found(store: WatchStore, name: str) -> Watch:
         raise RefusedError(404, error.message, hint=error.hint) from None
 
 
-def _detail(store: WatchStore, found: Watch) -> WatchDetail:
-    return WatchDetail(watch=_masked(found), objects=store.counts(found.name))
+def _detail(store: WatchStore, found: Watch, *, seen: int) -> WatchDetail:
+    newest = store.seen(found.name, limit=seen) if seen else []
+    return WatchDetail(watch=_masked(found), objects=store.counts(found.name), seen=newest)
 
 
 def _masked(found: Watch) -> Watch:

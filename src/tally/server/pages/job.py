@@ -114,9 +114,8 @@ def job_page(
 ) -> HTMLResponse:
     record = jobs.store.get(job)
     now = _job(jobs, record.id, _glance(jobs, record.id))
-    return page(
-        request, "job.html", detail=JobDetail.of(record), now=now, price=price_of(request), number=number, label=label
-    )
+    detail = JobDetail.of(record, pushes=jobs.store.pushes(record.id))
+    return page(request, "job.html", detail=detail, now=now, price=price_of(request), number=number, label=label)
 
 
 @router.get("/jobs/{job}/live", response_class=EventSourceResponse)
