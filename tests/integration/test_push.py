@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -26,8 +26,9 @@ from tests.services import postgres_database, require
 from tests.waiting import wait_for
 
 from tally.alerts import webhook
-from tally.errors import StorageError
+from tally.errors import JobNotFoundError, StorageAwayError, StorageError
 from tally.jobs.facade import Jobs
+from tally.jobs.outbox import Pushes
 from tally.push.base import Parcel
 from tally.push.factory import open_receiver
 from tally.push.post import fill
@@ -403,6 +404,69 @@ def test_an_item_that_the_database_refuses_costs_itself_alone(url: str) -> None:
     receiver.close()
     assert sorted(each.key[:4] for each in refused) == ["k5", "k6", "k7", "k8", "k9", "long"]
     assert len(in_table(url, "SELECT size FROM found")) == 5
+
+
+def test_a_table_that_has_gone_is_not_made_anew_for_the_rest(cli: Cli, items: Path, tmp_path: Path, url: str) -> None:
+    engine, process = opened(url), None
+    command = [
+        *(sys.executable, "-m", "tally", "score", str(items), "--model", str(tmp_path / "sizes.py")),
+        *("--out", f"{url}#found", "--batch-size", "1", "-q"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (pushes := _pushes(url)) is not None and pushes.delivered > 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _execute(engine, "ALTER TABLE found RENAME TO aside")
+    ran = cli("jobs", "resume", f"{url}#found")
+    assert ran.code == 1
+    assert "found is not there any more, and rows of this job had arrived in it" in ran.err
+    assert not sa.inspect(engine).has_table("found")
+    _execute(engine, "ALTER TABLE aside RENAME TO found")
+    assert cli("jobs", "resume", f"{url}#found").code == 0
+    assert in_table(url) == [
+        (key, n, row["size"], row["part"]) for key, found in expected().items() for n, row in enumerate(found)
+    ]
+
+
+def _pushes(url: str) -> Pushes | None:
+    with suppress(JobNotFoundError):
+        return Jobs().pushes(f"{url}#found")
+    return None
+
+
+def test_a_table_that_goes_while_rows_come_is_told_at_once(url: str) -> None:
+    rows = pa.table({"key": ["a"], "size": [1]})
+    receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
+    receiver.check(None, begun=False)
+    receiver.deliver(Parcel("p1", ["a"], rows))
+    _execute(opened(url), "DROP TABLE found")
+    with pytest.raises(StorageError, match="found takes no rows") as gone:
+        receiver.deliver(Parcel("p2", ["a"], rows))
+    assert not isinstance(gone.value, StorageAwayError)
+    with pytest.raises(StorageError, match="is not there any more"):
+        receiver.deliver(Parcel("p2", ["a"], rows))
+    receiver.close()
+
+
+def test_a_table_without_the_columns_is_refused_before_anything_is_scored(
+    cli: Cli, items: Path, tmp_path: Path, url: str
+) -> None:
+    quoted, engine = "`key`" if "mariadb" in url else "key", opened(url)
+    given = ("score", items, "--model", tmp_path / "sizes.py", "--out", f"{url}#found")
+    for columns, problem in (
+        ("note INTEGER", "has no column 'key'"),
+        (f"{quoted} VARCHAR(100), size BIGINT", "lacks 'part'"),
+        (f"{quoted} VARCHAR(100), size BIGINT, part VARCHAR(9)", "column 'part' is VARCHAR"),
+    ):
+        _execute(engine, f"CREATE TABLE found ({columns})")
+        ran = cli(*given)
+        assert ran.code == 1
+        assert problem in ran.err
+        record = Jobs().get(f"{url}#found")
+        assert (record.state, record.done) == ("failed", 0)
+        _execute(engine, "DROP TABLE found")
+    assert cli(*given).code == 0
+    assert len(in_table(url)) == sum(map(len, expected().values()))
 
 
 def _done(process: subprocess.Popen[bytes], least: int) -> bool:

@@ -174,7 +174,7 @@ class Coordinator:
         self._pusher: Pusher | None = None
         if receiver is not None:
             self._pusher = Pusher(
-                store, lease, sink, receiver,
+                store, lease, sink, receiver, columns=sink.describe().columns,
                 patience=self._patience, events=self._events, failed=lambda error: self._inbox.put(("unpushed", error)),
             )  # fmt: skip
         self._published_at = time.monotonic()

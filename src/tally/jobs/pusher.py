@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tally")
 
+CHECK_SECONDS = 10.0
+"""How long a job waits, before it begins, for what a look at the receiver says. What is said later ends it later."""
 AT_ONCE = 64
 """Parcels that are read from the store at once."""
 AWAY_SECONDS = 180.0
@@ -31,6 +34,7 @@ AWAY_SECONDS = 180.0
 class Pusher:
     """Delivers what the store's outbox holds, oldest first, while the job runs. Thread-safe.
 
+    columns: of the rows, without the key: column name to Arrow type name; None where they are not known before.
     failed: called, in the pusher's thread, with an error after which nothing can be pushed.
     """
 
@@ -41,23 +45,34 @@ class Pusher:
         sink: Sink,
         receiver: Receiver,
         *,
+        columns: Mapping[str, str] | None,
         patience: Patience,
         events: Events,
         failed: Callable[[Exception], None],
     ) -> None:
         self._store, self._lease, self._sink, self._receiver = store, lease, sink, receiver
-        self._patience, self._events, self._failed = patience, events, failed
+        self._columns, self._patience, self._events, self._failed = columns, patience, events, failed
+        self._checked = threading.Event()
         self._changed = threading.Condition()
-        self._wanted = self._idle = self._stopping = False
+        self._wanted = self._idle = self._stopping = self._begun = False
         self._error: Exception | None = None
         self._away: tuple[float, StorageAwayError] | None = None
         self._thread = threading.Thread(target=self._run, name="tally-pusher", daemon=True)
 
     def start(self) -> None:
-        """Begin, with what is left from before, also with what was refused then."""
+        """Begin, with what is left from before, also with what was refused then.
+
+        Raises StorageError if nothing can be pushed: the table lacks a column, say, or has gone.
+        """
+        pushes = self._patience(lambda: self._store.pushes(self._lease.job_id))
+        self._begun = pushes is not None and pushes.delivered > 0
         self._patience(lambda: self._store.push_refused_again(self._lease))
         self._wanted = True
         self._thread.start()
+        self._checked.wait(CHECK_SECONDS)
+        with self._changed:
+            if self._error is not None:
+                raise self._error
 
     @property
     def idle(self) -> bool:
@@ -98,6 +113,7 @@ class Pusher:
 
     def _run(self) -> None:
         try:
+            self._check()
             while self._next():
                 for waiting in self._all():
                     self._push(waiting)
@@ -109,7 +125,15 @@ class Pusher:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+            self._checked.set()
             self._failed(error)
+
+    def _check(self) -> None:
+        from tally.sinks.columns import schema_of
+
+        with suppress(StorageAwayError):  # that it is away is told when there is something to push
+            self._receiver.check(schema_of(self._columns), begun=self._begun)
+        self._checked.set()
 
     def _next(self) -> bool:
         """Wait until there is more; False to stop."""

@@ -42,6 +42,13 @@ class Refusal:
 class Receiver(ABC):
     """Used by one thread."""
 
+    def check(self, schema: pa.Schema | None, *, begun: bool) -> None:  # noqa: B027 - most have nothing to look at
+        """Look whether rows can be delivered, before any are scored. Called once, before :meth:`deliver`.
+
+        schema: of the rows, with ``key``; None where that is not known before. begun: whether items of the
+        job have arrived before. Raises as :meth:`deliver`.
+        """
+
     @abstractmethod
     def deliver(self, parcel: Parcel) -> list[Refusal]:
         """Deliver a parcel; may be repeated. Returns the items that were refused: all others have arrived.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC
 from typing import Any
@@ -67,6 +68,20 @@ class TableReceiver(Receiver):
         if (exactly := _SESSIONS.get(self._engine.dialect.name)) is not None:
             sa.event.listen(self._engine, "connect", exactly)
         self._table: sa.Table | None = None
+        self._begun = False
+
+    def check(self, schema: pa.Schema | None, *, begun: bool) -> None:
+        """See :meth:`Receiver.check`."""
+        self._begun = begun
+        found: list[sa.Table | None] = []
+        self._transaction(lambda connection: found.append(self._found(connection)))
+        self._table = found[0]
+        if schema is None:
+            return
+        self._check_names(schema)
+        if self._table is not None:
+            self._check_columns(self._table, schema)
+            _shaped(schema.empty_table(), self._table, self._shown, self._engine.dialect.name)
 
     def deliver(self, parcel: Parcel) -> list[Refusal]:
         """See :meth:`Receiver.deliver`."""
@@ -74,7 +89,9 @@ class TableReceiver(Receiver):
         keys = [key for key in parcel.keys if not _is_long(key)]
         table = self._fitting(parcel.rows.schema)
         rows = [row for row in self._rows(parcel.rows, table) if not _is_long(row[KEY])]
-        return refusals + self._replace(table, keys, rows)
+        refusals += self._replace(table, keys, rows)
+        self._begun = True
+        return refusals
 
     def close(self) -> None:
         """See :meth:`Receiver.close`."""
@@ -106,18 +123,21 @@ class TableReceiver(Receiver):
                     change(connection)
                 return
             except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+                if _is_altered(error):
+                    raise self._unfit(error) from None
                 if error.orig is not None and error.orig.args[:1] in _CHECKS:
                     raise _ItemsRefusedError(_reason(error)) from None
                 # Locked, deadlocked, or away: what lasts is told as away.
                 if tries == _TRIES - 1 or error.connection_invalidated:
                     raise StorageAwayError(f"{self._shown}: {_reason(error)}") from None
             except sa.exc.ProgrammingError as error:
-                self._table = None  # it may have been changed
-                raise StorageError(
-                    f"{self._shown} takes no rows: {_reason(error)}", hint="Mend that, then resume the job."
-                ) from None
+                raise self._unfit(error) from None
             except sa.exc.StatementError as error:
                 raise _ItemsRefusedError(_reason(error)) from None
+
+    def _unfit(self, error: sa.exc.DBAPIError) -> StorageError:
+        self._table = None  # it may have been changed
+        return StorageError(f"{self._shown} takes no rows: {_reason(error)}", hint="Mend that, then resume the job.")
 
     def _rows(self, given: pa.Table, table: sa.Table) -> Iterator[dict[str, Any]]:
         numbers: dict[str, int] = {}
@@ -136,7 +156,10 @@ class TableReceiver(Receiver):
             found: list[sa.Table] = []
             self._transaction(lambda connection: found.append(self._opened(connection, schema)))
             self._table = found[0]
-        table = self._table
+        self._check_columns(self._table, schema)
+        return self._table
+
+    def _check_columns(self, table: sa.Table, schema: pa.Schema) -> None:
         missing = [field for field in schema if field.name not in table.columns]
         if missing:
             lines = "; ".join(
@@ -149,31 +172,46 @@ class TableReceiver(Receiver):
                 f"{self._shown} lacks {', '.join(repr(field.name) for field in missing)}",
                 hint=f"Add what is missing, then resume the job: {lines}",
             )
-        return table
 
-    def _opened(self, connection: sa.Connection, schema: pa.Schema) -> sa.Table:
+    def _check_names(self, schema: pa.Schema) -> None:
         if twice := _twice(schema.names, [NUMBER]):
             raise StorageError(
                 f"{self._shown}: the results have a column {twice!r}, which databases do not tell from another one",
                 hint="Rename it, or leave it out.",
             )
-        metadata = sa.MetaData()
+
+    def _opened(self, connection: sa.Connection, schema: pa.Schema) -> sa.Table:
+        """The table, which is made if there was none from the beginning."""
+        self._check_names(schema)
+        if (found := self._found(connection)) is not None:
+            return found
+        schema_name, _, name = self._name.rpartition(".")
+        columns = [sa.Column(field.name, _sql_type(field.type, field.name)) for field in schema if field.name != KEY]
+        made = sa.Table(
+            name,
+            sa.MetaData(),
+            sa.Column(KEY, _KEY_TYPE, primary_key=True),
+            sa.Column(NUMBER, sa.Integer, primary_key=True, autoincrement=False),
+            *columns,
+            schema=schema_name or None,
+        )
+        made.create(connection, checkfirst=True)
+        found = self._found(connection)
+        assert found is not None
+        return found
+
+    def _found(self, connection: sa.Connection) -> sa.Table | None:
+        """The table; None if it is to be made. Raises StorageError for another kind of table, and where it has gone."""
         schema_name, _, name = self._name.rpartition(".")
         if not sa.inspect(connection).has_table(name, schema=schema_name or None):
-            columns = [
-                sa.Column(field.name, _sql_type(field.type, field.name)) for field in schema if field.name != KEY
-            ]
-            made = sa.Table(
-                name,
-                metadata,
-                sa.Column(KEY, _KEY_TYPE, primary_key=True),
-                sa.Column(NUMBER, sa.Integer, primary_key=True, autoincrement=False),
-                *columns,
-                schema=schema_name or None,
-            )
-            made.create(connection, checkfirst=True)
-            metadata = sa.MetaData()
-        found = sa.Table(name, metadata, autoload_with=connection, schema=schema_name or None)
+            if self._begun:
+                raise StorageError(
+                    f"{self._shown} is not there any more, and rows of this job had arrived in it",
+                    hint="If it was renamed or moved, bring it back, then resume the job. To fill a new table, score "
+                    "again from the start.",
+                )
+            return None
+        found = sa.Table(name, sa.MetaData(), autoload_with=connection, schema=schema_name or None)
         for column in found.columns:
             if isinstance(column.type, sa.JSON):
                 column.type.none_as_null = True
@@ -339,6 +377,11 @@ def _put(connection: sa.Connection, table: sa.Table, keys: Sequence[str], rows: 
 
 def _is_long(key: str) -> bool:
     return len(key) > LONGEST_KEY
+
+
+def _is_altered(error: sa.exc.DBAPIError) -> bool:
+    """Whether SQLite, which calls that an operational error, misses the table or a column of it."""
+    return re.match(r"no such (table|column)|table .* has no column", str(error.orig)) is not None
 
 
 def _reason(error: sa.exc.SQLAlchemyError) -> str:
