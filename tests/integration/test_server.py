@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,26 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-from tests.server import Server, job, lengths, running, until
+from tests.extent import FULL
+from tests.server import PATIENCE, Server, job, lengths, running, until
+from tests.waiting import wait_for
+
+from tally.jobs.facade import Jobs
+
+STUCK = """
+import os
+import time
+from pathlib import Path
+from tally import Scorer
+
+class Stuck(Scorer):
+    input = "path"
+    columns = {"length": "int64"}
+
+    def score(self, batch):
+        Path(os.environ["TALLY_HOME"], "stuck").write_text(str(os.getpid()))
+        time.sleep(3600)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +268,44 @@ def test_a_killed_server_loses_no_job(folder: Path, home: Path) -> None:
                 client, each, lambda view: view["state"] not in ("waiting", "running", "interrupted", "created")
             )
             assert (ended["state"], ended["done"], ended["rows"], ended["dead"]) == ("finished", 30, 30, 0)
+
+
+def test_a_killed_job_is_not_shown_as_running(folder: Path, home: Path) -> None:
+    """Nor is one whose parent has not asked about its end: a zombie is dead, too. A server goes on with it."""
+    asked = job(folder, "orphan", scorer="slow")
+    command = ["score", *asked["source"], "--model", asked["model"], "--out", asked["out"], "--batch-size", "1", "-q"]
+    with subprocess.Popen([sys.executable, "-m", "tally", *command], stderr=subprocess.DEVNULL) as process:
+        try:
+            store = Jobs().store
+            wait_for(lambda: any(record.done for record in store.newest(limit=1)), process)
+            os.kill(process.pid, signal.SIGKILL)
+            while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+            [record] = store.newest(limit=1)
+            assert (record.state, record.alive) == ("interrupted", False)
+            with running("--root", folder) as server, server.client() as client:
+                ended = until(client, record.id, lambda view: view["state"] == "finished")
+        finally:
+            process.kill()
+    assert (ended["done"], ended["rows"], ended["dead"]) == (30, 30, 0)
+
+
+def test_a_cancelled_job_leaves_no_process(folder: Path, home: Path) -> None:
+    """Not even where its scorer never returns."""
+    (folder / "stuck.py").write_text(STUCK)
+    with running("--root", folder) as server, server.client() as client:
+        started = client.post("/jobs", json=job(folder, "stuck", scorer="stuck")).json()["id"]
+        until(client, started, lambda view: (home / "stuck").exists())
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        mine = [each for each in family if started in each.cmdline() or str(each.pid) == (home / "stuck").read_text()]
+        assert len(mine) == 2, "its coordinator and its worker"
+        began = time.monotonic()
+        assert client.post(f"/jobs/{started}/cancel").status_code == 200
+        _, alive = psutil.wait_procs(mine, PATIENCE)
+        assert not alive
+        if FULL:  # on a machine that does nothing else
+            assert time.monotonic() - began < 5
+        assert client.get(f"/jobs/{started}").json()["state"] == "cancelled"
 
 
 def test_others_are_not_let_in_before_there_is_a_key(home: Path) -> None:

@@ -83,7 +83,14 @@ def is_held(row: Mapping[Any, Any]) -> bool:
 
 
 def _exists(pid: int) -> bool:
-    return pid == os.getpid() or bool(psutil.pid_exists(pid))
+    if pid == os.getpid():
+        return True
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)  # dead, if nobody has asked for its end yet
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 # -- changes -------------------------------------------------------------------------------------------
