@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import numpy as np
@@ -140,6 +141,32 @@ def test_pictures_made_of_others_are_compared_by_keyboard(page: Page, server: Se
     slider.press("End")
     expect(after).to_have_css("clip-path", "inset(0px 0px 0px 100%)")
     check_accessibility(page)
+    with page.expect_response(re.compile("/files/")) as whole:
+        first.get_by_role("link", name="a & b/00.png").click()
+    assert (whole.value.status, whole.value.headers["content-type"]) == (200, "image/png")
+    assert whole.value.body() == (folder / "inverted" / "a & b" / "00.png").read_bytes()
+
+
+def test_pictures_that_a_job_has_made_are_files_of_it(server: Server, folder: Path, detected: str) -> None:
+    out = folder / "made"
+    job = finished(server, folder, "invert.py", "made")
+    (out / "beside.png").write_bytes(b"not the job's")
+    picture = (out / "a & b" / "03.png").read_bytes()
+    with server.client() as client:
+        there = f"/jobs/{job}/files/a%20%26%20b/03.png"
+        whole = client.get(there)
+        assert (whole.content, whole.headers["content-type"]) == (picture, "image/png")
+        part = client.get(there, headers={"Range": "bytes=1-3"})
+        assert (part.status_code, part.content) == (206, b"PNG")
+        assert part.headers["content-range"] == f"bytes 1-3/{len(picture)}"
+        assert client.get(there, headers={"Range": "bytes=1-3", "If-Range": '"another"'}).content == picture
+        assert client.get(there, headers={"Range": f"bytes={len(picture)}-"}).status_code == 416
+        for name in ("beside.png", "a & b/99.png", "a & b/../a & b/03.png", "../in/a & b/03.png", "'' or true.png"):
+            assert client.get(f"/jobs/{job}/files/{quote(name, safe='')}").status_code == 404, name
+        assert client.get(f"/jobs/{detected}/files/a%20%26%20b/03.png").status_code == 404  # its item, no result
+        (out / "a & b" / "04.png").unlink()
+        (out / "a & b" / "04.png").symlink_to("/etc/hostname")
+        assert client.get(f"/jobs/{job}/files/a%20%26%20b/04.png").status_code == 404
 
 
 def test_a_video_is_shown_beside_what_was_made_of_it(page: Page, server: Server, folder: Path) -> None:

@@ -376,16 +376,7 @@ def read(path: str) -> JobSpec:
         raise StorageError(f"cannot read the job file {path!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SpecError(f"the job file {path!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    from tally import plain_yaml
-
-    try:
-        fields = plain_yaml.load(text)
-    except ValueError as error:
-        raise SpecError(f"the job file {path!r} is not valid YAML: {error}") from None
-    if not isinstance(fields, dict):
-        raise SpecError(
-            f"the job file {path!r} must hold fields such as source, model and out, not {type(fields).__name__}"
-        )
+    fields = parsed(text, f"the job file {path!r}")
     folder = Path(path).resolve().parent
     if (given := fields.pop("model_per", None)) is not None:
         fields |= _model_per(given, fields)
@@ -396,7 +387,20 @@ def read(path: str) -> JobSpec:
         elif isinstance(value, list) and name == "source":
             fields[name] = [_beside(folder, str(each), name) for each in value]
     fields = _placed(fields, folder)
-    return make(**{str(name): value for name, value in fields.items()})
+    return make(**fields)
+
+
+def parsed(text: str, what: str = "the job file") -> dict[str, Any]:
+    """The fields in a job file's text, as they stand there. what: it is called so in errors. Raises SpecError."""
+    from tally import plain_yaml
+
+    try:
+        fields = plain_yaml.load(text)
+    except ValueError as error:
+        raise SpecError(f"{what} is not valid YAML: {error}") from None
+    if not isinstance(fields, dict):
+        raise SpecError(f"{what} must hold fields such as source, model and out, not {type(fields).__name__}")
+    return {str(name): value for name, value in fields.items()}
 
 
 def settled(spec: JobSpec) -> dict[str, Any]:

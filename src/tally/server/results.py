@@ -11,7 +11,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ from tally.server.api.views import ResultFile, Rows
 from tally.server.aside import Aside
 from tally.sinks.base import Output, OutputDescription
 from tally.sinks.factory import reopen
+from tally.sinks.formats import PICTURES
 from tally.sinks.query import query
 from tally.sql import sql_text
 from tally.storage import Store, open_store
@@ -96,13 +97,22 @@ class Results:
         return [ResultFile(name=name, bytes=size) for name, size in names.items()]
 
     def file(self, job: str, name: str) -> tuple[Store, int]:
-        """Where a file of the output is, and its size in bytes. Raises SourceNotFoundError for any other name."""
+        """Where a file of the output is, and its size in bytes: one of :meth:`files`, or a picture that the rows of a
+        finished job name. Raises SourceNotFoundError for any other name."""
         store, names = self._published(job)
-        if name not in names:
+        if name not in names and not (names and self._is_made(job, name)):
             raise SourceNotFoundError(f"job {job} has no file {name!r}")
         if store.is_local and not Path(store.url, name).resolve().is_relative_to(Path(store.url).resolve()):
             raise SourceNotFoundError(f"{name!r} is a link that leads out of the output")
         return store, store.size(name)
+
+    def _is_made(self, job: str, name: str) -> bool:
+        """Whether the job has made a picture of this name."""
+        made = self._jobs.store.get(job).output.get("kind") == "images"
+        if not made or PurePosixPath(name).suffix.lower() not in PICTURES:
+            return False
+        sql = f"select file from results where file = {sql_text(name)} limit 1"  # noqa: S608
+        return bool(self.query(job, sql, limit=1).rows)
 
     def _published(self, job: str) -> tuple[Store, dict[str, int]]:
         """The output's folder; names and sizes of its files, from the job's row: who can write to the output cannot

@@ -21,6 +21,7 @@ from tally.server.api.jobs import AllJobs, JobId
 from tally.server.api.views import ResultFile, RowPage, Rows
 from tally.server.auth.guard import Viewer
 from tally.server.errors import answers
+from tally.server.middleware import POLICY_OF_FILES
 from tally.server.results import Results, read_blocks
 from tally.storage import Store
 
@@ -105,7 +106,8 @@ def job_file(
     range_: Annotated[str | None, Header(alias="Range", max_length=1000)] = None,
     if_range: Annotated[str | None, Header(alias="If-Range", max_length=1000)] = None,
 ) -> Response:
-    """A file of the output, as it was written; with the header ``Range``, one part of it."""
+    """A file of the output, as it was written; with the header ``Range``, one part of it. Pictures that the job has
+    made are those of the column ``file`` of its rows."""
     store, size = results_of(request).file(jobs.store.get(job).id, name)
     return send_file(store, name, size, range_, if_range)
 
@@ -118,6 +120,7 @@ def send_file(store: Store, name: str, size: int, range_: str | None, if_range: 
     last = quote(name.rpartition("/")[2], safe="")
     headers = {
         "Accept-Ranges": "bytes",
+        "Content-Security-Policy": POLICY_OF_FILES,
         "ETag": tag,
         "Content-Disposition": f"{'inline' if shown else 'attachment'}; filename*=UTF-8''{last}",
     }

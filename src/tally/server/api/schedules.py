@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -58,13 +59,13 @@ def list_schedules(who: Viewer, store: Schedules) -> list[ScheduleDetail]:
 @router.post("", status_code=201)
 def add_schedule(request: Request, who: Operator, store: Schedules, wanted: NewSchedule) -> Schedule:
     """Run a job on time. Its values may hold ``{interval_start}`` and ``{interval_end}``; ``out`` must."""
+    return define(request, store, lambda: given_fields(wanted.job), **wanted.model_dump(exclude={"job"}))
+
+
+def define(request: Request, store: ScheduleStore, read: Callable[[], dict[str, Any]], **wanted: Any) -> Schedule:
+    """Add a schedule whose jobs may name what requests may name. read, wanted: as of :meth:`ScheduleStore.define`."""
     roots = request.app.state.settings.roots
-    added = store.define(
-        wanted.name, lambda: given_fields(wanted.job), file=wanted.file, cron=wanted.cron, timezone=wanted.timezone,
-        overlap=wanted.overlap, catch_up=wanted.catch_up, since=wanted.since, replace=wanted.replace,
-        allow=lambda spec: check_places(spec, roots),
-    )  # fmt: skip
-    return _masked(added)
+    return _masked(store.define(read=read, allow=lambda spec: check_places(spec, roots), **wanted))
 
 
 @router.get("/{name}")

@@ -30,6 +30,7 @@ from tally.server.auth.keys import csrf_token
 from tally.server.auth.roles import Principal
 from tally.server.feed import Feed, seldom
 from tally.server.gallery import Gallery, rows_from
+from tally.server.middleware import POLICY_OF_FILES
 from tally.server.pages.labels import Labels
 from tally.server.pages.render import Changes, changed, chosen, page, price_of, render, stream
 from tally.server.places import check as check_places
@@ -273,7 +274,8 @@ def job_picture(
             data = gallery.item(job, key, size=size, rows=rows_from(rows))
     except TallyError as error:
         return Response(render("_nothing.svg", text=error.message), media_type="image/svg+xml")
-    return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
+    headers = {"Cache-Control": "private, max-age=600", "Content-Security-Policy": POLICY_OF_FILES}
+    return Response(data, media_type="image/jpeg", headers=headers)
 
 
 @router.get("/jobs/{job}/original")

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+from urllib.parse import urlencode
+from zoneinfo import available_timezones
 
-from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import HTMLResponse
+from fastapi import APIRouter, Form, Query, Request, Response
+from fastapi.responses import HTMLResponse, RedirectResponse
+from pydantic import ValidationError
 
-from tally.errors import TallyError
+from tally.errors import SpecError, TallyError
 from tally.jobs.facade import Jobs
+from tally.jobs.spec import parsed
 from tally.jobs.states import ENDED
 from tally.masking import mask
 from tally.server.api import queues, schedules, watches
-from tally.server.api.jobs import AllJobs
-from tally.server.auth.guard import Operator, Viewer
+from tally.server.api.jobs import AllJobs, given_fields
+from tally.server.api.views import MessageView
+from tally.server.auth.guard import Admin, Operator, Viewer
 from tally.server.pages.render import Changes, changed, chosen, page, render
+from tally.sources.queues.base import REASON
 from tally.sources.queues.factory import is_queue
+from tally.text import visible
 from tally.triggers.store import ScheduleStore
-from tally.triggers.watch import WatchStore
+from tally.triggers.watch import PARALLEL, WatchStore
 
 router = APIRouter(include_in_schema=False)
 
@@ -25,6 +34,14 @@ SHOWN_RUNS = 25
 LOOKED_THROUGH = 1000
 """Newest jobs that read from somewhere with a URL, in which queues are looked for."""
 SHOWN_QUEUES = 50
+SHOWN_DEAD, SHOWN_CHARACTERS = 50, 1000
+"""Dead messages of a queue, and characters of each text of them."""
+
+QueueUrl = Annotated[str, Query(min_length=1, max_length=2000)]
+Line = Annotated[str, Form(max_length=4000)]
+JobFile = Annotated[str, Form(max_length=100_000)]
+Overlap: TypeAlias = Literal["queue", "skip", "parallel"]
+CatchUp: TypeAlias = Literal["all", "latest", "none"]
 
 
 # -- schedules ---------------------------------------------------------------------------------------------------------
@@ -42,6 +59,12 @@ def schedule_page(request: Request, who: Viewer, jobs: AllJobs, name: schedules.
     return page(request, "schedule.html", found=found)
 
 
+@router.post("/schedules/{name}/remove")
+def remove_schedule(request: Request, who: Admin, jobs: AllJobs, name: schedules.Name) -> Response:
+    schedules.remove_schedule(who, ScheduleStore(jobs.store.engine), name)
+    return RedirectResponse("/schedules", status_code=303)
+
+
 @router.post("/schedules/{name}/{action}")
 def change_schedule(request: Request, who: Operator, jobs: AllJobs, name: schedules.Name, action: str) -> Response:
     store = ScheduleStore(jobs.store.engine)
@@ -53,12 +76,67 @@ def change_schedule(request: Request, who: Operator, jobs: AllJobs, name: schedu
     return changed(request, *chosen(changes, action), back=f"/schedules/{name}")
 
 
+@router.get("/new/schedule", response_class=HTMLResponse)
+def new_schedule(request: Request, who: Operator) -> HTMLResponse:
+    return _schedule_form(request, {})
+
+
+@router.post("/new/schedule", response_class=HTMLResponse)
+def add_schedule(
+    request: Request,
+    who: Operator,
+    jobs: AllJobs,
+    name: Line = "",
+    cron: Line = "",
+    timezone: Line = "",
+    overlap: Annotated[Overlap, Form()] = "queue",
+    catch_up: Annotated[CatchUp, Form()] = "all",
+    since: Line = "",
+    job: JobFile = "",
+) -> Response:
+    given = {
+        "name": name.strip(), "cron": cron.strip(), "timezone": timezone.strip() or "UTC", "overlap": overlap,
+        "catch_up": catch_up, "since": since.strip() or None,
+    }  # fmt: skip
+    try:
+        added = schedules.define(
+            request, ScheduleStore(jobs.store.engine), lambda: given_fields(parsed(job)), file="", **given
+        )
+    except SpecError as error:
+        return _schedule_form(request, {**given, "job": job}, error)
+    return RedirectResponse(f"/schedules/{added.name}", status_code=303)
+
+
+def _schedule_form(request: Request, given: dict[str, Any], error: SpecError | None = None) -> HTMLResponse:
+    return _form(
+        request, "new_schedule.html", given, error, overlaps=get_args(Overlap), catch_ups=get_args(CatchUp),
+        zones=sorted(available_timezones()),
+    )  # fmt: skip
+
+
+def _form(
+    request: Request, template: str, given: dict[str, Any], error: TallyError | None, **values: Any
+) -> HTMLResponse:
+    """A form with what was given, and what is wrong with that."""
+    problems = [] if error is None else error.problems if isinstance(error, SpecError) else [error.message]
+    return page(
+        request, template, status=200 if error is None else 422, given=given, problems=problems,
+        hint=None if error is None else error.hint, roots=request.app.state.settings.roots, **values,
+    )  # fmt: skip
+
+
 # -- watches -----------------------------------------------------------------------------------------------------------
 
 
 @router.get("/watches", response_class=HTMLResponse)
 def watches_page(request: Request, who: Viewer, jobs: AllJobs) -> HTMLResponse:
     return page(request, "watches.html", found=watches.list_watches(who, WatchStore(jobs.store.engine)))
+
+
+@router.post("/watches/{name}/remove")
+def remove_watch(request: Request, who: Admin, jobs: AllJobs, name: watches.Name) -> Response:
+    change = partial(watches.remove_watch, who, WatchStore(jobs.store.engine), name)
+    return changed(request, change, "It is forgotten; its jobs stay.", back="/watches")
 
 
 @router.post("/watches/{name}/{action}")
@@ -71,6 +149,39 @@ def change_watch(request: Request, who: Operator, jobs: AllJobs, name: watches.N
     return changed(request, *chosen(changes, action), back="/watches")
 
 
+@router.get("/new/watch", response_class=HTMLResponse)
+def new_watch(request: Request, who: Operator) -> HTMLResponse:
+    return _form(request, "new_watch.html", {}, None)
+
+
+@router.post("/new/watch", response_class=HTMLResponse)
+def add_watch(
+    request: Request,
+    who: Operator,
+    jobs: AllJobs,
+    name: Line = "",
+    place: Line = "",
+    pattern: Line = "",
+    exclude: Line = "",
+    parallel: Line = "",
+    existing: Annotated[bool, Form()] = False,
+    job: JobFile = "",
+) -> Response:
+    given = {
+        "name": name.strip(), "place": place.strip(), "pattern": pattern.strip() or "*",
+        "exclude": exclude.strip() or None, "parallel": parallel.strip() or PARALLEL, "existing": existing,
+    }  # fmt: skip
+    try:
+        try:
+            wanted = watches.NewWatch.model_validate({**given, "job": parsed(job)})
+        except ValidationError as error:
+            raise SpecError([f"{each['loc'][0]}: {each['msg']}" for each in error.errors()]) from None
+        watches.add_watch(request, who, WatchStore(jobs.store.engine), wanted)
+    except TallyError as error:
+        return _form(request, "new_watch.html", {**given, "job": job}, error)
+    return RedirectResponse("/watches", status_code=303)
+
+
 # -- queues ------------------------------------------------------------------------------------------------------------
 
 
@@ -79,10 +190,56 @@ def queues_page(request: Request, who: Viewer, jobs: AllJobs) -> HTMLResponse:
     return page(request, "queues.html", found=_queues(jobs))
 
 
+@router.get("/queues/dead", response_class=HTMLResponse)
+def dead_messages(request: Request, who: Viewer, url: QueueUrl) -> HTMLResponse:
+    try:
+        found, problem = queues.peek_queue(request, who, url, limit=SHOWN_DEAD + 1, dead=True), None
+    except TallyError as error:
+        found, problem = [], str(error)
+    dead = [Dead.of(each) for each in found[:SHOWN_DEAD]]
+    return page(
+        request, "queue.html", url=url, shown=mask(url), dead=dead, more=len(found) > SHOWN_DEAD, problem=problem
+    )
+
+
+@router.post("/queues/replay")
+def replay_queue(
+    request: Request,
+    who: Operator,
+    url: Annotated[str, Form(min_length=1, max_length=2000)],
+    limit: Annotated[int, Form(ge=1, le=100_000)] = 1000,
+) -> Response:
+    change = partial(queues.replay_queue, request, who, queues.Replay(url=url, limit=limit))
+    return changed(
+        request, change, "Back in the queue: {now.replayed:,}.", back=f"/queues/dead?{urlencode({'url': url})}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """A dead message as the page shows it: nothing of it is longer than a screen, or controls how text is shown.
+
+    left_out: characters of the body that are not shown. headers: what the sender added.
+    """
+
+    reason: str
+    body: str
+    left_out: int
+    headers: dict[str, str]
+
+    @classmethod
+    def of(cls, message: MessageView) -> Dead:
+        headers = {_shown(name): _shown(value) for name, value in message.headers.items() if name != REASON}
+        left_out = max(0, len(message.body) - SHOWN_CHARACTERS)
+        return cls(_shown(message.headers.get(REASON, "")), _shown(message.body), left_out, headers)
+
+
+def _shown(text: str) -> str:
+    return visible(mask(text[:SHOWN_CHARACTERS]), lines=True)
+
+
 @router.get("/queues/depth", response_class=HTMLResponse)
-def queue_depth(
-    request: Request, who: Viewer, url: Annotated[str, Query(min_length=1, max_length=2000)]
-) -> HTMLResponse:
+def queue_depth(request: Request, who: Viewer, url: QueueUrl) -> HTMLResponse:
     try:
         depth, problem = queues.queue_depth(request, who, url), None
     except TallyError as error:
