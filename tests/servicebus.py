@@ -34,19 +34,21 @@ _LOST, _MISSING = "com.microsoft:message-lock-lost", "amqp:not-found"
 
 @dataclass(eq=False)
 class _Stored:
-    """A message; token and until: of its lock."""
+    """A message; token and until: of its lock. at: when it was sent."""
 
     number: int
     message: Message
     token: str | None = None
     until: float = 0.0
+    at: float = field(default_factory=time.time)
 
     @property
     def locked(self) -> bool:
         return self.token is not None and self.until > time.time()
 
     def encoded(self) -> bytes:
-        annotations = {"x-opt-sequence-number": ulong(self.number), "x-opt-enqueued-time": timestamp(0)}
+        at = timestamp(int(self.at * 1000))
+        annotations = {"x-opt-sequence-number": ulong(self.number), "x-opt-enqueued-time": at}
         if self.token is not None:
             annotations["x-opt-locked-until"] = timestamp(int(self.until * 1000))
         self.message.annotations = {symbol(name): value for name, value in annotations.items()}

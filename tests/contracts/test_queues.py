@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -262,3 +263,26 @@ class TestQueueSource(EndlessSourceContract):
 
         monkeypatch.setattr("tally.sources.queues.source.open_queue", noting)
         return lambda: list(said)
+
+
+def test_a_message_tells_its_id_and_when_it_was_sent(opened: Callable[[], Queue], kind: str) -> None:
+    queue, begun = opened(), datetime.now(UTC)
+    sent = begun.isoformat(timespec="seconds")
+    given = [Message(f"{n}".encode(), id=f"sender's-{n}", time=sent) for n in range(2)]
+    queue.send(given)
+    received = receive(queue, 2)
+    if kind == "redis-list":
+        assert {(each.id, each.time) for each in received} == {(None, None)}
+        return
+    assert len({each.id for each in received}) == 2
+    assert None not in {each.id for each in received}
+    for each in received:
+        assert each.time is not None
+        assert abs((datetime.fromisoformat(each.time) - begun).total_seconds()) < 60
+    if kind == "rabbitmq":  # which keeps what the sender says, also where messages die
+        queue.reject([(each, "it is dead") for each in received])
+        queue.replay(2)
+        assert sorted((each.id, each.time) for each in receive(queue, 2)) == sorted(
+            (each.id, each.time) for each in received
+        )
+        assert {each.id for each in received} == {each.id for each in given}

@@ -14,6 +14,7 @@ from tally.cli.console import say, table
 from tally.cli.foreground import cost, duration, share
 from tally.cli.values import moment
 from tally.jobs.states import ENDED, STATES
+from tally.masking import mask
 from tally.text import local_time, visible
 
 if TYPE_CHECKING:
@@ -256,6 +257,8 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
     stages = ", ".join(f"{name} {usage.get(name, 0.0):.2f} s" for name in ("read", "decode", "score", "write"))
     asked = "" if record.wanted == "run" or not record.alive else f" (asked to {record.wanted})"
     kind = f"{version} ({model['kind']}), {model['hash'][:19]}" if "kind" in model else ""  # else not looked at yet
+    if model.get("kind") == "routed":
+        kind = ", as each message says"
     facts = [
         ("job", record.id),
         ("state", record.state + asked),
@@ -269,6 +272,10 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
         ("time", f"{duration(seconds)}, {record.done / seconds if seconds else 0:,.1f} {record.unit}/s"),
         ("stages", f"{stages} (all workers; {usage.get('worker_seconds', 0.0):.2f} s busy)"),
     ]  # fmt: skip
+    if options := record.spec.get("queue"):
+        meta = {f"meta.{name}": place for name, place in options.get("meta", {}).items()}
+        plain = {name: value for name, value in options.items() if name != "meta"}
+        facts.insert(3, ("queue", ", ".join(f"{name}={mask(str(value))}" for name, value in (plain | meta).items())))
     if (spent := cost(record)) is not None:
         facts.append(("cost", spent))
     if hook := record.spec.get("webhook"):

@@ -132,6 +132,7 @@ pushes = Table(
     Column("job_id", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
     Column("parcel", String(32), nullable=False),  # its name, which no other has
     Column("item_keys", JSON, nullable=False),
+    Column("info", JSON),  # by key, what is told of items beside their rows
     # The attempt's output, whose staged files hold the rows; or, of a refused item, its rows (Arrow's stream format).
     Column("output", JSON),
     Column("rows", LargeBinary),

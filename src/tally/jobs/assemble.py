@@ -11,6 +11,7 @@ from tally.jobs.spec import JobSpec
 from tally.models.load import create
 from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
+from tally.models.route import is_route
 from tally.scorers.base import Input, Scorer
 from tally.scorers.run import configured
 from tally.sinks.base import Sink
@@ -37,6 +38,8 @@ class Parts:
 
 def assemble(spec: JobSpec, model: ModelRef) -> Parts:
     """Make the parts that the spec describes; raises what makes them impossible."""
+    if is_route(spec.model):
+        _check_route(spec)
     scorer = make_scorer(spec, model)
     _check_options(spec, scorer.input)
     source = source_for(
@@ -56,6 +59,17 @@ def assemble(spec: JobSpec, model: ModelRef) -> Parts:
 def make_scorer(spec: JobSpec, model: ModelRef) -> Scorer:
     """The scorer, not loaded."""
     return configured(create(model), overlay=spec.overlay, batch_size=spec.batch_size)
+
+
+def _check_route(spec: JobSpec) -> None:
+    """Raises SpecError for what cannot be asked where messages choose their models."""
+    if not any(map(is_queue, spec.source)):
+        raise SpecError(
+            f"model: {spec.model} is chosen by messages, and the source is {spec.source[0]}",
+            hint="Name one model, or score a queue.",
+        )
+    if spec.overlay:
+        raise SpecError("overlay: needs one model, and here each message chooses its own")
 
 
 def _check_options(spec: JobSpec, input: Input) -> None:  # noqa: A002  # the scorer's word

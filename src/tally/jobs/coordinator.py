@@ -17,11 +17,11 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, TypeVar
 
 from tally.database.waiting import Patience
@@ -405,13 +405,17 @@ class Coordinator:
         self._hand_out(taken)
         self._check_dead()
 
-    def _to_push(self, turn: _Turn) -> dict[int, list[str]]:
-        """The keys of what was scored, by chunk, if rows are pushed."""
+    def _to_push(self, turn: _Turn) -> dict[int, dict[str, Mapping[str, Any] | None]]:
+        """The keys of what was scored, by chunk, if rows are pushed, and what is told of each."""
         if self._pusher is None:
             return {}
         dead = {each.key for done in turn.done for each in done.dead}
-        keys = {done.id: self._source.keys(turn.settled[done.id]) for done in turn.done}
-        return {number: [key for key in found if key not in dead] for number, found in keys.items()}
+        found: dict[int, dict[str, Mapping[str, Any] | None]] = {}
+        for done in turn.done:
+            chunk = turn.settled[done.id]
+            keys, info = self._source.keys(chunk), self._source.info(chunk) or repeat(None)
+            found[done.id] = {key: each for key, each in zip(keys, info, strict=False) if key not in dead}
+        return found
 
     def _tell(self, chunk: Chunk, done: Done) -> None:
         """Send the events of a committed chunk."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 
@@ -16,16 +17,21 @@ from tally.database.tables import pushes
 from tally.sinks.base import Output
 from tally.text import storable
 
+Info: TypeAlias = Mapping[str, Any]
+"""What is told of an item beside its rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What waits. name: no other has it. keys: of its items. output: where its rows are staged, or else ``rows``."""
+    """What waits. name: no other has it. keys: of its items. output: where its rows are staged, or else ``rows``.
+    info: by key, what is told of items beside their rows."""
 
     id: int
     name: str
     keys: list[str]
     output: Output | None
     rows: bytes | None
+    info: Mapping[str, Info]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,7 @@ class Refused:
     key: str
     reason: str
     rows: bytes
+    info: Info | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +57,18 @@ class Pushes:
 
 
 def add(
-    connection: sa.Connection, job_id: str, outputs: Mapping[int, Output], keys: Mapping[int, Sequence[str]]
+    connection: sa.Connection,
+    job_id: str,
+    outputs: Mapping[int, Output],
+    items: Mapping[int, Mapping[str, Info | None]],
 ) -> None:
-    """Have the rows of these chunks wait."""
+    """Have the rows of these chunks wait. items: of each, the keys, and what is told of each item."""
     rows = [
         {
             "job_id": job_id,
             "parcel": new_token(),
-            "item_keys": [storable(key) for key in keys[number]],
+            "item_keys": [storable(key) for key in items[number]],
+            "info": {storable(key): dict(info) for key, info in items[number].items() if info is not None} or None,
             "output": asdict(output),
         }
         for number, output in outputs.items()
@@ -72,7 +83,12 @@ def waiting(connection: sa.Connection, job_id: str, limit: int) -> list[Waiting]
     query = sa.select(pushes).where(*these).order_by(pushes.c.id).limit(limit)
     return [
         Waiting(
-            row["id"], row["parcel"], row["item_keys"], Output(**row["output"]) if row["output"] else None, row["rows"]
+            row["id"],
+            row["parcel"],
+            row["item_keys"],
+            Output(**row["output"]) if row["output"] else None,
+            row["rows"],
+            row["info"] or {},
         )
         for row in connection.execute(query).mappings()
     ]
@@ -89,6 +105,7 @@ def settle(connection: sa.Connection, job_id: str, number: int, refused: Sequenc
                     "job_id": job_id,
                     "parcel": new_token(),
                     "item_keys": [storable(each.key)],
+                    "info": None if each.info is None else {storable(each.key): dict(each.info)},
                     "rows": each.rows,
                     "refused": storable(each.reason),
                 }

@@ -152,7 +152,7 @@ class Pusher:
 
     def _push(self, waiting: Waiting) -> None:
         rows = self._rows(waiting)
-        parcel = Parcel(waiting.name, waiting.keys, rows)
+        parcel = Parcel(waiting.name, waiting.keys, rows, waiting.info)
         tries = 0
         while not self._stopping:
             try:
@@ -162,7 +162,9 @@ class Pusher:
                 tries += 1
                 continue
             self._is_back()
-            refused = [Refused(each.key, each.reason, _alone(rows, each.key)) for each in refusals]
+            refused = [
+                Refused(each.key, each.reason, _alone(rows, each.key), waiting.info.get(each.key)) for each in refusals
+            ]
             for each in refusals:
                 log.warning("%s was refused where it was pushed: %s", each.key, each.reason)
             self._patience(partial(self._store.pushed, self._lease, waiting.id, refused))

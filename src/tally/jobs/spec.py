@@ -22,6 +22,7 @@ from tally.config import settings
 from tally.engines.factory import checked as engine_name
 from tally.errors import SpecError, StorageError
 from tally.masking import mask
+from tally.models.route import is_route
 from tally.push.target import Push, is_database
 from tally.storage import is_url, refuse_secrets
 from tally.text import did_you_mean, expanded, seconds
@@ -55,7 +56,8 @@ class JobSpec(BaseModel):
     aggregate: what is made of each window's values. csv: options for reading CSV.
     settings, csv: values that JSON knows; dates and times are written as text.
     escape_formulas: in CSV, text that a spreadsheet would take for a formula begins with an apostrophe.
-    queue, until_empty: queues only. queue: how messages are read: body, key, template, base, prefetch.
+    queue, until_empty: queues only. queue: how messages are read: body, key, template, base, prefetch, meta,
+    models.
     push: where rows go, too, as they are committed; an address alone stands for its ``url``.
     alerts: rules that are evaluated when the job has ended; webhook: who is told when one of them holds.
     every, size, frames, codec, crf, audio: videos only. size: (width, height) in pixels (``640x360`` is understood).
@@ -155,6 +157,18 @@ class JobSpec(BaseModel):
     def _duration(cls, value: Any) -> Any:
         return seconds(value) if isinstance(value, str) else value
 
+    @field_validator("queue", mode="before")
+    @classmethod
+    def _nested(cls, value: Any) -> Any:
+        """``meta.device``, as flags write it, within ``meta``."""
+        if not isinstance(value, Mapping) or not isinstance(meta := value.get("meta", {}), Mapping):
+            return value
+        flags = {name: each for name, each in value.items() if str(name).startswith("meta.")}
+        more = {name.removeprefix("meta."): each for name, each in flags.items()}
+        return {name: each for name, each in value.items() if name not in flags} | (
+            {"meta": {**meta, **more}} if meta or more else {}
+        )
+
     @field_validator("source")
     @classmethod
     def _not_none(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -247,7 +261,7 @@ class JobSpec(BaseModel):
 
     def fingerprint(self, model_hash: str) -> str:
         """The same for jobs that would produce the same result at the same place."""
-        text = json.dumps({**self._relevant(), "model": model_hash}, sort_keys=True)
+        text = json.dumps({"model": model_hash, **self._relevant()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def differing(self, other: JobSpec) -> list[str]:
@@ -283,6 +297,8 @@ class JobSpec(BaseModel):
         )
         relevant["source"] = [each.rstrip("/") for each in relevant["source"]]  # shells append slashes
         relevant["out"] = relevant["out"].rstrip("/")
+        if is_route(self.model):  # which has no content to be known by
+            relevant["model"] = self.model
         return relevant
 
 
@@ -425,10 +441,15 @@ def _placed(fields: dict[str, Any], folder: Path | None = None) -> dict[str, Any
 
 def _beside(folder: Path, value: str, name: str) -> str:
     # It may be missing, or a registry name, a URL, or module:Class; a template of names is never there itself.
-    file = f"{value.rpartition('.py:')[0]}.py" if ".py:" in value else value
-    if not value or (name == "model" and "{" not in value and not os.path.exists(folder / file)):  # noqa: PTH110
+    if not value or (name == "model" and not _is_file(folder, value)):
         return value
     return absolute(value, folder)
+
+
+def _is_file(folder: Path, model: str) -> bool:
+    """Whether a model is a file or a folder there, or a template of files' names."""
+    file = f"{model.rpartition('.py:')[0]}.py" if ".py:" in model else model
+    return not is_route(model) and ("{" in model or os.path.exists(folder / file))  # noqa: PTH110
 
 
 def absolute(place: str, folder: Path | None = None) -> str:

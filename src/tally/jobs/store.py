@@ -448,7 +448,7 @@ class JobStore:
         done: Sequence[Done] = (),
         lost: Sequence[Lost] = (),
         usage: Mapping[str, float] | None = None,
-        push: Mapping[int, Sequence[str]] | None = None,
+        push: Mapping[int, Mapping[str, outbox.Info | None]] | None = None,
         take: int = 0,
         nonce: str | None = None,
     ) -> tuple[list[Done], list[StoredChunk]]:
@@ -457,7 +457,8 @@ class JobStore:
         received: of an endless source, the keys of each planned chunk, one for each item.
         complete: ``planned`` holds the last chunks there are.
         usage: numbers to add to the job's, beside those of the outcomes.
-        push: by the numbers of chunks in ``done`` whose rows are to be pushed, the keys of what was scored.
+        push: by the numbers of chunks in ``done`` whose rows are to be pushed, the keys of what was scored, and what
+            is told of each beside its rows.
         take: hand out up to that many pending chunks, in order.
         nonce: from :func:`new_nonce`. Repeated with the same nonce, before any other commit, nothing is done twice:
             the result is that of the first call, if that was carried out.

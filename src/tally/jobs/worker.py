@@ -15,7 +15,8 @@ from multiprocessing.util import Finalize
 from typing import Any
 
 from tally.engines import watchdog
-from tally.errors import ItemError, error_line
+from tally.errors import DatabaseAwayError, ItemError, ModelRefutedError, StorageAwayError, TallyError, error_line
+from tally.jobs.open_models import OpenModels
 from tally.jobs.reread import Reread, select
 from tally.models.load import load
 from tally.models.reference import ModelRef
@@ -70,13 +71,23 @@ class Outcome:
 
 @dataclass(slots=True)
 class Worker:
-    """A worker's state: the loaded scorer beside its source and sink."""
+    """A worker's state: the loaded scorer beside its source and sink. chosen: scorers that items have chosen."""
 
     scorer: Scorer
     source: Source
     sink: Sink
     timeout: float
     description: str = field(default="")
+    chosen: OpenModels | None = None
+
+    def scorer_of(self, chunk: Chunk) -> Scorer:
+        """The chunk's scorer. Raises what keeps one from being loaded that its items have chosen."""
+        ref = self.source.model(chunk)
+        if ref is None:
+            return self.scorer
+        assert self.chosen is not None
+        watchdog.busy(0, chunk.count, limit=STARTUP_SECONDS)
+        return self.chosen.get(ref)
 
 
 def setup(given: Setup) -> Worker:
@@ -86,7 +97,9 @@ def setup(given: Setup) -> Worker:
     scorer = configured(load(given.model, given.device), overlay=given.overlay, batch_size=given.batch_size)
     # Runs when the process is asked to end, not when it is killed.
     Finalize(None, scorer.close, exitpriority=1)
-    return Worker(scorer, given.source, given.sink, given.timeout, scorer.describe())
+    chosen = OpenModels(given.device, given.batch_size)
+    Finalize(None, chosen.close, exitpriority=1)
+    return Worker(scorer, given.source, given.sink, given.timeout, scorer.describe(), chosen)
 
 
 def describe(worker: Worker) -> str:
@@ -103,8 +116,14 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
     began = time.perf_counter()
     timings = Timings()
     dead: list[tuple[int, str, str]] = []  # not the errors themselves: they may hold on to large values
+    try:
+        scorer = worker.scorer_of(chunk)
+    except (StorageAwayError, DatabaseAwayError):
+        raise
+    except TallyError as error:
+        return _all_dead(worker, chunk, error, began)
     writer = worker.sink.open(attempt, chunk)
-    size = worker.scorer.batch_size
+    size = scorer.batch_size
     # Whole batches, so that the parts into which a crash cuts the chunk keep their batches.
     ahead = -(-worker.source.ahead(size) // size) * size
 
@@ -125,18 +144,18 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
         nonlocal reread
         busy(batch.start, batch.stop)  # a part of it has the time of a batch
         if reread is None or reread.batch is not batch:
-            reread = Reread(worker.source, chunk, worker.scorer, batch, timings)
+            reread = Reread(worker.source, chunk, scorer, batch, timings)
         return reread(start, stop)
 
     busy(0, size)  # before the first batch is there: reading ahead begins at once
-    batches = worker.source.read(chunk, worker.scorer, timings)
+    batches = worker.source.read(chunk, scorer, timings)
     try:
         for batch in batches:
             busy(batch.start, batch.stop)
             record(batch.dead)
             if len(batch.keys):
                 start = time.perf_counter()
-                results = score(worker.scorer, batch.values, len(batch.keys), anew)
+                results = score(scorer, batch.values, len(batch.keys), anew)
                 scored = time.perf_counter()
                 timings.score += scored - start
                 record(_write(writer, batch, results))
@@ -150,6 +169,8 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
     except BaseException as error:
         _give_up_if_spent([error_line(error)])
         writer.abort()
+        if isinstance(error, ModelRefutedError) and scorer is not worker.scorer:
+            return _all_dead(worker, chunk, error, began)  # the job has other models
         raise
     finally:
         batches.close()  # type: ignore[attr-defined]
@@ -159,8 +180,16 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
         dead=[DeadItem(position, keys[position], stage, error) for position, stage, error in sorted(dead)],
         timings=timings,
         seconds=time.perf_counter() - began,
-        assumed=tuple(worker.scorer.assumed),
+        assumed=tuple(scorer.assumed),
     )
+
+
+def _all_dead(worker: Worker, chunk: Chunk, error: TallyError, began: float) -> Outcome:
+    """A model that items have chosen, and that cannot be used, costs those items."""
+    text = _bounded(str(error))
+    _give_up_if_spent([text])
+    dead = [DeadItem(position, key, "load", text) for position, key in enumerate(worker.source.keys(chunk))]
+    return Outcome(Output(), dead, Timings(), time.perf_counter() - began)
 
 
 def _give_up_if_spent(errors: Iterable[str]) -> None:

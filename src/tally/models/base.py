@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 Flag: TypeAlias = Literal["task", "labels", "artifacts"]
 """An option of the user that only some kinds take."""
 
-Form: TypeAlias = Literal["template", "class", "object"]
-"""How a model is given where no file's name tells: ``models/{column}.skops``, ``module:Class``, a Python object."""
+Form: TypeAlias = Literal["template", "class", "object", "route"]
+"""How a model is given where no file's name tells: ``models/{column}.skops``, ``module:Class``, a Python object,
+``models:/{meta:model}``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from tally.models.mirror import at_mirror, errors_name
 from tally.models.package import read_package, sidecar
 from tally.models.readable import check_readable
 from tally.models.reference import ModelRef
+from tally.models.route import is_route
 from tally.text import closest, expanded
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def refreshed(ref: ModelRef) -> ModelRef:
 
 def _from_text(text: str, request: ModelRequest) -> ModelRef:
     """A model by what the user wrote."""
+    if is_route(text):
+        return _in_form("route", text, "a model that messages choose", request)
     if text.startswith("models:/"):
         return _from_registry(text, request)
     if _URL.match(text):

@@ -7,9 +7,9 @@ each item its key, by which a receiver recognises what it has.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,11 +24,13 @@ class Parcel:
 
     name: no other parcel has it, and it is the same however often it is tried.
     keys: of all items that were scored, also of those that gave no row. rows: ``key``, then the results' columns.
+    info: by key, columns of the results that are known of an item without a row, too.
     """
 
     name: str
     keys: Sequence[str]
     rows: pa.Table
+    info: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

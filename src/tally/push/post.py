@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import repeat
 from typing import Any
 
 from tally.alerts import webhook
@@ -21,8 +22,6 @@ from tally.sinks.columns import json_text, rows_of
 
 CONNECTIONS = 8
 """Requests that are under way at once."""
-
-DEFAULT_BODY = {"key": "{key}", "rows": "{rows}"}
 
 _ITEM_STATUSES = (400, 409, 413, 422)
 """What is wrong with the item, and not with the sender, the address or the moment."""
@@ -43,13 +42,14 @@ class WebReceiver(Receiver):
         except ValueError as error:
             raise SpecError(f"push: {error}") from None
         self._key = webhook.secret() if webhook.has_secret() else None
-        self._body = DEFAULT_BODY if push.body is None else push.body
+        self._body = push.body
         self._threads = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="tally-push")
 
     def deliver(self, parcel: Parcel) -> list[Refusal]:
         """See :meth:`Receiver.deliver`."""
         groups = list(self._groups(parcel))
-        found = self._threads.map(self._send, [f"{parcel.name}-{n}" for n in range(len(groups))], groups)
+        names = [f"{parcel.name}-{n}" for n in range(len(groups))]
+        found = self._threads.map(self._send, names, groups, repeat(parcel.info))
         return [refusal for each in found for refusal in each]
 
     def close(self) -> None:
@@ -65,11 +65,13 @@ class WebReceiver(Receiver):
         for begin in range(0, len(keys), size):
             yield {key: by_key[key] for key in keys[begin : begin + size]}
 
-    def _send(self, name: str, group: Mapping[str, list[dict[str, Any]]]) -> list[Refusal]:
+    def _send(
+        self, name: str, group: Mapping[str, list[dict[str, Any]]], info: Mapping[str, Mapping[str, Any]]
+    ) -> list[Refusal]:
         refusals, bodies = [], {}
         for key, rows in group.items():
             try:
-                bodies[key] = self._filled(key, rows)
+                bodies[key] = self._filled(key, rows, info.get(key, {}))
             except SpecError as error:
                 refusals.append(Refusal(key, error.message))
         if not bodies:
@@ -82,20 +84,23 @@ class WebReceiver(Receiver):
             return [*refusals, Refusal(next(iter(bodies)), reason)]
         # One of them is to blame: each alone tells.
         for n, key in enumerate(bodies):
-            refusals += self._send(f"{name}-{n}", {key: group[key]})
+            refusals += self._send(f"{name}-{n}", {key: group[key]}, info)
         return refusals
 
-    def _filled(self, key: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-        """The body for one item."""
+    def _filled(self, key: str, rows: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> Any:
+        """The body for one item. info: what is told of it once, and not in each row."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        values = {**(rows[0] if rows else {}), **self._facts, "key": key, "rows": rows, "now": now}
+        rows = [{name: value for name, value in row.items() if name not in info} for row in rows]
+        known = {**info, **({"version": info["model_version"]} if "model_version" in info else {})}
+        values = {**(rows[0] if rows else {}), **self._facts, **known, "key": key, "rows": rows, "now": now}
 
         def value(name: str) -> Any:
             if name not in values and rows:
                 raise SpecError(f"the body names {{{name}}}, and there are {', '.join(values)}")
             return values.get(name)
 
-        return fill(self._body, value)
+        template = {"key": "{key}", **{each: f"{{{each}}}" for each in info}, "rows": "{rows}"}
+        return fill(template if self._body is None else self._body, value)
 
     def _post(self, name: str, body: bytes) -> str | None:
         """None if it was accepted; else why the item was refused."""

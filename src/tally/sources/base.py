@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from tally.errors import ItemError
+from tally.models.reference import ModelRef
 from tally.scorers.base import Input, Scorer
 
 Unit: TypeAlias = Literal["items", "frames", "rows"]
@@ -201,6 +202,15 @@ class Source(ABC):
 
     def remark(self) -> str | None:
         """After planning: one line that the user should see (files passed over, say)."""
+        return None
+
+    def model(self, chunk: Chunk) -> ModelRef | None:
+        """The model that scores the chunk, where its items choose it; None: that of the job."""
+        return None
+
+    def info(self, chunk: Chunk) -> Sequence[Mapping[str, Any]] | None:
+        """What results and pushed bodies say of each item, also of one that gives no row; None where that is nothing
+        but what its rows say. Its names are among :attr:`columns`."""
         return None
 
     # -- endless sources only ----------------------------------------------------------------------

@@ -99,13 +99,20 @@ def _files(request: SourceRequest) -> Source:
 
 
 def _messages(request: SourceRequest) -> Source:
+    from tally.scorers.routed import RoutedScorer
     from tally.sources.queues.source import QueueSource
 
     if len(request.uris) > 1:
         raise SpecError(f"a job takes one queue, not {len(request.uris)} sources", hint="Start a job for each.")
-    options = request.options
+    options, scorer = request.options, request.scorer
+    route, trusted = (scorer.template, scorer.trusted) if isinstance(scorer, RoutedScorer) else (None, False)
     return QueueSource.describe(
-        request.uris[0], request.scorer.input, options.get("queue", {}), until_empty=options.get("until_empty", False)
+        request.uris[0],
+        scorer.input,
+        options.get("queue", {}),
+        until_empty=options.get("until_empty", False),
+        route=route,
+        trusted=trusted,
     )
 
 

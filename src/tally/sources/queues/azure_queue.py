@@ -40,7 +40,7 @@ from azure.storage.queue import ExponentialRetry, QueueClient
 
 from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, StorageError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, lock_of, options_of
+from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
 
 log = logging.getLogger("tally")
 
@@ -156,7 +156,7 @@ class AzureQueue(PolledQueue):
         try:
             if most <= AT_ONCE:
                 found = self._ask(lambda: client.peek_messages(most))
-                messages = [Message(self._read(str(each.content))) for each in found]
+                messages = [Message(self._read(str(each.content)), {}, None, *_id_and_time(each)) for each in found]
             else:  # more than the service shows: received, and given back
                 messages = self._receive(client, most, _LOOK_SECONDS)
                 self._for_each(lambda each: self._hide(client, each.handle, 0), messages)
@@ -196,7 +196,10 @@ class AzureQueue(PolledQueue):
                     client.receive_messages(messages_per_page=count, visibility_timeout=lock).by_page(), ()
                 )
             )
-            messages = [Message(self._read(str(each.content)), {}, _Lease(each.id, each.pop_receipt)) for each in page]
+            messages = [
+                Message(self._read(str(each.content)), {}, _Lease(each.id, each.pop_receipt), *_id_and_time(each))
+                for each in page
+            ]
             found += messages
             if len(messages) < count:
                 break
@@ -298,6 +301,10 @@ class AzureQueue(PolledQueue):
                 return text
         log.warning("%s: a dead message is too large to be kept with its reason: %s", self._shown, reason)
         return self._written(body)
+
+
+def _id_and_time(found: Any) -> tuple[str, str | None]:
+    return found.id, iso_time(found.inserted_on and found.inserted_on.timestamp())
 
 
 def _unwrapped(message: Message) -> Message:

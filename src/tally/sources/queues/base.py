@@ -17,6 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -34,11 +35,14 @@ class Message:
     """A message as this consumer has it.
 
     handle: what settles this delivery; only the queue that delivered it understands it. headers: what the sender added.
+    id, time: by which the broker knows it, and when it was sent (ISO 8601); None where the broker does not tell.
     """
 
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
     handle: Any = field(default=None, compare=False, repr=False)
+    id: str | None = field(default=None, compare=False)
+    time: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,14 @@ class Depth:
     waiting: int
     in_hand: int | None = None
     dead: int | None = None
+
+
+def iso_time(seconds: float | None) -> str | None:
+    """A time in seconds since the epoch as ISO 8601, in UTC; None for what is none, whoever wrote it."""
+    try:
+        return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 class Queue(ABC):

@@ -70,11 +70,7 @@ class BodyReader:
         """The items that the message names, in order, each once. Raises ItemError where it cannot be understood."""
         if self.form == "content":
             return [Named(message.headers.get("key") or hashlib.sha256(message.body).hexdigest()[:32], None)]
-        try:
-            text = message.body.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise self._unreadable(message, f"it is no UTF-8 text: {error.reason}") from None
-        names = list(dict.fromkeys(self._names(message, text)))
+        names = list(dict.fromkeys(self._names(message, self._text(message))))
         if not names:
             raise self._unreadable(message, "it names no item")
         if len(names) > MAX_ITEMS:
@@ -97,11 +93,21 @@ class BodyReader:
             else:
                 yield from self._path(message, value)
 
+    def value(self, message: Message) -> Any:
+        """What the body says, as JSON or the text of a Python value. Raises ItemError."""
+        return self._value(message, self._text(message))
+
+    def _text(self, message: Message) -> str:
+        try:
+            return message.body.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self._unreadable(message, f"it is no UTF-8 text: {error.reason}") from None
+
     def _value(self, message: Message, text: str) -> Any:
         try:
-            return json.loads(text) if self.form == "json" else ast.literal_eval(text.strip())
+            return ast.literal_eval(text.strip()) if self.form == "pyliteral" else json.loads(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            kind = "JSON" if self.form == "json" else "the text of a Python value"
+            kind = "the text of a Python value" if self.form == "pyliteral" else "JSON"
             raise self._unreadable(message, f"it is not {kind}: {str(error)[:100]}") from None
 
     def _field(self, message: Message, value: Any, path: str) -> str:
@@ -149,6 +155,17 @@ def _walk(value: Any, path: Sequence[str]) -> Iterator[Any]:
         yield from _walk(value[part], rest)
     elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
         yield from _walk(value[int(part)], rest)
+
+
+def one_value(value: Any, path: str) -> str | None:
+    """The text, number or truth value at the path, as text; None where there is none. Raises ItemError."""
+    found = [each for each in _walk(value, path.split(".")) if each is not None]
+    if not found:
+        return None
+    if len(found) > 1 or not isinstance(found[0], (str, int, float)):
+        what = f"{len(found)} values" if len(found) > 1 else type(found[0]).__name__
+        raise ItemError(f"{path!r} should be one text or number in the message, and is {what}", stage="read")
+    return found[0] if isinstance(found[0], str) else json.dumps(found[0])
 
 
 # -- events that stores send -------------------------------------------------------------------------------------------

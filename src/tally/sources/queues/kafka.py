@@ -22,12 +22,12 @@ from itertools import groupby
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka import Message as Record
 
 from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, StorageError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, lock_of, options_of
+from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
 from tally.sources.queues.factory import PASSWORD
 
 LOCK_SECONDS = 30.0
@@ -368,7 +368,9 @@ def _message(record: Record, handle: tuple[int, int, _Progress]) -> Message:
     shown = {str(name): _text(value) for name, value in pairs if value is not None}
     if (key := record.key()) is not None:
         shown.setdefault(KEY, _text(key))
-    return Message(record.value() or b"", shown, handle)
+    kind, milliseconds = record.timestamp()
+    sent = None if kind == TIMESTAMP_NOT_AVAILABLE else iso_time(milliseconds / 1000)
+    return Message(record.value() or b"", shown, handle, f"{record.partition()}/{record.offset()}", sent)
 
 
 def _text(value: Any) -> str:

@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+from datetime import datetime
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -20,7 +22,7 @@ import pika.exceptions
 
 from tally.errors import SpecError, StorageAwayError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, Queue, pauses
+from tally.sources.queues.base import REASON, Depth, Message, Queue, iso_time, pauses
 from tally.sources.queues.factory import PASSWORD
 
 PREFETCH = 2000
@@ -102,7 +104,7 @@ class RabbitQueue(Queue):
                 method, properties, body = channel.basic_get(self._dead if dead else self._name)
                 if method is None:
                     break
-                found.append((method.delivery_tag, Message(body, _headers(properties))))
+                found.append((method.delivery_tag, _message(body, properties)))
             for tag, _ in found:
                 channel.basic_nack(tag, requeue=True)
             return [message for _, message in found]
@@ -115,8 +117,9 @@ class RabbitQueue(Queue):
                 method, properties, body = channel.basic_get(self._dead)
                 if method is None:
                     return count
-                headers = {name: value for name, value in _headers(properties).items() if name != REASON}
-                channel.basic_publish("", self._name, body, _properties(Message(body, headers), {}))
+                message = _message(body, properties)
+                headers = {name: value for name, value in message.headers.items() if name != REASON}
+                channel.basic_publish("", self._name, body, _properties(replace(message, headers=headers), {}))
                 channel.basic_ack(method.delivery_tag)
             return most
 
@@ -184,7 +187,7 @@ class RabbitQueue(Queue):
             connection.process_data_events(time_limit=0 if busy else 0.02)
 
     def _deliver(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
-        self._received.put(Message(body, _headers(properties), (self._generation, method.delivery_tag)))
+        self._received.put(_message(body, properties, (self._generation, method.delivery_tag)))
 
     def _refuse(self, error: BaseException) -> None:
         """Answer what was asked meanwhile."""
@@ -194,12 +197,15 @@ class RabbitQueue(Queue):
                 answer.set_exception(error)
 
 
-def _headers(properties: Any) -> dict[str, str]:
-    return {str(name): str(value) for name, value in (properties.headers or {}).items()}
+def _message(body: bytes, properties: Any, handle: Any = None) -> Message:
+    headers = {str(name): str(value) for name, value in (properties.headers or {}).items()}
+    return Message(body, headers, handle, properties.message_id, iso_time(properties.timestamp))
 
 
 def _properties(message: Message, more: dict[str, str]) -> Any:
-    return pika.BasicProperties(headers={**message.headers, **more}, delivery_mode=2)
+    sent = None if message.time is None else int(datetime.fromisoformat(message.time).timestamp())
+    headers = {**message.headers, **more}
+    return pika.BasicProperties(headers=headers, delivery_mode=2, message_id=message.id, timestamp=sent)
 
 
 def _reason(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from tally.errors import SpecError, StorageAwayError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, lock_of, options_of
+from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
 from tally.sources.queues.factory import PASSWORD
 
 LOCK_SECONDS = 60.0
@@ -353,7 +353,7 @@ def _message(entry: tuple[bytes, Mapping[bytes, bytes]]) -> Message:
     body = fields.get(BODY)
     if body is None:  # of another sender: its fields are the message
         body = json.dumps(headers).encode()
-    return Message(body, headers, number)
+    return Message(body, headers, number, number.decode(), iso_time(int(number.partition(b"-")[0]) / 1000))
 
 
 def _fields(message: Message, more: Mapping[str, str]) -> dict[Any, Any]:

@@ -47,7 +47,7 @@ from azure.servicebus.exceptions import (
 
 from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, StorageError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue
+from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, iso_time
 
 # The client logs what it raises, with tracebacks, which would be printed where nobody has set up logging.
 logging.getLogger("azure.servicebus").addHandler(logging.NullHandler())
@@ -304,7 +304,8 @@ def _message(found: ServiceBusReceivedMessage) -> Message:
         headers[REASON] = description
     elif reason or description:  # the service's own: MaxDeliveryCountExceeded
         headers[REASON] = ": ".join(filter(None, (reason, description)))
-    return Message(_body(found), headers, found)
+    sent = found.enqueued_time_utc
+    return Message(_body(found), headers, found, found.message_id, iso_time(None if sent is None else sent.timestamp()))
 
 
 def _body(found: ServiceBusReceivedMessage) -> bytes:

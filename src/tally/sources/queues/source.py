@@ -2,6 +2,9 @@
 
 A message that names several items is settled once, after all of them are committed. A message that cannot be understood
 is rejected at once, as it names no item that could be dead.
+
+Where messages choose their models, the coordinator looks these up in the registry, and a chunk has items of one model.
+What a message calls its model is part of its items' keys: another message may have the same item scored by another.
 """
 
 from __future__ import annotations
@@ -10,17 +13,21 @@ import base64
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tally.errors import ItemError, SpecError, StorageAwayError
+from tally.errors import DatabaseAwayError, ItemError, SpecError, StorageAwayError
+from tally.models.reference import ModelRef
+from tally.models.route import Route
 from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.queues.base import Message, Queue
 from tally.sources.queues.bodies import FORMS, BodyReader, Named
 from tally.sources.queues.factory import check, open_queue
+from tally.sources.queues.metadata import Metadata
+from tally.sources.queues.routing import Router, Routing
 from tally.sources.values import read_values
 from tally.storage import open_store, temporary
 from tally.text import did_you_mean
@@ -35,7 +42,25 @@ IDLE_SECONDS = 5.0
 """A queue that gives nothing for so long, while nothing is in hand, is empty."""
 
 
-_OPTIONS = ("body", "key", "template", "base", "prefetch")
+AWAY_SECONDS = 1.0
+"""Until a registry that is away is asked again."""
+
+_OPTIONS = ("body", "key", "template", "base", "prefetch", "meta", "models")
+_CHOSEN = {"item": "string", "model": "string", "model_version": "int64", "model_hash": "string"}
+"""Columns of the results where messages choose their models."""
+_MODEL = "model"
+"""What a chunk's payload holds of its model; all else there is a list with something for each item."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """An item to score. name: as the message has it. meta: what is kept of the message. model: that it chose."""
+
+    item: Named
+    message: Message
+    name: str
+    meta: Mapping[str, str | None]
+    model: ModelRef | None = None
 
 
 @dataclass(slots=True)
@@ -54,7 +79,8 @@ class _Delivery:
 class QueueSource(Source):
     """The messages of one queue as items; see the module. Pickles to what it was made from.
 
-    until_empty: planning ends when the queue is empty. prefetch: messages in hand, at most.
+    until_empty: planning ends when the queue is empty. prefetch: messages in hand, at most. metadata: what is kept of
+    each message. routing: how messages choose their models, if they do.
     """
 
     accepts: ClassVar = frozenset[Input]({"image", "bytes", "path"})
@@ -68,8 +94,12 @@ class QueueSource(Source):
         *,
         until_empty: bool = False,
         prefetch: int = 1000,
+        metadata: Metadata | None = None,
+        routing: Routing | None = None,
     ) -> None:
-        self._given = (url, input, reader, until_empty, prefetch)
+        self._given = (url, input, reader, until_empty, prefetch, metadata, routing)
+        self._metadata = Metadata(reader) if metadata is None else metadata
+        self._routing, self._router = routing, None if routing is None else Router(routing)
         self._url, self._input, self._reader = url, input, reader
         self._until_empty, self._prefetch = until_empty, prefetch
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -86,11 +116,16 @@ class QueueSource(Source):
         options: Mapping[str, Any],
         *,
         until_empty: bool = False,
+        route: str | None = None,
+        trusted: bool = False,
     ) -> QueueSource:
         """The source of the queue at ``url``; the broker is not asked yet.
 
         options: of ``body`` (the form of bodies), ``key``, ``template`` and ``base`` as in
-        :mod:`tally.sources.queues.bodies`, and ``prefetch``. Raises SpecError with what is wrong with them.
+        :mod:`tally.sources.queues.bodies`, ``prefetch``, ``meta`` (what is kept of each message, see
+        :class:`Metadata`) and ``models`` (that messages may choose).
+        route: the template by which messages choose their models; trusted: those may run code that they carry.
+        Raises SpecError with what is wrong with them.
         """
         if input not in cls.accepts:
             raise SpecError(f"messages name pictures and files, and the model is given {input}")
@@ -101,14 +136,33 @@ class QueueSource(Source):
             problems.append(f"queue: body should be one of {', '.join(FORMS)}, not {form!r}")
         if not isinstance(prefetch, int) or not 1 <= prefetch <= 100_000:
             problems.append(f"queue: prefetch should be a number from 1 to 100,000, not {prefetch!r}")
+        meta, models = options.get("meta") or {}, options.get("models") or ()
+        if not isinstance(meta, Mapping) or not all(isinstance(each, str) for pair in meta.items() for each in pair):
+            problems.append(f"queue: meta should be names and places, such as device: header:device, not {meta!r}")
+        if isinstance(models, str):
+            models = [each.strip() for each in models.split(",")]
+        if not isinstance(models, (list, tuple)) or not all(isinstance(each, str) and each for each in models):
+            problems.append(f"queue: models should be names of registered models, not {models!r}")
+        if models and route is None:
+            problems.append("queue: models are those that messages may choose, and model: names one")
         if problems:
             raise SpecError(problems)
         check(url)
         texts = {name: options[name] for name in ("key", "template", "base") if options.get(name) is not None}
-        return cls(url, input, BodyReader(form, **texts), until_empty=until_empty, prefetch=prefetch)
+        reader = BodyReader(form, **texts)
+        metadata = Metadata(reader, dict(meta))
+        routing = None
+        if route is not None:
+            routing = Routing(Route(route, tuple(models)), sorted(cls.accepts), (*_CHOSEN, *meta), trusted)
+        return cls(url, input, reader, until_empty=until_empty, prefetch=prefetch, metadata=metadata, routing=routing)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, self._given
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """See :attr:`Source.columns`."""
+        return {**({} if self._routing is None else _CHOSEN), **dict.fromkeys(self._metadata.places, "string")}
 
     # -- in the coordinator ------------------------------------------------------------------------
 
@@ -131,9 +185,10 @@ class QueueSource(Source):
                 if self._until_empty and idle >= IDLE_SECONDS:
                     return
                 continue
-            idle = 0.0
-            yield self._chunk(first, fresh)
-            first, bound = first + len(fresh), None
+            idle, bound = 0.0, None
+            for chunk in self._chunks(first, fresh):
+                yield chunk
+                first += chunk.count
 
     def acknowledge(self, chunks: Sequence[Chunk], dead: Mapping[str, str]) -> None:
         """See :meth:`Source.acknowledge`."""
@@ -175,31 +230,51 @@ class QueueSource(Source):
                 self._queue = open_queue(self._url)
             return self._queue
 
-    def _take(self, queue: Queue, received: Sequence[Message]) -> list[tuple[Named, Message]]:
+    def _take(self, queue: Queue, received: Sequence[Message]) -> list[_Taken]:
         """Take messages in hand; returns their items that nothing in hand waits for yet."""
-        fresh: list[tuple[Named, Message]] = []
+        fresh: list[_Taken] = []
         unreadable: list[tuple[Message, str]] = []
         for message in received:
             try:
-                items = self._reader.items(message)
+                found = self._read_message(message)
+            except _ClosedError:
+                return fresh  # the rest is given back
             except ItemError as error:
                 log.warning("%s", error)
                 unreadable.append((message, str(error)))
                 continue
             with self._lock:
-                delivery = _Delivery(message, {each.key for each in items})
+                delivery = _Delivery(message, {each.item.key for each in found})
                 self._messages += 1
-                for item in items:
+                for taken in found:
+                    key = taken.item.key
                     # One whose item is committed is planned again: the coordinator knows it, and acknowledges it.
-                    if not any(item.key in each.open for each in self._in_hand.get(item.key, ())):
-                        fresh.append((item, message))
-                    self._in_hand.setdefault(item.key, []).append(delivery)
+                    if not any(key in each.open for each in self._in_hand.get(key, ())):
+                        fresh.append(taken)
+                    self._in_hand.setdefault(key, []).append(delivery)
         try:  # after the others are in hand, so that their locks are kept meanwhile
             if unreadable:
                 queue.reject(unreadable)
         except StorageAwayError as away:  # they will be delivered again
             log.warning("%s", away)
         return fresh
+
+    def _read_message(self, message: Message) -> list[_Taken]:
+        """The items of a message, with what is kept of it, and its model. Raises ItemError."""
+        items, meta = self._reader.items(message), self._metadata.kept(message)
+        if self._router is None:
+            return [_Taken(item, message, item.key, meta) for item in items]
+        name, model = self._choose(self._router, message)
+        return [_Taken(replace(item, key=f"{item.key}#{name}"), message, item.key, meta, model) for item in items]
+
+    def _choose(self, router: Router, message: Message) -> tuple[str, ModelRef]:
+        while True:
+            try:
+                return router.choose(self._metadata.of(message))
+            except (StorageAwayError, DatabaseAwayError) as away:
+                log.warning("a message waits, as its model cannot be looked up: %s", away)
+                if self._closed.wait(AWAY_SECONDS):
+                    raise _ClosedError from None
 
     def _renew(self, queue: Queue) -> None:
         """Keep the locks of what is in hand."""
@@ -213,15 +288,40 @@ class QueueSource(Source):
             except StorageAwayError as error:
                 log.warning("%s", error)
 
-    def _chunk(self, first: int, fresh: Sequence[tuple[Named, Message]]) -> Chunk:
-        payload = {
-            "keys": [item.key for item, _ in fresh],
-            "urls": [item.url for item, _ in fresh],
-            "bodies": [
-                base64.b64encode(message.body).decode() if item.url is None else None for item, message in fresh
-            ],
-        }
-        return Chunk(first, len(fresh), payload)
+    def _chunks(self, first: int, fresh: Sequence[_Taken]) -> Iterator[Chunk]:
+        """The items in chunks, one for each model."""
+
+        def chosen(taken: _Taken) -> tuple[str, int]:
+            return ("", 0) if taken.model is None else (taken.model.name, taken.model.version or 0)
+
+        for _, group in groupby(sorted(fresh, key=chosen), chosen):
+            taken = list(group)
+            payload: dict[str, Any] = {
+                "keys": [each.item.key for each in taken],
+                "urls": [each.item.url for each in taken],
+                "bodies": [
+                    base64.b64encode(each.message.body).decode() if each.item.url is None else None for each in taken
+                ],
+            }
+            if self._metadata.places:
+                payload["meta"] = [dict(each.meta) for each in taken]
+            if (model := taken[0].model) is not None:
+                payload |= {"items": [each.name for each in taken], _MODEL: model.to_dict()}
+            yield Chunk(first, len(taken), payload)
+            first += len(taken)
+
+    def model(self, chunk: Chunk) -> ModelRef | None:
+        """See :meth:`Source.model`."""
+        found = chunk.payload.get(_MODEL)
+        return None if found is None else ModelRef.from_dict(found)
+
+    def info(self, chunk: Chunk) -> list[dict[str, Any]] | None:
+        """See :meth:`Source.info`."""
+        meta, model = chunk.payload.get("meta") or [{}] * chunk.count, self.model(chunk)
+        if model is None:
+            return meta if self.columns else None
+        facts = {"model": model.name, "model_version": model.version, "model_hash": model.hash}
+        return [{"item": item, **facts, **each} for item, each in zip(chunk.payload["items"], meta, strict=True)]
 
     # -- in workers --------------------------------------------------------------------------------
 
@@ -237,13 +337,17 @@ class QueueSource(Source):
                 else:
                     root, _, name = url.rpartition("/")
                     content = open_store(root).read(name)
-                if self._input != "path":
+                if scorer.input != "path":
                     return content
                 path = Path(folder, f"{position}-{(url or 'message').rpartition('/')[2]}")
                 path.write_bytes(content)
                 return path
 
-            yield from read_values(self.keys(chunk), fetch, scorer, timings)
+            info = self.info(chunk)
+            for batch in read_values(self.keys(chunk), fetch, scorer, timings):
+                if info is not None:
+                    batch.info = [info[position] for position in batch.positions]
+                yield batch
 
     def keys(self, chunk: Chunk) -> list[str]:
         """See :meth:`Source.keys`."""
@@ -251,9 +355,23 @@ class QueueSource(Source):
 
     def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
         """See :meth:`Source.slice`."""
-        payload = {name: values[start:stop] for name, values in chunk.payload.items()}
+        payload = {name: values if name == _MODEL else values[start:stop] for name, values in chunk.payload.items()}
         return Chunk(chunk.first + start, stop - start, payload, chunk.cursor)
 
 
-def _rebuilt(url: str, input: Input, reader: BodyReader, until_empty: bool, prefetch: int) -> QueueSource:  # noqa: A002
-    return QueueSource(url, input, reader, until_empty=until_empty, prefetch=prefetch)
+class _ClosedError(Exception):
+    """The source was closed meanwhile."""
+
+
+def _rebuilt(
+    url: str,
+    input: Input,  # noqa: A002
+    reader: BodyReader,
+    until_empty: bool,
+    prefetch: int,
+    metadata: Metadata,
+    routing: Routing | None,
+) -> QueueSource:
+    return QueueSource(
+        url, input, reader, until_empty=until_empty, prefetch=prefetch, metadata=metadata, routing=routing
+    )

@@ -29,10 +29,11 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, StorageError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, lock_of, options_of
+from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
 
 LOCK_SECONDS = 60.0
 GROUP = "MessageGroupId"
+_SENT = "SentTimestamp"
 AT_ONCE = 10
 """Messages in one request, at most."""
 _LARGEST = 1 << 20
@@ -178,7 +179,7 @@ class SqsQueue(PolledQueue):
                 VisibilityTimeout=lock,
                 WaitTimeSeconds=min(wait, 20),
                 MessageAttributeNames=["All"],
-                MessageSystemAttributeNames=[GROUP],
+                MessageSystemAttributeNames=[GROUP, _SENT],
             )
         )
         return [_message(each) for each in answer.get("Messages", ())]
@@ -258,9 +259,11 @@ def _entry(message: Message, *, fifo: bool) -> dict[str, Any]:
 def _message(found: Mapping[str, Any]) -> Message:
     attributes = found.get("MessageAttributes", {})
     headers = {name: each["StringValue"] for name, each in attributes.items() if "StringValue" in each}
-    if group := found.get("Attributes", {}).get(GROUP):
+    system = found.get("Attributes", {})
+    if group := system.get(GROUP):
         headers[GROUP] = group
-    return Message(found["Body"].encode(), headers, found["ReceiptHandle"])
+    sent = iso_time(int(system[_SENT]) / 1000) if _SENT in system else None
+    return Message(found["Body"].encode(), headers, found["ReceiptHandle"], found["MessageId"], sent)
 
 
 def _with_reason(message: Message, reason: str) -> Message:

@@ -1,0 +1,296 @@
+"""Messages of real brokers choose their models: each is scored with what it names, or is dead with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from PIL import Image
+from tests.brokers import answers
+from tests.colours import model
+from tests.faults.storms import start
+from tests.integration.test_push import Hook
+from tests.services import require
+from tests.waiting import wait_for
+
+from tally.jobs.facade import Jobs
+from tally.sources.queues.base import REASON, Message
+from tally.sources.queues.factory import open_queue
+
+Cli = Callable[..., Any]
+QUICK = Path(__file__).resolve().parents[1] / "faults" / "quick_aliases.py"
+QUEUES = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "queues.md"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}.items():
+        Image.new("RGB", (8, 8), colour).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def register(cli: Cli, tmp_path: Path) -> Callable[..., str]:
+    """Adds a classifier whose labels are its own; returns its hash."""
+
+    def add(name: str, *labels: str, alias: str | None = None, task: str = "classify") -> str:
+        file = model(tmp_path / "made" / f"{name}.onnx")
+        (tmp_path / "labels.txt").write_text("\n".join(labels))
+        more = ["--labels", tmp_path / "labels.txt"] if labels else []
+        added = cli("models", "add", name, file, "--task", task, *more, *(["--alias", alias] if alias else []))
+        assert added.code == 0, added.err
+        shown = json.loads(cli("models", "show", name, "--json").out)
+        return str(shown["versions"][-1]["hash"])
+
+    return add
+
+
+@contextmanager
+def rabbitmq() -> Iterator[str]:
+    require("RabbitMQ", answers(5672))
+    name = f"tally-test-{secrets.token_hex(6)}"
+    yield f"amqp://127.0.0.1/{name}"
+    import pika
+
+    with pika.BlockingConnection() as connection:
+        channel = connection.channel()
+        for each in (name, f"{name}.dead"):
+            channel.queue_delete(each)
+
+
+@contextmanager
+def redis_stream() -> Iterator[str]:
+    require("Redis", answers(6379))
+    name = f"tally-test-{secrets.token_hex(6)}"
+    yield f"redis://127.0.0.1/0/{name}"
+    import redis
+
+    with redis.Redis() as client:
+        for each in client.scan_iter(match=f"{name}*"):
+            client.delete(each)
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    with ExitStack() as stack:
+        yield stack.enter_context(request.param())
+
+
+def send(url: str, *messages: tuple[str, dict[str, str]]) -> None:
+    with closing(open_queue(url)) as queue:
+        queue.send([Message(body.encode(), headers) for body, headers in messages])
+
+
+def dead(url: str) -> dict[tuple[str, str | None], str]:
+    """By body and the header ``model``, the reasons."""
+    with closing(open_queue(url)) as queue:
+        found = queue.peek(1000, dead=True)
+        assert queue.depth().waiting == 0
+    return {(each.body.decode(), each.headers.get("model")): each.headers[REASON] for each in found}
+
+
+HOSTILE = [
+    "../../../etc/passwd",
+    "detector/../../secrets",
+    "http://evil.example/model.onnx",
+    "file:///etc/passwd",
+    "s3://bucket/model.onnx",
+    "/tmp/model.onnx",
+    "os:system",
+    "{meta:model}",
+    "d" * 4000,
+    "dëtector",
+    "detector\u202e",
+    "DETECTOR",
+    "detector@champion@champion",
+    "detector\n",
+    " ",
+]
+
+
+@pytest.mark.parametrize("url", [rabbitmq, redis_stream], indirect=True)
+def test_each_message_is_scored_with_the_model_that_it_names(
+    cli: Cli, url: str, pictures: Path, tmp_path: Path, register: Callable[..., str]
+) -> None:
+    first = register("detector", "red", "green", "blue", alias="champion")
+    second = register("detector", "rot", "grün", "blau")
+    other = register("embedder", task="embed")
+    register("secret", "red", "green", "blue")
+    register("painter", task="values")
+    register("damaged", "a", "b", "c")
+    (damaged,) = json.loads(cli("models", "show", "damaged", "--json").out)["versions"]
+    for each in Path(damaged["location"]).glob("*.onnx"):
+        each.chmod(0o600)
+        each.write_bytes(b"damaged")
+    script = tmp_path / "script.py"
+    script.write_text("import tally\nclass Code(tally.Scorer):\n    def score(self, batch):\n        return batch\n")
+    assert cli("models", "add", "code", script).code == 0
+    allowed = "detector,embedder,damaged,code,nobody"
+    good: dict[tuple[str, str], tuple[str, int, str]] = {
+        ("red.png", "detector@champion"): ("red", 1, first),
+        ("red.png", "detector/2"): ("rot", 2, second),
+        ("blue.png", "detector"): ("blau", 2, second),
+        ("green.png", "embedder"): ("", 1, other),
+    }
+    bad = {
+        ("red.png", "nobody"): "no model",
+        ("red.png", "detector/9"): "no version 9",
+        ("red.png", "detector@gone"): "no alias 'gone'",
+        ("red.png", "secret"): "the job allows detector, embedder",
+        ("red.png", "code"): "is code (kind python), which messages cannot choose",
+        ("red.png", "damaged"): "the registry's copy was changed",
+        ("../red.png", "detector"): "leads out of",
+        **{("blue.png", each): "is no name of a registered model" for each in HOSTILE},
+        ("blue.png", "d" * 100_000): "over 4,096 characters",
+        ("blue.png", "detector\0"): "no text that can be kept",
+    }
+    send(
+        url,
+        *((body, {"model": name, "device": "d1"}) for body, name in [*bad, *good]),
+        ("green.png", {"device": "d2"}),
+        ("green.png", {"model": "detector/1", "device": "x" * 5000}),
+    )
+    out = tmp_path / "out"
+    done = cli(
+        "score", url, "--queue", f"base={pictures}", "--queue", f"models={allowed}",
+        "--queue", "meta.device=header:device", "--model", "models:/{meta:model}", "--out", out,
+        "--until-empty", "--workers", "1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    job = Jobs().store.newest(limit=1)[0]
+    rows = {row["key"]: row for row in Jobs().results(job.id).to_pylist()}
+    assert set(rows) == {f"{body}#{name}" for body, name in good}
+    for (body, name), (label, version, digest) in good.items():
+        row = rows[f"{body}#{name}"]
+        facts = (row["item"], row["model"], row["model_version"], row["model_hash"], row["device"])
+        assert facts == (body, name.partition("/")[0].partition("@")[0], version, digest, "d1")
+        assert (row["label"] or "") == label
+        assert (row["embedding"] is not None) == (name == "embedder")
+    reasons = dead(url)
+    assert reasons.keys() == {*bad, ("green.png", None), ("green.png", "detector/1")}
+    for message, told in bad.items():
+        assert told in reasons[message], (message, reasons[message])
+    assert "names no model: it has no 'model'" in reasons["green.png", None]
+    assert "over 4,096 characters" in reasons["green.png", "detector/1"]
+    assert job.dead == 0
+    shown = cli("jobs", "show", job.id).out
+    assert "models:/{meta:model}, as each message says" in shown
+    for option in (f"models={allowed}", "meta.device=header:device"):
+        assert option in shown
+
+
+@pytest.mark.parametrize("url", [redis_stream], indirect=True)
+def test_a_moved_alias_counts_for_what_comes_later_and_a_killed_worker_changes_nothing(
+    cli: Cli, url: str, pictures: Path, tmp_path: Path, register: Callable[..., str]
+) -> None:
+    first = register("detector", "red", "green", "blue", alias="champion")
+    other = register("other", "r", "g", "b", alias="champion")
+    for number in range(60):
+        Image.new("RGB", (8, 8), (250, 0, 0)).save(pictures / f"{number:02}.png")
+    out, log = tmp_path / "out", tmp_path / "log"
+    command = [
+        sys.executable, str(QUICK), "score", url, "--queue", f"base={pictures}",
+        "--model", "models:/{meta:model}@{meta:alias|champion}", "--out", f"{out}/", "--workers", "1",
+    ]  # fmt: skip
+
+    def names(begin: int) -> list[tuple[str, dict[str, str]]]:
+        return [(f"{n:02}.png", {"model": "other" if n % 2 else "detector"}) for n in range(begin, begin + 20)]
+
+    process = start(command, log)
+    try:
+        jobs = Jobs()
+
+        def done() -> int:
+            found = jobs.store.newest(limit=1)
+            return found[0].done if found else 0
+
+        send(url, *names(0))
+        wait_for(lambda: done() == 20, process, told=log.read_text)
+        second = register("detector", "rot", "gruen", "blau", alias="champion")
+        workers = [each for each in psutil.Process(process.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+        assert workers
+        send(url, *names(20))
+        os.kill(workers[-1].pid, signal.SIGKILL)
+        wait_for(lambda: done() == 40, process, told=log.read_text)
+        send(url, *names(40))
+        wait_for(lambda: done() == 60, process, told=log.read_text)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 130, log.read_text()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    job = jobs.store.newest(limit=1)[0]
+    rows = jobs.results(job.id).to_pylist()
+    found = Counter((row["model"], row["model_version"], row["model_hash"], row["label"]) for row in rows)
+    assert found == {
+        ("detector", 1, first, "red"): 10,
+        ("detector", 2, second, "rot"): 20,
+        ("other", 1, other, "r"): 30,
+    }
+    assert len({row["key"] for row in rows}) == 60
+    assert job.dead == 0
+    assert dead(url) == {}
+
+
+def test_results_go_back_in_the_form_that_the_manual_shows(
+    cli: Cli, pictures: Path, tmp_path: Path, register: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register("detector", "red", "green", "blue", alias="champion")
+    register("classifier", "r", "g", "b", alias="champion")
+    (example,) = (
+        each for each in re.findall(r"```yaml\n(.*?)```", QUEUES.read_text(), re.DOTALL) if "ai-result" in each
+    )
+    with closing(Hook()) as hook, redis_stream() as url:
+        for name, value in {"URL": hook.url, "KEY": "k", "SECRET": "s"}.items():
+            monkeypatch.setenv(f"RESULTS_{name}", value)
+        job = yaml.safe_load(example)
+        job["source"], job["queue"]["base"] = url, str(pictures)
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+        body = {
+            "timestamp": "20261129T0455",
+            "binary_payload": None,
+            "revision": "v1",
+            "device_serial_number": "D-17",
+            "payload": {
+                "message_id": "m-1",
+                "original_timestamp": "20261129T0454",
+                "attachments": {"A.png": {"path": "red.png"}, "B.png": {"path": "blue.png"}},
+            },
+        }
+        send(url, (json.dumps(body), {"model": "detector"}), (json.dumps(body), {"model": "classifier"}))
+        done = cli("run", tmp_path / "job.yaml", "--until-empty")
+        assert done.code == 0, done.err
+        assert (hook.headers["Authentication-Key"], hook.headers["Authentication-Secret"]) == ("k", "s")
+        posted = {
+            (each["payload"]["image_path"], each["payload"]["model_used"]["model"]): each for each in hook.got.values()
+        }
+    assert len(hook.got) == len(posted) == 4
+    (box,) = posted["blue.png", "classifier"]["payload"].pop("bounding_boxes")
+    assert posted["blue.png", "classifier"] == {
+        "device_serial_number": "D-17",
+        "timestamp": "20261129T0455",
+        "type": "ai-result",
+        "revision": "v1",
+        "payload": {
+            "message_id": "m-1",
+            "image_path": "blue.png",
+            "model_used": {"service": "tally", "model": "classifier", "version": 1},
+        },
+    }
+    assert box.keys() == {"label", "index", "score"}
+    assert box["label"] == "b"
