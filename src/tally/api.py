@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
-from tally.errors import JobError, JobNotFoundError, JobStateError, SpecError
+from tally.errors import JobError, JobNotFoundError, JobStateError, SpecError, TallyError
 from tally.jobs.facade import Jobs
 from tally.jobs.prestart import prestarted
 from tally.jobs.spec import make
@@ -37,6 +41,45 @@ class Table(Protocol):
     def to_pandas(self) -> Any: ...
 
 
+@contextmanager
+def _of_parameters() -> Iterator[None]:
+    """Have errors speak of parameters, where they speak of options of the command line."""
+    try:
+        yield
+    except TallyError as error:
+        error.message = _in_python(error.message)
+        error.args = (error.message, *error.args[1:])
+        error.hint = None if error.hint is None else _in_python(error.hint)
+        raise
+
+
+_OPTION = re.compile(
+    r"\btally [a-z][^;()'\n]*"  # a command is one in Python, too
+    r"|--set (?P<key>[\w.]+)=(?P<setting>[^\s),;]+)"
+    r"|--(?P<name>[a-z][a-z-]*)\b(?: (?P<value>classify|detect|restyle|embed|segment|values|cpu)\b)?"
+)
+
+
+def _in_python(text: str) -> str:
+    parameters = inspect.signature(score).parameters
+
+    def said(found: re.Match[str]) -> str:
+        key, setting, value = found["key"], found["setting"], found["value"]
+        if key is not None:
+            return f'settings={{"{key}": {setting if setting == "..." else json.dumps(setting)}}}'
+        name = (found["name"] or "").replace("-", "_").replace("no_audio", "audio")
+        if name == "set":
+            return "settings"
+        if name not in parameters:
+            return found[0]
+        if isinstance(parameters[name].default, bool):
+            return f"{name}={found['name'] != 'no-audio'}" + (f" {value}" if value else "")
+        return f'{name}="{value}"' if value else f"{name}=..."
+
+    return _OPTION.sub(said, text)
+
+
+@_of_parameters()
 def score(
     source: Place | Sequence[Place],
     model: Place | Scorer | type[Scorer],

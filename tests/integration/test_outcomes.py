@@ -449,6 +449,7 @@ def test_while_a_job_runs(cli: Cli, tmp_path: Path, model: Path, gate: Path, run
     job, out = newest().id, tmp_path / "out"
     score = ("score", tmp_path / "items", "--model", model, "--out", out)
     refused(cli(*score), f"job {job} is this same job, and is under way", f"tally jobs watch {job}")
+    refused(cli(*score, "--resume"), " goes on with it", "There is nothing to resume")
     refused(cli(*score, "--overwrite"), f"job {job} is this same job, and is under way")
     refused(cli("jobs", "delete", job), f"job {job} is running", f"tally jobs cancel {job}")
     assert "driven by" in cli("jobs", "show", out).out

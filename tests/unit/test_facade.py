@@ -17,8 +17,9 @@ from tests.waiting import wait_for
 
 import tally as package
 from tally.api import Job, score
+from tally.api import _in_python as in_python
 from tally.api import jobs as list_jobs
-from tally.errors import JobNotFoundError, JobStateError, SpecError
+from tally.errors import JobExistsError, JobNotFoundError, JobStateError, SpecError, TallyError
 from tally.jobs.events import Assumed, ChunkDone, Event, Events, Finished, Note, Progress, Started, Warned
 from tally.jobs.facade import Jobs
 from tally.jobs.spec import JobSpec, make
@@ -234,6 +235,38 @@ def test_score_takes_every_field_of_a_job_by_its_name_and_default() -> None:
         default = parameters[name].default
         assert (empty[name] if default is None and name in empty else default) == JobSpec.model_fields[name].default
     assert typing.get_type_hints(score)["batch_size"] == (int | None)
+
+
+def test_errors_speak_of_parameters_in_python(items: Path) -> None:
+    given: dict[str, Any] = {"model": "lengths.py:Lengths", "out": "out", "workers": 1, "quiet": True}
+    job = score("items", **given)
+    with pytest.raises(JobExistsError) as again:
+        score("items", **given)
+    assert again.value.job_id == job.id
+    assert again.value.hint == "Do it again with overwrite=True, or write to another place with out=...."
+    assert "--" not in str(again.value)
+    assert score("items", **given, overwrite=True).results().num_rows == 5
+    with pytest.raises(TallyError) as untrusted:
+        score("items", **given | {"artifacts": "items", "labels": "nowhere.txt"})
+    assert str(untrusted.value).endswith("labels=... names a text file, one label per line.")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("Go on with: tally jobs resume x   (or --resume; --overwrite starts again)",
+         "Go on with: tally jobs resume x   (or resume=True; overwrite=True starts again)"),
+        ("take it with --overwrite, or free it with: tally doctor --mend /out",
+         "take it with overwrite=True, or free it with: tally doctor --mend /out"),
+        ("Use --task values, or --set softmax=always (--set features=...)",
+         'Use task="values", or settings={"softmax": "always"} (settings={"features": ...})'),
+        ("Say with --task what it does, or --no-audio", "Say with task=... what it does, or audio=False"),
+        ("stopped, as --strict asks; raise --max-dead", "stopped, as strict=True asks; raise max_dead=..."),
+        ("a -- b --nonsense", "a -- b --nonsense"),
+    ],
+)  # fmt: skip
+def test_options_of_the_command_line_as_parameters(said: str, meant: str) -> None:
+    assert in_python(said) == meant
 
 
 def test_a_job_that_is_cancelled_from_elsewhere_is_no_success(items: Path) -> None:

@@ -73,9 +73,9 @@ def _make_way(store: JobStore, earlier: JobRecord, spec: JobSpec, *, overwrite: 
     """Forget an earlier job of the same spec, where that is what was asked. Raises JobExistsError where it is not."""
     if earlier.alive:
         raise JobExistsError(
-            f"job {earlier.id} is this same job, and is under way ({earlier.done:,} items done)",
+            f"job {earlier.id} is this same job, and is under way ({earlier.done:,} items done): {_driver(earlier)}",
             job_id=earlier.id,
-            hint=f"Follow it with: tally jobs watch {earlier.id}",
+            hint=f"There is nothing to resume or to start. Follow it with: tally jobs watch {earlier.id}",
         )
     if earlier.state == "finished":
         if not overwrite:
@@ -123,20 +123,33 @@ def _clear_place(
         return
     if other.alive:
         raise OutputExistsError(
-            f"{sink.place} is being written by job {other.id}, which is under way",
-            hint=f"Stop it first: tally jobs cancel {other.id}   (or choose another output)",
+            f"{sink.place} is being written by job {other.id}, which is under way with another "
+            f"{_difference(spec, model_hash, other)}: {_driver(other)}",
+            hint=f"Follow it with: tally jobs watch {other.id}   (or choose another output; or end it, without results: "
+            f"tally jobs cancel {other.id})",
         )
     scored = other.done - other.dead
     if scored and not overwrite and other.state != "cancelled":
-        differing = spec.differing(JobSpec(**other.spec))
-        if other.model["hash"] != model_hash:
-            differing.insert(0, "model")
         raise OutputExistsError(
             f"{sink.place} holds what job {other.id} has scored ({scored:,} {other.unit}) with another "
-            f"{' and another '.join(differing) or 'source'}; it {_HALTED.get(other.state, 'was not finished')}",
+            f"{_difference(spec, model_hash, other)}; it {_HALTED.get(other.state, 'was not finished')}",
             hint=f"Replace it with --overwrite, go on with it: tally jobs resume {other.id}, or choose another output.",
         )
     discard(store, other)
+
+
+def _difference(spec: JobSpec, model_hash: str, other: JobRecord) -> str:
+    """What another job at the same place does otherwise, in words."""
+    differing = spec.differing(JobSpec(**other.spec))
+    if other.model["hash"] != model_hash:
+        differing.insert(0, "model")
+    return " and another ".join(differing) or "source"
+
+
+def _driver(record: JobRecord) -> str:
+    """Who goes on with a job that is under way: often a server, after the process that began it was killed."""
+    who = "another process" if record.owner_pid is None else f"process {record.owner_pid} on {record.owner_host}"
+    return f"{who} goes on with it"
 
 
 def submit_failed(store: JobStore, spec: JobSpec, error: TallyError) -> JobRecord:
