@@ -474,7 +474,7 @@ def test_while_a_job_runs(cli: Cli, tmp_path: Path, model: Path, gate: Path, run
 
 def test_cancelling_from_elsewhere(cli: Cli, tmp_path: Path, running: Process) -> None:
     job = newest().id
-    assert cli("jobs", "cancel", job).out == f"job {job} is being cancelled\n"
+    assert cli("jobs", "cancel", job).out == f"job {job} is cancelled\n"
     assert running.end() == 1
     assert f"job {job} is cancelled" in running.output
     assert newest().state == "cancelled"

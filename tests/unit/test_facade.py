@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import datetime
 import inspect
+import re
 import subprocess
 import sys
 import typing
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import Ran
 from tests.faults.storms import tally
 from tests.waiting import wait_for
 
@@ -235,6 +238,28 @@ def test_score_takes_every_field_of_a_job_by_its_name_and_default() -> None:
         default = parameters[name].default
         assert (empty[name] if default is None and name in empty else default) == JobSpec.model_fields[name].default
     assert typing.get_type_hints(score)["batch_size"] == (int | None)
+
+
+def test_what_became_of_a_cancel_is_told(items: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs()
+    ended = jobs.run(jobs.submit(spec_of(items)).id)
+    first = replace(ended, state="running", alive=True, manifest=None)
+    retry = replace(first, manifest=ended.manifest)
+    for before, after, said in (
+        (first, ended, "has finished before it could be cancelled: the results are in"),
+        (first, replace(ended, state="cancelled"), "is cancelled"),
+        (retry, ended, "the retry of job .* is cancelled"),
+        (
+            retry,
+            replace(ended, manifest={**(ended.manifest or {}), "generation": 1}),
+            "the retry of job .* has finished",
+        ),
+    ):
+        looks = iter([before, before, after])
+        with monkeypatch.context() as patch:
+            patch.setattr(Jobs, "get", lambda self, job, looks=looks: next(looks))
+            patch.setattr(Jobs, "cancel", lambda self, job, before=before: before)
+            assert re.search(said, cli("jobs", "cancel", ended.id).out)
 
 
 def test_errors_speak_of_parameters_in_python(items: Path) -> None:

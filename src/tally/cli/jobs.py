@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,13 @@ from tally.masking import mask
 from tally.text import local_time, visible
 
 if TYPE_CHECKING:
+    from tally.jobs.facade import Jobs
     from tally.jobs.outbox import Pushes
     from tally.jobs.store import JobRecord
+
+
+CANCEL_SECONDS = 10.0
+"""How long a command waits for what becomes of a job that was asked to cancel."""
 
 
 @click.group()
@@ -168,13 +174,28 @@ def resume(job: str, quiet: bool, **options: Any) -> int:
 @click.argument("job")
 def cancel(job: str) -> None:
     """Stop a job for good, and remove what it had not finished writing."""
-    record = installation.jobs().cancel(job)
+    jobs = installation.jobs()
+    before = jobs.get(job)
+    record = _put_down(jobs, jobs.cancel(before.id))
     if record.alive:
-        say(f"job {record.id} is being cancelled")
-    elif record.state == "finished":
+        say(f"job {record.id} is being cancelled; see what becomes of it with: tally jobs show {record.id}")
+    elif record.state != "finished":
+        say(f"job {record.id} is {record.state}")
+    elif not before.is_retry:
+        say(f"job {record.id} has finished before it could be cancelled: the results are in {record.spec['out']}")
+    elif record.manifest == before.manifest:
         say(f"the retry of job {record.id} is cancelled; its results are as they were")
     else:
-        say(f"job {record.id} is {record.state}")
+        say(f"the retry of job {record.id} has finished before it could be cancelled: its results joined the others")
+
+
+def _put_down(jobs: Jobs, record: JobRecord) -> JobRecord:
+    """The job once its coordinator has let go of it, or as it is after a while: then it is known what it ends as."""
+    until = time.monotonic() + CANCEL_SECONDS
+    while record.alive and time.monotonic() < until:
+        time.sleep(0.1)
+        record = jobs.get(record.id)
+    return record
 
 
 @jobs.command(short_help="Replay a job's dead items.")

@@ -125,8 +125,8 @@ def _clear_place(
         raise OutputExistsError(
             f"{sink.place} is being written by job {other.id}, which is under way with another "
             f"{_difference(spec, model_hash, other)}: {_driver(other)}",
-            hint=f"Follow it with: tally jobs watch {other.id}   (or choose another output; or end it, without results: "
-            f"tally jobs cancel {other.id})",
+            hint=f"Follow it with: tally jobs watch {other.id}   (or choose another output; or end it "
+            f"without results: tally jobs cancel {other.id})",
         )
     scored = other.done - other.dead
     if scored and not overwrite and other.state != "cancelled":

@@ -162,7 +162,7 @@ def change_job(request: Request, who: Operator, jobs: AllJobs, job: JobId, actio
         "pause": (lambda: jobs.pause(record.id), "It pauses once what runs is saved."),
         "resume": (lambda: jobs.ask_to_start(record.id, "resume", who=who.name), "It goes on."),
         "retry": (lambda: jobs.ask_to_start(record.id, "retry", who=who.name), "The dead items are replayed."),
-        "cancel": (lambda: jobs.cancel(record.id), "It is cancelled."),
+        "cancel": (lambda: jobs.cancel(record.id), "It is being cancelled, unless it was just finishing."),
     }
     answer = changed(request, *chosen(changes, action), back=back)
     request.app.state.supervisor.wake()
