@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page
+from playwright.sync_api import Locator, Page
 from tests.server import Server
 
 
@@ -11,6 +11,11 @@ def log_in(page: Page, server: Server, key: str | None = None, *, path: str = "/
     page.goto(server.url + path)
     page.get_by_label("Your key").fill(server.key if key is None else key)
     page.get_by_role("button", name="Log in").click()
+
+
+def state(page: Page) -> Locator:
+    """What a job's page says that the job is. The same words stand beside its map of chunks, too."""
+    return page.get_by_role("list", name="Where the job stands").locator(".state")
 
 
 def check_accessibility(page: Page) -> None:

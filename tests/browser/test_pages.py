@@ -12,7 +12,7 @@ from tests.server import Server, job, lengths, running, until
 pytest.importorskip("playwright")
 
 from playwright.sync_api import Browser, BrowserContext, Page, expect
-from tests.browsing import check_accessibility, log_in
+from tests.browsing import check_accessibility, log_in, state
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def test_a_job_from_the_form_to_its_results(page: Page, server: Server, folder: 
 
     page.get_by_label("Source").fill(str(folder / "in"))
     page.get_by_role("button", name="Start").click()
-    expect(page.get_by_text("running", exact=True)).to_be_visible()
+    expect(state(page)).to_have_text("running")
     expect(page.get_by_role("progressbar", name="Progress")).to_have_attribute("value", "100")  # it moves by itself
-    expect(page.get_by_text("finished", exact=True)).to_be_visible()
+    expect(state(page)).to_have_text("finished")
     expect(page.get_by_role("cell", name="<b>odd &amp; more.txt")).to_be_visible()  # as text
     expect(page.get_by_role("img", name=re.compile(r"^Chunks: (\d+) of \1 done, 0 running$"))).to_be_visible()
     expect(page.get_by_role("img", name=re.compile(r"^items per minute: lately [\d,]+, at most"))).to_be_visible()
@@ -89,7 +89,7 @@ def test_a_job_is_cancelled_and_the_overview_follows(
         page.get_by_role("link", name=started).first.click()
         page.on("dialog", lambda dialog: dialog.accept())
         page.get_by_role("button", name="Cancel").click()
-        expect(page.get_by_text("cancelled", exact=True)).to_be_visible()
+        expect(state(page)).to_have_text("cancelled")
         expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
         until(client, started, lambda view: view["state"] == "cancelled")
 
@@ -122,7 +122,7 @@ def test_a_viewer_sees_no_buttons_and_a_forged_form_does_nothing(
         key = client.post("/keys", json={"name": "looks on", "role": "viewer"}).json()["text"]
         started = client.post("/jobs", json=job(folder, "watched", scorer="slow", batch_size=1)).json()["id"]
         log_in(page, server, key, path=f"/jobs/{started}")
-        expect(page.get_by_text("running", exact=True)).to_be_visible()
+        expect(state(page)).to_have_text("running")
         assert page.get_by_role("button", name="Cancel").count() == 0
         refused = context.request.post(f"{server.url}/jobs/{started}/cancel", form={"csrf": "guessed"})
         assert refused.status == 403

@@ -14,9 +14,7 @@ from tally.cli import installation
 from tally.cli.console import say, table
 from tally.text import expanded, local_time
 
-_NEEDS = (
-    "The server needs more than scoring does: pip install 'tally-scoring[server]', and with --oidc-issuer [server,oidc]"
-)
+_NEEDS = "The server needs more than scoring does: pip install 'tally-scoring[server]', and for accounts [server,oidc]"
 
 
 @click.command()
@@ -47,6 +45,11 @@ _NEEDS = (
 @click.option("--oidc-admin", multiple=True, metavar="MAIL", help="Who is admin; @example.com for all there.")
 @click.option("--oidc-operator", multiple=True, metavar="MAIL", help="Who is operator.")
 @click.option("--oidc-viewer", multiple=True, metavar="MAIL", help="Who is viewer.")
+@click.option("--github-client-id", default="", metavar="ID", help="Log in with GitHub; secret: TALLY_GITHUB_SECRET.")
+@click.option("--github-admin", multiple=True, metavar="NAME", help="Who is admin; @NAME for an organisation.")
+@click.option("--github-operator", multiple=True, metavar="NAME", help="Who is operator.")
+@click.option("--github-viewer", multiple=True, metavar="NAME", help="Who is viewer.")
+@click.option("--github-url", metavar="URL", help="A GitHub Enterprise Server instead of github.com.")
 @click.option(
     "--log-format",
     type=click.Choice(("text", "json")),
@@ -70,6 +73,11 @@ def up(
     oidc_admin: tuple[str, ...],
     oidc_operator: tuple[str, ...],
     oidc_viewer: tuple[str, ...],
+    github_client_id: str,
+    github_admin: tuple[str, ...],
+    github_operator: tuple[str, ...],
+    github_viewer: tuple[str, ...],
+    github_url: str | None,
     log_format: str,
 ) -> int:
     """Start the server: API and pages.
@@ -86,19 +94,25 @@ def up(
 
     try:
         from tally.server.serve import serve
-        from tally.server.settings import OidcSettings, ServerSettings
+        from tally.server.settings import GITHUB, GitHubSettings, OidcSettings, ServerSettings
 
-        if oidc_issuer is not None:
-            import_module("tally.server.auth.oidc")
+        with_github = bool(github_client_id or github_admin or github_operator or github_viewer or github_url)
+        for wanted, module in ((oidc_issuer is not None, "oidc"), (with_github, "github")):
+            if wanted:
+                import_module(f"tally.server.auth.{module}")
     except ModuleNotFoundError as error:
         raise SpecError(f"the server cannot start: {error}", hint=_NEEDS) from None
     oidc = None
     if oidc_issuer is not None:
         secret = os.environ.get("TALLY_OIDC_SECRET", "")
         oidc = OidcSettings(oidc_issuer, oidc_client_id, secret, oidc_admin, oidc_operator, oidc_viewer)
+    github = None
+    if with_github:
+        secret, url = os.environ.get("TALLY_GITHUB_SECRET", ""), (github_url or GITHUB).rstrip("/")
+        github = GitHubSettings(github_client_id, secret, url, github_admin, github_operator, github_viewer)
     folders = tuple(expanded(each).absolute() for each in roots)
     settings = ServerSettings(
-        host, port, parallel, folders, price_per_hour, currency, allow_hosts, max_upload << 20, schedules, oidc
+        host, port, parallel, folders, price_per_hour, currency, allow_hosts, max_upload << 20, schedules, oidc, github
     )
     os.environ[logs.FORMAT] = log_format  # what is started logs like that, too
     logs.log_to_stderr()

@@ -28,6 +28,7 @@ from tally.server.feed import Feed
 from tally.server.gallery import Gallery
 from tally.server.machine import Machine
 from tally.server.middleware import MAX_BODY, Audited, BodyLimit, SecurityHeaders
+from tally.server.pages import accounts
 from tally.server.pages import routes as pages
 from tally.server.pages.labels import Labels
 from tally.server.results import Results
@@ -100,13 +101,18 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     app.include_router(api)
     app.include_router(health.router)
     app.include_router(metrics.router)
-    app.state.oidc = None
-    if settings.oidc is not None:  # what it needs is an extra
+    app.state.logins = {}
+    # What these need is an extra.
+    if settings.oidc is not None:
         from tally.server.auth.oidc import Oidc
-        from tally.server.pages import oidc
 
-        app.state.oidc = Oidc(settings.oidc, KeyStore(engine))
-        app.include_router(oidc.router)
+        app.state.logins["oidc"] = "with your account"
+        app.include_router(accounts.routes("oidc", Oidc(settings.oidc, KeyStore(engine))))
+    if settings.github is not None:
+        from tally.server.auth.github import GitHub
+
+        app.state.logins["github"] = "with GitHub"
+        app.include_router(accounts.routes("github", GitHub(settings.github, KeyStore(engine))))
     pages.install(app)
     # The last one added is the outermost.
     # Beside the files, an upload holds their names.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,6 +13,8 @@ from tally.errors import SpecError
 from tally.server.auth.roles import Role
 
 DEFAULT_PORT = 8700
+GITHUB = "https://github.com"
+_ACCOUNT = re.compile(r"@?[A-Za-z0-9][A-Za-z0-9_-]{0,38}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +35,7 @@ class OidcSettings:
     def problems(self) -> list[str]:
         """What is wrong with it."""
         found = []
-        try:
-            url = urlsplit(self.issuer)
-        except ValueError as error:
-            return [f"--oidc-issuer {self.issuer!r} is no URL: {error}"]
-        if not (url.scheme == "https" or (url.scheme == "http" and _is_loopback(url.hostname or ""))):
+        if not _is_safe(self.issuer):
             found.append(f"--oidc-issuer must be an https:// URL, not {self.issuer!r}")
         if not self.client_id:
             found.append("--oidc-issuer needs --oidc-client-id")
@@ -50,10 +50,65 @@ class OidcSettings:
     def role_of(self, mail: str) -> Role | None:
         """The role of who has this address; None if that is not let in."""
         names = {mail.lower(), "@" + mail.lower().rpartition("@")[2]}
-        lists: tuple[tuple[Role, tuple[str, ...]], ...] = (
-            ("admin", self.admins), ("operator", self.operators), ("viewer", self.viewers)
-        )  # fmt: skip
-        return next((role for role, allowed in lists if names & {each.lower() for each in allowed}), None)
+        return _highest(self.admins, self.operators, self.viewers, lambda each: each in names)
+
+
+@dataclass(frozen=True, slots=True)
+class GitHubSettings:
+    """GitHub, and whom of its accounts is let in.
+
+    client_id, secret: how it knows this server. url: of a GitHub Enterprise Server, or GitHub's. admins, operators,
+        viewers: names of accounts, or ``@name`` for the members of an organisation.
+    """
+
+    client_id: str
+    secret: str = field(repr=False)
+    url: str = GITHUB
+    admins: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
+    viewers: tuple[str, ...] = ()
+
+    @property
+    def api(self) -> str:
+        """Where it is asked who somebody is."""
+        return "https://api.github.com" if self.url == GITHUB else f"{self.url}/api/v3"
+
+    @property
+    def organisations(self) -> tuple[str, ...]:
+        """Those whose members are let in."""
+        return tuple(each[1:] for each in self._allowed if each.startswith("@"))
+
+    @property
+    def _allowed(self) -> tuple[str, ...]:
+        return (*self.admins, *self.operators, *self.viewers)
+
+    def problems(self) -> list[str]:
+        """What is wrong with it."""
+        found = []
+        if not self.client_id:
+            found.append("logging in with GitHub needs --github-client-id")
+        if not self.secret:
+            found.append("--github-client-id needs the client's secret in TALLY_GITHUB_SECRET")
+        if not _is_safe(self.url):
+            found.append(f"--github-url must be an https:// URL, not {self.url!r}")
+        if not self._allowed:
+            found.append(
+                "--github-client-id lets nobody in without --github-admin, --github-operator or --github-viewer"
+            )
+        found += [
+            f"{each!r} is neither the name of an account nor @ and an organisation"
+            for each in self._allowed
+            if not _ACCOUNT.fullmatch(each)
+        ]
+        return found
+
+    def role_of(self, login: str, is_member: Callable[[str], bool]) -> Role | None:
+        """The role of the account of that name; None if it is not let in. is_member: of an organisation."""
+
+        def fits(each: str) -> bool:
+            return is_member(each[1:]) if each.startswith("@") else each == login.lower()
+
+        return _highest(self.admins, self.operators, self.viewers, fits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +120,7 @@ class ServerSettings:
         the registry only.
     price_per_hour: of one running worker; currency: what that is counted in.
     allow_hosts: private hosts that requests may name. max_upload: bytes of one upload.
-    schedules: whether it starts runs of schedules that are due. oidc: who else may log in.
+    schedules: whether it starts runs of schedules that are due. oidc, github: who else may log in.
     """
 
     host: str = "127.0.0.1"
@@ -78,6 +133,7 @@ class ServerSettings:
     max_upload: int = 1 << 30
     schedules: bool = True
     oidc: OidcSettings | None = None
+    github: GitHubSettings | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -92,6 +148,8 @@ class ServerSettings:
         problems += [f"--root {root} is not a folder" for root in self.roots if not root.is_dir()]
         if self.oidc is not None:
             problems += self.oidc.problems()
+        if self.github is not None:
+            problems += self.github.problems()
         if problems:
             raise SpecError(problems)
 
@@ -99,6 +157,25 @@ class ServerSettings:
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return _is_loopback(self.host)
+
+
+def _highest(
+    admins: tuple[str, ...], operators: tuple[str, ...], viewers: tuple[str, ...], fits: Callable[[str], bool]
+) -> Role | None:
+    """The highest role in whose list something fits. fits: told names in small letters."""
+    lists: tuple[tuple[Role, tuple[str, ...]], ...] = (("admin", admins), ("operator", operators), ("viewer", viewers))
+    return next((role for role, allowed in lists if any(fits(each.lower()) for each in allowed)), None)
+
+
+def _is_safe(url: str) -> bool:
+    """Whether nobody reads along what is sent there."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and (
+            parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
+        )
+    except ValueError:
+        return False
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,12 +1,7 @@
-"""Logging in with an account of an identity provider, by OpenID Connect: authorization code, PKCE, state and nonce.
-
-Who logs in so gets a key that nobody is shown, which ends with the session: so roles, revocation and the audit log are
-those of keys.
-"""
+"""Logging in with an account of an identity provider, by OpenID Connect: authorization code, PKCE, state and nonce."""
 
 from __future__ import annotations
 
-import hmac
 import secrets
 from typing import Any
 
@@ -19,28 +14,25 @@ from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
 
 from tally.errors import RefusedError
-from tally.masking import mask
-from tally.server.auth.keys import SESSION_SECONDS, KeyStore
+from tally.server.auth.accounts import TIMEOUT, failed, kept_parts, let_in
+from tally.server.auth.keys import KeyStore
 from tally.server.auth.roles import Principal
 from tally.server.settings import OidcSettings
 
-SECONDS = 600
-"""Seconds that a login may take, from its beginning to the answer of the provider."""
-_TIMEOUT = 10.0
 _LEEWAY = 60
 """Seconds by which the provider's clock may differ."""
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 
 
 class Oidc:
-    """One provider. Safe to use from several threads."""
+    """One provider."""
 
     def __init__(self, settings: OidcSettings, keys: KeyStore) -> None:
         self._settings, self._keys = settings, keys
         self._metadata: dict[str, Any] | None = None
 
     def begin(self, back: str) -> tuple[str, str]:
-        """Where the browser logs in, and what it has to keep until it comes back. back: the URL of :meth:`finish`."""
+        """See :meth:`Provider.begin`."""
         state, nonce, verifier = (secrets.token_urlsafe(32) for _ in range(3))
         try:
             with self._session(back) as session:
@@ -48,26 +40,20 @@ class Oidc:
                     self._described(session)["authorization_endpoint"], state=state, nonce=nonce, code_verifier=verifier
                 )
         except (requests.RequestException, AuthlibBaseError, LookupError, ValueError) as error:
-            raise _failed(error) from None
+            raise failed(error) from None
         return str(url), f"{state}.{nonce}.{verifier}"
 
     def finish(self, back: str, kept: str, *, state: str, code: str) -> Principal:
-        """Who has come back from the provider, with a key for as long as a session. Raises RefusedError."""
-        expected, nonce, verifier = kept.split(".") if kept.count(".") == 2 else ("", "", "")
-        if not (expected and hmac.compare_digest(expected.encode(), state.encode("utf-8", "replace"))):
-            raise RefusedError(403, "this login was not begun in this browser, or it took too long", hint="Try again.")
+        """See :meth:`Provider.finish`."""
+        _, nonce, verifier = kept_parts(kept, state, 3)
         try:
             claims = self._claims(back, code, nonce, verifier)
         except (requests.RequestException, AuthlibBaseError, JoseError, LookupError, TypeError, ValueError) as error:
-            raise _failed(error) from None
+            raise failed(error) from None
         mail = claims.get("email")
         if not isinstance(mail, str) or mail.count("@") != 1 or claims.get("email_verified") is not True:
             raise RefusedError(403, "the provider vouches for no mail address of this account")
-        role = self._settings.role_of(mail)
-        if role is None:
-            raise RefusedError(403, f"{mail} may not log in here", hint="Ask an admin.")
-        key, _ = self._keys.add(mail, role, days=SESSION_SECONDS / 86_400)
-        return Principal(key.name, key.role, key.id)
+        return let_in(self._keys, mail, self._settings.role_of(mail))
 
     def _claims(self, back: str, code: str, nonce: str, verifier: str) -> dict[str, Any]:
         """What the provider says of the account, checked."""
@@ -88,7 +74,7 @@ class Oidc:
     def _session(self, back: str) -> Any:
         return OAuth2Session(
             self._settings.client_id, self._settings.secret, scope="openid email", redirect_uri=back,
-            code_challenge_method="S256", default_timeout=_TIMEOUT,
+            code_challenge_method="S256", default_timeout=TIMEOUT,
         )  # fmt: skip
 
     def _described(self, session: Any) -> dict[str, Any]:
@@ -106,7 +92,3 @@ def _json(session: Any, url: str) -> Any:
     answer = session.get(url, withhold_token=True, allow_redirects=False)
     answer.raise_for_status()
     return answer.json()
-
-
-def _failed(error: Exception) -> RefusedError:
-    return RefusedError(403, f"logging in failed: {mask(str(error))[:500]}", hint="Try again, or ask an admin.")

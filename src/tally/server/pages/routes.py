@@ -49,7 +49,7 @@ LOAD_SECONDS = 2.0
 
 @router.get("/login", response_class=HTMLResponse)
 def login_page(request: Request, then: str = "/") -> HTMLResponse:
-    return page(request, "login.html", then=then, problem=None, oidc=request.app.state.oidc)
+    return page(request, "login.html", then=then, problem=None, logins=request.app.state.logins)
 
 
 @router.post("/login", response_class=HTMLResponse)
@@ -61,7 +61,7 @@ def log_in(request: Request, key: Annotated[str, Form(max_length=200)], then: An
         principal = guard.with_key(key.strip(), address_of(request))
     except RefusedError as error:
         return page(
-            request, "login.html", then=then, problem=str(error), status=error.status, oidc=request.app.state.oidc
+            request, "login.html", then=then, problem=str(error), status=error.status, logins=request.app.state.logins
         )
     request.state.principal = principal
     answer = RedirectResponse(then if _is_ours(then) else "/", status_code=303)
