@@ -85,6 +85,14 @@ class SpecError(TallyError, ValueError):
         super().__init__(text, hint=hint)
 
 
+class TriggerNotFoundError(SpecError, LookupError):
+    """No schedule or watch by that name."""
+
+
+class KeyNotFoundError(TallyError, LookupError):
+    """No key of a server by that id."""
+
+
 class StorageError(TallyError, OSError):
     """A folder, file or bucket could not be listed, read or written."""
 

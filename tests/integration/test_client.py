@@ -25,12 +25,14 @@ from tally.cli.main import cli
 from tally.errors import (
     JobNotFoundError,
     JobStateError,
+    KeyNotFoundError,
     ModelNotFoundError,
     RefusedError,
     ServerAwayError,
     SourceNotFoundError,
     SpecError,
     TallyError,
+    TriggerNotFoundError,
 )
 
 
@@ -457,6 +459,10 @@ def test_models_schedules_watches_and_keys_on_the_server(typed: Callable[..., st
     assert f"{folder}/quick.py" in typed("watch", "show", "typed")
     assert "is paused" in typed("watch", "pause", "typed")
     assert "is forgotten" in typed("watch", "delete", "typed")
+    with pytest.raises(TriggerNotFoundError, match="no watch 'typed'"):
+        typed("watch", "show", "typed")
+    with pytest.raises(KeyNotFoundError, match="no key"):
+        typed("keys", "revoke", "0" * 12)
 
     key = re.search(r"key (\w+) for eve", typed("keys", "add", "eve"))
     assert key is not None

@@ -51,4 +51,4 @@ def test_the_program_of_the_readme_runs(tmp_path: Path) -> None:
     done = run()  # never silently done again
     assert done.returncode == 1
     assert "already did this same job and finished" in done.stderr
-    assert "--overwrite" in done.stderr
+    assert "overwrite=True" in done.stderr

@@ -385,7 +385,17 @@ def test_watches(admin: httpx2.Client, operator: httpx2.Client, folder: Path) ->
         assert operator.post("/watches", json=asked | {"name": "w"} | wrong).status_code == 422
     assert operator.delete("/watches/drop").status_code == 403
     assert admin.delete("/watches/drop").status_code == 204
-    assert operator.get("/watches/drop").status_code == 404
+    for path, name in (("/watches/drop", "watch"), ("/schedules/drop", "schedule")):
+        gone = operator.get(path)
+        error = gone.json()["error"]
+        assert (gone.status_code, error["type"]) == (404, "TriggerNotFoundError")
+        assert error["message"].startswith(f"there is no {name} 'drop'")
+        assert f"tally {name} list" in error["hint"]
+    for answer in (operator.get("/nowhere"), operator.put("/jobs"), operator.get("/jobs?limit=0")):
+        error = answer.json()["error"]
+        assert answer.status_code in (404, 405, 422)
+        assert "openapi.json" in error["hint"]
+        assert error["message"] not in ("Not Found", "Method Not Allowed")
 
 
 # -- queues ------------------------------------------------------------------------------------------------------------

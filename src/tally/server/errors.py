@@ -27,6 +27,7 @@ from tally.errors import (
     StorageAwayError,
     StorageError,
     TallyError,
+    TriggerNotFoundError,
 )
 
 log = logging.getLogger("tally")
@@ -34,7 +35,12 @@ log = logging.getLogger("tally")
 AWAY_SECONDS = 5
 """After how long to ask again for what is away."""
 
+_DESCRIBED = "/api/v1/openapi.json describes what can be asked."
+_SHOWN = 500
+"""Characters of a path that are shown, at most."""
+
 _STATUS: Sequence[tuple[type[TallyError | LookupError], int]] = (
+    (TriggerNotFoundError, 404),
     (SpecError, 422),
     (JobNotFoundError, 404),
     (ModelNotFoundError, 404),
@@ -88,7 +94,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        return answer(SpecError(problems))
+        return answer(SpecError(problems, hint=_DESCRIBED))
 
     @app.exception_handler(RecursionError)
     async def too_deep(request: Request, error: RecursionError) -> JSONResponse:
@@ -96,8 +102,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        refused = RefusedError(error.status_code, str(error.detail))
-        return answer(refused, headers=error.headers)
+        message, hint = str(error.detail), None
+        if error.status_code in (404, 405):
+            message = f"there is no {request.method} {request.url.path}"[:_SHOWN]
+            hint = _DESCRIBED
+        return answer(RefusedError(error.status_code, message, hint=hint), headers=error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -20,7 +20,7 @@ from tally.database import lease
 from tally.database.clock import now
 from tally.database.tables import schedule_runs as runs
 from tally.database.tables import schedules
-from tally.errors import JobStateError, OwnershipLostError, SpecError
+from tally.errors import JobStateError, OwnershipLostError, SpecError, TriggerNotFoundError
 from tally.jobs.spec import JobSpec
 from tally.models.resolve import check_there
 from tally.text import did_you_mean, storable
@@ -507,7 +507,7 @@ class ScheduleStore:
 
 
 def _unknown(name: str, known: Iterable[str]) -> SpecError:
-    return SpecError(
+    return TriggerNotFoundError(
         f"there is no schedule {name!r}{did_you_mean(name, known)}", hint="See them all with: tally schedule list"
     )
 

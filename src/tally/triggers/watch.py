@@ -24,7 +24,14 @@ import sqlalchemy as sa
 
 from tally.database.clock import now
 from tally.database.tables import jobs, watch_objects, watches
-from tally.errors import DatabaseAwayError, JobNotFoundError, SourceNotFoundError, SpecError, TallyError
+from tally.errors import (
+    DatabaseAwayError,
+    JobNotFoundError,
+    SourceNotFoundError,
+    SpecError,
+    TallyError,
+    TriggerNotFoundError,
+)
 from tally.jobs.facade import Jobs
 from tally.jobs.spec import JobSpec, make, settled
 from tally.jobs.spec import read as read_spec
@@ -160,10 +167,12 @@ class WatchStore:
             return [_watch(row) for row in connection.execute(sa.select(watches).order_by(watches.c.name)).mappings()]
 
     def get(self, name: str) -> Watch:
-        """The watch. Raises SpecError."""
+        """The watch. Raises TriggerNotFoundError."""
         found = {each.name: each for each in self.all()}
         if name not in found:
-            raise SpecError(f"there is no watch {name!r}{did_you_mean(name, found)}", hint="See: tally watch list")
+            raise TriggerNotFoundError(
+                f"there is no watch {name!r}{did_you_mean(name, found)}", hint="See: tally watch list"
+            )
         return found[name]
 
     def add(
@@ -228,7 +237,8 @@ class WatchStore:
             return {row[0]: row[1] for row in connection.execute(query.group_by(watch_objects.c.state))}
 
     def seen(self, name: str, *, limit: int = SEEN) -> list[Seen]:
-        """The newest objects that are settling, taken or refused, newest first. Raises SpecError."""
+        """The newest objects that are settling, taken or refused, newest first. Raises
+        TriggerNotFoundError."""
         watch, store = self.get(name), JobStore(self.engine)
         those = (watch_objects.c.watch == name, watch_objects.c.state.in_(("settling", "taken", "refused")))
         newest = sa.select(watch_objects).where(*those).order_by(watch_objects.c.seen_at.desc(), watch_objects.c.name)

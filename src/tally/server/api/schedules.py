@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, Field
 
-from tally.errors import JobStateError, RefusedError, SpecError
+from tally.errors import JobStateError
 from tally.jobs.spec import shown
 from tally.server.api.jobs import AllJobs, given_fields
 from tally.server.api.views import ScheduleDetail
@@ -73,19 +73,19 @@ def show_schedule(
     who: Viewer, store: Schedules, name: Name, limit: Annotated[int, Query(ge=1, le=1000)] = 10
 ) -> ScheduleDetail:
     """A schedule, the next five intervals, and its last runs."""
-    return _detail(store, _found(store, name), following=5, runs=limit)
+    return _detail(store, store.get(name), following=5, runs=limit)
 
 
 @router.post("/{name}/pause")
 def pause_schedule(who: Operator, store: Schedules, name: Name) -> Schedule:
     """Start no new runs; what is running continues."""
-    return _masked(store.pause(_found(store, name).name, True))
+    return _masked(store.pause(store.get(name).name, True))
 
 
 @router.post("/{name}/resume")
 def resume_schedule(who: Operator, store: Schedules, name: Name) -> Schedule:
     """Start runs again; ``catch_up`` says which of the missed intervals are run."""
-    return _masked(store.pause(_found(store, name).name, False))
+    return _masked(store.pause(store.get(name).name, False))
 
 
 @router.post("/{name}/run", status_code=202)
@@ -96,7 +96,7 @@ def run_now(
     again: Annotated[bool, Query(description="Also if it is finished already; its results are replaced.")] = False,
 ) -> Run:
     """Run the newest interval that is over now."""
-    found = _found(store, name)
+    found = store.get(name)
     if found.paused:
         raise JobStateError(f"schedule {name!r} is paused", hint="Resume it first.")
     clock = found.clock()
@@ -108,14 +108,7 @@ def run_now(
 @router.delete("/{name}", status_code=204)
 def remove_schedule(who: Admin, store: Schedules, name: Name) -> None:
     """Forget a schedule and its runs; jobs and results stay."""
-    store.remove(_found(store, name).name)
-
-
-def _found(store: ScheduleStore, name: str) -> Schedule:
-    try:
-        return store.get(name)
-    except SpecError as error:
-        raise RefusedError(404, error.message, hint=error.hint) from None
+    store.remove(store.get(name).name)
 
 
 def _detail(store: ScheduleStore, found: Schedule, *, following: int, runs: int) -> ScheduleDetail:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, Field
 
-from tally.errors import RefusedError, SpecError
 from tally.jobs.spec import absolute, shown
 from tally.server.api.jobs import AllJobs, given_fields
 from tally.server.api.views import AddedWatch, WatchDetail
@@ -76,32 +75,25 @@ def show_watch(
     who: Viewer, store: Watches, name: Name, limit: Annotated[int, Query(ge=1, le=1000)] = SEEN
 ) -> WatchDetail:
     """A watch, what it has seen, and the jobs that it has started."""
-    return _detail(store, _found(store, name), seen=limit)
+    return _detail(store, store.get(name), seen=limit)
 
 
 @router.post("/{name}/pause")
 def pause_watch(who: Operator, store: Watches, name: Name) -> Watch:
     """Take nothing more, for a while."""
-    return _masked(store.pause(_found(store, name).name, True))
+    return _masked(store.pause(store.get(name).name, True))
 
 
 @router.post("/{name}/resume")
 def resume_watch(who: Operator, store: Watches, name: Name) -> Watch:
     """Go on; what has come meanwhile is taken."""
-    return _masked(store.pause(_found(store, name).name, False))
+    return _masked(store.pause(store.get(name).name, False))
 
 
 @router.delete("/{name}", status_code=204)
 def remove_watch(who: Admin, store: Watches, name: Name) -> None:
     """Forget a watch; its jobs stay."""
-    store.delete(_found(store, name).name)
-
-
-def _found(store: WatchStore, name: str) -> Watch:
-    try:
-        return store.get(name)
-    except SpecError as error:
-        raise RefusedError(404, error.message, hint=error.hint) from None
+    store.delete(store.get(name).name)
 
 
 def _detail(store: WatchStore, found: Watch, *, seen: int) -> WatchDetail:

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from tally.database.clock import now
 from tally.database.tables import api_keys, sessions
-from tally.errors import SpecError, TallyError
+from tally.errors import KeyNotFoundError, SpecError
 from tally.server.auth.roles import ROLES, Principal, Role
 from tally.text import did_you_mean
 
@@ -27,10 +27,6 @@ _NAME = re.compile(r"[\w.@+ -]{1,64}")
 SESSION_SECONDS = 12 * 3600.0
 _USED_SECONDS = 60.0
 """How old the time of a key's last use may become before it is written again."""
-
-
-class KeyNotFoundError(TallyError, LookupError):
-    """There is no such key."""
 
 
 @dataclass(frozen=True, slots=True)
