@@ -10,6 +10,7 @@ import pytest
 from tally.errors import ModelLoadError
 from tally.models.load import create
 from tally.models.resolve import resolve
+from tally.scorers.run import configured
 
 SCORER = """
 from tally import Scorer
@@ -40,8 +41,8 @@ def test_what_no_scorer_may_declare_is_refused(tmp_path: Path, line: str, told: 
     file = tmp_path / "mine.py"
     file.write_text(SCORER.format(line))
     with pytest.raises(ModelLoadError) as refused:
-        create(resolve(file))
-    assert refused.value.message.startswith(f"mine: {told}")
+        configured(create(resolve(file)))
+    assert refused.value.message.startswith(f"Mine: {told}")
     assert "class attributes" in str(refused.value.hint)
 
 
@@ -49,7 +50,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(SCORER.format('input, output, batch_size = "rows", "row", 1.5'))
     with pytest.raises(ModelLoadError, match=r"input should.*; output should.*; batch_size should"):
-        create(resolve(file))
+        configured(create(resolve(file)))
 
 
 @pytest.mark.parametrize(
@@ -59,4 +60,4 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 def test_what_a_scorer_may_declare_stays_as_it_is(tmp_path: Path, attribute: str, value: Any) -> None:
     file = tmp_path / "mine.py"
     file.write_text(SCORER.format(f"{attribute} = {value!r}"))
-    assert getattr(create(resolve(file)), attribute) == value
+    assert getattr(configured(create(resolve(file))), attribute) == value

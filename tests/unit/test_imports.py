@@ -32,7 +32,19 @@ LAYERS = (
     ("media",),
     ("database",),
     ("storage",),
-    ("config", "errors", "extensions", "logs", "masking", "network", "plain_yaml", "processes", "sql", "text"),
+    (
+        "config",
+        "errors",
+        "extensions",
+        "logs",
+        "masking",
+        "network",
+        "plain_yaml",
+        "processes",
+        "sql",
+        "text",
+        "version",
+    ),
 )
 """From the top to the bottom, as ``docs/discussion/map.md`` draws them."""
 

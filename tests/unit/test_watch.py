@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -307,3 +308,57 @@ def test_the_commands(tmp_path: Path, cli: Callable[..., Ran]) -> None:
     assert cli("watch", "add", "x", tmp_path / "nowhere", file).code == 1
     with pytest.raises(SourceNotFoundError):
         watches.look_into(str(tmp_path / "nowhere"))
+
+
+def test_a_folder_is_listed_when_something_has_changed_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once a minute: what other machines write to it gives no notice."""
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    watched = Watched(str(folder))
+    watched.add()
+    listed: list[str] = []
+    look_at = watched.watcher._look_at
+    monkeypatch.setattr(watched.watcher, "_look_at", lambda watch: (listed.append(watch.name), look_at(watch)))
+
+    def looks_until(done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not done():
+            assert time.monotonic() < deadline
+            watched.watcher.look(all_of_them=False)
+            time.sleep(0.05)
+
+    def is_quiet() -> bool:
+        before = len(listed)
+        watched.watcher.look(all_of_them=False)
+        return len(listed) == before
+
+    try:
+        # The first looks: there was nothing before, and the system's notices have begun.
+        looks_until(lambda: len(listed) == 2)
+        assert is_quiet()
+        (folder / "deep" / "a.mp4").write_bytes(b"1")
+        looks_until(lambda: watched.started() == ["deep/a.mp4"])
+        looks_until(is_quiet)
+        monkeypatch.setattr(watches, "QUIET_SECONDS", 0.0)
+        assert not is_quiet()
+    finally:
+        watched.watcher._notices.close()
+
+
+def test_a_folder_that_was_away_is_looked_at_when_it_is_back(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    watched = Watched(str(folder))
+    watched.add()
+    watched.watcher.look(all_of_them=False)
+    folder.rename(tmp_path / "away")
+    deadline = time.monotonic() + 30
+    while watched.store.get("incoming").error is None:
+        assert time.monotonic() < deadline
+        watched.watcher.look()
+    (tmp_path / "away" / "b.mp4").write_bytes(b"1")
+    (tmp_path / "away").rename(folder)
+    while watched.started() != ["b.mp4"]:
+        assert time.monotonic() < deadline
+        watched.watcher.look(all_of_them=False)
+    watched.watcher._notices.close()

@@ -59,9 +59,9 @@ class LazyGroup(click.Group):
 
 def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        import tally
+        from tally.version import shown
 
-        click.echo(f"tally {tally.__version__}")
+        click.echo(f"tally {shown()}")
         ctx.exit()
 
 

@@ -11,11 +11,12 @@ from tally.scorers.base import Input, Scorer, Window
 _OUTPUTS = ("rows", "image")
 
 
-def check(scorer: Scorer, name: str) -> None:
-    """Raises ModelLoadError, with all that is wrong, if the scorer declares what no scorer may. name: of its model."""
+def check(scorer: Scorer) -> None:
+    """Raises ModelLoadError, with all that is wrong, if the scorer declares what no scorer may."""
     if problems := [f"{what}, not {value!r}" for what, value in _wrong(scorer)]:
         raise ModelLoadError(
-            f"{name}: " + "; ".join(problems), hint="Correct the class attributes of the scorer, or what sets them."
+            f"{type(scorer).__name__}: " + "; ".join(problems),
+            hint="Correct the class attributes of the scorer, or what sets them.",
         )
 
 

@@ -25,6 +25,7 @@ from tally.errors import (
     is_interrupt,
     raised_at,
 )
+from tally.scorers import declared
 from tally.scorers.base import Item, Result, Scorer, TableResult
 from tally.storage import file_name, temporary
 from tally.text import did_you_mean
@@ -63,8 +64,9 @@ class Part:
 def configured(scorer: Scorer, *, overlay: bool = False, batch_size: int | None = None) -> Scorer:
     """The scorer as a job or an endpoint asks for it. overlay: its rows are drawn onto the pictures.
 
-    Raises SpecError if its results cannot be drawn.
+    Raises ModelLoadError if it declares what no scorer may, SpecError if its results cannot be drawn.
     """
+    declared.check(scorer)
     if overlay:
         from tally.scorers.vision.overlay import Overlay
 

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 
 import tally
 from tally.errors import TallyError
+from tally.version import commit
 
 router = APIRouter(tags=["health"])
 
@@ -22,9 +23,9 @@ READY_SECONDS = 1.0
 
 
 @router.get("/healthz")
-async def healthz() -> dict[str, str]:
-    """The process answers."""
-    return {"status": "ok", "version": tally.__version__}
+async def healthz() -> dict[str, str | None]:
+    """The process answers. commit: that this Tally was built from; null where that is not known."""
+    return {"status": "ok", "version": tally.__version__, "commit": commit()}
 
 
 @router.get("/readyz", responses={503: {"description": "The database does not answer."}})
@@ -37,7 +38,7 @@ async def readyz(request: Request) -> Response:
         return _unready(f"the database has not answered within {READY_SECONDS:g} s")
     except TallyError as error:
         return _unready(error.message)
-    return JSONResponse({"status": "ok", "version": tally.__version__})
+    return JSONResponse({"status": "ok", "version": tally.__version__, "commit": commit()})
 
 
 def _ask(engine: sa.Engine) -> None:

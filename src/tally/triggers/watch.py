@@ -13,6 +13,7 @@ import hashlib
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,13 +41,16 @@ from tally.jobs.store import JobStore
 from tally.models.resolve import check_there
 from tally.sinks.layout import is_working
 from tally.sources.locations import compile_glob
-from tally.storage import Entry, Store, open_store
+from tally.storage import Entry, Store, is_url, open_store
 from tally.text import did_you_mean, storable
+from tally.triggers.notices import Notices
 
 log = logging.getLogger("tally")
 
 LOOK_SECONDS = 5.0
 """Seconds between two looks at a place."""
+QUIET_SECONDS = 60.0
+"""Between two looks at a folder of which there was no notice: it may lie on a server that gives none."""
 PARALLEL = 4
 """Jobs of one watch that are not ended, at most, unless it says otherwise."""
 SEEN = 10
@@ -380,24 +384,32 @@ class Watcher:
         """taken: called when a job was added to the line."""
         self._jobs, self._store, self._taken = all_jobs, WatchStore(all_jobs.store.engine), taken
         self._stopping = threading.Event()
+        self._notices = Notices()
+        self._looked: dict[str, float] = {}
+        """When each place was looked at."""
 
     def stop(self) -> None:
         """Return soon from :meth:`run`."""
         self._stopping.set()
 
     def run(self) -> None:
-        """Look again and again."""
-        while not self._stopping.is_set():
-            try:
-                self.look()
-            except DatabaseAwayError as error:
-                log.warning("%s", error.message)
-            self._stopping.wait(LOOK_SECONDS)
+        """Look again and again: at buckets every few seconds, at folders when something has changed in them."""
+        try:
+            while not self._stopping.is_set():
+                try:
+                    self.look(all_of_them=False)
+                except DatabaseAwayError as error:
+                    log.warning("%s", error.message)
+                self._stopping.wait(LOOK_SECONDS)  # what settles is left alone for so long
+        finally:
+            self._notices.close()
 
-    def look(self) -> None:
-        """Look at each place once."""
-        for watch in self._store.all():
-            if watch.paused or self._stopping.is_set():
+    def look(self, *, all_of_them: bool = True) -> None:
+        """Look at each place once; or only at those where something may be new."""
+        known = self._store.all()
+        self._notices.keep(each.url for each in known if not each.paused)
+        for watch in known:
+            if watch.paused or self._stopping.is_set() or not (all_of_them or self._is_due(watch)):
                 continue
             try:
                 self._look_at(watch)
@@ -409,7 +421,18 @@ class Watcher:
             else:
                 self._store.looked(watch.name, None)
 
+    def _is_due(self, watch: Watch) -> bool:
+        """What is settling is looked at again until it is taken, which may have to wait for other jobs."""
+        return (
+            is_url(watch.url)
+            or self._notices.changed(watch.url)
+            or watch.error is not None
+            or time.monotonic() - self._looked.get(watch.name, -QUIET_SECONDS) >= QUIET_SECONDS
+            or bool(self._store.settling(watch.name))
+        )
+
     def _look_at(self, watch: Watch) -> None:
+        self._looked[watch.name] = time.monotonic()
         room = watch.parallel - self._store.open_jobs(watch.name)
         entries = _entries(watch)
         unseen = self._store.settling(watch.name)

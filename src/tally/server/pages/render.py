@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.sse import ServerSentEvent
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-import tally
+from tally import version
 from tally.errors import RefusedError, TallyError
 from tally.jobs.states import STATES
 from tally.server.auth.guard import COOKIE
@@ -28,7 +28,7 @@ _templates = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_templates.globals |= {"version": tally.__version__, "states": STATES, "roles": ROLES}
+_templates.globals |= {"version": version.shown(), "states": STATES, "roles": ROLES}
 _templates.filters |= formats.FILTERS
 
 
