@@ -50,6 +50,7 @@ def operator(server: Server) -> str:
 def test_a_schedule_is_added_and_removed(page: Page, server: Server, folder: Path) -> None:
     log_in(page, server, path="/schedules")
     page.get_by_role("link", name="Add a schedule").click()
+    expect(page.get_by_role("navigation", name="Main").locator("[aria-current]")).to_have_text("Schedules")
     check_accessibility(page)
     page.get_by_label("Name").fill("from a form")
     page.get_by_label("When").fill("61 * * * *")
@@ -155,7 +156,10 @@ def test_dead_messages_are_shown_and_replayed(
         dead = page.get_by_role("group", name="Dead messages").get_by_role("row").nth(1)
         expect(dead).to_contain_text("<b>not & there</b>\\u202e\\x1b[31mxxx")  # as text
         expect(dead).to_contain_text(re.compile(r"and 4,\d\d\d more characters"))
+        expect(page.get_by_role("navigation", name="Main").locator("[aria-current]")).to_have_text("Queues")
         check_accessibility(page)
+        page.set_viewport_size({"width": 360, "height": 640})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360  # nothing sticks out
         client.post(f"/jobs/{started}/cancel").raise_for_status()
         until(client, started, lambda view: not view["alive"])
         page.get_by_role("button", name="Replay dead messages").press("Enter")

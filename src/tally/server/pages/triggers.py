@@ -34,7 +34,7 @@ SHOWN_RUNS = 25
 LOOKED_THROUGH = 1000
 """Newest jobs that read from somewhere with a URL, in which queues are looked for."""
 SHOWN_QUEUES = 50
-SHOWN_DEAD, SHOWN_CHARACTERS = 50, 1000
+SHOWN_DEAD, SHOWN_CHARACTERS = 50, 500
 """Dead messages of a queue, and characters of each text of them."""
 
 QueueUrl = Annotated[str, Query(min_length=1, max_length=2000)]
@@ -235,7 +235,7 @@ class Dead:
 
 
 def _shown(text: str) -> str:
-    return visible(mask(text[:SHOWN_CHARACTERS]), lines=True)
+    return visible(mask(text[:SHOWN_CHARACTERS]), lines=True) + ("…" if len(text) > SHOWN_CHARACTERS else "")
 
 
 @router.get("/queues/depth", response_class=HTMLResponse)
