@@ -31,7 +31,7 @@ def restrict(hosts: Iterable[str]) -> None:
 def refusal(host: str, port: int) -> str | None:
     """Why this process may not connect there; None if it may."""
     try:
-        _addresses(host, port)
+        addresses(host, port)
     except PrivateAddressError as error:
         return error.strerror
     except (OSError, UnicodeError):
@@ -51,7 +51,7 @@ def create_connection(
     """As :func:`socket.create_connection`, to an address that is allowed. Raises OSError."""
     host, port = address
     last: OSError = OSError(f"{host} has no address")
-    for each in _addresses(host, port):
+    for each in addresses(host, port):
         try:
             return socket.create_connection((each, port), timeout, source_address)
         except OSError as error:
@@ -80,14 +80,17 @@ def _guard(connection: Any) -> None:
         if connection._tunnel_host is None:
             return create_connection(address, *options)
         # Through the proxy that the environment names, wherever that is; it looks the host up by itself.
-        _addresses(connection._tunnel_host, connection._tunnel_port)
+        addresses(connection._tunnel_host, connection._tunnel_port)
         return socket.create_connection(address, *options)
 
     connection._create_connection = connect
 
 
-def _addresses(host: str, port: int) -> list[str]:
-    """The addresses of the host. Raises PrivateAddressError if it may not be connected to, OSError."""
+def addresses(host: str, port: int) -> list[str]:
+    """The addresses of the host, for clients that take one, and so do not look the name up again.
+
+    Raises PrivateAddressError if it may not be connected to, OSError.
+    """
     found = [str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not is_allowed(host):
         for each in found:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql
 
+from tally import network
 from tally.errors import SpecError, StorageAwayError, StorageError
 from tally.masking import mask
 from tally.push.base import KEY, Parcel, Receiver, Refusal
@@ -65,10 +66,31 @@ class TableReceiver(Receiver):
             raise SpecError(
                 f"push: {url.drivername}:// needs a driver", hint=f"pip install 'tally-scoring[{extra}]'"
             ) from None
+        sa.event.listen(self._engine, "do_connect", self._connected)
         if (exactly := _SESSIONS.get(self._engine.dialect.name)) is not None:
             sa.event.listen(self._engine, "connect", exactly)
         self._table: sa.Table | None = None
         self._begun = False
+
+    def _connected(self, dialect: sa.Dialect, record: Any, args: Any, options: dict[str, Any]) -> Any:
+        """A connection to an address that was checked, where not all may be connected to; None leaves it to SQLAlchemy.
+
+        Raises StorageError, StorageAwayError.
+        """
+        host = options.get("host")
+        if host is None or network.is_allowed(host):
+            return None
+        try:
+            if dialect.name == "postgresql":
+                options["hostaddr"] = network.addresses(host, int(options.get("port", 5432)))[0]
+                return None
+            made = dialect.loaded_dbapi.connect(**options, defer_connect=True)
+            made.connect(network.create_connection((made.host, made.port), made.connect_timeout))
+        except network.PrivateAddressError as error:
+            raise StorageError(f"{self._shown} may not be connected to: {error.strerror}") from None
+        except OSError as error:
+            raise StorageAwayError(f"{self._shown} does not answer: {error}") from None
+        return made
 
     def check(self, schema: pa.Schema | None, *, begun: bool) -> None:
         """See :meth:`Receiver.check`."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from tally.errors import SpecError
 from tally.jobs.spec import JobSpec, pushed_folder
 from tally.network import is_allowed, refusal
+from tally.push.target import is_database
 from tally.server.uploads import uploads_folder
+from tally.sources.queues.factory import is_of_its_service
 from tally.storage import is_url
 from tally.text import expanded
 
@@ -29,6 +31,10 @@ _PORTS = {
 }
 _PORTS |= {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mariadb": 3306}
 """URLs that name a host. Others name what is reached with the credentials of the server's environment."""
+_CLOUD_QUEUES = ("azure-queue", "servicebus")
+"""They are reached with the credentials of the server's environment, at a host that their URL may name."""
+_OF_DATABASES = ("charset", "connect_timeout", "sslmode")
+"""Options in URLs of databases: others name hosts, sockets and files of the server."""
 _UPLOADED = ("source", "labels", "upload")
 """What may be an upload: data. What runs may not, or whoever uploads could run code."""
 
@@ -72,6 +78,11 @@ def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
         place = place.partition("#")[0].removeprefix("sqlite:///")
     elif scheme in _PORTS:
         return _host_refusal(name, place)
+    elif scheme in _CLOUD_QUEUES:
+        host = urlsplit(place).hostname or ""
+        if not is_of_its_service(place) and not is_allowed(host):
+            return f"{name}: the host {host!r} is not the service's own, and would be sent the server's credentials"
+        return None
     elif is_url(place):
         return f"{name}: file URLs are not taken: {place}" if scheme == "file" else None
     if name == "model" and ":" in place:
@@ -91,7 +102,9 @@ def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
 
 
 def _host_refusal(name: str, url: str) -> str | None:
-    scheme, netloc = urlsplit(url)[:2]
+    scheme, netloc, _, query, _ = urlsplit(url)
+    if is_database(url) and (others := sorted({each for each, _ in parse_qsl(query, True)} - set(_OF_DATABASES))):
+        return f"{name}: {url!r} has the option {others[0]!r}, and requests may give {', '.join(_OF_DATABASES)}"
     for server in netloc.rpartition("@")[2].split(","):  # Kafka's URLs name several
         parts = urlsplit(f"//{server}")
         try:

@@ -38,17 +38,24 @@ BROKERS = {
 }
 """By the scheme of URLs."""
 
+_AZURE = r"(windows\.net|chinacloudapi\.cn|usgovcloudapi\.net)"
 _HOSTS = {
     r"sqs\.[a-z0-9-]+\.amazonaws\.com(\.cn)?": BROKERS["sqs"],
-    r"[a-z0-9]+\.queue\.core\.[a-z.]+": BROKERS["azure-queue"],
-    r"[a-z0-9-]+\.servicebus\.[a-z.]+": BROKERS["servicebus"],
+    rf"[a-z0-9]+\.queue\.core\.{_AZURE}": BROKERS["azure-queue"],
+    rf"[a-z0-9-]+\.servicebus\.{_AZURE}": BROKERS["servicebus"],
 }
-"""By the host of https URLs, as the broker's own pages show them."""
+"""By the host of https URLs, as the broker's own pages show them. They are sent the environment's credentials."""
 
 
 def is_queue(url: str) -> bool:
     """Whether the URL names a queue."""
     return "://" in url and _line(url) is not None
+
+
+def is_of_its_service(url: str) -> bool:
+    """Whether the host of a cloud's queue is its service's own; a name without a dot is a name there."""
+    host = urlsplit(url).hostname or ""
+    return "." not in host or any(re.fullmatch(each, host) for each in _HOSTS)
 
 
 def _line(url: str) -> _Line | None:

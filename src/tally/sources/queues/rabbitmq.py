@@ -6,6 +6,7 @@ confirms before the message is acknowledged: a crash in between leaves it in bot
 
 from __future__ import annotations
 
+import copy
 import os
 import queue
 import threading
@@ -20,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 import pika
 import pika.exceptions
 
+from tally import network
 from tally.errors import SpecError, StorageAwayError
 from tally.masking import mask
 from tally.sources.queues.base import REASON, Depth, Message, Queue, iso_time, pauses
@@ -143,17 +145,19 @@ class RabbitQueue(Queue):
         self._asked.put((what, answer))
         try:
             return answer.result(ANSWER_SECONDS)
+        except StorageAwayError:
+            raise
         except TimeoutError:
             answer.cancel()
             raise StorageAwayError(f"{self._shown} does not answer") from None
-        except pika.exceptions.AMQPError as error:
+        except (pika.exceptions.AMQPError, OSError) as error:
             raise StorageAwayError(f"{self._shown} does not answer: {_reason(error)}") from None
 
     def _run(self) -> None:
         attempts = pauses()
         while not self._closed.is_set():
             try:
-                with pika.BlockingConnection(self._parameters) as connection:
+                with pika.BlockingConnection(_checked(self._parameters)) as connection:
                     attempts = pauses()
                     self._serve(connection)
             except (pika.exceptions.AMQPError, OSError) as error:
@@ -195,6 +199,21 @@ class RabbitQueue(Queue):
             _, answer = self._asked.get_nowait()
             if answer.set_running_or_notify_cancel():
                 answer.set_exception(error)
+
+
+def _checked(parameters: Any) -> Any:
+    """The parameters with the host's addresses in its place, if not all may be connected to. Raises OSError."""
+    if network.is_allowed(parameters.host):
+        return parameters
+    found = []
+    for address in network.addresses(parameters.host, parameters.port):
+        one = copy.copy(parameters)
+        one.host = address
+        if parameters.ssl_options is not None:  # the certificate is that of the name
+            name = parameters.ssl_options.server_hostname or parameters.host
+            one.ssl_options = pika.SSLOptions(parameters.ssl_options.context, name)
+        found.append(one)
+    return found
 
 
 def _message(body: bytes, properties: Any, handle: Any = None) -> Message:

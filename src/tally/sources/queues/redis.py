@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ import redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
+from tally import network
 from tally.errors import SpecError, StorageAwayError
 from tally.masking import mask
 from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
@@ -56,12 +58,29 @@ def open_queue(url: str) -> Queue:
         socket_timeout=ANSWER_SECONDS,
         socket_connect_timeout=5,
     )
+    client.connection_pool.connection_class = _TlsConnection if parts.scheme == "rediss" else _Connection
     kind = options.get("kind", "stream")
     if kind == "stream":
         return RedisStream(client, unquote(name), options.get("group", "tally"), lock=lock, shown=mask(url))
     if kind == "list":
         return RedisList(client, unquote(name), lock=lock, shown=mask(url))
     raise SpecError(f"{mask(url)}: kind should be stream or list, not {kind!r}")
+
+
+class _Connection(redis.Connection):
+    """One that connects to allowed addresses only."""
+
+    def _connect(self) -> Any:
+        if network.is_allowed(self.host):
+            return super()._connect()  # type: ignore[no-untyped-call]
+        found = network.create_connection((self.host, self.port), self.socket_connect_timeout)
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        found.settimeout(self.socket_timeout)
+        return found
+
+
+class _TlsConnection(redis.SSLConnection, _Connection):
+    """The same with TLS: the certificate is that of the name."""
 
 
 class _RedisQueue(PolledQueue):
