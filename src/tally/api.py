@@ -283,6 +283,7 @@ class Job:
         """Stop it for good, and remove what it had not finished writing."""
         self._jobs.cancel(self.id)
 
+    @_of_parameters()
     def resume(self, *, quiet: bool = False, **options: Any) -> Job:
         """Continue a job that was paused, interrupted or has failed; if another process runs it, that process
         continues it.
@@ -295,6 +296,7 @@ class Job:
             self._run(quiet=quiet)
         return self
 
+    @_of_parameters()
     def retry(self, *, quiet: bool = False) -> Job:
         """Replay the dead items."""
         self._run(quiet=quiet, retry_dead=True)

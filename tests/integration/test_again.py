@@ -92,7 +92,7 @@ def test_a_place_with_other_results_is_replaced_only_on_request(
     script(model, run=" + 1")
     with pytest.raises(OutputExistsError, match=r"has scored \(2 items\) with another model; it failed") as caught:
         tally.score(items, model, out, batch_size=1, quiet=True)
-    assert "--overwrite" in str(caught.value)
+    assert "overwrite=True" in str(caught.value)
     assert job.id in str(caught.value)
     script(model)
     with pytest.raises(OutputExistsError, match="another batch_size"):
@@ -129,7 +129,7 @@ def test_staged_files_that_are_gone_are_told_and_scored_again(
     shutil.rmtree(out / "_tally" / "attempts" if what == "attempts" else out)
     with pytest.raises(StorageError, match="no longer") as caught:
         job.resume(quiet=True)
-    assert ("--overwrite" if what == "attempts" else "the command that began the job") in str(caught.value)
+    assert ("overwrite=True" if what == "attempts" else "the command that began the job") in str(caught.value)
     again = tally.score(items, model, out, batch_size=1, overwrite=what == "attempts", quiet=True)
     assert again.results().num_rows == 4
 

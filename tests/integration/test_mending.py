@@ -84,7 +84,7 @@ def test_a_source_that_is_another_is_refused_and_the_job_stays_finished(tmp_path
         write(table, bad=(), form="csv", **change)
         with pytest.raises(StorageError, match="not only the lines that could not be read") as caught:
             job.retry(quiet=True)
-        assert "--overwrite" in str(caught.value)
+        assert "overwrite=True" in str(caught.value)
         assert published(tmp_path / "out") == before
         assert (job.record.state, job.record.dead, job.dead()) == ("finished", 2, dead)
     table.unlink()
@@ -108,12 +108,28 @@ def test_windows_whose_readings_were_mended_are_refused(tmp_path: Path) -> None:
             return [{"twice": 2.0 * value} for value in batch["value_mean"].to_pylist()]
 
     job = tally.score(table, Means, tmp_path / "out", time="time", window="10m", quiet=True)
+    [dead] = job.dead().to_pylist()
+    assert "windows are not retried: mend the line and score again with --overwrite" in dead["error"]
     before = published(tmp_path / "out")
     table.write_text("\n".join(lines))
     with pytest.raises(StorageError, match="over windows"):
         job.retry(quiet=True)
     assert published(tmp_path / "out") == before
     assert job.record.state == "finished"
+
+
+def test_lines_that_a_quote_had_hidden_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text('value\n1\n"2\n3\n4\n')
+    job = tally.score(table, Doubled, tmp_path / "out", quiet=True)
+    assert (job.results().num_rows, job.dead().num_rows) == (1, 1)
+    assert "if lines after it are missing, mend it" in job.dead().to_pylist()[0]["error"]
+    before = published(tmp_path / "out")
+    table.write_text("value\n1\n2\n3\n4\n")
+    with pytest.raises(StorageError, match=r"it has 4 rows now, .* as it had 2"):
+        job.retry(quiet=True)
+    assert published(tmp_path / "out") == before
+    assert tally.score(table, Doubled, tmp_path / "out", quiet=True, overwrite=True).results().num_rows == 4
 
 
 def test_a_retry_that_is_killed_takes_nothing_away(tmp_path: Path) -> None:

@@ -284,3 +284,9 @@ def test_fields_of_tables_make_another_job_and_alerts_do_not() -> None:
     for name, value in {**others, "csv": {"delim": ";"}}.items():
         assert make(**base, **{name: value}).fingerprint("h") != same, name
     assert make(**base, alerts=["failed"], webhook="https://example.com/x").fingerprint("h") == same
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), [1.0, {"b": float("-inf")}]])
+def test_settings_are_finite(value: object) -> None:
+    with pytest.raises(SpecError, match=r"settings: holds -?(inf|nan), which JSON does not know: give a finite number"):
+        make(source="in", model="m.py", out="out", settings={"a": value})

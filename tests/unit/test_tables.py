@@ -293,7 +293,8 @@ def test_a_bad_line_is_one_dead_item_with_file_line_and_column(tmp_path: Path) -
         "a.csv line 6": "a.csv, line 6, column 2: the line has 1 column, not 3",
         "a.csv line 7": "a.csv, line 7, column 4: the line has more than 3 columns",
         "a.csv line 8": "a.csv, line 8, column 3 (note): "
-        "a quote is never closed, or text follows after it; what it opens is lost up to its end",
+        "a quote is never closed, or text follows after it; what it opens is lost up to its end; if lines after it are "
+        "missing, mend it and score again with --overwrite",
     }
     assert {error.stage for error in found.dead.values()} == {"read"}
     # Rows are counted with those that could not be read.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -314,6 +315,8 @@ def _as_json(value: Any) -> Any:
         return os.fspath(value)
     if not isinstance(value, (str, int, float, bool, type(None))) and hasattr(value, "item"):
         return _as_json(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"holds {value}, which JSON does not know: give a finite number")
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
     raise ValueError(f"holds {value!r}, which JSON does not know")

@@ -521,7 +521,8 @@ def _told(kind: str, message: str) -> str:
     if match := re.search(r"Could not convert string \"(.*)\" to '(.*)'", message, re.DOTALL):
         return converted(match[1], match[2])
     return {
-        "UNQUOTED VALUE": "a quote is never closed, or text follows after it; what it opens is lost up to its end"
+        "UNQUOTED VALUE": "a quote is never closed, or text follows after it; what it opens is lost up to its end; if "
+        "lines after it are missing, mend it and score again with --overwrite"
         + ("; if a backslash stands before quotes, csv escape='\\'" if '\\"' in message else ""),
         "INVALID ENCODING": "not valid UTF-8; name the file's encoding, as in csv encoding=latin-1",
         "LINE SIZE OVER MAXIMUM": f"the line is longer than {_LINE_BYTES:,} bytes",

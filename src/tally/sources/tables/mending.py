@@ -85,6 +85,10 @@ class Positions:
                 return file, int(self.bad[file][index - before]), int(self.lines[index])
         raise IndexError(index)
 
+    def records(self, file: int) -> int:
+        """How many records a file has."""
+        return int(self.work.made.files[file][1]) + len(self.bad.get(file, ()))
+
     def find(self, file: int, record: int) -> RowRange | None:
         """The row range of one record; None if a condition passes it over. Raises IndexError if there is none."""
         lost = self.bad.get(file, np.array([], dtype=np.int64))
@@ -122,7 +126,8 @@ def kept(row_range: RowRange, key: str, positions: Positions, by: Mapping[str, A
         file, record = positions.numbers[name], int(number) - 1
     name = made.files[file][0]
     version = made.versions[file] if made.versions else None
-    return item | {"file": name, "version": version, "record": record, "healthy": made.healthy.get(str(file))}
+    known = {"file": name, "version": version, "record": record, "healthy": made.healthy.get(str(file))}
+    return item | known | {"records": positions.records(file)}
 
 
 def found_again(
@@ -194,3 +199,10 @@ def _check_healthy(
         if those[0]["healthy"] is None or digest(number, lines) != those[0]["healthy"]:
             more = ", and not only the lines that could not be read" if lines else ": its rows may be others now"
             raise StorageError(f"{name} has changed since it was scored{more}", hint=_AGAIN)
+        before, now = those[0].get("records"), positions.records(number)
+        if before not in (None, now):  # a quote was closed, or opened
+            raise StorageError(
+                f"{name} has changed since it was scored: it has {now:,} rows now, of which a line that could not be "
+                f"read hid some, as it had {before:,}",
+                hint=_AGAIN,
+            )

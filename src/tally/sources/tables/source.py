@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _COMBINE = 65_536
 
+_OF_WINDOWS = "windows are not retried: mend the line and score again with --overwrite"
 _LOOKED_UP = ("_work", "_index", "_rows", "_called", "_positions")
 
 MissingReason = Callable[[Mapping[str, Any]], "str | None"]
@@ -517,7 +518,10 @@ class TableSource(Source):
         """``key`` and ``error`` of lines that could not be read."""
         stream = Stream(self._work.parquet(BAD), ["key", "error"], DECODED)
         try:
-            return [row for batch in stream.read(start, stop) for row in batch.to_pylist()]
+            rows = [row for batch in stream.read(start, stop) for row in batch.to_pylist()]
+            if self._work.made.kind == "windows":
+                return [row | {"error": f"{row['error']}; {_OF_WINDOWS}"} for row in rows]
+            return rows
         finally:
             stream.close()
 
