@@ -54,7 +54,9 @@ def test_a_job_from_the_form_to_its_results(page: Page, server: Server, folder: 
     expect(state(page)).to_have_text("finished")
     expect(page.get_by_role("cell", name="<b>odd &amp; more.txt")).to_be_visible()  # as text
     expect(page.get_by_role("img", name=re.compile(r"^Chunks: (\d+) of \1 done, 0 running$"))).to_be_visible()
-    expect(page.get_by_role("img", name=re.compile(r"^items per minute: lately [\d,]+, at most"))).to_be_visible()
+    expect(
+        page.get_by_role("img", name=re.compile(r"^items (per minute|in each [\d.]+ s): lately [\d,]+, at most"))
+    ).to_be_visible()
     check_accessibility(page)
 
     page.reload()

@@ -31,10 +31,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Items per minute, in stretches of the same length. begin: seconds since the epoch; seconds: of each stretch."""
+    """How many items were done, in stretches of the same length. begin: seconds since the epoch; seconds: of each
+    stretch. rates: items in ``per`` seconds, which is a minute, or a stretch where that is shorter: what was done in
+    less than a minute is not said to have lasted one."""
 
     begin: float
     seconds: float
+    per: float
     rates: tuple[float, ...]
 
 
@@ -74,9 +77,9 @@ def pace(connection: sa.Connection, job_id: str, *, running: bool, limit: int) -
     length = (max(clock, end) if running else end) - begin
     seconds = max(1.0, length / limit)
     last = min(limit - 1, int(length // seconds))
-    rates = [0.0] * (last + 1)
+    per, rates = min(60.0, seconds), [0.0] * (last + 1)
     stretch = sa.cast(sa.func.floor((chunks.c.done_at - begin) / seconds), sa.Integer).label("stretch")
     query = sa.select(stretch, sa.func.sum(chunks.c.count)).where(*done).group_by(stretch)
     for number, count in connection.execute(query):
-        rates[min(number, last)] += float(count) * 60 / seconds  # the very end belongs to the last stretch
-    return Pace(begin, seconds, tuple(rates))
+        rates[min(number, last)] += float(count) * per / seconds  # the very end belongs to the last stretch
+    return Pace(begin, seconds, per, tuple(rates))

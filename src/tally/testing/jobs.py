@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -1074,12 +1075,14 @@ class JobStoreContract:
                 connection.execute(sa.update(chunks).where(chunks.c.id == each.id).values(done_at=at))
         pace = store.pace(lease.job_id, running=False, limit=4)
         assert pace is not None
-        assert (pace.begin, pace.seconds) == (1000.0, 30.0)
-        assert pace.rates == (40.0, 0.0, 0.0, 40.0)
+        assert (pace.begin, pace.seconds, pace.per) == (1000.0, 30.0, 30.0)
+        assert pace.rates == (20.0, 0.0, 0.0, 20.0), "nothing is said of a minute that did not pass"
+        assert store.pace(lease.job_id, running=False, limit=1) == replace(pace, seconds=120.0, per=60.0, rates=(20.0,))
         running = store.pace(lease.job_id, running=True, limit=4)
         assert running is not None
         assert running.begin + 4 * running.seconds > 1e9, "it reaches up to now"
-        assert sum(running.rates) * running.seconds / 60 == pytest.approx(40)
+        assert running.per == 60.0
+        assert sum(running.rates) * running.seconds / running.per == pytest.approx(40)
 
 
 def _age(store: JobStore, *ids: str) -> None:
