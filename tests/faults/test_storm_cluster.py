@@ -24,8 +24,8 @@ from tests.faults.storms import BUCKET, CLUSTER, LOCAL, SCORERS, Weather, World,
 from tests.videos import assert_same_video, write_clip
 
 SEED = int(os.environ.get("TALLY_TEST_SEED", "1"))
-PHOTOS = 2000 if FULL else 240
-FRAMES = 600 if FULL else 200
+PHOTOS = 2000 if FULL else 160
+FRAMES = 600 if FULL else 120
 COPIES = 6 if FULL else 1
 FAULTS = 30
 SECONDS = 700 if FULL else 300
@@ -73,15 +73,24 @@ def readings(data: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_on_a_cluster(photos: Path, weights: Path, clip: Path, readings: Path, data: Path, tmp_path: Path) -> None:
-    with world(tmp_path / "storm", cluster=lambda env: Cluster(2, cpus=1, env=env), PACE="0.08") as one:
+@pytest.mark.parametrize("what", ["photos", "clip", "readings"])
+def test_on_a_cluster(
+    what: str, request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    material: Path = request.getfixturevalue(what)
+    folder = tmp_path_factory.mktemp("storm")  # short: it holds sockets
+    with world(folder, cluster=lambda env: Cluster(2, cpus=1, env=env), PACE="0.08") as one:
         assert one.cluster is not None
         ray = ("--engine", "ray", "--address", one.cluster.dashboard)
-        given = score_photos(one, photos, weights, ray, CLUSTER if FULL else BY_PHOTOS)
-        given |= score_video(one, clip, ray, CLUSTER if FULL else BY_VIDEO)
-        given |= score_readings(one, readings, data, ray, CLUSTER if FULL else BY_READINGS)
+        if what == "photos":
+            given = score_photos(one, material, request.getfixturevalue("weights"), ray, CLUSTER if FULL else BY_PHOTOS)
+        elif what == "clip":
+            given = score_video(one, material, ray, CLUSTER if FULL else BY_VIDEO)
+        else:
+            given = score_readings(one, material, data, ray, CLUSTER if FULL else BY_READINGS)
         one.close_cluster()
-        expect_nothing(one.in_results(given, "out", "out.mp4", "out.parquet"))
+        out = {"photos": "out", "clip": "out.mp4", "readings": "out.parquet"}[what]
+        expect_nothing(one.in_results(given, out))
         expect_nothing(one.left())
 
 
