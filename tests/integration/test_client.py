@@ -251,7 +251,7 @@ def test_there_is_a_method_for_each_route(
         lambda: client.alerts("1", send=True), lambda: client.query("1", ""), lambda: next(client.rows("1")),
         lambda: client.files("1"), lambda: client.download("1", "1", "/nowhere/1"), lambda: client.models(),
         lambda: client.model("1"), lambda: client.add_model("1", "s3://b/m"), lambda: client.set_alias("1", "1", 1),
-        lambda: client.rollback("1", "1"), lambda: client.tag_model("1", 1, {}), lambda: client.remove_model("1", 1),
+        lambda: client.remove_alias("1", "1"), lambda: client.rollback("1", "1"), lambda: client.tag_model("1", 1, {}), lambda: client.remove_model("1", 1),
         lambda: client.schedules(), lambda: client.schedule("1"), lambda: client.add_schedule("1", {}, cron=""),
         lambda: client.pause_schedule("1"), lambda: client.resume_schedule("1"), lambda: client.run_schedule("1"),
         lambda: client.remove_schedule("1"), lambda: client.watches(), lambda: client.watch("1"),

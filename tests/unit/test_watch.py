@@ -260,6 +260,8 @@ def test_a_model_beside_the_command_is_found_by_the_server_too(tmp_path: Path, m
     (tmp_path / "here" / "bright.py").touch()
     monkeypatch.chdir(tmp_path / "here")
     assert watches.read(str(tmp_path / "job.yaml"))["model"] == f"{tmp_path}/here/bright.py:Bright"
+    (tmp_path / "job2.yaml").write_text("source: '{url}'\nmodel: 'models:/{name}@a'\nout: 'out/{stem}'\n")
+    assert watches.read(str(tmp_path / "job2.yaml"))["model"] == "models:/{name}@a"
     (tmp_path / "bright.py").touch()
     assert watches.read(str(tmp_path / "job.yaml"))["model"] == f"{tmp_path}/bright.py:Bright"
 

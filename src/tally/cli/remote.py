@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tally.alerts.alert import Alert
@@ -17,7 +16,7 @@ from tally.jobs.events import Events
 from tally.jobs.facade import Jobs, may_be_place
 from tally.jobs.follow import Follower
 from tally.jobs.outbox import Pushes
-from tally.jobs.spec import JobSpec, absolute, is_in_home
+from tally.jobs.spec import JobSpec, absolute, is_in_home, settled
 from tally.jobs.states import State
 from tally.jobs.store import JobPage, JobRecord
 from tally.models.mirror import fetched
@@ -67,13 +66,11 @@ class RemoteJobs(Jobs):
         overwrite: bool = False,
         waiting: str | None = None,
     ) -> JobRecord:
-        given = spec.model_dump(mode="json", exclude_unset=True)
+        given = settled(spec)
         if spec.push is not None and is_in_home(spec.out):  # that of the server will be another one
             given["out"] = given.pop("push")["url"]
         if resume and (earlier := self._begun_at(given["out"])) is not None:
             return earlier
-        if "://" not in spec.model and Path(spec.model).exists():
-            given["model"] = absolute(spec.model)
         return self.get(self._client.submit(overwrite=overwrite, **given).id)
 
     def _begun_at(self, place: str) -> JobRecord | None:
