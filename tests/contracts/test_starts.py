@@ -46,7 +46,8 @@ def test_a_waiting_job_is_a_job_like_others(jobs: Jobs) -> None:
     assert (record.state, record.alive, record.model["name"]) == ("waiting", False, "/nowhere/model.onnx")
     assert [each.id for each in jobs.list(state="waiting", text="nowhere/out").jobs] == [job]
     assert jobs.store.counts_by_state()["waiting"] == 1
-    assert jobs.at("/nowhere/out-0") is None  # it has written nothing there
+    assert jobs.get("/nowhere/out-0").id == job
+    assert jobs.store.at("/nowhere/out-0", begun=True) is None  # it has written nothing there
     with pytest.raises(JobStateError, match="has written nothing"):
         jobs.results(job)
     with pytest.raises(JobStateError, match="waits for a server"):
