@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 from tests.brokers import answers
 from tests.colours import model
+from tests.extensions import install
 from tests.faults.storms import start
 from tests.integration.test_push import Hook
 from tests.services import require
@@ -294,3 +295,60 @@ def test_results_go_back_in_the_form_that_the_manual_shows(
     }
     assert box.keys() == {"label", "index", "score"}
     assert box["label"] == "b"
+
+
+KIND = """
+import os, signal
+from tally import Scorer
+from tally.models.base import Kind, Traits
+
+
+class Sized(Scorer):
+    input = "bytes"
+
+    def load(self, artifacts, device):
+        match next(artifacts.glob("*.sized")).read_text():
+            case "fatal":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "bad":
+                raise RuntimeError("a part of it is missing")
+
+    def score(self, batch):
+        return [{"size": len(each)} for each in batch]
+
+
+class SizedKind(Kind):
+    traits = Traits(claims=(".sized",))
+
+    def create(self, ref):
+        return Sized()
+"""
+
+
+def test_a_model_that_crashes_its_worker_costs_its_own_messages(
+    cli: Cli, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "site", monkeypatch, "tally.scorers", {"sized": "sized_kind:SizedKind"}, sized_kind=KIND)
+    for name in ("good", "fatal", "bad"):
+        (tmp_path / f"{name}.sized").write_text(name)
+        assert cli("models", "add", name, tmp_path / f"{name}.sized").code == 0
+    names = [f"{colour}.png" for colour in ("red", "green", "blue")]
+    with redis_stream() as url:
+        send(url, *((name, {"model": each}) for name in names for each in ("good", "fatal", "bad")))
+        done = cli(
+            "score", url, "--queue", f"base={pictures}", "--model", "models:/{meta:model}", "--out", tmp_path / "out",
+            "--until-empty", "--workers", "1", "--max-dead", "100%",
+        )  # fmt: skip
+        reasons = dead(url)
+    assert done.code == 0, done.err
+    jobs = Jobs()
+    job = jobs.store.newest(limit=1)[0]
+    sizes = {f"{name}#good": (pictures / name).stat().st_size for name in names}
+    assert {row["key"]: row["size"] for row in jobs.results(job.id).to_pylist()} == sizes
+    assert {each.key: each.stage for each in jobs.dead(job.id)} == {
+        **{f"{name}#fatal": "score" for name in names},
+        **{f"{name}#bad": "load" for name in names},
+    }
+    assert reasons.keys() == {(name, each) for name in names for each in ("fatal", "bad")}
+    assert all("SIGKILL" in reasons[name, "fatal"] for name in names)
+    assert all("a part of it is missing" in reasons[name, "bad"] for name in names)

@@ -92,6 +92,8 @@ def test_a_route_is_for_queues_and_tells_jobs_apart(tmp_path: Path) -> None:
     assert (ref.kind, str(ref)) == ("routed", "models:/{meta:model}")
     parts = assemble(queue, ref)
     assert list(parts.source.columns) == ["item", "model", "model_version", "model_hash", "at", "device"]
+    in_body = spec.make(source="amqp://h/q", queue={"meta": {"model": "body:m", "d": "id"}}, **routed)
+    assert list(assemble(in_body, ref).source.columns) == ["item", "model", "model_version", "model_hash", "d"]
     other = spec.make(source="amqp://h/q", **{**routed, "model": "models:/{meta:other}"})
     assert other.fingerprint(describe_model(other).hash) != queue.fingerprint(ref.hash)
     for changed, problem in [

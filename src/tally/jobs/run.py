@@ -191,7 +191,7 @@ def _facts(spec: JobSpec, model: ModelRef) -> dict[str, Any]:
             "name": model.name,
             "version": model.version,
             "kind": model.kind,
-            "hash": model.hash,
+            "hash": model.hash if model.files else None,  # of models that messages choose, each row has it
             # A thousand class names say nothing that the hash does not.
             "options": {name: value for name, value in model.options.items() if name != "labels"},
         },

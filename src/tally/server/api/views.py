@@ -73,7 +73,7 @@ class JobView(View):
                 name=model.get("name") or "",
                 kind=model.get("kind"),
                 version=model.get("version"),
-                hash=model.get("hash"),
+                hash=model.get("hash") if model.get("files") != [] else None,
             ),
             source=list(record.spec.get("source") or ()),
             out=record.spec.get("out") or "",

@@ -23,17 +23,20 @@ _OF_RESULTS = ("key", "item", "model", "model_version", "model_hash", "item_row"
 class Metadata:
     """Where values are in a message. places: by name, ``header:NAME``, ``body:PATH``, ``id`` or ``time``.
 
-    A name that has no place is that of a header. Raises SpecError.
+    A name that has no place is that of a header. choosing: names that choose the model: of these, those that results
+    have for something else, such as ``model``, may have a place, and are not kept. Raises SpecError.
     """
 
     reader: BodyReader
     places: Mapping[str, str] = field(default_factory=dict)
+    choosing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = []
         for name, place in self.places.items():
             kind, colon, rest = str(place).partition(":")
-            if not name.strip() or name in _OF_RESULTS or any(each in name for each in "{}|"):
+            taken = name in _OF_RESULTS and name not in self.choosing
+            if not name.strip() or taken or any(each in name for each in "{}|"):
                 problems.append(f"queue: meta has {name!r}, which cannot be the name of a column here")
             if not (place in _OF_MESSAGE or (colon and rest and kind in ("header", "body"))):
                 problems.append(
@@ -45,6 +48,11 @@ class Metadata:
                 )
         if problems:
             raise SpecError(problems)
+
+    @property
+    def names(self) -> list[str]:
+        """What is kept of each message."""
+        return [name for name in self.places if name not in _OF_RESULTS]
 
     def of(self, message: Message) -> Callable[[str], str | None]:
         """What the message says under a name; None where it says nothing. That raises ItemError for what is no text."""
@@ -70,6 +78,6 @@ class Metadata:
         return value
 
     def kept(self, message: Message) -> dict[str, str | None]:
-        """The values of all names that have a place. Raises ItemError."""
+        """The values of all :attr:`names`. Raises ItemError."""
         value = self.of(message)
-        return {name: value(name) for name in self.places}
+        return {name: value(name) for name in self.names}

@@ -150,10 +150,11 @@ class QueueSource(Source):
         check(url)
         texts = {name: options[name] for name in ("key", "template", "base") if options.get(name) is not None}
         reader = BodyReader(form, **texts)
-        metadata = Metadata(reader, dict(meta))
+        chosen = None if route is None else Route(route, tuple(models))
+        metadata = Metadata(reader, dict(meta), () if chosen is None else chosen.names)
         routing = None
-        if route is not None:
-            routing = Routing(Route(route, tuple(models)), sorted(cls.accepts), (*_CHOSEN, *meta), trusted)
+        if chosen is not None:
+            routing = Routing(chosen, sorted(cls.accepts), (*_CHOSEN, *metadata.names), trusted)
         return cls(url, input, reader, until_empty=until_empty, prefetch=prefetch, metadata=metadata, routing=routing)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -162,7 +163,7 @@ class QueueSource(Source):
     @property
     def columns(self) -> Mapping[str, str]:
         """See :attr:`Source.columns`."""
-        return {**({} if self._routing is None else _CHOSEN), **dict.fromkeys(self._metadata.places, "string")}
+        return {**({} if self._routing is None else _CHOSEN), **dict.fromkeys(self._metadata.names, "string")}
 
     # -- in the coordinator ------------------------------------------------------------------------
 
@@ -303,7 +304,7 @@ class QueueSource(Source):
                     base64.b64encode(each.message.body).decode() if each.item.url is None else None for each in taken
                 ],
             }
-            if self._metadata.places:
+            if self._metadata.names:
                 payload["meta"] = [dict(each.meta) for each in taken]
             if (model := taken[0].model) is not None:
                 payload |= {"items": [each.name for each in taken], _MODEL: model.to_dict()}
