@@ -128,6 +128,7 @@ def score(
     max_dead: float | str = 0.5,
     min_dead: int = 1000,
     strict: bool = False,
+    log: bool = False,
     price_per_hour: float | None = None,
     alerts: Sequence[str] = (),
     webhook: str | None = None,
@@ -159,7 +160,7 @@ def score(
     Ray. engine: ``ray``; address: of the cluster's dashboard; cpus, gpus, resources: what each worker reserves.
     Limits. max_dead: share of dead items above which the job stops, once min_dead items are done. strict: stop at the
         first one. price_per_hour: what the machine costs. alerts: rules that are evaluated when the job has ended;
-        webhook: who is told if one of them holds.
+        webhook: who is told if one of them holds. log: keep the job's log beside its output, too.
     Push. push: where rows go, too, as they are committed: a web address, a table of a database, or a mapping.
 
     Raises TallyError with the next step; JobExistsError when the same was asked for before. Ctrl-C stops

@@ -39,6 +39,12 @@ class _Text(logging.Formatter):
 
 
 class _Json(logging.Formatter):
+    """job: what all lines are about."""
+
+    def __init__(self, job: str | None = None) -> None:
+        super().__init__()
+        self._job = job
+
     def format(self, record: logging.LogRecord) -> str:
         """One line. A record's ``extra`` may hold ``job``, and ``chunk``: its first item and their count."""
         line: dict[str, object] = {
@@ -46,7 +52,7 @@ class _Json(logging.Formatter):
             "level": record.levelname.lower(),
             "message": mask(record.getMessage()),
         }
-        job = getattr(record, "job", _jobs[0] if len(set(_jobs)) == 1 else None)
+        job = self._job or getattr(record, "job", _jobs[0] if len(set(_jobs)) == 1 else None)
         if job is not None:
             line["job"] = job
         if (chunk := getattr(record, "chunk", None)) is not None:
@@ -54,6 +60,11 @@ class _Json(logging.Formatter):
         if record.exc_info:
             line["trace"] = mask(self.formatException(record.exc_info))
         return json.dumps(line)
+
+
+def json_lines(job_id: str) -> logging.Formatter:
+    """A JSON object a line, about one job."""
+    return _Json(job_id)
 
 
 def log_to_stderr() -> None:

@@ -132,6 +132,7 @@ def _list_codecs(ctx: click.Context, parameter: click.Parameter, value: str | No
     "or a mapping: {url: ..., items: 100}.",
 )
 @click.option("--strict", is_flag=True, help="Stop at the first item that fails.")
+@click.option("--log", is_flag=True, help="Keep the job's log beside its output, too.")
 @click.option("--price-per-hour", type=float, help="What this machine costs; the job's cost is then shown.")
 @click.option(
     "--trust", is_flag=True, help="Open models that carry code (pickles). Only if you know where they come from."
@@ -164,7 +165,7 @@ def score(
     from tally.jobs.spec import CSV_VALUES, QUEUE_VALUES, make
 
     fields["alerts"] = fields["alerts"] or None
-    for flag in ("trust", "overlay", "strict", "escape_formulas"):
+    for flag in ("trust", "overlay", "strict", "log", "escape_formulas"):
         fields[flag] = fields[flag] or None
     fields |= {"settings": pairs("--set", assignments), "csv": literal_pairs("--csv", csv_options, CSV_VALUES)}
     fields["queue"] = literal_pairs("--queue", queue_options, QUEUE_VALUES)

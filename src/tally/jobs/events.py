@@ -176,21 +176,31 @@ class Events:
         self(Waiting(text))
 
 
-def write_to_log(event: Event) -> None:
-    """A subscriber that writes to the log of this process what is worth reading later."""
-    match event:
-        case Started(job_id, _):
-            _told.info("job %s begins or goes on", job_id)
-        case ChunkDone(first, count, dead, rows, seconds, _):
-            _told.debug("%d rows in %.2f s; %d items failed", rows, seconds, dead, extra={"chunk": (first, count)})
-        case WorkerLost(first, count, error):
-            items = f"item {first}" if count == 1 else f"items {first} to {first + count - 1}"
-            _told.info("%s: %s", items, error, extra={"chunk": (first, count)})
-        case ItemDead(key, stage, error):
-            _told.debug("%s: %s failed: %s", key, stage, error)
-        case Waiting(text) | Warned(text) | Assumed(text):
-            _told.warning("%s", text)
-        case Finished(job_id, state, error):
-            _told.info("job %s is %s%s", job_id, state, "" if error is None else f": {error}")
-        case _:
-            pass
+def writing_to(logger: logging.Logger) -> Subscriber:
+    """A subscriber that writes down what is worth reading later."""
+
+    def write(event: Event) -> None:
+        match event:
+            case Started(job_id, _):
+                logger.info("job %s begins or goes on", job_id)
+            case ChunkDone(first, count, dead, rows, seconds, _):
+                logger.debug("%d rows in %.2f s; %d items failed", rows, seconds, dead, extra={"chunk": (first, count)})
+            case WorkerLost(first, count, error):
+                items = f"item {first}" if count == 1 else f"items {first} to {first + count - 1}"
+                logger.info("%s: %s", items, error, extra={"chunk": (first, count)})
+            case ItemDead(key, stage, error):
+                logger.debug("%s: %s failed: %s", key, stage, error)
+            case Finalizing():
+                logger.info("the output is made")
+            case Waiting(text) | Warned(text) | Assumed(text):
+                logger.warning("%s", text)
+            case Finished(job_id, state, error):
+                logger.info("job %s is %s%s", job_id, state, "" if error is None else f": {error}")
+            case _:
+                pass
+
+    return write
+
+
+write_to_log = writing_to(_told)
+"""A subscriber that writes to the log of this process."""

@@ -18,6 +18,7 @@ from tally.jobs.assemble import Parts, assemble
 from tally.jobs.chunks import new_nonce
 from tally.jobs.coordinator import Coordinator
 from tally.jobs.events import Assumed, Event, Events, Finished, Subscriber, Warned
+from tally.jobs.kept_log import KeptLog
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.spec import JobSpec
 from tally.jobs.stop import Stop
@@ -72,6 +73,7 @@ def drive(
         )
     if engine is None:
         engine = make_engine(spec.engine, cpus=spec.cpus, gpus=spec.gpus, memory=spec.memory, resources=spec.resources)
+    kept: KeptLog | None = None
     try:
         least, most = spec.workers or (engine.default_slots(),) * 2
         engine.start(
@@ -91,6 +93,10 @@ def drive(
             _reopen(store, lease, record, parts, patience, nonce)
         # Its own, as the caller's may serve several jobs, or this one again.
         told = Events(events, _record_of(store, lease, patience), _alerts_of(store, events, patience))
+        if spec.log:
+            kept = KeptLog(record.id, parts.sink)
+            parts.sink.log = kept.path
+            told.subscribe(kept)
         coordinator = Coordinator(
             store,
             patience(lambda: store.get(record.id)),
@@ -107,6 +113,8 @@ def drive(
         )
     except BaseException as error:
         engine.stop(kill=True)
+        if kept is not None:
+            kept.close()
         stopped = isinstance(error, (KeyboardInterrupt, ClusterLostError))
         with suppress(DatabaseAwayError):  # the error at hand is the one to tell
             if (record.state == "finished" or record.is_retry) and (retry_dead or not stopped):
@@ -115,8 +123,12 @@ def drive(
                 store.release(lease, "interrupted" if stopped else "failed", error=str(error) or None)
         raise
     stop.attach(coordinator)
-    with about(record.id), traced(record.id, told):
-        coordinator.run()
+    try:
+        with about(record.id), traced(record.id, told):
+            coordinator.run()
+    finally:
+        if kept is not None:
+            kept.close()
     return patience(lambda: store.get(record.id))
 
 

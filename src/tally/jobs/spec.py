@@ -117,6 +117,7 @@ class JobSpec(BaseModel):
     max_dead: float = Field(default=0.5, ge=0, le=1)
     min_dead: int = Field(default=1000, ge=1)
     strict: bool = False
+    log: bool = False
     price_per_hour: float | None = Field(default=None, ge=0)
     alerts: tuple[Annotated[str, AfterValidator(alert_rule)], ...] = ()
     webhook: Annotated[str, AfterValidator(web_address)] | None = Field(default=None, repr=False)

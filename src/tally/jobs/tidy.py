@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tally.config import settings
 from tally.errors import JobStateError, StorageError
+from tally.jobs.kept_log import kept_log_of
 from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.sinks.base import OutputDescription, Sink
 from tally.sinks.factory import reopen
@@ -17,7 +18,8 @@ def discard(store: JobStore, record: JobRecord) -> None:
         raise JobStateError(f"job {record.id} is {record.state}", hint=f"Stop it first: tally jobs cancel {record.id}")
     release(store, record)
     store.delete(record.id)
-    settings().log_of(record.id).unlink(missing_ok=True)
+    for log in (settings().log_of(record.id), kept_log_of(record.id)):
+        log.unlink(missing_ok=True)
 
 
 def release(store: JobStore, record: JobRecord) -> None:

@@ -128,6 +128,8 @@ class Results:
         store = open_store(folder or "/")
         listed = [*manifest.get("files", ()), *([dead] if (dead := manifest.get("dead_file")) else [])]
         names = {str(each["path"]): int(each.get("bytes", -1)) for each in listed}
+        if (log := manifest.get("log_file")) is not None:
+            names[log["path"]] = store.size(log["path"])
         if manifest:
             names[name] = store.size(name)
         return store, names

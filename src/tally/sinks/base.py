@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tally.errors import ItemError, SpecError
@@ -111,7 +112,12 @@ class Writer(ABC):
 
 
 class Sink(ABC):
-    """Writes a chunk's results, finalizes the whole."""
+    """Writes a chunk's results, finalizes the whole.
+
+    log: a file of this machine that is one of the output's when it is published.
+    """
+
+    log: Path | None = None
 
     @abstractmethod
     def describe(self) -> OutputDescription:
@@ -152,6 +158,10 @@ class Sink(ABC):
     @abstractmethod
     def holder(self) -> str | None:
         """Id of the job whose claim or manifest is at the output place; None if there is none."""
+
+    def read(self, name: str) -> bytes:
+        """The content of a file that the manifest names. Raises FileNotFoundError."""
+        raise FileNotFoundError(name)
 
     @abstractmethod
     def manifest(self) -> dict[str, Any] | None:

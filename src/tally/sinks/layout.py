@@ -47,6 +47,7 @@ class OutputLayout:
         self.merged = merged
         self.staging = f"{merged}.tally/" if merged else "_tally/"
         self.manifest = f"{merged}.manifest.json" if merged else "_manifest.json"
+        self.log = f"{merged}.log.jsonl" if merged else "_log.jsonl"
         self.success = None if merged else "_SUCCESS"
         self.claim = self.staging + "job.json"
         self.plan = self.staging + "manifest.json"

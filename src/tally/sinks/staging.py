@@ -16,6 +16,7 @@ When a finished job is opened again (``jobs retry``), a new claim notes which ge
 
 from __future__ import annotations
 
+import shutil
 import socket
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -171,6 +172,7 @@ class StagedSink(Sink):
                 "generation": generation,
                 "layout": 1,
                 **self._assembled(outputs, dead, earlier),
+                **self._with_log(),
                 "staged": [name for output in outputs for name in output.files],
             }
             layout.confirm()
@@ -182,6 +184,18 @@ class StagedSink(Sink):
         published = self.manifest()
         assert published is not None
         return published
+
+    def _with_log(self) -> dict[str, Any]:
+        """The log as one of the final files, and what the manifest says of it."""
+        if self.log is None:
+            return {}
+        with self.layout.create(self.layout.log) as path:
+            shutil.copyfile(self.log, path)
+        return {"log_file": {"path": self.layout.log}}
+
+    def read(self, name: str) -> bytes:
+        """See :meth:`Sink.read`."""
+        return self.layout.store.read(name)
 
     def _assembled(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
@@ -318,7 +332,7 @@ class StagedSink(Sink):
         """The files in the output, without Tally's own marks."""
         layout = self.layout
         if layout.merged:
-            return (name for name in (layout.merged, *self._dead_names()) if layout.store.exists(name))
+            return (name for name in (layout.merged, *self._dead_names(), layout.log) if layout.store.exists(name))
         own = {layout.manifest, layout.success}
         staging = layout.staging.rstrip("/")
         entries = layout.store.list(enter=lambda folder: folder.rstrip("/") != staging, sizes=False)
@@ -341,8 +355,8 @@ class StagedSink(Sink):
 
 
 def _files_of(manifest: dict[str, Any]) -> list[str]:
-    dead: File | None = manifest["dead_file"]
-    return [file["path"] for file in [*manifest["files"], *([dead] if dead else [])]]
+    beside: list[File | None] = [manifest["dead_file"], manifest.get("log_file")]
+    return [file["path"] for file in (*manifest["files"], *beside) if file]
 
 
 def _files(count: int) -> str:
