@@ -11,7 +11,15 @@ import pytest
 
 from tally.errors import StorageError
 from tally.jobs import plan
-from tally.jobs.plan import GROWTH, MAX_BYTES, OPEN_CHUNKS_PER_SLOT, ChunkSizer, Planner
+from tally.jobs.plan import (
+    FIRST_CHUNKS_PER_SLOT,
+    GROWTH,
+    MAX_BYTES,
+    OPEN_CHUNKS_PER_SLOT,
+    PATIENCE_SECONDS,
+    ChunkSizer,
+    Planner,
+)
 from tally.sources.base import Chunk, ChunkLimit, Source
 
 DEADLINE = 60.0
@@ -252,3 +260,16 @@ def test_it_can_be_stopped_while_it_waits_for_a_rate() -> None:
     planner.join(DEADLINE)
     assert not planner.is_alive()
     assert delivered.empty()
+
+
+def test_chunks_that_held_nothing_new_are_not_waited_for() -> None:
+    """A resumed queue delivers again what is done: nobody measures that, and each chunk waited for half a minute."""
+    sizer = ChunkSizer(8, 1)
+    asked: list[ChunkLimit] = []
+    for _ in range(FIRST_CHUNKS_PER_SLOT):
+        sizer()
+    thread = threading.Thread(target=lambda: asked.append(sizer()))
+    thread.start()
+    sizer.dropped(FIRST_CHUNKS_PER_SLOT)
+    thread.join(PATIENCE_SECONDS / 2)
+    assert [each.items for each in asked] == [8]

@@ -381,6 +381,7 @@ class Coordinator:
             self._items = planned[-1].first + planned[-1].count
         if turn.planned and self._planner is not None:
             self._planner.taken(len(turn.planned))
+            self._sizer.dropped(max(0, len(turn.planned) - len(planned)))
         if turn.complete:
             self._planned = True
             self._events(Planned(self._items))

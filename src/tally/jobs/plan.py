@@ -52,6 +52,12 @@ class ChunkSizer:
             self._total += seconds
             self._changed.notify_all()
 
+    def dropped(self, chunks: int) -> None:
+        """So many chunks held nothing new: no worker is going to measure them, and nobody is to wait for that."""
+        with self._changed:
+            self._asked -= chunks
+            self._changed.notify_all()
+
     def stop(self) -> None:
         """Let a waiting planner go."""
         with self._changed:
@@ -79,7 +85,7 @@ class ChunkSizer:
             return ChunkLimit(items, MAX_BYTES, self._seconds / self._items if self._items else math.inf)
 
     def _may_go_on(self) -> bool:
-        if self._stopped:
+        if self._stopped or self._asked <= FIRST_CHUNKS_PER_SLOT * self._slots:
             return True
         trusted = self._longest >= self._target / 2 or self._total >= 2 * self._target * self._slots
         return bool(self._observed) and (trusted or self._asked - self._observed <= OPEN_CHUNKS_PER_SLOT * self._slots)
