@@ -51,6 +51,38 @@ def test_empty_pages_say_what_to_do(page: Page, server: Server) -> None:
         check_accessibility(page)
 
 
+def test_a_model_and_a_picture_from_the_browser_give_results_without_any_folder(
+    page: Page, server: Server, tmp_path: Path
+) -> None:
+    """What a fresh server needs: nothing but a model and a file."""
+    (tmp_path / "dropped.py").write_text(lengths())
+    (tmp_path / "a.txt").write_text("12345")
+    log_in(page, server, path="/models")
+    check_accessibility(page)
+    page.get_by_label("Model").fill("dropped")
+    page.get_by_label("Its files").set_input_files([tmp_path / "a.txt"])
+    page.get_by_role("button", name="Add").click()
+    expect(page.get_by_role("alert")).to_contain_text("a.txt")
+    expect(page.get_by_label("Model")).to_have_value("dropped")
+    page.get_by_label("Its files").set_input_files([tmp_path / "dropped.py"])
+    page.get_by_label("Alias").fill("champion")
+    page.get_by_role("button", name="Add").click()
+    expect(page.get_by_role("heading", name="dropped")).to_be_visible()
+    expect(page.get_by_role("button", name="Roll back champion")).to_be_visible()
+
+    page.goto(f"{server.url}/jobs/new?model=models:/dropped@champion")
+    page.get_by_label("Or bring files along").set_input_files([tmp_path / "a.txt"])
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_text("1 of 1 items")).to_be_visible()
+    expect(page.get_by_role("cell", name="a.txt")).to_be_visible()
+    with server.client() as client:
+        made = client.post("/keys", json={"name": "looks", "role": "viewer"}).raise_for_status().json()["text"]
+    page.get_by_role("button", name="Log out").click()
+    log_in(page, server, made, path="/models")
+    expect(page.get_by_role("heading", name="Models")).to_be_visible()
+    expect(page.get_by_role("button", name="Add")).to_have_count(0)
+
+
 def test_a_model_is_rolled_back_and_a_job_started_with_it_and_an_upload(
     page: Page, server: Server, folder: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from datetime import date
 from datetime import time as dt_time
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -41,6 +41,7 @@ QUEUE_VALUES = ("prefetch",)
 """The options for queues whose values are not text: a number."""
 
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
+Task: TypeAlias = Literal["classify", "detect", "restyle", "embed", "segment", "values"]
 
 
 class JobSpec(BaseModel):
@@ -78,7 +79,7 @@ class JobSpec(BaseModel):
     source: tuple[Annotated[str, Field(min_length=1)], ...]
     model: str = Field(min_length=1)
     out: str = Field(min_length=1)
-    task: Literal["classify", "detect", "restyle", "embed", "segment", "values"] | None = None
+    task: Task | None = None
     labels: str | None = None
     artifacts: str | None = None
     settings: dict[str, Any] = {}
@@ -347,14 +348,14 @@ def make(**fields: Any) -> JobSpec:
     )
 
 
-def pushed_folder() -> Path:
-    """Where rows are kept, too, that go into a table."""
+def outputs_folder() -> Path:
+    """Where results are kept for which the user named no place: of jobs from a page, and what goes into a table."""
     return settings().home / "outputs"
 
 
 def is_in_home(out: str) -> bool:
-    """Whether this is where rows are kept, too, that go into a table; and no place that a user has named."""
-    return Path(out).parent == pushed_folder()
+    """Whether this is no place that a user has named."""
+    return Path(out).parent == outputs_folder()
 
 
 def _into_a_table(fields: dict[str, Any]) -> dict[str, Any]:
@@ -371,7 +372,7 @@ def _into_a_table(fields: dict[str, Any]) -> dict[str, Any]:
             hint="Give a bucket, and the table for push: --out s3://bucket/results --push " + out,
         )
     text = json.dumps([out, fields.get("source"), fields.get("model")], default=str)
-    place = pushed_folder() / hashlib.sha256(text.encode()).hexdigest()[:16]
+    place = outputs_folder() / hashlib.sha256(text.encode()).hexdigest()[:16]
     return {**fields, "out": str(place), "push": {"url": out}}
 
 

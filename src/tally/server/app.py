@@ -117,7 +117,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     # The last one added is the outermost.
     # Beside the files, an upload holds their names.
     app.add_middleware(
-        BodyLimit, limits=dict.fromkeys(("/api/v1/uploads", "/jobs/new"), settings.max_upload + MAX_BODY)
+        BodyLimit, limits=dict.fromkeys(("/api/v1/uploads", "/jobs/new", "/models"), settings.max_upload + MAX_BODY)
     )
     app.add_middleware(Audited, audit=audit)
     app.add_middleware(SecurityHeaders)

@@ -6,12 +6,13 @@ What is named here is looked up again when it is used, and checked again: see :m
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from tally.errors import SpecError
-from tally.jobs.spec import JobSpec, pushed_folder
+from tally.jobs.spec import JobSpec, outputs_folder
 from tally.network import is_allowed, refusal
 from tally.push.target import is_database
 from tally.server.uploads import uploads_folder
@@ -37,6 +38,11 @@ _OF_DATABASES = ("charset", "connect_timeout", "sslmode")
 """Options in URLs of databases: others name hosts, sockets and files of the server."""
 _UPLOADED = ("source", "labels", "upload")
 """What may be an upload: data. What runs may not, or whoever uploads could run code."""
+
+
+def new_output() -> str:
+    """A place of the server's own, for results that the request names none for."""
+    return f"{outputs_folder() / secrets.token_hex(8)}/"
 
 
 def check(spec: JobSpec, roots: Sequence[Path]) -> None:
@@ -96,7 +102,7 @@ def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
     uploads = uploads_folder().resolve()
     if name in _UPLOADED and resolved.is_relative_to(uploads) and resolved != uploads:
         return None
-    if name == "out" and resolved.parent == pushed_folder().resolve():  # kept beside rows that go into a table
+    if name == "out" and resolved.parent == outputs_folder().resolve():
         return None
     return f"{name}: {place!r} is not under a folder that requests may name"
 

@@ -22,6 +22,7 @@ from tally.server.errors import answers, answers_beside
 from tally.server.feed import Feed
 from tally.server.once import OnceRoute
 from tally.server.places import check as check_places
+from tally.server.places import new_output
 
 router = APIRouter(
     prefix="/jobs", tags=["jobs"], route_class=OnceRoute, responses=answers(400, 401, 403, 409, 413, 422, 429, 503)
@@ -82,8 +83,11 @@ def start_job(
     wanted: Annotated[dict[str, Any], Body(description="The fields of a job file.", examples=[_EXAMPLE])],
     overwrite: Annotated[bool, Query(description="Score again, over the results of the same job.")] = False,
 ) -> JobView:
-    """Have a new job started: it waits until the server has room for it. The fields are those of a job file."""
-    spec = make(**wanted)
+    """Have a new job started: it waits until the server has room for it. The fields are those of a job file.
+
+    Without ``out``, the results are kept by the server, and are fetched from it.
+    """
+    spec = make(**{"out": new_output(), **wanted})
     check_places(spec, request.app.state.settings.roots)
     record = jobs.enqueue(spec, who=who.name, overwrite=overwrite)
     request.app.state.supervisor.wake()

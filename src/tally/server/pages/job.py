@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.background import BackgroundTask
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 
 from tally.errors import JobNotFoundError, SpecError, TallyError
 from tally.jobs.facade import Jobs
@@ -34,13 +34,16 @@ from tally.server.middleware import POLICY_OF_FILES
 from tally.server.pages.labels import Labels
 from tally.server.pages.render import Changes, changed, chosen, page, price_of, render, stream
 from tally.server.places import check as check_places
-from tally.server.results import MOST_DOWNLOADED, Results
+from tally.server.places import new_output
+from tally.server.results import MOST_DOWNLOADED
 from tally.server.uploads import MAX_FILES
 
 router = APIRouter(include_in_schema=False)
 
 SHOWN_DEAD = 20
 SHOWN_ROWS, EXPLORED_ROWS = 50, 200
+USUAL = f"from results limit {SHOWN_ROWS}"
+"""What is asked of a job's results until somebody asks something else."""
 CELLS, STRETCHES = 240, 60
 """Of the map of chunks, and of the chart of the rate."""
 GLANCE_SECONDS = 2.0
@@ -66,13 +69,18 @@ def new_job(
 @router.post("/jobs/new", response_class=HTMLResponse)
 async def start_job(request: Request, who: Operator, jobs: AllJobs) -> Response:
     form = await request.form(max_files=MAX_FILES)
+    return await asyncio.to_thread(_start, request, who, jobs, *given(form))
+
+
+def given(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
+    """The fields of a form that were filled in, and the files."""
     files = [each for each in form.getlist("files") if isinstance(each, UploadFile) and each.filename]
     fields = {
         name: value.strip()
         for name, value in form.items()
         if name != "csrf" and isinstance(value, str) and value.strip()
     }
-    return await asyncio.to_thread(_start, request, who, jobs, fields, files)
+    return fields, files
 
 
 def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any], files: list[UploadFile]) -> Response:
@@ -82,7 +90,7 @@ def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any],
         if files:
             upload = keep(request.app.state.uploads, jobs, files, unpack=unpack)
             fields["source"].append(upload.place)  # it stays in the form where something else is wrong
-        spec = make(**fields)
+        spec = make(**{"out": new_output(), **fields})
         check_places(spec, request.app.state.settings.roots)
     except SpecError as error:
         return _form(request, jobs, fields, error)
@@ -116,7 +124,16 @@ def job_page(
     record = jobs.store.get(job)
     now = _job(jobs, record.id, _glance(jobs, record.id))
     detail = JobDetail.of(record, pushes=jobs.store.pushes(record.id))
-    return page(request, "job.html", detail=detail, now=now, price=price_of(request), number=number, label=label)
+    return page(
+        request, "job.html", detail=detail, now=now, price=price_of(request), number=number, label=label, usual=USUAL
+    )
+
+
+@router.get("/jobs/{job}/results", response_class=HTMLResponse)
+def job_results(who: Viewer, jobs: AllJobs, job: JobId) -> HTMLResponse:
+    record = jobs.store.get(job)
+    kind = "none" if record.state in ENDED else None  # a waiting job that was cancelled will write nothing
+    return HTMLResponse(render("_results.html", job=record.id, kind=record.output.get("kind", kind), usual=USUAL))
 
 
 @router.get("/jobs/{job}/live", response_class=EventSourceResponse)
@@ -170,14 +187,15 @@ def change_job(request: Request, who: Operator, jobs: AllJobs, job: JobId, actio
 
 
 @router.get("/jobs/{job}/rows", response_class=HTMLResponse)
-def job_rows(request: Request, who: Viewer, job: JobId, sql: Sql = "") -> Response:
-    results: Results = request.app.state.results
-    asked = sql.strip() or "from results"
+def job_rows(request: Request, who: Viewer, jobs: AllJobs, job: JobId, sql: Sql = "") -> Response:
+    record, results = jobs.store.get(job), request.app.state.results
+    asked = sql.strip() or USUAL
     try:
-        rows = results.query(job, asked, limit=SHOWN_ROWS)
+        rows = results.query(record.id, asked, limit=SHOWN_ROWS)
     except TallyError as error:
         return HTMLResponse(render("_message.html", text=str(error), problem=True))
-    return HTMLResponse(render("_rows.html", rows=rows))
+    again = record.id if asked == USUAL and not _settled(record) else None
+    return HTMLResponse(render("_rows.html", rows=rows, again=again))
 
 
 @router.get("/jobs/{job}/sql", response_class=HTMLResponse)

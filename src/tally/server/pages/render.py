@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from tally import version
 from tally.errors import RefusedError, TallyError
+from tally.jobs.spec import Task
 from tally.jobs.states import STATES
 from tally.server.auth.guard import COOKIE
 from tally.server.auth.keys import csrf_token
@@ -28,7 +29,7 @@ _templates = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_templates.globals |= {"version": version.shown(), "states": STATES, "roles": ROLES}
+_templates.globals |= {"version": version.shown(), "states": STATES, "roles": ROLES, "tasks": get_args(Task)}
 _templates.filters |= formats.FILTERS
 
 

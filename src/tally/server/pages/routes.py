@@ -6,9 +6,11 @@ session's CSRF token, and answers with a message for the page, or leads back to 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
 
@@ -17,24 +19,28 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from tally.errors import RefusedError, SpecError, TallyError
+from tally.jobs.facade import Jobs
 from tally.jobs.states import STATES, State
 from tally.server.api import models
 from tally.server.api.figures import running_job
 from tally.server.api.jobs import AllJobs, feed_of
 from tally.server.api.keys import Keys, audit_of
 from tally.server.api.models import all_models, open_registry
+from tally.server.api.uploads import keep
 from tally.server.api.views import JobView
 from tally.server.auth.audit import AuditLog
 from tally.server.auth.guard import COOKIE, Admin, Operator, Viewer, address_of
 from tally.server.auth.keys import SESSION_SECONDS
-from tally.server.auth.roles import Role
+from tally.server.auth.roles import Principal, Role
 from tally.server.feed import Feed, seldom
 from tally.server.machine import Machine
 from tally.server.pages import job, triggers
 from tally.server.pages.render import FOLDER, Changes, changed, chosen, page, price_of, stream
+from tally.server.uploads import MAX_FILES
 
 router = APIRouter(include_in_schema=False)
 
@@ -154,7 +160,39 @@ def _load(request: Request, jobs: AllJobs) -> dict[str, Any]:
 
 @router.get("/models", response_class=HTMLResponse)
 def models_page(request: Request, who: Viewer, jobs: AllJobs) -> HTMLResponse:
-    return page(request, "models.html", models=all_models(jobs))
+    return _models(request, jobs)
+
+
+@router.post("/models")
+async def add_model(request: Request, who: Operator, jobs: AllJobs) -> Response:
+    form = await request.form(max_files=MAX_FILES)
+    return await asyncio.to_thread(_add_model, request, who, jobs, *job.given(form))
+
+
+def _add_model(
+    request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any], files: list[UploadFile]
+) -> Response:
+    name, alias, task = fields.get("name", ""), fields.get("alias"), fields.get("task")
+    try:
+        if not files:
+            raise SpecError("no file was chosen", hint="Choose the model's file, or all files of its folder.")
+        upload = keep(request.app.state.uploads, jobs, files, unpack=False)
+        place = str(Path(upload.place, upload.files[0].name)) if len(upload.files) == 1 else upload.place
+        wanted = models.NewVersion(model=place, alias=alias, task=task, labels=None, artifacts=None)
+        added = models.add_version(request, who, open_registry(jobs), name, wanted)
+    except TallyError as error:
+        return _models(request, jobs, fields, error)
+    return RedirectResponse(f"/models/{added.name}", status_code=303)
+
+
+def _models(
+    request: Request, jobs: Jobs, given: dict[str, Any] | None = None, error: TallyError | None = None
+) -> HTMLResponse:
+    """All models, with the form for a new version: what was given, and what is wrong with that."""
+    return page(
+        request, "models.html", status=200 if error is None else 422, models=all_models(jobs), given=given or {},
+        problems=[] if error is None else [error.message], hint=None if error is None else error.hint,
+    )  # fmt: skip
 
 
 @router.get("/models/{name}", response_class=HTMLResponse)
