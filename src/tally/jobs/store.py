@@ -127,13 +127,13 @@ class JobStore:
 
     def get(self, job_id: str) -> JobRecord:
         """The job by its id, or by the unambiguous beginning of it. Raises JobNotFoundError."""
-        query = self._select().where(jobs.c.id.startswith(job_id, autoescape=True)).limit(3)
-        rows: Sequence[sa.RowMapping] = []
+        found: Sequence[sa.RowMapping] = []
         if job_id.isascii() and job_id.isprintable():  # a database may refuse to compare other characters
+            beginning = jobs.c.id.startswith(job_id, autoescape=True)
             with self._read() as connection:
-                rows = connection.execute(query).mappings().all()
-        exact = [row for row in rows if row["id"] == job_id]
-        found = exact or rows
+                for asked in (jobs.c.id == job_id, beginning):  # SQLite looks at every job for the second
+                    if found := connection.execute(self._select().where(asked).limit(3)).mappings().all():
+                        break
         if not job_id or not found:
             raise JobNotFoundError(f"no job {job_id!r}", hint="'tally jobs list' shows the jobs there are.")
         if len(found) > 1:
@@ -241,10 +241,12 @@ class JobStore:
         """How many jobs are in each state, as :class:`JobRecord` reports it."""
         with self._read() as connection:
             running = jobs.c.state == "running"
-            lost = sa.and_(running, leases.is_lost(connection, jobs, running))
-            state = sa.case((lost, "interrupted"), else_=jobs.c.state).label("state")
-            rows = connection.execute(sa.select(state, sa.func.count()).group_by(state)).all()
-        return dict.fromkeys(STATES, 0) | {str(row[0]): int(row[1]) for row in rows}
+            rows = connection.execute(sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)).all()
+            counts = dict.fromkeys(STATES, 0) | {str(row[0]): int(row[1]) for row in rows}
+            gone = sa.select(sa.func.count()).where(running, leases.is_lost(connection, jobs, running))
+            lost = connection.scalar(gone) or 0
+        counts["running"], counts["interrupted"] = counts["running"] - lost, counts["interrupted"] + lost
+        return counts
 
     def throughput(self, *, minutes: int = 60) -> list[int]:
         """Items of all jobs that were done in each of the last minutes, oldest first; the last one has just begun."""

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import tempfile
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from tally.server.api.jobs import AllJobs, JobId, feed_of
 from tally.server.api.models import all_models
 from tally.server.api.results import send_file
 from tally.server.api.uploads import keep
-from tally.server.api.views import DeadItem, JobDetail, JobView
+from tally.server.api.views import DeadItem, JobDetail, JobView, Rows
 from tally.server.auth.guard import COOKIE, Operator, Viewer
 from tally.server.auth.keys import csrf_token
 from tally.server.auth.roles import Principal
@@ -202,16 +203,22 @@ def job_rows(request: Request, who: Viewer, jobs: AllJobs, job: JobId, sql: Sql 
 def explorer(request: Request, who: Viewer, jobs: AllJobs, job: JobId, sql: Sql = "") -> HTMLResponse:
     record, results = jobs.store.get(job), request.app.state.results
     asked = sql.strip() or f"from results limit {EXPLORED_ROWS}"
-    views, rows, problem = {}, None, None
     try:
-        for view in ("results", "dead"):
-            views[view] = results.query(record.id, f"from {view} limit 0", limit=0).columns
-        rows = results.query(record.id, asked, limit=EXPLORED_ROWS)
+        views, rows, problem = results.run(record.id, partial(_explored, asked))
     except TallyError as error:
-        problem = str(error)
+        views, rows, problem = {}, None, str(error)
     return page(
         request, "sql.html", job=record.id, sql=asked, views=views, rows=rows, problem=problem, most=MOST_DOWNLOADED
     )
+
+
+def _explored(asked: str, ask: Ask) -> tuple[dict[str, dict[str, str]], Rows | None, str | None]:
+    """The columns of each view, the answer, and what is wrong with the question."""
+    views = {view: ask(f"from {view} limit 0", 0).columns for view in ("results", "dead")}
+    try:
+        return views, ask(asked, EXPLORED_ROWS), None
+    except TallyError as error:
+        return views, None, str(error)
 
 
 @router.get("/jobs/{job}/download")
