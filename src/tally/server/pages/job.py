@@ -36,7 +36,7 @@ from tally.server.pages.labels import Labels
 from tally.server.pages.render import Changes, changed, chosen, page, price_of, render, stream
 from tally.server.places import check as check_places
 from tally.server.places import new_output
-from tally.server.results import MOST_DOWNLOADED
+from tally.server.results import MOST_DOWNLOADED, Ask
 from tally.server.uploads import MAX_FILES
 
 router = APIRouter(include_in_schema=False)
