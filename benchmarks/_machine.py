@@ -33,6 +33,9 @@ DATA = Path(os.environ.get("TALLY_TEST_DATA", REPOSITORY.parent / "shared" / "da
 TALLY = [sys.executable, "-m", "tally"]
 """The command, run by the Python that runs the benchmark."""
 
+# Where it is set, each command compiles all of Tally first, which an installed one never does.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 _PACKAGES = ("numpy", "onnxruntime", "pillow", "av", "pyarrow", "sqlalchemy", "pebble", "ray", "celery", "redis")
 
 Runs = dict[str, list[float]]
