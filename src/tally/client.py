@@ -28,6 +28,7 @@ from tally.errors import (
     SpecError,
     TallyError,
 )
+from tally.jobs.printed import Printed
 from tally.jobs.states import ENDED, State
 from tally.models.registry import ModelVersion, RegisteredModel
 from tally.server.api.views import (
@@ -208,6 +209,10 @@ class Client:
             if page.next is None:
                 return
             offset = page.next
+
+    def printed(self, job: str, *, lines: int = 100) -> Printed:
+        """The last lines that the job's coordinator and its workers wrote on the server's machine."""
+        return self._get(Printed, f"jobs/{self._id(job)}/log", params={"lines": lines})
 
     def alerts(self, job: str, *, send: bool = False) -> Sequence[Alert]:
         """The rules of a job that has ended, and what was measured. send: send those that are not delivered."""

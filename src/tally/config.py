@@ -35,6 +35,10 @@ class Settings:
         make_private(folder)
         return folder / f"{job_id}.log"
 
+    def coordinator_log_of(self, job_id: str) -> Path:
+        """The file of what a coordinator that a server started prints."""
+        return self.home / "logs" / f"{job_id}.coordinator.log"
+
     def __repr__(self) -> str:
         return f"Settings(home={str(self.home)!r}, database={mask(self.database)!r}, registry={mask(self.registry)!r})"
 

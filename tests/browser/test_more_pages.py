@@ -75,6 +75,8 @@ def test_a_model_and_a_picture_from_the_browser_give_results_without_any_folder(
     page.get_by_role("button", name="Start").click()
     expect(page.get_by_text("1 of 1 items")).to_be_visible()
     expect(page.get_by_role("cell", name="a.txt")).to_be_visible()
+    expect(page.get_by_role("group", name="The coordinator")).to_contain_text("is finished")
+    check_accessibility(page)
     with server.client() as client:
         made = client.post("/keys", json={"name": "looks", "role": "viewer"}).raise_for_status().json()["text"]
     page.get_by_role("button", name="Log out").click()

@@ -290,6 +290,32 @@ def test_a_killed_job_is_not_shown_as_running(folder: Path, home: Path) -> None:
     assert (ended["done"], ended["rows"], ended["dead"]) == (30, 30, 0)
 
 
+def test_what_processes_write_is_read(server: Server, admin: httpx2.Client, folder: Path, home: Path) -> None:
+    (folder / "loud.py").write_text(
+        lengths().replace(
+            "def score(self, batch):", 'def score(self, batch):\n        print("took", len(batch), "\\x1b[2J")'
+        )
+    )
+    started = admin.post("/jobs", json=job(folder, "loud", scorer="loud", batch_size=10)).json()["id"]
+    until(admin, started, lambda view: view["state"] == "finished")
+    written = admin.get(f"/jobs/{started}/log").json()
+    assert written["workers"] == ["took 10 \\x1b[2J"] * 3
+    assert any(f"job {started} is finished" in line for line in written["coordinator"])
+    assert admin.get(f"/jobs/{started}/log", params={"lines": 1}).json()["workers"] == ["took 10 \\x1b[2J"]
+    assert admin.get("/jobs/nosuchjob/log").status_code == 404
+    # The same on this machine, of a job without a server.
+    command = ["score", str(folder / "in"), "--model", str(folder / "loud.py"), "--out", str(folder / "loud-too"), "-q"]
+    subprocess.run([sys.executable, "-m", "tally", *command], check=True)
+    told = subprocess.run(
+        [sys.executable, "-m", "tally", "jobs", "log", str(folder / "loud-too")],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "took" in told.stdout
+    assert "workers:" in told.stderr
+
+
 def test_a_cancelled_job_leaves_no_process(folder: Path, home: Path) -> None:
     """Not even where its scorer never returns."""
     (folder / "stuck.py").write_text(STUCK)

@@ -236,6 +236,21 @@ def dead(job: str, limit: int, as_json: bool) -> None:
             say(f"{visible(each.key)}\t{each.stage}\t{each.error.splitlines()[0] if each.error else ''}")
 
 
+@jobs.command(short_help="The last lines that a job's processes wrote.")
+@click.argument("job")
+@click.option("-n", "--lines", type=click.IntRange(1, 10_000), default=100, show_default=True, help="Of each, at most.")
+def log(job: str, lines: int) -> None:
+    """What the coordinator wrote, where a server started it, and what workers printed: here, or at the server."""
+    printed = installation.jobs().printed(job, lines=lines)
+    for who, written in (("coordinator", printed.coordinator), ("workers", printed.workers)):
+        if written:
+            say(f"{who}:", err=True)
+        for line in written:
+            say(line)
+    if not (printed.coordinator or printed.workers):
+        say(f"the processes of job {job} wrote nothing here", err=True)
+
+
 @jobs.command(short_help="The alerts of a job, and what became of them.")
 @click.argument("job")
 @click.option("--send", is_flag=True, help="Send undelivered alerts now, including those that were given up.")

@@ -16,6 +16,7 @@ from tally.jobs.events import Events
 from tally.jobs.facade import Jobs, may_be_place
 from tally.jobs.follow import Follower
 from tally.jobs.outbox import Pushes
+from tally.jobs.printed import Printed
 from tally.jobs.spec import JobSpec, absolute, is_in_home, settled
 from tally.jobs.states import State
 from tally.jobs.store import JobPage, JobRecord
@@ -167,6 +168,9 @@ class RemoteJobs(Jobs):
 
     def dead(self, job: str) -> Iterator[Any]:
         return self._client.dead(self.get(job).id)
+
+    def printed(self, job: str, *, lines: int = 100) -> Printed:
+        return self._client.printed(self.get(job).id, lines=lines)
 
     def results(self, job: str) -> Any:
         return self._client.results(self._look_up(job)[0])

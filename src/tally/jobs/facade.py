@@ -20,6 +20,7 @@ from tally.jobs.events import Assumed, Events, write_to_log
 from tally.jobs.follow import LOOK_SECONDS, Follower, is_driven
 from tally.jobs.lease_renewer import LEASE_SECONDS
 from tally.jobs.outbox import Pushes
+from tally.jobs.printed import Printed, printed_by
 from tally.jobs.run import drive
 from tally.jobs.spec import JobSpec, absolute, make
 from tally.jobs.starts import StartStore
@@ -354,6 +355,10 @@ class Jobs:
     def dead(self, job: str) -> Iterator[Dead]:
         """The job's dead items, in the source's order."""
         return self.store.dead(self.get(job).id)
+
+    def printed(self, job: str, *, lines: int = 100) -> Printed:
+        """The last lines that the job's processes wrote, on this machine."""
+        return printed_by(self.get(job).id, lines=lines)
 
     def outputs(self, job: str) -> Iterator[Output]:
         """What is committed, in the source's order."""

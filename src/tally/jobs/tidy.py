@@ -18,7 +18,8 @@ def discard(store: JobStore, record: JobRecord) -> None:
         raise JobStateError(f"job {record.id} is {record.state}", hint=f"Stop it first: tally jobs cancel {record.id}")
     release(store, record)
     store.delete(record.id)
-    for log in (settings().log_of(record.id), kept_log_of(record.id)):
+    places = settings()
+    for log in (places.log_of(record.id), places.coordinator_log_of(record.id), kept_log_of(record.id)):
         log.unlink(missing_ok=True)
 
 

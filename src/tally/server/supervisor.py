@@ -34,7 +34,7 @@ ATTEMPTS = 3
 
 def log_of(job_id: str) -> Path:
     """What the job's coordinator prints."""
-    return settings().home / "logs" / f"{job_id}.coordinator.log"
+    return settings().coordinator_log_of(job_id)
 
 
 class Supervisor:

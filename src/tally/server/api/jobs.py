@@ -13,6 +13,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from tally.alerts.alert import Alert
 from tally.errors import JobNotFoundError, SpecError
 from tally.jobs.facade import Jobs
+from tally.jobs.printed import Printed
 from tally.jobs.spec import make
 from tally.jobs.states import ENDED, State
 from tally.jobs.store import JobRecord
@@ -128,6 +129,12 @@ async def job_events(
 
     async for each in feed.stream(f"job:{job_id}", look, event, is_last=is_last):
         yield each
+
+
+@router.get("/{job}/log", responses=answers(404))
+def job_log(who: Viewer, jobs: AllJobs, job: JobId, lines: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Printed:
+    """The last lines that the job's coordinator and its workers wrote; none where another machine ran them."""
+    return jobs.printed(job, lines=lines)
 
 
 @router.get("/{job}/dead", responses=answers(404))

@@ -43,6 +43,7 @@ router = APIRouter(include_in_schema=False)
 
 SHOWN_DEAD = 20
 SHOWN_ROWS, EXPLORED_ROWS = 50, 200
+LOG_LINES = 100
 USUAL = f"from results limit {SHOWN_ROWS}"
 """What is asked of a job's results until somebody asks something else."""
 CELLS, STRETCHES = 240, 60
@@ -249,6 +250,13 @@ def job_labels(request: Request, who: Viewer, jobs: AllJobs, job: JobId) -> HTML
     return HTMLResponse(
         render("_labels.html", job=record.id, unit=record.unit, ended=_settled(record), found=found, problem=problem)
     )
+
+
+@router.get("/jobs/{job}/log", response_class=HTMLResponse)
+def job_log(who: Viewer, jobs: AllJobs, job: JobId) -> HTMLResponse:
+    record = jobs.store.get(job)
+    printed = jobs.printed(record.id, lines=LOG_LINES)
+    return HTMLResponse(render("_log.html", job=record.id, ended=_settled(record), printed=printed))
 
 
 # -- pictures and videos -----------------------------------------------------------------------------------------------
