@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +23,14 @@ Cli = Callable[..., Any]
 SCORERS = Path(__file__).with_name("scorers")
 SECONDS = 60.0
 MEMORY = 1 << 30
+MEASURED = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+open(sys.argv[1], "w").write(str(usage.ru_maxrss))
+os._exit(os.waitstatus_to_exitcode(status))
+"""
+"""In a small process: what a process held is never less than what the one held that started it."""
 
 NO_HEADER = "it cannot be opened as a video: Invalid data found when processing input (EBML header parsing failed)"
 UNREADABLE = "it cannot be opened as a video: Invalid data found when processing input (error reading header)"
@@ -125,16 +134,16 @@ def score(source: Path, out: Path, *more: object) -> tuple[int, str, int]:
     """Score in a process of its own: its exit code, what it said, and the most bytes that it or a worker held."""
     scorer = SCORERS / ("brightness.py" if out.suffix == ".parquet" else "identity.py")
     command = [sys.executable, "-m", "tally", "score", source, "--model", scorer, "--out", out, "--max-dead", "100%"]
-    log = out.with_name("log")
+    log, held = out.with_name("log"), out.with_name("held")
     with log.open("wb") as file:
-        process = subprocess.Popen([*map(str, [*command, *more])], stdout=file, stderr=subprocess.STDOUT)
-        timer = Timer(SECONDS, process.kill)
+        asked = [sys.executable, "-c", MEASURED, held, *command, *more]
+        process = subprocess.Popen([*map(str, asked)], stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        timer = Timer(SECONDS, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        process.wait()
         timer.cancel()
-    process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode >= 0, f"it took longer than {SECONDS:.0f} s: {log.read_text()}"
-    return process.returncode, log.read_text(), usage.ru_maxrss * 1024
+    return process.returncode, log.read_text(), int(held.read_text()) * 1024
 
 
 def dead_of(cli: Cli, out: Path) -> dict[str, str]:

@@ -248,6 +248,7 @@ def test_there_is_a_method_for_each_route(
         lambda: client.submit(), lambda: client.get("1"), lambda: client.list(), lambda: next(client.follow("1")),
         lambda: client.pause("1"), lambda: client.resume("1"), lambda: client.retry("1"), lambda: client.cancel("1"),
         lambda: client.delete("1"), lambda: next(client.dead("1")), lambda: client.alerts("1"),
+        lambda: client.printed("1"),
         lambda: client.alerts("1", send=True), lambda: client.query("1", ""), lambda: next(client.rows("1")),
         lambda: client.files("1"), lambda: client.download("1", "1", "/nowhere/1"), lambda: client.models(),
         lambda: client.model("1"), lambda: client.add_model("1", "s3://b/m"), lambda: client.set_alias("1", "1", 1),

@@ -936,4 +936,4 @@ def test_who_delivers_alerts_opens_no_model(
     assert json.loads(receiver.got[0][1])["data"]["value"] == 1
     assert "tally.sinks.rows" in modules  # the results were looked at
     scoring = ("tally.models.", "tally.jobs.run", "tally.jobs.assemble", "tally.scorers.")
-    assert [name for name in modules if name.startswith(scoring)] == ["tally.scorers.base"]
+    assert [name for name in modules if name.startswith(scoring)] == ["tally.models.reference", "tally.scorers.base"]

@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_of_a_checkout() -> None:
 
 def test_of_what_pip_took_from_a_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     origin = json.dumps({"url": "https://example.org/tally.git", "vcs_info": {"vcs": "git", "commit_id": "c0ffee" * 6}})
-    monkeypatch.setattr("importlib.metadata.PathDistribution.read_text", lambda self, name: origin)
+    monkeypatch.setattr(version, "distribution", lambda name: SimpleNamespace(read_text=lambda file: origin))
     assert version.commit() == "c0ffee" * 6
 
 

@@ -91,7 +91,7 @@ def list_(as_json: bool) -> None:
     table(("NAME", "PLACE", "PATTERN", "OBJECTS", "STATE"), rows)
 
 
-@watch.command()
+@watch.command(short_help="What a watch does, and its newest objects.")
 @click.argument("name")
 @click.option(
     "-n", "--limit", type=click.IntRange(1, 1_000_000_000), default=10, show_default=True, help="How many objects."

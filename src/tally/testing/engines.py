@@ -832,7 +832,8 @@ class EngineContract:
         run = subprocess.run(
             [sys.executable, str(script)], capture_output=True, text=True, timeout=DEADLINE, check=False
         )
-        assert (run.stdout, run.stderr) == ("once\n[0, 1, 2]\nend\n", "")
+        assert run.stdout == "once\n[0, 1, 2]\nend\n", run.stderr
+        assert "Traceback" not in run.stderr, run.stderr  # what an engine is made of may have warnings of its own
         assert run.returncode == 0
 
     @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
