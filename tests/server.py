@@ -29,14 +29,17 @@ class Lengths(tally.Scorer):
     def score(self, batch):
         time.sleep(PAUSE)
         if b"bad" in batch:
-            raise ValueError("a bad item")
+            raise ValueError(ERROR)
         return [{"length": len(content)} for content in batch]
 """
 
 
-def lengths(*, pause: float = 0) -> str:
-    """A scorer's code: how long items are; one whose content is ``bad`` is dead. pause: seconds for each batch."""
-    return _LENGTHS.replace("PAUSE", str(pause))
+def lengths(*, pause: float = 0, error: str = "a bad item") -> str:
+    """A scorer's code: how long items are; one whose content is ``bad`` is dead, with this error.
+
+    pause: seconds for each batch.
+    """
+    return _LENGTHS.replace("PAUSE", str(pause)).replace("ERROR", repr(error))
 
 
 def job(folder: Path, out: str, *, scorer: str = "quick", **fields: Any) -> dict[str, Any]:

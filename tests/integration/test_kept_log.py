@@ -12,32 +12,20 @@ from typing import Any
 
 import pytest
 from tests.objectstores import moto_s3
+from tests.server import lengths
 from tests.waiting import wait_for
 
 from tally.jobs.facade import Jobs
 from tally.jobs.kept_log import merged
 from tally.storage import open_store
 
-SCORER = """
-import time
-import tally
-
-class Lengths(tally.Scorer):
-    input = "bytes"
-    columns = {"length": "int64"}
-
-    def score(self, batch):
-        time.sleep(PAUSE)
-        if b"bad" in batch:
-            raise ValueError("cannot reach https://ana:hunter2@example.org/x?token=hunter2")
-        return [{"length": len(content)} for content in batch]
-"""
+ERROR = "cannot reach https://ana:hunter2@example.org/x?token=hunter2"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, home: Path) -> Path:
-    (tmp_path / "quick.py").write_text(SCORER.replace("PAUSE", "0"))
-    (tmp_path / "slow.py").write_text(SCORER.replace("PAUSE", "0.3"))
+    (tmp_path / "quick.py").write_text(lengths(error=ERROR))
+    (tmp_path / "slow.py").write_text(lengths(pause=0.3, error=ERROR))
     (tmp_path / "in").mkdir()
     for number in range(12):
         (tmp_path / "in" / f"{number:02}.txt").write_text("x" * number)

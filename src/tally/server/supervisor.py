@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from pathlib import Path
 
 from tally.config import settings
 from tally.database.lease import host
@@ -30,11 +29,6 @@ ORPHAN_SECONDS = 5.0
 """Seconds between two looks for jobs that have lost their coordinator."""
 ATTEMPTS = 3
 """How often a coordinator may die before it has its job."""
-
-
-def log_of(job_id: str) -> Path:
-    """What the job's coordinator prints."""
-    return settings().coordinator_log_of(job_id)
 
 
 class Supervisor:
@@ -100,8 +94,9 @@ class Supervisor:
 
     def _begin(self, start: Start) -> None:
         assert start.token is not None
+        log_file = settings().coordinator_log_of(start.job_id)
         try:
-            self._children.start(start, "tally.server.drive", start.job_id, start.token, log=log_of(start.job_id))
+            self._children.start(start, "tally.server.drive", start.job_id, start.token, log=log_file)
         except OSError:
             self._jobs.starts.put_back(start.job_id, start.token)
             raise
@@ -112,7 +107,8 @@ class Supervisor:
         for start in self._children.ended():
             unsettled = self._jobs.starts.put_back(start.job_id, start.token or "")
             if unsettled is not None and unsettled.attempts >= ATTEMPTS:
-                how = f"its process died {ATTEMPTS} times before it could begin; its log: {log_of(start.job_id)}"
+                log_file = settings().coordinator_log_of(start.job_id)
+                how = f"its process died {ATTEMPTS} times before it could begin; its log: {log_file}"
                 log.error("job %s is not started: %s", start.job_id, how, extra={"job": start.job_id})
                 self._jobs.store.give_up(start.job_id, "failed", error=how)
                 self._jobs.starts.forget(start.job_id)

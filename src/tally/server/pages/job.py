@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.background import BackgroundTask
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 
 from tally.errors import JobNotFoundError, SpecError, TallyError
 from tally.jobs.facade import Jobs
@@ -33,7 +33,17 @@ from tally.server.feed import Feed, seldom
 from tally.server.gallery import Gallery, rows_from
 from tally.server.middleware import POLICY_OF_FILES
 from tally.server.pages.labels import Labels
-from tally.server.pages.render import Changes, changed, chosen, page, price_of, render, stream
+from tally.server.pages.render import (
+    Changes,
+    changed,
+    chosen,
+    filled_in,
+    form_page,
+    page,
+    price_of,
+    render,
+    stream,
+)
 from tally.server.places import check as check_places
 from tally.server.places import new_output
 from tally.server.results import MOST_DOWNLOADED, Ask
@@ -71,18 +81,7 @@ def new_job(
 @router.post("/jobs/new", response_class=HTMLResponse)
 async def start_job(request: Request, who: Operator, jobs: AllJobs) -> Response:
     form = await request.form(max_files=MAX_FILES)
-    return await asyncio.to_thread(_start, request, who, jobs, *given(form))
-
-
-def given(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
-    """The fields of a form that were filled in, and the files."""
-    files = [each for each in form.getlist("files") if isinstance(each, UploadFile) and each.filename]
-    fields = {
-        name: value.strip()
-        for name, value in form.items()
-        if name != "csrf" and isinstance(value, str) and value.strip()
-    }
-    return fields, files
+    return await asyncio.to_thread(_start, request, who, jobs, *filled_in(form))
 
 
 def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any], files: list[UploadFile]) -> Response:
@@ -103,7 +102,6 @@ def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any],
 
 def _form(request: Request, jobs: Jobs, spec: dict[str, Any], error: SpecError | None = None) -> HTMLResponse:
     """The form of a new job, with what was given, and what is wrong with that."""
-    settings = request.app.state.settings
     models = [
         name
         for model in all_models(jobs)
@@ -112,11 +110,7 @@ def _form(request: Request, jobs: Jobs, spec: dict[str, Any], error: SpecError |
             *(f"models:/{model.name}@{alias}" for version in model.versions for alias in version.aliases),
         )
     ]
-    return page(
-        request, "new.html", status=200 if error is None else 422, spec=spec, models=models, roots=settings.roots,
-        most=settings.max_upload, problems=[] if error is None else error.problems,
-        hint=None if error is None else error.hint,
-    )  # fmt: skip
+    return form_page(request, "new.html", spec, error, models=models, most=request.app.state.settings.max_upload)
 
 
 @router.get("/jobs/{job}", response_class=HTMLResponse)

@@ -10,9 +10,10 @@ from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.sse import ServerSentEvent
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from starlette.datastructures import FormData, UploadFile
 
 from tally import version
-from tally.errors import RefusedError, TallyError
+from tally.errors import RefusedError, SpecError, TallyError
 from tally.jobs.spec import Task
 from tally.jobs.states import STATES
 from tally.server.auth.guard import COOKIE
@@ -44,6 +45,28 @@ def page(request: Request, name: str, *, status: int = 200, **values: Any) -> HT
     who: Principal | None = getattr(request.state, "principal", None)
     text = render(name, who=who, csrf=csrf_token(cookie), path=request.url.path, **values)
     return HTMLResponse(text, status_code=status)
+
+
+def form_page(
+    request: Request, template: str, given: Any, error: TallyError | None = None, **values: Any
+) -> HTMLResponse:
+    """A page with a form: what was given, and what is wrong with that."""
+    problems = [] if error is None else error.problems if isinstance(error, SpecError) else [error.message]
+    return page(
+        request, template, status=200 if error is None else 422, given=given, problems=problems,
+        hint=None if error is None else error.hint, roots=request.app.state.settings.roots, **values,
+    )  # fmt: skip
+
+
+def filled_in(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
+    """The fields of a form that were filled in, and its files."""
+    files = [each for each in form.getlist("files") if isinstance(each, UploadFile) and each.filename]
+    fields = {
+        name: value.strip()
+        for name, value in form.items()
+        if name != "csrf" and isinstance(value, str) and value.strip()
+    }
+    return fields, files
 
 
 def said(request: Request, text: str, *, back: str, problem: bool = False, status: int = 200) -> Response:

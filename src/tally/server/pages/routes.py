@@ -39,7 +39,17 @@ from tally.server.auth.roles import Principal, Role
 from tally.server.feed import Feed, seldom
 from tally.server.machine import Machine
 from tally.server.pages import job, triggers
-from tally.server.pages.render import FOLDER, Changes, changed, chosen, page, price_of, stream
+from tally.server.pages.render import (
+    FOLDER,
+    Changes,
+    changed,
+    chosen,
+    filled_in,
+    form_page,
+    page,
+    price_of,
+    stream,
+)
 from tally.server.uploads import MAX_FILES
 
 router = APIRouter(include_in_schema=False)
@@ -166,7 +176,7 @@ def models_page(request: Request, who: Viewer, jobs: AllJobs) -> HTMLResponse:
 @router.post("/models")
 async def add_model(request: Request, who: Operator, jobs: AllJobs) -> Response:
     form = await request.form(max_files=MAX_FILES)
-    return await asyncio.to_thread(_add_model, request, who, jobs, *job.given(form))
+    return await asyncio.to_thread(_add_model, request, who, jobs, *filled_in(form))
 
 
 def _add_model(
@@ -189,10 +199,7 @@ def _models(
     request: Request, jobs: Jobs, given: dict[str, Any] | None = None, error: TallyError | None = None
 ) -> HTMLResponse:
     """All models, with the form for a new version: what was given, and what is wrong with that."""
-    return page(
-        request, "models.html", status=200 if error is None else 422, models=all_models(jobs), given=given or {},
-        problems=[] if error is None else [error.message], hint=None if error is None else error.hint,
-    )  # fmt: skip
+    return form_page(request, "models.html", given or {}, error, models=all_models(jobs))
 
 
 @router.get("/models/{name}", response_class=HTMLResponse)

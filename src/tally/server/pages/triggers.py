@@ -21,7 +21,7 @@ from tally.server.api import queues, schedules, watches
 from tally.server.api.jobs import AllJobs, given_fields
 from tally.server.api.views import MessageView
 from tally.server.auth.guard import Admin, Operator, Viewer
-from tally.server.pages.render import Changes, changed, chosen, page, render
+from tally.server.pages.render import Changes, changed, chosen, form_page, page, render
 from tally.sources.queues.base import REASON
 from tally.sources.queues.factory import is_queue
 from tally.text import visible
@@ -108,20 +108,9 @@ def add_schedule(
 
 
 def _schedule_form(request: Request, given: dict[str, Any], error: SpecError | None = None) -> HTMLResponse:
-    return _form(
+    return form_page(
         request, "new_schedule.html", given, error, overlaps=get_args(Overlap), catch_ups=get_args(CatchUp),
         zones=sorted(available_timezones()),
-    )  # fmt: skip
-
-
-def _form(
-    request: Request, template: str, given: dict[str, Any], error: TallyError | None, **values: Any
-) -> HTMLResponse:
-    """A form with what was given, and what is wrong with that."""
-    problems = [] if error is None else error.problems if isinstance(error, SpecError) else [error.message]
-    return page(
-        request, template, status=200 if error is None else 422, given=given, problems=problems,
-        hint=None if error is None else error.hint, roots=request.app.state.settings.roots, **values,
     )  # fmt: skip
 
 
@@ -151,7 +140,7 @@ def change_watch(request: Request, who: Operator, jobs: AllJobs, name: watches.N
 
 @router.get("/new/watch", response_class=HTMLResponse)
 def new_watch(request: Request, who: Operator) -> HTMLResponse:
-    return _form(request, "new_watch.html", {}, None)
+    return form_page(request, "new_watch.html", {}, None)
 
 
 @router.post("/new/watch", response_class=HTMLResponse)
@@ -178,7 +167,7 @@ def add_watch(
             raise SpecError([f"{each['loc'][0]}: {each['msg']}" for each in error.errors()]) from None
         watches.add_watch(request, who, WatchStore(jobs.store.engine), wanted)
     except TallyError as error:
-        return _form(request, "new_watch.html", {**given, "job": job}, error)
+        return form_page(request, "new_watch.html", {**given, "job": job}, error)
     return RedirectResponse("/watches", status_code=303)
 
 
