@@ -20,6 +20,7 @@ COMMANDS = {
     "inject": ("tally.cli.queue:inject", "List a bucket or a folder into a queue."),
     "up": ("tally.cli.up:up", "Start the server: API and pages."),
     "keys": ("tally.cli.up:keys", "Say who may use the server."),
+    "serve": ("tally.cli.serve:serve", "Serve models online: HTTP and gRPC."),
     "query": ("tally.cli.query:query", "Ask a job's results with SQL."),
     "models": ("tally.cli.models:models", "Keep models under names, versions and aliases."),
     "new": ("tally.cli.new:new", "Start a scorer or a model package from a template."),

@@ -120,6 +120,9 @@ class Scorer:
     window: tables only, how readings are aggregated first, unless the job says otherwise.
     assumed: one plain sentence for each thing that was taken for granted and came out only when the model was loaded or
         scored. The user is warned, and the job keeps it.
+    classes: names of all classes in the model's order, known once it is loaded, where it tells classes apart.
+    all_classes: set by an endpoint whose client wants the scores of all ``classes``: results are then
+        ``{"scores": [...]}``, in their order.
 
     The table handed to :meth:`score` has the columns ``by``, then the features in order, and no others.
     """
@@ -133,6 +136,8 @@ class Scorer:
     by: Sequence[str] = ()
     window: Window | None = None
     assumed: Sequence[str] = ()
+    classes: Sequence[str] | None = None
+    all_classes: bool = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Remembers the SHA-256 of the file that defines it: a file that changes later is not this class any more."""

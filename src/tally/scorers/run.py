@@ -87,7 +87,7 @@ def run(scorer: Scorer, items: Sequence[Any] | pa.Table) -> list[Result]:
     size = scorer.batch_size
     results: list[Result] = []
     if scorer.input == "table":
-        table = _columns(scorer, items)
+        table = columns(scorer, items)
         for start in range(0, table.num_rows, size):
             batch = table.slice(start, size)
             results += _results(scorer, copied(batch, 0, batch.num_rows), batch.num_rows, copies_of(batch))
@@ -101,18 +101,26 @@ def run(scorer: Scorer, items: Sequence[Any] | pa.Table) -> list[Result]:
 def _run(scorer: Scorer, items: Sequence[Item]) -> list[Result]:
     """The results of one batch."""
     with _prepared(scorer, items) as prepared:
-        good = [at for at, value in enumerate(prepared) if not isinstance(value, ItemError)]
+        return finish(scorer, items, prepared)
 
-        @contextmanager
-        def anew(start: int, stop: int) -> Iterator[list[Any]]:
-            with _prepared(scorer, [items[at] for at in good[start:stop]]) as values:
-                for value in values:
-                    if isinstance(value, ItemError):
-                        raise value
-                yield values
 
-        scored = iter(_results(scorer, [prepared[at] for at in good], len(good), anew) if good else [])
-        return [value if isinstance(value, ItemError) else next(scored) for value in prepared]
+def finish(scorer: Scorer, items: Sequence[Item], prepared: Sequence[Any]) -> list[Result]:
+    """The results of one batch: one for each item; the ItemError of each that failed.
+
+    prepared: what :func:`prepare` made of each item. Items are prepared again where scoring raised.
+    """
+    good = [at for at, value in enumerate(prepared) if not isinstance(value, ItemError)]
+
+    @contextmanager
+    def anew(start: int, stop: int) -> Iterator[list[Any]]:
+        with _prepared(scorer, [items[at] for at in good[start:stop]]) as values:
+            for value in values:
+                if isinstance(value, ItemError):
+                    raise value
+            yield values
+
+    scored = iter(_results(scorer, [prepared[at] for at in good], len(good), anew) if good else [])
+    return [value if isinstance(value, ItemError) else next(scored) for value in prepared]
 
 
 @contextmanager
@@ -301,7 +309,7 @@ def _fitting(scorer: Scorer, item: Item) -> Item:
     return item
 
 
-def _columns(scorer: Scorer, table: Any) -> pa.Table:
+def columns(scorer: Scorer, table: Any) -> pa.Table:
     """The columns that the scorer takes: those of its key, then the features."""
     if not hasattr(table, "column_names"):
         raise SpecError(f"{type(scorer).__name__} takes a pyarrow.Table, not {type(table).__name__}")

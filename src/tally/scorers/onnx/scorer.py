@@ -22,7 +22,14 @@ from tally.scorers.onnx.options import OnnxOptions, inspect
 from tally.scorers.onnx.session import choose_providers, external_names, open_session, plain_reason
 from tally.scorers.vision.detection import DECODERS, detect_rows, outside
 from tally.scorers.vision.heads import Facts, Task, evident, fit_of, objection
-from tally.scorers.vision.outputs import classify_rows, label_map, restore_image, restore_map, segment_rows
+from tally.scorers.vision.outputs import (
+    classify_rows,
+    label_map,
+    probabilities,
+    restore_image,
+    restore_map,
+    segment_rows,
+)
 from tally.scorers.vision.preprocess import Array, Prepared, Preprocessor, made_up_pictures
 
 __all__ = ["OnnxOptions", "OnnxVisionScorer", "inspect"]
@@ -184,6 +191,8 @@ class OnnxVisionScorer(Scorer):
         self._names = read_labels(artifacts / labels) if isinstance(labels, str) else list(labels or ())
         if decoder and decoder.background and len(self._names) == (self.options.classes or 0) + 1:
             del self._names[0]
+        if self.task == "classify" and self.options.classes is not None:
+            self.classes = [self._name(index) for index in range(max(self.options.classes, 2))]
         if self.task == "classify" and self.options.softmax == "auto":
             self._settle_softmax()
             self._taken_as_they_are = not self._softmax
@@ -313,6 +322,8 @@ class OnnxVisionScorer(Scorer):
         options, first, shape = self.options, outputs[0], prepared.tensor.shape
         height, width = shape[1:] if self.preprocessor.nchw else shape[:2]
         size = (width, height)
+        if self.all_classes and self.classes is not None:
+            return {"scores": probabilities(first, softmax=self._softmax).tolist()}
         if self.task == "classify":
             return classify_rows(first, self._name, top=options.top, softmax=self._softmax)
         if self.task == "values":

@@ -51,7 +51,7 @@ def value_of(request: Request, form: str, features: Sequence[str] | None, files:
     if form == "dataframe":
         from tally.scorers.tabular import tables
 
-        return tables.frame(_table(request, features))
+        return tables.frame(table_of(request, features))
     if form == "mini_batch":
         from tally.storage import temporary
 
@@ -150,7 +150,7 @@ def _content_type(request: Request) -> str:
     return kind.partition(";")[0].strip().lower()
 
 
-def _table(request: Request, features: Sequence[str] | None) -> pa.Table:
+def table_of(request: Request, features: Sequence[str] | None) -> pa.Table:
     """The rows in a body of CSV or JSON, with the script's columns alone if it names them."""
     import pyarrow as pa
 

@@ -1,0 +1,168 @@
+"""``tally serve``: models online."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tally.cli import values
+from tally.cli.console import pairs, say
+
+KEYS = "TALLY_ENDPOINT_KEY"
+"""The environment variable with the keys that clients may use, separated by commas."""
+_NEEDS = "Serving needs more than scoring does: pip install 'tally-scoring[server]'"
+
+
+def _replicas(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
+    """``2``, or ``0..4``."""
+    least, dots, most = value.partition("..")
+    try:
+        return int(least), int(most if dots else least)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor a range such as 0..4", ctx, parameter) from None
+
+
+def _delay(ctx: click.Context, parameter: click.Parameter, value: str) -> float:
+    """Seconds, from ``5ms`` or what other durations are written like; 0 for none."""
+    from tally.text import seconds
+
+    try:
+        return seconds(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a duration such as 5ms or 0.5s", ctx, parameter) from None
+
+
+@click.command(short_help="Serve models online: HTTP and gRPC.")
+@click.argument("models", nargs=-1, required=True, metavar="[NAME=]MODEL...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--port", type=int, default=8080, show_default=True, help="Port to listen on; 0 for any that is free.")
+@click.option(
+    "-r",
+    "--replicas",
+    default="1",
+    show_default=True,
+    callback=_replicas,
+    help="Processes for each model; 0..4: as needed.",
+)
+@click.option("--max-batch", type=int, help="Items scored together.  [default: as the model says]")
+@click.option(
+    "--max-delay", default="5ms", show_default=True, callback=_delay, help="How long a batch may wait for more items."
+)
+@click.option("--max-queue", type=int, default=1024, show_default=True, help="Requests that may wait for a replica.")
+@click.option("--max-body", type=int, default=64, show_default=True, help="MiB that a request may have.")
+@click.option(
+    "--timeout", default="60s", show_default=True, callback=values.duration, help="From a request to its answer."
+)
+@click.option(
+    "--idle", default="5m", show_default=True, callback=values.duration, help="After this, surplus replicas end."
+)
+@click.option(
+    "--drain", default="30s", show_default=True, callback=values.duration, help="For what is in work at the end."
+)
+@click.option("--threads", type=int, default=1, show_default=True, help="Threads of numeric libraries in a replica.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda[:N] or tensorrt[:N].")
+@click.option("-t", "--task", help="As with 'tally score'.")
+@click.option("--labels", help="As with 'tally score'.")
+@click.option("--artifacts", help="As with 'tally score'.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="An option of the model, e.g. top=5.")
+@click.option("--trust", is_flag=True, help="Open models whose opening runs code that they carry.")
+@click.option(
+    "--keys", "key_file", type=click.Path(path_type=Path), help=f"A file with a key a line; or put one into {KEYS}."
+)
+@click.option("--certificate", type=click.Path(path_type=Path), help="PEM file of the certificate, for TLS.")
+@click.option("--private-key", type=click.Path(path_type=Path), help="PEM file of its private key.")
+def serve(
+    models: tuple[str, ...],
+    host: str,
+    port: int,
+    replicas: tuple[int, int],
+    max_batch: int | None,
+    max_delay: float,
+    max_queue: int,
+    max_body: int,
+    timeout: float,
+    idle: float,
+    drain: float,
+    threads: int,
+    device: str,
+    task: str | None,
+    labels: str | None,
+    artifacts: str | None,
+    assignments: tuple[str, ...],
+    trust: bool,
+    key_file: Path | None,
+    certificate: Path | None,
+    private_key: Path | None,
+) -> None:
+    """Serve MODELs online, until a signal ends it.
+
+    \b
+    A MODEL is what 'tally score --model' takes; NAME=MODEL says what clients call it.
+    POST /score takes a picture, rows, or what a script's run() takes. /v2 is the Open Inference
+    Protocol, /v1/models TensorFlow Serving's. /ui shows what can be asked, /metrics how it goes.
+    With SIGHUP it looks up its models again, and serves what they are now.
+    """
+    from tally import logs
+    from tally.errors import SpecError
+    from tally.serving.settings import Limits, ModelSettings, ServeSettings
+
+    try:
+        from tally.serving.server import serve as run
+    except ModuleNotFoundError as error:
+        raise SpecError(f"nothing can be served: {error}", hint=_NEEDS) from None
+    options: dict[str, Any] = {"task": task, "labels": labels, "artifacts": artifacts, "trust": trust}
+    options["settings"] = pairs("--set", assignments)
+    limits = Limits(
+        replicas=replicas,
+        max_batch=max_batch,
+        max_delay=max_delay,
+        max_queue=max_queue,
+        timeout=timeout,
+        idle=idle,
+        threads=threads,
+        device=device,
+    )
+    settings = ServeSettings(
+        tuple(
+            ModelSettings(name or _known_as(model, options), model, options, limits)
+            for name, model in map(_parts, models)
+        ),
+        host=host,
+        port=port,
+        keys=_keys(key_file),
+        max_body=max_body << 20,
+        certificate=certificate,
+        private_key=private_key,
+        drain=drain,
+    )
+    logs.log_to_stderr()
+    run(settings, say=say)
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """The name and the model of ``NAME=MODEL``; no name of a MODEL alone."""
+    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*)=(.+)", text)
+    return (found[1], found[2]) if found else ("", text)
+
+
+def _known_as(model: str, options: dict[str, Any]) -> str:
+    """What the model itself is called, as a name for clients."""
+    from tally.models.resolve import resolve
+
+    return re.sub(r"[^\w.-]+", "-", resolve(model, **options).name).strip("-.") or "model"
+
+
+def _keys(file: Path | None) -> tuple[str, ...]:
+    from tally.errors import SpecError
+
+    texts = os.environ.get(KEYS, "").split(",")
+    if file is not None:
+        try:
+            texts += file.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"--keys: {file} cannot be read: {error}") from None
+    return tuple(key for text in texts if (key := text.strip()))

@@ -1,0 +1,311 @@
+"""HTTP/1.1 for the server of endpoints, on httptools: as little as possible between a socket and a replica.
+
+One event loop serves all connections, and does nothing that takes long: bodies are passed on as they are, and
+replicas read them. A request whose client has gone is abandoned. What comes too slowly, or is too large, is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any, cast
+from urllib.parse import unquote_to_bytes
+
+import httptools
+
+HEADERS_BYTES = 64 << 10
+"""Bytes that the path and headers of one request may have."""
+STALLED_SECONDS = 30.0
+"""A request that has begun, and of which nothing more comes for so long, is refused."""
+REQUEST_SECONDS = 600.0
+"""How long a request may take to come in, and its answer to be taken."""
+IDLE_SECONDS = 120.0
+"""A connection without requests is closed after so long."""
+SWEEP_SECONDS = 2.0
+LINGER_SECONDS = 1.0
+"""How long what a refused client still sends is read, and forgotten."""
+PIPELINED = 32
+"""Requests of one connection that may wait behind each other, before nothing more of it is read."""
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus} | {499: "Client Closed Request"}
+_LINES = {status: f"HTTP/1.1 {status} {phrase}\r\n".encode() for status, phrase in _REASONS.items()}
+_BREAKS = str.maketrans({"\r": " ", "\n": " ", "\0": " "})
+
+
+class Exchange:
+    """One request, and the way back for its answer.
+
+    path: decoded, without the query. headers: names in lower case. on_gone: called if the client goes before the answer.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_keep_alive",
+        "answered",
+        "arrived",
+        "body",
+        "headers",
+        "method",
+        "on_gone",
+        "path",
+        "query",
+    )
+
+    def __init__(self, connection: Connection, method: str, target: bytes, headers: dict[bytes, bytes]) -> None:
+        path, _, query = target.partition(b"?")
+        self._connection = connection
+        self._keep_alive = True
+        self.method = method
+        self.path = (unquote_to_bytes(path) if b"%" in path else path).decode("utf-8", "replace")
+        self.query = query.decode("latin-1")
+        self.headers = headers
+        self.body = b""
+        self.answered = False
+        self.arrived = time.monotonic()
+        self.on_gone: Callable[[], None] | None = None
+
+    def header(self, name: bytes) -> str | None:
+        """A header's value; its name in lower case."""
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    def answer(self, status: int, body: bytes, headers: Sequence[tuple[str, str]] = ()) -> None:
+        """Send the answer; once."""
+        if not self.answered:
+            self.answered = True
+            self._connection.answer(self, status, body, headers)
+
+
+class Server:
+    """What connections have in common.
+
+    handle: takes each request. max_body: bytes. draining: connections end with their next answer.
+    """
+
+    def __init__(self, handle: Callable[[Exchange], None], max_body: int) -> None:
+        self.handle, self.max_body = handle, max_body
+        self.connections: set[Connection] = set()
+        self.draining = False
+        self.accepted = time.monotonic()
+        self._date = b""
+        self._date_at = 0
+
+    def date(self) -> bytes:
+        """The Date header."""
+        now = int(time.time())
+        if now != self._date_at:
+            self._date_at = now
+            self._date = f"Date: {formatdate(now, usegmt=True)}\r\n".encode()
+        return self._date
+
+    async def sweep(self) -> None:
+        """Close connections that keep us waiting, for ever."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            now = time.monotonic()
+            for each in list(self.connections):
+                each.look(now)
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection. Requests are answered one after the other, in order."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._parser: Any = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._current: Exchange | None = None
+        self._backlog: deque[Exchange] = deque()
+        self._closing = False
+        self._paused = False
+        self._heard = self._begun_at = time.monotonic()
+        self._reading = False
+        self._target = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._header_bytes = 0
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+        self._refused: tuple[int, str] | None = None
+        self._written_at: float | None = None
+        self._ended = False
+
+    # -- what asyncio calls -----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._server.connections.add(self)
+        self._server.accepted = time.monotonic()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._server.connections.discard(self)
+        self._closing = True
+        for exchange in (self._current, *self._backlog):
+            if exchange is not None and not exchange.answered:
+                exchange.answered = True
+                if exchange.on_gone is not None:
+                    exchange.on_gone()
+        self._current = None
+        self._backlog.clear()
+        self._body.clear()
+        self._parser = None
+
+    def eof_received(self) -> bool:
+        # A client that sends no more may still wait for its answers.
+        self._ended = True
+        return self._current is not None and not self._reading and not self._closing
+
+    def data_received(self, data: bytes) -> None:
+        if self._closing or self._parser is None:
+            return
+        self._heard = time.monotonic()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._fail(400, "this server does not speak other protocols on the same connection")
+        except httptools.HttpParserCallbackError:
+            status, text = self._refused or (400, "the request cannot be read")
+            self._fail(status, text)
+        except httptools.HttpParserError as error:
+            self._fail(400, f"this is no HTTP request: {error}")
+
+    def pause_writing(self) -> None:
+        self._written_at = time.monotonic()
+
+    def resume_writing(self) -> None:
+        self._written_at = None
+
+    # -- what httptools calls ---------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._begun_at = time.monotonic()
+        self._reading = True
+        self._target, self._headers, self._header_bytes = b"", {}, 0
+        self._body, self._body_bytes = [], 0
+
+    def on_url(self, url: bytes) -> None:
+        self._target += url
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        name = name.lower()
+        before = self._headers.get(name)
+        self._headers[name] = value if before is None else before + b", " + value
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > HEADERS_BYTES:
+            self._refuse(431, f"path and headers may have {HEADERS_BYTES:,} bytes")
+
+    def on_headers_complete(self) -> None:
+        length = self._headers.get(b"content-length")
+        if length is not None and (not length.isdigit() or int(length) > self._server.max_body):
+            self._refuse(
+                413, f"a body may have {self._server.max_body:,} bytes, and this one has {length.decode('latin-1')}"
+            )
+        encoding = self._headers.get(b"content-encoding", b"identity").lower()
+        if encoding not in (b"identity", b""):
+            self._refuse(
+                415, f"bodies are not read with Content-Encoding {encoding.decode('latin-1')}; send them as they are"
+            )
+        if self._headers.get(b"expect", b"").lower() == b"100-continue" and self._transport is not None:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        if self._body_bytes > self._server.max_body:
+            self._refuse(413, f"a body may have {self._server.max_body:,} bytes, and this one has more")
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        self._reading = False
+        exchange = Exchange(self, self._parser.get_method().decode("ascii"), self._target, self._headers)
+        exchange._keep_alive = self._parser.should_keep_alive()
+        body = self._body
+        exchange.body = body[0] if len(body) == 1 else b"".join(body)
+        self._body = []
+        if self._current is None:
+            self._begin(exchange)
+            return
+        self._backlog.append(exchange)
+        if len(self._backlog) >= PIPELINED and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _refuse(self, status: int, text: str) -> None:
+        """End reading; httptools passes the exception on as an error of a callback."""
+        self._refused = status, text
+        raise ValueError(text)
+
+    # -- answers ----------------------------------------------------------------------------------------
+
+    def _begin(self, exchange: Exchange) -> None:
+        self._current = exchange
+        self._server.handle(exchange)
+
+    def answer(self, exchange: Exchange, status: int, body: bytes, headers: Sequence[tuple[str, str]]) -> None:
+        """Write an exchange's answer, and take the next one."""
+        if self._transport is None or self._closing:
+            return
+        closes = not exchange._keep_alive or self._server.draining or (self._ended and not self._backlog)
+        bodiless = status in (204, 304) or status < 200
+        parts = [_LINES.get(status) or f"HTTP/1.1 {status} \r\n".encode(), self._server.date()]
+        for name, value in headers:
+            parts.append(f"{name}: {value}".translate(_BREAKS).encode("latin-1", "replace") + b"\r\n")
+        if not bodiless:
+            parts.append(b"Content-Length: %d\r\n" % len(body))
+        parts.append(b"Connection: close\r\n\r\n" if closes else b"\r\n")
+        if body and not bodiless and exchange.method != "HEAD":
+            parts.append(body)
+        self._transport.write(b"".join(parts))
+        self._current = None
+        self._heard = time.monotonic()
+        if closes:
+            self._close()
+        elif self._backlog:
+            self._begin(self._backlog.popleft())
+        if self._paused and len(self._backlog) < PIPELINED // 2 and not self._closing:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def _fail(self, status: int, text: str) -> None:
+        """Refuse what cannot be read, after what was read has been answered, and close."""
+        if self._current is not None:  # its answer comes first, and cannot be told from this one if it comes later
+            self._close()
+            return
+        if self._transport is None or self._closing:
+            return
+        self._closing = True
+        body = json.dumps({"error": text}).encode()
+        head = b"Content-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+        self._transport.write(_LINES[status] + self._server.date() + head + body)
+        # A client that still sends would be told of a broken connection, and not read why.
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        asyncio.get_running_loop().call_later(LINGER_SECONDS, self._transport.close)
+
+    def _close(self) -> None:
+        self._closing = True
+        if self._transport is not None:
+            self._transport.close()
+
+    def drain(self) -> None:
+        """Close the connection if nothing is in work; otherwise with its next answer."""
+        if self._current is None and not self._reading:
+            self._close()
+
+    def look(self, now: float) -> None:
+        """Close the connection if it keeps us waiting."""
+        if self._transport is None:
+            return
+        if self._written_at is not None and now - self._written_at > STALLED_SECONDS:
+            self._transport.abort()
+        elif self._reading and (now - self._heard > STALLED_SECONDS or now - self._begun_at > REQUEST_SECONDS):
+            self._fail(408, "the request came too slowly")
+        elif self._current is None and not self._reading and now - self._heard > IDLE_SECONDS:
+            self._close()

@@ -1,0 +1,161 @@
+"""Tensors of the protocols that speak in them, to items and back. Runs in replicas.
+
+A model of pictures takes ``image``: files (texts or bytes, any shape) or ``uint8[count, height, width, 3]``. A model of
+tables takes one tensor for each column, ``[rows]`` or ``[rows, 1]``, or one ``[rows, columns]`` of all features in their
+order. Others take ``body``: bytes. Results are one tensor for each column, of all rows; where an item may have several
+rows or none, ``count`` says how many each has, ``int64[items]``. Pictures come back as ``image``, as they were sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tally.scorers.base import Item, Result, Scorer
+from tally.serving import values
+from tally.serving.metadata import ITEM_INPUT
+from tally.serving.protocols.base import RefusedError, Work, check_all
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """values: an array of its shape, or ``list[bytes]`` in row-major order for texts."""
+
+    name: str
+    shape: tuple[int, ...]
+    values: Any
+
+    @property
+    def is_text(self) -> bool:
+        return isinstance(self.values, list)
+
+
+def work_of(tensors: Sequence[Tensor], scorer: Scorer) -> Work:
+    """What they ask to have scored. Raises RefusedError, which names the tensor."""
+    if not tensors:
+        raise RefusedError(422, "inputs: there is none")
+    if scorer.input == "table":
+        return Work(_table(tensors, scorer))
+    wanted = ITEM_INPUT[scorer.input]
+    if len(tensors) > 1:
+        names = ", ".join(tensor.name for tensor in tensors)
+        raise RefusedError(422, f"inputs: the model takes {wanted!r} alone, not {names}")
+    [tensor] = tensors
+    if tensor.is_text:
+        return Work([Item(str(at), content) for at, content in enumerate(tensor.values)])
+    if wanted != "image":
+        raise RefusedError(422, f"inputs.{tensor.name}: should be bytes (datatype BYTES)")
+    array = tensor.values
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3:
+        raise RefusedError(
+            422,
+            f"inputs.{tensor.name}: should be pictures: files as BYTES, or UINT8 of shape [count, height, width, 3], not "
+            f"{array.dtype} of shape {list(array.shape)}",
+        )
+    pictures = array[None] if array.ndim == 3 else array
+    return Work([Item(str(at), picture) for at, picture in enumerate(pictures)])
+
+
+def _table(tensors: Sequence[Tensor], scorer: Scorer) -> Any:
+    import pyarrow as pa
+
+    features = scorer.features
+    if len(tensors) == 1 and not tensors[0].is_text and tensors[0].values.ndim == 2 and tensors[0].shape[1] != 1:
+        [tensor] = tensors
+        width = tensor.shape[1]
+        count = features if isinstance(features, int) else None if features is None else len(features)
+        if scorer.by:
+            raise RefusedError(
+                422, f"inputs: send a tensor for each column; the model needs {', '.join(scorer.by)}, too"
+            )
+        if count is not None and width != count:
+            raise RefusedError(422, f"inputs.{tensor.name}: should have {count} columns, not {width}")
+        names = [f"f{at}" for at in range(width)] if features is None or isinstance(features, int) else list(features)
+        return pa.table({name: pa.array(tensor.values[:, at]) for at, name in enumerate(names)})
+    columns: dict[str, Any] = {}
+    rows: int | None = None
+    for tensor in tensors:
+        if not tensor.shape or int(np.prod(tensor.shape)) != tensor.shape[0]:
+            raise RefusedError(
+                422, f"inputs.{tensor.name}: should have the shape [rows] or [rows, 1], not {list(tensor.shape)}"
+            )
+        if rows is not None and tensor.shape[0] != rows:
+            raise RefusedError(422, f"inputs.{tensor.name}: has {tensor.shape[0]} rows, and others have {rows}")
+        rows = tensor.shape[0]
+        if tensor.is_text:
+            try:
+                columns[tensor.name] = pa.array([each.decode() for each in tensor.values])
+            except UnicodeDecodeError:
+                raise RefusedError(422, f"inputs.{tensor.name}: is not UTF-8") from None
+        else:
+            columns[tensor.name] = pa.array(tensor.values.reshape(-1))
+    return pa.table(columns)
+
+
+def tensors_of(results: Sequence[Result], scorer: Scorer, work: Work) -> list[Tensor]:
+    """The results as tensors. Raises RefusedError, which names the items that failed."""
+    check_all(results, "row" if scorer.input == "table" else "item")
+    if results and all(values.is_picture(result) for result in results):
+        return [_pictures(results, work)]
+    columns = values.columns_of(results, scorer.columns)
+    kinds = scorer.columns or {}
+    tensors = [column_tensor(name, column, kinds.get(name)) for name, column in columns.items()]
+    counts = [len(values.rows_of(result)) for result in results]
+    if any(count != 1 for count in counts):
+        tensors.append(Tensor("count", (len(counts),), np.array(counts, np.int64)))
+    return tensors
+
+
+def _pictures(results: Sequence[Any], work: Work) -> Tensor:
+    sent_arrays = hasattr(work.items[0].value, "shape")
+    if sent_arrays and len({result.shape for result in results}) == 1:
+        stacked = np.stack(results)
+        return Tensor("image", stacked.shape, stacked)
+    return Tensor("image", (len(results),), [values.png(result) for result in results])
+
+
+def column_tensor(name: str, column: Sequence[Any], kind: str | None = None) -> Tensor:
+    """One column of results: numbers as int64, float64, or float32 where the scorer's ``kind`` says so; truth values as
+    bool; lists of numbers of one length as ``[rows, length]``; anything else as texts (JSON for what is no text).
+    A number that is missing is NaN."""
+    real = np.float32 if kind in ("float32", "list<float32>") else np.float64
+    given = [each for each in column if each is not None]
+    if given and all(isinstance(each, (bool, np.bool_)) for each in given) and len(given) == len(column):
+        return Tensor(name, (len(column),), np.array(column, bool))
+    if given and all(isinstance(each, (int, np.integer)) and not isinstance(each, bool) for each in given):
+        if len(given) == len(column):
+            try:
+                return Tensor(name, (len(column),), np.array(column, np.int64))
+            except OverflowError:
+                pass
+        return Tensor(name, (len(column),), np.array([np.nan if v is None else v for v in column], np.float64))
+    if given and all(isinstance(each, (float, int, np.floating)) and not isinstance(each, bool) for each in given):
+        return Tensor(name, (len(column),), np.array([np.nan if v is None else v for v in column], real))
+    if kind in ("int64", "float32", "float64") and not given:
+        return Tensor(
+            name,
+            (len(column),),
+            np.array([np.nan] * len(column), real) if column or kind != "int64" else np.array([], np.int64),
+        )
+    if given and len(given) == len(column) and all(isinstance(each, (list, tuple, np.ndarray)) for each in given):
+        try:
+            array = np.array(column, real if kind is not None else None)
+        except ValueError:
+            array = np.array(None)
+        if array.ndim == 2 and array.dtype.kind in "fiub":
+            return Tensor(name, array.shape, array)
+    texts = [
+        b""
+        if v is None
+        else v.encode()
+        if isinstance(v, str)
+        else bytes(v)
+        if isinstance(v, (bytes, bytearray))
+        else json.dumps(values.json_value(v), default=str).encode()
+        for v in column
+    ]
+    return Tensor(name, (len(column),), texts)
