@@ -3,8 +3,8 @@
 Threads: calls come in one thread (:meth:`DataPlane.accept`). Pictures are decoded in a few more, ahead of scoring. One
 thread scores (:meth:`DataPlane.run`). One more encodes answers, while the next batch is being scored.
 
-A batch is closed when it is full, or when nothing more waits and it has as many rows as the batch before. While it has
-fewer, it waits for more, but no longer than ``max_delay``: so a client alone never waits, and many at once fill batches.
+A batch is closed when it is full, or when nothing more waits and it has as many rows as the batch before. While it
+has fewer, it waits for more, but no longer than ``max_delay``: so a client alone never waits, and many fill batches.
 """
 
 from __future__ import annotations

@@ -56,12 +56,12 @@ class Endpoint:
                 if at < 0:
                     return pool
             return split[-1][0]
-        pool = self.versions.get(self.labels.get(version, version))
-        if pool is None:
+        found = self.versions.get(self.labels.get(version, version))
+        if found is None:
             there = [*self.versions, *self.labels]
             text = f"{self.name} has no version {version!r}{did_you_mean(version, there)}"
             raise RefusedError(404, f"{text}; there are {', '.join(there)}" if there else text)
-        return pool
+        return found
 
     def submit(self, pool: Pool, pending: Pending) -> None:
         """Have it answered, and give shadows their copies."""
@@ -91,7 +91,7 @@ class Endpoint:
         return Served(
             self.name,
             pool.version if pool else "",
-            bool(pool) and (pool.ready > 0 or pool.wanted == 0),
+            pool is not None and (pool.ready > 0 or pool.wanted == 0),
             pool.description if pool else None,
             states,
             dict(self.labels),

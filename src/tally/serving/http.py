@@ -40,7 +40,7 @@ _BREAKS = str.maketrans({"\r": " ", "\n": " ", "\0": " "})
 class Exchange:
     """One request, and the way back for its answer.
 
-    path: decoded, without the query. headers: names in lower case. on_gone: called if the client goes before the answer.
+    path: decoded, without the query. headers: names in lower case. on_gone: called if the client goes before that.
     """
 
     __slots__ = (

@@ -1,4 +1,4 @@
-"""What a model takes and returns, as protocols of tensors declare it. Nothing heavy is imported: the server asks too."""
+"""What a model takes and returns, as protocols of tensors declare it. Imports nothing heavy: the server asks, too."""
 
 from __future__ import annotations
 

@@ -15,25 +15,29 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        on = {"registry": self.registry}
+        on = self.registry
         model = ("model", "version")
-        self.requests = Counter("tally_endpoint_requests", "Requests, by status", (*model, "protocol", "status"), **on)
+        self.requests = Counter(
+            "tally_endpoint_requests", "Requests, by status", (*model, "protocol", "status"), registry=on
+        )
         self.latency = Histogram(
-            "tally_endpoint_seconds", "From a request's arrival to its answer", model, buckets=_SECONDS, **on
+            "tally_endpoint_seconds", "From a request's arrival to its answer", model, buckets=_SECONDS, registry=on
         )
         self.stages = Histogram(
             "tally_endpoint_stage_seconds",
             "waiting: until the batch was given to the model; scoring: the model",
             (*model, "stage"),
             buckets=_SECONDS,
-            **on,
+            registry=on,
         )
-        self.batches = Counter("tally_endpoint_batches", "Batches, by why they were closed", (*model, "release"), **on)
-        self.rows = Histogram("tally_endpoint_batch_rows", "Items in a batch", model, buckets=_ROWS, **on)
-        self.lost = Counter("tally_endpoint_replicas_lost", "Replicas that died or hung", (*model, "how"), **on)
-        self.replicas = Gauge("tally_endpoint_replicas", "Replicas that answer", model, **on)
-        self.waiting = Gauge("tally_endpoint_waiting", "Requests that wait for a replica", model, **on)
-        self.open = Gauge("tally_endpoint_connections", "Connections of clients", **on)
+        self.batches = Counter(
+            "tally_endpoint_batches", "Batches, by why they were closed", (*model, "release"), registry=on
+        )
+        self.rows = Histogram("tally_endpoint_batch_rows", "Items in a batch", model, buckets=_ROWS, registry=on)
+        self.lost = Counter("tally_endpoint_replicas_lost", "Replicas that died or hung", (*model, "how"), registry=on)
+        self.replicas = Gauge("tally_endpoint_replicas", "Replicas that answer", model, registry=on)
+        self.waiting = Gauge("tally_endpoint_waiting", "Requests that wait for a replica", model, registry=on)
+        self.open = Gauge("tally_endpoint_connections", "Connections of clients", registry=on)
 
     def text(self) -> bytes:
         """All of them in the format of Prometheus."""

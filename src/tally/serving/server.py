@@ -20,7 +20,8 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import uvloop
 
@@ -198,8 +199,8 @@ class ModelServer:
         for endpoint in self.endpoints.values():
             endpoint.note()
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -264,9 +265,9 @@ class ModelServer:
                 parameters["path"], parameters["query"] = exchange.path, exchange.query
                 for name, value in exchange.headers.items():
                     parameters["header:" + name.decode("latin-1")] = value.decode("latin-1")
-        for name in protocol.wanted_headers:
-            if (value := exchange.headers.get(name.encode())) is not None:
-                parameters["header:" + name] = value.decode("latin-1")
+        for wanted in protocol.wanted_headers:
+            if (given := exchange.header(wanted.encode())) is not None:
+                parameters["header:" + wanted] = given
 
         def done(outcome: Answer | RefusedError) -> None:
             waited: float | None = None
@@ -337,7 +338,7 @@ class ModelServer:
         if kind.lower() != "bearer" or not key:
             raise RefusedError(401, "a key is needed: Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
         digest = hashlib.sha256(key.strip().encode()).digest()
-        if not any([hmac.compare_digest(digest, each) for each in self._keys]):
+        if not any(hmac.compare_digest(digest, each) for each in self._keys):
             raise RefusedError(401, "this key is not valid", **{"WWW-Authenticate": "Bearer"})
         self._known.add(given)
 

@@ -1,9 +1,9 @@
 """Tensors of the protocols that speak in them, to items and back. Runs in replicas.
 
-A model of pictures takes ``image``: files (texts or bytes, any shape) or ``uint8[count, height, width, 3]``. A model of
-tables takes one tensor for each column, ``[rows]`` or ``[rows, 1]``, or one ``[rows, columns]`` of all features in their
-order. Others take ``body``: bytes. Results are one tensor for each column, of all rows; where an item may have several
-rows or none, ``count`` says how many each has, ``int64[items]``. Pictures come back as ``image``, as they were sent.
+A model of pictures takes ``image``: files (BYTES of any shape) or ``uint8[count, height, width, 3]``. A model of tables
+takes one tensor for each column, ``[rows]`` or ``[rows, 1]``, or one ``[rows, columns]`` of all features in order.
+Others take ``body``: BYTES. Results are one tensor for each column, of all rows; where an item may have several rows or
+none, ``count`` says how many each has, ``int64[items]``. Pictures come back as ``image``, as they were sent.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def work_of(tensors: Sequence[Tensor], scorer: Scorer) -> Work:
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3:
         raise RefusedError(
             422,
-            f"inputs.{tensor.name}: should be pictures: files as BYTES, or UINT8 of shape [count, height, width, 3], not "
+            f"inputs.{tensor.name}: should be pictures: BYTES, or UINT8 of shape [count, height, width, 3], not "
             f"{array.dtype} of shape {list(array.shape)}",
         )
     pictures = array[None] if array.ndim == 3 else array
@@ -120,42 +120,40 @@ def _pictures(results: Sequence[Any], work: Work) -> Tensor:
 
 def column_tensor(name: str, column: Sequence[Any], kind: str | None = None) -> Tensor:
     """One column of results: numbers as int64, float64, or float32 where the scorer's ``kind`` says so; truth values as
-    bool; lists of numbers of one length as ``[rows, length]``; anything else as texts (JSON for what is no text).
+    bool; lists of numbers of one length as ``[rows, length]``; anything else as BYTES (JSON for what is no text).
     A number that is missing is NaN."""
+    shape = (len(column),)
     real = np.float32 if kind in ("float32", "list<float32>") else np.float64
-    given = [each for each in column if each is not None]
-    if given and all(isinstance(each, (bool, np.bool_)) for each in given) and len(given) == len(column):
-        return Tensor(name, (len(column),), np.array(column, bool))
-    if given and all(isinstance(each, (int, np.integer)) and not isinstance(each, bool) for each in given):
-        if len(given) == len(column):
-            try:
-                return Tensor(name, (len(column),), np.array(column, np.int64))
-            except OverflowError:
-                pass
-        return Tensor(name, (len(column),), np.array([np.nan if v is None else v for v in column], np.float64))
-    if given and all(isinstance(each, (float, int, np.floating)) and not isinstance(each, bool) for each in given):
-        return Tensor(name, (len(column),), np.array([np.nan if v is None else v for v in column], real))
-    if kind in ("int64", "float32", "float64") and not given:
-        return Tensor(
-            name,
-            (len(column),),
-            np.array([np.nan] * len(column), real) if column or kind != "int64" else np.array([], np.int64),
-        )
-    if given and len(given) == len(column) and all(isinstance(each, (list, tuple, np.ndarray)) for each in given):
+    given = [value for value in column if value is not None]
+    complete = len(given) == len(column)
+    if given and complete and _all(given, (bool, np.bool_)):
+        return Tensor(name, shape, np.array(column, bool))
+    if complete and (kind == "int64" or given) and _all(given, (int, np.integer)):
+        try:
+            return Tensor(name, shape, np.array(column, np.int64))
+        except OverflowError:
+            pass
+    if (given or kind in ("int64", "float32", "float64")) and _all(given, (int, float, np.integer, np.floating)):
+        return Tensor(name, shape, np.array([np.nan if value is None else value for value in column], real))
+    if given and complete and _all(given, (list, tuple, np.ndarray)):
         try:
             array = np.array(column, real if kind is not None else None)
         except ValueError:
             array = np.array(None)
         if array.ndim == 2 and array.dtype.kind in "fiub":
             return Tensor(name, array.shape, array)
-    texts = [
-        b""
-        if v is None
-        else v.encode()
-        if isinstance(v, str)
-        else bytes(v)
-        if isinstance(v, (bytes, bytearray))
-        else json.dumps(values.json_value(v), default=str).encode()
-        for v in column
-    ]
-    return Tensor(name, (len(column),), texts)
+    return Tensor(name, shape, [_bytes(value) for value in column])
+
+
+def _all(found: Sequence[Any], types: tuple[type, ...]) -> bool:
+    """Whether all are of these types; a truth value is no number."""
+    return all(isinstance(value, types) and (bool in types or not isinstance(value, bool)) for value in found)
+
+
+def _bytes(value: Any) -> bytes:
+    if value is None:
+        return b""
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value)
+    text = value if isinstance(value, str) else json.dumps(values.json_value(value), default=str)
+    return text.encode("utf-8", "surrogateescape")

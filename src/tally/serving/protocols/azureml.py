@@ -193,8 +193,7 @@ def _result(description: Description | None) -> dict[str, Any]:
 _PAGE_HEADERS = [
     (
         "Content-Security-Policy",
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'self'; connect-src 'self'; "
-        "img-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+        "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     ),
     ("X-Content-Type-Options", "nosniff"),
 ]

@@ -163,7 +163,7 @@ def _rows_of_columns(inputs: Any) -> list[Any]:
 
 
 def _content(row: Any, name: str, at: int) -> bytes:
-    """An item's content: base64 in ``{"b64": ...}``, as the only value or under the input's name; or a text as it is."""
+    """An item's content: base64 in ``{"b64": ...}``, alone or under the input's name; or a text as it is."""
     if isinstance(row, dict) and "b64" not in row:
         if len(row) != 1:
             raise RefusedError(422, f"instance {at}: should have {name!r} alone, not {', '.join(row) or 'nothing'}")
