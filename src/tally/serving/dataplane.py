@@ -69,14 +69,23 @@ class _Scored:
 class DataPlane:
     """Scores calls with one loaded scorer. send: takes answers; called from one thread at a time.
 
-    max_batch: rows scored together, at most. max_delay: seconds that an incomplete batch waits for more.
+    model, version: as clients call it. max_batch: rows scored together, at most. max_delay: seconds that an incomplete batch waits for more.
     decoders: threads that decode pictures.
     """
 
     def __init__(
-        self, scorer: Scorer, send: Send, *, max_batch: int, max_delay: float = 0.005, decoders: int = 2
+        self,
+        scorer: Scorer,
+        send: Send,
+        *,
+        model: str = "",
+        version: str = "",
+        max_batch: int,
+        max_delay: float = 0.005,
+        decoders: int = 2,
     ) -> None:
         self._scorer, self._send = scorer, send
+        self._model, self._version = model, version
         self._max_batch, self._max_delay = max_batch, max_delay
         self.responds = type(scorer).respond is not Scorer.respond
         self._ahead = scorer.input in ("image", "frame")
@@ -136,6 +145,7 @@ class DataPlane:
         protocol = protocols.get(call.protocol)
         try:
             work = protocol.decode(call, self._scorer)
+            work.model, work.version = self._model, self._version
             if self._scorer.input == "table":
                 work.items = run.columns(self._scorer, work.items)
             elif self._scorer.input != "path":  # their files have to last until they are scored
@@ -248,7 +258,11 @@ class DataPlane:
             return
         for entry in entries:
             self._waiting.discard(entry.call.id)
-        self._scored.put(_Scored(entries, results, started, time.monotonic() - started, release))
+        scored = _Scored(entries, results, started, time.monotonic() - started, release)
+        if self._held is None and self._ready.empty() and self._scored.empty():
+            self._answer(scored)  # nothing to do meanwhile: this is quicker than another thread
+        else:
+            self._scored.put(scored)
 
     def _table_results(self, entries: list[Entry]) -> Sequence[Result]:
         import pyarrow as pa
@@ -284,19 +298,22 @@ class DataPlane:
 
     def _answer_all(self) -> None:
         while (scored := self._scored.get()) is not None:
-            answers: list[Answer | Batch] = []
-            total = len(scored.results)
-            at = 0
-            for entry in scored.entries:
-                own = scored.results[at : at + entry.rows]
-                at += entry.rows
-                answer = _answer(entry.call.id, self._encoded(entry, own))
-                answer.rows, answer.batch, answer.scored = len(own), total, scored.seconds
-                answer.waited = max(0.0, scored.started - entry.call.arrived)
-                answers.append(answer)
-                self._cancelled.discard(entry.call.id)
-            answers.append(Batch(total, len(scored.entries), scored.release, scored.seconds))
-            self._send(answers)
+            self._answer(scored)
+
+    def _answer(self, scored: _Scored) -> None:
+        answers: list[Answer | Batch] = []
+        total = len(scored.results)
+        at = 0
+        for entry in scored.entries:
+            own = scored.results[at : at + entry.rows]
+            at += entry.rows
+            answer = _answer(entry.call.id, self._encoded(entry, own))
+            answer.rows, answer.batch, answer.scored = len(own), total, scored.seconds
+            answer.waited = max(0.0, scored.started - entry.call.arrived)
+            answers.append(answer)
+            self._cancelled.discard(entry.call.id)
+        answers.append(Batch(total, len(scored.entries), scored.release, scored.seconds))
+        self._send(answers)
 
     def _encoded(self, entry: Entry, results: Sequence[Result]) -> Reply:
         assert entry.work is not None

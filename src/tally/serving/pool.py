@@ -304,7 +304,7 @@ class Pool:
             text = f"{self.name} is busy: {self._queued} requests wait already"
             pending.finish(RefusedError(429, text, **{"Retry-After": "1"}))
             return
-        if self.least > 0 and not self.replicas_alive and self.failure is not None:
+        if self.failure is not None and self.least > 0 and not self.replicas_alive:
             pending.finish(self._no_replica())
             return
         if not self.replicas and self.wanted == 0 and not self._closing:
@@ -457,6 +457,8 @@ class Pool:
                 start_new_session=True,
             )
         given = {
+            "name": self.name,
+            "version": self.version,
             "model": self.ref.to_dict(),
             "device": self.limits.device,
             "max_batch": self.limits.max_batch,

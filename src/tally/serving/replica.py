@@ -128,7 +128,15 @@ def _opened(given: dict[str, Any], connection: Connection) -> tuple[Any, Any]:
     def send(messages: list[Answer | Batch]) -> None:
         connection.send(messages)
 
-    return scorer, DataPlane(scorer, send, max_batch=scorer.batch_size, max_delay=given["max_delay"])
+    plane = DataPlane(
+        scorer,
+        send,
+        model=given["name"],
+        version=given["version"],
+        max_batch=scorer.batch_size,
+        max_delay=given["max_delay"],
+    )
+    return scorer, plane
 
 
 def _description(scorer: Any, given: dict[str, Any]) -> Description:

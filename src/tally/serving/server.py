@@ -44,8 +44,6 @@ BACKLOG = 4096
 QUIET_SECONDS = 0.5
 """When no connection has come for so long, whoever sends requests has noticed that this server is to end."""
 ROUTES_KEPT = 4096
-VERSION_HEADERS = (b"x-tally-version", b"azureml-model-deployment")
-"""Headers that choose a version by number or label."""
 JSON = [("Content-Type", "application/json")]
 
 
@@ -254,20 +252,21 @@ class ModelServer:
         endpoint = self._endpoint(route)
         version = route.version
         if version is None:
-            version = next((found for name in VERSION_HEADERS if (found := exchange.header(name))), None)
+            given = exchange.headers
+            version = _text(given.get(b"x-tally-version") or given.get(b"azureml-model-deployment"))
         pool = endpoint.pool(version)
         protocol = route.protocol
-        parameters = {"model": endpoint.name, "version": pool.version, **route.parameters}
+        parameters = dict(route.parameters)
         description = pool.description
         if protocol.name == "azureml":
             parameters["method"] = exchange.method
             if description is None or description.responds:  # the model itself reads the request
                 parameters["path"], parameters["query"] = exchange.path, exchange.query
-                for name, value in exchange.headers.items():
-                    parameters["header:" + name.decode("latin-1")] = value.decode("latin-1")
+                for name, text in exchange.headers.items():
+                    parameters["header:" + name.decode("latin-1")] = text.decode("latin-1")
         for wanted in protocol.wanted_headers:
-            if (given := exchange.header(wanted.encode())) is not None:
-                parameters["header:" + wanted] = given
+            if (value := exchange.headers.get(wanted)) is not None:
+                parameters["header:" + wanted.decode()] = value.decode("latin-1")
 
         def done(outcome: Answer | RefusedError) -> None:
             waited: float | None = None
@@ -341,6 +340,10 @@ class ModelServer:
         if not any(hmac.compare_digest(digest, each) for each in self._keys):
             raise RefusedError(401, "this key is not valid", **{"WWW-Authenticate": "Bearer"})
         self._known.add(given)
+
+
+def _text(header: bytes | None) -> str | None:
+    return None if header is None else header.decode("latin-1")
 
 
 _OPEN = frozenset({"health", "live", "ready"})

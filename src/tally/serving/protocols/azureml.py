@@ -36,7 +36,7 @@ class AzureML(Protocol):
     """``/score``, at the root for a server's only model, and under ``/api/v1/service/NAME`` for each."""
 
     name = "azureml"
-    wanted_headers = ("content-type", "accept")
+    wanted_headers = (b"content-type", b"accept")
 
     def route(self, path: str) -> Route | None:
         return _PATHS.find(self, path)

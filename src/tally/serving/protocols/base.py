@@ -50,10 +50,13 @@ class Work:
 
     items: pictures, contents and the like; or a table, each row an item.
     all_classes: the scores of all classes are wanted (:attr:`Scorer.all_classes`).
+    model, version: whose call it is; set by the data plane.
     """
 
     items: list[Item] | pa.Table
     all_classes: bool = False
+    model: str = ""
+    version: str = ""
 
     @property
     def rows(self) -> int:
@@ -94,7 +97,7 @@ class Protocol(ABC):
     """name: as in :data:`tally.serving.protocols.PROTOCOLS`."""
 
     name: str
-    wanted_headers: tuple[str, ...] = ()
+    wanted_headers: tuple[bytes, ...] = ()
     """Headers that the replica's half reads, in lower case."""
 
     @abstractmethod

@@ -63,7 +63,7 @@ class OpenInference(Protocol):
     """``/v2/…``"""
 
     name = "openinference"
-    wanted_headers = ("content-type", LENGTH)
+    wanted_headers = (LENGTH.encode(),)
 
     def route(self, path: str) -> Route | None:
         return _PATHS.find(self, path) if path.startswith("/v2") else None
@@ -136,8 +136,8 @@ class OpenInference(Protocol):
             binary = _parameters(each, f"outputs[{number}]").get("binary_data", all_binary) is True
             outputs.append(_output(found[name], parts if binary else None))
         answer: dict[str, Any] = {
-            "model_name": call.parameters.get("model", ""),
-            "model_version": call.parameters.get("version", ""),
+            "model_name": work.model,
+            "model_version": work.version,
             "outputs": outputs,
         }
         if isinstance(request.get("id"), str):
