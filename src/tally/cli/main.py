@@ -21,6 +21,8 @@ COMMANDS = {
     "up": ("tally.cli.up:up", "Start the server: API and pages."),
     "keys": ("tally.cli.up:keys", "Say who may use the server."),
     "serve": ("tally.cli.serve:serve", "Serve models online: HTTP and gRPC."),
+    "predict": ("tally.cli.predict:predict", "Have an endpoint score files."),
+    "load": ("tally.cli.predict:load", "See how much load an endpoint takes."),
     "query": ("tally.cli.query:query", "Ask a job's results with SQL."),
     "models": ("tally.cli.models:models", "Keep models under names, versions and aliases."),
     "new": ("tally.cli.new:new", "Start a scorer or a model package from a template."),

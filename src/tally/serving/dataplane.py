@@ -22,7 +22,7 @@ from tally.scorers import run
 from tally.scorers.base import Request, Result, Scorer
 from tally.serving import protocols
 from tally.serving.messages import Answer, Batch, Call
-from tally.serving.protocols.base import RefusedError, Reply, Work
+from tally.serving.protocols.base import Reply, RequestError, Work
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ class _Scored:
 
 
 class DataPlane:
-    """Scores calls with one loaded scorer. send: takes answers; called from one thread at a time.
+    """Scores calls with one loaded scorer. send: takes answers; it is called from several threads.
 
-    model, version: as clients call it. max_batch: rows scored together, at most. max_delay: seconds that an incomplete batch waits for more.
-    decoders: threads that decode pictures.
+    model, version: as clients call it. max_batch: rows scored together, at most. max_delay: seconds that an incomplete
+    batch waits for more. decoders: threads that decode pictures.
     """
 
     def __init__(
@@ -151,15 +151,15 @@ class DataPlane:
             elif self._scorer.input != "path":  # their files have to last until they are scored
                 entry.prepared = [run.prepare(self._scorer, item) for item in work.items]
             entry.work = work
-        except RefusedError as error:
+        except RequestError as error:
             entry.reply = protocol.refusal(error)
         except TallyError as error:
-            entry.reply = protocol.refusal(RefusedError(422, error.message))
+            entry.reply = protocol.refusal(RequestError(422, error.message))
         except BaseException as error:
             if is_interrupt(error):
                 raise
             log.exception("a request could not be read")
-            entry.reply = protocol.refusal(RefusedError(500, f"the request could not be read: {error_line(error)}"))
+            entry.reply = protocol.refusal(RequestError(500, f"the request could not be read: {error_line(error)}"))
 
     def _next(self, until: float | None) -> Entry | None:
         """The next call; None when there will be none. until: raises queue.Empty then; 0.0: if none is there now."""
@@ -272,7 +272,7 @@ class DataPlane:
 
     def _fail(self, entries: Sequence[Entry], error: BaseException) -> None:
         message = error.message if isinstance(error, TallyError) else f"the model failed: {error_line(error)}"
-        refused = RefusedError(500, message)
+        refused = RequestError(500, message)
         for entry in entries:
             self._forget(entry.call.id)
         self._send([_answer(each.call.id, protocols.get(each.call.protocol).refusal(refused)) for each in entries])
@@ -320,11 +320,11 @@ class DataPlane:
         protocol = protocols.get(entry.call.protocol)
         try:
             return protocol.encode(entry.call, self._scorer, entry.work, results)
-        except RefusedError as error:
+        except RequestError as error:
             return protocol.refusal(error)
         except Exception as error:
             log.exception("a result could not be written")
-            return protocol.refusal(RefusedError(500, f"the result could not be written: {error_line(error)}"))
+            return protocol.refusal(RequestError(500, f"the result could not be written: {error_line(error)}"))
 
     def _forget(self, call_id: int) -> None:
         self._waiting.discard(call_id)

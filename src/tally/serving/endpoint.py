@@ -16,7 +16,7 @@ from tally.models.reference import ModelRef
 from tally.serving.messages import Answer
 from tally.serving.metrics import Metrics, PoolMetrics
 from tally.serving.pool import Pending, Pool
-from tally.serving.protocols.base import RefusedError, Served
+from tally.serving.protocols.base import RequestError, Served
 from tally.serving.settings import Limits, ModelSettings
 from tally.text import did_you_mean
 
@@ -43,13 +43,13 @@ class Endpoint:
     # -- requests ---------------------------------------------------------------------------------------
 
     def pool(self, version: str | None) -> Pool:
-        """The version that answers a request. Raises RefusedError where there is none of that number or label."""
+        """The version that answers a request. Raises RequestError where there is none of that number or label."""
         if version is None:
             split = self._split
             if len(split) == 1:
                 return split[0][0]
             if not split:
-                raise RefusedError(503, f"{self.name} has no version", **{"Retry-After": "1"})
+                raise RequestError(503, f"{self.name} has no version", **{"Retry-After": "1"})
             at = random.random() * sum(share for _, share in split)  # noqa: S311 - no secret
             for pool, share in split:
                 at -= share
@@ -60,7 +60,7 @@ class Endpoint:
         if found is None:
             there = [*self.versions, *self.labels]
             text = f"{self.name} has no version {version!r}{did_you_mean(version, there)}"
-            raise RefusedError(404, f"{text}; there are {', '.join(there)}" if there else text)
+            raise RequestError(404, f"{text}; there are {', '.join(there)}" if there else text)
         return found
 
     def submit(self, pool: Pool, pending: Pending) -> None:
@@ -80,7 +80,7 @@ class Endpoint:
         return bool(self._split) and all(pool.ready > 0 or pool.wanted == 0 for pool, _ in self._split)
 
     def served(self, version: str | None = None) -> Served:
-        """What can be said without a replica. Raises RefusedError."""
+        """What can be said without a replica. Raises RequestError."""
         pool = self.pool(version) if version is not None or self._split else None
         states = {}
         for number, each in self.versions.items():
@@ -160,7 +160,7 @@ class Endpoint:
         for name in (*shares, *shadows):
             try:
                 found[name] = self.pool(name)
-            except RefusedError as error:
+            except RequestError as error:
                 wrong.append(error.message)
         if wrong:
             raise SpecError(wrong)
@@ -214,5 +214,5 @@ class Endpoint:
         return str(max(taken, default=0) + 1) if taken else FIRST
 
 
-def _ignored(outcome: Answer | RefusedError) -> None:
+def _ignored(outcome: Answer | RequestError) -> None:
     """What a shadow answers."""

@@ -45,7 +45,7 @@ from tally.serving.messages import (
     framed,
 )
 from tally.serving.metrics import PoolMetrics
-from tally.serving.protocols.base import RefusedError
+from tally.serving.protocols.base import RequestError
 from tally.serving.settings import Limits
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ _ids = itertools.count(1)
 class Pending:
     """A request that waits for its answer. deadline: ``time.monotonic()``.
 
-    done: gets the answer, or the RefusedError, once. Never after :meth:`Pool.abandon`.
+    done: gets the answer, or the RequestError, once. Never after :meth:`Pool.abandon`.
     """
 
     __slots__ = ("call", "deadline", "done", "over", "replica")
@@ -78,7 +78,7 @@ class Pending:
         body: bytes,
         parameters: dict[str, str],
         deadline: float,
-        done: Callable[[Answer | RefusedError], None],
+        done: Callable[[Answer | RequestError], None],
     ) -> None:
         self.call = Call(next(_ids), protocol, operation, body, parameters, time.monotonic())
         self.deadline = deadline
@@ -86,7 +86,7 @@ class Pending:
         self.over = False
         self.replica: Replica | None = None
 
-    def finish(self, outcome: Answer | RefusedError) -> None:
+    def finish(self, outcome: Answer | RequestError) -> None:
         if not self.over:
             self.over = True
             self.done(outcome)
@@ -302,7 +302,7 @@ class Pool:
         self._used_at = pending.call.arrived
         if self._queued >= self.limits.max_queue:
             text = f"{self.name} is busy: {self._queued} requests wait already"
-            pending.finish(RefusedError(429, text, **{"Retry-After": "1"}))
+            pending.finish(RequestError(429, text, **{"Retry-After": "1"}))
             return
         if self.failure is not None and self.least > 0 and not self.replicas_alive:
             pending.finish(self._no_replica())
@@ -319,9 +319,9 @@ class Pool:
         """Whether there are any that answer or may soon."""
         return any(each.state in ("starting", "ready") for each in self.replicas)
 
-    def _no_replica(self) -> RefusedError:
+    def _no_replica(self) -> RequestError:
         why = f": {self.failure.message}" if self.failure is not None else ""
-        return RefusedError(503, f"{self.name} has no replica{why}", **{"Retry-After": "1"})
+        return RequestError(503, f"{self.name} has no replica{why}", **{"Retry-After": "1"})
 
     def abandon(self, pending: Pending) -> None:
         """Nobody waits for it any more: if it has not been scored, it is not."""
@@ -375,7 +375,7 @@ class Pool:
             await asyncio.sleep(0.01)
         self.wanted = 0
         for pending in self._queue:
-            pending.finish(RefusedError(503, f"{self.name} is ending", **{"Retry-After": "1"}))
+            pending.finish(RequestError(503, f"{self.name} is ending", **{"Retry-After": "1"}))
         self._queue.clear()
         self._queued = 0
         for each in list(self.replicas):
@@ -406,7 +406,7 @@ class Pool:
         now = time.monotonic()
         status, what = (504, "hung") if replica.hung else (503, "died")
         for pending in replica.given.values():
-            pending.finish(RefusedError(status, f"the replica of {self.name} that had this request {what}"))
+            pending.finish(RequestError(status, f"the replica of {self.name} that had this request {what}"))
         replica.given.clear()
         if was in ("starting", "ready") and not self._closing:
             self.metrics.lost(what)
@@ -504,7 +504,7 @@ class Pool:
             else:
                 replica.send(Cancel(pending.call.id))
             seconds = now - pending.call.arrived
-            pending.finish(RefusedError(504, f"{self.name} has not answered within {seconds:.1f} s"))
+            pending.finish(RequestError(504, f"{self.name} has not answered within {seconds:.1f} s"))
 
     def _late(self, now: float) -> Iterator[Pending]:
         yield from [each for each in self._queue if not each.over and now > each.deadline]

@@ -34,7 +34,7 @@ from tally.serving.http import Connection, Exchange, Server
 from tally.serving.messages import Answer
 from tally.serving.metrics import Metrics
 from tally.serving.pool import Pending, Pool, facts
-from tally.serving.protocols.base import RefusedError, Reply, Route
+from tally.serving.protocols.base import Reply, RequestError, Route
 from tally.serving.settings import ModelSettings, ServeSettings
 from tally.text import did_you_mean
 
@@ -215,7 +215,7 @@ class ModelServer:
         try:
             if exchange.method not in route.methods:
                 allowed = ", ".join(route.methods)
-                raise RefusedError(405, f"{path} is for {allowed}, not {exchange.method}", Allow=allowed)
+                raise RequestError(405, f"{path} is for {allowed}, not {exchange.method}", Allow=allowed)
             if self._keys and route.operation not in _OPEN:
                 self._check_key(exchange)
             if route.operation == "score":
@@ -224,7 +224,7 @@ class ModelServer:
                 self._spawn(self._manage(exchange, route))
             else:
                 self._tell(exchange, route)
-        except RefusedError as error:
+        except RequestError as error:
             reply = route.protocol.refusal(error)
             exchange.answer(reply.status, reply.body, reply.headers)
 
@@ -240,12 +240,12 @@ class ModelServer:
             if len(self.endpoints) == 1:
                 return next(iter(self.endpoints.values()))
             names = ", ".join(self.endpoints)
-            raise RefusedError(404, f"this server has several models: {names}; name one: /api/v1/service/NAME/score")
+            raise RequestError(404, f"this server has several models: {names}; name one: /api/v1/service/NAME/score")
         endpoint = self.endpoints.get(route.model)
         if endpoint is None:
             known = ", ".join(self.endpoints)
             close = did_you_mean(route.model, self.endpoints)
-            raise RefusedError(404, f"there is no model {route.model!r}{close}; there is {known or 'none'}")
+            raise RequestError(404, f"there is no model {route.model!r}{close}; there is {known or 'none'}")
         return endpoint
 
     def _score(self, exchange: Exchange, route: Route) -> None:
@@ -268,7 +268,7 @@ class ModelServer:
             if (value := exchange.headers.get(wanted)) is not None:
                 parameters["header:" + wanted.decode()] = value.decode("latin-1")
 
-        def done(outcome: Answer | RefusedError) -> None:
+        def done(outcome: Answer | RequestError) -> None:
             waited: float | None = None
             if isinstance(outcome, Answer):
                 status, body, headers = outcome.status, outcome.body, outcome.headers
@@ -302,10 +302,10 @@ class ModelServer:
             else:
                 await endpoint.close(self.settings.drain)
             reply = Reply(200, b"{}")
-        except RefusedError as error:
+        except RequestError as error:
             reply = route.protocol.refusal(error)
         except TallyError as error:
-            reply = route.protocol.refusal(RefusedError(400, error.message))
+            reply = route.protocol.refusal(RequestError(400, error.message))
         exchange.answer(reply.status, reply.body, reply.headers)
 
     def _own(self, exchange: Exchange) -> None:
@@ -335,10 +335,10 @@ class ModelServer:
             return
         kind, _, key = given.partition(" ")
         if kind.lower() != "bearer" or not key:
-            raise RefusedError(401, "a key is needed: Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
+            raise RequestError(401, "a key is needed: Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
         digest = hashlib.sha256(key.strip().encode()).digest()
         if not any(hmac.compare_digest(digest, each) for each in self._keys):
-            raise RefusedError(401, "this key is not valid", **{"WWW-Authenticate": "Bearer"})
+            raise RequestError(401, "this key is not valid", **{"WWW-Authenticate": "Bearer"})
         self._known.add(given)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from tally.scorers.base import Item, Result, Scorer
 from tally.serving import values
 from tally.serving.metadata import ITEM_INPUT
-from tally.serving.protocols.base import RefusedError, Work, check_all
+from tally.serving.protocols.base import RequestError, Work, check_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +35,23 @@ class Tensor:
 
 
 def work_of(tensors: Sequence[Tensor], scorer: Scorer) -> Work:
-    """What they ask to have scored. Raises RefusedError, which names the tensor."""
+    """What they ask to have scored. Raises RequestError, which names the tensor."""
     if not tensors:
-        raise RefusedError(422, "inputs: there is none")
+        raise RequestError(422, "inputs: there is none")
     if scorer.input == "table":
         return Work(_table(tensors, scorer))
     wanted = ITEM_INPUT[scorer.input]
     if len(tensors) > 1:
         names = ", ".join(tensor.name for tensor in tensors)
-        raise RefusedError(422, f"inputs: the model takes {wanted!r} alone, not {names}")
+        raise RequestError(422, f"inputs: the model takes {wanted!r} alone, not {names}")
     [tensor] = tensors
     if tensor.is_text:
         return Work([Item(str(at), content) for at, content in enumerate(tensor.values)])
     if wanted != "image":
-        raise RefusedError(422, f"inputs.{tensor.name}: should be bytes (datatype BYTES)")
+        raise RequestError(422, f"inputs.{tensor.name}: should be bytes (datatype BYTES)")
     array = tensor.values
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3:
-        raise RefusedError(
+        raise RequestError(
             422,
             f"inputs.{tensor.name}: should be pictures: BYTES, or UINT8 of shape [count, height, width, 3], not "
             f"{array.dtype} of shape {list(array.shape)}",
@@ -69,35 +69,35 @@ def _table(tensors: Sequence[Tensor], scorer: Scorer) -> Any:
         width = tensor.shape[1]
         count = features if isinstance(features, int) else None if features is None else len(features)
         if scorer.by:
-            raise RefusedError(
+            raise RequestError(
                 422, f"inputs: send a tensor for each column; the model needs {', '.join(scorer.by)}, too"
             )
         if count is not None and width != count:
-            raise RefusedError(422, f"inputs.{tensor.name}: should have {count} columns, not {width}")
+            raise RequestError(422, f"inputs.{tensor.name}: should have {count} columns, not {width}")
         names = [f"f{at}" for at in range(width)] if features is None or isinstance(features, int) else list(features)
         return pa.table({name: pa.array(tensor.values[:, at]) for at, name in enumerate(names)})
     columns: dict[str, Any] = {}
     rows: int | None = None
     for tensor in tensors:
         if not tensor.shape or int(np.prod(tensor.shape)) != tensor.shape[0]:
-            raise RefusedError(
+            raise RequestError(
                 422, f"inputs.{tensor.name}: should have the shape [rows] or [rows, 1], not {list(tensor.shape)}"
             )
         if rows is not None and tensor.shape[0] != rows:
-            raise RefusedError(422, f"inputs.{tensor.name}: has {tensor.shape[0]} rows, and others have {rows}")
+            raise RequestError(422, f"inputs.{tensor.name}: has {tensor.shape[0]} rows, and others have {rows}")
         rows = tensor.shape[0]
         if tensor.is_text:
             try:
                 columns[tensor.name] = pa.array([each.decode() for each in tensor.values])
             except UnicodeDecodeError:
-                raise RefusedError(422, f"inputs.{tensor.name}: is not UTF-8") from None
+                raise RequestError(422, f"inputs.{tensor.name}: is not UTF-8") from None
         else:
             columns[tensor.name] = pa.array(tensor.values.reshape(-1))
     return pa.table(columns)
 
 
 def tensors_of(results: Sequence[Result], scorer: Scorer, work: Work) -> list[Tensor]:
-    """The results as tensors. Raises RefusedError, which names the items that failed."""
+    """The results as tensors. Raises RequestError, which names the items that failed."""
     check_all(results, "row" if scorer.input == "table" else "item")
     if results and all(values.is_picture(result) for result in results):
         return [_pictures(results, work)]

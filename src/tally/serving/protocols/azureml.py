@@ -13,7 +13,7 @@ from typing import Any
 from tally.scorers.base import Item, Request, Result, Scorer
 from tally.serving import values
 from tally.serving.messages import Call, Description
-from tally.serving.protocols.base import JSON, Paths, Protocol, RefusedError, Reply, Route, Served, Work, failed_items
+from tally.serving.protocols.base import JSON, Paths, Protocol, Reply, RequestError, Route, Served, Work, failed_items
 
 PREFIX = "/api/v1/service"
 
@@ -44,22 +44,22 @@ class AzureML(Protocol):
     def tell(self, route: Route, served: Served | None, others: Sequence[Served]) -> Reply:
         if route.operation == "health":
             if served is not None and not served.ready:
-                raise RefusedError(503, f"{served.name} has no replica that answers")
+                raise RequestError(503, f"{served.name} has no replica that answers")
             return Reply(200, b"Healthy", [("Content-Type", "text/plain; charset=utf-8")])
         each = [served] if served is not None else list(others)
         if route.operation == "swagger":
             return Reply(200, json.dumps(document(each)).encode())
         return Reply(200, _page(each).encode(), [("Content-Type", "text/html; charset=utf-8"), *_PAGE_HEADERS])
 
-    def refusal(self, error: RefusedError) -> Reply:
+    def refusal(self, error: RequestError) -> Reply:
         body = json.dumps({"message": error.message}).encode()
         return Reply(error.status, body, [*JSON, *error.headers.items()], error.message)
 
     def decode(self, call: Call, scorer: Scorer) -> Work:
         if (method := call.parameters.get("method", "POST")) != "POST":
-            raise RefusedError(405, f"the method {method} is not supported; send the item with POST", Allow="POST")
+            raise RequestError(405, f"the method {method} is not supported; send the item with POST", Allow="POST")
         if not call.body:
-            raise RefusedError(400, f"the body is empty: {_takes(scorer.input)}")
+            raise RequestError(400, f"the body is empty: {_takes(scorer.input)}")
         kind = call.parameters.get("header:content-type", "").partition(";")[0].strip().lower()
         if scorer.input == "table":
             from tally.scorers.scripts import requests
@@ -67,7 +67,7 @@ class AzureML(Protocol):
             try:
                 return Work(requests.table_of(Request(call.body, headers={"content-type": kind}), None))
             except requests.RefusedError as error:
-                raise RefusedError(400, str(error)) from None
+                raise RequestError(400, str(error)) from None
         if kind == "application/json":
             return Work([Item(str(at), content) for at, content in enumerate(_contents(call.body, scorer))])
         return Work([Item("body", call.body)])
@@ -103,7 +103,7 @@ def _contents(body: bytes, scorer: Scorer) -> list[bytes]:
     except ValueError as error:
         if scorer.input in ("bytes", "path"):
             return [body]
-        raise RefusedError(400, f"the body is not JSON: {error}") from None
+        raise RequestError(400, f"the body is not JSON: {error}") from None
     given = found
     if isinstance(given, dict):
         given = next((given[name] for name in ("data", "inputs", "image", "input_data") if name in given), None)
@@ -111,7 +111,7 @@ def _contents(body: bytes, scorer: Scorer) -> list[bytes]:
     if not texts or not all(isinstance(text, str) for text in texts):
         if scorer.input in ("bytes", "path"):
             return [body]  # it is for the model
-        raise RefusedError(
+        raise RequestError(
             422, 'JSON should be {"data": [...]}, with each picture in base64; or send one picture\'s bytes as they are'
         )
     try:
@@ -119,7 +119,7 @@ def _contents(body: bytes, scorer: Scorer) -> list[bytes]:
     except ValueError:
         if scorer.input in ("bytes", "path"):
             return [body]
-        raise RefusedError(422, "data: a picture's text is not base64") from None
+        raise RequestError(422, "data: a picture's text is not base64") from None
 
 
 # ---------------------------------------------------------------------------------------- what it is like

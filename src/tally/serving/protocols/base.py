@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 JSON = [("Content-Type", "application/json")]
 
 
-class RefusedError(Exception):
+class RequestError(Exception):
     """A request that cannot be answered. status: of HTTP; protocols with statuses of their own translate it.
 
     400 what is no request, 404 no such model, 405 method, 413 too large, 415 kind of body, 422 an item or a field that
@@ -109,16 +109,16 @@ class Protocol(ABC):
         """Answer a question about a model, or about the server where ``served`` is None."""
 
     @abstractmethod
-    def refusal(self, error: RefusedError) -> Reply:
+    def refusal(self, error: RequestError) -> Reply:
         """An error in this protocol's shape."""
 
     @abstractmethod
     def decode(self, call: Call, scorer: Scorer) -> Work:
-        """The call's body as items. Raises RefusedError."""
+        """The call's body as items. Raises RequestError."""
 
     @abstractmethod
     def encode(self, call: Call, scorer: Scorer, work: Work, results: Sequence[Result]) -> Reply:
-        """The answer. results: one for each item; the ItemError of one that failed. Raises RefusedError."""
+        """The answer. results: one for each item; the ItemError of one that failed. Raises RequestError."""
 
 
 class Paths:
@@ -145,8 +145,8 @@ def failed_items(results: Sequence[Any]) -> dict[int, Exception]:
 
 
 def check_all(results: Sequence[Any], what: str = "item") -> None:
-    """Raises RefusedError, which names the items that failed, unless all went well."""
+    """Raises RequestError, which names the items that failed, unless all went well."""
     if errors := failed_items(results):
         shown = [f"{what} {at}: {error}" if len(results) > 1 else str(error) for at, error in errors.items()]
         more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-        raise RefusedError(422, "; ".join(shown[:3]) + more)
+        raise RequestError(422, "; ".join(shown[:3]) + more)

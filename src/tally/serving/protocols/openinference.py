@@ -14,7 +14,7 @@ import tally
 from tally.scorers.base import Result, Scorer
 from tally.serving import metadata
 from tally.serving.messages import Call
-from tally.serving.protocols.base import JSON, Paths, Protocol, RefusedError, Reply, Route, Served, Work
+from tally.serving.protocols.base import JSON, Paths, Protocol, Reply, RequestError, Route, Served, Work
 
 if TYPE_CHECKING:
     from tally.serving.tensors import Tensor
@@ -91,7 +91,7 @@ class OpenInference(Protocol):
             return _json(said, 200 if served.ready else 503)
         return _json(_metadata(served))
 
-    def refusal(self, error: RefusedError) -> Reply:
+    def refusal(self, error: RequestError) -> Reply:
         body = json.dumps({"error": error.message}).encode()
         return Reply(error.status, body, [*JSON, *error.headers.items()], error.message)
 
@@ -101,7 +101,7 @@ class OpenInference(Protocol):
         request, rest = _parts(call)
         given = request.get("inputs")
         if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
-            raise RefusedError(422, "inputs: should be a list of tensors")
+            raise RequestError(422, "inputs: should be a list of tensors")
         found: list[Tensor] = []
         at = 0
         for number, each in enumerate(given):
@@ -109,13 +109,13 @@ class OpenInference(Protocol):
             if size is not None and (
                 not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(rest) - at
             ):
-                raise RefusedError(
+                raise RequestError(
                     400, f"inputs[{number}].parameters.binary_data_size: {size!r}, and {len(rest) - at} bytes are left"
                 )
             found.append(_tensor(each, number, None if size is None else rest[at : at + size]))
             at += size or 0
         if at != len(rest):
-            raise RefusedError(400, f"{len(rest) - at} bytes of binary data belong to no input")
+            raise RequestError(400, f"{len(rest) - at} bytes of binary data belong to no input")
         return tensors.work_of(found, scorer)
 
     def encode(self, call: Call, scorer: Scorer, work: Work, results: Sequence[Result]) -> Reply:
@@ -125,14 +125,14 @@ class OpenInference(Protocol):
         found = {tensor.name: tensor for tensor in tensors.tensors_of(results, scorer, work)}
         asked = request.get("outputs") or [{"name": name} for name in found]
         if not isinstance(asked, list) or not all(isinstance(each, dict) for each in asked):
-            raise RefusedError(422, "outputs: should be a list of objects with a name")
+            raise RequestError(422, "outputs: should be a list of objects with a name")
         all_binary = _parameters(request, "the request").get("binary_data_output") is True
         outputs: list[dict[str, Any]] = []
         parts: list[bytes] = []
         for number, each in enumerate(asked):
             name = each.get("name")
             if name not in found:
-                raise RefusedError(422, f"outputs[{number}].name: there is no {name!r}; there are {', '.join(found)}")
+                raise RequestError(422, f"outputs[{number}].name: there is no {name!r}; there are {', '.join(found)}")
             binary = _parameters(each, f"outputs[{number}]").get("binary_data", all_binary) is True
             outputs.append(_output(found[name], parts if binary else None))
         answer: dict[str, Any] = {
@@ -183,21 +183,21 @@ def _parts(call: Call) -> tuple[dict[str, Any], bytes]:
     end = len(body)
     if length is not None:
         if not length.isdigit() or int(length) > len(body):
-            raise RefusedError(400, f"Inference-Header-Content-Length: {length!r}, and the body has {len(body)} bytes")
+            raise RequestError(400, f"Inference-Header-Content-Length: {length!r}, and the body has {len(body)} bytes")
         end = int(length)
     try:
         request = json.loads(body[:end])
     except (ValueError, RecursionError) as error:
-        raise RefusedError(400, f"the body is not JSON: {error}") from None
+        raise RequestError(400, f"the body is not JSON: {error}") from None
     if not isinstance(request, dict):
-        raise RefusedError(400, "the body should be a JSON object")
+        raise RequestError(400, "the body should be a JSON object")
     return request, body[end:]
 
 
 def _parameters(holder: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     found = holder.get("parameters") or {}
     if not isinstance(found, dict):
-        raise RefusedError(422, f"{where}.parameters: should be an object")
+        raise RequestError(422, f"{where}.parameters: should be an object")
     return found
 
 
@@ -210,12 +210,12 @@ def _tensor(given: Mapping[str, Any], number: int, raw: bytes | None) -> Tensor:
     name = given.get("name")
     where = f"inputs[{number}]"
     if not isinstance(name, str) or not name:
-        raise RefusedError(422, f"{where}.name: should be a text")
+        raise RequestError(422, f"{where}.name: should be a text")
     shape, datatype = given.get("shape"), given.get("datatype")
     if not isinstance(shape, list) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
-        raise RefusedError(422, f"{where}.shape: should be a list of whole numbers, not {shape!r}")
+        raise RequestError(422, f"{where}.shape: should be a list of whole numbers, not {shape!r}")
     if datatype != "BYTES" and datatype not in TYPES:
-        raise RefusedError(422, f"{where}.datatype: {datatype!r} is none of BYTES, {', '.join(TYPES)}")
+        raise RequestError(422, f"{where}.datatype: {datatype!r} is none of BYTES, {', '.join(TYPES)}")
     count = 1
     for n in shape:
         count *= n
@@ -223,19 +223,19 @@ def _tensor(given: Mapping[str, Any], number: int, raw: bytes | None) -> Tensor:
         if datatype == "BYTES":
             texts = texts_of(raw, f"{where} ({name})")
             if len(texts) != count:
-                raise RefusedError(422, f"{where}: {len(texts)} texts, and the shape {shape} has {count}")
+                raise RequestError(422, f"{where}: {len(texts)} texts, and the shape {shape} has {count}")
             return Tensor(name, tuple(shape), texts)
         kind = np.dtype(TYPES[datatype])
         if len(raw) != count * kind.itemsize:
-            raise RefusedError(
+            raise RequestError(
                 422, f"{where}: {len(raw)} bytes, and {datatype} of shape {shape} has {count * kind.itemsize}"
             )
         return Tensor(name, tuple(shape), np.frombuffer(raw, kind).reshape(shape))
     if "data" not in given:
-        raise RefusedError(422, f"{where}.data: is missing")
+        raise RequestError(422, f"{where}.data: is missing")
     flat = _flat(given["data"])
     if len(flat) != count:
-        raise RefusedError(422, f"{where}.data: {len(flat)} values, and the shape {shape} has {count}")
+        raise RequestError(422, f"{where}.data: {len(flat)} values, and the shape {shape} has {count}")
     if datatype == "BYTES":
         return Tensor(name, tuple(shape), [_text(value, given, where) for value in flat])
     return Tensor(name, tuple(shape), _numbers(flat, datatype, where).reshape(shape))
@@ -251,19 +251,19 @@ def _flat(data: Any) -> list[Any]:
 
 def _text(value: Any, given: Mapping[str, Any], where: str) -> bytes:
     if not isinstance(value, str):
-        raise RefusedError(422, f"{where}.data: a value of BYTES should be a text, not {value!r}")
+        raise RequestError(422, f"{where}.data: a value of BYTES should be a text, not {value!r}")
     if _parameters(given, where).get("content_type") == "base64":
         from tally.serving.values import from_base64
 
         try:
             return from_base64(value)
         except ValueError as error:
-            raise RefusedError(422, f"{where}.data: {error}") from None
+            raise RequestError(422, f"{where}.data: {error}") from None
     return value.encode("utf-8", "surrogateescape")
 
 
 def _numbers(flat: list[Any], datatype: str, where: str) -> Any:
-    """Values as an array of the datatype, without changing them in silence. Raises RefusedError."""
+    """Values as an array of the datatype, without changing them in silence. Raises RequestError."""
     import numpy as np
 
     kind = np.dtype(TYPES[datatype])
@@ -272,11 +272,11 @@ def _numbers(flat: list[Any], datatype: str, where: str) -> Any:
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind.kind != "b"):
             if value is None and kind.kind == "f":
                 continue
-            raise RefusedError(422, f"{where}.data: {value!r} is no {datatype}")
+            raise RequestError(422, f"{where}.data: {value!r} is no {datatype}")
     try:
         return np.array(flat, kind) if kind.kind != "f" else np.array(flat, np.float64).astype(kind)
     except (OverflowError, ValueError) as error:
-        raise RefusedError(422, f"{where}.data: {error}") from None
+        raise RequestError(422, f"{where}.data: {error}") from None
 
 
 def texts_of(raw: bytes, where: str) -> list[bytes]:
@@ -285,7 +285,7 @@ def texts_of(raw: bytes, where: str) -> list[bytes]:
     while at < len(raw):
         length = int.from_bytes(raw[at : at + 4], "little")
         if at + 4 + length > len(raw):
-            raise RefusedError(422, f"{where}: a text of {length} bytes, and {len(raw) - at - 4} are left")
+            raise RequestError(422, f"{where}: a text of {length} bytes, and {len(raw) - at - 4} are left")
         found.append(raw[at + 4 : at + 4 + length])
         at += 4 + length
     return found

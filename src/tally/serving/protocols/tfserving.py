@@ -15,7 +15,7 @@ from tally.scorers.base import Item, Result, Scorer
 from tally.serving import metadata, values
 from tally.serving.messages import Call, Description
 from tally.serving.metadata import ITEM_INPUT
-from tally.serving.protocols.base import JSON, Paths, Protocol, RefusedError, Reply, Route, Served, Work, check_all
+from tally.serving.protocols.base import JSON, Paths, Protocol, Reply, RequestError, Route, Served, Work, check_all
 
 SIGNATURE = "serving_default"
 
@@ -73,26 +73,26 @@ class TensorFlowServing(Protocol):
             ]
             return Reply(200, json.dumps({"model_version_status": states}).encode())
         if served.description is None:
-            raise RefusedError(503, f"{served.name} is not loaded")
+            raise RequestError(503, f"{served.name} is not loaded")
         said = {
             "model_spec": {"name": served.name, "signature_name": "", "version": served.version},
             "metadata": {"signature_def": {"signature_def": {SIGNATURE: signature(served.description)}}},
         }
         return Reply(200, json.dumps(said).encode())
 
-    def refusal(self, error: RefusedError) -> Reply:
+    def refusal(self, error: RequestError) -> Reply:
         body = json.dumps({"error": error.message}).encode()
         return Reply(error.status, body, [*JSON, *error.headers.items()], error.message)
 
     def decode(self, call: Call, scorer: Scorer) -> Work:
         request = _request(call)
         if (name := request.get("signature_name") or SIGNATURE) != SIGNATURE:
-            raise RefusedError(404, f"signature_name: there is no {name!r}; there is {SIGNATURE!r}")
+            raise RequestError(404, f"signature_name: there is no {name!r}; there is {SIGNATURE!r}")
         verb = call.parameters.get("verb", "predict")
         if verb == "predict":
             given = [name for name in ("instances", "inputs") if name in request]
             if len(given) != 1:
-                raise RefusedError(422, "the body should have either instances or inputs")
+                raise RequestError(422, "the body should have either instances or inputs")
             rows = _instances(request["instances"]) if given == ["instances"] else _rows_of_columns(request["inputs"])
         else:
             rows = _instances(request.get("examples"), "examples")
@@ -132,15 +132,15 @@ def _request(call: Call) -> dict[str, Any]:
     try:
         request = json.loads(call.body)
     except (ValueError, RecursionError) as error:
-        raise RefusedError(400, f"the body is not JSON: {error}") from None
+        raise RequestError(400, f"the body is not JSON: {error}") from None
     if not isinstance(request, dict):
-        raise RefusedError(400, "the body should be a JSON object")
+        raise RequestError(400, "the body should be a JSON object")
     return request
 
 
 def _instances(given: Any, what: str = "instances") -> list[Any]:
     if not isinstance(given, list) or not given:
-        raise RefusedError(422, f"{what}: should be a list with one at least")
+        raise RequestError(422, f"{what}: should be a list with one at least")
     return given
 
 
@@ -157,7 +157,7 @@ def _rows_of_columns(inputs: Any) -> list[Any]:
         columns = {name: each if isinstance(each, list) else [each] for name, each in inputs.items()}
         if len({len(each) for each in columns.values()}) != 1:
             lengths = ", ".join(f"{name} {len(each)}" for name, each in columns.items())
-            raise RefusedError(422, f"inputs: should have as many values each, not {lengths or 'none'}")
+            raise RequestError(422, f"inputs: should have as many values each, not {lengths or 'none'}")
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return _instances(inputs if isinstance(inputs, list) else [inputs], "inputs")
 
@@ -166,16 +166,16 @@ def _content(row: Any, name: str, at: int) -> bytes:
     """An item's content: base64 in ``{"b64": ...}``, alone or under the input's name; or a text as it is."""
     if isinstance(row, dict) and "b64" not in row:
         if len(row) != 1:
-            raise RefusedError(422, f"instance {at}: should have {name!r} alone, not {', '.join(row) or 'nothing'}")
+            raise RequestError(422, f"instance {at}: should have {name!r} alone, not {', '.join(row) or 'nothing'}")
         [row] = row.values()
     if isinstance(row, dict) and isinstance(row.get("b64"), str):
         try:
             return values.from_base64(row["b64"])
         except ValueError as error:
-            raise RefusedError(422, f"instance {at}: {name}.b64 is {error}") from None
+            raise RequestError(422, f"instance {at}: {name}.b64 is {error}") from None
     if isinstance(row, str):
         return row.encode()
-    raise RefusedError(422, f'instance {at}: {name} should be {{"b64": "..."}}, not {type(row).__name__}')
+    raise RequestError(422, f'instance {at}: {name} should be {{"b64": "..."}}, not {type(row).__name__}')
 
 
 def _table(rows: Sequence[Any], scorer: Scorer) -> Any:
@@ -188,17 +188,17 @@ def _table(rows: Sequence[Any], scorer: Scorer) -> Any:
         features = scorer.features
         width = len(rows[0])
         if any(len(row) != width for row in rows):
-            raise RefusedError(422, "instances: should have as many values each")
+            raise RequestError(422, "instances: should have as many values each")
         names = dict.fromkeys(features if isinstance(features, (list, tuple)) else (f"f{at}" for at in range(width)))
         if len(names) != width:
-            raise RefusedError(422, f"instances: should have {len(names)} values each, not {width}")
+            raise RequestError(422, f"instances: should have {len(names)} values each, not {width}")
         flat = [dict(zip(names, row, strict=True)) for row in rows]
     else:
-        raise RefusedError(422, "instances: should be objects, or lists of numbers")
+        raise RequestError(422, "instances: should be objects, or lists of numbers")
     try:
         return pa.Table.from_pylist(flat)
     except (pa.ArrowException, TypeError, ValueError) as error:
-        raise RefusedError(422, f"instances: hold no table: {' '.join(str(error).split())}") from None
+        raise RequestError(422, f"instances: hold no table: {' '.join(str(error).split())}") from None
 
 
 def _single(value: Any) -> Any:
@@ -222,7 +222,7 @@ def _classified(result: Result, scorer: Scorer) -> list[list[Any]]:
         return [[name, score] for name, score in zip(scorer.classes, values.finite(result["scores"]), strict=True)]
     rows = values.rows_of(result)
     if not all("label" in row and "score" in row for row in rows):
-        raise RefusedError(400, "the model does not tell classes apart: ask it with :predict")
+        raise RequestError(400, "the model does not tell classes apart: ask it with :predict")
     return [[row["label"], values.json_value(row)["score"]] for row in rows]
 
 
@@ -230,7 +230,7 @@ def _regressed(result: Result) -> Any:
     rows = values.rows_of(result)
     numbers = [v for row in rows for v in values.json_value(row).values() if isinstance(v, (int, float))]
     if len(numbers) != 1:
-        raise RefusedError(400, "the model does not return one number for each item: ask it with :predict")
+        raise RequestError(400, "the model does not return one number for each item: ask it with :predict")
     return numbers[0]
 
 
