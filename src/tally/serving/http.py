@@ -27,6 +27,8 @@ REQUEST_SECONDS = 600.0
 IDLE_SECONDS = 120.0
 """A connection without requests is closed after so long."""
 SWEEP_SECONDS = 2.0
+FIRST_SECONDS = 1.0
+"""A client that has connected sends its first request within so long, or is not waited for at the end."""
 LINGER_SECONDS = 1.0
 """How long what a refused client still sends is read, and forgotten."""
 PIPELINED = 32
@@ -132,7 +134,7 @@ class Connection(asyncio.Protocol):
         self._body_bytes = 0
         self._refused: tuple[int, str] | None = None
         self._written_at: float | None = None
-        self._ended = False
+        self._ended = self._used = False
 
     # -- what asyncio calls -----------------------------------------------------------------------------
 
@@ -182,6 +184,7 @@ class Connection(asyncio.Protocol):
     # -- what httptools calls ---------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        self._used = True
         self._begun_at = time.monotonic()
         self._reading = True
         self._target, self._headers, self._header_bytes = b"", {}, 0
@@ -295,8 +298,10 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def drain(self) -> None:
-        """Close the connection if nothing is in work; otherwise with its next answer."""
-        if self._current is None and not self._reading:
+        """Close the connection if nothing is in work. A new one is given time for its first request; any other ends
+        with its next answer."""
+        waited = time.monotonic() - self._heard
+        if self._current is None and not self._reading and (self._used or waited > FIRST_SECONDS):
             self._close()
 
     def look(self, now: float) -> None:

@@ -152,9 +152,9 @@ class ModelServer:
         spare.listen(0)
         await self._take_rest(spare)
         spare.close()
-        for each in list(http.connections):
-            each.drain()
         while http.connections and time.monotonic() < until:
+            for each in list(http.connections):
+                each.drain()
             await asyncio.sleep(0.01)
         await asyncio.gather(*(each.close(max(0.5, until - time.monotonic())) for each in self.endpoints.values()))
 
