@@ -1,0 +1,532 @@
+"""Endpoints over HTTP: what clients of each protocol send, and what they are answered."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import os
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.conftest import REPOSITORY
+from tests.endpoints import Serving, Storm, echo, serving
+
+SHAPES = REPOSITORY / "examples" / "shapes" / "model"
+CLASSES = ["arrow", "circle", "cross", "hexagon", "ring", "square", "star", "triangle"]
+
+SCORERS = """
+import numpy as np
+import tally
+
+class Sums(tally.Scorer):
+    input = "table"
+    features = ("a", "b")
+    columns = {"sum": "float64"}
+
+    def score(self, batch):
+        return [{"sum": float(a) + float(b)} for a, b in zip(*batch.to_pydict().values())]
+
+class Mirror(tally.Scorer):
+    input = "image"
+    output = "image"
+
+    def score(self, batch):
+        return [picture[:, ::-1].copy() for picture in batch]
+
+class Boxes(tally.Scorer):
+    input = "image"
+    columns = {"xmin": "float32", "label": "string"}
+
+    def score(self, batch):
+        return [[{"xmin": float(at), "label": "box"} for at in range(picture.shape[1] % 3)] for picture in batch]
+"""
+
+JSON_SCRIPT = """
+import json, os
+
+def init():
+    global factor
+    factor = json.load(open("factor.json"))["factor"]
+    os.makedirs("tmp", exist_ok=True)
+    assert os.environ["AZUREML_MODEL_DIR"]
+
+def run(raw_data):
+    try:
+        open("tmp/last", "w").write(raw_data)
+        return [factor * each for each in json.loads(raw_data)["data"]]
+    except Exception as error:
+        return str(error)
+"""
+
+RAW_SCRIPT = """
+from azureml.contrib.services.aml_request import rawhttp
+from azureml.contrib.services.aml_response import AMLResponse
+
+def init():
+    pass
+
+@rawhttp
+def run(request):
+    if request.method != "POST":
+        return AMLResponse("this takes pictures by POST", 405)
+    body = request.get_data(False)
+    if not body:
+        return AMLResponse("there is no picture in the body", 400)
+    return AMLResponse([len(body)], 200, json_str=True)
+"""
+
+
+def picture(width: int = 64, height: int = 48) -> np.ndarray[Any, Any]:
+    ramp = np.linspace(0, 255, width, dtype=np.uint8)
+    return np.broadcast_to(ramp[None, :, None], (height, width, 3)).copy()
+
+
+def png(pixels: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def b64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "scorers.py").write_text(SCORERS)
+    for name, script in (("plain", JSON_SCRIPT), ("raw", RAW_SCRIPT)):
+        (folder / name).mkdir()
+        (folder / name / "score.py").write_text(script)
+    (folder / "plain" / "factor.json").write_text('{"factor": 3}')
+    models = [SHAPES, f"echo={echo(folder / 'echo.py')}"]
+    models += [f"{name.lower()}={folder}/scorers.py:{name}" for name in ("Sums", "Mirror", "Boxes")]
+    models += [f"{name}={folder}/{name}/score.py" for name in ("plain", "raw")]
+    with serving(folder, *models, "--max-body", 4, environment={"TALLY_HOME": str(folder / "home")}) as found:
+        yield found
+
+
+def score(name: str) -> str:
+    return f"/api/v1/service/{name}/score"
+
+
+# ------------------------------------------------------------------------------------------- /score
+
+
+def test_a_picture_is_scored_as_in_a_job(server: Serving, tmp_path: Path) -> None:
+    file = tmp_path / "in" / "ramp.png"
+    file.parent.mkdir()
+    file.write_bytes(png(picture()))
+    import tally
+
+    [row] = tally.score(file.parent, SHAPES, tmp_path / "out", quiet=True, workers=1).results().to_pylist()
+    answer = server.ask(score("shapes"), file.read_bytes(), headers={"Content-Type": "image/png"})
+    assert answer.status == 200
+    assert answer.headers["x-tally-version"] == "1"
+    said = answer.json()
+    assert (said["label"], said["index"]) == (row["label"], row["index"])
+    assert said["score"] == pytest.approx(row["score"])
+
+
+def test_several_pictures_as_json(server: Serving) -> None:
+    good, bad = b64(png(picture())), b64(b"no picture")
+    both = server.post(score("shapes"), {"data": [good, good]})
+    assert both.status == 200
+    assert [each["label"] for each in both.json()] == [both.json()[0]["label"]] * 2
+    mixed = server.post(score("shapes"), {"data": [good, bad]})
+    assert mixed.status == 422
+    assert "item 1" in mixed.json()["message"]
+    assert mixed.json()["results"][0] == both.json()[0]
+    assert mixed.json()["results"][1] is None
+
+
+def test_rows_as_json_and_csv(server: Serving) -> None:
+    rows = [{"a": 1, "b": 2}, {"a": 0.5, "b": 0.25}]
+    assert server.post(score("sums"), {"data": rows}).json() == [{"sum": 3.0}, {"sum": 0.75}]
+    csv = server.ask(score("sums"), b"b,a\n2,1\n", headers={"Content-Type": "text/csv"})
+    assert csv.json() == [{"sum": 3.0}]
+    lacking = server.post(score("sums"), [{"a": 1}])
+    assert lacking.status == 422
+    assert "'b'" in lacking.json()["message"]
+
+
+def test_pictures_come_back_as_pictures(server: Serving) -> None:
+    answer = server.ask(score("mirror"), png(picture()))
+    assert answer.headers["content-type"] == "image/png"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(answer.body))), picture()[:, ::-1])
+    jpeg = server.ask(score("mirror"), png(picture()), headers={"Accept": "image/jpeg"})
+    assert Image.open(io.BytesIO(jpeg.body)).format == "JPEG"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "method", "status", "said"),
+    [
+        ("shapes", b"", "POST", 400, "the body is empty: send the content of a picture"),
+        ("shapes", None, "GET", 405, "the method GET is not supported"),
+        ("shapes", b"x", "PUT", 405, "the method PUT is not supported"),
+        ("shapes", b"no picture", "POST", 422, "not an image"),
+        ("echo", b"bad", "POST", 422, "a bad item"),
+        ("shape", b"x", "POST", 404, "there is no model 'shape'; did you mean 'shapes'?"),
+    ],
+)
+def test_what_cannot_be_scored(
+    server: Serving, path: str, body: bytes | None, method: str, status: int, said: str
+) -> None:
+    answer = server.ask(score(path), body, method=method)
+    assert answer.status == status
+    assert said in answer.json()["message"]
+
+
+def test_a_script_that_takes_json(server: Serving) -> None:
+    assert server.post(score("plain"), {"data": [1, 2]}).json() == [3, 6]
+    failed = server.post(score("plain"), {"other": 1})
+    assert (failed.status, failed.json()) == (200, "'data'")  # as the script answers
+
+
+def test_a_script_that_takes_requests(server: Serving) -> None:
+    assert server.ask(score("raw"), b"12345").json() == [5]
+    assert server.ask(score("raw"), b"").status == 400
+    assert server.ask(score("raw")).status == 405
+    assert server.ask(score("raw")).body == b"this takes pictures by POST"
+
+
+def test_health_swagger_and_page(server: Serving) -> None:
+    assert server.ask("/api/v1/service/shapes/").body == b"Healthy"
+    assert server.ask("/").body == b"Healthy"
+    paths = server.ask("/swagger.json").json()["paths"]
+    assert {score("shapes"), score("raw")} <= set(paths)
+    page = server.ask("/ui")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "shapes" in page.body.decode()
+    assert server.ask("/nothing/here").status == 404
+    ready = server.ask("/readyz").json()
+    assert ready["status"] == "ready"
+    assert set(ready["models"]) == {"shapes", "echo", "sums", "mirror", "boxes", "plain", "raw"}
+    several = server.ask("/score", b"x")
+    assert several.status == 404
+    assert "name one" in several.json()["message"]
+
+
+# --------------------------------------------------------------------------- Open Inference Protocol
+
+
+def infer(server: Serving, model: str, *inputs: dict[str, Any], **fields: Any) -> Any:
+    answer = server.post(f"/v2/models/{model}/infer", {"inputs": list(inputs), **fields})
+    assert answer.status == 200, answer.body
+    return answer.json()
+
+
+def outputs(answer: Any) -> dict[str, Any]:
+    return {each["name"]: each["data"] for each in answer["outputs"]}
+
+
+def test_inference_of_pictures_and_rows(server: Serving) -> None:
+    content = b64(png(picture()))
+    tensor = {
+        "name": "image", "shape": [2], "datatype": "BYTES", "parameters": {"content_type": "base64"},
+        "data": [content, content],
+    }  # fmt: skip
+    said = infer(server, "shapes", tensor, id="seven")
+    assert (said["id"], said["model_name"], said["model_version"]) == ("seven", "shapes", "1")
+    single = server.ask(score("shapes"), png(picture())).json()
+    assert outputs(said)["label"] == [single["label"]] * 2
+    assert outputs(said)["score"] == pytest.approx([single["score"]] * 2)
+    pixels = {"name": "image", "shape": [1, 48, 64, 3], "datatype": "UINT8", "data": picture().reshape(-1).tolist()}
+    assert outputs(infer(server, "shapes", pixels))["label"] == [single["label"]]
+    a = {"name": "a", "shape": [2], "datatype": "INT64", "data": [1, 2]}
+    b = {"name": "b", "shape": [2, 1], "datatype": "FP32", "data": [[0.5], [1.5]]}
+    assert outputs(infer(server, "sums", a, b)) == {"sum": [1.5, 3.5]}
+    both = {"name": "x", "shape": [2, 2], "datatype": "FP64", "data": [[1, 2], [3, 4]]}
+    assert outputs(infer(server, "sums", both)) == {"sum": [3.0, 7.0]}
+
+
+def test_items_with_several_rows_or_none_say_how_many(server: Serving) -> None:
+    contents = [b64(png(picture(width))) for width in (9, 11, 10)]
+    tensor = {
+        "name": "image", "shape": [3], "datatype": "BYTES", "parameters": {"content_type": "base64"}, "data": contents
+    }  # fmt: skip
+    assert outputs(infer(server, "boxes", tensor)) == {
+        "xmin": [0.0, 1.0, 0.0], "label": ["box"] * 3, "count": [0, 2, 1]
+    }  # fmt: skip
+    none = tensor | {"shape": [1], "data": contents[:1]}
+    assert outputs(infer(server, "boxes", none)) == {"xmin": [], "label": [], "count": [0]}
+
+
+def test_binary_tensors(server: Serving) -> None:
+    texts = [b"one", b"", "zwölf".encode()]
+    raw = b"".join(struct.pack("<I", len(each)) + each for each in texts)
+    tensor = {"name": "body", "shape": [3], "datatype": "BYTES", "parameters": {"binary_data_size": len(raw)}}
+    request = {"inputs": [tensor], "outputs": [{"name": "text", "parameters": {"binary_data": True}}, {"name": "pid"}]}
+    head = json.dumps(request).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    answer = server.ask("/v2/models/echo/infer", head + raw, headers=headers)
+    assert answer.status == 200, answer.body
+    length = int(answer.headers["inference-header-content-length"])
+    said = json.loads(answer.body[:length])
+    assert [each["name"] for each in said["outputs"]] == ["text", "pid"]
+    assert said["outputs"][0]["parameters"]["binary_data_size"] == len(raw)
+    assert answer.body[length:] == raw
+    pixels = picture()[None]
+    tensor: dict[str, Any] = {"name": "image", "shape": list(pixels.shape), "datatype": "UINT8"}
+    tensor["parameters"] = {"binary_data_size": pixels.size}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    answer = server.ask(
+        "/v2/models/mirror/infer", head + pixels.tobytes(), headers={"Inference-Header-Content-Length": str(len(head))}
+    )
+    length = int(answer.headers["inference-header-content-length"])
+    [output] = json.loads(answer.body[:length])["outputs"]
+    assert (output["name"], output["datatype"], output["shape"]) == ("image", "UINT8", [1, 48, 64, 3])
+    assert answer.body[length:] == pixels[:, :, ::-1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"inputs": "x"}, "inputs: should be a list of tensors"),
+        ({"inputs": []}, "inputs: there is none"),
+        ({"inputs": [{"shape": [1], "datatype": "BYTES", "data": ["x"]}]}, "inputs[0].name"),
+        ({"inputs": [{"name": "body", "shape": [-1], "datatype": "BYTES", "data": ["x"]}]}, "inputs[0].shape"),
+        ({"inputs": [{"name": "body", "shape": [1], "datatype": "TEXT", "data": ["x"]}]}, "inputs[0].datatype"),
+        ({"inputs": [{"name": "body", "shape": [2], "datatype": "BYTES", "data": ["x"]}]}, "inputs[0].data: 1 values"),
+        ({"inputs": [{"name": "body", "shape": [1], "datatype": "BYTES"}]}, "inputs[0].data: is missing"),
+        ({"inputs": [{"name": "a", "shape": [1], "datatype": "UINT8", "data": [300]}]}, "inputs[0].data"),
+        ({"inputs": [{"name": "a", "shape": [1], "datatype": "INT64", "data": [1.5]}]}, "1.5 is no INT64"),
+        ({"outputs": [{"name": "nothing"}]}, "outputs[0].name: there is no 'nothing'"),
+    ],
+)
+def test_fields_that_are_wrong_are_named(server: Serving, change: dict[str, Any], said: str) -> None:
+    request = {"inputs": [{"name": "body", "shape": [1], "datatype": "BYTES", "data": ["x"]}]} | change
+    answer = server.post("/v2/models/echo/infer", request)
+    assert answer.status == 422
+    assert said in answer.json()["error"]
+
+
+def test_binary_data_that_do_not_fit(server: Serving) -> None:
+    def asked(size: Any, rest: bytes, length: str | None = None) -> Any:
+        tensor = {"name": "body", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": size}}
+        head = json.dumps({"inputs": [tensor]}).encode()
+        headers = {"Inference-Header-Content-Length": length or str(len(head))}
+        return server.ask("/v2/models/echo/infer", head + rest, headers=headers)
+
+    good = struct.pack("<I", 1) + b"x"
+    assert asked(5, good).status == 200
+    for answer in (
+        asked(50, good), asked(-1, good), asked(True, good), asked(5, good + b"more"), asked(5, good, "999999"),
+        asked(5, good, "-1"), asked(5, struct.pack("<I", 9) + b"x"),
+    ):  # fmt: skip
+        assert answer.status in (400, 422), answer.body
+        assert answer.json()["error"]
+
+
+def test_metadata_readiness_and_repository(server: Serving) -> None:
+    assert server.ask("/v2").json()["name"] == "tally"
+    assert server.ask("/v2/health/live").json() == {"live": True}
+    assert server.ask("/v2/health/ready").json() == {"ready": True}
+    told = server.ask("/v2/models/shapes").json()
+    assert told["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
+    assert [(each["name"], each["datatype"]) for each in told["outputs"]] == [
+        ("label", "BYTES"), ("index", "INT64"), ("score", "FP32")
+    ]  # fmt: skip
+    assert server.ask("/v2/models/shapes/versions/1/ready").json() == {"name": "shapes", "ready": True}
+    assert server.ask("/v2/models/shapes/versions/9").status == 404
+    assert server.ask("/v2/models/none").status == 404
+    index = server.ask("/v2/repository/index", b"{}").json()
+    assert {"name": "shapes", "version": "1", "state": "READY", "reason": ""} in index
+
+
+# ---------------------------------------------------------------------------------- TensorFlow Serving
+
+
+def test_a_classifier_answers_as_the_retrained_ones_do(server: Serving) -> None:
+    content = {"b64": b64(png(picture()))}
+    single = server.ask(score("shapes"), png(picture())).json()
+    scalar = server.post("/v1/models/shapes:predict", {"inputs": {"image": content}}).json()["outputs"]
+    assert scalar["classes"] == CLASSES
+    [scores] = scalar["prediction"]
+    assert CLASSES[int(np.argmax(scores))] == single["label"]
+    assert max(scores) == pytest.approx(single["score"])
+    rows = server.post("/v1/models/shapes/versions/1:predict", {"instances": [content, {"image": content}]}).json()
+    assert [each["prediction"] for each in rows["predictions"]] == [pytest.approx(scores)] * 2
+    listed = server.post("/v1/models/shapes:predict", {"inputs": {"image": [content, content]}}).json()["outputs"]
+    assert len(listed["prediction"]) == len(listed["classes"]) == 2
+    results = server.post("/v1/models/shapes:classify", {"examples": [{"image": content}]}).json()["results"]
+    assert [name for name, _ in results[0]] == CLASSES
+    # the next request is answered as it always was
+    assert server.ask(score("shapes"), png(picture())).json() == single
+
+
+def test_rows_by_tensorflow_serving(server: Serving) -> None:
+    by_row = {"instances": [{"a": 1, "b": [2]}, {"a": 3, "b": 4}]}
+    assert server.post("/v1/models/sums:predict", by_row).json() == {"predictions": [{"sum": 3.0}, {"sum": 7.0}]}
+    by_column = {"inputs": {"a": [1, 3], "b": [2, 4]}}
+    assert server.post("/v1/models/sums:predict", by_column).json() == {"outputs": [3.0, 7.0]}
+    lists = {"instances": [[1, 2], [3, 4]]}
+    assert server.post("/v1/models/sums:predict", lists).json()["predictions"] == [{"sum": 3.0}, {"sum": 7.0}]
+    assert server.post("/v1/models/sums:regress", {"examples": by_row["instances"]}).json() == {"results": [3.0, 7.0]}
+
+
+def test_status_metadata_and_what_is_wrong(server: Serving) -> None:
+    status = server.ask("/v1/models/shapes").json()["model_version_status"]
+    assert [(each["version"], each["state"]) for each in status] == [("1", "AVAILABLE")]
+    signature = server.ask("/v1/models/shapes/metadata").json()["metadata"]["signature_def"]["signature_def"]
+    assert signature["serving_default"]["inputs"]["image"]["dtype"] == "DT_STRING"
+    for path, body, code in (
+        ("/v1/models/none:predict", {"instances": [1]}, 404),
+        ("/v1/models/shapes/versions/7:predict", {"instances": [1]}, 404),
+        ("/v1/models/shapes/labels/blue:predict", {"instances": [1]}, 404),
+        ("/v1/models/shapes:predict", {"instances": [1]}, 422),
+        ("/v1/models/shapes:predict", {"instances": [{"b64": "?"}]}, 422),
+        ("/v1/models/shapes:predict", {"signature_name": "other", "instances": ["x"]}, 404),
+        ("/v1/models/shapes:predict", {}, 422),
+        ("/v1/models/shapes:predict", [1], 400),
+    ):
+        answer = server.post(path, body)
+        assert answer.status == code, (path, body, answer.body)
+        assert answer.json()["error"]
+
+
+# --------------------------------------------------------------------------------------------- HTTP
+
+
+def test_requests_behind_each_other_are_answered_in_order(server: Serving) -> None:
+    with socket.create_connection(server.address, timeout=30) as client:
+        for at in range(100):
+            text = f"number {at:3}".encode()
+            client.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n" % score("echo").encode() + text)
+        client.shutdown(socket.SHUT_WR)
+        answers = b""
+        while more := client.recv(65536):
+            answers += more
+    bodies = [part.partition(b"\r\n\r\n")[2] for part in answers.split(b"HTTP/1.1 200 OK")[1:]]
+    assert [json.loads(body)["text"] for body in bodies] == [f"number {at:3}" for at in range(100)]
+
+
+def test_bodies_in_chunks_expectations_and_encodings(server: Serving) -> None:
+    connection = http.client.HTTPConnection(*server.address, timeout=30)
+    connection.request("POST", score("echo"), iter([b"in ", b"chunks"]), encode_chunked=True)
+    assert json.loads(connection.getresponse().read())["text"] == "in chunks"
+    connection.close()
+    with socket.create_connection(server.address, timeout=30) as client:
+        head = f"POST {score('echo')} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n"
+        client.sendall(head.encode())
+        assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(b"then")
+        assert b'"then"' in client.recv(4096)
+    packed = server.ask(score("echo"), b"x", headers={"Content-Encoding": "gzip"})
+    assert packed.status == 415
+    assert "gzip" in packed.json()["error"]
+    assert server.ask(score("echo"), b"x" * (5 << 20)).status == 413
+
+
+def test_metrics_tell_what_happened(server: Serving) -> None:
+    server.ask(score("boxes"), png(picture()))
+    figures = server.ask("/metrics").body.decode()
+    assert 'tally_endpoint_requests_total{model="boxes",protocol="azureml",status="200",version="1"}' in figures
+    assert 'tally_endpoint_replicas{model="boxes",version="1"} 1.0' in figures
+    assert 'tally_endpoint_stage_seconds_count{model="boxes",stage="scoring",version="1"}' in figures
+
+
+# ------------------------------------------------------------------------------------ servers of their own
+
+
+def test_too_many_requests_are_told_to_come_again(tmp_path: Path) -> None:
+    model = echo(tmp_path / "echo.py", pause=0.05)
+    with (
+        serving(tmp_path, f"echo={model}", "--max-queue", 1, "--max-batch", 1) as server,
+        Storm(server, clients=16) as storm,
+    ):
+        storm.until_answered(20)
+        server.until(lambda it: storm.statuses[429] > 0)
+        busy = next(each for _ in range(1000) if (each := server.ask("/score", b"x")).status == 429)
+    assert busy.headers["retry-after"] == "1"
+    assert "busy" in busy.json()["message"]
+    assert set(storm.statuses) == {200, 429}
+    assert storm.wrong == storm.broken == []
+
+
+def test_no_replica_is_kept_where_none_is_needed(tmp_path: Path) -> None:
+    model = echo(tmp_path / "echo.py")
+    with serving(tmp_path, f"echo={model}", "--replicas", "0..1", "--idle", "0.5s") as server:
+        assert server.replicas() == []
+        assert server.ask("/readyz").status == 200
+        assert server.ask("/score", b"the first").json()["text"] == "the first"
+        server.until(lambda it: not it.replicas())
+        assert server.ask("/score", b"another").json()["text"] == "another"
+
+
+def test_more_replicas_come_while_requests_wait(tmp_path: Path) -> None:
+    model = echo(tmp_path / "echo.py", pause=0.05)
+    with serving(tmp_path, f"echo={model}", "--replicas", "1..2", "--idle", "1s") as server:
+        with Storm(server, clients=64) as storm:
+            server.until(lambda it: sum(each["state"] == "ready" for each in it.replicas()) == 2)
+        server.until(lambda it: len(it.replicas()) == 1)
+    assert storm.wrong == storm.broken == []
+    assert set(storm.statuses) == {200}
+
+
+def test_keys(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("the-second\n")
+    model = echo(tmp_path / "echo.py")
+    keys = {"TALLY_ENDPOINT_KEY": "the-first"}
+    with serving(tmp_path, f"echo={model}", "--keys", tmp_path / "keys", environment=keys) as server:
+        assert server.ask("/").status == server.ask("/readyz").status == 200
+        assert server.ask("/v2/health/live").status == 200
+        for wrong in ({}, {"Authorization": "Bearer nothing"}, {"Authorization": "the-first"}):
+            answer = server.ask("/score", b"x", headers=wrong)
+            assert answer.status == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+        for key in ("the-first", "the-second"):
+            assert server.ask("/score", b"x", headers={"Authorization": f"Bearer {key}"}).status == 200
+        with open(f"/proc/{server.replicas()[0]['pid']}/environ", "rb") as file:
+            assert b"the-first" not in file.read()
+        assert "the-first" not in server.log
+
+
+def test_without_a_key_nobody_else_may_reach_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tally", "serve", echo(tmp_path / "echo.py"), "--host", "0.0.0.0"]
+    environment = {name: value for name, value in os.environ.items() if name != "TALLY_ENDPOINT_KEY"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert ran.returncode == 2
+    assert "there is no key" in ran.stderr
+    assert "TALLY_ENDPOINT_KEY" in ran.stderr
+
+
+def test_a_model_that_cannot_be_loaded_is_said_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text(
+        "def init():\n    raise RuntimeError('no weights')\n\ndef run(data):\n    pass\n"
+    )
+    command = [sys.executable, "-m", "tally", "serve", str(tmp_path / "score.py"), "--port", "0"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1
+    assert "no weights" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_tls(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        capture_output=True,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip("no openssl command makes a certificate here")
+    model = echo(tmp_path / "echo.py")
+    with serving(tmp_path, f"echo={model}", "--certificate", certificate, "--private-key", key) as server:
+        assert server.url.startswith("https://")
+        context = ssl.create_default_context(cafile=certificate)
+        connection = http.client.HTTPSConnection(*server.address, context=context, timeout=30)
+        connection.request("POST", "/score", b"over TLS")
+        assert json.loads(connection.getresponse().read())["text"] == "over TLS"
+        connection.close()
