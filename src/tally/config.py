@@ -39,6 +39,10 @@ class Settings:
         """The file of what a coordinator that a server started prints."""
         return self.home / "logs" / f"{job_id}.coordinator.log"
 
+    def endpoint_log_of(self, name: str) -> Path:
+        """The file of what the process that serves an endpoint prints, and its replicas."""
+        return self.home / "logs" / f"endpoint-{name}.log"
+
     def __repr__(self) -> str:
         return f"Settings(home={str(self.home)!r}, database={mask(self.database)!r}, registry={mask(self.registry)!r})"
 

@@ -21,6 +21,8 @@
     │   ├── JobExistsError                  the same job was started before; resume it or ask for a new one
     │   ├── JobStateError                   the job's state does not allow that
     │   └── OwnershipLostError              another coordinator has taken the job over
+    ├── EndpointError                       an endpoint's state does not allow that
+    │   └── EndpointNotFoundError (LookupError)
     ├── ClusterLostError (ConnectionError)  the Ray cluster does not answer, or its head was lost
     ├── ServerAwayError (ConnectionError)   the server of a client does not answer
     ├── RefusedError                    the server refuses a request
@@ -171,6 +173,14 @@ class JobStateError(JobError):
 
 class OwnershipLostError(JobError):
     """Another coordinator has taken the job over; nothing more may be committed by this one."""
+
+
+class EndpointError(TallyError):
+    """What was asked of an endpoint cannot be done."""
+
+
+class EndpointNotFoundError(EndpointError, LookupError):
+    """There is no such endpoint."""
 
 
 class ClusterLostError(TallyError, ConnectionError):

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from tally.jobs.spec import JobSpec
     from tally.models.registry import Registry
     from tally.server.auth.keys import KeyStore
+    from tally.serving.deployments import DeploymentStore
     from tally.sources.queues.base import Queue
     from tally.triggers.store import ScheduleStore
     from tally.triggers.watch import WatchStore
 
 _CLIENT = "tally.client"
-HERE_ONLY = ("train", "up", "new", "simulate", "doctor", "inject")
+HERE_ONLY = ("train", "up", "new", "simulate", "doctor", "inject", "serve", "predict", "load", "endpoints", "deploy")
 """Commands that are about this machine."""
 
 
@@ -89,6 +90,13 @@ def watches() -> WatchStore:
     from tally.triggers.watch import WatchStore
 
     return WatchStore(_database())
+
+
+def deployments() -> DeploymentStore:
+    """All kept endpoints."""
+    from tally.serving.deployments import DeploymentStore
+
+    return DeploymentStore(_database())
 
 
 def keys() -> KeyStore:

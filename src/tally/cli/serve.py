@@ -17,7 +17,7 @@ KEYS = "TALLY_ENDPOINT_KEY"
 _NEEDS = "Serving needs more than scoring does: pip install 'tally-scoring[server]'"
 
 
-def _replicas(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
+def replicas_of(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
     """``2``, or ``0..4``."""
     least, dots, most = value.partition("..")
     try:
@@ -45,7 +45,7 @@ def _delay(ctx: click.Context, parameter: click.Parameter, value: str) -> float:
     "--replicas",
     default="1",
     show_default=True,
-    callback=_replicas,
+    callback=replicas_of,
     help="Processes for each model; 0..4: as needed.",
 )
 @click.option("--max-batch", type=int, help="Items scored together.  [default: as the model says]")

@@ -291,6 +291,27 @@ watch_objects = Table(
     Column("job_id", String(32), index=True),
 )
 
+endpoints = Table(
+    "endpoints",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    # What is to be served, and what was before: specs of tally.serving.deployments.
+    Column("spec", JSON, nullable=False),
+    Column("history", JSON, nullable=False),
+    # Counts changes of the spec.
+    Column("revision", Integer, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("changed_at", Double, nullable=False),
+    Column("changed_by", Text, nullable=False),
+    # The process that serves it.
+    *lease_columns(),
+    # What that process says: the revision that it serves, its URL, versions and replicas, and what went wrong.
+    Column("observed", JSON, nullable=False),
+    # How often in a row it could not be started, and when that is tried again.
+    Column("failures", Integer, nullable=False),
+    Column("start_at", Double, nullable=False),
+)
+
 # Only the hash of a key's secret is kept.
 api_keys = Table(
     "api_keys",

@@ -35,6 +35,8 @@ from tally.server.results import Results
 from tally.server.settings import ServerSettings
 from tally.server.supervisor import Supervisor
 from tally.server.uploads import Uploads
+from tally.serving.deployments import DeploymentStore
+from tally.serving.launch import Endpoints
 from tally.triggers.loop import Loop
 from tally.triggers.store import ScheduleStore
 from tally.triggers.watch import Watcher
@@ -54,6 +56,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     supervisor = Supervisor(jobs, parallel=settings.parallel)
     watcher = Watcher(jobs, taken=supervisor.wake)
     loop = Loop(ScheduleStore(engine), say=log.info)
+    endpoints = Endpoints(DeploymentStore(engine))
     feed, aside = Feed(), Aside()
 
     @asynccontextmanager
@@ -61,6 +64,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
         threads = [
             threading.Thread(target=supervisor.run, name="tally-supervisor"),
             threading.Thread(target=watcher.run, name="tally-watcher"),
+            threading.Thread(target=endpoints.run, name="tally-endpoints"),
         ]
         if settings.schedules:
             threads.append(threading.Thread(target=partial(loop.run, forever=True), name="tally-schedules"))
@@ -74,6 +78,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
             watcher.stop()
             loop.stop()
             supervisor.stop()
+            endpoints.stop()
             for thread in threads:
                 await asyncio.to_thread(thread.join)
             await asyncio.to_thread(aside.close)

@@ -33,7 +33,6 @@ class Endpoint:
         self.name, self.settings = settings.name, settings
         self.versions: dict[str, Pool] = {}
         self.labels: dict[str, str] = {}
-        self.before: list[tuple[ModelRef, Limits]] = []
         self._metrics, self._changed = metrics, changed
         self._split: list[tuple[Pool, float]] = []
         self._shadows: list[tuple[Pool, float]] = []
@@ -104,14 +103,15 @@ class Endpoint:
 
     # -- changes ----------------------------------------------------------------------------------------
 
-    async def load(self, ref: ModelRef, limits: Limits, *, label: str | None = None, alone: bool = True) -> Pool:
-        """Start a version, and once it is ready, let it take the place of the others, if it is ``alone``.
+    async def load(self, ref: ModelRef, limits: Limits, *, version: str | None = None, alone: bool = True) -> Pool:
+        """Start a version, and once it is ready, let it take the place of the one of its number; if it is ``alone``, of
+        all others.
 
-        Requests that others have been given are answered by them. If it cannot be loaded, nothing changes.
-        Raises ModelLoadError.
+        version: its number; by default that of the registry. Requests that others have been given are answered by them.
+        If it cannot be loaded, nothing changes. Raises ModelLoadError.
         """
         async with self._changing:
-            version = self._number(ref)
+            version = version or self._number(ref)
             metrics = PoolMetrics(self._metrics, self.name, version)
             pool = Pool(self.name, version, ref, limits, metrics=metrics, changed=self._changed)
             try:
@@ -122,28 +122,15 @@ class Endpoint:
             before = [each for each in self.versions.values() if alone or each.version == version]
             self.versions = {number: each for number, each in self.versions.items() if each not in before}
             self.versions[version] = pool
-            if label is not None:
-                self.labels[label] = version
             if alone or not self._split:
                 self._split, self._shadows = [(pool, 1.0)], []
                 self.labels = {name: number for name, number in self.labels.items() if number in self.versions}
             else:
                 self._split = [(pool if each in before else each, share) for each, share in self._split]
-            if before:
-                self.before.append((before[0].ref, before[0].limits))
             for each in before:
                 self._end(each)
             self._changed()
             return pool
-
-    async def roll_back(self) -> Pool:
-        """Serve what was served before the last change. Raises SpecError where there was nothing."""
-        if not self.before:
-            raise SpecError(f"{self.name} has served nothing before this")
-        ref, limits = self.before.pop()
-        pool = await self.load(ref, limits)
-        self.before.pop()  # what has just been replaced
-        return pool
 
     def set_split(self, shares: Mapping[str, float], shadows: Mapping[str, float] = {}) -> None:
         """Share out requests that name no version. shares: version or label to its weight. shadows: version to the

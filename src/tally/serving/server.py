@@ -61,6 +61,7 @@ class ModelServer:
         self._protocols = [protocols.get(name) for name in protocols.PROTOCOLS]
         self._stop = asyncio.Event()
         self._signals = 0
+        self.url = ""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- life ---------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ class ModelServer:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop_or_leave)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self.reload_all()))
+        loop.add_signal_handler(signal.SIGHUP, lambda: self.spawn(self.reload()))
         listener = self._listen()
         spare = listener.dup()
         serving = await loop.create_server(
@@ -85,7 +86,7 @@ class ModelServer:
             scheme = "https" if self.settings.certificate else "http"
             self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
             stopping = loop.create_task(self._stop.wait())
-            loading = loop.create_task(self._load_all())
+            loading = loop.create_task(self.load())
             await asyncio.wait([stopping, loading], return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 loading.result()
@@ -110,7 +111,8 @@ class ModelServer:
             self._say(f"  scoring_uri: {self.url}{base}/score")
             self._say(f"  swagger_uri: {self.url}{base}/swagger.json")
 
-    async def _load_all(self) -> None:
+    async def load(self) -> None:
+        """Load what is to be served. Raises TallyError."""
         async with asyncio.TaskGroup() as group:
             for endpoint in self.endpoints.values():
                 group.create_task(self._load(endpoint))
@@ -122,7 +124,7 @@ class ModelServer:
             log.warning("%s: %s", endpoint.name, sentence)
         return await endpoint.load(ref, endpoint.settings.limits)
 
-    async def reload_all(self) -> None:
+    async def reload(self) -> None:
         """Look up all models again. What cannot be loaded leaves its endpoint as it is."""
         for endpoint in self.endpoints.values():
             try:
@@ -197,10 +199,15 @@ class ModelServer:
         for endpoint in self.endpoints.values():
             endpoint.note()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have this done in the event loop, too."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def stop(self) -> None:
+        """Answer what has been sent; then end."""
+        self._stop.set()
 
     # -- requests -----------------------------------------------------------------------------------------
 
@@ -221,7 +228,7 @@ class ModelServer:
             if route.operation == "score":
                 self._score(exchange, route)
             elif route.operation in ("load", "unload"):
-                self._spawn(self._manage(exchange, route))
+                self.spawn(self._manage(exchange, route))
             else:
                 self._tell(exchange, route)
         except RequestError as error:
@@ -364,11 +371,17 @@ def _raise_limit() -> None:
 def serve(settings: ServeSettings, *, say: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT. Raises TallyError where a model cannot be loaded, or the port is taken."""
 
-    async def run() -> None:
-        await ModelServer(settings, say).run()
+    run(lambda: ModelServer(settings, say))
+
+
+def run(make: Callable[[], ModelServer]) -> None:
+    """Run a server, made in its event loop, until its end. Raises TallyError."""
+
+    async def serving() -> None:
+        await make().run()
 
     try:
-        uvloop.run(run())
+        uvloop.run(serving())
     except* TallyError as errors:
         raise _first(errors) from None
 

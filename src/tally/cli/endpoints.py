@@ -1,0 +1,209 @@
+"""``tally endpoints``: kept endpoints, which outlive commands and crashes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tally.cli import installation
+from tally.cli.console import say, table
+from tally.cli.serve import replicas_of
+from tally.errors import EndpointError, SpecError
+from tally.text import local_time
+
+if TYPE_CHECKING:
+    from tally.serving.deployments import Deployment, EndpointSpec
+
+WAIT_SECONDS = 600.0
+
+
+@click.group()
+def endpoints() -> None:
+    """Endpoints that are kept: 'tally deploy' makes them, and 'tally up' keeps them alive."""
+
+
+@endpoints.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_(as_json: bool) -> None:
+    """List all endpoints."""
+    found = installation.deployments().list()
+    if as_json:
+        for each in found:
+            say(json.dumps(_view(each)))
+        return
+    rows = [
+        (each.name, each.state, _shares(each.spec), _replicas(each), each.url or "-", local_time(each.changed_at))
+        for each in found
+    ]
+    table(("ENDPOINT", "STATE", "VERSIONS", "REPLICAS", "URL", "CHANGED"), rows)
+
+
+@endpoints.command(short_help="What NAME serves, and how.")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def show(name: str, as_json: bool) -> None:
+    """Show what endpoint NAME serves, its replicas, and what can be called."""
+    found = installation.deployments().get(name)
+    if as_json:
+        say(json.dumps(_view(found)))
+        return
+    say(f"{found.name}: {found.state}, revision {found.revision} of {local_time(found.changed_at)}")
+    if error := found.observed.get("error"):
+        say(f"  {error}")
+    for number, version in found.spec.versions.items():
+        share = found.spec.split.get(number, 0.0)
+        shadow = found.spec.shadows.get(number)
+        what = f"{share:g} %" + (f", a copy of {shadow:.0%}" if shadow else "")
+        say(f"  version {number}: {version.model} ({what})")
+    for pool in found.observed.get("pools", ()) if found.alive else ():
+        for each in pool["replicas"]:
+            say(f"  replica {each['pid']} of version {pool['version']}: {each['state']}, {each['requests']} requests")
+    if found.url:
+        say(f"  scoring_uri: {found.url}/score")
+        say(f"  swagger_uri: {found.url}/swagger.json")
+
+
+@endpoints.command(short_help="Keep N replicas of NAME.")
+@click.argument("name")
+@click.argument("replicas", callback=replicas_of, metavar="N")
+@click.option("--no-wait", is_flag=True, help="Do not wait until it is so.")
+def scale(name: str, replicas: tuple[int, int], no_wait: bool) -> None:
+    """Keep N replicas of endpoint NAME; or 0..4, as many as are needed."""
+    _change(name, lambda spec: replace(spec, limits=replace(spec.limits, replicas=replicas)), wait=not no_wait)
+
+
+@endpoints.command("reload", short_help="Look up NAME's model again.")
+@click.argument("name")
+@click.option("--no-wait", is_flag=True, help="Do not wait until it is served.")
+def reload_(name: str, no_wait: bool) -> None:
+    """Look up the model of endpoint NAME again, an alias say, and serve what it is now.
+
+    Requests that the old version has been given are answered by it.
+    """
+    from tally.models.resolve import resolve
+    from tally.serving.deployments import Version
+
+    def again(spec: EndpointSpec) -> EndpointSpec:
+        number = max(spec.split, key=lambda each: spec.split[each])
+        old = spec.versions[number]
+        return spec.with_model(Version(old.model, resolve(old.model, **dict(old.options)), old.options))
+
+    _change(name, again, wait=not no_wait)
+
+
+@endpoints.command(short_help="Serve what NAME served before.")
+@click.argument("name")
+@click.option("--no-wait", is_flag=True, help="Do not wait until it is served.")
+def rollback(name: str, no_wait: bool) -> None:
+    """Serve what endpoint NAME served before its last change."""
+    store = installation.deployments()
+    _settle(store.roll_back(name, who=_who()), wait=not no_wait)
+
+
+@endpoints.command(short_help="Share out NAME's requests.")
+@click.argument("name")
+@click.argument("shares", nargs=-1, required=True, metavar="VERSION=SHARE...")
+@click.option("--shadow", "shadows", multiple=True, metavar="VERSION=SHARE", help="Gets copies, e.g. 3=0.1.")
+@click.option("--no-wait", is_flag=True, help="Do not wait until it is so.")
+def split(name: str, shares: tuple[str, ...], shadows: tuple[str, ...], no_wait: bool) -> None:
+    """Share out the requests to endpoint NAME that name no version, e.g. 1=90 2=10.
+
+    A version with the share 0 gets none and ends. The header X-Tally-Version chooses one.
+    """
+    found, copied = _numbers(shares, "shares"), _numbers(shadows, "--shadow")
+    _change(name, lambda spec: replace(spec, split=found, shadows=copied), wait=not no_wait)
+
+
+@endpoints.command(short_help="What NAME's process has printed.")
+@click.argument("name")
+@click.option("-n", "--lines", type=click.IntRange(1, 100_000), default=50, show_default=True, help="How many lines.")
+def logs(name: str, lines: int) -> None:
+    """Print the last lines that the process of endpoint NAME has printed, and its replicas."""
+    from tally.config import settings
+
+    installation.deployments().get(name)
+    file = settings().endpoint_log_of(name)
+    if not file.exists():
+        raise EndpointError(f"there is no log of endpoint {name} on this machine")
+    for line in file.read_text("utf-8", "replace").splitlines()[-lines:]:
+        say(line)
+
+
+@endpoints.command(short_help="Serve NAME no more.")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete(name: str, yes: bool) -> None:
+    """Serve endpoint NAME no more, once it has answered what it was sent."""
+    store = installation.deployments()
+    store.get(name)
+    if not yes:
+        click.confirm(f"Serve {name} no more?", abort=True)
+    store.delete(name)
+    say(f"endpoint {name} is served no more")
+
+
+def _change(name: str, changed: Callable[[EndpointSpec], EndpointSpec], *, wait: bool) -> None:
+    _settle(installation.deployments().change(name, changed, who=_who()), wait=wait)
+
+
+def _settle(changed: Deployment, *, wait: bool) -> None:
+    from tally.serving.launch import restart_if_down, settled
+
+    store = installation.deployments()
+    started = restart_if_down(store, changed.name)
+    if wait:
+        changed = settled(store, changed.name, changed.revision, WAIT_SECONDS, started)
+    say(f"endpoint {changed.name}: {changed.state}, {_shares(changed.spec)}, revision {changed.revision}")
+
+
+def _numbers(pairs: tuple[str, ...], what: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for pair in pairs:
+        number, equals, share = pair.partition("=")
+        try:
+            found[number] = float(share.removesuffix("%"))
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise SpecError(f"{what}: {pair!r} is not VERSION=SHARE, as in 2=10")
+    return found
+
+
+def _shares(spec: EndpointSpec) -> str:
+    total = sum(spec.split.values())
+    return ", ".join(f"{number}: {share / total:.0%}" for number, share in spec.split.items() if share)
+
+
+def _replicas(deployment: Deployment) -> str:
+    least, most = deployment.spec.limits.replicas
+    wanted = str(least) if least == most else f"{least}..{most}"
+    ready = sum(pool["ready"] for pool in deployment.observed.get("pools", ())) if deployment.alive else 0
+    return f"{ready} of {wanted}"
+
+
+def _view(deployment: Deployment) -> dict[str, Any]:
+    return {
+        "name": deployment.name,
+        "state": deployment.state,
+        "url": deployment.url,
+        "revision": deployment.revision,
+        "changed_at": deployment.changed_at,
+        "changed_by": deployment.changed_by,
+        "versions": {number: each.model for number, each in deployment.spec.versions.items()},
+        "split": dict(deployment.spec.split),
+        "shadows": dict(deployment.spec.shadows),
+        "replicas": list(deployment.spec.limits.replicas),
+        "observed": dict(deployment.observed) if deployment.alive else {},
+        "error": deployment.observed.get("error"),
+        "at": time.time(),
+    }
+
+
+def _who() -> str:
+    return os.environ.get("USER", "")

@@ -1,0 +1,163 @@
+"""The process that serves a kept endpoint: it follows what the endpoint's row says, until the row or its lease is gone.
+
+Started as ``python -m tally.serving.deployed NAME``, by a command or by whoever supervises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+from tally.config import settings
+from tally.database.connect import connect
+from tally.errors import DatabaseAwayError, EndpointNotFoundError, OwnershipLostError, TallyError
+from tally.serving.deployments import LEASE_SECONDS, Deployment, DeploymentStore, EndpointSpec
+from tally.serving.endpoint import Endpoint
+from tally.serving.pool import facts
+from tally.serving.server import ModelServer, run
+from tally.serving.settings import ModelSettings, ServeSettings
+
+log = logging.getLogger("tally")
+
+FOLLOW_SECONDS = 0.5
+"""Seconds between two looks at the row."""
+KEYS = "TALLY_ENDPOINT_KEY"
+
+
+class DeployedServer(ModelServer):
+    """Serves one endpoint as its row says."""
+
+    def __init__(self, deployment: Deployment, token: str, store: DeploymentStore) -> None:
+        spec = deployment.spec
+        keys = tuple(key for text in os.environ.get(KEYS, "").split(",") if (key := text.strip()))
+        super().__init__(ServeSettings((), host=spec.host, port=spec.port, keys=keys, max_body=spec.max_body), log.info)
+        self._deployment, self._token, self._store = deployment, token, store
+        self._name = deployment.name
+        self._followed = 0
+        self._error: str | None = None
+        model = ModelSettings(self._name, next(iter(spec.versions.values())).model, limits=spec.limits)
+        self.endpoints[self._name] = Endpoint(model, self.metrics, self._changed)
+
+    async def load(self) -> None:
+        """Serve what the row says, and follow it. Raises TallyError where that cannot be done."""
+        self.spawn(self._follow())
+        await self._reconcile(self._deployment)
+        self._followed = self._deployment.revision
+
+    async def reload(self) -> None:
+        """Nothing: what the row says is what is served."""
+
+    async def _follow(self) -> None:
+        """Say what is served, and serve what is wanted, until the row or the lease is gone."""
+        heard = time.monotonic()
+        while True:
+            try:
+                found = await asyncio.to_thread(self._store.observe, self._name, self._token, self._observed())
+                heard = time.monotonic()
+            except OwnershipLostError as error:
+                log.error("%s", error.message)
+                self.stop()
+                return
+            except DatabaseAwayError as error:
+                if time.monotonic() - heard > LEASE_SECONDS:  # it goes on serving, and says so once it is back
+                    log.warning("%s", error.message)
+                    heard = time.monotonic()
+                await asyncio.sleep(FOLLOW_SECONDS)
+                continue
+            if found is None:
+                log.info("endpoint %s has been deleted", self._name)
+                self.stop()
+                return
+            if self._followed and found.revision != self._followed:
+                await self._change(found)
+                continue
+            await asyncio.sleep(FOLLOW_SECONDS)
+
+    async def _change(self, found: Deployment) -> None:
+        try:
+            await self._reconcile(found)
+        except TallyError as error:
+            log.error("revision %d of %s cannot be served: %s", found.revision, self._name, error.message)
+            self._error = error.message
+        else:
+            log.info("revision %d of %s is served", found.revision, self._name)
+            self._error = None
+        self._followed = found.revision
+
+    async def _reconcile(self, found: Deployment) -> None:
+        """Load what is wanted and not there; then share out the requests; then end what is not wanted."""
+        spec, endpoint = found.spec, self.endpoints[self._name]
+        for number, version in spec.versions.items():
+            pool = endpoint.versions.get(number)
+            limits = spec.limits
+            if number not in spec.split and number not in spec.shadows:
+                continue
+            if (
+                pool is None
+                or pool.ref.hash != version.ref.hash
+                or pool.ref.options != version.ref.options
+                or replace(pool.limits, replicas=limits.replicas) != limits
+            ):
+                await endpoint.load(version.ref, limits, version=number, alone=False)
+        endpoint.set_split(spec.split, spec.shadows)
+        for number in [each for each in endpoint.versions if not _takes_part(spec, each)]:
+            await endpoint.remove(number)
+        for pool in endpoint.versions.values():
+            pool.resize(*spec.limits.replicas)
+
+    def _observed(self) -> dict[str, Any]:
+        endpoint = self.endpoints[self._name]
+        state = "starting" if not self._followed else "failed" if self._error else "ready"
+        return {
+            "revision": self._followed,
+            "state": state,
+            "error": self._error,
+            "url": self.url,
+            "pid": os.getpid(),
+            "ready": endpoint.ready,
+            "split": endpoint.split,
+            "pools": [facts(pool) for pool in endpoint.versions.values()],
+            "at": time.time(),
+        }
+
+
+def _takes_part(spec: EndpointSpec, number: str) -> bool:
+    return number in spec.versions and (spec.split.get(number, 0) > 0 or spec.shadows.get(number, 0) > 0)
+
+
+def main(name: str) -> int:
+    """Serve the endpoint, unless another process does. Returns the exit code."""
+    from tally import logs
+
+    logs.log_to_stderr()
+    store = DeploymentStore(connect(settings().database))
+    try:
+        token = store.claim(name)
+    except EndpointNotFoundError as error:
+        log.error("%s", error.message)
+        return 1
+    if token is None:
+        log.info("endpoint %s is served by another process", name)
+        return 0
+    why: str | None = None
+    try:
+        deployment = store.get(name)
+        run(lambda: DeployedServer(deployment, token, store))
+    except TallyError as error:
+        log.error("endpoint %s cannot be served: %s", name, error.message)
+        why = str(error)
+    finally:
+        try:
+            store.give_back(name, token, error=why)
+        except TallyError as error:
+            log.warning("%s", error.message)
+    return 0 if why is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
