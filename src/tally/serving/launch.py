@@ -17,18 +17,22 @@ log = logging.getLogger("tally")
 
 MODULE = "tally.serving.deployed"
 LOOK_SECONDS = 1.0
+_launched: list[subprocess.Popen[bytes]] = []
+"""Kept, as Python warns of those that go while their process lives; these are meant to."""
 
 
 def launch(name: str) -> subprocess.Popen[bytes]:
     """Start a process that serves the endpoint, and outlives this one. If another serves it, it ends at once."""
     with append_private(settings().endpoint_log_of(name)) as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             processes.command(MODULE, name),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    _launched.append(process)
+    return process
 
 
 def settled(
