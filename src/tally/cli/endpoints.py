@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -206,4 +205,9 @@ def _view(deployment: Deployment) -> dict[str, Any]:
 
 
 def _who() -> str:
-    return os.environ.get("USER", "")
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # nobody of that number is known
+        return ""
