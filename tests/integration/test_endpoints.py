@@ -475,6 +475,22 @@ def test_more_replicas_come_while_requests_wait(tmp_path: Path) -> None:
     assert set(storm.statuses) == {200}
 
 
+def test_a_sample_of_requests_is_kept(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    model = echo(tmp_path / "echo.py")
+    place = tmp_path / "payloads"
+    with serving(tmp_path, f"echo={model}", "--payloads", place) as server:
+        for text in (b"one", b"bad", b"two"):
+            server.ask("/score", text, headers={"Content-Type": "text/plain"})
+    rows = [row for file in place.rglob("*.parquet") for row in parquet.read_table(file).to_pylist()]
+    assert sorted((row["body"], row["status"]) for row in rows) == [(b"bad", 422), (b"one", 200), (b"two", 200)]
+    assert {(row["model"], row["version"], row["protocol"], row["content_type"]) for row in rows} == {
+        ("echo", "1", "azureml", "text/plain")
+    }
+    assert [json.loads(row["answer"])["text"] for row in rows if row["body"] == b"two"] == ["two"]
+
+
 def test_keys(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("the-second\n")
     model = echo(tmp_path / "echo.py")

@@ -70,6 +70,10 @@ def _delay(ctx: click.Context, parameter: click.Parameter, value: str) -> float:
 @click.option("--artifacts", help="As with 'tally score'.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="An option of the model, e.g. top=5.")
 @click.option("--trust", is_flag=True, help="Open models whose opening runs code that they carry.")
+@click.option("--payloads", metavar="PLACE", help="A folder or bucket for a sample of requests with their answers.")
+@click.option(
+    "--payload-share", default="100%", show_default=True, callback=values.share, help="How large that sample is."
+)
 @click.option(
     "--keys", "key_file", type=click.Path(path_type=Path), help=f"A file with a key a line; or put one into {KEYS}."
 )
@@ -94,6 +98,8 @@ def serve(
     artifacts: str | None,
     assignments: tuple[str, ...],
     trust: bool,
+    payloads: str | None,
+    payload_share: float,
     key_file: Path | None,
     certificate: Path | None,
     private_key: Path | None,
@@ -109,6 +115,7 @@ def serve(
     from tally import logs
     from tally.errors import SpecError
     from tally.serving.settings import Limits, ModelSettings, ServeSettings
+    from tally.storage import normalised
 
     try:
         from tally.serving.server import serve as run
@@ -125,6 +132,8 @@ def serve(
         idle=idle,
         threads=threads,
         device=device,
+        payloads=None if payloads is None else normalised(payloads),
+        payload_share=payload_share,
     )
     settings = ServeSettings(
         tuple(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tally.errors import ModelRefutedError, TallyError, error_line, is_interrupt
 from tally.scorers import run
@@ -23,6 +23,9 @@ from tally.scorers.base import Request, Result, Scorer
 from tally.serving import protocols
 from tally.serving.messages import Answer, Batch, Call
 from tally.serving.protocols.base import Reply, RequestError, Work
+
+if TYPE_CHECKING:
+    from tally.serving.payloads import PayloadLog
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +73,7 @@ class DataPlane:
     """Scores calls with one loaded scorer. send: takes answers; it is called from several threads.
 
     model, version: as clients call it. max_batch: rows scored together, at most. max_delay: seconds that an incomplete
-    batch waits for more. decoders: threads that decode pictures.
+    batch waits for more. decoders: threads that decode pictures. payloads: keeps calls that are sampled.
     """
 
     def __init__(
@@ -83,9 +86,11 @@ class DataPlane:
         max_batch: int,
         max_delay: float = 0.005,
         decoders: int = 2,
+        payloads: PayloadLog | None = None,
     ) -> None:
         self._scorer, self._send = scorer, send
         self._model, self._version = model, version
+        self._payloads = payloads
         self._max_batch, self._max_delay = max_batch, max_delay
         self.responds = type(scorer).respond is not Scorer.respond
         self._ahead = scorer.input in ("image", "frame")
@@ -131,6 +136,8 @@ class DataPlane:
         finally:
             self._scored.put(None)
             answering.join()
+            if self._payloads is not None:
+                self._payloads.close()
 
     # -- before the batch -------------------------------------------------------------------------------
 
@@ -195,7 +202,9 @@ class DataPlane:
             self._open(entry)
         if entry.reply is not None:
             self._forget(call.id)
-            self._send([_answer(call.id, entry.reply)])
+            answer = _answer(call.id, entry.reply)
+            self._send([answer])
+            self._keep(call, answer)
             return False
         return True
 
@@ -293,6 +302,7 @@ class DataPlane:
         waited = max(0.0, started - call.arrived)
         answer = Answer(call.id, response.status, response.body, list(response.headers), None, 1, 1, waited, seconds)
         self._send([answer, Batch(1, 1, "alone", seconds)])
+        self._keep(call, answer)
 
     # -- after the batch ----------------------------------------------------------------------------------
 
@@ -311,6 +321,7 @@ class DataPlane:
             answer.rows, answer.batch, answer.scored = len(own), total, scored.seconds
             answer.waited = max(0.0, scored.started - entry.call.arrived)
             answers.append(answer)
+            self._keep(entry.call, answer)
             self._cancelled.discard(entry.call.id)
         answers.append(Batch(total, len(scored.entries), scored.release, scored.seconds))
         self._send(answers)
@@ -325,6 +336,10 @@ class DataPlane:
         except Exception as error:
             log.exception("a result could not be written")
             return protocol.refusal(RequestError(500, f"the result could not be written: {error_line(error)}"))
+
+    def _keep(self, call: Call, answer: Answer) -> None:
+        if call.sampled and self._payloads is not None:
+            self._payloads.add(call, answer)
 
     def _forget(self, call_id: int) -> None:
         self._waiting.discard(call_id)

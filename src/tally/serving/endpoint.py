@@ -48,7 +48,7 @@ class Endpoint:
             if len(split) == 1:
                 return split[0][0]
             if not split:
-                raise RequestError(503, f"{self.name} has no version", **{"Retry-After": "1"})
+                raise RequestError(503, f"{self.name} is still being loaded", **{"Retry-After": "1"})
             at = random.random() * sum(share for _, share in split)  # noqa: S311 - no secret
             for pool, share in split:
                 at -= share

@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -300,6 +301,8 @@ class Pool:
     def submit(self, pending: Pending) -> None:
         """Have a replica answer it. It is refused at once if too many wait, or no replica can come."""
         self._used_at = pending.call.arrived
+        if self.limits.payloads is not None:
+            pending.call.sampled = random.random() < self.limits.payload_share  # noqa: S311 - no secret
         if self._queued >= self.limits.max_queue:
             text = f"{self.name} is busy: {self._queued} requests wait already"
             pending.finish(RequestError(429, text, **{"Retry-After": "1"}))
@@ -464,6 +467,7 @@ class Pool:
             "max_batch": self.limits.max_batch,
             "max_delay": self.limits.max_delay,
             "threads": self.limits.threads,
+            "payloads": self.limits.payloads,
         }
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:

@@ -125,6 +125,12 @@ def _opened(given: dict[str, Any], connection: Connection) -> tuple[Any, Any]:
         scorer.batch_size = given["max_batch"]
     warm(scorer)
 
+    payloads = None
+    if given["payloads"] is not None:
+        from tally.serving.payloads import PayloadLog
+
+        payloads = PayloadLog(given["payloads"], given["name"], given["version"])
+
     def send(messages: list[Answer | Batch]) -> None:
         connection.send(messages)
 
@@ -135,6 +141,7 @@ def _opened(given: dict[str, Any], connection: Connection) -> tuple[Any, Any]:
         version=given["version"],
         max_batch=scorer.batch_size,
         max_delay=given["max_delay"],
+        payloads=payloads,
     )
     return scorer, plane
 

@@ -20,7 +20,8 @@ class Limits:
     max_batch: items scored together; None: as the model says. max_delay: seconds that an incomplete batch waits.
     max_queue: requests that may wait for a replica. timeout: seconds from a request's arrival to its answer.
     idle: seconds without a request after which surplus replicas end. load_timeout: seconds that loading may take.
-    threads: of numeric libraries, in each replica.
+    threads: of numeric libraries, in each replica. payloads: a folder or a bucket for a sample of requests with their
+    answers; payload_share: how large a sample, of 1.
     """
 
     replicas: tuple[int, int] = (1, 1)
@@ -32,6 +33,8 @@ class Limits:
     load_timeout: float = 600.0
     threads: int = 1
     device: str = "auto"
+    payloads: str | None = None
+    payload_share: float = 1.0
 
     def problems(self) -> list[str]:
         """One line for each thing that is wrong."""
@@ -46,6 +49,7 @@ class Limits:
             (1 <= self.max_queue <= 1_000_000, f"max_queue: 1 to 1,000,000 requests, not {self.max_queue}"),
             (0 < self.timeout <= 86_400, f"timeout: more than 0 and at most 86,400 seconds, not {self.timeout}"),
             (self.idle > 0, f"idle: more than 0 seconds, not {self.idle}"),
+            (0 <= self.payload_share <= 1, f"payload_share: 0 to 1, not {self.payload_share}"),
             (self.threads >= 1, f"threads: 1 or more, not {self.threads}"),
         )
         return [text for right, text in checks if not right]
