@@ -226,7 +226,9 @@ class _Nothing(asyncio.Protocol):
         self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
 
 
-def _do_nothing(listener: socket.socket) -> None:
+def do_nothing(listener: socket.socket) -> None:
+    """Answer every request at once, for ever."""
+
     async def serve() -> None:
         server = await asyncio.get_running_loop().create_server(_Nothing, sock=listener)
         await server.serve_forever()
@@ -237,7 +239,7 @@ def _do_nothing(listener: socket.socket) -> None:
 def measure_limit(request: EndpointRequest, concurrency: int, seconds: float = LIMIT_SECONDS) -> float:
     """Requests a second that this generator reaches against a server that does nothing."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
-    process = multiprocessing.get_context("fork").Process(target=_do_nothing, args=(listener,), daemon=True)
+    process = multiprocessing.get_context("fork").Process(target=do_nothing, args=(listener,), daemon=True)
     process.start()
     port = listener.getsockname()[1]
     listener.close()
