@@ -7,19 +7,22 @@ import http.client
 import io
 import json
 import os
+import signal
 import socket
 import ssl
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Ran
 from tests.endpoints import Serving, Storm, echo, serving
 
 SHAPES = REPOSITORY / "examples" / "shapes" / "model"
@@ -473,6 +476,67 @@ def test_more_replicas_come_while_requests_wait(tmp_path: Path) -> None:
         server.until(lambda it: len(it.replicas()) == 1)
     assert storm.wrong == storm.broken == []
     assert set(storm.statuses) == {200}
+
+
+HOLDS = """
+import os
+
+def init():
+    pass
+
+def run(raw_data):
+    7 ** int(raw_data)  # computes without letting other threads of its process run
+    return os.getpid()
+"""
+
+
+def test_a_model_that_holds_the_interpreter_holds_up_nobody_else(tmp_path: Path) -> None:
+    (tmp_path / "holds.py").write_text(HOLDS)
+    quick = echo(tmp_path / "quick.py")
+    with (
+        serving(tmp_path, f"holds={tmp_path}/holds.py", f"quick={quick}") as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        [replica] = server.replicas("holds")
+        slow = pool.submit(server.ask, score("holds"), b"2500000")
+        answered = 0
+        while not slow.done():
+            assert server.ask("/healthz").status == 200
+            assert server.ask(score("quick"), b"x").status == 200
+            answered += 1
+        assert answered > 1
+        assert slow.result().json() == replica["pid"] == server.ask(score("holds"), b"2").json()
+
+
+def test_a_model_is_unloaded_and_loaded_while_another_answers(tmp_path: Path) -> None:
+    models = [f"{name}={echo(tmp_path / f'{name}.py', mark=name)}" for name in ("one", "two")]
+    with serving(tmp_path, *models) as server, Storm(server, score("one"), clients=4) as storm:
+        [replica] = server.replicas("two")
+        assert server.ask("/v2/repository/models/two/unload", b"").status == 200
+        assert not psutil.pid_exists(replica["pid"])
+        gone = server.ask(score("two"), b"x")
+        assert (gone.status, gone.json()["message"]) == (503, "two is not loaded")
+        assert server.ask("/v2/models/two/ready").status == 503
+        assert server.ask("/v2/repository/models/two/load", b"").status == 200
+        assert server.ask(score("two"), b"x").json()["mark"] == "two"
+        storm.until_answered(50)
+    assert storm.wrong == storm.broken == []
+    assert set(storm.statuses) == {200}
+
+
+def test_an_alias_is_a_label_and_is_followed(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    for mark in ("old", "new"):
+        (tmp_path / mark).mkdir()
+        assert cli("models", "add", "words", echo(tmp_path / mark / "echo.py", mark=mark)).code == 0
+    assert cli("models", "alias", "words", "champion", "1").code == 0
+    with serving(tmp_path, "models:/words@champion") as server:
+        assert server.ask("/v1/models/words/labels/champion").json()["model_version_status"][0]["version"] == "1"
+        assert server.ask("/score", b"x", headers={"X-Tally-Version": "champion"}).json()["mark"] == "old"
+        assert cli("models", "alias", "words", "champion", "2").code == 0
+        server.process.send_signal(signal.SIGHUP)
+        server.until(lambda it: it.ask("/score", b"x").headers["x-tally-version"] == "2")
+        assert server.ask("/score", b"x", headers={"azureml-model-deployment": "champion"}).json()["mark"] == "new"
+        assert server.ask("/score", b"x", headers={"X-Tally-Version": "1"}).status == 404
 
 
 def test_a_sample_of_requests_is_kept(tmp_path: Path) -> None:

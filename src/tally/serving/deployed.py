@@ -17,7 +17,7 @@ from tally.config import settings
 from tally.database.connect import connect
 from tally.errors import DatabaseAwayError, EndpointNotFoundError, OwnershipLostError, TallyError
 from tally.serving.deployments import LEASE_SECONDS, Deployment, DeploymentStore, EndpointSpec
-from tally.serving.endpoint import Endpoint
+from tally.serving.endpoint import Endpoint, label_of
 from tally.serving.pool import facts
 from tally.serving.server import ModelServer, run
 from tally.serving.settings import ModelSettings, ServeSettings
@@ -103,7 +103,7 @@ class DeployedServer(ModelServer):
                 or pool.ref.options != version.ref.options
                 or replace(pool.limits, replicas=limits.replicas) != limits
             ):
-                await endpoint.load(version.ref, limits, version=number, alone=False)
+                await endpoint.load(version.ref, limits, version=number, label=label_of(version.model), alone=False)
         endpoint.set_split(spec.split, spec.shadows)
         for number in [each for each in endpoint.versions if not _takes_part(spec, each)]:
             await endpoint.remove(number)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from tally.errors import SpecError
@@ -22,6 +23,7 @@ from tally.text import did_you_mean
 
 log = logging.getLogger(__name__)
 
+_ALIAS = re.compile(r"models:/[^@/]+@(.+)")
 FIRST = "1"
 """The version of a model that has no number of its own."""
 
@@ -48,7 +50,7 @@ class Endpoint:
             if len(split) == 1:
                 return split[0][0]
             if not split:
-                raise RequestError(503, f"{self.name} is still being loaded", **{"Retry-After": "1"})
+                raise RequestError(503, f"{self.name} is not loaded", **{"Retry-After": "1"})
             at = random.random() * sum(share for _, share in split)  # noqa: S311 - no secret
             for pool, share in split:
                 at -= share
@@ -103,12 +105,20 @@ class Endpoint:
 
     # -- changes ----------------------------------------------------------------------------------------
 
-    async def load(self, ref: ModelRef, limits: Limits, *, version: str | None = None, alone: bool = True) -> Pool:
+    async def load(
+        self,
+        ref: ModelRef,
+        limits: Limits,
+        *,
+        version: str | None = None,
+        label: str | None = None,
+        alone: bool = True,
+    ) -> Pool:
         """Start a version, and once it is ready, let it take the place of the one of its number; if it is ``alone``, of
         all others.
 
-        version: its number; by default that of the registry. Requests that others have been given are answered by them.
-        If it cannot be loaded, nothing changes. Raises ModelLoadError.
+        version: its number; by default that of the registry. label: by which it can be chosen, too. Requests that
+        others have been given are answered by them. If it cannot be loaded, nothing changes. Raises ModelLoadError.
         """
         async with self._changing:
             version = version or self._number(ref)
@@ -127,6 +137,8 @@ class Endpoint:
                 self.labels = {name: number for name, number in self.labels.items() if number in self.versions}
             else:
                 self._split = [(pool if each in before else each, share) for each, share in self._split]
+            if label is not None:
+                self.labels[label] = version
             for each in before:
                 self._end(each)
             self._changed()
@@ -199,6 +211,12 @@ class Endpoint:
                 return number
         taken = [int(each) for each in self.versions if each.isdigit()]
         return str(max(taken, default=0) + 1) if taken else FIRST
+
+
+def label_of(model: str) -> str | None:
+    """The label of a version: the alias by which the model is named."""
+    found = _ALIAS.fullmatch(model)
+    return found[1] if found else None
 
 
 def _ignored(outcome: Answer | RequestError) -> None:

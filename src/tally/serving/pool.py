@@ -23,6 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import psutil
@@ -227,19 +228,28 @@ class Replica(asyncio.Protocol):
             self.kill()
 
     def _idles(self, now: float) -> bool:
-        """Whether it is stopped, or has used no processor since a while ago."""
+        """Whether it is stopped; or has used no processor since a while ago, and none of its threads wants any."""
         try:
             process = psutil.Process(self.process.pid)
-            if process.status() == psutil.STATUS_STOPPED:
+            if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
                 return True
             times = process.cpu_times()
         except psutil.Error:
             return False  # it is gone, and the socket will say so
         used = times.user + times.system
-        if used != self._used:
+        if used != self._used or _wants_processor(self.process.pid):
             self._used, self._used_at = used, now
             return False
         return now - self._used_at >= SILENT_SECONDS
+
+
+def _wants_processor(pid: int) -> bool:
+    """Whether a thread is running, waits for a processor on a busy machine, or for a disk. Only known on Linux."""
+    for file in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            if file.read_text("utf-8", "replace").rpartition(")")[2].split()[0] in "RD":
+                return True
+    return False
 
 
 class Pool:

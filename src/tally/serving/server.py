@@ -29,7 +29,7 @@ from tally.errors import SpecError, StorageError, TallyError
 from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
 from tally.serving import protocols
-from tally.serving.endpoint import Endpoint
+from tally.serving.endpoint import Endpoint, label_of
 from tally.serving.http import Connection, Exchange, Server
 from tally.serving.messages import Answer
 from tally.serving.metrics import Metrics
@@ -122,7 +122,7 @@ class ModelServer:
         ref = await asyncio.to_thread(_resolved, endpoint.settings)
         for sentence in ref.assumed:
             log.warning("%s: %s", endpoint.name, sentence)
-        return await endpoint.load(ref, endpoint.settings.limits)
+        return await endpoint.load(ref, endpoint.settings.limits, label=label_of(endpoint.settings.model))
 
     async def reload(self) -> None:
         """Look up all models again. What cannot be loaded leaves its endpoint as it is."""
