@@ -42,7 +42,7 @@ def test_sql_reads_one_job_only(admin: httpx2.Client, folder: Path) -> None:
     ids = [admin.post("/jobs", json=job(folder, name)).json()["id"] for name in ("mine", "theirs")]
     for each in ids:
         until(admin, each, lambda view: view["state"] == "finished")
-    other = next((folder / "theirs").glob("part-*"))
+    mine, other = (next((folder / name).glob("part-*")) for name in ("mine", "theirs"))
     database = "sqlite_scan('tally.db', 'api_keys')"
     for sql in (
         f"from '{other}'", f"from read_parquet('{other}')", f"from '{folder}/mine/../theirs/part-00000.parquet'",
@@ -51,11 +51,17 @@ def test_sql_reads_one_job_only(admin: httpx2.Client, folder: Path) -> None:
         f"select * from results union all by name select * from '{other}'", "from read_csv('http://127.0.0.1/x')",
         "select getenv('TALLY_HOME')", "call pragma_database_list()", "load httpfs", "export database '/tmp/x'",
         "with x as (from read_text('/etc/hostname')) from x", f"copy (from results) to '{folder}/written.csv'",
+        "select date '5881580-07-10'", "select timestamp 'infinity'",
+        f"explain analyze copy (select 'forged' as key) to '{mine}' (format parquet, use_tmp_file false)",
+        f"with x as (copy (select 'forged' as key) to '{mine}' (format parquet, use_tmp_file false)) from x",
     ):  # fmt: skip
         answer = admin.post(f"/jobs/{ids[0]}/query", json={"sql": sql})
         assert answer.status_code == 422, (sql, answer.text)
         assert "secret" not in answer.text
     assert not (folder / "written.csv").exists()
+    rows = admin.get(f"/jobs/{ids[0]}/rows").json()["rows"]
+    assert len(rows) == 20
+    assert "forged" not in {row["key"] for row in rows}
 
 
 @pytest.mark.parametrize("depth", [100, 900, 5_000, 200_000])
