@@ -16,6 +16,7 @@ from tests.objectstores import AZURITE_ACCOUNT
 from tests.servicebus import ServiceBus
 from tests.services import require
 
+from tally.errors import SpecError, StorageAwayError
 from tally.sources.base import Source
 from tally.sources.queues.base import REASON, Message, Queue
 from tally.sources.queues.factory import open_queue
@@ -286,3 +287,17 @@ def test_a_message_tells_its_id_and_when_it_was_sent(opened: Callable[[], Queue]
             (each.id, each.time) for each in received
         )
         assert {each.id for each in received} == {each.id for each in given}
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq"])
+def test_rabbitmq_knows_the_user_that_the_url_names(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = url.replace("amqp://", "amqp://g%75est@")
+    with pytest.raises(SpecError, match="names a user"):
+        open_queue(named)
+    monkeypatch.setenv("TALLY_QUEUE_PASSWORD", "wrong")
+    with closing(open_queue(named)) as queue, pytest.raises(StorageAwayError):
+        queue.send([Message(b"a")])
+    monkeypatch.setenv("TALLY_QUEUE_PASSWORD", "guest")
+    with closing(open_queue(named)) as queue:
+        queue.send([Message(b"a")])
+        assert bodies(receive(queue, 1)) == [b"a"]

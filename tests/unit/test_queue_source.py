@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from tally.sources.base import ChunkLimit
 from tally.sources.queues import source as queue_source
 from tally.sources.queues.base import Depth, Message, Queue
+from tally.sources.queues.bodies import BodyReader
 from tally.sources.queues.source import QueueSource
 
 
@@ -18,6 +20,7 @@ class Deliveries(Queue):
     def __init__(self, *bodies: bytes) -> None:
         self.left = [Message(body, handle=number) for number, body in enumerate(bodies)]
         self.acknowledged: list[int] = []
+        self.rejected: list[tuple[int, str]] = []
         self.meanwhile: Callable[[], None] = lambda: None
 
     def receive(self, most: int, seconds: float) -> list[Message]:
@@ -30,7 +33,7 @@ class Deliveries(Queue):
         self.acknowledged += [each.handle for each in messages]
 
     def reject(self, messages: Sequence[tuple[Message, str]]) -> None:
-        raise AssertionError(messages)
+        self.rejected += [(message.handle, reason) for message, reason in messages]
 
     def send(self, messages: Sequence[Message]) -> None:
         raise AssertionError(messages)
@@ -48,7 +51,7 @@ class Deliveries(Queue):
         pass
 
 
-def opened(queue: Queue, monkeypatch: pytest.MonkeyPatch, **options: str) -> QueueSource:
+def opened(queue: Queue, monkeypatch: pytest.MonkeyPatch, **options: Any) -> QueueSource:
     monkeypatch.setattr(queue_source, "open_queue", lambda url: queue)
     monkeypatch.setattr(queue_source, "check", lambda url: None)
     return QueueSource.describe("amqp://host/queue", "bytes", {"base": "/nowhere", **options})
@@ -97,4 +100,33 @@ def test_an_item_that_is_done_is_not_waited_for_with_the_rest_of_its_message(mon
     assert queue.acknowledged == [1]
     source.acknowledge([source.slice(both, 1, 2)], {})
     assert queue.acknowledged == [1, 0]
+    source.close()
+
+
+@pytest.mark.parametrize("place", ["names", "meta"])
+def test_a_message_that_nobody_has_thought_of_costs_itself(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = BodyReader._names if place == "names" else BodyReader.value
+
+    def fails(self: BodyReader, message: Message, *more: str) -> object:
+        if b"odd" in message.body:
+            raise AttributeError("'int' object has no attribute 'strip'")
+        return look(self, message, *more)
+
+    monkeypatch.setattr(BodyReader, look.__name__, fails)
+    queue = Deliveries(b'{"name": "odd"}', b'{"name": "a"}')
+    source = opened(queue, monkeypatch, body="json", key="name", meta={"size": "body:size"})
+    chunk = next(source.plan(None, 0, limit))
+    assert source.keys(chunk) == ["a"]
+    [(handle, reason)] = queue.rejected
+    assert handle == 0
+    assert "AttributeError: 'int' object" in reason
+    source.close()
+
+
+def test_a_number_that_has_no_text_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Deliveries(b"{'name': 'a', 'size': 0x" + b"f" * 5000 + b"}", b"{'name': 'b', 'size': 5}")
+    source = opened(queue, monkeypatch, body="pyliteral", key="name", meta={"size": "body:size"})
+    chunk = next(source.plan(None, 0, limit))
+    assert source.keys(chunk) == ["b"]
+    assert "'size' is no number that can be kept" in queue.rejected[0][1]
     source.close()

@@ -1,4 +1,4 @@
-"""RabbitMQ, by pika: ``amqp://USER:PASSWORD@HOST:PORT/VHOST/QUEUE``.
+"""RabbitMQ, by pika: ``amqp://USER@HOST:PORT/VHOST/QUEUE``.
 
 The queue is declared, durable, where it is not there. Dead messages go to ``QUEUE.dead``, by a publish that RabbitMQ
 confirms before the message is acknowledged: a crash in between leaves it in both, never in none.
@@ -39,17 +39,24 @@ def open_queue(url: str) -> Queue:
     vhost, _, name = parts.path.removeprefix("/").rpartition("/")
     if not name or not parts.hostname:
         raise SpecError(f"{mask(url)} names no queue", hint="Write amqp://HOST/VHOST/QUEUE, or amqp://HOST/QUEUE.")
-    server = f"{parts.scheme}://{parts.netloc}/{vhost or '%2F'}" + (f"?{parts.query}" if parts.query else "")
-    return RabbitQueue(server, unquote(name), shown=mask(url))
+    password = os.environ.get(PASSWORD)
+    if parts.username and not password:
+        raise SpecError(f"{mask(url)} names a user", hint=f"Put the password into the environment: {PASSWORD}")
+    # pika takes no user without a password.
+    netloc = parts.netloc.rpartition("@")[2]
+    server = f"{parts.scheme}://{netloc}/{vhost or '%2F'}" + (f"?{parts.query}" if parts.query else "")
+    login = None if not password else pika.PlainCredentials(unquote(parts.username or "guest"), password)
+    return RabbitQueue(server, unquote(name), login=login, shown=mask(url))
 
 
 class RabbitQueue(Queue):
     """One queue. A thread of its own talks to the broker, as pika's connections belong to one thread."""
 
-    def __init__(self, server: str, name: str, *, shown: str) -> None:
+    def __init__(self, server: str, name: str, *, login: Any, shown: str) -> None:
+        """login: pika's credentials; None for those of a guest."""
         self._parameters, self._name, self._shown = pika.URLParameters(server), name, shown
-        if password := os.environ.get(PASSWORD):
-            self._parameters.credentials = pika.PlainCredentials(urlsplit(server).username or "guest", password)
+        if login is not None:
+            self._parameters.credentials = login
         self._dead = f"{name}.dead"
         self._received: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._asked: queue.SimpleQueue[tuple[Callable[[Any], Any], Future[Any]]] = queue.SimpleQueue()

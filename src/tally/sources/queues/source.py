@@ -18,7 +18,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tally.errors import DatabaseAwayError, ItemError, SpecError, StorageAwayError
+from tally.errors import DatabaseAwayError, ItemError, SpecError, StorageAwayError, error_line
 from tally.models.reference import ModelRef
 from tally.models.route import Route
 from tally.scorers.base import Input, Scorer
@@ -262,7 +262,11 @@ class QueueSource(Source):
 
     def _read_message(self, message: Message) -> list[_Taken]:
         """The items of a message, with what is kept of it, and its model. Raises ItemError."""
-        items, meta = self._reader.items(message), self._metadata.kept(message)
+        try:
+            items, meta = self._reader.items(message), self._metadata.kept(message)
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # Nobody has thought of what this message holds: it costs itself, and not the job.
+            raise ItemError(f"the message {message.body[:80]!r} cannot be read: {error_line(error)}") from None
         if self._router is None:
             return [_Taken(item, message, item.key, meta) for item in items]
         name, model = self._choose(self._router, message)
