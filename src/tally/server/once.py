@@ -23,6 +23,7 @@ from tally.database.clock import now
 from tally.database.tables import answers
 from tally.errors import JobStateError, RefusedError, SpecError
 from tally.server.auth.guard import principal_of
+from tally.server.uploads import MAX_FILES
 
 HEADER = "Idempotency-Key"
 KEPT_SECONDS = 86_400.0
@@ -138,7 +139,7 @@ async def _digest(request: Request) -> str:
     """A hash of what is asked. Of forms, of their fields: what is between them differs each time."""
     digest = hashlib.sha256(f"{request.method} {request.url.path}?{request.url.query}\0".encode())
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        for name, value in (await request.form()).multi_items():
+        for name, value in (await request.form(max_files=MAX_FILES)).multi_items():
             if isinstance(value, UploadFile):
                 digest.update(f"{name}\0{value.filename}\0{value.size}\0".encode())
                 while block := await value.read(1 << 20):

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from tally.errors import JobNotFoundError, SpecError, TallyError
@@ -81,7 +82,7 @@ def new_job(
 @router.post("/jobs/new", response_class=HTMLResponse)
 async def start_job(request: Request, who: Operator, jobs: AllJobs) -> Response:
     form = await request.form(max_files=MAX_FILES)
-    return await asyncio.to_thread(_start, request, who, jobs, *filled_in(form))
+    return await run_in_threadpool(_start, request, who, jobs, *filled_in(form))
 
 
 def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any], files: list[UploadFile]) -> Response:
@@ -147,7 +148,7 @@ async def job_live(
             return None
 
     csrf = csrf_token(request.cookies.get(COOKIE, ""))
-    async for each in stream(feed, f"page:{job_id}", look, "_job.html", price=price, who=who, csrf=csrf):
+    async for each in stream(request, feed, f"page:{job_id}", look, "_job.html", price=price, who=who, csrf=csrf):
         yield each
 
 
