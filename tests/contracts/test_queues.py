@@ -7,18 +7,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.brokers import answers, make_azure_queue, make_sqs_queue
 from tests.kafka import MockKafka, mock_kafka
 from tests.objectstores import AZURITE_ACCOUNT
+from tests.ports import free_ports
 from tests.servicebus import ServiceBus
 from tests.services import require
 
-from tally.errors import SpecError, StorageAwayError
+from tally.errors import SourceNotFoundError, SpecError, StorageAwayError
 from tally.sources.base import Source
-from tally.sources.queues.base import REASON, Message, Queue
+from tally.sources.queues.base import REASON, Depth, Message, Queue
 from tally.sources.queues.factory import open_queue
 from tally.sources.queues.source import QueueSource
 from tally.testing.sources import EndlessSourceContract
@@ -201,6 +204,66 @@ def test_depth_and_peek(opened: Callable[[], Queue]) -> None:
     until(lambda: queue.depth().waiting == 2)
     assert bodies(queue.peek(1)) in ([b"a"], [b"b"])
     until(lambda: queue.depth().waiting == 2)  # looking takes nothing; RabbitMQ takes its time to put it back
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq"], indirect=True)
+def test_looking_at_a_rabbitmq_queue_makes_none(url: str, opened: Callable[[], Queue]) -> None:
+    queue = opened()
+    for look in (queue.depth, partial(queue.peek, 1), partial(queue.peek, 1, dead=True)):
+        with pytest.raises(SourceNotFoundError, match="there is no such queue"):
+            look()
+    assert queue.replay(1) == 0
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq"], indirect=True)
+@pytest.mark.parametrize(
+    "made", [{"durable": True, "arguments": {"x-queue-type": "quorum"}}, {"arguments": {"x-message-ttl": 3_600_000}}]
+)
+def test_a_rabbitmq_queue_that_others_made_is_taken_as_it_is(
+    url: str, opened: Callable[[], Queue], made: dict[str, Any]
+) -> None:
+    import pika
+
+    with pika.BlockingConnection() as connection:
+        connection.channel().queue_declare(url.rpartition("/")[2], **made)
+    queue = opened()
+    queue.send([Message(b"a"), Message(b"b")])
+    until(lambda: queue.depth() == Depth(2, dead=0))
+    a, b = receive(queue, 2)
+    queue.acknowledge([a])
+    queue.reject([(b, "no such item")])
+    until(lambda: queue.depth() == Depth(0, dead=1))
+    assert queue.replay(5) == 1
+    assert bodies(receive(queue, 1)) == [b"b"]
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq"], indirect=True)
+def test_a_rabbitmq_queue_that_is_deleted_meanwhile_swallows_nothing(url: str, opened: Callable[[], Queue]) -> None:
+    import pika
+
+    queue, name = opened(), url.rpartition("/")[2]
+    queue.send([Message(b"a")])
+    (a,) = receive(queue, 1)
+    queue.reject([(a, "no such item")])
+    queue.send([Message(b"b")])
+    (b,) = receive(queue, 1)
+    with pika.BlockingConnection() as connection:
+        connection.channel().queue_delete(f"{name}.dead")
+    with pytest.raises(StorageAwayError):  # or the broker would throw away what is rejected
+        queue.reject([(b, "no such item")])
+    (b,) = receive(queue, 1)
+    queue.reject([(b, "no such item")])
+    until(lambda: queue.depth() == Depth(0, dead=1))
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq"], indirect=True)
+def test_a_rabbitmq_server_that_is_away_is_told_with_the_reason(url: str, kind: str) -> None:
+    (port,) = free_ports(1)
+    with (
+        closing(open_queue(f"amqp://127.0.0.1:{port}/none")) as queue,
+        pytest.raises(StorageAwayError, match="Connection refused"),
+    ):
+        queue.depth()
 
 
 @pytest.mark.parametrize("kind", list(SHORT), indirect=True)

@@ -95,7 +95,8 @@ def show_model(who: Viewer, models: Models, name: Name) -> RegisteredModel:
 @router.post("/{name}/versions", status_code=201)
 def add_version(request: Request, who: Operator, models: Models, name: Name, wanted: NewVersion) -> ModelVersion:
     """Copy a model into the registry as the next version. Content that is there already is not added again."""
-    uploaded = _is_upload(wanted.model)
+    if uploaded := _is_upload(wanted.model):
+        wanted = _of_upload(wanted)
     if wanted.model.startswith("models:/"):
         raise SpecError(f"model: {wanted.model} is registered already")
     places = [("upload" if uploaded else "model", wanted.model)]
@@ -146,6 +147,23 @@ def _is_upload(place: str) -> bool:
         return FilePath(place).resolve().is_relative_to(uploads_folder().resolve())
     except (OSError, RuntimeError):
         return False
+
+
+def _of_upload(wanted: NewVersion) -> NewVersion:
+    """What an upload of a model's file and its labels stands for: a folder that is no package, with one model in it."""
+    folder = FilePath(wanted.model)
+    if not folder.is_dir() or any((folder / marker).exists() for marker in ("tally.yaml", *kinds.markers())):
+        return wanted
+    files = sorted(each for each in folder.iterdir() if each.is_file())
+    models = [each for each in files if kinds.claiming(each.name) is not None]
+    if len(models) != 1:
+        return wanted
+    (model,), labels = models, [each for each in files if each.suffix.lower() in (".txt", ".json")]
+    takes_labels = "labels" in getattr(kinds.claiming(model.name), "flags", ())
+    described = (folder / f"{model.name}.yaml").exists()  # which says what its labels are
+    if wanted.labels is None and len(labels) == 1 and takes_labels and not described:
+        wanted = wanted.model_copy(update={"labels": str(labels[0])})
+    return wanted.model_copy(update={"model": str(model)})
 
 
 def _carries_code(place: FilePath) -> bool:

@@ -33,6 +33,7 @@ from tally.server.auth.roles import Principal
 from tally.server.feed import Feed, seldom
 from tally.server.gallery import Gallery, rows_from
 from tally.server.middleware import POLICY_OF_FILES
+from tally.server.pages.asked import filled, with_more
 from tally.server.pages.labels import Labels
 from tally.server.pages.render import (
     Changes,
@@ -75,8 +76,7 @@ def new_job(
     again: str | None = None,
     model: Annotated[str, Query(max_length=1000)] = "",
 ) -> HTMLResponse:
-    spec = jobs.get(again).spec if again is not None else {"model": model}
-    return _form(request, jobs, spec)
+    return _form(request, jobs, filled(jobs.get(again).spec) if again is not None else {"model": model})
 
 
 @router.post("/jobs/new", response_class=HTMLResponse)
@@ -87,12 +87,12 @@ async def start_job(request: Request, who: Operator, jobs: AllJobs) -> Response:
 
 def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any], files: list[UploadFile]) -> Response:
     overwrite, unpack = (fields.pop(name, None) is not None for name in ("overwrite", "unpack"))
-    fields["source"] = fields.get("source", "").split()
+    fields["source"] = [line.strip() for line in fields.get("source", "").splitlines() if line.strip()]
     try:
         if files:
             upload = keep(request.app.state.uploads, jobs, files, unpack=unpack)
             fields["source"].append(upload.place)  # it stays in the form where something else is wrong
-        spec = make(**{"out": new_output(), **fields})
+        spec = make(**{"out": new_output(), **with_more(fields)})
         check_places(spec, request.app.state.settings.roots)
     except SpecError as error:
         return _form(request, jobs, fields, error)
@@ -101,7 +101,7 @@ def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any],
     return RedirectResponse(f"/jobs/{record.id}", status_code=303)
 
 
-def _form(request: Request, jobs: Jobs, spec: dict[str, Any], error: SpecError | None = None) -> HTMLResponse:
+def _form(request: Request, jobs: Jobs, given: dict[str, Any], error: SpecError | None = None) -> HTMLResponse:
     """The form of a new job, with what was given, and what is wrong with that."""
     models = [
         name
@@ -111,7 +111,7 @@ def _form(request: Request, jobs: Jobs, spec: dict[str, Any], error: SpecError |
             *(f"models:/{model.name}@{alias}" for version in model.versions for alias in version.aliases),
         )
     ]
-    return form_page(request, "new.html", spec, error, models=models, most=request.app.state.settings.max_upload)
+    return form_page(request, "new.html", given, error, models=models, most=request.app.state.settings.max_upload)
 
 
 @router.get("/jobs/{job}", response_class=HTMLResponse)

@@ -22,13 +22,15 @@ import pika
 import pika.exceptions
 
 from tally import network
-from tally.errors import SpecError, StorageAwayError
+from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, TallyError
 from tally.masking import mask
 from tally.sources.queues.base import REASON, Depth, Message, Queue, iso_time, pauses
 from tally.sources.queues.factory import PASSWORD
 
 PREFETCH = 2000
 ANSWER_SECONDS = 30.0
+BROKEN = (pika.exceptions.AMQPError, OSError)
+"""What pika raises where the connection is not what it was."""
 
 T = TypeVar("T")
 
@@ -62,6 +64,7 @@ class RabbitQueue(Queue):
         self._asked: queue.SimpleQueue[tuple[Callable[[Any], Any], Future[Any]]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._generation, self._consuming, self._wanted = 0, False, False
+        self._there: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="tally-rabbitmq", daemon=True)
         self._thread.start()
 
@@ -87,28 +90,37 @@ class RabbitQueue(Queue):
             for message, reason in rejected:
                 if not self._current([message]):
                     continue
-                channel.basic_publish("", self._dead, message.body, _properties(message, {REASON: reason[:10_000]}))
+                self._make(channel, self._dead)
+                properties = _properties(message, {REASON: reason[:10_000]})
+                channel.basic_publish("", self._dead, message.body, properties, mandatory=True)
                 channel.basic_ack(message.handle[1])
 
         self._ask(move)
 
     def send(self, messages: Sequence[Message]) -> None:
         def publish(channel: Any) -> None:
+            self._make(channel, self._name)
             for each in messages:
-                channel.basic_publish("", self._name, each.body, _properties(each, {}))
+                channel.basic_publish("", self._name, each.body, _properties(each, {}), mandatory=True)
 
         self._ask(publish)
 
     def depth(self) -> Depth:
         def count(channel: Any) -> Depth:
-            waiting = channel.queue_declare(self._name, passive=True).method.message_count
-            return Depth(waiting, dead=channel.queue_declare(self._dead, passive=True).method.message_count)
+            waiting = self._count(channel, self._name)
+            if waiting is None:
+                raise self._missing()
+            return Depth(waiting, dead=self._count(channel, self._dead) or 0)
 
         return self._ask(count)
 
     def peek(self, most: int, *, dead: bool = False) -> list[Message]:
         def look(channel: Any) -> list[Message]:
-            found = []
+            found: list[tuple[int, Message]] = []
+            if self._count(channel, self._name) is None:
+                raise self._missing()
+            if dead and self._count(channel, self._dead) is None:
+                return []
             for _ in range(most):
                 method, properties, body = channel.basic_get(self._dead if dead else self._name)
                 if method is None:
@@ -122,13 +134,17 @@ class RabbitQueue(Queue):
 
     def replay(self, most: int) -> int:
         def move(channel: Any) -> int:
+            if self._count(channel, self._dead) is None:
+                return 0
+            self._make(channel, self._name)
             for count in range(most):
                 method, properties, body = channel.basic_get(self._dead)
                 if method is None:
                     return count
                 message = _message(body, properties)
                 headers = {name: value for name, value in message.headers.items() if name != REASON}
-                channel.basic_publish("", self._name, body, _properties(replace(message, headers=headers), {}))
+                again = _properties(replace(message, headers=headers), {})
+                channel.basic_publish("", self._name, body, again, mandatory=True)
                 channel.basic_ack(method.delivery_tag)
             return most
 
@@ -139,6 +155,30 @@ class RabbitQueue(Queue):
         self._thread.join(ANSWER_SECONDS)
 
     # -- talking to the broker ---------------------------------------------------------------------
+
+    def _count(self, channel: Any, name: str) -> int | None:
+        """The messages that wait in a queue; None if there is no such queue. None is made by looking."""
+        look = channel.connection.channel()  # one of its own: the broker closes it where there is no such queue
+        try:
+            count: int = look.queue_declare(name, passive=True).method.message_count
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if error.reply_code != 404:
+                raise
+            return None
+        look.close()
+        return count
+
+    def _make(self, channel: Any, name: str) -> None:
+        """Make the queue if there is none. One that is there is taken as it is: a quorum queue, say, with a policy of
+        its own; the broker refuses to declare that as any other."""
+        if name not in self._there:
+            if self._count(channel, name) is None:
+                channel.queue_declare(name, durable=True)
+            self._there.add(name)
+
+    def _missing(self) -> SourceNotFoundError:
+        hint = "'tally queue' makes none; 'tally inject' and a job do, where there is none of that name."
+        return SourceNotFoundError(f"{self._shown}: there is no such queue", hint=hint)
 
     def _current(self, messages: Sequence[Message]) -> list[Message]:
         """Those that came over the connection that there is now; others cannot be settled."""
@@ -152,12 +192,12 @@ class RabbitQueue(Queue):
         self._asked.put((what, answer))
         try:
             return answer.result(ANSWER_SECONDS)
-        except StorageAwayError:
+        except TallyError:
             raise
         except TimeoutError:
             answer.cancel()
             raise StorageAwayError(f"{self._shown} does not answer") from None
-        except (pika.exceptions.AMQPError, OSError) as error:
+        except BROKEN as error:
             raise StorageAwayError(f"{self._shown} does not answer: {_reason(error)}") from None
 
     def _run(self) -> None:
@@ -167,7 +207,7 @@ class RabbitQueue(Queue):
                 with pika.BlockingConnection(_checked(self._parameters)) as connection:
                     attempts = pauses()
                     self._serve(connection)
-            except (pika.exceptions.AMQPError, OSError) as error:
+            except BROKEN as error:
                 self._refuse(error)
                 self._closed.wait(next(attempts))
         self._refuse(StorageAwayError(f"{self._shown} is closed"))
@@ -177,11 +217,11 @@ class RabbitQueue(Queue):
         self._generation, self._consuming = self._generation + 1, False
         channel = connection.channel()
         channel.confirm_delivery()
-        for name in (self._name, self._dead):
-            channel.queue_declare(name, durable=True)
+        self._there.clear()
         channel.basic_qos(prefetch_count=PREFETCH)
         while not self._closed.is_set():
             if self._wanted and not self._consuming:
+                self._make(channel, self._name)
                 channel.basic_consume(self._name, self._deliver)
                 self._consuming = True
             busy = False
@@ -193,7 +233,9 @@ class RabbitQueue(Queue):
                         answer.set_result(what(channel))
                     except BaseException as error:
                         answer.set_exception(error)
-                        if isinstance(error, (pika.exceptions.AMQPError, OSError)):
+                        if isinstance(error, (pika.exceptions.AMQPError, OSError)) and not isinstance(
+                            error, TallyError
+                        ):
                             raise
             connection.process_data_events(time_limit=0 if busy else 0.02)
 
@@ -235,4 +277,8 @@ def _properties(message: Message, more: dict[str, str]) -> Any:
 
 
 def _reason(error: BaseException) -> str:
+    """What the broker or the network said: some of pika's errors have no words, and hold the one that does."""
+    for held in (*error.args, getattr(error, "exception", None)):
+        if isinstance(held, BaseException):
+            return _reason(held)
     return str(error) or type(error).__name__
