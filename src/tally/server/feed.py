@@ -112,6 +112,9 @@ class Feed:
                 except TallyError as error:  # away, or deleted: subscribers see the last state until it is back
                     log.debug("feed: %s", error)
                     continue
+                except Exception:  # the others are told all the same
+                    log.exception("looking at what is watched on pages failed")
+                    continue
                 if now != topic.last:
                     topic.last = now
                     for queue in topic.subscribers:
