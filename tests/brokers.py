@@ -78,6 +78,8 @@ class CutRabbit(BrokerUnderTest):
             while True:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(("127.0.0.1", 5672))
+                for each in (client, server):  # or small frames wait for one another
+                    each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._pairs.append((client, server))
                 for one, other in ((client, server), (server, client)):
                     threading.Thread(target=_relay, args=(one, other), daemon=True).start()
@@ -128,7 +130,8 @@ class Faulty(BrokerUnderTest):
         self.url, self._proxy = url, proxy
 
     def hurt(self) -> None:
-        """The next requests fail: half of them have been done."""
+        """The next requests fail: half of them have been done. Those that were to fail before do not any more."""
+        self._proxy.calm()
         for fault in ("cut", "late-cut", "503", "late-cut"):
             self._proxy.inject(fault, 5)
 

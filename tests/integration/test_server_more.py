@@ -269,9 +269,13 @@ def test_an_upload_is_data_and_runs_not(operator: httpx2.Client, admin: httpx2.C
     kept = operator.post("/uploads", files=[("files", ("words.py", SCORER.encode()))]).json()
     script = f"{kept['place']}/words.py"
     assert operator.post("/jobs", json=job(folder, "runs", model=script)).status_code == 422
-    refused = operator.post("/models/words/versions", json={"model": script})
-    assert (refused.status_code, "by an admin" in refused.text) == (403, True)
+    for named in (script, f"{script}:Words"):
+        refused = operator.post("/models/words/versions", json={"model": named})
+        assert (refused.status_code, "by an admin" in refused.text) == (403, True)
+    for hidden in (f"{script}:", f"{script}:No such", f"{script}:/../words.onnx"):
+        assert operator.post("/models/words/versions", json={"model": hidden}).status_code == 422
     assert admin.post("/models/words/versions", json={"model": script}).status_code == 201
+    assert admin.post("/models/words/versions", json={"model": f"{script}:Words"}).json()["existed"]
     uploads = str(Path(kept["place"]).parent)
     assert operator.post("/jobs", json=job(folder, "all", source=[uploads])).status_code == 422
 

@@ -39,6 +39,9 @@ _OF_DATABASES = ("charset", "connect_timeout", "sslmode")
 _UPLOADED = ("source", "labels", "upload")
 """What may be an upload: data. What runs may not, or whoever uploads could run code."""
 
+_MODELS = ("model", "upload")
+"""What names a model: a file, or a class in it."""
+
 
 def new_output() -> str:
     """A place of the server's own, for results that the request names none for."""
@@ -48,6 +51,12 @@ def new_output() -> str:
 def check(spec: JobSpec, roots: Sequence[Path]) -> None:
     """Raises SpecError with every place of the spec that a request may not name."""
     check_places(_places(spec), roots)
+
+
+def file_of(model: str) -> str:
+    """The file or folder that the text of a model names here: ``FILE.py:Class`` names a file."""
+    file, separator, name = model.rpartition(".py:")
+    return f"{file}.py" if separator and name.isidentifier() else model
 
 
 def check_places(places: Iterable[tuple[str, str]], roots: Sequence[Path]) -> None:
@@ -91,10 +100,14 @@ def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
         return None
     elif is_url(place):
         return f"{name}: file URLs are not taken: {place}" if scheme == "file" else None
-    if name == "model" and ":" in place:
-        return f"{name}: {place!r} names code of the server's own environment; put it into a folder under a root"
+    file = file_of(place) if name in _MODELS else place
+    if name in _MODELS and ":" in file:
+        return (
+            f"{name}: {place!r} names code of the server's own environment; name its file (FILE.py:Class) under a "
+            "folder that requests may name, or register it (tally models add NAME FILE.py:Class) and name models:/NAME"
+        )
     try:
-        resolved = expanded(place).resolve()
+        resolved = expanded(file).resolve()
     except (OSError, ValueError, RuntimeError):
         return f"{name}: {place!r} is no path"
     if any(resolved.is_relative_to(root.resolve()) for root in roots):

@@ -21,7 +21,7 @@ from tally.server.aside import Aside
 from tally.server.auth.guard import Admin, Operator, Viewer
 from tally.server.errors import answers
 from tally.server.once import OnceRoute
-from tally.server.places import check_places
+from tally.server.places import check_places, file_of
 from tally.server.uploads import uploads_folder
 
 router = APIRouter(
@@ -102,7 +102,7 @@ def add_version(request: Request, who: Operator, models: Models, name: Name, wan
     places = [("upload" if uploaded else "model", wanted.model)]
     places += [(each, place) for each in ("labels", "artifacts") if (place := getattr(wanted, each))]
     check_places(places, request.app.state.settings.roots)
-    if uploaded and not who.may("admin") and (wanted.trust or _carries_code(FilePath(wanted.model))):
+    if uploaded and not who.may("admin") and (wanted.trust or _carries_code(FilePath(file_of(wanted.model)))):
         raise RefusedError(403, "uploads that hold code become models by an admin only", hint="Ask an admin.")
     aside: Aside = request.app.state.aside
     given = {each: getattr(wanted, each) for each in ("task", "labels", "artifacts", "settings", "trust")}
@@ -144,7 +144,7 @@ def _is_upload(place: str) -> bool:
     if "://" in place or "\0" in place:
         return False
     try:
-        return FilePath(place).resolve().is_relative_to(uploads_folder().resolve())
+        return FilePath(file_of(place)).resolve().is_relative_to(uploads_folder().resolve())
     except (OSError, RuntimeError):
         return False
 
@@ -169,7 +169,7 @@ def _of_upload(wanted: NewVersion) -> NewVersion:
 def _carries_code(place: FilePath) -> bool:
     """Whether using the uploaded model may run code that it brings or names."""
     marks = {mark for _, traits in kinds.table() if traits.runs_code for mark in traits.markers}
-    for each in place.parent.iterdir() if place.is_file() else place.rglob("*"):
+    for each in (place.parent if place.is_file() else place).rglob("*"):
         if each.suffix.lower() in _CODE or each.name in marks:
             return True
         if each.name == "tally.yaml":

@@ -1,7 +1,10 @@
 """RabbitMQ, by pika: ``amqp://USER@HOST:PORT/VHOST/QUEUE``.
 
-The queue is declared, durable, where it is not there. Dead messages go to ``QUEUE.dead``, by a publish that RabbitMQ
-confirms before the message is acknowledged: a crash in between leaves it in both, never in none.
+The queue is declared, durable, where it is not there. Dead messages go to ``QUEUE.dead``.
+
+Messages are sent in one transaction, which the broker confirms once it has all of them on disk: to confirm each by
+itself takes a disk's turn for each. What is moved is acknowledged after that: a crash in between leaves it in both
+queues, never in none.
 """
 
 from __future__ import annotations
@@ -65,6 +68,8 @@ class RabbitQueue(Queue):
         self._closed = threading.Event()
         self._generation, self._consuming, self._wanted = 0, False, False
         self._there: set[str] = set()
+        self._returned: list[tuple[Any, ...]] = []
+        """What the broker gave back, as the queue is not there any more."""
         self._thread = threading.Thread(target=self._run, name="tally-rabbitmq", daemon=True)
         self._thread.start()
 
@@ -87,23 +92,16 @@ class RabbitQueue(Queue):
 
     def reject(self, rejected: Sequence[tuple[Message, str]]) -> None:
         def move(channel: Any) -> None:
-            for message, reason in rejected:
-                if not self._current([message]):
-                    continue
-                self._make(channel, self._dead)
-                properties = _properties(message, {REASON: reason[:10_000]})
-                channel.basic_publish("", self._dead, message.body, properties, mandatory=True)
-                channel.basic_ack(message.handle[1])
+            told = [(message, {REASON: reason[:10_000]}) for message, reason in rejected if self._current([message])]
+            self._publish(channel, self._dead, [(each.body, _properties(each, reason)) for each, reason in told])
+            for each, _ in told:
+                channel.basic_ack(each.handle[1])
 
         self._ask(move)
 
     def send(self, messages: Sequence[Message]) -> None:
-        def publish(channel: Any) -> None:
-            self._make(channel, self._name)
-            for each in messages:
-                channel.basic_publish("", self._name, each.body, _properties(each, {}), mandatory=True)
-
-        self._ask(publish)
+        given = [(each.body, _properties(each, {})) for each in messages]
+        self._ask(lambda channel: self._publish(channel, self._name, given))
 
     def depth(self) -> Depth:
         def count(channel: Any) -> Depth:
@@ -136,17 +134,19 @@ class RabbitQueue(Queue):
         def move(channel: Any) -> int:
             if self._count(channel, self._dead) is None:
                 return 0
-            self._make(channel, self._name)
-            for count in range(most):
+            again, tags = [], []
+            while len(tags) < most:
                 method, properties, body = channel.basic_get(self._dead)
                 if method is None:
-                    return count
+                    break
                 message = _message(body, properties)
                 headers = {name: value for name, value in message.headers.items() if name != REASON}
-                again = _properties(replace(message, headers=headers), {})
-                channel.basic_publish("", self._name, body, again, mandatory=True)
-                channel.basic_ack(method.delivery_tag)
-            return most
+                again.append((body, _properties(replace(message, headers=headers), {})))
+                tags.append(method.delivery_tag)
+            self._publish(channel, self._name, again)
+            for each in tags:
+                channel.basic_ack(each)
+            return len(tags)
 
         return self._ask(move)
 
@@ -175,6 +175,18 @@ class RabbitQueue(Queue):
             if self._count(channel, name) is None:
                 channel.queue_declare(name, durable=True)
             self._there.add(name)
+
+    def _publish(self, channel: Any, name: str, messages: Sequence[tuple[bytes, Any]]) -> None:
+        """Put these bodies, with their properties, into the queue; returns once the broker has them."""
+        if not messages:
+            return
+        self._make(channel, name)
+        for body, properties in messages:
+            channel.basic_publish("", name, body, properties, mandatory=True)
+        channel.tx_commit()
+        channel.connection.process_data_events(time_limit=0)  # what could not be put there comes before the answer
+        if self._returned:
+            raise pika.exceptions.UnroutableError(self._returned)
 
     def _missing(self) -> SourceNotFoundError:
         hint = "'tally queue' makes none; 'tally inject' and a job do, where there is none of that name."
@@ -216,8 +228,10 @@ class RabbitQueue(Queue):
         """Work with one connection until it is closed."""
         self._generation, self._consuming = self._generation + 1, False
         channel = connection.channel()
-        channel.confirm_delivery()
+        channel.tx_select()
+        channel.add_on_return_callback(lambda *returned: self._returned.append(returned))
         self._there.clear()
+        self._returned.clear()
         channel.basic_qos(prefetch_count=PREFETCH)
         while not self._closed.is_set():
             if self._wanted and not self._consuming:
@@ -230,13 +244,14 @@ class RabbitQueue(Queue):
                 if answer.set_running_or_notify_cancel():
                     busy = True
                     try:
-                        answer.set_result(what(channel))
+                        found = what(channel)
+                        channel.tx_commit()
+                        answer.set_result(found)
                     except BaseException as error:
                         answer.set_exception(error)
-                        if isinstance(error, (pika.exceptions.AMQPError, OSError)) and not isinstance(
-                            error, TallyError
-                        ):
+                        if isinstance(error, BROKEN) and not isinstance(error, TallyError):
                             raise
+                        channel.tx_rollback()
             connection.process_data_events(time_limit=0 if busy else 0.02)
 
     def _deliver(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
