@@ -134,7 +134,8 @@ class RabbitQueue(Queue):
         def move(channel: Any) -> int:
             if self._count(channel, self._dead) is None:
                 return 0
-            again, tags = [], []
+            again: list[tuple[bytes, Any]] = []
+            tags: list[int] = []
             while len(tags) < most:
                 method, properties, body = channel.basic_get(self._dead)
                 if method is None:
