@@ -276,6 +276,10 @@ def test_an_upload_is_data_and_runs_not(operator: httpx2.Client, admin: httpx2.C
         assert operator.post("/models/words/versions", json={"model": hidden}).status_code == 422
     assert admin.post("/models/words/versions", json={"model": script}).status_code == 201
     assert admin.post("/models/words/versions", json={"model": f"{script}:Words"}).json()["existed"]
+    anybodys = "s3://anybody/package"
+    refused = operator.post("/jobs", json=job(folder, "brought", model=anybodys))
+    assert (refused.status_code, "only an admin" in refused.text) == (403, True)
+    assert operator.post("/models/brought/versions", json={"model": anybodys}).status_code == 403
     uploads = str(Path(kept["place"]).parent)
     assert operator.post("/jobs", json=job(folder, "all", source=[uploads])).status_code == 422
 

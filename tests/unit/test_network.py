@@ -134,16 +134,18 @@ def test_a_name_that_leads_elsewhere_by_then_leads_nowhere(
 ) -> None:
     pytest.importorskip("fastapi")
     from tally.jobs.spec import make
+    from tally.server.auth.roles import Principal
     from tally.server.places import check
 
+    who = Principal("ada", "operator", "1")
     restrict([])
     looked_up = resolve(rebinding_test=["1.1.1.1", "127.0.0.1"])
     url = f"https://rebinding.test:{inside[0]}/m.onnx"
-    check(make(source="s3://b/in", model=url, out="s3://b/out"), ())  # the first time it is public
+    check(make(source="s3://b/in", model=url, out="s3://b/out"), (), who)  # the first time it is public
     with pytest.raises(ModelNotFoundError, match="is a private address"):
         web.fetch(url, tmp_path / "m")
     with pytest.raises(SpecError, match="is a private address"):
-        check(make(source="s3://b/in", model=url, out="s3://b/out"), ())
+        check(make(source="s3://b/in", model=url, out="s3://b/out"), (), who)
     assert (len(looked_up), inside[1]) == (3, [])
 
 

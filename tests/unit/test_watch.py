@@ -310,6 +310,13 @@ def test_templates_that_cannot_work(tmp_path: Path, change: dict[str, object], s
         Watched(str(tmp_path)).add(template=TEMPLATE | change)
 
 
+def test_a_name_that_leads_out_of_the_place_starts_no_job() -> None:
+    for name in ("../a.mp4", "deep/../../a.mp4", ".."):
+        with pytest.raises(SpecError, match="is no name below s3://bucket/in"):
+            fill(TEMPLATE, "s3://bucket/in", name)
+    assert fill(TEMPLATE, "s3://bucket/in", "a..mp4").out == "/out/a._processed.mp4"
+
+
 def test_what_placeholders_stand_for() -> None:
     spec = fill(TEMPLATE | {"out": "s3://b/{folder}/{stem}|{name}"}, "s3://in/x", "deep/a.b.mp4")
     assert (spec.source, spec.out) == (("s3://in/x/deep/a.b.mp4",), "s3://b/deep/deep/a.b|deep/a.b.mp4")

@@ -11,10 +11,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-from tally.errors import SpecError
+from tally.errors import RefusedError, SpecError
 from tally.jobs.spec import JobSpec, outputs_folder
+from tally.masking import mask
+from tally.models import kinds
+from tally.models.base import is_suffix
 from tally.network import is_allowed, refusal
 from tally.push.target import is_database
+from tally.server.auth.roles import Principal
 from tally.server.uploads import uploads_folder
 from tally.sources.queues.factory import is_of_its_service
 from tally.storage import is_url
@@ -48,9 +52,42 @@ def new_output() -> str:
     return f"{outputs_folder() / secrets.token_hex(8)}/"
 
 
-def check(spec: JobSpec, roots: Sequence[Path]) -> None:
-    """Raises SpecError with every place of the spec that a request may not name."""
+def check(spec: JobSpec, roots: Sequence[Path], who: Principal) -> None:
+    """Raises SpecError with every place of the spec that a request may not name, RefusedError where ``who`` sends it
+    would bring code along."""
     check_places(_places(spec), roots)
+    check_code(who, spec.model, artifacts=spec.artifacts, trust=spec.trust)
+
+
+def check_code(who: Principal, model: str, *, artifacts: str | None, trust: bool) -> None:
+    """Raises RefusedError where a model from elsewhere may hold code, and ``who`` sends the request is no admin.
+
+    What lies under a root, or is registered, somebody has put there whom the server's owner trusts. A bucket that the
+    server may read, and a page of the web, may be anybody's.
+    """
+    if who.may("admin"):
+        return
+    if artifacts is not None and is_url(artifacts):
+        raise RefusedError(403, f"artifacts: {artifacts!r} may hold code, which only an admin brings", hint=_OF_ADMINS)
+    if is_url(model) and (trust or not _is_data(model)):
+        raise RefusedError(403, f"model: {mask(model)!r} may hold code, which only an admin brings", hint=_OF_ADMINS)
+
+
+_OF_ADMINS = "Ask an admin to register the model, or to put it under a root."
+_CODE = (".py", ".pyc", ".so", ".dylib", ".pkl", ".pickle", ".joblib")
+
+
+def is_code(name: str) -> bool:
+    """Whether a file of this name is code, or is known to be opened by running what it carries."""
+    marks = {mark for _, traits in kinds.table() if traits.runs_code for mark in traits.markers}
+    return Path(name).suffix.lower() in _CODE or Path(name).name in marks
+
+
+def _is_data(url: str) -> bool:
+    """Whether the URL is that of a file which no code is in: a folder may be a package that holds some."""
+    name = urlsplit(url).path.rpartition("/")[2].lower()
+    claimed = any(name.endswith(each) for _, traits in kinds.table() for each in traits.claims if is_suffix(each))
+    return claimed and not is_code(name)
 
 
 def file_of(model: str) -> str:

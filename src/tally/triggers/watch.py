@@ -130,6 +130,8 @@ def check(fields: Mapping[str, Any]) -> list[str]:
 def fill(fields: Mapping[str, Any], root: str, name: str) -> JobSpec:
     """The job for this object. ``{name}`` is its name below the watched place, ``{stem}`` the same without suffix,
     ``{folder}`` the part before its last slash, ``{url}`` its whole path or URL. Raises SpecError."""
+    if ".." in name.split("/"):  # in a bucket, that is a name as any other; in a path, it leads out of a folder
+        raise SpecError(f"{name!r} is no name below {root}")
     folder, _, last = name.rpartition("/")
     stem = name[: -len(last)] + (last.rpartition(".")[0] or last)
     values = {"url": f"{root.rstrip('/')}/{name}", "name": name, "stem": stem, "folder": folder}

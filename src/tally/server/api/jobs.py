@@ -89,7 +89,7 @@ def start_job(
     Without ``out``, the results are kept by the server, and are fetched from it.
     """
     spec = make(**{"out": new_output(), **wanted})
-    check_places(spec, request.app.state.settings.roots)
+    check_places(spec, request.app.state.settings.roots, who)
     record = jobs.enqueue(spec, who=who.name, overwrite=overwrite)
     request.app.state.supervisor.wake()
     return seen(jobs, record)

@@ -21,7 +21,7 @@ from tally.server.aside import Aside
 from tally.server.auth.guard import Admin, Operator, Viewer
 from tally.server.errors import answers
 from tally.server.once import OnceRoute
-from tally.server.places import check_places, file_of
+from tally.server.places import check_code, check_places, file_of, is_code
 from tally.server.uploads import uploads_folder
 
 router = APIRouter(
@@ -29,7 +29,6 @@ router = APIRouter(
 )
 
 INSPECT_SECONDS = 120.0
-_CODE = (".py", ".pyc", ".so", ".dylib", ".pkl", ".pickle", ".joblib")
 
 
 class NewVersion(BaseModel):
@@ -102,6 +101,7 @@ def add_version(request: Request, who: Operator, models: Models, name: Name, wan
     places = [("upload" if uploaded else "model", wanted.model)]
     places += [(each, place) for each in ("labels", "artifacts") if (place := getattr(wanted, each))]
     check_places(places, request.app.state.settings.roots)
+    check_code(who, wanted.model, artifacts=wanted.artifacts, trust=wanted.trust)
     if uploaded and not who.may("admin") and (wanted.trust or _carries_code(FilePath(file_of(wanted.model)))):
         raise RefusedError(403, "uploads that hold code become models by an admin only", hint="Ask an admin.")
     aside: Aside = request.app.state.aside
@@ -168,9 +168,8 @@ def _of_upload(wanted: NewVersion) -> NewVersion:
 
 def _carries_code(place: FilePath) -> bool:
     """Whether using the uploaded model may run code that it brings or names."""
-    marks = {mark for _, traits in kinds.table() if traits.runs_code for mark in traits.markers}
     for each in (place.parent if place.is_file() else place).rglob("*"):
-        if each.suffix.lower() in _CODE or each.name in marks:
+        if is_code(each.name):
             return True
         if each.name == "tally.yaml":
             try:

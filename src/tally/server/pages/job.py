@@ -93,7 +93,7 @@ def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any],
             upload = keep(request.app.state.uploads, jobs, files, unpack=unpack)
             fields["source"].append(upload.place)  # it stays in the form where something else is wrong
         spec = make(**{"out": new_output(), **with_more(fields)})
-        check_places(spec, request.app.state.settings.roots)
+        check_places(spec, request.app.state.settings.roots, who)
     except SpecError as error:
         return _form(request, jobs, fields, error)
     record = jobs.enqueue(spec, who=who.name, overwrite=overwrite)

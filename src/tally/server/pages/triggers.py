@@ -102,7 +102,7 @@ def add_schedule(
     }  # fmt: skip
     try:
         added = schedules.define(
-            request, ScheduleStore(jobs.store.engine), lambda: given_fields(parsed(job)), file="", **given
+            request, who, ScheduleStore(jobs.store.engine), lambda: given_fields(parsed(job)), file="", **given
         )
     except SpecError as error:
         return _schedule_form(request, {**given, "job": job}, error)
