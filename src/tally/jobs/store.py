@@ -10,6 +10,7 @@ repeated: those that would add up carry a nonce, which is kept in the rows that 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -320,17 +321,33 @@ class JobStore:
                 raise JobStateError(f"job {job_id} does not wait any more")
         return self.get(job_id)
 
-    def enqueue(self, spec: dict[str, Any], *, who: str = "", overwrite: bool = False) -> JobRecord:
-        """A new job that waits for a server to start it; its model has not been looked at. who: asked for it."""
-        with self.engine.begin() as connection:
-            job_id = self.enqueue_in(connection, spec, who=who, overwrite=overwrite)
+    def enqueue(
+        self, spec: dict[str, Any], *, who: str = "", overwrite: bool = False, request: str | None = None
+    ) -> JobRecord:
+        """A new job that waits for a server to start it; its model has not been looked at.
+
+        who: asked for it. request: what names the request, of which one job comes, however often it is carried out.
+        """
+        job_id = new_id(request)
+        try:
+            with self.engine.begin() as connection:
+                self.enqueue_in(connection, spec, who=who, overwrite=overwrite, job_id=job_id)
+        except sa.exc.IntegrityError:
+            if request is None:
+                raise
         return self.get(job_id)
 
     def enqueue_in(
-        self, connection: sa.Connection, spec: dict[str, Any], *, who: str = "", overwrite: bool = False
+        self,
+        connection: sa.Connection,
+        spec: dict[str, Any],
+        *,
+        who: str = "",
+        overwrite: bool = False,
+        job_id: str | None = None,
     ) -> str:
         """As :meth:`enqueue`, in the caller's transaction; the new job's id."""
-        job_id, model = new_id(), {"name": spec["model"]}
+        job_id, model = job_id or new_id(), {"name": spec["model"]}
         values = {"fingerprint": "", "spec": spec, "model": model, "state": "waiting", "output": {}}
         values["place"] = place_of(spec["out"])
         connection.execute(sa.insert(jobs).values(**_new_row(job_id) | values, **_search_columns(job_id, spec, model)))
@@ -765,10 +782,11 @@ def page_after(record: JobRecord) -> str:
     return f"{record.created_at!r}:{record.id}"
 
 
-def new_id() -> str:
-    """A new job's id: short enough to type, random enough never to meet another."""
+def new_id(name: str | None = None) -> str:
+    """A new job's id: short enough to type, random enough never to meet another. name: of which it is the same."""
     alphabet = "0123456789abcdefghjkmnpqrstvwxyz"
-    return "".join(secrets.choice(alphabet) for _ in range(10))
+    drawn = secrets.token_bytes(10) if name is None else hashlib.sha256(name.encode()).digest()[:10]
+    return "".join(alphabet[each % len(alphabet)] for each in drawn)
 
 
 # A row without what is large and does not change.

@@ -113,7 +113,9 @@ class OnceRoute(APIRoute):
                 raise SpecError(f"{HEADER}: should be 1 to 200 visible characters of ASCII")
             store = AnswerStore(request.app.state.jobs.store.engine)
             key = hashlib.sha256(f"{who.key_id}\0{name}".encode()).hexdigest()
-            before = await asyncio.to_thread(store.begin, key, await _digest(request))
+            asked = await _digest(request)
+            request.state.once = f"{key}{asked}"
+            before = await asyncio.to_thread(store.begin, key, asked)
             if before is not None:
                 if before.body is None:
                     raise RefusedError(409, "this was done already, and its answer was shown that once")
@@ -133,6 +135,16 @@ class SecretOnceRoute(OnceRoute):
     """As that, of answers that are not kept."""
 
     secret = True
+
+
+def name_of(request: Request) -> str | None:
+    """What names the request: the same when it is sent again; None where it has no idempotency key.
+
+    A server that was killed between a change and the answer to it has left no answer. What the change makes is called
+    after this, so that carrying the request out again makes it no second time.
+    """
+    found: str | None = getattr(request.state, "once", None)
+    return found
 
 
 async def _digest(request: Request) -> str:

@@ -21,7 +21,7 @@ from tally.server.api.views import DeadItem, DeadList, JobDetail, JobList, JobVi
 from tally.server.auth.guard import Admin, Operator, Viewer, still_signed_in
 from tally.server.errors import answers, answers_beside
 from tally.server.feed import Feed
-from tally.server.once import OnceRoute
+from tally.server.once import OnceRoute, name_of
 from tally.server.places import check as check_places
 from tally.server.places import new_output
 
@@ -90,7 +90,7 @@ def start_job(
     """
     spec = make(**{"out": new_output(), **wanted})
     check_places(spec, request.app.state.settings.roots, who)
-    record = jobs.enqueue(spec, who=who.name, overwrite=overwrite)
+    record = jobs.enqueue(spec, who=who.name, overwrite=overwrite, request=name_of(request))
     request.app.state.supervisor.wake()
     return seen(jobs, record)
 
