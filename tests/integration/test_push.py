@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -519,6 +520,24 @@ def test_a_job_that_is_killed_again_and_again_leaves_each_row_once(items: Path, 
     assert in_table(url) == [
         (key, n, row["size"], row["part"]) for key, found in expected().items() for n, row in enumerate(found)
     ]
+
+
+def test_rows_of_another_that_come_meanwhile_are_no_reason_to_refuse_the_item(tmp_path: Path) -> None:
+    with database("postgresql", tmp_path) as url:
+        receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
+        assert receiver.deliver(Parcel("p1", ["b"], pa.table({"key": ["b"], "n": [1]}))) == []
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        with opened(url).connect() as other, ThreadPoolExecutor(1) as pool:
+            other.exec_driver_sql("INSERT INTO found (key, item_row, n) VALUES ('a', 0, 2)")
+            ours = pool.submit(receiver.deliver, Parcel("p2", ["a"], pa.table({"key": ["a"], "n": [3]})))
+            while in_table(url, waiting) == [(0,)]:
+                assert not ours.done()
+            other.commit()
+            assert ours.result() == []
+        receiver.close()
+        assert in_table(url) == [("a", 0, 3), ("b", 0, 1)]
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,16 @@ def link(name: str) -> zipfile.ZipInfo:
     return info
 
 
+def damaged(compression: int) -> bytes:
+    """An archive in which a file's compressed bytes are others."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr("a", bytes(range(256)) * 8)
+    content = bytearray(buffer.getvalue())
+    content[45:55] = bytes(10)
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -279,6 +289,11 @@ def link(name: str) -> zipfile.ZipInfo:
         (zipped(("a", b"x"), ("a/b", b"x")), "same name"),
         (zipped(("a", b"x"), ("A", b"x")), "are called"),
         (b"no archive", "cannot be unpacked"),
+        *(
+            (damaged(kind), "cannot be unpacked")
+            for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+        ),
+        (zipped(("a" * 300, b"x")), "no name that a file is kept by"),
         (zipped(), "holds no file"),
     ],
 )

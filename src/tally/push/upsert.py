@@ -33,6 +33,8 @@ LONGEST_KEY = 700
 _KEYS_AT_ONCE = 500
 _TRIES = 5
 """How often a transaction is tried that another one got in the way of."""
+_TRIES_OF_ITEMS = 3
+"""How often, where the table's constraints are against it: that may be for another one's rows, or for good."""
 
 _EXTRAS = {"postgresql": "postgres", "mysql": "mariadb", "mariadb": "mariadb"}
 
@@ -176,6 +178,11 @@ class TableReceiver(Receiver):
                     raise StorageAwayError(f"{self._shown}: {_reason(error)}") from None
             except sa.exc.ProgrammingError as error:
                 raise self._unfit(error) from None
+            except sa.exc.IntegrityError as error:
+                # Another job, or a process of this one that was killed, has put rows of these items there since ours
+                # were removed: the next try removes those.
+                if tries >= _TRIES_OF_ITEMS - 1:
+                    raise _ItemsRefusedError(_reason(error)) from None
             except sa.exc.StatementError as error:
                 raise _ItemsRefusedError(_reason(error)) from None
 
