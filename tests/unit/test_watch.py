@@ -248,6 +248,25 @@ def test_two_servers_keep_to_what_may_run_at_once(watched: Watched, monkeypatch:
     assert watched.started() == ["a.mp4"]
 
 
+def test_nothing_is_kept_of_a_watch_that_was_deleted_meanwhile(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched.add()
+    watched.files.write("a.mp4", b"1")
+    known = WatchStore.known
+
+    def after_it_is_deleted(self: WatchStore, *given: object) -> dict[str, str]:
+        monkeypatch.setattr(WatchStore, "known", known)
+        self.delete("incoming")
+        return known(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WatchStore, "known", after_it_is_deleted)
+    watched.look(1)
+    with watched.store.engine.connect() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(watch_objects)) == 0
+    assert watched.add() == 1
+
+
 def test_a_watch_that_was_paused_meanwhile_takes_nothing(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     watched.add()
     watched.files.write("a.mp4", b"1")

@@ -303,12 +303,16 @@ class WatchStore:
 
     def note(self, name: str, entries: Sequence[Entry], state: str) -> None:
         """Keep in mind what was seen for the first time. Of two servers that see it, one notes it."""
-        for each in entries:
-            try:
-                with self.engine.begin() as connection:
-                    connection.execute(sa.insert(watch_objects).values(seen_at=now(), **_row(name, each, state)))
-            except sa.exc.IntegrityError:
-                continue
+        rows = {_id(each): _row(name, each, state) for each in entries}
+        if not rows:
+            return
+        with self.engine.begin() as connection:
+            if not _held(connection, name):
+                return  # it was deleted meanwhile
+            mine = (watch_objects.c.watch == name, watch_objects.c.object.in_(rows))
+            known = set(connection.scalars(sa.select(watch_objects.c.object).where(*mine)))
+            if new := [row for object_id, row in rows.items() if object_id not in known]:
+                connection.execute(sa.insert(watch_objects).values(seen_at=now()), new)
 
     def take(self, watch: Watch, entry: Entry, store: JobStore, spec: JobSpec) -> str | None:
         """Add the object's job to the line, and note that it is taken; the job's id.
@@ -318,9 +322,9 @@ class WatchStore:
         """
         mine = (watch_objects.c.watch == watch.name, watch_objects.c.object == _id(entry))
         with self.engine.begin() as connection:
-            # Changes nothing, but of several servers one takes at a time.
-            held = sa.update(watches).where(watches.c.name == watch.name, watches.c.paused == 0).values(paused=0)
-            if connection.execute(held).rowcount == 0 or _open_jobs(connection, watch.name) >= watch.parallel:
+            if not _held(connection, watch.name, watches.c.paused == 0):
+                return None
+            if _open_jobs(connection, watch.name) >= watch.parallel:
                 return None
             if store.writer_in(connection, spec.out) is not None:
                 return None
@@ -364,6 +368,12 @@ class WatchStore:
         """How many of its jobs are not ended."""
         with self.engine.connect() as connection:
             return _open_jobs(connection, name)
+
+
+def _held(connection: sa.Connection, name: str, *where: sa.ColumnElement[bool]) -> bool:
+    """Whether there is such a watch. Until the transaction ends, no other one deletes it, or has got this far."""
+    held = sa.update(watches).where(watches.c.name == name, *where).values(paused=watches.c.paused)
+    return connection.execute(held).rowcount > 0
 
 
 def _open_jobs(connection: sa.Connection, name: str) -> int:
