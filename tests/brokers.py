@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.extent import FULL
 from tests.faulty import FaultyProxy
 from tests.kafka import MockKafka, mock_kafka
 from tests.objectstores import AZURITE_ACCOUNT, azurite_queues, moto_s3
@@ -25,6 +26,8 @@ from tests.servicebus import ServiceBus, service_bus
 from tests.services import require
 
 PATIENCE = 60.0
+LOCK = 60 if FULL else 10
+"""Seconds, where each lock is renewed by a request of its own: with many messages, there is hardly time for others."""
 
 
 class BrokerUnderTest(ABC):
@@ -78,6 +81,8 @@ class CutRabbit(BrokerUnderTest):
             while True:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(("127.0.0.1", 5672))
+                for each in (client, server):  # or small frames wait for one another
+                    each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._pairs.append((client, server))
                 for one, other in ((client, server), (server, client)):
                     threading.Thread(target=_relay, args=(one, other), daemon=True).start()
@@ -128,7 +133,8 @@ class Faulty(BrokerUnderTest):
         self.url, self._proxy = url, proxy
 
     def hurt(self) -> None:
-        """The next requests fail: half of them have been done."""
+        """The next requests fail: half of them have been done. Those that were to fail before do not any more."""
+        self._proxy.calm()
         for fault in ("cut", "late-cut", "503", "late-cut"):
             self._proxy.inject(fault, 5)
 
@@ -176,7 +182,7 @@ def _azure_queue(_: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokerUnd
     with azurite_queues() as service, FaultyProxy(service.url) as proxy:
         service.through(proxy.url).enter(monkeypatch)
         make_azure_queue("items")
-        yield Faulty(f"azure-queue://{AZURITE_ACCOUNT}/items?lock=10", proxy)
+        yield Faulty(f"azure-queue://{AZURITE_ACCOUNT}/items?lock={LOCK}", proxy)
 
 
 class CutServiceBus(BrokerUnderTest):
@@ -192,7 +198,7 @@ class CutServiceBus(BrokerUnderTest):
 def _servicebus(_: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokerUnderTest]:
     with service_bus() as bus:
         bus.enter(monkeypatch)
-        bus.make("items", lock=10)
+        bus.make("items", lock=LOCK)
         yield CutServiceBus(bus)
 
 

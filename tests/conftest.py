@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.kafka import MockKafka, mock_kafka
 from tests.objectstores import Service, azurite, azurite_queues, moto_s3
 from tests.servicebus import ServiceBus, service_bus
 
@@ -110,6 +111,13 @@ def service_bus_server() -> Iterator[ServiceBus]:
     """A Service Bus for this process's tests; each takes a queue of its own."""
     with service_bus() as service:
         yield service
+
+
+@pytest.fixture(scope="session")
+def kafka_cluster() -> Iterator[MockKafka]:
+    """A Kafka cluster for this process's tests; each takes a topic of its own."""
+    with mock_kafka() as cluster:
+        yield cluster
 
 
 @pytest.fixture

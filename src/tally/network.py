@@ -99,8 +99,28 @@ def addresses(host: str, port: int) -> list[str]:
     return found
 
 
+_INSIDE = [
+    ipaddress.ip_network(each)
+    for each in (
+        "192.0.0.0/24",  # of protocols; some clouds answer there with the machine's credentials
+        "168.63.129.16/32",  # where Azure answers its machines
+        "64:ff9b:1::/48",
+        "fec0::/10",
+        "5f00::/16",
+    )
+]
+"""Networks that Python calls global, or some of its versions do, and that are inside all the same."""
+_CLOTHES = [ipaddress.ip_network(each) for each in ("64:ff9b::/96", "::/96")]
+"""Networks of IPv6 whose addresses end in one of IPv4, which is where they lead."""
+
+
 def _is_public(text: str) -> bool:
     address = ipaddress.ip_address(text.partition("%")[0])
     # An address of IPv4 in the clothes of IPv6 leads where that one does.
-    inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
-    return address.is_global and not address.is_multicast and (inner is None or inner.is_global)
+    forms = [address]
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+        if any(address in each for each in _CLOTHES):
+            inner.append(ipaddress.IPv4Address(address.packed[-4:]))
+        forms += [each for each in inner if each is not None]
+    return all(each.is_global and not each.is_multicast and not any(each in net for net in _INSIDE) for each in forms)

@@ -86,7 +86,7 @@ def shown(record: JobRecord, *, quiet: bool = False) -> Iterator[Subscriber]:
 
 
 class _Lines:
-    """Notes, and for logs a line at each tenth of the job that is reached. quiet: warnings alone."""
+    """Notes, and for logs a line at each tenth of the job that is reached. quiet: warnings, and what is away, alone."""
 
     def __init__(self, console: Console, record: JobRecord, *, quiet: bool) -> None:
         self._console, self._job, self._unit, self._quiet = console, record.id, record.unit, quiet
@@ -96,9 +96,11 @@ class _Lines:
         match event:
             case Warned(text) | Assumed(text):
                 self._console.print(f"[yellow]warning:[/yellow] {escape(visible(text, lines=True))}")
+            case Waiting(text):  # what is away is worth knowing, too, or a quiet job would seem to hang
+                self._say(text)
             case _ if self._quiet:
                 pass
-            case Note(text) | Waiting(text):
+            case Note(text):
                 self._say(text)
             case StateChanged("paused"):
                 self._say(f"paused; go on with: tally jobs resume {self._job}")

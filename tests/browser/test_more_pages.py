@@ -85,6 +85,76 @@ def test_a_model_and_a_picture_from_the_browser_give_results_without_any_folder(
     expect(page.get_by_role("button", name="Add")).to_have_count(0)
 
 
+def test_a_detector_and_its_labels_are_dropped_together(page: Page, server: Server, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+    kind = onnx.TensorProto.FLOAT
+    (given, found) = (helper.make_tensor_value_info(name, kind, [1, 3, 8, 8]) for name in ("x", "y"))
+    pool = helper.make_node("GlobalAveragePool", ["x"], ["p"])
+    flat = helper.make_node("Flatten", ["p"], ["y"])
+    found = helper.make_tensor_value_info("y", kind, [1, 3])
+    graph = helper.make_graph([pool, flat], "g", [given], [found])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, tmp_path / "colour.onnx")
+    (tmp_path / "colours.txt").write_text("red\ngreen\nblue\n")
+    log_in(page, server, path="/models")
+    page.get_by_label("Model").fill("colour")
+    page.get_by_label("Its files").set_input_files([tmp_path / "colour.onnx", tmp_path / "colours.txt"])
+    page.get_by_label("Task").select_option("classify")
+    page.get_by_role("button", name="Add").click()
+    expect(page.get_by_role("heading", name="colour")).to_be_visible()
+    PIL = pytest.importorskip("PIL.Image")
+    PIL.new("RGB", (8, 8), "green").save(tmp_path / "g.png")
+    page.get_by_role("link", name="Start a job with it").click()
+    page.get_by_label("Or bring files along").set_input_files([tmp_path / "g.png"])
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_text("1 of 1 items")).to_be_visible()
+    expect(page.get_by_role("cell", name="green").first).to_be_visible()
+
+
+def test_a_job_like_another_has_all_that_was_asked_for(page: Page, server: Server, folder: Path) -> None:
+    spaced = folder / "two words"
+    spaced.mkdir()
+    (spaced / "a.txt").write_text("12345")
+    first = job(folder, out=str(folder / "first"), source=[str(spaced)], workers=1, max_dead=0.25, log=True)
+    with server.client() as client:
+        made = client.post("/jobs", json=first).raise_for_status().json()["id"]
+    log_in(page, server, path=f"/jobs/{made}")
+    expect(page.get_by_text("1 of 1 items")).to_be_visible()
+    page.get_by_role("link", name="Start one like it").click()
+    expect(page.get_by_label("Source")).to_have_value(str(spaced))
+    more = page.get_by_label("Everything else that a job file has")
+    expect(more).to_have_value(re.compile(r"max_dead: 0\.25\n"))
+    check_accessibility(page)
+    page.get_by_label("Output").fill(str(folder / "second"))
+    more.fill("max_dead: 0.125\nmodel: other")
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_role("alert")).to_contain_text("model: has a field of its own above")
+    expect(more).to_have_value("max_dead: 0.125\nmodel: other")
+    more.fill("max_dead: 0.125\nlog: true\n")
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_text("1 of 1 items")).to_be_visible()
+    with server.client() as client:
+        second = client.get("/jobs", params={"out": str(folder / "second")}).json()["jobs"][0]["id"]
+        spec = client.get(f"/jobs/{second}").json()["spec"]
+    assert (spec["max_dead"], spec["log"], spec["source"]) == (0.125, True, [str(spaced)])
+
+
+def test_jobs_like_one_that_ran_are_scheduled(page: Page, server: Server, folder: Path) -> None:
+    first = job(folder, out=str(folder / "once.csv"), workers=1)
+    with server.client() as client:
+        made = client.post("/jobs", json=first).raise_for_status().json()["id"]
+    log_in(page, server, path=f"/jobs/{made}")
+    page.get_by_role("link", name="Schedule jobs like it").click()
+    expect(page.get_by_label("Job", exact=True)).to_have_value(
+        re.compile(re.escape(f"out: {folder}/once-{{interval_start_utc:%Y-%m-%dT%H%M}}.csv\n"))
+    )
+    page.get_by_label("Name").fill("like-it")
+    page.get_by_label("When").fill("0 * * * *")
+    page.get_by_role("button", name="Add").click()
+    expect(page.get_by_role("heading", name="Schedule like-it")).to_be_visible()
+
+
 def test_a_model_is_rolled_back_and_a_job_started_with_it_and_an_upload(
     page: Page, server: Server, folder: Path, tmp_path: Path
 ) -> None:

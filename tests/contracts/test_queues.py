@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.brokers import answers, make_azure_queue, make_sqs_queue
-from tests.kafka import MockKafka, mock_kafka
-from tests.objectstores import AZURITE_ACCOUNT
-from tests.servicebus import ServiceBus
-from tests.services import require
+from tests.ports import free_ports
+from tests.queues import MAKERS, new_queue
 
+from tally.errors import SourceNotFoundError, SpecError, StorageAwayError
 from tally.sources.base import Source
-from tally.sources.queues.base import REASON, Message, Queue
+from tally.sources.queues.base import REASON, Depth, Message, Queue
 from tally.sources.queues.factory import open_queue
 from tally.sources.queues.source import QueueSource
 from tally.testing.sources import EndlessSourceContract
@@ -33,85 +32,6 @@ UNORDERED = ("sqs", "sqs-fifo", "azure-queue")
 """Brokers that promise no order. SQS has one within a group only, and here each message is in a group of its own."""
 
 
-def rabbitmq(name: str, _: pytest.FixtureRequest) -> Iterator[str]:
-    require("RabbitMQ", answers(5672))
-    yield f"amqp://127.0.0.1/{name}"
-    import pika
-
-    with pika.BlockingConnection() as connection:
-        channel = connection.channel()
-        for each in (name, f"{name}.dead"):
-            channel.queue_delete(each)
-
-
-def redis_stream(name: str, _: pytest.FixtureRequest) -> Iterator[str]:
-    require("Redis", answers(6379))
-    yield f"redis://127.0.0.1/0/{name}"
-    import redis
-
-    with redis.Redis() as client:
-        for each in client.scan_iter(match=f"{name}*"):
-            client.delete(each)
-
-
-def redis_list(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    for url in redis_stream(name, request):
-        yield f"{url}?kind=list"
-
-
-def sqs(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    request.getfixturevalue("s3_server").enter(request.getfixturevalue("monkeypatch"))
-    make_sqs_queue(name)
-    yield f"sqs://us-east-1/{name}"
-
-
-def sqs_fifo(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    yield from sqs(f"{name}.fifo", request)
-
-
-def azure_queue(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    request.getfixturevalue("azure_queue_server").enter(request.getfixturevalue("monkeypatch"))
-    make_azure_queue(name)
-    yield f"azure-queue://{AZURITE_ACCOUNT}/{name}"
-
-
-def servicebus(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    bus: ServiceBus = request.getfixturevalue("service_bus_server")
-    bus.enter(request.getfixturevalue("monkeypatch"))
-    bus.make(name)
-    bus.make(f"{name}-short", lock=1)
-    yield f"{bus.url}/{name}"
-
-
-def servicebus_topic(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    return servicebus(f"{name}/Subscriptions/tally", request)
-
-
-@pytest.fixture(scope="session")
-def kafka_cluster() -> Iterator[MockKafka]:
-    with mock_kafka() as cluster:
-        yield cluster
-
-
-def kafka(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    cluster = request.getfixturevalue("kafka_cluster")
-    cluster.make(name)
-    yield f"kafka://{cluster.servers}/{name}?lock=6"
-
-
-MAKERS: dict[str, Callable[[str, pytest.FixtureRequest], Iterator[str]]] = {
-    "rabbitmq": rabbitmq,
-    "redis-stream": redis_stream,
-    "redis-list": redis_list,
-    "sqs": sqs,
-    "sqs-fifo": sqs_fifo,
-    "azure-queue": azure_queue,
-    "servicebus": servicebus,
-    "servicebus-topic": servicebus_topic,
-    "kafka": kafka,
-}
-
-
 @pytest.fixture(params=list(MAKERS))
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -119,8 +39,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def url(kind: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A new queue; it is removed afterwards."""
-    yield from MAKERS[kind](f"tally-test-{secrets.token_hex(6)}", request)
+    with new_queue(kind, request) as url:
+        yield url
 
 
 @pytest.fixture
@@ -200,6 +120,66 @@ def test_depth_and_peek(opened: Callable[[], Queue]) -> None:
     until(lambda: queue.depth().waiting == 2)
     assert bodies(queue.peek(1)) in ([b"a"], [b"b"])
     until(lambda: queue.depth().waiting == 2)  # looking takes nothing; RabbitMQ takes its time to put it back
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq"], indirect=True)
+def test_looking_at_a_rabbitmq_queue_makes_none(url: str, opened: Callable[[], Queue]) -> None:
+    queue = opened()
+    for look in (queue.depth, partial(queue.peek, 1), partial(queue.peek, 1, dead=True)):
+        with pytest.raises(SourceNotFoundError, match="there is no such queue"):
+            look()
+    assert queue.replay(1) == 0
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq"], indirect=True)
+@pytest.mark.parametrize(
+    "made", [{"durable": True, "arguments": {"x-queue-type": "quorum"}}, {"arguments": {"x-message-ttl": 3_600_000}}]
+)
+def test_a_rabbitmq_queue_that_others_made_is_taken_as_it_is(
+    url: str, opened: Callable[[], Queue], made: dict[str, Any]
+) -> None:
+    import pika
+
+    with pika.BlockingConnection() as connection:
+        connection.channel().queue_declare(url.rpartition("/")[2], **made)
+    queue = opened()
+    queue.send([Message(b"a"), Message(b"b")])
+    until(lambda: queue.depth() == Depth(2, dead=0))
+    a, b = receive(queue, 2)
+    queue.acknowledge([a])
+    queue.reject([(b, "no such item")])
+    until(lambda: queue.depth() == Depth(0, dead=1))
+    assert queue.replay(5) == 1
+    assert bodies(receive(queue, 1)) == [b"b"]
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq"], indirect=True)
+def test_a_rabbitmq_queue_that_is_deleted_meanwhile_swallows_nothing(url: str, opened: Callable[[], Queue]) -> None:
+    import pika
+
+    queue, name = opened(), url.rpartition("/")[2]
+    queue.send([Message(b"a")])
+    (a,) = receive(queue, 1)
+    queue.reject([(a, "no such item")])
+    queue.send([Message(b"b")])
+    (b,) = receive(queue, 1)
+    with pika.BlockingConnection() as connection:
+        connection.channel().queue_delete(f"{name}.dead")
+    with pytest.raises(StorageAwayError):  # or the broker would throw away what is rejected
+        queue.reject([(b, "no such item")])
+    (b,) = receive(queue, 1)
+    queue.reject([(b, "no such item")])
+    until(lambda: queue.depth() == Depth(0, dead=1))
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq"], indirect=True)
+def test_a_rabbitmq_server_that_is_away_is_told_with_the_reason(url: str, kind: str) -> None:
+    (port,) = free_ports(1)
+    with (
+        closing(open_queue(f"amqp://127.0.0.1:{port}/none")) as queue,
+        pytest.raises(StorageAwayError, match="Connection refused"),
+    ):
+        queue.depth()
 
 
 @pytest.mark.parametrize("kind", list(SHORT), indirect=True)
@@ -286,3 +266,17 @@ def test_a_message_tells_its_id_and_when_it_was_sent(opened: Callable[[], Queue]
             (each.id, each.time) for each in received
         )
         assert {each.id for each in received} == {each.id for each in given}
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq"])
+def test_rabbitmq_knows_the_user_that_the_url_names(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = url.replace("amqp://", "amqp://g%75est@")
+    with pytest.raises(SpecError, match="names a user"):
+        open_queue(named)
+    monkeypatch.setenv("TALLY_QUEUE_PASSWORD", "wrong")
+    with closing(open_queue(named)) as queue, pytest.raises(StorageAwayError):
+        queue.send([Message(b"a")])
+    monkeypatch.setenv("TALLY_QUEUE_PASSWORD", "guest")
+    with closing(open_queue(named)) as queue:
+        queue.send([Message(b"a")])
+        assert bodies(receive(queue, 1)) == [b"a"]

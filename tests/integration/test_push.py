@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -373,6 +374,20 @@ def test_values_arrive_to_the_last_digit(url: str) -> None:
     assert (second["zoned"], second["day"], bool(second["yes"])) == (None, None, False)
 
 
+def test_boxes_go_into_a_table_though_postgresql_has_names_of_its_own(url: str) -> None:
+    names = ("xmin", "ymin", "xmax", "ymax", "ctid")
+    rows = pa.table({"key": ["a", "a"], **{name: [n + 0.5, n + 1.5] for n, name in enumerate(names)}})
+    receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
+    for part in ("p1", "p1", "p2"):  # also where the table is there already
+        receiver.check(rows.schema, begun=False)
+        assert receiver.deliver(Parcel(part, ["a"], rows)) == []
+    receiver.close()
+    stored = [f"{name}_" if "postgresql" in url and name[0] in "xc" else name for name in names]
+    assert in_table(url, f"SELECT {', '.join(stored)} FROM found ORDER BY item_row") == [
+        (0.5, 1.5, 2.5, 3.5, 4.5), (1.5, 2.5, 3.5, 4.5, 5.5),
+    ]  # fmt: skip
+
+
 def test_a_table_of_the_users_own_gets_what_it_has_columns_for(url: str) -> None:
     engine = opened(url)
     _execute(engine, "CREATE TABLE found (key_id INTEGER)" if "mariadb" not in url else "CREATE TABLE found (k INT)")
@@ -469,6 +484,21 @@ def test_a_table_without_the_columns_is_refused_before_anything_is_scored(
     assert len(in_table(url)) == sum(map(len, expected().values()))
 
 
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_a_database_that_lets_nobody_in_is_told_before_anything_is_scored(
+    cli: Cli, items: Path, tmp_path: Path, kind: str
+) -> None:
+    with database(kind, tmp_path) as url:
+        for wrong in (f"{url}_not_there", re.sub("://([^@]*@)?", "://tally_nobody@", url)):
+            ran = cli("score", items, "--model", tmp_path / "sizes.py", "--out", f"{wrong}#found")
+            if kind == "mariadb" and ran.code == 0:
+                continue  # a server that lets everybody in
+            assert ran.code == 1
+            assert "does not let us in: " in ran.err
+            record = Jobs().get(f"{wrong}#found")
+            assert (record.state, record.done) == ("failed", 0)
+
+
 def _done(process: subprocess.Popen[bytes], least: int) -> bool:
     """Whether so many items are done, or the job has ended."""
     page = Jobs().list().jobs
@@ -490,6 +520,24 @@ def test_a_job_that_is_killed_again_and_again_leaves_each_row_once(items: Path, 
     assert in_table(url) == [
         (key, n, row["size"], row["part"]) for key, found in expected().items() for n, row in enumerate(found)
     ]
+
+
+def test_rows_of_another_that_come_meanwhile_are_no_reason_to_refuse_the_item(tmp_path: Path) -> None:
+    with database("postgresql", tmp_path) as url:
+        receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
+        assert receiver.deliver(Parcel("p1", ["b"], pa.table({"key": ["b"], "n": [1]}))) == []
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        with opened(url).connect() as other, ThreadPoolExecutor(1) as pool:
+            other.exec_driver_sql("INSERT INTO found (key, item_row, n) VALUES ('a', 0, 2)")
+            ours = pool.submit(receiver.deliver, Parcel("p2", ["a"], pa.table({"key": ["a"], "n": [3]})))
+            while in_table(url, waiting) == [(0,)]:
+                assert not ours.done()
+            other.commit()
+            assert ours.result() == []
+        receiver.close()
+        assert in_table(url) == [("a", 0, 3), ("b", 0, 1)]
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,19 @@ import psutil
 import pytest
 import yaml
 from PIL import Image
-from tests.brokers import answers
+from tests.clusters import Cluster
 from tests.colours import model
 from tests.extensions import install
 from tests.faults.storms import start
 from tests.integration.test_push import Hook
-from tests.services import require
+from tests.objectstores import Service
+from tests.queues import MAKERS, new_queue
 from tests.waiting import wait_for
 
 from tally.jobs.facade import Jobs
 from tally.sources.queues.base import REASON, Message
 from tally.sources.queues.factory import open_queue
+from tally.storage import open_store
 
 Cli = Callable[..., Any]
 QUICK = Path(__file__).resolve().parents[1] / "faults" / "quick_aliases.py"
@@ -60,48 +62,39 @@ def register(cli: Cli, tmp_path: Path) -> Callable[..., str]:
     return add
 
 
-@contextmanager
-def rabbitmq() -> Iterator[str]:
-    require("RabbitMQ", answers(5672))
-    name = f"tally-test-{secrets.token_hex(6)}"
-    yield f"amqp://127.0.0.1/{name}"
-    import pika
-
-    with pika.BlockingConnection() as connection:
-        channel = connection.channel()
-        for each in (name, f"{name}.dead"):
-            channel.queue_delete(each)
-
-
-@contextmanager
-def redis_stream() -> Iterator[str]:
-    require("Redis", answers(6379))
-    name = f"tally-test-{secrets.token_hex(6)}"
-    yield f"redis://127.0.0.1/0/{name}"
-    import redis
-
-    with redis.Redis() as client:
-        for each in client.scan_iter(match=f"{name}*"):
-            client.delete(each)
-
-
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with ExitStack() as stack:
-        yield stack.enter_context(request.param())
+    with new_queue(request.param, request) as url:
+        yield url
 
 
-def send(url: str, *messages: tuple[str, dict[str, str]]) -> None:
+BARE = ("redis-list", "azure-queue")
+"""Brokers whose messages have no headers. There, the body says it."""
+IN_BODY = ["body=json", "key=name", "meta.model=body:model", "meta.device=body:device"]
+IN_HEADERS = ["meta.device=header:device"]
+
+
+def send(url: str, *messages: tuple[str, dict[str, str]], bare: bool = False) -> None:
     with closing(open_queue(url)) as queue:
-        queue.send([Message(body.encode(), headers) for body, headers in messages])
+        queue.send(
+            [
+                Message(json.dumps({"name": body, **headers}).encode()) if bare else Message(body.encode(), headers)
+                for body, headers in messages
+            ]
+        )
 
 
-def dead(url: str) -> dict[tuple[str, str | None], str]:
+def dead(url: str, *, bare: bool = False) -> dict[tuple[str, str | None], str]:
     """By body and the header ``model``, the reasons."""
     with closing(open_queue(url)) as queue:
         found = queue.peek(1000, dead=True)
         assert queue.depth().waiting == 0
-    return {(each.body.decode(), each.headers.get("model")): each.headers[REASON] for each in found}
+    told = {}
+    for each in found:
+        fields = json.loads(each.body) if bare else {"name": each.body.decode(), **each.headers}
+        told[fields["name"], fields.get("model")] = each.headers[REASON]
+    assert len(told) == len(found)
+    return told
 
 
 HOSTILE = [
@@ -123,9 +116,9 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("url", [rabbitmq, redis_stream], indirect=True)
+@pytest.mark.parametrize(("url", "kind"), [(each, each) for each in MAKERS], indirect=["url"], ids=list(MAKERS))
 def test_each_message_is_scored_with_the_model_that_it_names(
-    cli: Cli, url: str, pictures: Path, tmp_path: Path, register: Callable[..., str]
+    cli: Cli, url: str, kind: str, pictures: Path, tmp_path: Path, register: Callable[..., str]
 ) -> None:
     first = register("detector", "red", "green", "blue", alias="champion")
     second = register("detector", "rot", "grün", "blau")
@@ -140,7 +133,7 @@ def test_each_message_is_scored_with_the_model_that_it_names(
     script = tmp_path / "script.py"
     script.write_text("import tally\nclass Code(tally.Scorer):\n    def score(self, batch):\n        return batch\n")
     assert cli("models", "add", "code", script).code == 0
-    allowed = "detector,embedder,damaged,code,nobody"
+    bare, allowed = kind in BARE, "detector,embedder,damaged,code,nobody"
     good: dict[tuple[str, str], tuple[str, int, str]] = {
         ("red.png", "detector@champion"): ("red", 1, first),
         ("red.png", "detector/2"): ("rot", 2, second),
@@ -156,7 +149,7 @@ def test_each_message_is_scored_with_the_model_that_it_names(
         ("red.png", "damaged"): "the registry's copy was changed",
         ("../red.png", "detector"): "leads out of",
         **{("blue.png", each): "is no name of a registered model" for each in HOSTILE},
-        ("blue.png", "d" * 100_000): "over 4,096 characters",
+        ("blue.png", "d" * 40_000): "over 4,096 characters",
         ("blue.png", "detector\0"): "no text that can be kept",
     }
     send(
@@ -164,12 +157,12 @@ def test_each_message_is_scored_with_the_model_that_it_names(
         *((body, {"model": name, "device": "d1"}) for body, name in [*bad, *good]),
         ("green.png", {"device": "d2"}),
         ("green.png", {"model": "detector/1", "device": "x" * 5000}),
+        bare=bare,
     )
-    out = tmp_path / "out"
+    options = [f"base={pictures}", f"models={allowed}", *(IN_BODY if bare else IN_HEADERS)]
     done = cli(
-        "score", url, "--queue", f"base={pictures}", "--queue", f"models={allowed}",
-        "--queue", "meta.device=header:device", "--model", "models:/{meta:model}", "--out", out,
-        "--until-empty", "--workers", "1",
+        "score", url, *chain.from_iterable(("--queue", each) for each in options),
+        "--model", "models:/{meta:model}", "--out", tmp_path / "out", "--until-empty", "--workers", "1",
     )  # fmt: skip
     assert done.code == 0, done.err
     job = Jobs().store.newest(limit=1)[0]
@@ -181,7 +174,7 @@ def test_each_message_is_scored_with_the_model_that_it_names(
         assert facts == (body, name.partition("/")[0].partition("@")[0], version, digest, "d1")
         assert (row["label"] or "") == label
         assert (row["embedding"] is not None) == (name == "embedder")
-    reasons = dead(url)
+    reasons = dead(url, bare=bare)
     assert reasons.keys() == {*bad, ("green.png", None), ("green.png", "detector/1")}
     for message, told in bad.items():
         assert told in reasons[message], (message, reasons[message])
@@ -190,11 +183,11 @@ def test_each_message_is_scored_with_the_model_that_it_names(
     assert job.dead == 0
     shown = cli("jobs", "show", job.id).out
     assert "models:/{meta:model}, as each message says" in shown
-    for option in (f"models={allowed}", "meta.device=header:device"):
+    for option in options[1:]:
         assert option in shown
 
 
-@pytest.mark.parametrize("url", [redis_stream], indirect=True)
+@pytest.mark.parametrize("url", ["redis-stream"], indirect=True)
 def test_a_moved_alias_counts_for_what_comes_later_and_a_killed_worker_changes_nothing(
     cli: Cli, url: str, pictures: Path, tmp_path: Path, register: Callable[..., str]
 ) -> None:
@@ -248,15 +241,67 @@ def test_a_moved_alias_counts_for_what_comes_later_and_a_killed_worker_changes_n
     assert dead(url) == {}
 
 
+def test_workers_of_a_cluster_score_with_the_models_that_messages_choose(
+    cli: Cli,
+    s3: str,
+    s3_server: Service,
+    request: pytest.FixtureRequest,
+    pictures: Path,
+    register: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TALLY_REGISTRY", f"{s3}/registry")
+    first = register("detector", "red", "green", "blue", alias="champion")
+    second = register("detector", "rot", "gruen", "blau", alias="next")
+    other = register("other", "r", "g", "b", alias="champion")
+    there = open_store(f"{s3}/pictures")
+    for each in pictures.iterdir():
+        there.write(each.name, each.read_bytes())
+    with (
+        Cluster(nodes=1, cpus=1, head_cpus=0, env=s3_server.environment) as cluster,
+        new_queue("redis-stream", request) as url,
+    ):
+        for name, value in cluster.client_env.items():
+            monkeypatch.setenv(name, value)
+        send(
+            url,
+            *((f"{name}.png", {"model": "detector"}) for name in ("red", "green", "blue")),
+            ("red.png", {"model": "detector", "alias": "next"}),
+            ("blue.png", {"model": "other"}),
+            ("green.png", {"model": "nobody"}),
+        )
+        done = cli(
+            "score", url, "--queue", f"base={s3}/pictures", "--model", "models:/{meta:model}@{meta:alias|champion}",
+            "--out", f"{s3}/out", "--until-empty", "--engine", "ray", "--address", cluster.dashboard, "--workers", "1",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        reasons = dead(url)
+    rows = Jobs().results(Jobs().store.newest(limit=1)[0].id).to_pylist()
+    assert {(row["item"], row["model"], row["model_version"], row["model_hash"], row["label"]) for row in rows} == {
+        ("red.png", "detector", 1, first, "red"),
+        ("green.png", "detector", 1, first, "green"),
+        ("blue.png", "detector", 1, first, "blue"),
+        ("red.png", "detector", 2, second, "rot"),
+        ("blue.png", "other", 1, other, "b"),
+    }
+    assert len(rows) == 5
+    assert list(reasons) == [("green.png", "nobody")]
+
+
 def test_results_go_back_in_the_form_that_the_manual_shows(
-    cli: Cli, pictures: Path, tmp_path: Path, register: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    cli: Cli,
+    request: pytest.FixtureRequest,
+    pictures: Path,
+    tmp_path: Path,
+    register: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     register("detector", "red", "green", "blue", alias="champion")
     register("classifier", "r", "g", "b", alias="champion")
     (example,) = (
         each for each in re.findall(r"```yaml\n(.*?)```", QUEUES.read_text(), re.DOTALL) if "ai-result" in each
     )
-    with closing(Hook()) as hook, redis_stream() as url:
+    with closing(Hook()) as hook, new_queue("redis-stream", request) as url:
         for name, value in {"URL": hook.url, "KEY": "k", "SECRET": "s"}.items():
             monkeypatch.setenv(f"RESULTS_{name}", value)
         job = yaml.safe_load(example)
@@ -326,14 +371,14 @@ class SizedKind(Kind):
 
 
 def test_a_model_that_crashes_its_worker_costs_its_own_messages(
-    cli: Cli, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, request: pytest.FixtureRequest, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path / "site", monkeypatch, "tally.scorers", {"sized": "sized_kind:SizedKind"}, sized_kind=KIND)
     for name in ("good", "fatal", "bad"):
         (tmp_path / f"{name}.sized").write_text(name)
         assert cli("models", "add", name, tmp_path / f"{name}.sized").code == 0
     names = [f"{colour}.png" for colour in ("red", "green", "blue")]
-    with redis_stream() as url:
+    with new_queue("redis-stream", request) as url:
         send(url, *((name, {"model": each}) for name in names for each in ("good", "fatal", "bad")))
         done = cli(
             "score", url, "--queue", f"base={pictures}", "--model", "models:/{meta:model}", "--out", tmp_path / "out",

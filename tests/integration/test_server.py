@@ -183,6 +183,7 @@ def test_what_cannot_begin_says_why(admin: httpx2.Client, folder: Path) -> None:
         ({"out": "/etc/out"}, "not under a folder that requests may name"),
         ({"queue": {"base": "/etc"}}, "not under a folder that requests may name"),
         ({"model": "os:system"}, "names code of the server's own environment"),
+        ({"model": "/etc/evil.py:Class"}, "not under a folder that requests may name"),
         ({"model": "http://127.0.0.1:9/model.onnx"}, "is a private address"),
         ({"model": "http://169.254.169.254/latest"}, "is a private address"),
         ({"webhook": "http://localhost/hook", "alerts": ["dead > 1"]}, "is a private address"),
@@ -200,6 +201,17 @@ def test_what_may_not_be_named_is_refused(
     answer = admin.post("/jobs", json=job(folder, "refused") | fields)
     assert answer.status_code == 422
     assert said in answer.text
+
+
+def test_a_class_is_named_with_its_file(admin: httpx2.Client, folder: Path) -> None:
+    other = "class Other(tally.Scorer):\n    def score(self, batch):\n        raise ValueError\n"
+    (folder / "two.py").write_text(f"{lengths()}\n{other}")
+    wanted = job(folder, "class") | {"model": f"{folder / 'two.py'}:Lengths"}
+    started = admin.post("/jobs", json=wanted).json()["id"]
+    assert until(admin, started, lambda view: view["state"] == "finished")["done"] == 30
+    for hidden in ("two.py:/../../etc/passwd", "two.py:No such", "two.py:"):
+        answer = admin.post("/jobs", json=wanted | {"model": f"{folder}/{hidden}"})
+        assert (answer.status_code, "tally models add NAME FILE.py:Class" in answer.text) == (422, True)
 
 
 def test_links_do_not_lead_out_of_a_root(admin: httpx2.Client, folder: Path) -> None:

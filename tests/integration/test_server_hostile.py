@@ -42,7 +42,7 @@ def test_sql_reads_one_job_only(admin: httpx2.Client, folder: Path) -> None:
     ids = [admin.post("/jobs", json=job(folder, name)).json()["id"] for name in ("mine", "theirs")]
     for each in ids:
         until(admin, each, lambda view: view["state"] == "finished")
-    other = next((folder / "theirs").glob("part-*"))
+    mine, other = (next((folder / name).glob("part-*")) for name in ("mine", "theirs"))
     database = "sqlite_scan('tally.db', 'api_keys')"
     for sql in (
         f"from '{other}'", f"from read_parquet('{other}')", f"from '{folder}/mine/../theirs/part-00000.parquet'",
@@ -51,11 +51,17 @@ def test_sql_reads_one_job_only(admin: httpx2.Client, folder: Path) -> None:
         f"select * from results union all by name select * from '{other}'", "from read_csv('http://127.0.0.1/x')",
         "select getenv('TALLY_HOME')", "call pragma_database_list()", "load httpfs", "export database '/tmp/x'",
         "with x as (from read_text('/etc/hostname')) from x", f"copy (from results) to '{folder}/written.csv'",
+        "select date '5881580-07-10'", "select timestamp 'infinity'",
+        f"explain analyze copy (select 'forged' as key) to '{mine}' (format parquet, use_tmp_file false)",
+        f"with x as (copy (select 'forged' as key) to '{mine}' (format parquet, use_tmp_file false)) from x",
     ):  # fmt: skip
         answer = admin.post(f"/jobs/{ids[0]}/query", json={"sql": sql})
         assert answer.status_code == 422, (sql, answer.text)
         assert "secret" not in answer.text
     assert not (folder / "written.csv").exists()
+    rows = admin.get(f"/jobs/{ids[0]}/rows").json()["rows"]
+    assert len(rows) == 20
+    assert "forged" not in {row["key"] for row in rows}
 
 
 @pytest.mark.parametrize("depth", [100, 900, 5_000, 200_000])
@@ -140,6 +146,47 @@ def test_uploads_without_an_announced_length_are_bounded(admin: httpx2.Client) -
         pass
     many = b"".join(head + b"x\r\n" for _ in range(3_000)) + b"--b--\r\n"
     assert admin.post("/uploads", content=many, headers=headers).status_code in (400, 413, 422)
+
+
+@pytest.mark.parametrize("role", [None, "viewer"])
+@pytest.mark.parametrize("path", ["/api/v1/uploads", "/jobs/new", "/models"])
+def test_files_of_who_may_not_bring_any_are_not_waited_for(
+    server: Server, admin: httpx2.Client, path: str, role: str | None
+) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    if role is not None:
+        key = admin.post("/keys", json={"name": "looks", "role": role}).json()["text"]
+        head += f"Authorization: Bearer {key}\r\n"
+    part = '--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+    with connected(server) as connection:
+        connection.sendall(f"{head}Content-Length: 1000000\r\n\r\n{part}".encode())
+        answer = connection.recv(1000)  # while there is more to come
+    assert answer.startswith(b"HTTP/1.1 401" if role is None else b"HTTP/1.1 403"), answer
+
+
+def test_an_upload_of_many_small_files(admin: httpx2.Client) -> None:
+    kept = admin.post("/uploads", files=[("files", (f"{number}.txt", b"x")) for number in range(1200)])
+    assert kept.status_code == 201, kept.text
+    assert len(kept.json()["files"]) == 1200
+    for body in ({"data": {"files": "no file"}}, {"files": [("other", ("a", b"x"))]}, {"json": {"files": []}}):
+        assert admin.post("/uploads", **body).status_code == 422
+
+
+def test_a_stream_ends_when_its_key_is_revoked(server: Server, admin: httpx2.Client, folder: Path) -> None:
+    key = admin.post("/keys", json={"name": "leaver", "role": "viewer"}).json()
+    fields = job(folder, "left", model=str(folder / "slow.py"), batch_size=1)
+    started = admin.post("/jobs", json=fields).json()["id"]
+    with (
+        httpx2.Client(base_url=server.url, timeout=60, headers={"Authorization": f"Bearer {key['text']}"}) as leaver,
+        leaver.stream("GET", f"/api/v1/jobs/{started}/events") as stream,
+    ):
+        told = stream.iter_lines()
+        assert next(told) == "event: job"
+        until(admin, started, lambda view: view["done"] > 0)
+        admin.post(f"/keys/{key['id']}/revoke").raise_for_status()
+        last = [line for line in told if line.startswith("data:")][-1:]
+    assert not any('"finished"' in line for line in last)
+    until(admin, started, lambda view: view["state"] == "finished")
 
 
 def connected(server: Server) -> socket.socket:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,12 @@ from typing import Any
 import httpx2
 import pyarrow as pa
 import pytest
+import sqlalchemy as sa
 from tests.server import Server, running, until
+
+from tally.database.clock import now
+from tally.database.tables import answers
+from tally.jobs.facade import Jobs
 
 SCORER = """
 import tally
@@ -40,9 +44,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, home: Path) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TALLY_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("TALLY_HOME", str(home))
         with running("--root", folder, "--max-upload", 1, "--price-per-hour", 36) as server:
             yield server
 
@@ -194,6 +203,28 @@ def test_a_request_that_is_repeated_is_carried_out_once(
     assert operator.post("/jobs", json=fields, headers={"Idempotency-Key": "x" * 201}).status_code == 422
 
 
+def test_a_request_whose_answer_was_lost_makes_no_second_job(
+    operator: httpx2.Client, folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TALLY_HOME", str(home))
+    fields, named = job(folder, "lost"), {"Idempotency-Key": "lost"}
+    del fields["out"]  # the server's own place, another one each time
+    first = operator.post("/jobs", json=fields, headers=named).json()["id"]
+    lose_the_last_answer()
+    again = operator.post("/jobs", json=fields, headers=named)
+    assert (again.status_code, again.json()["id"]) == (202, first)
+    lose_the_last_answer()
+    assert operator.post("/jobs", json=fields | {"batch_size": 1}, headers=named).json()["id"] != first
+
+
+def lose_the_last_answer() -> None:
+    """Leave it as a server does that is killed between a change and its answer, some time ago."""
+    last = sa.select(sa.func.max(answers.c.at)).scalar_subquery()
+    with Jobs().store.engine.begin() as connection:
+        lost = sa.update(answers).where(answers.c.at == last).values(status=None, body=None, at=now() - 1000)
+        assert connection.execute(lost).rowcount == 1
+
+
 def test_the_same_files_again_are_the_same_upload(admin: httpx2.Client) -> None:
     def send(content: bytes) -> httpx2.Response:
         return admin.post("/uploads", files=[("files", ("a.txt", content))], headers={"Idempotency-Key": "files"})
@@ -237,6 +268,16 @@ def link(name: str) -> zipfile.ZipInfo:
     return info
 
 
+def damaged(compression: int) -> bytes:
+    """An archive in which a file's compressed bytes are others."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr("a", bytes(range(256)) * 8)
+    content = bytearray(buffer.getvalue())
+    content[45:55] = bytes(10)
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -248,6 +289,11 @@ def link(name: str) -> zipfile.ZipInfo:
         (zipped(("a", b"x"), ("a/b", b"x")), "same name"),
         (zipped(("a", b"x"), ("A", b"x")), "are called"),
         (b"no archive", "cannot be unpacked"),
+        *(
+            (damaged(kind), "cannot be unpacked")
+            for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+        ),
+        (zipped(("a" * 300, b"x")), "no name that a file is kept by"),
         (zipped(), "holds no file"),
     ],
 )
@@ -257,11 +303,13 @@ def test_archives_are_unpacked_within_bounds(operator: httpx2.Client, content: b
     assert said in answer.text
 
 
-def test_uploads_are_bounded(server: Server, operator: httpx2.Client) -> None:
+def test_uploads_are_bounded(server: Server, operator: httpx2.Client, home: Path) -> None:
+    operator.post("/uploads", files=[("files", ("a", b"x"))]).raise_for_status()
     assert operator.post("/uploads", files=[("files", ("a", b"x" * (3 << 20)))]).status_code == 413
     assert operator.post("/uploads", files=[("files", ("a", b"x" * ((1 << 20) + 1)))]).status_code == 422
     assert operator.post("/uploads", files=[("files", ("a", b"1")), ("files", ("A", b"2"))]).status_code == 422
-    left = list(Path(os.environ["TALLY_HOME"]).joinpath("uploads").glob("*"))
+    left = list((home / "uploads").iterdir())
+    assert left
     assert all(any(each.iterdir()) for each in left), "what was refused is gone"
 
 
@@ -269,9 +317,17 @@ def test_an_upload_is_data_and_runs_not(operator: httpx2.Client, admin: httpx2.C
     kept = operator.post("/uploads", files=[("files", ("words.py", SCORER.encode()))]).json()
     script = f"{kept['place']}/words.py"
     assert operator.post("/jobs", json=job(folder, "runs", model=script)).status_code == 422
-    refused = operator.post("/models/words/versions", json={"model": script})
-    assert (refused.status_code, "by an admin" in refused.text) == (403, True)
+    for named in (script, f"{script}:Words"):
+        refused = operator.post("/models/words/versions", json={"model": named})
+        assert (refused.status_code, "by an admin" in refused.text) == (403, True)
+    for hidden in (f"{script}:", f"{script}:No such", f"{script}:/../words.onnx"):
+        assert operator.post("/models/words/versions", json={"model": hidden}).status_code == 422
     assert admin.post("/models/words/versions", json={"model": script}).status_code == 201
+    assert admin.post("/models/words/versions", json={"model": f"{script}:Words"}).json()["existed"]
+    anybodys = "s3://anybody/package"
+    refused = operator.post("/jobs", json=job(folder, "brought", model=anybodys))
+    assert (refused.status_code, "only an admin" in refused.text) == (403, True)
+    assert operator.post("/models/brought/versions", json={"model": anybodys}).status_code == 403
     uploads = str(Path(kept["place"]).parent)
     assert operator.post("/jobs", json=job(folder, "all", source=[uploads])).status_code == 422
 

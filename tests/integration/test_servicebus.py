@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from proton import Message as Amqp
@@ -17,6 +19,8 @@ from tests.servicebus import ServiceBus, service_bus
 from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, StorageError
 from tally.sources.queues.base import REASON, Message
 from tally.sources.queues.factory import open_queue
+
+QUEUES = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "queues.md"
 
 
 @pytest.fixture
@@ -202,3 +206,14 @@ def test_the_environment_s_credentials_go_to_service_bus_only(host: str, monkeyp
     monkeypatch.delenv("SERVICEBUS_CONNECTION_STRING", raising=False)
     with pytest.raises(SpecError, match="names no namespace"):
         open_queue(f"servicebus://{host}/items")
+
+
+def test_settings_of_another_system_are_taken_as_the_manual_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = re.findall(r"```sh\n(export SERVICEBUS_CONNECTION_STRING=.*)\n```", QUEUES.read_text())
+    theirs = {"SB_NAMESPACE": "team", "SB_SHARED_ACCESS_KEY_NAME": "all", "SB_SHARED_ACCESS_KEY_VALUE": "a+key/of="}
+    shell = ["bash", "-c", f'{line}; printf %s "$SERVICEBUS_CONNECTION_STRING"']
+    made = subprocess.run(shell, env={**os.environ, **theirs}, capture_output=True, text=True, check=True).stdout
+    monkeypatch.setenv("SERVICEBUS_CONNECTION_STRING", made)
+    open_queue("servicebus://team/frames").close()
+    with pytest.raises(SpecError, match="of team"):
+        open_queue("servicebus://other/frames")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 
@@ -10,6 +11,7 @@ pytest.importorskip("fastapi")
 
 from fastapi.sse import ServerSentEvent
 
+from tally.server import feed as feed_module
 from tally.server.feed import Feed, seldom
 
 
@@ -22,7 +24,12 @@ async def seen(states: list[str | None], last: str | None) -> list[str | None]:
         current = next(looks, current)
         return current
 
-    stream = feed.stream("a", look, lambda state: ServerSentEvent(data=state), is_last=lambda state: state == last)
+    async def may_see() -> bool:
+        return True
+
+    stream = feed.stream(
+        "a", look, lambda state: ServerSentEvent(data=state), is_last=lambda state: state == last, may_see=may_see
+    )
     found = [event.data async for event in stream]
     await feed.close()
     return found
@@ -46,3 +53,23 @@ def test_what_is_costly_is_looked_at_seldom() -> None:
     assert [now_and_then() for _ in range(3)] == [0, 0, 0]
     always = seldom(lambda: next(looks), seconds=0)
     assert [always() for _ in range(3)] == [1, 2, 3]
+
+
+def test_who_may_not_see_it_any_more_is_told_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "ASK_SECONDS", 0.0)
+    answers = iter([True, True, False])
+
+    async def may_see() -> bool:
+        return next(answers)
+
+    async def told() -> list[int]:
+        feed, states = Feed(), itertools.count()
+        stream = feed.stream(
+            "a", lambda: next(states), lambda state: ServerSentEvent(data=state), is_last=lambda _: False,
+            may_see=may_see,
+        )  # fmt: skip
+        found = [event.data async for event in stream]
+        await feed.close()
+        return found
+
+    assert len(asyncio.run(told())) == 2

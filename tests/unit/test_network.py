@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from tally import network
-from tally.alerts.webhook import UndeliveredError, post
+from tally.alerts.webhook import UndeliveredError, _connection, post
 from tally.errors import ModelNotFoundError, SpecError
 from tally.models import web
 from tally.network import ALLOWED, PrivateAddressError, create_connection, refusal, restrict
@@ -81,6 +82,8 @@ def inside() -> Iterator[tuple[int, list[str]]]:
     [
         "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "::1",
         "fe80::1", "fd00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "224.0.0.1", "255.255.255.255",
+        "::127.0.0.1", "64:ff9b::127.0.0.1", "64:ff9b::169.254.169.254", "64:ff9b:1::808:808", "fec0::1", "5f00::1",
+        "192.0.0.192", "::ffff:192.0.0.192", "168.63.129.16", "2001:0:7f00:1::", "ff02::1",
     ],
 )  # fmt: skip
 def test_private_addresses_are_refused(address: str) -> None:
@@ -89,6 +92,18 @@ def test_private_addresses_are_refused(address: str) -> None:
     assert "is a private address" in (refusal(address, 80) or "")
     with pytest.raises(PrivateAddressError):
         create_connection((address, 9), timeout=1)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2001:4860:4860::8888", "64:ff9b::8.8.8.8"])
+def test_public_addresses_are_not(address: str) -> None:
+    restrict([])
+    assert refusal(address, 80) is None
+
+
+@pytest.mark.parametrize(("url", "port"), [("http://[::1]/hook", 80), ("https://[::1]/", 443), ("http://[::1]:8/", 8)])
+def test_the_end_of_an_address_is_no_port(url: str, port: int) -> None:
+    connection = _connection(urlsplit(url))
+    assert (connection.host, connection.port) == ("::1", port)
 
 
 def test_allowed_hosts_are_reached(inside: tuple[int, list[str]], resolve: Callable[..., list[str]]) -> None:
@@ -119,16 +134,18 @@ def test_a_name_that_leads_elsewhere_by_then_leads_nowhere(
 ) -> None:
     pytest.importorskip("fastapi")
     from tally.jobs.spec import make
+    from tally.server.auth.roles import Principal
     from tally.server.places import check
 
+    who = Principal("ada", "operator", "1")
     restrict([])
     looked_up = resolve(rebinding_test=["1.1.1.1", "127.0.0.1"])
     url = f"https://rebinding.test:{inside[0]}/m.onnx"
-    check(make(source="s3://b/in", model=url, out="s3://b/out"), ())  # the first time it is public
+    check(make(source="s3://b/in", model=url, out="s3://b/out"), (), who)  # the first time it is public
     with pytest.raises(ModelNotFoundError, match="is a private address"):
         web.fetch(url, tmp_path / "m")
     with pytest.raises(SpecError, match="is a private address"):
-        check(make(source="s3://b/in", model=url, out="s3://b/out"), ())
+        check(make(source="s3://b/in", model=url, out="s3://b/out"), (), who)
     assert (len(looked_up), inside[1]) == (3, [])
 
 

@@ -119,6 +119,8 @@ def test_what_reads_is_allowed(sink: StagedSink, sql: str) -> None:
         "from glob('{0}/*')",
         "from outputs",
         "with x as (insert into dead values ('a', 'b', 'c')) select 1",
+        "explain analyze select 1",
+        "explain copy results to '{0}/stolen.csv'",
     ],
 )
 def test_nothing_else_can_be_read_or_changed(sink: StagedSink, tmp_path: Path, sql: str) -> None:
@@ -128,6 +130,33 @@ def test_nothing_else_can_be_read_or_changed(sink: StagedSink, tmp_path: Path, s
     with pytest.raises(SpecError):
         query(sink, outputs, sql.format(tmp_path), DEAD)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        "{0}",
+        "explain analyze {0}",
+        "explain (analyze) {0}",
+        "Explain /* x */ ANALYZE {0}",
+        "with x as ({0}) select 1",
+        "with x as not materialized ({0}) from x where false",
+        "with y as (select 1), x as ({0}) from y union all from x",
+        "select (with x as ({0}) select 1)",
+    ],
+)
+def test_the_files_of_the_results_cannot_be_written_either(sink: StagedSink, tmp_path: Path, around: str) -> None:
+    outputs = written(sink, RESULTS)
+    [part] = tmp_path.rglob("*.parquet")
+    copy = f"copy (select 'forged' as label) to '{part}' (format parquet, use_tmp_file false)"
+    with pytest.raises(SpecError):
+        query(sink, outputs, around.format(copy))
+    assert rows(sink, outputs)["label"].to_pylist() == [row["label"] for row in RESULTS]
+
+
+def test_what_is_called_copy_may_be_read(sink: StagedSink) -> None:
+    outputs = written(sink, [{"copy": "a copy"}])
+    assert query(sink, outputs, "select copy from results where copy like '%copy%'").to_pylist() == [{"copy": "a copy"}]
 
 
 @pytest.mark.parametrize(

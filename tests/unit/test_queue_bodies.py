@@ -32,6 +32,8 @@ def named(body: str | bytes, **options: Any) -> list[tuple[str, str | None]]:
     ("body", "options", "expected"),
     [
         ("photo.jpg", {"base": "s3://in"}, [("photo.jpg", "s3://in/photo.jpg")]),
+        ("\ufeffphoto.jpg", {"base": "s3://in"}, [("photo.jpg", "s3://in/photo.jpg")]),
+        ('\ufeff{"a": "b"}', {"form": "json", "key": "a", "base": "s3://in"}, [("b", "s3://in/b")]),
         (" deep/photo.jpg\n", {"base": "s3://in/"}, [("deep/photo.jpg", "s3://in/deep/photo.jpg")]),
         ("s3://in/a.jpg", {}, [("s3://in/a.jpg", "s3://in/a.jpg")]),
         (
@@ -66,6 +68,8 @@ def test_a_message_may_be_the_item_itself() -> None:
     assert (len(key), url) == (32, None)
     assert named(b"\xff\xd8", form="content") == [(key, None)]
     assert BodyReader("content").items(Message(b"x", {"key": "mine"}))[0].key == "mine"
+    with pytest.raises(ItemError, match="no text that can be kept"):
+        BodyReader("content").items(Message(b"x", {"key": "\udcff"}))
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,16 @@ def test_a_message_may_be_the_item_itself() -> None:
             "more than",
         ),
         (json.dumps({"Records": []}), {"base": "/data"}, "it names no item"),
+        (
+            json.dumps(
+                {"Records": [{"eventName": "ObjectCreated", "s3": {"bucket": {"name": "b"}, "object": {"key": 5}}}]}
+            ),
+            {"base": "/data"},
+            "it names no item",
+        ),
+        ('{"a": "\\ud800.jpg"}', {"form": "json", "key": "a", "base": "/data"}, "is no text that can be kept"),
+        ('{"a": "\\u0000.jpg"}', {"form": "json", "key": "a", "base": "/data"}, "is no text that can be kept"),
+        ("{'a': 0x" + "f" * 5000 + "}", {"form": "pyliteral", "template": "{a}", "base": "/data"}, "'a' is no name"),
     ],
 )
 def test_what_cannot_be_understood(body: str | bytes, options: dict[str, Any], said: str) -> None:

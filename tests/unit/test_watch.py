@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 from tests.conftest import Ran
 
-from tally.database.tables import watch_objects
+from tally.database.tables import jobs, watch_objects
 from tally.errors import ModelNotFoundError, SourceNotFoundError, SpecError
 from tally.jobs.facade import Jobs
 from tally.jobs.store import JobRecord
@@ -87,7 +87,37 @@ def test_new_content_under_an_old_name_starts_a_job_again(watched: Watched) -> N
     watched.look()
     watched.files.write("a.mp4", b"2")
     watched.look(3)
+    assert watched.started() == ["a.mp4"], "both would write to one place: it waits"
+    [record] = watched.jobs.list().jobs
+    assert f"waits for job {record.id}" in (watched.store.seen("incoming")[0].error or "")
+    ended(watched, record)
+    watched.look(1)
     assert watched.started() == ["a.mp4", "a.mp4"]
+
+
+def ended(watched: Watched, record: JobRecord) -> None:
+    """The waiting job has been finished."""
+    with watched.store.engine.begin() as connection:
+        connection.execute(sa.update(jobs).where(jobs.c.id == record.id).values(state="finished"))
+
+
+def test_two_objects_whose_results_would_be_at_one_place(watched: Watched) -> None:
+    watched.add(pattern="*")
+    watched.files.write("a.mp4", b"1")
+    watched.look()
+    watched.files.write("a.mov", b"1")
+    watched.look(3)
+    assert watched.started() == ["a.mp4"]
+    ended(watched, watched.jobs.list().jobs[0])
+    watched.look(1)
+    assert watched.started() == ["a.mp4"]
+    refused = watched.store.seen("incoming")[0]
+    assert (refused.name, refused.state) == ("a.mov", "refused")
+    assert refused.error == "its results would replace those of a.mp4: /out/a_processed.mp4"
+    watched.files.delete(["a.mp4"])
+    watched.files.write("a.mov", b"new")
+    watched.look(3)
+    assert watched.started() == ["a.mp4", "a.mov"], "it has replaced the other one"
 
 
 def test_what_grows_waits(tmp_path: Path) -> None:
@@ -200,6 +230,77 @@ def test_two_servers_start_one_job(watched: Watched, monkeypatch: pytest.MonkeyP
     assert watched.started() == ["a.mp4"]
 
 
+def test_two_servers_keep_to_what_may_run_at_once(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched.add(parallel=1)
+    for name in "ab":
+        watched.files.write(f"{name}.mp4", b"1")
+    watched.look(1)
+    other = Watcher(watched.jobs)
+    take = WatchStore.take
+
+    def after_another(self: WatchStore, *given: object) -> str | None:
+        monkeypatch.setattr(WatchStore, "take", take)
+        other.look()
+        return take(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WatchStore, "take", after_another)
+    watched.look(2)
+    assert watched.started() == ["a.mp4"]
+
+
+def test_nothing_is_kept_of_a_watch_that_was_deleted_meanwhile(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched.add()
+    watched.files.write("a.mp4", b"1")
+    known = WatchStore.known
+
+    def after_it_is_deleted(self: WatchStore, *given: object) -> dict[str, str]:
+        monkeypatch.setattr(WatchStore, "known", known)
+        self.delete("incoming")
+        return known(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WatchStore, "known", after_it_is_deleted)
+    watched.look(1)
+    with watched.store.engine.connect() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(watch_objects)) == 0
+    assert watched.add() == 1
+
+
+def test_a_watch_that_was_paused_meanwhile_takes_nothing(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched.add()
+    watched.files.write("a.mp4", b"1")
+    watched.look(1)
+    take = WatchStore.take
+
+    def after_a_pause(self: WatchStore, *given: object) -> str | None:
+        self.pause("incoming", True)
+        return take(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WatchStore, "take", after_a_pause)
+    watched.look(1)
+    assert watched.started() == []
+
+
+def test_what_goes_wrong_with_one_watch_is_said_and_leaves_the_others(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched.add()
+    watched.store.add("broken", watched.place, pattern="*", exclude=None, template=TEMPLATE, file="job.yaml")
+    watched.files.write("a.mp4", b"1")
+    known = WatchStore.known
+
+    def fails(self: WatchStore, name: str, *given: object) -> dict[str, str]:
+        if name == "broken":
+            raise KeyError("nobody has thought of this")
+        return known(self, name, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WatchStore, "known", fails)
+    watched.look()
+    assert watched.started() == ["a.mp4"]
+    assert watched.store.get("broken").error == "KeyError: 'nobody has thought of this'"
+
+
 def test_a_place_that_is_away_is_said_and_looked_at_again(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     watched = Watched(str(tmp_path / "in"))
@@ -226,6 +327,13 @@ def test_a_place_that_is_away_is_said_and_looked_at_again(tmp_path: Path) -> Non
 def test_templates_that_cannot_work(tmp_path: Path, change: dict[str, object], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         Watched(str(tmp_path)).add(template=TEMPLATE | change)
+
+
+def test_a_name_that_leads_out_of_the_place_starts_no_job() -> None:
+    for name in ("../a.mp4", "deep/../../a.mp4", ".."):
+        with pytest.raises(SpecError, match="is no name below s3://bucket/in"):
+            fill(TEMPLATE, "s3://bucket/in", name)
+    assert fill(TEMPLATE, "s3://bucket/in", "a..mp4").out == "/out/a._processed.mp4"
 
 
 def test_what_placeholders_stand_for() -> None:

@@ -202,10 +202,11 @@ def _connection(parts: SplitResult) -> HTTPConnection:
     from tally.network import HTTPConnection, HTTPSConnection  # which hosts may be told is checked there
 
     host = parts.hostname or ""
+    # Without a port, http.client would take the end of an address of IPv6 for it.
     if parts.scheme == "http":
-        return HTTPConnection(host, parts.port, timeout=CONNECT_SECONDS)
+        return HTTPConnection(host, parts.port or HTTPConnection.default_port, timeout=CONNECT_SECONDS)
     context = ssl.create_default_context()
-    return HTTPSConnection(host, parts.port, timeout=CONNECT_SECONDS, context=context)
+    return HTTPSConnection(host, parts.port or HTTPSConnection.default_port, timeout=CONNECT_SECONDS, context=context)
 
 
 def _split(url: str) -> SplitResult:

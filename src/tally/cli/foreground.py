@@ -64,6 +64,8 @@ def _what_next(jobs: Jobs, job_id: str, error: TallyError) -> str | None:
         return f"{as_it_was} After mending the cause: tally jobs retry {job_id} --dead"
     if record is not None and record.state not in ("failed", "interrupted"):
         return None
+    if any(said in (error.hint or "") for said in ("--overwrite", "the same command")):
+        return None  # the error says so itself
     if record is not None and record.done == record.dead:
         # A model that is mended is another model, with which this job cannot go on: the next one takes its place.
         return "Nothing is scored yet. After mending the cause, give the same command again"

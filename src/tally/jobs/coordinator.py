@@ -298,6 +298,8 @@ class Coordinator:
             if self._loaded:
                 self._scale()
             self._commit(turn)
+            if self._intake is not None:
+                self._intake.acknowledge_again()
             self._publish_now_and_then()
             self._ask_why_it_is_quiet()
             self._events(self.progress())

@@ -77,9 +77,11 @@ class Jobs:
         self._assembled = {record.id: parts}  # for the run that follows, if it does
         return record
 
-    def enqueue(self, spec: JobSpec, *, who: str = "", overwrite: bool = False) -> JobRecord:
-        """A new job that waits for a server to start it. Nothing of it is opened here. who: asked for it."""
-        return self.store.enqueue(spec.model_dump(mode="json"), who=who, overwrite=overwrite)
+    def enqueue(
+        self, spec: JobSpec, *, who: str = "", overwrite: bool = False, request: str | None = None
+    ) -> JobRecord:
+        """A new job that waits for a server to start it. Nothing of it is opened here. See :meth:`JobStore.enqueue`."""
+        return self.store.enqueue(spec.model_dump(mode="json"), who=who, overwrite=overwrite, request=request)
 
     def ask_to_start(self, job: str, action: Literal["resume", "retry"], *, who: str = "") -> JobRecord:
         """Have a server continue the job, or replay its dead items. Raises JobStateError where that cannot be."""

@@ -56,12 +56,16 @@ class Intake:
         return chunks, received
 
     def acknowledge(self, chunks: Sequence[Chunk], dead: Mapping[str, str]) -> None:
-        """Acknowledge what is committed; what fails is tried again by the calls that follow.
+        """Acknowledge what is committed; what fails is left to :meth:`acknowledge_again`.
 
         dead: why items of these chunks are dead, by key.
         """
         self._unacknowledged += chunks
         self._dead |= dead
+        self.acknowledge_again()
+
+    def acknowledge_again(self) -> None:
+        """Acknowledge what could not be, if it is time. To be called now and then: nothing else may come meanwhile."""
         if not self._unacknowledged or (self._failed and time.monotonic() < self._again_at):
             return
         try:

@@ -10,6 +10,7 @@ repeated: those that would add up carry a nonce, which is kept in the rows that 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -158,7 +159,7 @@ class JobStore:
 
     def written(self, places: Iterable[str]) -> set[str]:
         """Those of these files and objects that are a job's output, lie in one, or are working files beside one."""
-        within = {place: _upward(_place(place)) for place in places}
+        within = {place: _upward(place_of(place)) for place in places}
         every = {path for paths in within.values() for path in paths}
         # What a job with one output file keeps beside it is called after that file.
         after = {path: [path[:dot] for dot in _dots(path)] for path in every}
@@ -320,22 +321,44 @@ class JobStore:
                 raise JobStateError(f"job {job_id} does not wait any more")
         return self.get(job_id)
 
-    def enqueue(self, spec: dict[str, Any], *, who: str = "", overwrite: bool = False) -> JobRecord:
-        """A new job that waits for a server to start it; its model has not been looked at. who: asked for it."""
-        with self.engine.begin() as connection:
-            job_id = self.enqueue_in(connection, spec, who=who, overwrite=overwrite)
+    def enqueue(
+        self, spec: dict[str, Any], *, who: str = "", overwrite: bool = False, request: str | None = None
+    ) -> JobRecord:
+        """A new job that waits for a server to start it; its model has not been looked at.
+
+        who: asked for it. request: what names the request, of which one job comes, however often it is carried out.
+        """
+        job_id = new_id(request)
+        try:
+            with self.engine.begin() as connection:
+                self.enqueue_in(connection, spec, who=who, overwrite=overwrite, job_id=job_id)
+        except sa.exc.IntegrityError:
+            if request is None:
+                raise
         return self.get(job_id)
 
     def enqueue_in(
-        self, connection: sa.Connection, spec: dict[str, Any], *, who: str = "", overwrite: bool = False
+        self,
+        connection: sa.Connection,
+        spec: dict[str, Any],
+        *,
+        who: str = "",
+        overwrite: bool = False,
+        job_id: str | None = None,
     ) -> str:
         """As :meth:`enqueue`, in the caller's transaction; the new job's id."""
-        job_id, model = new_id(), {"name": spec["model"]}
+        job_id, model = job_id or new_id(), {"name": spec["model"]}
         values = {"fingerprint": "", "spec": spec, "model": model, "state": "waiting", "output": {}}
-        values["place"] = _place(spec["out"])
+        values["place"] = place_of(spec["out"])
         connection.execute(sa.insert(jobs).values(**_new_row(job_id) | values, **_search_columns(job_id, spec, model)))
         starts.insert(connection, job_id, "submit", who=who, overwrite=overwrite)
         return job_id
+
+    def writer_in(self, connection: sa.Connection, out: str) -> str | None:
+        """A job that is not ended and writes to this place, in the caller's transaction; None if there is none."""
+        there = (jobs.c.place == place_of(out), jobs.c.state.not_in((*ENDED, "failed")))
+        found: str | None = connection.scalar(sa.select(jobs.c.id).where(*there).limit(1))
+        return found
 
     def give_up(self, job_id: str, state: Literal["failed", "cancelled"], *, error: str | None = None) -> bool:
         """A waiting job is not started after all. False if it does not wait any more."""
@@ -759,17 +782,18 @@ def page_after(record: JobRecord) -> str:
     return f"{record.created_at!r}:{record.id}"
 
 
-def new_id() -> str:
-    """A new job's id: short enough to type, random enough never to meet another."""
+def new_id(name: str | None = None) -> str:
+    """A new job's id: short enough to type, random enough never to meet another. name: of which it is the same."""
     alphabet = "0123456789abcdefghjkmnpqrstvwxyz"
-    return "".join(secrets.choice(alphabet) for _ in range(10))
+    drawn = secrets.token_bytes(10) if name is None else hashlib.sha256(name.encode()).digest()[:10]
+    return "".join(alphabet[each % len(alphabet)] for each in drawn)
 
 
 # A row without what is large and does not change.
 _SMALL = [column for column in jobs.c if column.name not in ("spec", "model", "manifest", "output", "search")]
 
 
-def _place(out: str) -> str:
+def place_of(out: str) -> str:
     """A place as it is stored and looked for."""
     return storable(normalised(out))
 
@@ -778,7 +802,7 @@ def _writes_to(place: str) -> sa.ColumnElement[bool]:
     if is_database(place):
         url: sa.ColumnElement[str] = jobs.c.spec[("push", "url")].as_string()
         return url == place
-    return jobs.c.place == _place(place)
+    return jobs.c.place == place_of(place)
 
 
 def _new_row(job_id: str) -> dict[str, Any]:
@@ -807,7 +831,7 @@ def _dots(path: str) -> Iterator[int]:
 
 
 def _output_columns(output: dict[str, Any]) -> dict[str, Any]:
-    return {"output": output, "place": _place(output["place"])}
+    return {"output": output, "place": place_of(output["place"])}
 
 
 def _search_columns(job_id: str, spec: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:

@@ -33,9 +33,21 @@ LONGEST_KEY = 700
 _KEYS_AT_ONCE = 500
 _TRIES = 5
 """How often a transaction is tried that another one got in the way of."""
+_TRIES_OF_ITEMS = 3
+"""How often, where the table's constraints are against it: that may be for another one's rows, or for good."""
 
 _EXTRAS = {"postgresql": "postgres", "mysql": "mariadb", "mariadb": "mariadb"}
 
+
+_SYSTEM_COLUMNS = {"postgresql": frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})}
+"""Columns that every table has, so that none of these names can be made: the boxes of detectors have two of them."""
+
+_SHUT_OUT = re.compile(
+    r'(database|role) ".*" does not exist|authentication failed|no pg_hba\.conf entry|no password supplied', re.DOTALL
+)
+"""How PostgreSQL refuses a connection for good. Its driver has no code for that, only the server's own words."""
+_SHUT_OUT_CODES = (1044, 1045, 1049, 1698)
+"""How MariaDB and MySQL do: access denied, no such database."""
 
 _CHECKS = ((4025,), (3819,))
 """MariaDB's and MySQL's codes for a constraint that is not met; their driver takes them for operational errors."""
@@ -100,6 +112,7 @@ class TableReceiver(Receiver):
         self._table = found[0]
         if schema is None:
             return
+        schema = self._named(schema.empty_table()).schema
         self._check_names(schema)
         if self._table is not None:
             self._check_columns(self._table, schema)
@@ -109,8 +122,9 @@ class TableReceiver(Receiver):
         """See :meth:`Receiver.deliver`."""
         refusals = [Refusal(key, f"a key of over {LONGEST_KEY} characters") for key in parcel.keys if _is_long(key)]
         keys = [key for key in parcel.keys if not _is_long(key)]
-        table = self._fitting(parcel.rows.schema)
-        rows = [row for row in self._rows(parcel.rows, table) if not _is_long(row[KEY])]
+        given = self._named(parcel.rows)
+        table = self._fitting(given.schema)
+        rows = [row for row in self._rows(given, table) if not _is_long(row[KEY])]
         refusals += self._replace(table, keys, rows)
         self._begun = True
         return refusals
@@ -120,6 +134,11 @@ class TableReceiver(Receiver):
         self._engine.dispose()
 
     # -- rows ----------------------------------------------------------------------------------------------------
+
+    def _named(self, rows: pa.Table) -> pa.Table:
+        """The rows, with names that columns can have here: ``xmin`` becomes ``xmin_``."""
+        taken = _SYSTEM_COLUMNS.get(self._engine.dialect.name, frozenset())
+        return rows.rename_columns([f"{name}_" if name in taken else name for name in rows.column_names])
 
     def _replace(self, table: sa.Table, keys: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Refusal]:
         """Replace what the table holds of these items. An item that the database refuses costs itself alone."""
@@ -147,6 +166,11 @@ class TableReceiver(Receiver):
             except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
                 if _is_altered(error):
                     raise self._unfit(error) from None
+                if _is_shut_out(error):
+                    raise StorageError(
+                        f"{self._shown} does not let us in: {_reason(error)}",
+                        hint="Check the database's name, the user and the password, then resume the job.",
+                    ) from None
                 if error.orig is not None and error.orig.args[:1] in _CHECKS:
                     raise _ItemsRefusedError(_reason(error)) from None
                 # Locked, deadlocked, or away: what lasts is told as away.
@@ -154,6 +178,11 @@ class TableReceiver(Receiver):
                     raise StorageAwayError(f"{self._shown}: {_reason(error)}") from None
             except sa.exc.ProgrammingError as error:
                 raise self._unfit(error) from None
+            except sa.exc.IntegrityError as error:
+                # Another job, or a process of this one that was killed, has put rows of these items there since ours
+                # were removed: the next try removes those.
+                if tries >= _TRIES_OF_ITEMS - 1:
+                    raise _ItemsRefusedError(_reason(error)) from None
             except sa.exc.StatementError as error:
                 raise _ItemsRefusedError(_reason(error)) from None
 
@@ -404,6 +433,12 @@ def _is_long(key: str) -> bool:
 def _is_altered(error: sa.exc.DBAPIError) -> bool:
     """Whether SQLite, which calls that an operational error, misses the table or a column of it."""
     return re.match(r"no such (table|column)|table .* has no column", str(error.orig)) is not None
+
+
+def _is_shut_out(error: sa.exc.DBAPIError) -> bool:
+    """Whether the server answers, and refuses to connect us: waiting would not help."""
+    told = getattr(error.orig, "args", ())
+    return told[:1] in [(code,) for code in _SHUT_OUT_CODES] or _SHUT_OUT.search(str(error.orig)) is not None
 
 
 def _reason(error: sa.exc.SQLAlchemyError) -> str:

@@ -6,9 +6,11 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 
+import anyio.to_thread
 from fastapi import APIRouter, FastAPI
 
 import tally
@@ -32,6 +34,7 @@ from tally.server.pages import accounts
 from tally.server.pages import routes as pages
 from tally.server.pages.labels import Labels
 from tally.server.results import Results
+from tally.server.room import THREADS, Room
 from tally.server.settings import ServerSettings
 from tally.server.supervisor import Supervisor
 from tally.server.uploads import Uploads
@@ -42,6 +45,9 @@ from tally.triggers.store import ScheduleStore
 from tally.triggers.watch import Watcher
 
 log = logging.getLogger("tally")
+
+BROKERS = 16
+"""Requests that ask a broker at once, at most."""
 
 DESCRIPTION = """
 Start, watch and stop jobs. Every request but those for health needs a key: `Authorization: Bearer KEY`.
@@ -70,6 +76,8 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
             threads.append(threading.Thread(target=partial(loop.run, forever=True), name="tally-schedules"))
         for thread in threads:
             thread.start()
+        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="tally-request"))
         try:
             with delivering(engine):
                 yield
@@ -96,6 +104,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     app.state.supervisor, app.state.aside, app.state.results = supervisor, aside, Results(jobs, aside)
     app.state.labels = Labels(app.state.results)
     app.state.gallery = Gallery(jobs, app.state.results, aside, settings.roots)
+    app.state.brokers = Room(BROKERS)
     app.state.machine = Machine()
     app.state.uploads = Uploads(most=settings.max_upload)
     app.state.guard = Guard(KeyStore(engine), Throttle())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ log = logging.getLogger("tally")
 LOOK_SECONDS = 0.5
 KEEP_ALIVE_SECONDS = 15.0
 """A stream says something at least that often, so that proxies keep it open and a lost client is noticed."""
+ASK_SECONDS = 2.0
+"""Seconds for which it stands that somebody may see something."""
 _NOT_LOOKED: Any = object()
 
 State = TypeVar("State")
@@ -71,13 +73,24 @@ class Feed:
         event: Callable[[State], ServerSentEvent],
         *,
         is_last: Callable[[State], bool],
+        may_see: Callable[[], Awaitable[bool]],
     ) -> AsyncIterator[ServerSentEvent]:
-        """Server-sent events: what ``event`` makes of each new state, up to the one that ``is_last``."""
+        """Server-sent events: what ``event`` makes of each new state, up to the one that ``is_last``.
+
+        They end as well when who gets them may not see them any more, which ``may_see`` is asked for now and then.
+        """
         async with self.subscribe(name, look) as states:
+            following = time.monotonic() + ASK_SECONDS
             while True:
                 try:
                     state = await asyncio.wait_for(states.get(), KEEP_ALIVE_SECONDS)
                 except TimeoutError:
+                    state = _NOT_LOOKED
+                if time.monotonic() >= following:
+                    if not await may_see():
+                        return
+                    following = time.monotonic() + ASK_SECONDS
+                if state is _NOT_LOOKED:
                     yield ServerSentEvent(comment="still here")
                     continue
                 yield event(state)
@@ -98,6 +111,9 @@ class Feed:
                     now = await asyncio.to_thread(topic.look)
                 except TallyError as error:  # away, or deleted: subscribers see the last state until it is back
                     log.debug("feed: %s", error)
+                    continue
+                except Exception:  # the others are told all the same
+                    log.exception("looking at what is watched on pages failed")
                     continue
                 if now != topic.last:
                     topic.last = now

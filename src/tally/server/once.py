@@ -23,6 +23,7 @@ from tally.database.clock import now
 from tally.database.tables import answers
 from tally.errors import JobStateError, RefusedError, SpecError
 from tally.server.auth.guard import principal_of
+from tally.server.uploads import MAX_FILES
 
 HEADER = "Idempotency-Key"
 KEPT_SECONDS = 86_400.0
@@ -112,7 +113,9 @@ class OnceRoute(APIRoute):
                 raise SpecError(f"{HEADER}: should be 1 to 200 visible characters of ASCII")
             store = AnswerStore(request.app.state.jobs.store.engine)
             key = hashlib.sha256(f"{who.key_id}\0{name}".encode()).hexdigest()
-            before = await asyncio.to_thread(store.begin, key, await _digest(request))
+            asked = await _digest(request)
+            request.state.once = f"{key}{asked}"
+            before = await asyncio.to_thread(store.begin, key, asked)
             if before is not None:
                 if before.body is None:
                     raise RefusedError(409, "this was done already, and its answer was shown that once")
@@ -134,11 +137,21 @@ class SecretOnceRoute(OnceRoute):
     secret = True
 
 
+def name_of(request: Request) -> str | None:
+    """What names the request: the same when it is sent again; None where it has no idempotency key.
+
+    A server that was killed between a change and the answer to it has left no answer. What the change makes is called
+    after this, so that carrying the request out again makes it no second time.
+    """
+    found: str | None = getattr(request.state, "once", None)
+    return found
+
+
 async def _digest(request: Request) -> str:
     """A hash of what is asked. Of forms, of their fields: what is between them differs each time."""
     digest = hashlib.sha256(f"{request.method} {request.url.path}?{request.url.query}\0".encode())
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        for name, value in (await request.form()).multi_items():
+        for name, value in (await request.form(max_files=MAX_FILES)).multi_items():
             if isinstance(value, UploadFile):
                 digest.update(f"{name}\0{value.filename}\0{value.size}\0".encode())
                 while block := await value.read(1 << 20):

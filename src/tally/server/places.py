@@ -11,10 +11,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-from tally.errors import SpecError
+from tally.errors import RefusedError, SpecError
 from tally.jobs.spec import JobSpec, outputs_folder
+from tally.masking import mask
+from tally.models import kinds
+from tally.models.base import is_suffix
 from tally.network import is_allowed, refusal
 from tally.push.target import is_database
+from tally.server.auth.roles import Principal
 from tally.server.uploads import uploads_folder
 from tally.sources.queues.factory import is_of_its_service
 from tally.storage import is_url
@@ -39,15 +43,57 @@ _OF_DATABASES = ("charset", "connect_timeout", "sslmode")
 _UPLOADED = ("source", "labels", "upload")
 """What may be an upload: data. What runs may not, or whoever uploads could run code."""
 
+_MODELS = ("model", "upload")
+"""What names a model: a file, or a class in it."""
+
 
 def new_output() -> str:
     """A place of the server's own, for results that the request names none for."""
     return f"{outputs_folder() / secrets.token_hex(8)}/"
 
 
-def check(spec: JobSpec, roots: Sequence[Path]) -> None:
-    """Raises SpecError with every place of the spec that a request may not name."""
+def check(spec: JobSpec, roots: Sequence[Path], who: Principal) -> None:
+    """Raises SpecError with every place of the spec that a request may not name, RefusedError where ``who`` sends it
+    would bring code along."""
     check_places(_places(spec), roots)
+    check_code(who, spec.model, artifacts=spec.artifacts, trust=spec.trust)
+
+
+def check_code(who: Principal, model: str, *, artifacts: str | None, trust: bool) -> None:
+    """Raises RefusedError where a model from elsewhere may hold code, and ``who`` sends the request is no admin.
+
+    What lies under a root, or is registered, somebody has put there whom the server's owner trusts. A bucket that the
+    server may read, and a page of the web, may be anybody's.
+    """
+    if who.may("admin"):
+        return
+    if artifacts is not None and is_url(artifacts):
+        raise RefusedError(403, f"artifacts: {artifacts!r} may hold code, which only an admin brings", hint=_OF_ADMINS)
+    if is_url(model) and (trust or not _is_data(model)):
+        raise RefusedError(403, f"model: {mask(model)!r} may hold code, which only an admin brings", hint=_OF_ADMINS)
+
+
+_OF_ADMINS = "Ask an admin to register the model, or to put it under a root."
+_CODE = (".py", ".pyc", ".so", ".dylib", ".pkl", ".pickle", ".joblib")
+
+
+def is_code(name: str) -> bool:
+    """Whether a file of this name is code, or is known to be opened by running what it carries."""
+    marks = {mark for _, traits in kinds.table() if traits.runs_code for mark in traits.markers}
+    return Path(name).suffix.lower() in _CODE or Path(name).name in marks
+
+
+def _is_data(url: str) -> bool:
+    """Whether the URL is that of a file which no code is in: a folder may be a package that holds some."""
+    name = urlsplit(url).path.rpartition("/")[2].lower()
+    claimed = any(name.endswith(each) for _, traits in kinds.table() for each in traits.claims if is_suffix(each))
+    return claimed and not is_code(name)
+
+
+def file_of(model: str) -> str:
+    """The file or folder that the text of a model names here: ``FILE.py:Class`` names a file."""
+    file, separator, name = model.rpartition(".py:")
+    return f"{file}.py" if separator and name.isidentifier() else model
 
 
 def check_places(places: Iterable[tuple[str, str]], roots: Sequence[Path]) -> None:
@@ -91,10 +137,14 @@ def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
         return None
     elif is_url(place):
         return f"{name}: file URLs are not taken: {place}" if scheme == "file" else None
-    if name == "model" and ":" in place:
-        return f"{name}: {place!r} names code of the server's own environment; put it into a folder under a root"
+    file = file_of(place) if name in _MODELS else place
+    if name in _MODELS and ":" in file:
+        return (
+            f"{name}: {place!r} names code of the server's own environment; name its file (FILE.py:Class) under a "
+            "folder that requests may name, or register it (tally models add NAME FILE.py:Class) and name models:/NAME"
+        )
     try:
-        resolved = expanded(place).resolve()
+        resolved = expanded(file).resolve()
     except (OSError, ValueError, RuntimeError):
         return f"{name}: {place!r} is no path"
     if any(resolved.is_relative_to(root.resolve()) for root in roots):

@@ -178,7 +178,7 @@ def _table(output: dict[str, Any], outputs: Sequence[Output], dead: pa.Table, sq
 def _rows(output: dict[str, Any], outputs: Sequence[Output], dead: pa.Table, sql: str, limit: int) -> Rows:
     table = _table(output, outputs, dead, sql, limit)
     columns = {field.name: str(field.type) for field in table.schema}
-    rows = [{name: _plain(value) for name, value in row.items()} for row in table.slice(0, limit).to_pylist()]
+    rows = [{name: _plain(value) for name, value in row.items()} for row in _listed(table.slice(0, limit))]
     return Rows(columns=columns, rows=rows, truncated=table.num_rows > limit)
 
 
@@ -210,9 +210,20 @@ def _write_file(
         writer = csv.writer(file)
         writer.writerow(table.column_names)
         for batch in table.to_batches(max_chunksize=10_000):
-            for row in batch.to_pylist():
+            for row in _listed(batch):
                 writer.writerow([_in_csv(_plain(value)) for value in row.values()])
     return False
+
+
+def _listed(rows: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows as Python has them. Raises SpecError for times that it knows no date for."""
+    try:
+        listed: list[dict[str, Any]] = rows.to_pylist()
+    except (OverflowError, ValueError) as error:
+        raise SpecError(
+            f"the answer holds a value that cannot be shown: {error}", hint="Cast its column: select day::varchar ..."
+        ) from None
+    return listed
 
 
 def _in_csv(value: Any) -> Any:

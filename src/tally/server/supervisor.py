@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 
 from tally.config import settings
 from tally.database.lease import host
-from tally.errors import DatabaseAwayError, TallyError
+from tally.errors import DatabaseAwayError, JobNotFoundError, TallyError
 from tally.jobs.children import Children
 from tally.jobs.facade import Jobs
 from tally.jobs.starts import Start
@@ -64,6 +65,8 @@ class Supervisor:
                 log.warning("%s", error.message)
             except (OSError, TallyError) as error:
                 log.error("%s", error)
+            except Exception:  # this thread is the only one that starts jobs
+                log.exception("starting jobs failed")
             self._wake.wait(LOOK_SECONDS)
             self._wake.clear()
         self._end()
@@ -71,8 +74,8 @@ class Supervisor:
     def _turn(self) -> None:
         self._reap()
         if time.monotonic() >= self._next_orphans:
-            self._adopt()
             self._next_orphans = time.monotonic() + ORPHAN_SECONDS
+            self._adopt()
         while not self._stopping and len(self._children) < self._parallel:
             start = self._jobs.starts.claim()
             if start is None:
@@ -120,8 +123,9 @@ class Supervisor:
         self._children.stop(self._reap_if_possible)
         try:
             for start in stopped:
-                if self._jobs.store.get(start.job_id).state not in (*ENDED, "failed", "paused"):
-                    self._jobs.starts.ask(start.job_id, "resume", who=start.who)
+                with suppress(JobNotFoundError):  # it was deleted meanwhile
+                    if self._jobs.store.get(start.job_id).state not in (*ENDED, "failed", "paused"):
+                        self._jobs.starts.ask(start.job_id, "resume", who=start.who)
         except TallyError as error:  # those that are left count as orphaned
             log.warning("%s", error)
 

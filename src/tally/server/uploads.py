@@ -5,6 +5,8 @@ Their names are made harmless, and an archive is unpacked only as far as its bou
 
 from __future__ import annotations
 
+import errno
+import lzma
 import re
 import secrets
 import shutil
@@ -14,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -27,6 +30,7 @@ MAX_FILES = 10_000
 _BLOCK = 1 << 20
 _ODD = re.compile(r"[^\w.@+=, -]")
 _LONGEST = 150
+_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +110,8 @@ class _Writer:
             raise SpecError(f"the upload has more than {MAX_FILES:,} files")
         self._names.add(name.lower())
         path = self._folder / name
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         size = 0
-        with path.open("xb") as file:
+        with _created(path) as file:
             while block := read(_BLOCK):
                 size += len(block)
                 self._left -= len(block)
@@ -116,6 +119,17 @@ class _Writer:
                     raise SpecError(f"the upload has more than {self._most:,} bytes")
                 file.write(block)
         self.written.append(UploadedFile(name, size))
+
+
+def _created(path: Path) -> BinaryIO:
+    """The new file, opened. Raises SpecError where it cannot have that name."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path.open("xb")
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
+            raise SpecError(f"{path.name[:80]!r} is no name that a file is kept by: {error.strerror}") from None
+        raise
 
 
 def plain_name(name: str) -> str:
@@ -140,13 +154,31 @@ def _unpack(name: str, content: BinaryIO, writer: _Writer) -> None:
                 _check_entry(name, entry)
                 if not entry.is_dir():
                     with archive.open(entry) as file:
-                        writer.write(entry.filename, file.read)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+                        writer.write(entry.filename, partial(_unpacked, file.read))
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+    ) as error:
         if isinstance(error, SpecError):
             raise
         raise SpecError(f"{name!r} cannot be unpacked: {error}") from None
     except (FileExistsError, IsADirectoryError, NotADirectoryError):
         raise SpecError(f"{name!r} has a file and a folder of the same name") from None
+
+
+def _unpacked(read: Callable[[int], bytes], size: int) -> bytes:
+    """The next bytes of a file in an archive. Raises BadZipFile."""
+    try:
+        return read(size)
+    except OSError as error:  # what bzip2 raises for damaged data
+        if error.errno is not None:
+            raise
+        raise zipfile.BadZipFile(str(error)) from None
 
 
 def _check_entry(archive: str, entry: zipfile.ZipInfo) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +21,7 @@ from tally.storage import failure, is_url, open_store, temporary
 
 Dead: TypeAlias = "pa.Table | Iterable[Mapping[str, Any]]"
 
+_EXPLAIN = re.compile(r"(?i)\s*explain\b")
 _DEAD = {"stage": "string", "error": "string"}
 
 
@@ -67,6 +69,7 @@ def _query(
         if memory is not None:
             connection.execute(f"SET memory_limit = {sql_text(memory)}")
         connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")
+        connection.execute("SET enable_progress_bar = false")  # a long query would draw it into a server's log
         connection.execute("SET enable_external_file_cache = false")  # a file may be replaced between two queries
         connection.execute(f"SET python_enable_replacements = false; SET allowed_paths = {_list(paths)}")
         connection.execute("SET enable_external_access = false")
@@ -206,11 +209,8 @@ def _answer(connection: duckdb.DuckDBPyConnection, sql: str, limit: int | None) 
     if len(statements) != 1:
         what = "no statement" if not statements else f"{len(statements)} statements"
         raise SpecError(f"the query holds {what}", hint="Give one, such as: select * from results limit 10")
-    if statements[0].type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
-        raise SpecError(
-            f"results can only be read, and the query is a statement of the kind {statements[0].type.name}",
-            hint="Use select.",
-        )
+    if (other := _beside_reading(connection, statements[0])) is not None:
+        raise SpecError(f"results can only be read, and the query {other}", hint="Use select.")
     try:
         answer = connection.sql(sql)
         found = (answer if limit is None else answer.limit(limit)).to_arrow_table()
@@ -219,6 +219,38 @@ def _answer(connection: duckdb.DuckDBPyConnection, sql: str, limit: int | None) 
     except duckdb.Error as error:
         raise _wrong(connection, error) from None
     return found.rename_columns(_each_once(found.column_names))
+
+
+def _beside_reading(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> str | None:
+    """What the statement does that is not reading; None if it only reads.
+
+    DuckDB lets the files be written that it may read: by COPY, also in the WITH of a SELECT, and where EXPLAIN ANALYZE
+    carries one out.
+    """
+    text = statement.query
+    if statement.type == duckdb.StatementType.EXPLAIN:
+        try:
+            inner = connection.extract_statements(text[found.end() :]) if (found := _EXPLAIN.match(text)) else []
+        except duckdb.Error:
+            inner = []
+        select = [each.type for each in inner] == [duckdb.StatementType.SELECT]
+        return None if select else "asks to explain something else than a plain select"
+    if statement.type != duckdb.StatementType.SELECT:
+        return f"is a statement of the kind {statement.type.name}"
+    if "copy" in text.lower():  # asking for the plan looks into every file once more
+        try:
+            [(_, plan)] = connection.execute(f"EXPLAIN (FORMAT JSON) {text}").fetchall()
+        except duckdb.Error:
+            return None  # running it says what is wrong
+        if any("COPY" in name for name in _operators(json.loads(plan))):
+            return "writes files"
+    return None
+
+
+def _operators(plan: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for each in plan:
+        yield each["name"]
+        yield from _operators(each["children"])
 
 
 def _each_once(names: Sequence[str]) -> list[str]:

@@ -32,12 +32,13 @@ from tally.errors import (
     SpecError,
     TallyError,
     TriggerNotFoundError,
+    error_line,
 )
 from tally.jobs.facade import Jobs
 from tally.jobs.spec import JobSpec, make, settled
 from tally.jobs.spec import read as read_spec
 from tally.jobs.states import ENDED
-from tally.jobs.store import JobStore
+from tally.jobs.store import JobStore, place_of
 from tally.models.resolve import check_there
 from tally.sinks.layout import is_working
 from tally.sources.locations import compile_glob
@@ -129,6 +130,8 @@ def check(fields: Mapping[str, Any]) -> list[str]:
 def fill(fields: Mapping[str, Any], root: str, name: str) -> JobSpec:
     """The job for this object. ``{name}`` is its name below the watched place, ``{stem}`` the same without suffix,
     ``{folder}`` the part before its last slash, ``{url}`` its whole path or URL. Raises SpecError."""
+    if ".." in name.split("/"):  # in a bucket, that is a name as any other; in a path, it leads out of a folder
+        raise SpecError(f"{name!r} is no name below {root}")
     folder, _, last = name.rpartition("/")
     stem = name[: -len(last)] + (last.rpartition(".")[0] or last)
     values = {"url": f"{root.rstrip('/')}/{name}", "name": name, "stem": stem, "folder": folder}
@@ -255,11 +258,8 @@ class WatchStore:
                 with suppress(JobNotFoundError):
                     record = store.get(row["job_id"])
                     job_state, error = record.state, record.error
-            elif row["state"] == "refused":
-                try:
-                    fill(watch.template, watch.url, row["name"])
-                except SpecError as problem:
-                    error = str(problem)
+            elif row["state"] in ("refused", "settling"):
+                error = self._why_not(watch, row["name"], store)
             found.append(Seen(row["name"], row["state"], row["seen_at"], row["job_id"], job_state, error))
         return found
 
@@ -303,17 +303,31 @@ class WatchStore:
 
     def note(self, name: str, entries: Sequence[Entry], state: str) -> None:
         """Keep in mind what was seen for the first time. Of two servers that see it, one notes it."""
-        for each in entries:
-            try:
-                with self.engine.begin() as connection:
-                    connection.execute(sa.insert(watch_objects).values(seen_at=now(), **_row(name, each, state)))
-            except sa.exc.IntegrityError:
-                continue
+        rows = {_id(each): _row(name, each, state) for each in entries}
+        if not rows:
+            return
+        with self.engine.begin() as connection:
+            if not _held(connection, name):
+                return  # it was deleted meanwhile
+            mine = (watch_objects.c.watch == name, watch_objects.c.object.in_(rows))
+            known = set(connection.scalars(sa.select(watch_objects.c.object).where(*mine)))
+            if new := [row for object_id, row in rows.items() if object_id not in known]:
+                connection.execute(sa.insert(watch_objects).values(seen_at=now()), new)
 
     def take(self, watch: Watch, entry: Entry, store: JobStore, spec: JobSpec) -> str | None:
-        """Add the object's job to the line, and note that it is taken; the job's id. None if another process did."""
+        """Add the object's job to the line, and note that it is taken; the job's id.
+
+        None if another process did, where there is no room for it now, where a job that is not ended writes to the same
+        place, and where the watch is paused or gone by now.
+        """
         mine = (watch_objects.c.watch == watch.name, watch_objects.c.object == _id(entry))
         with self.engine.begin() as connection:
+            if not _held(connection, watch.name, watches.c.paused == 0):
+                return None
+            if _open_jobs(connection, watch.name) >= watch.parallel:
+                return None
+            if store.writer_in(connection, spec.out) is not None:
+                return None
             taken = sa.update(watch_objects).where(*mine, watch_objects.c.state == "settling").values(state="taken")
             if connection.execute(taken).rowcount == 0:
                 return None
@@ -323,6 +337,27 @@ class WatchStore:
             connection.execute(sa.update(watch_objects).where(*mine).values(job_id=job_id))
         return job_id
 
+    def rival(self, watch: Watch, name: str, out: str) -> str | None:
+        """Another object of the watch, whose results are where this one's would be."""
+        joined = sa.select(watch_objects.c.name).join(jobs, jobs.c.id == watch_objects.c.job_id)
+        others = joined.where(watch_objects.c.watch == watch.name, watch_objects.c.name != storable(name))
+        there = others.where(jobs.c.place == place_of(out), jobs.c.state == "finished")
+        with self.engine.connect() as connection:
+            found: str | None = connection.scalar(there.order_by(watch_objects.c.seen_at.desc()).limit(1))
+        return found
+
+    def _why_not(self, watch: Watch, name: str, store: JobStore) -> str | None:
+        """Why no job is made of an object, or none yet; None if it is only not yet still."""
+        try:
+            spec = fill(watch.template, watch.url, name)
+        except SpecError as problem:
+            return str(problem)
+        if (rival := self.rival(watch, name, spec.out)) is not None:
+            return f"its results would replace those of {rival}: {spec.out}"
+        with self.engine.connect() as connection:
+            writer = store.writer_in(connection, spec.out)
+        return None if writer is None else f"it waits for job {writer}, which writes to the same place"
+
     def refuse(self, watch: Watch, entry: Entry) -> None:
         """No job can be made of the object."""
         mine = (watch_objects.c.watch == watch.name, watch_objects.c.object == _id(entry))
@@ -331,10 +366,20 @@ class WatchStore:
 
     def open_jobs(self, name: str) -> int:
         """How many of its jobs are not ended."""
-        joined = sa.select(sa.func.count()).select_from(watch_objects.join(jobs, jobs.c.id == watch_objects.c.job_id))
-        open_ = joined.where(watch_objects.c.watch == name, jobs.c.state.not_in((*ENDED, "failed")))
         with self.engine.connect() as connection:
-            return int(connection.scalar(open_) or 0)
+            return _open_jobs(connection, name)
+
+
+def _held(connection: sa.Connection, name: str, *where: sa.ColumnElement[bool]) -> bool:
+    """Whether there is such a watch. Until the transaction ends, no other one deletes it, or has got this far."""
+    held = sa.update(watches).where(watches.c.name == name, *where).values(paused=watches.c.paused)
+    return connection.execute(held).rowcount > 0
+
+
+def _open_jobs(connection: sa.Connection, name: str) -> int:
+    joined = sa.select(sa.func.count()).select_from(watch_objects.join(jobs, jobs.c.id == watch_objects.c.job_id))
+    open_ = joined.where(watch_objects.c.watch == name, jobs.c.state.not_in((*ENDED, "failed")))
+    return int(connection.scalar(open_) or 0)
 
 
 def _watch(row: sa.RowMapping) -> Watch:
@@ -400,6 +445,8 @@ class Watcher:
                     self.look(all_of_them=False)
                 except DatabaseAwayError as error:
                     log.warning("%s", error.message)
+                except Exception:  # this thread is the only one that looks
+                    log.exception("looking at what is watched failed")
                 self._stopping.wait(LOOK_SECONDS)  # what settles is left alone for so long
         finally:
             self._notices.close()
@@ -415,9 +462,11 @@ class Watcher:
                 self._look_at(watch)
             except DatabaseAwayError:
                 raise
-            except (TallyError, OSError) as error:
-                log.warning("watch %s: %s", watch.name, error)
-                self._store.looked(watch.name, str(error))
+            except Exception as error:  # the others are looked at all the same
+                known_kind = isinstance(error, (TallyError, OSError))
+                text = str(error) if known_kind else error_line(error)
+                log.warning("watch %s: %s", watch.name, text, exc_info=None if known_kind else error)
+                self._store.looked(watch.name, text)
             else:
                 self._store.looked(watch.name, None)
 
@@ -445,8 +494,12 @@ class Watcher:
             self._store.note(watch.name, [each for each in new if each.name not in written], "settling")
             for each in batch:
                 # Noted at an earlier look, and the same now: it has stopped growing.
-                if room > 0 and known.get(_id(each)) == "settling" and self._take(watch, each):
+                if room <= 0 or known.get(_id(each)) != "settling":
+                    continue
+                if self._take(watch, each):
                     room -= 1
+                else:  # another server may have filled it
+                    room = watch.parallel - self._store.open_jobs(watch.name)
         self._store.forget(watch.name, unseen)
 
     def _take(self, watch: Watch, entry: Entry) -> bool:
@@ -454,6 +507,11 @@ class Watcher:
             spec = fill(watch.template, watch.url, entry.name)
         except SpecError as error:
             log.warning("watch %s: %s: %s", watch.name, entry.name, error)
+            self._store.refuse(watch, entry)
+            return False
+        rival = self._store.rival(watch, entry.name, spec.out)
+        if rival is not None and _opened(watch.url).exists(rival):
+            log.warning("watch %s: %s: its results would replace those of %s", watch.name, entry.name, rival)
             self._store.refuse(watch, entry)
             return False
         job_id = self._store.take(watch, entry, self._jobs.store, spec)

@@ -18,10 +18,10 @@ from tally.jobs.spec import make
 from tally.jobs.states import ENDED, State
 from tally.jobs.store import JobRecord
 from tally.server.api.views import DeadItem, DeadList, JobDetail, JobList, JobView
-from tally.server.auth.guard import Admin, Operator, Viewer
+from tally.server.auth.guard import Admin, Operator, Viewer, still_signed_in
 from tally.server.errors import answers, answers_beside
 from tally.server.feed import Feed
-from tally.server.once import OnceRoute
+from tally.server.once import OnceRoute, name_of
 from tally.server.places import check as check_places
 from tally.server.places import new_output
 
@@ -89,8 +89,8 @@ def start_job(
     Without ``out``, the results are kept by the server, and are fetched from it.
     """
     spec = make(**{"out": new_output(), **wanted})
-    check_places(spec, request.app.state.settings.roots)
-    record = jobs.enqueue(spec, who=who.name, overwrite=overwrite)
+    check_places(spec, request.app.state.settings.roots, who)
+    record = jobs.enqueue(spec, who=who.name, overwrite=overwrite, request=name_of(request))
     request.app.state.supervisor.wake()
     return seen(jobs, record)
 
@@ -108,7 +108,7 @@ def get_job(who: Viewer, jobs: AllJobs, job: JobId) -> JobDetail:
     responses=answers_beside(400, 401, 403, 404, 409, 413, 422, 429, 503),
 )
 async def job_events(
-    who: Viewer, jobs: AllJobs, feed: Annotated[Feed, Depends(feed_of)], job: JobId
+    request: Request, who: Viewer, jobs: AllJobs, feed: Annotated[Feed, Depends(feed_of)], job: JobId
 ) -> AsyncIterator[ServerSentEvent]:
     """The job (as in ``GET /jobs``) whenever something about it changes, until it ends, as server-sent events."""
     job_id = (await asyncio.to_thread(jobs.store.get, job)).id
@@ -127,7 +127,8 @@ async def job_events(
     def is_last(view: JobView | None) -> bool:
         return view is None or (view.state in (*ENDED, "failed") and not view.alive and not view.starting)
 
-    async for each in feed.stream(f"job:{job_id}", look, event, is_last=is_last):
+    may_see = still_signed_in(request)
+    async for each in feed.stream(f"job:{job_id}", look, event, is_last=is_last, may_see=may_see):
         yield each
 
 

@@ -21,7 +21,7 @@ from tally.server.aside import Aside
 from tally.server.auth.guard import Admin, Operator, Viewer
 from tally.server.errors import answers
 from tally.server.once import OnceRoute
-from tally.server.places import check_places
+from tally.server.places import check_code, check_places, file_of, is_code
 from tally.server.uploads import uploads_folder
 
 router = APIRouter(
@@ -29,7 +29,6 @@ router = APIRouter(
 )
 
 INSPECT_SECONDS = 120.0
-_CODE = (".py", ".pyc", ".so", ".dylib", ".pkl", ".pickle", ".joblib")
 
 
 class NewVersion(BaseModel):
@@ -95,13 +94,15 @@ def show_model(who: Viewer, models: Models, name: Name) -> RegisteredModel:
 @router.post("/{name}/versions", status_code=201)
 def add_version(request: Request, who: Operator, models: Models, name: Name, wanted: NewVersion) -> ModelVersion:
     """Copy a model into the registry as the next version. Content that is there already is not added again."""
-    uploaded = _is_upload(wanted.model)
+    if uploaded := _is_upload(wanted.model):
+        wanted = _of_upload(wanted)
     if wanted.model.startswith("models:/"):
         raise SpecError(f"model: {wanted.model} is registered already")
     places = [("upload" if uploaded else "model", wanted.model)]
     places += [(each, place) for each in ("labels", "artifacts") if (place := getattr(wanted, each))]
     check_places(places, request.app.state.settings.roots)
-    if uploaded and not who.may("admin") and (wanted.trust or _carries_code(FilePath(wanted.model))):
+    check_code(who, wanted.model, artifacts=wanted.artifacts, trust=wanted.trust)
+    if uploaded and not who.may("admin") and (wanted.trust or _carries_code(FilePath(file_of(wanted.model)))):
         raise RefusedError(403, "uploads that hold code become models by an admin only", hint="Ask an admin.")
     aside: Aside = request.app.state.aside
     given = {each: getattr(wanted, each) for each in ("task", "labels", "artifacts", "settings", "trust")}
@@ -143,16 +144,32 @@ def _is_upload(place: str) -> bool:
     if "://" in place or "\0" in place:
         return False
     try:
-        return FilePath(place).resolve().is_relative_to(uploads_folder().resolve())
+        return FilePath(file_of(place)).resolve().is_relative_to(uploads_folder().resolve())
     except (OSError, RuntimeError):
         return False
 
 
+def _of_upload(wanted: NewVersion) -> NewVersion:
+    """What an upload of a model's file and its labels stands for: a folder that is no package, with one model in it."""
+    folder = FilePath(wanted.model)
+    if not folder.is_dir() or any((folder / marker).exists() for marker in ("tally.yaml", *kinds.markers())):
+        return wanted
+    files = sorted(each for each in folder.iterdir() if each.is_file())
+    models = [each for each in files if kinds.claiming(each.name) is not None]
+    if len(models) != 1:
+        return wanted
+    (model,), labels = models, [each for each in files if each.suffix.lower() in (".txt", ".json")]
+    takes_labels = "labels" in getattr(kinds.claiming(model.name), "flags", ())
+    described = (folder / f"{model.name}.yaml").exists()  # which says what its labels are
+    if wanted.labels is None and len(labels) == 1 and takes_labels and not described:
+        wanted = wanted.model_copy(update={"labels": str(labels[0])})
+    return wanted.model_copy(update={"model": str(model)})
+
+
 def _carries_code(place: FilePath) -> bool:
     """Whether using the uploaded model may run code that it brings or names."""
-    marks = {mark for _, traits in kinds.table() if traits.runs_code for mark in traits.markers}
-    for each in place.parent.iterdir() if place.is_file() else place.rglob("*"):
-        if each.suffix.lower() in _CODE or each.name in marks:
+    for each in (place.parent if place.is_file() else place).rglob("*"):
+        if is_code(each.name):
             return True
         if each.name == "tally.yaml":
             try:

@@ -16,6 +16,7 @@ from tally.server.auth.guard import Operator, Viewer
 from tally.server.errors import answers
 from tally.server.once import OnceRoute
 from tally.server.places import check_places
+from tally.server.room import Room
 from tally.sources.queues.base import Depth, Queue
 from tally.sources.queues.factory import check, is_queue, open_queue
 
@@ -69,9 +70,11 @@ def _opened(request: Request, url: str) -> Iterator[Queue]:
     if not known:
         raise SpecError(f"{mask(url)} is no queue")
     check(url)
-    check_places([("queue", url)], request.app.state.settings.roots)
-    queue = open_queue(url)
-    try:
-        yield queue
-    finally:
-        queue.close()
+    room: Room = request.app.state.brokers
+    with room.place("asking the broker"):
+        check_places([("queue", url)], request.app.state.settings.roots)
+        queue = open_queue(url)
+        try:
+            yield queue
+        finally:
+            queue.close()

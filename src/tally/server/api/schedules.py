@@ -14,6 +14,7 @@ from tally.jobs.spec import shown
 from tally.server.api.jobs import AllJobs, given_fields
 from tally.server.api.views import ScheduleDetail
 from tally.server.auth.guard import Admin, Operator, Viewer
+from tally.server.auth.roles import Principal
 from tally.server.errors import answers
 from tally.server.once import OnceRoute
 from tally.server.places import check as check_places
@@ -59,13 +60,15 @@ def list_schedules(who: Viewer, store: Schedules) -> list[ScheduleDetail]:
 @router.post("", status_code=201)
 def add_schedule(request: Request, who: Operator, store: Schedules, wanted: NewSchedule) -> Schedule:
     """Run a job on time. Its values may hold ``{interval_start}`` and ``{interval_end}``; ``out`` must."""
-    return define(request, store, lambda: given_fields(wanted.job), **wanted.model_dump(exclude={"job"}))
+    return define(request, who, store, lambda: given_fields(wanted.job), **wanted.model_dump(exclude={"job"}))
 
 
-def define(request: Request, store: ScheduleStore, read: Callable[[], dict[str, Any]], **wanted: Any) -> Schedule:
+def define(
+    request: Request, who: Principal, store: ScheduleStore, read: Callable[[], dict[str, Any]], **wanted: Any
+) -> Schedule:
     """Add a schedule whose jobs may name what requests may name. read, wanted: as of :meth:`ScheduleStore.define`."""
     roots = request.app.state.settings.roots
-    return _masked(store.define(read=read, allow=lambda spec: check_places(spec, roots), **wanted))
+    return _masked(store.define(read=read, allow=lambda spec: check_places(spec, roots, who), **wanted))
 
 
 @router.get("/{name}")

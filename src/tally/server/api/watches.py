@@ -62,7 +62,7 @@ def add_watch(request: Request, who: Operator, store: Watches, wanted: NewWatch)
     place = absolute(wanted.place)
     check_places([("place", place)], roots)
     fields = job_fields(given_fields(wanted.job))
-    check_spec(fill(fields, place, "some/name.ext"), roots)
+    check_spec(fill(fields, place, "some/name.ext"), roots, who)
     added, there = store.add(
         wanted.name, place, pattern=wanted.pattern, exclude=wanted.exclude, template=fields, file=wanted.file,
         parallel=wanted.parallel, existing=wanted.existing,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
 
-from tally.errors import RefusedError
+from tally.errors import DatabaseAwayError, RefusedError
 from tally.server.auth.keys import KeyStore, csrf_token
 from tally.server.auth.roles import Principal, Role
 from tally.server.auth.throttle import Throttle
@@ -79,6 +80,25 @@ async def signed_in(
 async def principal_of(request: Request) -> Principal:
     """As :func:`signed_in`, of a request at hand."""
     return await signed_in(request, await _bearer(request), await _cookie(request))
+
+
+def still_signed_in(request: Request) -> Callable[[], Awaitable[bool]]:
+    """Asks whether who has sent the request may still be told something: for answers that go on for long."""
+    keys, principal, cookie = request.app.state.guard.keys, request.state.principal, request.cookies.get(COOKIE)
+    by_session = cookie is not None and "authorization" not in request.headers
+
+    def look() -> bool:
+        if by_session:
+            return keys.of_session(cookie) is not None
+        return bool(keys.get(principal.key_id).state == "valid")
+
+    async def ask() -> bool:
+        try:
+            return await asyncio.to_thread(look)
+        except DatabaseAwayError:  # there is nothing new to be told
+            return True
+
+    return ask
 
 
 async def _csrf(request: Request) -> str:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from markupsafe import Markup
+
 from tally.jobs.states import ENDED
 from tally.server.api.views import JobView
 from tally.text import iso_time, local_time
@@ -78,6 +80,15 @@ def clock_time(seconds: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(seconds))
 
 
+def moment(at: float | None) -> str:
+    """A time for a page: on this machine's clock, and whose clock that is; ``-`` for None."""
+    shown = local_time(at)
+    if at is None:
+        return shown
+    zone = time.strftime("%Z", time.localtime(at))
+    return Markup('<time datetime="{}" title="{} {}">{}</time>').format(iso_time(at), shown, zone, shown)
+
+
 def cell(value: Any) -> str:
     """A value of a result."""
     if value is None:
@@ -96,6 +107,6 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "cost": cost,
     "cell": cell,
     "clock_time": clock_time,
-    "local_time": local_time,
+    "local_time": moment,
     "iso_time": iso_time,
 }

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from tally.errors import JobNotFoundError, SpecError, TallyError
@@ -32,6 +33,7 @@ from tally.server.auth.roles import Principal
 from tally.server.feed import Feed, seldom
 from tally.server.gallery import Gallery, rows_from
 from tally.server.middleware import POLICY_OF_FILES
+from tally.server.pages.asked import filled, with_more
 from tally.server.pages.labels import Labels
 from tally.server.pages.render import (
     Changes,
@@ -74,25 +76,24 @@ def new_job(
     again: str | None = None,
     model: Annotated[str, Query(max_length=1000)] = "",
 ) -> HTMLResponse:
-    spec = jobs.get(again).spec if again is not None else {"model": model}
-    return _form(request, jobs, spec)
+    return _form(request, jobs, filled(jobs.get(again).spec) if again is not None else {"model": model})
 
 
 @router.post("/jobs/new", response_class=HTMLResponse)
 async def start_job(request: Request, who: Operator, jobs: AllJobs) -> Response:
     form = await request.form(max_files=MAX_FILES)
-    return await asyncio.to_thread(_start, request, who, jobs, *filled_in(form))
+    return await run_in_threadpool(_start, request, who, jobs, *filled_in(form))
 
 
 def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any], files: list[UploadFile]) -> Response:
     overwrite, unpack = (fields.pop(name, None) is not None for name in ("overwrite", "unpack"))
-    fields["source"] = fields.get("source", "").split()
+    fields["source"] = [line.strip() for line in fields.get("source", "").splitlines() if line.strip()]
     try:
         if files:
             upload = keep(request.app.state.uploads, jobs, files, unpack=unpack)
             fields["source"].append(upload.place)  # it stays in the form where something else is wrong
-        spec = make(**{"out": new_output(), **fields})
-        check_places(spec, request.app.state.settings.roots)
+        spec = make(**{"out": new_output(), **with_more(fields)})
+        check_places(spec, request.app.state.settings.roots, who)
     except SpecError as error:
         return _form(request, jobs, fields, error)
     record = jobs.enqueue(spec, who=who.name, overwrite=overwrite)
@@ -100,7 +101,7 @@ def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any],
     return RedirectResponse(f"/jobs/{record.id}", status_code=303)
 
 
-def _form(request: Request, jobs: Jobs, spec: dict[str, Any], error: SpecError | None = None) -> HTMLResponse:
+def _form(request: Request, jobs: Jobs, given: dict[str, Any], error: SpecError | None = None) -> HTMLResponse:
     """The form of a new job, with what was given, and what is wrong with that."""
     models = [
         name
@@ -110,7 +111,7 @@ def _form(request: Request, jobs: Jobs, spec: dict[str, Any], error: SpecError |
             *(f"models:/{model.name}@{alias}" for version in model.versions for alias in version.aliases),
         )
     ]
-    return form_page(request, "new.html", spec, error, models=models, most=request.app.state.settings.max_upload)
+    return form_page(request, "new.html", given, error, models=models, most=request.app.state.settings.max_upload)
 
 
 @router.get("/jobs/{job}", response_class=HTMLResponse)
@@ -147,7 +148,7 @@ async def job_live(
             return None
 
     csrf = csrf_token(request.cookies.get(COOKIE, ""))
-    async for each in stream(feed, f"page:{job_id}", look, "_job.html", price=price, who=who, csrf=csrf):
+    async for each in stream(request, feed, f"page:{job_id}", look, "_job.html", price=price, who=who, csrf=csrf):
         yield each
 
 

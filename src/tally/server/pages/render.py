@@ -16,7 +16,7 @@ from tally import version
 from tally.errors import RefusedError, SpecError, TallyError
 from tally.jobs.spec import Task
 from tally.jobs.states import STATES
-from tally.server.auth.guard import COOKIE
+from tally.server.auth.guard import COOKIE, still_signed_in
 from tally.server.auth.keys import csrf_token
 from tally.server.auth.roles import ROLES, Principal
 from tally.server.feed import Feed
@@ -108,7 +108,7 @@ def price_of(request: Request) -> tuple[float, str]:
 
 
 async def stream(
-    feed: Feed, topic: str, look: Callable[[], dict[str, Any] | None], template: str, **values: Any
+    request: Request, feed: Feed, topic: str, look: Callable[[], dict[str, Any] | None], template: str, **values: Any
 ) -> AsyncIterator[ServerSentEvent]:
     """The template anew whenever what ``look`` returns has changed; ends where it returns None."""
 
@@ -117,5 +117,6 @@ async def stream(
             return ServerSentEvent(raw_data=render("_message.html", text="This job was deleted.", problem=True))
         return ServerSentEvent(raw_data=render(template, now=state, **values))
 
-    async for each in feed.stream(topic, look, event, is_last=lambda state: state is None):
+    may_see = still_signed_in(request)
+    async for each in feed.stream(topic, look, event, is_last=lambda state: state is None, may_see=may_see):
         yield each

@@ -6,7 +6,6 @@ session's CSRF token, and answers with a message for the page, or leads back to 
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -19,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi.staticfiles import StaticFiles
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -143,7 +143,7 @@ async def overview_live(
         newest = [JobView.of(each) for each in jobs.list(limit=NEWEST).jobs]
         return _summary(request, jobs, load()) | {"jobs": newest}
 
-    async for each in stream(feed, "overview", look, "_overview.html"):
+    async for each in stream(request, feed, "overview", look, "_overview.html"):
         yield each
 
 
@@ -176,7 +176,7 @@ def models_page(request: Request, who: Viewer, jobs: AllJobs) -> HTMLResponse:
 @router.post("/models")
 async def add_model(request: Request, who: Operator, jobs: AllJobs) -> Response:
     form = await request.form(max_files=MAX_FILES)
-    return await asyncio.to_thread(_add_model, request, who, jobs, *filled_in(form))
+    return await run_in_threadpool(_add_model, request, who, jobs, *filled_in(form))
 
 
 def _add_model(

@@ -18,9 +18,10 @@ from tally.jobs.spec import parsed
 from tally.jobs.states import ENDED
 from tally.masking import mask
 from tally.server.api import queues, schedules, watches
-from tally.server.api.jobs import AllJobs, given_fields
+from tally.server.api.jobs import AllJobs, JobId, given_fields
 from tally.server.api.views import MessageView
 from tally.server.auth.guard import Admin, Operator, Viewer
+from tally.server.pages.asked import scheduled
 from tally.server.pages.render import Changes, changed, chosen, form_page, page, render
 from tally.sources.queues.base import REASON
 from tally.sources.queues.factory import is_queue
@@ -77,8 +78,9 @@ def change_schedule(request: Request, who: Operator, jobs: AllJobs, name: schedu
 
 
 @router.get("/new/schedule", response_class=HTMLResponse)
-def new_schedule(request: Request, who: Operator) -> HTMLResponse:
-    return _schedule_form(request, {})
+def new_schedule(request: Request, who: Operator, jobs: AllJobs, like: JobId | None = None) -> HTMLResponse:
+    """The form of a schedule; like: of jobs like this one."""
+    return _schedule_form(request, {} if like is None else scheduled(jobs.store.get(like).spec))
 
 
 @router.post("/new/schedule", response_class=HTMLResponse)
@@ -100,7 +102,7 @@ def add_schedule(
     }  # fmt: skip
     try:
         added = schedules.define(
-            request, ScheduleStore(jobs.store.engine), lambda: given_fields(parsed(job)), file="", **given
+            request, who, ScheduleStore(jobs.store.engine), lambda: given_fields(parsed(job)), file="", **given
         )
     except SpecError as error:
         return _schedule_form(request, {**given, "job": job}, error)

@@ -26,6 +26,7 @@ from urllib.parse import unquote_plus, urlsplit
 from tally.errors import ItemError, SpecError
 from tally.sources.queues.base import Message
 from tally.storage import is_url
+from tally.text import storable
 
 Form: TypeAlias = Literal["auto", "text", "json", "pyliteral", "content"]
 
@@ -69,7 +70,8 @@ class BodyReader:
     def items(self, message: Message) -> list[Named]:
         """The items that the message names, in order, each once. Raises ItemError where it cannot be understood."""
         if self.form == "content":
-            return [Named(message.headers.get("key") or hashlib.sha256(message.body).hexdigest()[:32], None)]
+            key = message.headers.get("key") or hashlib.sha256(message.body).hexdigest()[:32]
+            return [Named(self._kept(message, key), None)]
         names = list(dict.fromkeys(self._names(message, self._text(message))))
         if not names:
             raise self._unreadable(message, "it names no item")
@@ -99,7 +101,7 @@ class BodyReader:
 
     def _text(self, message: Message) -> str:
         try:
-            return message.body.decode("utf-8")
+            return message.body.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise self._unreadable(message, f"it is no UTF-8 text: {error.reason}") from None
 
@@ -114,7 +116,10 @@ class BodyReader:
         found = list(_walk(value, path.split(".")))
         if len(found) != 1 or not isinstance(found[0], (str, int)):
             raise self._unreadable(message, f"{path!r} should be one text in it")
-        return str(found[0])
+        try:
+            return str(found[0])
+        except ValueError as error:  # a number of thousands of digits
+            raise self._unreadable(message, f"{path!r} is no name: {error}") from None
 
     def _path(self, message: Message, value: Any) -> Iterator[str]:
         assert self.key is not None
@@ -124,7 +129,7 @@ class BodyReader:
             yield found
 
     def _named(self, message: Message, name: str) -> Named:
-        if not name or "\n" in name or "\0" in name:
+        if not self._kept(message, name) or "\n" in name:
             raise self._unreadable(message, "it holds no name of one item")
         if name[:7].lower() == "file://":  # who may send messages may not thereby read this machine's files
             raise self._unreadable(message, f"{name!r} is a file of this machine", hint="queue: {base: /its/folder}")
@@ -135,6 +140,12 @@ class BodyReader:
         if any(part in ("", ".", "..") for part in name.split("/")):
             raise self._unreadable(message, f"{name!r} leads out of {self.base}")
         return Named(name, f"{self.base.rstrip('/')}/{name}")
+
+    def _kept(self, message: Message, name: str) -> str:
+        """The name, as one that results, databases and brokers can keep. Raises ItemError."""
+        if name != storable(name):
+            raise self._unreadable(message, f"{name[:80]!r} is no text that can be kept")
+        return name
 
     def _unreadable(self, message: Message, why: str, *, hint: str | None = None) -> ItemError:
         shown = message.body[:80].decode("utf-8", "replace")
@@ -165,7 +176,10 @@ def one_value(value: Any, path: str) -> str | None:
     if len(found) > 1 or not isinstance(found[0], (str, int, float)):
         what = f"{len(found)} values" if len(found) > 1 else type(found[0]).__name__
         raise ItemError(f"{path!r} should be one text or number in the message, and is {what}", stage="read")
-    return found[0] if isinstance(found[0], str) else json.dumps(found[0])
+    try:
+        return found[0] if isinstance(found[0], str) else json.dumps(found[0])
+    except ValueError as error:  # a number of thousands of digits
+        raise ItemError(f"{path!r} is no number that can be kept: {error}", stage="read") from None
 
 
 # -- events that stores send -------------------------------------------------------------------------------------------
@@ -199,7 +213,8 @@ def _s3(record: Any) -> str | None:
     try:
         if not str(record["eventName"]).removeprefix("s3:").startswith("ObjectCreated"):
             return None
-        return f"s3://{record['s3']['bucket']['name']}/{unquote_plus(record['s3']['object']['key'])}"
+        bucket, key = record["s3"]["bucket"]["name"], record["s3"]["object"]["key"]
+        return f"s3://{bucket}/{unquote_plus(key)}" if isinstance(bucket, str) and isinstance(key, str) else None
     except (KeyError, TypeError):
         return None
 

@@ -6,6 +6,9 @@ done. What is done beyond a message that is not is committed, too, beside that o
 Offsets are committed only of what came since this consumer was given the partition: after a rebalance, they are
 another's. A consumer without a sign of life for the lock (``?lock=`` seconds, 30) loses its partitions.
 
+A rebalance waits for every member of the group to ask for messages; so a consumer asks also while it has enough of
+them, with its partitions paused. What it has in hand then may go to another consumer, and comes again if it does not.
+
 Dead messages are in ``TOPIC.dead`` with their reason as a header; the group ``tally.dead`` has committed how far they
 were replayed.
 """
@@ -38,6 +41,10 @@ _POLL_SECONDS = 0.1
 """A client waits for all messages that it is asked for; so it is asked for a short time only."""
 _TURN_SECONDS = 0.005
 """Between two requests for messages, so that what was done can be committed: a client does one at a time."""
+_SERVED_SECONDS = 1.0
+"""Since a consumer has asked for messages, so that nobody has waited for it."""
+_STUCK_SECONDS = 300.0
+"""Until the group goes on without a consumer that asks for nothing any more, however alive it is."""
 _METADATA = 4000
 """Bytes that a broker keeps beside an offset."""
 
@@ -117,14 +124,15 @@ class KafkaQueue(PolledQueue):
             "auto.offset.reset": "earliest",
             "session.timeout.ms": int(lock * 1000),
             "heartbeat.interval.ms": int(lock * 300),
-            # A job that has enough in hand asks for no more, and is alive all the same.
-            "max.poll.interval.ms": 86_400_000,
+            "max.poll.interval.ms": int(max(lock, _STUCK_SECONDS) * 1000),
         }
+        self.lock_seconds = lock
         self._lock = threading.RLock()
         self._consumer: Consumer | None = None
         self._producer: Producer | None = None
         self._given: dict[int, _Progress] = {}
         """What this consumer has, by partition."""
+        self._asked_at, self._paused = 0.0, False
 
     # -- the contract ------------------------------------------------------------------------------
 
@@ -140,7 +148,11 @@ class KafkaQueue(PolledQueue):
             left = deadline - time.monotonic()
             wait = max(0.0, min(left, _POLL_SECONDS))
             with self._lock:
+                if self._paused:
+                    self._paused = False
+                    self._ask(lambda: consumer.resume(consumer.assignment()))
                 records = self._ask(lambda wait=wait: consumer.consume(most, wait))  # type: ignore[misc]
+                self._asked_at = time.monotonic()
             found += [message for record in records if (message := self._received(record)) is not None]
             if found or left <= 0 or self._closed.is_set():
                 return found
@@ -171,6 +183,16 @@ class KafkaQueue(PolledQueue):
             if changed and self._consumer is not None:
                 consumer = self._consumer
                 self._ask(lambda: consumer.commit(offsets=self._offsets(changed), asynchronous=False))
+
+    def extend(self, messages: Sequence[Message]) -> None:
+        """See :meth:`Queue.extend`. They are kept as long as their partitions are this consumer's."""
+        with self._lock:
+            consumer = self._consumer
+            if consumer is None or time.monotonic() - self._asked_at < _SERVED_SECONDS:
+                return
+            self._paused, self._asked_at = True, time.monotonic()
+            self._ask(lambda: consumer.pause(consumer.assignment()))
+            self._ask(lambda: consumer.consume(1, 0))  # nothing comes of paused partitions; rebalances do
 
     def reject(self, rejected: Sequence[tuple[Message, str]]) -> None:
         self._produce(self._dead, [_with(message, {REASON: reason[:10_000]}) for message, reason in rejected])
@@ -225,6 +247,8 @@ class KafkaQueue(PolledQueue):
                     self._given[each.partition].next = first
                 each.offset = self._given[each.partition].next
         consumer.assign(committed)
+        # A partition that was paused when it was lost is so when it comes back.
+        (consumer.pause if self._paused else consumer.resume)(committed)
 
     def _leave(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         with self._lock:

@@ -1,7 +1,10 @@
-"""RabbitMQ, by pika: ``amqp://USER:PASSWORD@HOST:PORT/VHOST/QUEUE``.
+"""RabbitMQ, by pika: ``amqp://USER@HOST:PORT/VHOST/QUEUE``.
 
-The queue is declared, durable, where it is not there. Dead messages go to ``QUEUE.dead``, by a publish that RabbitMQ
-confirms before the message is acknowledged: a crash in between leaves it in both, never in none.
+The queue is declared, durable, where it is not there. Dead messages go to ``QUEUE.dead``.
+
+Messages are sent in one transaction, which the broker confirms once it has all of them on disk: to confirm each by
+itself takes a disk's turn for each. What is moved is acknowledged after that: a crash in between leaves it in both
+queues, never in none.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ import pika
 import pika.exceptions
 
 from tally import network
-from tally.errors import SpecError, StorageAwayError
+from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, TallyError
 from tally.masking import mask
 from tally.sources.queues.base import REASON, Depth, Message, Queue, iso_time, pauses
 from tally.sources.queues.factory import PASSWORD
 
 PREFETCH = 2000
 ANSWER_SECONDS = 30.0
+BROKEN = (pika.exceptions.AMQPError, OSError)
+"""What pika raises where the connection is not what it was."""
 
 T = TypeVar("T")
 
@@ -39,22 +44,32 @@ def open_queue(url: str) -> Queue:
     vhost, _, name = parts.path.removeprefix("/").rpartition("/")
     if not name or not parts.hostname:
         raise SpecError(f"{mask(url)} names no queue", hint="Write amqp://HOST/VHOST/QUEUE, or amqp://HOST/QUEUE.")
-    server = f"{parts.scheme}://{parts.netloc}/{vhost or '%2F'}" + (f"?{parts.query}" if parts.query else "")
-    return RabbitQueue(server, unquote(name), shown=mask(url))
+    password = os.environ.get(PASSWORD)
+    if parts.username and not password:
+        raise SpecError(f"{mask(url)} names a user", hint=f"Put the password into the environment: {PASSWORD}")
+    # pika takes no user without a password.
+    netloc = parts.netloc.rpartition("@")[2]
+    server = f"{parts.scheme}://{netloc}/{vhost or '%2F'}" + (f"?{parts.query}" if parts.query else "")
+    login = None if not password else pika.PlainCredentials(unquote(parts.username or "guest"), password)
+    return RabbitQueue(server, unquote(name), login=login, shown=mask(url))
 
 
 class RabbitQueue(Queue):
     """One queue. A thread of its own talks to the broker, as pika's connections belong to one thread."""
 
-    def __init__(self, server: str, name: str, *, shown: str) -> None:
+    def __init__(self, server: str, name: str, *, login: Any, shown: str) -> None:
+        """login: pika's credentials; None for those of a guest."""
         self._parameters, self._name, self._shown = pika.URLParameters(server), name, shown
-        if password := os.environ.get(PASSWORD):
-            self._parameters.credentials = pika.PlainCredentials(urlsplit(server).username or "guest", password)
+        if login is not None:
+            self._parameters.credentials = login
         self._dead = f"{name}.dead"
         self._received: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._asked: queue.SimpleQueue[tuple[Callable[[Any], Any], Future[Any]]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._generation, self._consuming, self._wanted = 0, False, False
+        self._there: set[str] = set()
+        self._returned: list[tuple[Any, ...]] = []
+        """What the broker gave back, as the queue is not there any more."""
         self._thread = threading.Thread(target=self._run, name="tally-rabbitmq", daemon=True)
         self._thread.start()
 
@@ -77,31 +92,33 @@ class RabbitQueue(Queue):
 
     def reject(self, rejected: Sequence[tuple[Message, str]]) -> None:
         def move(channel: Any) -> None:
-            for message, reason in rejected:
-                if not self._current([message]):
-                    continue
-                channel.basic_publish("", self._dead, message.body, _properties(message, {REASON: reason[:10_000]}))
-                channel.basic_ack(message.handle[1])
+            told = [(message, {REASON: reason[:10_000]}) for message, reason in rejected if self._current([message])]
+            self._publish(channel, self._dead, [(each.body, _properties(each, reason)) for each, reason in told])
+            for each, _ in told:
+                channel.basic_ack(each.handle[1])
 
         self._ask(move)
 
     def send(self, messages: Sequence[Message]) -> None:
-        def publish(channel: Any) -> None:
-            for each in messages:
-                channel.basic_publish("", self._name, each.body, _properties(each, {}))
-
-        self._ask(publish)
+        given = [(each.body, _properties(each, {})) for each in messages]
+        self._ask(lambda channel: self._publish(channel, self._name, given))
 
     def depth(self) -> Depth:
         def count(channel: Any) -> Depth:
-            waiting = channel.queue_declare(self._name, passive=True).method.message_count
-            return Depth(waiting, dead=channel.queue_declare(self._dead, passive=True).method.message_count)
+            waiting = self._count(channel, self._name)
+            if waiting is None:
+                raise self._missing()
+            return Depth(waiting, dead=self._count(channel, self._dead) or 0)
 
         return self._ask(count)
 
     def peek(self, most: int, *, dead: bool = False) -> list[Message]:
         def look(channel: Any) -> list[Message]:
-            found = []
+            found: list[tuple[int, Message]] = []
+            if self._count(channel, self._name) is None:
+                raise self._missing()
+            if dead and self._count(channel, self._dead) is None:
+                return []
             for _ in range(most):
                 method, properties, body = channel.basic_get(self._dead if dead else self._name)
                 if method is None:
@@ -115,15 +132,22 @@ class RabbitQueue(Queue):
 
     def replay(self, most: int) -> int:
         def move(channel: Any) -> int:
-            for count in range(most):
+            if self._count(channel, self._dead) is None:
+                return 0
+            again: list[tuple[bytes, Any]] = []
+            tags: list[int] = []
+            while len(tags) < most:
                 method, properties, body = channel.basic_get(self._dead)
                 if method is None:
-                    return count
+                    break
                 message = _message(body, properties)
                 headers = {name: value for name, value in message.headers.items() if name != REASON}
-                channel.basic_publish("", self._name, body, _properties(replace(message, headers=headers), {}))
-                channel.basic_ack(method.delivery_tag)
-            return most
+                again.append((body, _properties(replace(message, headers=headers), {})))
+                tags.append(method.delivery_tag)
+            self._publish(channel, self._name, again)
+            for each in tags:
+                channel.basic_ack(each)
+            return len(tags)
 
         return self._ask(move)
 
@@ -132,6 +156,42 @@ class RabbitQueue(Queue):
         self._thread.join(ANSWER_SECONDS)
 
     # -- talking to the broker ---------------------------------------------------------------------
+
+    def _count(self, channel: Any, name: str) -> int | None:
+        """The messages that wait in a queue; None if there is no such queue. None is made by looking."""
+        look = channel.connection.channel()  # one of its own: the broker closes it where there is no such queue
+        try:
+            count: int = look.queue_declare(name, passive=True).method.message_count
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if error.reply_code != 404:
+                raise
+            return None
+        look.close()
+        return count
+
+    def _make(self, channel: Any, name: str) -> None:
+        """Make the queue if there is none. One that is there is taken as it is: a quorum queue, say, with a policy of
+        its own; the broker refuses to declare that as any other."""
+        if name not in self._there:
+            if self._count(channel, name) is None:
+                channel.queue_declare(name, durable=True)
+            self._there.add(name)
+
+    def _publish(self, channel: Any, name: str, messages: Sequence[tuple[bytes, Any]]) -> None:
+        """Put these bodies, with their properties, into the queue; returns once the broker has them."""
+        if not messages:
+            return
+        self._make(channel, name)
+        for body, properties in messages:
+            channel.basic_publish("", name, body, properties, mandatory=True)
+        channel.tx_commit()
+        channel.connection.process_data_events(time_limit=0)  # what could not be put there comes before the answer
+        if self._returned:
+            raise pika.exceptions.UnroutableError(self._returned)
+
+    def _missing(self) -> SourceNotFoundError:
+        hint = "'tally queue' makes none; 'tally inject' and a job do, where there is none of that name."
+        return SourceNotFoundError(f"{self._shown}: there is no such queue", hint=hint)
 
     def _current(self, messages: Sequence[Message]) -> list[Message]:
         """Those that came over the connection that there is now; others cannot be settled."""
@@ -145,12 +205,12 @@ class RabbitQueue(Queue):
         self._asked.put((what, answer))
         try:
             return answer.result(ANSWER_SECONDS)
-        except StorageAwayError:
+        except TallyError:
             raise
         except TimeoutError:
             answer.cancel()
             raise StorageAwayError(f"{self._shown} does not answer") from None
-        except (pika.exceptions.AMQPError, OSError) as error:
+        except BROKEN as error:
             raise StorageAwayError(f"{self._shown} does not answer: {_reason(error)}") from None
 
     def _run(self) -> None:
@@ -160,7 +220,7 @@ class RabbitQueue(Queue):
                 with pika.BlockingConnection(_checked(self._parameters)) as connection:
                     attempts = pauses()
                     self._serve(connection)
-            except (pika.exceptions.AMQPError, OSError) as error:
+            except BROKEN as error:
                 self._refuse(error)
                 self._closed.wait(next(attempts))
         self._refuse(StorageAwayError(f"{self._shown} is closed"))
@@ -169,12 +229,14 @@ class RabbitQueue(Queue):
         """Work with one connection until it is closed."""
         self._generation, self._consuming = self._generation + 1, False
         channel = connection.channel()
-        channel.confirm_delivery()
-        for name in (self._name, self._dead):
-            channel.queue_declare(name, durable=True)
+        channel.tx_select()
+        channel.add_on_return_callback(lambda *returned: self._returned.append(returned))
+        self._there.clear()
+        self._returned.clear()
         channel.basic_qos(prefetch_count=PREFETCH)
         while not self._closed.is_set():
             if self._wanted and not self._consuming:
+                self._make(channel, self._name)
                 channel.basic_consume(self._name, self._deliver)
                 self._consuming = True
             busy = False
@@ -183,11 +245,14 @@ class RabbitQueue(Queue):
                 if answer.set_running_or_notify_cancel():
                     busy = True
                     try:
-                        answer.set_result(what(channel))
+                        found = what(channel)
+                        channel.tx_commit()
+                        answer.set_result(found)
                     except BaseException as error:
                         answer.set_exception(error)
-                        if isinstance(error, (pika.exceptions.AMQPError, OSError)):
+                        if isinstance(error, BROKEN) and not isinstance(error, TallyError):
                             raise
+                        channel.tx_rollback()
             connection.process_data_events(time_limit=0 if busy else 0.02)
 
     def _deliver(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
@@ -228,4 +293,8 @@ def _properties(message: Message, more: dict[str, str]) -> Any:
 
 
 def _reason(error: BaseException) -> str:
+    """What the broker or the network said: some of pika's errors have no words, and hold the one that does."""
+    for held in (*error.args, getattr(error, "exception", None)):
+        if isinstance(held, BaseException):
+            return _reason(held)
     return str(error) or type(error).__name__

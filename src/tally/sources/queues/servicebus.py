@@ -26,6 +26,7 @@ from azure.identity import DefaultAzureCredential
 from azure.servicebus import (
     ServiceBusClient,
     ServiceBusMessage,
+    ServiceBusMessageState,
     ServiceBusReceivedMessage,
     ServiceBusReceiver,
     ServiceBusSender,
@@ -176,8 +177,10 @@ class ServiceBusQueue(PolledQueue):
             self._ask(lambda: _send(sender, messages))
 
     def depth(self) -> Depth:
-        """See :meth:`Queue.depth`. Those in hand are counted among those that wait."""
-        waiting = self._with_receiver(lambda receiver: sum(1 for _ in _looked_at(receiver)))
+        """See :meth:`Queue.depth`. Those in hand are counted among those that wait; scheduled and deferred ones do not
+        wait for anybody."""
+        active = ServiceBusMessageState.ACTIVE
+        waiting = self._with_receiver(lambda receiver: sum(each.state == active for each in _looked_at(receiver)))
         return Depth(waiting, None, self._with_dead(lambda dead: sum(1 for _ in _looked_at(dead))))
 
     def peek(self, most: int, *, dead: bool = False) -> list[Message]:

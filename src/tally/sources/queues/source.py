@@ -12,13 +12,14 @@ from __future__ import annotations
 import base64
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tally.errors import DatabaseAwayError, ItemError, SpecError, StorageAwayError
+from tally.errors import DatabaseAwayError, ItemError, SpecError, StorageAwayError, error_line
 from tally.models.reference import ModelRef
 from tally.models.route import Route
 from tally.scorers.base import Input, Scorer
@@ -39,7 +40,7 @@ PREFETCH = 1000
 WAIT_SECONDS = 1.0
 """How long one request for messages waits."""
 IDLE_SECONDS = 5.0
-"""A queue that gives nothing for so long, while nothing is in hand, is empty."""
+"""A queue that gives nothing for so long, while nothing is in hand, may be empty: it is asked."""
 
 
 AWAY_SECONDS = 1.0
@@ -106,7 +107,7 @@ class QueueSource(Source):
         self._queue: Queue | None = None
         self._in_hand: dict[str, list[_Delivery]] = {}
         """By key, the deliveries that name it."""
-        self._messages = 0
+        self._messages, self._late = 0, False
 
     @classmethod
     def describe(
@@ -176,7 +177,7 @@ class QueueSource(Source):
         while not self._closed.is_set():
             bound = bound or limit()
             room = self._prefetch - self._messages
-            if room <= 0:
+            if room <= 0 or self._late:
                 self._closed.wait(0.05)
                 continue
             received = queue.receive(min(bound.items, room), WAIT_SECONDS)
@@ -184,7 +185,9 @@ class QueueSource(Source):
             if not fresh:
                 idle = 0.0 if received or self._messages else idle + WAIT_SECONDS
                 if self._until_empty and idle >= IDLE_SECONDS:
-                    return
+                    if _is_empty(queue):
+                        return
+                    idle = 0.0
                 continue
             idle, bound = 0.0, None
             for chunk in self._chunks(first, fresh):
@@ -262,7 +265,11 @@ class QueueSource(Source):
 
     def _read_message(self, message: Message) -> list[_Taken]:
         """The items of a message, with what is kept of it, and its model. Raises ItemError."""
-        items, meta = self._reader.items(message), self._metadata.kept(message)
+        try:
+            items, meta = self._reader.items(message), self._metadata.kept(message)
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # Nobody has thought of what this message holds: it costs itself, and not the job.
+            raise ItemError(f"the message {message.body[:80]!r} cannot be read: {error_line(error)}") from None
         if self._router is None:
             return [_Taken(item, message, item.key, meta) for item in items]
         name, model = self._choose(self._router, message)
@@ -278,16 +285,19 @@ class QueueSource(Source):
                     raise _ClosedError from None
 
     def _renew(self, queue: Queue) -> None:
-        """Keep the locks of what is in hand."""
-        if queue.lock_seconds is None:
-            return
-        while not self._closed.wait(queue.lock_seconds / 3):
+        """Keep the locks of what is in hand. While that takes too long, no more is taken in hand: it would be lost, and
+        delivered again and again."""
+        took = 0.0
+        while queue.lock_seconds is not None and not self._closed.wait(max(0.0, queue.lock_seconds / 3 - took)):
             with self._lock:
                 held = {id(each): each.message for each in chain.from_iterable(self._in_hand.values())}
+            began = time.monotonic()
             try:
                 queue.extend(list(held.values()))
             except StorageAwayError as error:
                 log.warning("%s", error)
+            took = time.monotonic() - began
+            self._late = took > queue.lock_seconds / 3
 
     def _chunks(self, first: int, fresh: Sequence[_Taken]) -> Iterator[Chunk]:
         """The items in chunks, one for each model."""
@@ -358,6 +368,17 @@ class QueueSource(Source):
         """See :meth:`Source.slice`."""
         payload = {name: values if name == _MODEL else values[start:stop] for name, values in chunk.payload.items()}
         return Chunk(chunk.first + start, stop - start, payload, chunk.cursor)
+
+
+def _is_empty(queue: Queue) -> bool:
+    """Whether nothing waits, and nobody has anything in hand, which would come if they are gone. A broker that gives
+    nothing may be away, or wait until it knows that an earlier consumer is dead."""
+    try:
+        depth = queue.depth()
+    except StorageAwayError as away:
+        log.warning("%s", away)
+        return False
+    return not depth.waiting and not depth.in_hand
 
 
 class _ClosedError(Exception):
