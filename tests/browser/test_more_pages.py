@@ -71,7 +71,11 @@ def test_a_model_and_a_picture_from_the_browser_give_results_without_any_folder(
     expect(page.get_by_role("button", name="Roll back champion")).to_be_visible()
 
     page.goto(f"{server.url}/jobs/new?model=models:/dropped@champion")
+    page.get_by_label("Model").fill("models:/droped")
     page.get_by_label("Or bring files along").set_input_files([tmp_path / "a.txt"])
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_role("alert")).to_contain_text("there is no model 'droped' in the registry")
+    page.get_by_label("Model").fill("models:/dropped@champion")  # the file has not to be brought again
     page.get_by_role("button", name="Start").click()
     expect(page.get_by_text("1 of 1 items")).to_be_visible()
     expect(page.get_by_role("cell", name="a.txt")).to_be_visible()
@@ -247,6 +251,7 @@ def test_queues_of_jobs_are_listed_with_what_keeps_them_from_being_asked(
     log_in(page, server, path="/queues")
     row = page.get_by_role("row").filter(has_text="redis://127.0.0.1:1/orders")
     expect(row).to_contain_text("private address")
+    expect(row).to_contain_text("tally up --allow-host HOST")
     check_accessibility(page)
 
 

@@ -106,9 +106,19 @@ def test_a_watch_is_added_takes_an_upload_and_is_removed(page: Page, server: Ser
     fields = f"source: '{{url}}'\nmodel: {folder}/quick.py\nout: {folder}/seen-{{stem}}\nworkers: 1\n"
     page.get_by_label("Job", exact=True).fill(fields)
     page.get_by_role("button", name="Add").press("Enter")
-    row = page.get_by_role("row").filter(has_text="inbox & more")
-    expect(row).to_contain_text("active")
+    expect(page.get_by_role("heading", name="Watch inbox & more")).to_be_visible()
+    expect(page.get_by_text("Nothing has come since it was added.")).to_be_visible()
+    check_accessibility(page)
     (folder / "inbox" / "a.txt").write_text("four")
+    seen = page.get_by_role("row").filter(has_text="a.txt")
+    expect(seen).to_contain_text("finished")  # the page follows
+    check_accessibility(page)
+    page.get_by_role("button", name="Pause").click()
+    expect(page.get_by_role("button", name="Resume")).to_be_visible()
+    page.get_by_role("button", name="Resume").click()
+    page.get_by_role("navigation", name="Main").get_by_role("link", name="Watches").click()
+    row = page.get_by_role("row").filter(has=page.get_by_role("link", name="inbox & more"))
+    expect(row).to_contain_text("active")
     expect(row).to_contain_text("1 taken")
     with server.client() as client:
         assert client.get("/watches").json()[0]["watch"]["parallel"] == 2

@@ -103,6 +103,7 @@ def test_a_message_may_be_the_item_itself() -> None:
             {"base": "/data"},
             "it names no item",
         ),
+        ('{"key": "a.jpg", "url": "s3://in/a.jpg"}', {"base": "/data"}, "it is JSON, and no event that is known"),
         ('{"a": "\\ud800.jpg"}', {"form": "json", "key": "a", "base": "/data"}, "is no text that can be kept"),
         ('{"a": "\\u0000.jpg"}', {"form": "json", "key": "a", "base": "/data"}, "is no text that can be kept"),
         ("{'a': 0x" + "f" * 5000 + "}", {"form": "pyliteral", "template": "{a}", "base": "/data"}, "'a' is no name"),

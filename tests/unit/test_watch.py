@@ -415,6 +415,7 @@ def test_the_commands(tmp_path: Path, cli: Callable[..., Ran]) -> None:
     assert cli("watch", "resume", "incoming").code == 0
     assert "did you mean 'incoming'" in cli("watch", "pause", "incomin").err
     assert cli("watch", "delete", "incoming").code == 0
+    assert "a slash" in cli("watch", "add", "x/y", tmp_path / "in", file).err
     assert cli("watch", "add", "x", tmp_path / "nowhere", file).code == 1
     with pytest.raises(SourceNotFoundError):
         watches.look_into(str(tmp_path / "nowhere"))

@@ -80,7 +80,7 @@ def add(
     say(f"schedule {name} runs next at {clock.text(following.end)}, for {clock.span(following)}")
     if late := len(clock.ending(added.planned_until, now)):
         say(f"  intervals that are over already: {late:,}; catch-up is {catch_up}")
-    say("  Something has to run it: tally schedule run --forever", err=True)
+    say("  Something has to run it: tally up, or tally schedule run --forever", err=True)
 
 
 @schedule.command("list")

@@ -100,8 +100,16 @@ def check_places(places: Iterable[tuple[str, str]], roots: Sequence[Path]) -> No
     """As :func:`check`, of places with what they are for: ``source``, ``model``, ``queue`` and so on."""
     problems = [problem for name, place in places if (problem := _refusal(name, place, roots))]
     if problems:
+        raise SpecError(problems, hint="\n  ".join(_hints(problems, roots)) or None)
+
+
+def _hints(problems: Sequence[str], roots: Sequence[Path]) -> Iterable[str]:
+    """What would let these places be named."""
+    if any("folder that requests may name" in problem for problem in problems):
         allowed = ", ".join(map(str, roots)) or "none is declared (tally up --root FOLDER)"
-        raise SpecError(problems, hint=f"Folders that requests may name: {allowed}")
+        yield f"Folders that requests may name: {allowed}"
+    if any(": the host " in problem and "cannot be found" not in problem for problem in problems):
+        yield "Whoever starts the server lets requests name a host of its own network with: tally up --allow-host HOST"
 
 
 def _places(spec: JobSpec) -> Iterable[tuple[str, str]]:

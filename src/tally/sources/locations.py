@@ -259,39 +259,51 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
     ``**`` is any number of folders (as the last part: everything below), ``*`` and ``?`` stay within one
     part, ``[ab-c]`` and ``[!a]`` are sets. No wildcard matches a part's leading dot.
     """
-    parts = pattern.split("/")
-    out = ""
-    for index, part in enumerate(parts):
-        final = index == len(parts) - 1
+    # What a wildcard leaves for the next one is settled once, and never tried again: else a name could take hours.
+    groups: list[list[str]] = [[]]  # the parts between those that are **
+    for part in pattern.split("/"):
         if part == "**":
-            out += r"(?:[^/.][^/]*/)*" + (r"[^/.][^/]*" if final else "")
+            groups.append([])
         else:
-            out += ("" if part.startswith(".") else r"(?!\.)") + _compile_part(part) + ("" if final else "/")
+            groups[-1].append(("" if part.startswith(".") else r"(?!\.)") + _compile_part(part))
+    first, *others = groups
+    out = "/".join(first)
+    if others:
+        *between, last = others
+        out += "/" if first else ""
+        out += "".join(f"(?>{_FOLDERS}?{'/'.join(each)}/)" for each in between if each)
+        out += _FOLDERS + ("/".join(last) if last else r"[^/.][^/]*")
     try:
         return re.compile(out, re.DOTALL)
     except re.error as error:
         raise SpecError(f"{key_of(pattern)!r} is not a glob: {error.msg}", hint="sets are written [a-z]") from None
 
 
+_FOLDERS = r"(?:[^/.][^/]*/)*"
+
+
 def _compile_part(part: str) -> str:
-    out = ""
-    at = 0
+    texts, at = [""], 0  # what is between stars
     while at < len(part):
         char = part[at]
         at += 1
         if char == "*":
-            out += "[^/]*" if not out.endswith("[^/]*") else ""
+            texts.append("")
         elif char == "?":
-            out += "[^/]"
+            texts[-1] += "[^/]"
         elif char == "[" and (end := part.find("]", at + 1 + (part[at : at + 1] == "!"))) > 0:
             inside = part[at:end]
             negated = inside.startswith("!")
             inside = re.sub(r"([\\\[\]^&~|])", r"\\\1", inside[1:] if negated else inside)
-            out += f"(?!/)[{'^' if negated else ''}{inside}]"
+            texts[-1] += f"(?!/)[{'^' if negated else ''}{inside}]"
             at = end + 1
         else:
-            out += re.escape(char)
-    return out
+            texts[-1] += re.escape(char)
+    first, *others = texts
+    if not others:
+        return first
+    *between, last = others
+    return first + "".join(f"(?>[^/]*?{each})" for each in between if each) + f"[^/]*{last}"
 
 
 def enters(pattern: str) -> Callable[[str], bool]:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import sqlalchemy as sa
@@ -56,6 +57,8 @@ PARALLEL = 4
 """Jobs of one watch that are not ended, at most, unless it says otherwise."""
 SEEN = 10
 """Objects that are shown of a watch, unless more are asked for."""
+NAME = r"^[^/\x00-\x1f\x7f]{1,128}$"
+"""What a watch may be called: what an address has room for."""
 NAMES = ("url", "name", "stem", "folder")
 
 _URL = "{url}"
@@ -192,11 +195,13 @@ class WatchStore:
         listing raises.
         """
         problems = check(template)
+        if not re.fullmatch(NAME, name):
+            problems.append(f"name: {name!r} should have 1 to 128 characters, and none of them a slash or a line's end")
         for glob in (pattern, exclude):
             if glob is not None:
                 compile_glob(_anywhere(glob))
         if name in {each.name for each in self.all()}:
-            problems.append(f"there is a watch {name!r} already; remove it first: tally watch delete {name}")
+            problems.append(f"there is a watch {name!r} already; remove it first: tally watch delete {quote(name)}")
         if problems:
             raise SpecError(problems)
         check_there(str(template["model"]))

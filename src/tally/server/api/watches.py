@@ -16,7 +16,7 @@ from tally.server.errors import answers
 from tally.server.once import OnceRoute
 from tally.server.places import check as check_spec
 from tally.server.places import check_places
-from tally.triggers.watch import PARALLEL, SEEN, Watch, WatchStore, fill, job_fields
+from tally.triggers.watch import NAME, PARALLEL, SEEN, Watch, WatchStore, fill, job_fields
 
 router = APIRouter(
     prefix="/watches",
@@ -25,13 +25,11 @@ router = APIRouter(
     responses=answers(400, 401, 403, 404, 409, 422, 429, 503),
 )
 
-_NAME = r"^[^/\x00-\x1f\x7f]{1,128}$"
-
 
 class NewWatch(BaseModel):
     """A watch to add. place: a folder or a bucket. job: the fields of a job file, whose source is ``{url}``."""
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=NAME)
     place: str = Field(min_length=1, max_length=4000, examples=["s3://bucket/in"])
     job: dict[str, Any]
     pattern: str = Field("*", min_length=1, max_length=1000)
@@ -46,7 +44,7 @@ def _store(jobs: AllJobs) -> WatchStore:
 
 
 Watches = Annotated[WatchStore, Depends(_store)]
-Name = Annotated[str, Path(pattern=_NAME)]
+Name = Annotated[str, Path(pattern=NAME)]
 
 
 @router.get("")

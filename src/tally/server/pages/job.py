@@ -17,13 +17,13 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from tally.errors import JobNotFoundError, SpecError, TallyError
+from tally.errors import JobNotFoundError, ModelNotFoundError, SpecError, TallyError
 from tally.jobs.facade import Jobs
 from tally.jobs.spec import make
 from tally.jobs.states import ENDED
 from tally.jobs.store import JobRecord
 from tally.server.api.jobs import AllJobs, JobId, feed_of
-from tally.server.api.models import all_models
+from tally.server.api.models import all_models, open_registry
 from tally.server.api.results import send_file
 from tally.server.api.uploads import keep
 from tally.server.api.views import DeadItem, JobDetail, JobView, Rows
@@ -94,14 +94,16 @@ def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any],
             fields["source"].append(upload.place)  # it stays in the form where something else is wrong
         spec = make(**{"out": new_output(), **with_more(fields)})
         check_places(spec, request.app.state.settings.roots, who)
-    except SpecError as error:
+        if spec.model.startswith("models:/") and "{" not in spec.model:
+            open_registry(jobs).get(spec.model)  # told here, and not by a job that has failed
+    except (SpecError, ModelNotFoundError) as error:
         return _form(request, jobs, fields, error)
     record = jobs.enqueue(spec, who=who.name, overwrite=overwrite)
     request.app.state.supervisor.wake()
     return RedirectResponse(f"/jobs/{record.id}", status_code=303)
 
 
-def _form(request: Request, jobs: Jobs, given: dict[str, Any], error: SpecError | None = None) -> HTMLResponse:
+def _form(request: Request, jobs: Jobs, given: dict[str, Any], error: TallyError | None = None) -> HTMLResponse:
     """The form of a new job, with what was given, and what is wrong with that."""
     models = [
         name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias, get_args
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 from zoneinfo import available_timezones
 
 from fastapi import APIRouter, Form, Query, Request, Response
@@ -31,7 +31,7 @@ from tally.triggers.watch import PARALLEL, WatchStore
 
 router = APIRouter(include_in_schema=False)
 
-SHOWN_RUNS = 25
+SHOWN_RUNS, SHOWN_OBJECTS = 25, 50
 LOOKED_THROUGH = 1000
 """Newest jobs that read from somewhere with a URL, in which queues are looked for."""
 SHOWN_QUEUES = 50
@@ -124,6 +124,12 @@ def watches_page(request: Request, who: Viewer, jobs: AllJobs) -> HTMLResponse:
     return page(request, "watches.html", found=watches.list_watches(who, WatchStore(jobs.store.engine)))
 
 
+@router.get("/watches/{name}", response_class=HTMLResponse)
+def watch_page(request: Request, who: Viewer, jobs: AllJobs, name: watches.Name) -> HTMLResponse:
+    found = watches.show_watch(who, WatchStore(jobs.store.engine), name, SHOWN_OBJECTS)
+    return page(request, "watch.html", found=found)
+
+
 @router.post("/watches/{name}/remove")
 def remove_watch(request: Request, who: Admin, jobs: AllJobs, name: watches.Name) -> Response:
     change = partial(watches.remove_watch, who, WatchStore(jobs.store.engine), name)
@@ -170,7 +176,7 @@ def add_watch(
         watches.add_watch(request, who, WatchStore(jobs.store.engine), wanted)
     except TallyError as error:
         return form_page(request, "new_watch.html", {**given, "job": job}, error)
-    return RedirectResponse("/watches", status_code=303)
+    return RedirectResponse(f"/watches/{quote(wanted.name)}", status_code=303)
 
 
 # -- queues ------------------------------------------------------------------------------------------------------------

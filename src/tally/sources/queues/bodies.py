@@ -84,6 +84,9 @@ class BodyReader:
             yield text.strip()
         elif self.form == "auto":
             event = _event(text)
+            if event is None and _is_object(text):
+                why = "it is JSON, and no event that is known"
+                raise self._unreadable(message, why, hint="queue: {body: json, key: PATH}, where the name is")
             if event is None:
                 yield text.strip()
             else:
@@ -202,6 +205,14 @@ def _event(text: str) -> list[str] | None:
         urls = [each["data"].get("url") for each in events if _kind(each) == _BLOB_CREATED]
         return [_azure(url) for url in urls if isinstance(url, str)]
     return None
+
+
+def _is_object(text: str) -> bool:
+    """Whether it is an object in JSON, which nothing is called."""
+    try:
+        return text.lstrip().startswith("{") and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _kind(event: Mapping[str, Any]) -> Any:
