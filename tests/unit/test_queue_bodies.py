@@ -125,3 +125,11 @@ def test_what_cannot_be_understood(body: str | bytes, options: dict[str, Any], s
 def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         BodyReader(**options)
+
+
+def test_an_event_of_another_account_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    assert named(json.dumps(EVENT_GRID)) == [("az://images/new/a.jpg",) * 2]
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "other")
+    with pytest.raises(ItemError, match="in the account account, and az:// here is that of other"):
+        named(json.dumps(EVENT_GRID))

@@ -329,6 +329,11 @@ def test_templates_that_cannot_work(tmp_path: Path, change: dict[str, object], s
         Watched(str(tmp_path)).add(template=TEMPLATE | change)
 
 
+def test_braces_that_would_match_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="braces stand for themselves"):
+        Watched(str(tmp_path)).add(pattern="*.{jpg,png}")
+
+
 def test_a_name_that_leads_out_of_the_place_starts_no_job() -> None:
     for name in ("../a.mp4", "deep/../../a.mp4", ".."):
         with pytest.raises(SpecError, match="is no name below s3://bucket/in"):

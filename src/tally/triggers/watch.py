@@ -200,6 +200,10 @@ class WatchStore:
         for glob in (pattern, exclude):
             if glob is not None:
                 compile_glob(_anywhere(glob))
+                if re.search(r"\{[^{}]*,[^{}]*\}", glob):
+                    problems.append(
+                        f"{glob!r}: braces stand for themselves; write a set ('*.[jp][pn]g') or two watches"
+                    )
         if name in {each.name for each in self.all()}:
             problems.append(f"there is a watch {name!r} already; remove it first: tally watch delete {quote(name)}")
         if problems:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -231,9 +232,21 @@ def _s3(record: Any) -> str | None:
 
 
 def _azure(url: str) -> str:
-    """``https://ACCOUNT.blob.core.windows.net/CONTAINER/NAME`` as ``az://CONTAINER/NAME``."""
+    """``https://ACCOUNT.blob.core.windows.net/CONTAINER/NAME`` as ``az://CONTAINER/NAME``.
+
+    Raises ItemError for another account than that of ``az://``: a container there may have the same name.
+    """
     try:
         parts = urlsplit(url)
     except ValueError:
         return url
-    return f"az:/{parts.path}" if _AZURE_HOST.fullmatch(parts.hostname or "") else url
+    if (found := _AZURE_HOST.fullmatch(parts.hostname or "")) is None:
+        return url
+    ours = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", found["account"])
+    if ours != found["account"]:
+        raise ItemError(
+            f"{parts.path.lstrip('/')} is in the account {found['account']}, and az:// here is that of {ours}",
+            stage="read",
+            hint="AZURE_STORAGE_ACCOUNT_NAME says which account az:// is of.",
+        )
+    return f"az:/{parts.path}"
