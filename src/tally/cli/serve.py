@@ -40,6 +40,7 @@ def _delay(ctx: click.Context, parameter: click.Parameter, value: str) -> float:
 @click.argument("models", nargs=-1, required=True, metavar="[NAME=]MODEL...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--port", type=int, default=8080, show_default=True, help="Port to listen on; 0 for any that is free.")
+@click.option("--grpc-port", type=int, help="Port for gRPC; 0 for any that is free.  [default: no gRPC]")
 @click.option(
     "-r",
     "--replicas",
@@ -83,6 +84,7 @@ def serve(
     models: tuple[str, ...],
     host: str,
     port: int,
+    grpc_port: int | None,
     replicas: tuple[int, int],
     max_batch: int | None,
     max_delay: float,
@@ -142,6 +144,7 @@ def serve(
         ),
         host=host,
         port=port,
+        grpc_port=grpc_port,
         keys=_keys(key_file),
         max_body=max_body << 20,
         certificate=certificate,

@@ -21,7 +21,8 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import uvloop
 
@@ -37,6 +38,9 @@ from tally.serving.pool import Pending, Pool, facts
 from tally.serving.protocols.base import Reply, RequestError, Route
 from tally.serving.settings import ModelSettings, ServeSettings
 from tally.text import did_you_mean
+
+if TYPE_CHECKING:
+    from tally.serving.grpc import GrpcServer
 
 log = logging.getLogger("tally")
 
@@ -63,6 +67,7 @@ class ModelServer:
         self._signals = 0
         self.url = ""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._grpc = None if settings.grpc_port is None else _grpc_server(self)
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -85,6 +90,8 @@ class ModelServer:
             host, port = spare.getsockname()[:2]
             scheme = "https" if self.settings.certificate else "http"
             self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+            if self._grpc is not None:
+                self.grpc_port = await self._grpc.start()
             stopping = loop.create_task(self._stop.wait())
             loading = loop.create_task(self.load())
             await asyncio.wait([stopping, loading], return_when=asyncio.FIRST_COMPLETED)
@@ -106,6 +113,8 @@ class ModelServer:
                 text = pool.description.text if pool.description else "waits for its first request"
                 self._say(f"{name} (version {pool.version}): {text}")
         self._say(f"Serving at {self.url}")
+        if self._grpc is not None:
+            self._say(f"  gRPC: {urlsplit(self.url).hostname}:{self.grpc_port}")
         for name in self.endpoints:
             base = "" if len(self.endpoints) == 1 else f"/api/v1/service/{name}"
             self._say(f"  scoring_uri: {self.url}{base}/score")
@@ -154,11 +163,17 @@ class ModelServer:
         spare.listen(0)
         await self._take_rest(spare)
         spare.close()
+        stopping = asyncio.ensure_future(self._stop_grpc(until))
         while http.connections and time.monotonic() < until:
             for each in list(http.connections):
                 each.drain()
             await asyncio.sleep(0.01)
+        await stopping
         await asyncio.gather(*(each.close(max(0.5, until - time.monotonic())) for each in self.endpoints.values()))
+
+    async def _stop_grpc(self, until: float) -> None:
+        if self._grpc is not None:
+            await self._grpc.stop(max(0.5, until - time.monotonic()))
 
     async def _take_rest(self, listener: socket.socket) -> None:
         """Serve the connections that the kernel has accepted for us: closing the socket would break them."""
@@ -199,6 +214,16 @@ class ModelServer:
         for endpoint in self.endpoints.values():
             endpoint.note()
 
+    @property
+    def draining(self) -> bool:
+        """Whether it is about to end."""
+        return self._http.draining
+
+    @property
+    def ready(self) -> bool:
+        """Whether each model can be asked."""
+        return not self.draining and bool(self.endpoints) and all(each.ready for each in self.endpoints.values())
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Have this done in the event loop, too."""
         task = asyncio.get_running_loop().create_task(work)
@@ -223,14 +248,14 @@ class ModelServer:
             if exchange.method not in route.methods:
                 allowed = ", ".join(route.methods)
                 raise RequestError(405, f"{path} is for {allowed}, not {exchange.method}", Allow=allowed)
-            if self._keys and route.operation not in _OPEN:
-                self._check_key(exchange)
+            self.check_key(route, exchange.header(b"authorization"))
             if route.operation == "score":
                 self._score(exchange, route)
             elif route.operation in ("load", "unload"):
                 self.spawn(self._manage(exchange, route))
             else:
-                self._tell(exchange, route)
+                reply = self.tell(route)
+                exchange.answer(reply.status, reply.body, reply.headers)
         except RequestError as error:
             reply = route.protocol.refusal(error)
             exchange.answer(reply.status, reply.body, reply.headers)
@@ -242,7 +267,8 @@ class ModelServer:
         self._routes[path] = route
         return route
 
-    def _endpoint(self, route: Route) -> Endpoint:
+    def endpoint(self, route: Route) -> Endpoint:
+        """The endpoint that a request is for. Raises RequestError."""
         if route.model is None:
             if len(self.endpoints) == 1:
                 return next(iter(self.endpoints.values()))
@@ -256,7 +282,7 @@ class ModelServer:
         return endpoint
 
     def _score(self, exchange: Exchange, route: Route) -> None:
-        endpoint = self._endpoint(route)
+        endpoint = self.endpoint(route)
         version = route.version
         if version is None:
             given = exchange.headers
@@ -291,28 +317,33 @@ class ModelServer:
         exchange.on_gone = lambda: pool.abandon(pending)
         endpoint.submit(pool, pending)
 
-    def _tell(self, exchange: Exchange, route: Route) -> None:
+    def tell(self, route: Route) -> Reply:
+        """Answer what no replica is needed for. Raises RequestError."""
         served = None
         if route.model is not None:
-            served = self._endpoint(route).served(route.version)
+            served = self.endpoint(route).served(route.version)
         elif len(self.endpoints) == 1 and route.protocol.name == "azureml":
             served = next(iter(self.endpoints.values())).served()
-        reply = route.protocol.tell(route, served, [each.served() for each in self.endpoints.values()])
-        exchange.answer(reply.status, reply.body, reply.headers)
+        return route.protocol.tell(route, served, [each.served() for each in self.endpoints.values()])
 
-    async def _manage(self, exchange: Exchange, route: Route) -> None:
-        """Load or unload a model, as the repository extension of the Open Inference Protocol has it."""
+    async def manage(self, route: Route) -> None:
+        """Load or unload a model, as the repository extension of the Open Inference Protocol has it.
+        Raises RequestError."""
+        endpoint = self.endpoint(route)
         try:
-            endpoint = self._endpoint(route)
             if route.operation == "load":
                 await self._load(endpoint)
             else:
                 await endpoint.close(self.settings.drain)
+        except TallyError as error:
+            raise RequestError(400, error.message) from None
+
+    async def _manage(self, exchange: Exchange, route: Route) -> None:
+        try:
+            await self.manage(route)
             reply = Reply(200, b"{}")
         except RequestError as error:
             reply = route.protocol.refusal(error)
-        except TallyError as error:
-            reply = route.protocol.refusal(RequestError(400, error.message))
         exchange.answer(reply.status, reply.body, reply.headers)
 
     def _own(self, exchange: Exchange) -> None:
@@ -321,7 +352,7 @@ class ModelServer:
             case "/healthz":
                 exchange.answer(200, b'{"status": "ok"}', JSON)
             case "/readyz":
-                ready = not self._http.draining and all(each.ready for each in self.endpoints.values())
+                ready = self.ready
                 models = {
                     name: [facts(pool) for pool in each.versions.values()] for name, each in self.endpoints.items()
                 }
@@ -336,10 +367,11 @@ class ModelServer:
                 text = f"there is nothing at {path[:200]}; GET / tells whether the model answers, /ui what can be asked"
                 exchange.answer(404, json.dumps({"error": text}).encode(), JSON)
 
-    def _check_key(self, exchange: Exchange) -> None:
-        given = exchange.header(b"authorization") or ""
-        if given in self._known:
+    def check_key(self, route: Route, given: str | None) -> None:
+        """Raises RequestError where the route needs a key, and what the Authorization header gives is none."""
+        if not self._keys or route.operation in _OPEN or given in self._known:
             return
+        given = given or ""
         kind, _, key = given.partition(" ")
         if kind.lower() != "bearer" or not key:
             raise RequestError(401, "a key is needed: Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
@@ -355,6 +387,16 @@ def _text(header: bytes | None) -> str | None:
 
 _OPEN = frozenset({"health", "live", "ready"})
 """What needs no key: whether it is alive."""
+
+
+def _grpc_server(models: ModelServer) -> GrpcServer:
+    try:
+        from tally.serving.grpc import GrpcServer
+    except ModuleNotFoundError as error:
+        raise SpecError(
+            f"nothing can be served over gRPC: {error}", hint="pip install 'tally-scoring[server,grpc]'"
+        ) from None
+    return GrpcServer(models)
 
 
 def _resolved(model: ModelSettings) -> ModelRef:

@@ -79,9 +79,9 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """host, port: where to listen; port 0 for any that is free. keys: one of them has to come with each request, if
-    there are any. max_body: bytes of a request's body. certificate, private_key: PEM files, for TLS.
-    drain: seconds that requests have to end once the server is to stop.
+    """host, port: where to listen; port 0 for any that is free. grpc_port: the same for gRPC; None for no gRPC.
+    keys: one of them has to come with each request, if there are any. max_body: bytes of a request's body.
+    certificate, private_key: PEM files, for TLS. drain: seconds that requests have to end once the server is to stop.
     """
 
     models: tuple[ModelSettings, ...]

@@ -50,11 +50,12 @@ class Work:
 
     items: pictures, contents and the like; or a table, each row an item.
     all_classes: the scores of all classes are wanted (:attr:`Scorer.all_classes`).
-    model, version: whose call it is; set by the data plane.
+    asked: what the protocol's own answer depends on. model, version: whose call it is; set by the data plane.
     """
 
     items: list[Item] | pa.Table
     all_classes: bool = False
+    asked: Any = None
     model: str = ""
     version: str = ""
 
@@ -119,6 +120,22 @@ class Protocol(ABC):
     @abstractmethod
     def encode(self, call: Call, scorer: Scorer, work: Work, results: Sequence[Result]) -> Reply:
         """The answer. results: one for each item; the ItemError of one that failed. Raises RequestError."""
+
+
+class GrpcProtocol(Protocol):
+    """A protocol over gRPC. Paths are those of methods; which model a request is about, its message says.
+
+    services: their full names.
+    """
+
+    services: tuple[str, ...]
+
+    @abstractmethod
+    def about(self, route: Route, body: bytes) -> Route:
+        """The route with what the request itself says: model, version and parameters. Raises RequestError."""
+
+    def refusal(self, error: RequestError) -> Reply:
+        return Reply(error.status, b"", list(error.headers.items()), error.message)
 
 
 class Paths:

@@ -7,6 +7,7 @@ protocol extensions of Triton Inference Server. What tensors mean for a model sa
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 EXTENSIONS = ["binary_tensor_data", "model_repository"]
 LENGTH = "inference-header-content-length"
 """The header that says where JSON ends and binary data begin."""
+DIMENSIONS, LARGEST = 16, 1 << 40
+"""Dimensions that a tensor may have, and the largest of them."""
 
 _GET, _POST = ("GET", "HEAD"), ("POST",)
 _PATHS = Paths(
@@ -82,7 +85,7 @@ class OpenInference(Protocol):
                     [
                         {"name": each.name, "version": version, "state": _state(state), "reason": _reason(state)}
                         for each in others
-                        for version, state in each.versions.items()
+                        for version, state in (each.versions or {"": "unloaded: unloaded"}).items()
                     ]
                 )
         assert served is not None
@@ -116,12 +119,14 @@ class OpenInference(Protocol):
             at += size or 0
         if at != len(rest):
             raise RequestError(400, f"{len(rest) - at} bytes of binary data belong to no input")
-        return tensors.work_of(found, scorer)
+        work = tensors.work_of(found, scorer)
+        work.asked = {name: value for name, value in request.items() if name != "inputs"}
+        return work
 
     def encode(self, call: Call, scorer: Scorer, work: Work, results: Sequence[Result]) -> Reply:
         from tally.serving import tensors
 
-        request, _ = _parts(call)
+        request = work.asked
         found = {tensor.name: tensor for tensor in tensors.tensors_of(results, scorer, work)}
         asked = request.get("outputs") or [{"name": name} for name in found]
         if not isinstance(asked, list) or not all(isinstance(each, dict) for each in asked):
@@ -203,34 +208,15 @@ def _parameters(holder: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 def _tensor(given: Mapping[str, Any], number: int, raw: bytes | None) -> Tensor:
     """One input. raw: its binary data, if it has some."""
-    import numpy as np
-
     from tally.serving.tensors import Tensor
 
-    name = given.get("name")
     where = f"inputs[{number}]"
-    if not isinstance(name, str) or not name:
-        raise RequestError(422, f"{where}.name: should be a text")
-    shape, datatype = given.get("shape"), given.get("datatype")
-    if not isinstance(shape, list) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
-        raise RequestError(422, f"{where}.shape: should be a list of whole numbers, not {shape!r}")
-    if datatype != "BYTES" and datatype not in TYPES:
-        raise RequestError(422, f"{where}.datatype: {datatype!r} is none of BYTES, {', '.join(TYPES)}")
-    count = 1
-    for n in shape:
-        count *= n
+    name: Any = given.get("name")
+    datatype: Any = given.get("datatype")
+    shape: Any = given.get("shape")
+    count = values_of(name, datatype, shape, where)
     if raw is not None:
-        if datatype == "BYTES":
-            texts = texts_of(raw, f"{where} ({name})")
-            if len(texts) != count:
-                raise RequestError(422, f"{where}: {len(texts)} texts, and the shape {shape} has {count}")
-            return Tensor(name, tuple(shape), texts)
-        kind = np.dtype(TYPES[datatype])
-        if len(raw) != count * kind.itemsize:
-            raise RequestError(
-                422, f"{where}: {len(raw)} bytes, and {datatype} of shape {shape} has {count * kind.itemsize}"
-            )
-        return Tensor(name, tuple(shape), np.frombuffer(raw, kind).reshape(shape))
+        return from_binary(name, datatype, shape, raw, where)
     if "data" not in given:
         raise RequestError(422, f"{where}.data: is missing")
     flat = _flat(given["data"])
@@ -239,6 +225,41 @@ def _tensor(given: Mapping[str, Any], number: int, raw: bytes | None) -> Tensor:
     if datatype == "BYTES":
         return Tensor(name, tuple(shape), [_text(value, given, where) for value in flat])
     return Tensor(name, tuple(shape), _numbers(flat, datatype, where).reshape(shape))
+
+
+def values_of(name: Any, datatype: Any, shape: Any, where: str) -> int:
+    """How many values a tensor has that is declared like this. Raises RequestError where it cannot be."""
+    if not isinstance(name, str) or not name:
+        raise RequestError(422, f"{where}.name: should be a text")
+    if (
+        not isinstance(shape, list)
+        or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= LARGEST for n in shape)
+        or len(shape) > DIMENSIONS
+    ):
+        raise RequestError(422, f"{where}.shape: should be a list of whole numbers, not {shape!r}")
+    if datatype != "BYTES" and datatype not in TYPES:
+        raise RequestError(422, f"{where}.datatype: {datatype!r} is none of BYTES, {', '.join(TYPES)}")
+    return math.prod(shape)
+
+
+def from_binary(name: str, datatype: str, shape: Sequence[int], raw: bytes, where: str) -> Tensor:
+    """A tensor from its binary form. Raises RequestError."""
+    import numpy as np
+
+    from tally.serving.tensors import Tensor
+
+    count = math.prod(shape)
+    if datatype == "BYTES":
+        texts = texts_of(raw, f"{where} ({name})")
+        if len(texts) != count:
+            raise RequestError(422, f"{where}: {len(texts)} texts, and the shape {list(shape)} has {count}")
+        return Tensor(name, tuple(shape), texts)
+    kind = np.dtype(TYPES[datatype])
+    if len(raw) != count * kind.itemsize:
+        raise RequestError(
+            422, f"{where}: {len(raw)} bytes, and {datatype} of shape {list(shape)} has {count * kind.itemsize}"
+        )
+    return Tensor(name, tuple(shape), np.frombuffer(raw, kind).reshape(shape))
 
 
 def _flat(data: Any) -> list[Any]:

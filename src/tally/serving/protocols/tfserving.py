@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tally.scorers.base import Item, Result, Scorer
@@ -44,6 +45,15 @@ TYPES = {
     "UINT8": "DT_UINT8",
 }
 STATES = {"ready": "AVAILABLE", "loading": "LOADING"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """columns: in the columnar form. scalar: one item alone, without a list around it."""
+
+    verb: str
+    columns: bool
+    scalar: bool
 
 
 class TensorFlowServing(Protocol):
@@ -96,21 +106,20 @@ class TensorFlowServing(Protocol):
             rows = _instances(request["instances"]) if given == ["instances"] else _rows_of_columns(request["inputs"])
         else:
             rows = _instances(request.get("examples"), "examples")
+        asked = _Asked(verb, "inputs" in request, "inputs" in request and _is_scalar(request["inputs"]))
         if scorer.input == "table":
-            return Work(_table(rows, scorer))
+            return Work(table_of(rows, scorer), asked=asked)
         name = ITEM_INPUT[scorer.input]
-        return Work(
-            [Item(str(at), _content(row, name, at)) for at, row in enumerate(rows)],
-            all_classes=scorer.classes is not None,
-        )
+        items = [Item(str(at), _content(row, name, at)) for at, row in enumerate(rows)]
+        return Work(items, scorer.classes is not None, asked)
 
     def encode(self, call: Call, scorer: Scorer, work: Work, results: Sequence[Result]) -> Reply:
         check_all(results, "instance")
-        verb = call.parameters.get("verb", "predict")
-        if verb == "classify":
-            return _json({"results": [_classified(result, scorer) for result in results]})
-        if verb == "regress":
-            return _json({"results": [_regressed(result) for result in results]})
+        asked: _Asked = work.asked
+        if asked.verb == "classify":
+            return _json({"results": [classified(result, scorer) for result in results]})
+        if asked.verb == "regress":
+            return _json({"results": [regressed(result) for result in results]})
         shown: list[Any] = []
         for result in results:
             if work.all_classes and scorer.classes is not None:
@@ -119,9 +128,9 @@ class TensorFlowServing(Protocol):
             else:
                 value = values.json_value(result)
                 shown.append({"b64": value} if values.is_picture(result) else value)
-        if "instances" in _request(call):
+        if not asked.columns:
             return _json({"predictions": shown})
-        return _json({"outputs": _columns(shown, scalar=_is_scalar(_request(call)["inputs"]))})
+        return _json({"outputs": _columns(shown, scalar=asked.scalar)})
 
 
 def _json(value: Any) -> Reply:
@@ -178,7 +187,7 @@ def _content(row: Any, name: str, at: int) -> bytes:
     raise RequestError(422, f'instance {at}: {name} should be {{"b64": "..."}}, not {type(row).__name__}')
 
 
-def _table(rows: Sequence[Any], scorer: Scorer) -> Any:
+def table_of(rows: Sequence[Any], scorer: Scorer) -> Any:
     import pyarrow as pa
 
     if all(isinstance(row, dict) for row in rows):
@@ -216,8 +225,8 @@ def _columns(shown: list[Any], *, scalar: bool) -> Any:
     return shown
 
 
-def _classified(result: Result, scorer: Scorer) -> list[list[Any]]:
-    """Label and score of each class."""
+def classified(result: Result, scorer: Scorer) -> list[list[Any]]:
+    """Label and score of each class. Raises RequestError."""
     if scorer.classes is not None and isinstance(result, Mapping) and "scores" in result:
         return [[name, score] for name, score in zip(scorer.classes, values.finite(result["scores"]), strict=True)]
     rows = values.rows_of(result)
@@ -226,7 +235,7 @@ def _classified(result: Result, scorer: Scorer) -> list[list[Any]]:
     return [[row["label"], values.json_value(row)["score"]] for row in rows]
 
 
-def _regressed(result: Result) -> Any:
+def regressed(result: Result) -> Any:
     rows = values.rows_of(result)
     numbers = [v for row in rows for v in values.json_value(row).values() if isinstance(v, (int, float))]
     if len(numbers) != 1:
