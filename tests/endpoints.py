@@ -58,11 +58,12 @@ class Answered:
 
 @dataclass
 class Serving:
-    """A server of endpoints. log: what it has written so far."""
+    """A server of endpoints. log: what it has written so far. grpc: host and port, with ``--grpc-port``."""
 
     process: subprocess.Popen[str]
     url: str
     _log: Path
+    grpc: str = ""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -118,9 +119,12 @@ def serving(folder: Path, *arguments: object, environment: dict[str, str] | None
         )
     try:
         assert process.stdout is not None
+        grpc = ""
         for line in process.stdout:
+            if found := re.search(r"gRPC at (\S+)", line):
+                grpc = found[1]
             if found := re.search(r"Serving at (https?://\S+)", line):
-                yield Serving(process, found[1], log)
+                yield Serving(process, found[1], log, grpc)
                 break
         else:
             raise AssertionError(f"it ended with {process.wait()} before it served:\n{log.read_text()}")

@@ -31,6 +31,10 @@ KEEPALIVE_SECONDS = 60
 """A connection that has been silent for so long is asked whether it is still there."""
 STREAMS = 1024
 """Requests of one connection that may be in work; its client holds back more."""
+HOLD_SECONDS = 1.0
+"""How long answers are held back at the end, at most."""
+STILL_SECONDS = 0.1
+"""When no request has come for so long, all that were sent have."""
 DETAILS = 1000
 """Characters of an error that are sent: details are a header, and clients refuse long ones."""
 
@@ -63,6 +67,9 @@ class GrpcServer:
             f"/{HEALTH}/Watch": grpc.unary_stream_rpc_method_handler(self._watch),
         }
         self._protocols: Sequence[GrpcProtocol] = protocols.over_grpc()
+        self._arrived = 0.0
+        self._answering = asyncio.Event()
+        self._answering.set()
         self._services = {HEALTH, *(service for each in self._protocols for service in each.services)}
 
     async def start(self) -> int:
@@ -96,9 +103,21 @@ class GrpcServer:
         return int(port)
 
     async def stop(self, seconds: float) -> None:
-        """Answer what has been sent, and end."""
-        if self._server is not None:
-            await self._server.stop(seconds)
+        """Answer what has been sent, and end.
+
+        A gRPC server that ends refuses what comes before its clients know. So answers are held back until clients have
+        nothing more to send, and let go once their connections say, before the answers, that this is the end.
+        """
+        if self._server is None:
+            return
+        self._answering.clear()
+        until = time.monotonic() + min(seconds / 2, HOLD_SECONDS)
+        while (now := time.monotonic()) < until and now - self._arrived < STILL_SECONDS:
+            await asyncio.sleep(0.01)
+        stopping = asyncio.ensure_future(self._server.stop(seconds))
+        await asyncio.sleep(STILL_SECONDS)
+        self._answering.set()
+        await stopping
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         """What answers a method; None for UNIMPLEMENTED."""
@@ -107,20 +126,22 @@ class GrpcServer:
         if handler is None:
             route = next((found for each in self._protocols if (found := each.route(path)) is not None), None)
             if route is not None:
-                handler = grpc.unary_unary_rpc_method_handler(self._answering(route))
+                handler = grpc.unary_unary_rpc_method_handler(self._handler(route))
                 self._handlers[path] = handler
         return handler
 
     # -- requests -----------------------------------------------------------------------------------------
 
-    def _answering(self, route: Route) -> Any:
+    def _handler(self, route: Route) -> Any:
         """A handler for what a route is about."""
 
         async def answer(body: bytes, context: Any) -> bytes:
+            self._arrived = time.monotonic()
             try:
                 reply = await self._reply(route, body, context)
             except RequestError as error:
                 reply = route.protocol.refusal(error)
+            await self._answering.wait()
             if reply.status == 200:
                 return reply.body
             context.set_code(CODES.get(reply.status, grpc.StatusCode.UNKNOWN))

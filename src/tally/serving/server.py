@@ -112,9 +112,9 @@ class ModelServer:
             for pool in endpoint.versions.values():
                 text = pool.description.text if pool.description else "waits for its first request"
                 self._say(f"{name} (version {pool.version}): {text}")
-        self._say(f"Serving at {self.url}")
         if self._grpc is not None:
-            self._say(f"  gRPC: {urlsplit(self.url).hostname}:{self.grpc_port}")
+            self._say(f"gRPC at {urlsplit(self.url).netloc.rpartition(':')[0]}:{self.grpc_port}")
+        self._say(f"Serving at {self.url}")
         for name in self.endpoints:
             base = "" if len(self.endpoints) == 1 else f"/api/v1/service/{name}"
             self._say(f"  scoring_uri: {self.url}{base}/score")
