@@ -159,9 +159,8 @@ def _predicted(request: Any, scorer: Scorer) -> Work:
 
     given = [_tensor(name, request.inputs[name]) for name in sorted(request.inputs)]
     if scorer.input != "table" and (names := [tensor.name for tensor in given]) != [ITEM_INPUT[scorer.input]]:
-        raise RequestError(
-            400, f"inputs: the model takes {ITEM_INPUT[scorer.input]!r} alone, not {', '.join(names) or 'nothing'}"
-        )
+        found = ", ".join(map(repr, names)) or "nothing"
+        raise RequestError(400, f"inputs: the model takes {ITEM_INPUT[scorer.input]!r} alone, not {found}")
     work = tensors.work_of(given, scorer)
     work.all_classes = scorer.classes is not None
     work.asked = _Asked("tensorflow.serving.PredictRequest", list(request.output_filter), given[0].shape == ())
