@@ -34,6 +34,15 @@ class Tensor:
         return isinstance(self.values, list)
 
 
+def numbers(given: Any, kind: str, datatype: str, where: str) -> Any:
+    """Values of a message as an array of NumPy's ``kind``, which may be smaller than theirs. Raises RequestError."""
+    wide = np.array(given)
+    array = wide.astype(kind)
+    if array.dtype.kind in "iu" and (wrong := np.flatnonzero(array != wide)).size:
+        raise RequestError(422, f"{where}: {wide[wrong[0]]} is no {datatype}")
+    return array
+
+
 def work_of(tensors: Sequence[Tensor], scorer: Scorer) -> Work:
     """What they ask to have scored. Raises RequestError, which names the tensor."""
     if not tensors:

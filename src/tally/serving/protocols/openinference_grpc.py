@@ -143,9 +143,7 @@ class OpenInferenceGrpc(GrpcProtocol):
 
 def _tensor(given: Any, number: int, raw: bytes | None) -> Tensor:
     """One input. raw: its content, where the request has them all in raw form."""
-    import numpy as np
-
-    from tally.serving.tensors import Tensor
+    from tally.serving.tensors import Tensor, numbers
 
     where = f"inputs[{number}]"
     shape = list(given.shape)
@@ -162,8 +160,6 @@ def _tensor(given: Any, number: int, raw: bytes | None) -> Tensor:
         raise RequestError(422, f"{where}.contents.{field}: {len(values)} values, and the shape {shape} has {count}")
     if given.datatype == "BYTES":
         return Tensor(given.name, tuple(shape), list(values))
-    try:
-        array = np.array(values, openinference.TYPES[given.datatype])
-    except OverflowError:
-        raise RequestError(422, f"{where}.contents.{field}: a value is no {given.datatype}") from None
+    kind = openinference.TYPES[given.datatype]
+    array = numbers(values, kind, given.datatype, f"{where}.contents.{field}")
     return Tensor(given.name, tuple(shape), array.reshape(shape))

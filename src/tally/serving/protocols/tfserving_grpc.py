@@ -193,7 +193,7 @@ def _tensor(name: str, given: Any) -> Tensor:
     """One input. Raises RequestError."""
     import numpy as np
 
-    from tally.serving.tensors import Tensor
+    from tally.serving.tensors import Tensor, numbers
 
     where = f"inputs.{name}"
     known = {number: text for text, number in protobuf.enum("tensorflow.DataType").items()}
@@ -212,10 +212,8 @@ def _tensor(name: str, given: Any) -> Tensor:
             raise RequestError(400, f"{where}.tensor_content: {len(content)} bytes are no whole number of {kind}")
         array = np.frombuffer(content, numpy_kind)
     else:
-        try:
-            array = np.array(getattr(given, field), "<u2" if kind == "DT_HALF" else numpy_kind)
-        except OverflowError:
-            raise RequestError(400, f"{where}.{field}: a value is no {kind}") from None
+        bits = "<u2" if kind == "DT_HALF" else numpy_kind
+        array = numbers(getattr(given, field), bits, kind, f"{where}.{field}")
         array = array.view(numpy_kind)
     return Tensor(name, _checked(shape, array.size, where), array.reshape(shape))
 
