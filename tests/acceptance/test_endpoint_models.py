@@ -34,10 +34,7 @@ def infer(server: Serving, model: str, contents: list[bytes], name: str = "image
     }  # fmt: skip
     answer = server.post(f"/v2/models/{model}/infer", {"inputs": [tensor]})
     assert answer.status == 200, answer.body
-    columns = {each["name"]: each["data"] for each in answer.json()["outputs"]}
-    counts = columns.pop("count", [1] * len(contents))
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return [[rows.pop(0) for _ in range(count)] for count in counts]
+    return _by_picture({each["name"]: each["data"] for each in answer.json()["outputs"]}, len(contents))
 
 
 def predict(server: Serving, model: str, contents: list[bytes]) -> list[Any]:
@@ -46,6 +43,53 @@ def predict(server: Serving, model: str, contents: list[bytes]) -> list[Any]:
     answer = server.post(f"/v1/models/{model}:predict", {"instances": instances})
     assert answer.status == 200, answer.body
     return list(answer.json()["predictions"])
+
+
+def grpc_infer(server: Serving, model: str, contents: list[bytes]) -> list[list[dict[str, Any]]]:
+    """The rows of each picture by the Open Inference Protocol over gRPC."""
+    from tests.grpc_client import OIP, outputs, tensor
+
+    sent = tensor("image", "BYTES", [len(contents)], bytes_contents=contents)
+    columns = outputs(_grpc(server, OIP, "ModelInfer", model_name=model, inputs=[sent]))
+    return _by_picture(columns, len(contents))
+
+
+def grpc_predict(server: Serving, model: str, contents: list[bytes]) -> dict[str, list[Any]]:
+    """What TensorFlow Serving's Predict answers over gRPC: the values of each output."""
+    from tests.grpc_client import PREDICTION
+
+    image = {"dtype": "DT_STRING", "string_val": contents, "tensor_shape": {"dim": [{"size": len(contents)}]}}
+    answer = _grpc(server, PREDICTION, "Predict", model_spec={"name": model}, inputs={"image": _tensor(image)})
+    found = {}
+    for name, output in answer.outputs.items():
+        [(_, values)] = [each for each in output.ListFields() if each[0].name.endswith("_val")]
+        found[name] = [str(value, "utf-8") if isinstance(value, bytes) else value for value in values]
+    return found
+
+
+def _grpc(server: Serving, service: str, method: str, **fields: Any) -> Any:
+    import grpc
+    from tests.grpc_client import Client
+
+    with grpc.insecure_channel(server.grpc) as channel:
+        return Client(channel).call(service, method, **fields)
+
+
+def _tensor(fields: dict[str, Any]) -> Any:
+    from tally.serving import protobuf
+
+    return protobuf.message("tensorflow.TensorProto")(**fields)
+
+
+def _by_picture(columns: dict[str, list[Any]], pictures: int) -> list[list[dict[str, Any]]]:
+    """Rows from the columns of all pictures."""
+    plain = {
+        name: [str(value, "utf-8") if isinstance(value, bytes) else value for value in values]
+        for name, values in columns.items()
+    }
+    counts = plain.pop("count", [1] * pictures)
+    rows = [dict(zip(plain, row, strict=True)) for row in zip(*plain.values(), strict=True)]
+    return [[rows.pop(0) for _ in range(count)] for count in counts]
 
 
 def close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -62,10 +106,16 @@ def test_a_detector(data: Path, tmp_path: Path) -> None:
     expected = scored(data, tmp_path, model, labels=labels)
     assert all(expected)
     contents = [(data / each).read_bytes() for each in PICTURES]
-    with serving(tmp_path, f"detector={data / model}", "--labels", labels) as server:
+    pytest.importorskip("grpc")
+    with serving(tmp_path, f"detector={data / model}", "--labels", labels, "--grpc-port", 0) as server:
         for content, rows in zip(contents, expected, strict=True):
             close(server.ask("/score", content).json(), rows)
-        for answers in (infer(server, "detector", contents), predict(server, "detector", contents)):
+        for answers in (
+            infer(server, "detector", contents),
+            predict(server, "detector", contents),
+            grpc_infer(server, "detector", contents),
+            _by_picture(grpc_predict(server, "detector", contents), len(contents)),
+        ):
             for found, rows in zip(answers, expected, strict=True):
                 close(found, rows)
 
@@ -74,13 +124,19 @@ def test_a_classifier(data: Path, tmp_path: Path) -> None:
     model, labels = "models/classify/mobilenet_v2_fp32.onnx", data / "models/labels/imagenet_1001_background.txt"
     expected = scored(data, tmp_path, model, labels=labels, task="classify")
     contents = [(data / each).read_bytes() for each in PICTURES]
-    options = ("--labels", labels, "--task", "classify")
+    options = ("--labels", labels, "--task", "classify", "--grpc-port", 0)
+    pytest.importorskip("grpc")
     with serving(tmp_path, f"classifier={data / model}", *options) as server:
         for content, [row] in zip(contents, expected, strict=True):
             close([server.ask("/score", content).json()], [row])
-        for found, rows in zip(infer(server, "classifier", contents), expected, strict=True):
-            close(found, rows)
-        for all_scores, [row] in zip(predict(server, "classifier", contents), expected, strict=True):
+        for answers in (infer(server, "classifier", contents), grpc_infer(server, "classifier", contents)):
+            for found, rows in zip(answers, expected, strict=True):
+                close(found, rows)
+        predicted = predict(server, "classifier", contents)
+        over_grpc = grpc_predict(server, "classifier", contents)
+        assert over_grpc["classes"] == [name for each in predicted for name in each["classes"]]
+        assert over_grpc["prediction"] == pytest.approx([v for each in predicted for v in each["prediction"]], abs=1e-5)
+        for all_scores, [row] in zip(predicted, expected, strict=True):
             best = max(range(len(all_scores["classes"])), key=lambda at: all_scores["prediction"][at])
             found = {"label": all_scores["classes"][best], "index": best, "score": all_scores["prediction"][best]}
             close([found], [row])
