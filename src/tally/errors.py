@@ -25,6 +25,7 @@
     │   └── EndpointNotFoundError (LookupError)
     ├── ClusterLostError (ConnectionError)  the Ray cluster does not answer, or its head was lost
     ├── ServerAwayError (ConnectionError)   the server of a client does not answer
+    ├── DeployError                     a cluster or a cloud does not take an endpoint, or it does not come up there
     ├── RefusedError                    the server refuses a request
     ├── ItemError                           one item failed; it is dead, its neighbours are not
     └── WorkerError                         a worker was lost
@@ -189,6 +190,10 @@ class ClusterLostError(TallyError, ConnectionError):
 
 class ServerAwayError(TallyError, ConnectionError):
     """The server that a client asks does not answer, or something else does in its place."""
+
+
+class DeployError(TallyError):
+    """A target does not answer, does not take an endpoint, or the endpoint does not come up there."""
 
 
 class RefusedError(TallyError):

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli import installation
+from tally.cli import installation, values
 from tally.cli.console import say, table
-from tally.cli.serve import replicas_of
 from tally.errors import EndpointError, SpecError
 from tally.text import local_time
 
@@ -70,7 +69,7 @@ def show(name: str, as_json: bool) -> None:
 
 @endpoints.command(short_help="Keep N replicas of NAME.")
 @click.argument("name")
-@click.argument("replicas", callback=replicas_of, metavar="N")
+@click.argument("replicas", callback=values.replicas, metavar="N")
 @click.option("--no-wait", is_flag=True, help="Do not wait until it is so.")
 def scale(name: str, replicas: tuple[int, int], no_wait: bool) -> None:
     """Keep N replicas of endpoint NAME; or 0..4, as many as are needed."""

@@ -17,25 +17,6 @@ KEYS = "TALLY_ENDPOINT_KEY"
 _NEEDS = "Serving needs more than scoring does: pip install 'tally-scoring[server]'"
 
 
-def replicas_of(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
-    """``2``, or ``0..4``."""
-    least, dots, most = value.partition("..")
-    try:
-        return int(least), int(most if dots else least)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is neither a number nor a range such as 0..4", ctx, parameter) from None
-
-
-def _delay(ctx: click.Context, parameter: click.Parameter, value: str) -> float:
-    """Seconds, from ``5ms`` or what other durations are written like; 0 for none."""
-    from tally.text import seconds
-
-    try:
-        return seconds(value)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a duration such as 5ms or 0.5s", ctx, parameter) from None
-
-
 @click.command(short_help="Serve models online: HTTP and gRPC.")
 @click.argument("models", nargs=-1, required=True, metavar="[NAME=]MODEL...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
@@ -46,12 +27,16 @@ def _delay(ctx: click.Context, parameter: click.Parameter, value: str) -> float:
     "--replicas",
     default="1",
     show_default=True,
-    callback=replicas_of,
+    callback=values.replicas,
     help="Processes for each model; 0..4: as needed.",
 )
 @click.option("--max-batch", type=int, help="Items scored together.  [default: as the model says]")
 @click.option(
-    "--max-delay", default="5ms", show_default=True, callback=_delay, help="How long a batch may wait for more items."
+    "--max-delay",
+    default="5ms",
+    show_default=True,
+    callback=values.delay,
+    help="How long a batch may wait for more items.",
 )
 @click.option("--max-queue", type=int, default=1024, show_default=True, help="Requests that may wait for a replica.")
 @click.option("--max-body", type=int, default=64, show_default=True, help="MiB that a request may have.")

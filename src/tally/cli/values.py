@@ -53,3 +53,24 @@ def share(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 def names(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
     """Names with commas between them."""
     return tuple(part for each in (value or "").split(",") if (part := each.strip()))
+
+
+def delay(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Seconds, from ``5ms`` or what other durations are written like; 0 for none."""
+    if value is None:
+        return None
+    try:
+        return seconds(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a duration such as 5ms or 0.5s", ctx, parameter) from None
+
+
+def replicas(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """The least and the most, from ``2`` or ``0..4``."""
+    if value is None:
+        return None
+    least, dots, most = value.partition("..")
+    try:
+        return int(least), int(most if dots else least)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor a range such as 0..4", ctx, parameter) from None

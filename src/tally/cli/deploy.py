@@ -1,0 +1,225 @@
+"""``tally deploy``: endpoints on other machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tally.cli import values
+from tally.cli.console import literal_pairs, say
+from tally.text import visible
+
+if TYPE_CHECKING:
+    from tally.deploy.base import Change, Plan, Target
+    from tally.deploy.container import Build
+    from tally.deploy.spec import Environment
+
+_FLAGS = {"environment": "--env", "settings": "--set", "secrets": "--secret", "variables": "--variable"}
+"""Options that are not called what their field is."""
+_PACKED = ("task", "settings")
+"""What the package in an image says: it is not said again when the image is deployed."""
+
+
+def _environment(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Environment | None:
+    from tally.deploy.spec import Environment
+
+    if value is None:
+        return None
+    try:
+        return Environment.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from None
+
+
+@click.command(short_help="Put an endpoint on Kubernetes or Azure.")
+@click.argument("model")
+@click.option("--name", required=True, help="Of the endpoint: small letters, digits and '-'.")
+@click.option("--target", required=True, metavar="local|aci|kubernetes", help="Where it is to run.")
+@click.option(
+    "--profile",
+    type=click.Choice(["dev-test", "production"]),
+    help="One replica, or two and more with an autoscaler.  [default: dev-test]",
+)
+@click.option(
+    "-r", "--replicas", callback=values.replicas, help="3, or 3..9: the least and the most.  [default: by profile]"
+)
+@click.option("--cpu", help="Cores for each replica: 2, 0.5, 500m.  [default: 1]")
+@click.option("--memory", help="Memory for each replica: 512Mi, 4Gi.  [default: 2Gi]")
+@click.option("--gpu", type=int, help="GPUs for each replica.  [default: 0]")
+@click.option(
+    "--env",
+    "environment",
+    callback=_environment,
+    metavar="FORM:WHAT",
+    help="What the container has: image:NAME, pip:FILE, conda:FILE, containerfile:FILE.",
+)
+@click.option("--image", help="The name of an image that is built from a file.")
+@click.option("--max-batch", type=int, help="Items scored together.  [default: as the model says]")
+@click.option("--max-delay", callback=values.delay, help="How long a batch may wait for more items.  [default: 5ms]")
+@click.option("--drain", callback=values.duration, help="For what is in work at the end.  [default: 30s]")
+@click.option("-t", "--task", help="As with 'tally score'.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the model, e.g. top=5.")
+@click.option("--trust", is_flag=True, help="Open models whose opening runs code that they carry.")
+@click.option("--variable", "assigned", multiple=True, metavar="KEY=VALUE", help="Of the container's environment.")
+@click.option(
+    "--secret",
+    "secrets",
+    multiple=True,
+    metavar="NAME",
+    help="Kubernetes: a Secret with variables. ACI: a variable of this environment.",
+)
+@click.option("--context", help="Kubernetes: the kubeconfig's context.  [default: its current one]")
+@click.option("--namespace", help="Kubernetes: the namespace.  [default: the context's]")
+@click.option("--gateway", metavar="[NAMESPACE/]NAME", help="Kubernetes: the Gateway that leads to it.")
+@click.option("--ingress-class", metavar="CLASS", help="Kubernetes: of the Ingress that leads to it.")
+@click.option("--hostname", help="Kubernetes: of the Gateway or the Ingress.")
+@click.option("--tls-secret", metavar="NAME", help="Kubernetes: the certificate of the Ingress.")
+@click.option(
+    "--allow-from", multiple=True, metavar="NAMESPACE", help="Kubernetes: whose pods may connect, besides its own."
+)
+@click.option("--key-secret", metavar="NAME", help="Kubernetes: with the clients' keys.  [default: NAME-key]")
+@click.option("--pull-secret", metavar="NAME", help="Kubernetes: for a private registry of images.")
+@click.option("--service-account", metavar="NAME", help="Kubernetes: whom the replicas act as.")
+@click.option("--force", is_flag=True, help="Kubernetes: set fields that others have changed, too.")
+@click.option("--unchecked", is_flag=True, help="Kubernetes: apply also where there seems to be no room.")
+@click.option("--resource-group", metavar="NAME", help="ACI: where it is put.")
+@click.option("--location", help="ACI: for example westeurope.")
+@click.option("--dry-run", is_flag=True, help="Print what would be applied, as YAML; connect to nothing.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Write it, and apply nothing.")
+@click.option("--wait", is_flag=True, help="Return when all replicas answer, or say why they do not.")
+@click.option("--timeout", default="10m", show_default=True, callback=values.duration, help="How long to wait at most.")
+def deploy(
+    target: str,
+    assigned: tuple[str, ...],
+    dry_run: bool,
+    out: Path | None,
+    wait: bool,
+    timeout: float,
+    **given: Any,
+) -> None:
+    """Put MODEL online as the endpoint NAME: on Kubernetes, or in Azure Container Instances.
+
+    \b
+    MODEL is what 'tally score --model' takes, where a container can get it: models:/ of a registry in a
+    bucket, a bucket, https://, or image:/path for one that is in the image. What is there by this name is
+    updated in place; the difference is shown first. Tally builds no images: of a pip, conda or
+    Containerfile, --out writes what to build from, and says the commands.
+    """
+    from tally.deploy import targets
+    from tally.deploy.spec import made
+    from tally.errors import SpecError
+
+    kind = targets.get(target)
+    said = {name: value for name, value in given.items() if value is not None and value is not False and value != ()}
+    if assigned:
+        said["variables"] = _variables(assigned)
+    with kind(made(kind.spec_type, target, said)) as deployment:
+        plan = deployment.plan()
+        build = _build(deployment, out or Path("FOLDER"), said)
+        if dry_run:
+            click.echo(visible(plan.text, lines=True), nl=False)
+            _tell(plan, build, err=True)
+        elif out is not None:
+            _write(plan, build, out)
+            _tell(plan, build)
+        elif build is not None:
+            raise SpecError(
+                f"the image {deployment.spec.container_image} has to be built first, and Tally builds none",
+                hint="--out FOLDER writes what it is built from, and says the commands; --dry-run prints it.",
+            )
+        else:
+            _apply(deployment, plan, wait=wait, timeout=timeout)
+
+
+def _variables(assigned: Sequence[str]) -> dict[str, str]:
+    from tally.errors import SpecError
+
+    found = literal_pairs("--variable", assigned)
+    if twice := [name for name, value in found.items() if isinstance(value, list)]:
+        raise SpecError([f"--variable: {name} is given more than once" for name in twice])
+    return found
+
+
+def _build(deployment: Target[Any], folder: Path, said: Mapping[str, Any]) -> Build | None:
+    """How the image is made, where it is not there yet."""
+    if not deployment.spec.environment.is_built:
+        return None
+    from tally.deploy import container
+
+    dropped = _PACKED if deployment.shipped.local is not None else ()
+    words = ["--target", deployment.name, *_words({key: each for key, each in said.items() if key not in dropped})]
+    return container.build(deployment.spec, deployment.shipped, folder, words)
+
+
+def _apply(deployment: Target[Any], plan: Plan, *, wait: bool, timeout: float) -> None:
+    for note in plan.notes:
+        say(note)
+    changes = deployment.difference()
+    _show(changes)
+    if changes:
+        deployment.apply(say)
+    else:
+        say("nothing to change")
+    if wait:
+        deployment.wait(say, timeout)
+    for name, uri in deployment.uris().items():
+        say(f"  {name}: {uri}")
+
+
+def _show(changes: Sequence[Change]) -> None:
+    colours = {"+": "green", "-": "red"}
+    for change in changes:
+        say(f"{change.action} {change.what}")
+        for line in change.lines:
+            say(f"  {line}", fg=colours.get(line[:1]))
+
+
+def _write(plan: Plan, build: Build | None, folder: Path) -> None:
+    from tally.errors import StorageError
+
+    if build is not None:
+        build.write(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / plan.file).write_text(plan.text, "utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror or error}") from None
+    say(f"wrote {folder / plan.file}")
+
+
+def _tell(plan: Plan, build: Build | None, *, err: bool = False) -> None:
+    for note in plan.notes:
+        say(note, err=err)
+    if build is None:
+        return
+    if build.containerfile is not None:
+        say(f"the image is built from this:\n\n{build.containerfile}", err=err)
+    say("Tally builds no images. Build it, push it, and deploy it:", err=err)
+    for step in build.steps:
+        say(f"  {step}", err=err)
+
+
+def _words(said: Mapping[str, Any]) -> list[str]:
+    """The options as they were given, but for those of which an image is built."""
+    words: list[str] = []
+    for name, value in said.items():
+        if name in ("model", "environment", "image"):
+            continue
+        flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+        match value:
+            case True:
+                words.append(flag)
+            case (int(least), int(most)):
+                words += [flag, str(least) if least == most else f"{least}..{most}"]
+            case tuple():
+                words += [word for each in value for word in (flag, str(each))]
+            case dict():
+                words += [word for key, each in value.items() for word in (flag, f"{key}={each}")]
+            case float():
+                words += [flag, f"{value:g}s"]
+            case _:
+                words += [flag, str(value)]
+    return words

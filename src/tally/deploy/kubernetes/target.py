@@ -1,0 +1,251 @@
+"""Endpoints on Kubernetes: rendered, compared with what is there, applied server-side."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tally.deploy.base import Change, Plan, Say, Status, Target, dump
+from tally.deploy.kubernetes.manifests import MANAGED, Manifest, manifests, selector
+from tally.deploy.kubernetes.spec import KubernetesSpec
+from tally.errors import DeployError, SpecError
+from tally.masking import mask
+
+if TYPE_CHECKING:
+    from tally.deploy.kubernetes.cluster import Cluster
+
+PAUSE = 1.0
+"""Seconds between two looks at a rollout."""
+_OPTIONAL = ("PodDisruptionBudget", "HorizontalPodAutoscaler", "HTTPRoute", "Ingress")
+"""What an endpoint had once, and may not have any more."""
+_VOLATILE = ("managedFields", "resourceVersion", "uid", "generation", "creationTimestamp", "selfLink")
+_UNTOLD = ("deployment.kubernetes.io/revision", "kubectl.kubernetes.io/last-applied-configuration")
+_NEEDS = "Kubernetes needs more than scoring does: pip install 'tally-scoring[kubernetes]'"
+
+
+class KubernetesTarget(Target[KubernetesSpec]):
+    """An endpoint on a cluster."""
+
+    name = "kubernetes"
+    spec_type = KubernetesSpec
+
+    @cached_property
+    def cluster(self) -> Cluster:
+        """Connected to when it is first used."""
+        try:
+            from tally.deploy.kubernetes.cluster import Cluster
+        except ModuleNotFoundError as error:
+            raise SpecError(f"nothing can be deployed: {error}", hint=_NEEDS) from None
+        return Cluster(self.spec.context, self.spec.namespace)
+
+    def close(self) -> None:
+        if "cluster" in self.__dict__:
+            self.cluster.close()
+
+    def plan(self) -> Plan:
+        documents = self._manifests(self.spec.namespace or "default")
+        if self.spec.namespace is None:
+            for each in documents:  # kubectl and the context say which
+                del each["metadata"]["namespace"]
+        return Plan(documents, f"{self.spec.name}.yaml", tuple(self._notes()))
+
+    def difference(self) -> Sequence[Change]:
+        """Also checks what the pods need, and for production that the cluster has room. Raises DeployError."""
+        self._check()
+        changes = [change for each in self._desired if (change := self._change(each)) is not None]
+        return [*changes, *(Change("remove", f"{kind} {self.spec.name}") for kind in self._surplus)]
+
+    def apply(self, say: Say) -> None:
+        for kind in self._surplus:  # first: an autoscaler would undo what follows
+            self.cluster.delete(kind, self.spec.name)
+            say(f"removed {kind} {self.spec.name}")
+        for each in self._desired:
+            self._put(each)
+            say(f"applied {each['kind']} {self.spec.name}")
+
+    def wait(self, say: Say, timeout: float) -> None:
+        from tally.deploy.kubernetes import rollout
+
+        until, told = time.monotonic() + timeout, ""
+        least, _ = self.spec.bounds
+        while True:
+            now = rollout.progress(self.cluster, self.spec.name, least)
+            if now is None:
+                raise DeployError(f"the Deployment {self.spec.name} was removed while it was waited for")
+            if now.text != told:
+                say(told := now.text)
+            if now.done:
+                return
+            hint = f"kubectl --context {self.cluster.name} -n {self.cluster.namespace} describe deployment,pod -l "
+            hint += f"app.kubernetes.io/instance={self.spec.name}"
+            if now.failure is not None:
+                raise DeployError(f"{self.spec.name} does not come up: {mask(now.failure)}", hint=hint)
+            if time.monotonic() >= until:
+                lines = rollout.last_words(self.cluster, self.spec.name)
+                words = "\n    ".join([". Its last lines:", *lines]) if lines else ""
+                raise DeployError(f"after {timeout:g} s, {self.spec.name} has {now.text}{mask(words)}", hint=hint)
+            time.sleep(PAUSE)
+
+    def status(self) -> Status:
+        from tally.deploy.kubernetes import rollout
+
+        live = self.cluster.get("Deployment", self.spec.name)
+        now = rollout.progress(self.cluster, self.spec.name, 0)
+        if live is None or now is None:
+            return Status(exists=False)
+        (container, *_) = live["spec"]["template"]["spec"]["containers"]
+        model = (live["metadata"].get("annotations") or {}).get("tally/model", "")
+        problems = [now.failure] if now.failure else list(now.obstacles)
+        return Status(True, now.ready, now.wanted, container.get("image", ""), model, problems)
+
+    def address(self) -> str:
+        spec = self.spec
+        if spec.ingress_class is not None and spec.hostname is not None:
+            return f"{'https' if spec.tls_secret else 'http'}://{spec.hostname}"
+        if spec.gateway is not None:
+            return self._gateway_address(spec.gateway)
+        return f"http://{spec.name}.{self.cluster.namespace}.svc"
+
+    # -- within ---------------------------------------------------------------------------------------------
+
+    def _manifests(self, namespace: str) -> list[Manifest]:
+        return manifests(self.spec, self.shipped, namespace)
+
+    @cached_property
+    def _desired(self) -> list[Manifest]:
+        return self._manifests(self.cluster.namespace)
+
+    @cached_property
+    def _surplus(self) -> list[str]:
+        """Kinds of which the endpoint has an object, made by Tally, that it is not to have any more."""
+        wanted = {each["kind"] for each in self._desired}
+        labels = {**selector(self.spec.name), **MANAGED}
+        return [
+            kind
+            for kind in _OPTIONAL
+            if kind not in wanted
+            and any(each["metadata"]["name"] == self.spec.name for each in self.cluster.list(kind, labels))
+        ]
+
+    def _check(self) -> None:
+        from tally.deploy.kubernetes import checks
+
+        self._check_namespace()
+        if wrong := list(checks.secret_problems(self.cluster, self.spec)):
+            raise DeployError(_listed(wrong), hint="Nothing was applied.")
+        if self.spec.unchecked:
+            return
+        wrong = list(checks.quota_problems(self.cluster, self.spec, self.cluster.get("Deployment", self.spec.name)))
+        if self.spec.profile == "production":
+            wrong += self._room_problems()
+        if wrong:
+            raise DeployError(_listed(wrong), hint="Nothing was applied. --unchecked applies it all the same.")
+
+    def _check_namespace(self) -> None:
+        from tally.deploy.kubernetes.cluster import ForbiddenError
+
+        try:
+            if self.cluster.get("Namespace", self.cluster.namespace) is None:
+                raise self.cluster.no_namespace()
+        except ForbiddenError:  # whoever deploys into a namespace need not be allowed to look at it; applying tells
+            return
+
+    def _room_problems(self) -> list[str]:
+        from tally.deploy.kubernetes import checks
+        from tally.deploy.kubernetes.cluster import ForbiddenError
+
+        try:
+            return list(checks.room_problems(self.cluster, self.spec))
+        except ForbiddenError as error:
+            return [f"whether the cluster has room for production cannot be seen: {error.message}"]
+
+    def _change(self, manifest: Manifest) -> Change | None:
+        """What applying a manifest would change, as the cluster itself says."""
+        live = self.cluster.get(manifest["kind"], self.spec.name)
+        what = f"{manifest['kind']} {self.spec.name}"
+        if live is not None and not _is_ours(live):
+            raise DeployError(
+                f"the namespace {self.cluster.namespace} has a {what} that Tally did not make",
+                hint="Nothing was applied. Give the endpoint another name.",
+            )
+        after = self._put(manifest, dry_run=True)
+        if live is None:
+            return Change("create", what)
+        lines = difflib.unified_diff(_lines(live), _lines(after), "now", "then", lineterm="", n=2)
+        told = [mask(each) for each in lines]
+        return Change("change", what, told[2:]) if told else None
+
+    def _put(self, manifest: Manifest, *, dry_run: bool = False) -> Manifest:
+        from tally.deploy.kubernetes.cluster import ConflictError
+
+        try:
+            return self.cluster.apply(manifest, dry_run=dry_run, force=self.spec.force)
+        except ConflictError as error:
+            # A number of replicas is given only where nobody else is to say it: no autoscaler, and no scaling by hand.
+            if set(error.fields) != {".spec.replicas"}:
+                raise
+            return self.cluster.apply(manifest, dry_run=dry_run, force=True)
+
+    def _gateway_address(self, gateway: str) -> str:
+        """Where a Gateway listens, as far as it is known yet."""
+        namespace, _, name = gateway.rpartition("/")
+        found: Any = self.cluster.get("Gateway", name, namespace=namespace or self.cluster.namespace) or {}
+        listeners = found.get("spec", {}).get("listeners") or [{}]
+        scheme = "https" if any(each.get("protocol") == "HTTPS" for each in listeners) else "http"
+        if self.spec.hostname is not None:
+            return f"{scheme}://{self.spec.hostname}"
+        addresses = found.get("status", {}).get("addresses") or [{"value": f"ADDRESS-OF-{name}"}]
+        return f"{scheme}://{addresses[0]['value']}"
+
+    def _notes(self) -> list[str]:
+        spec, (least, most) = self.spec, self.spec.bounds
+        notes = [f"the model is {self.shipped.text}"]
+        if not self.shipped.fixed:
+            notes.append("a replica takes what is there when it starts; a registered model (models:/) stays the same")
+        if spec.profile == "dev-test":
+            notes.append(
+                "profile dev-test: one replica and no autoscaler. Not promised: that it answers while its node is "
+                "drained or lost, or while it is restarted; that it keeps up with more load; room on the cluster"
+            )
+        else:
+            notes.append(
+                f"profile production: {least} to {most} replicas by the load of their CPUs, spread over nodes and "
+                "zones; at most one is taken away at a time"
+            )
+            if spec.gpu:
+                notes.append("the autoscaler sees CPUs only: replicas that wait for their GPU are not added to")
+        notes.append(f"clients send a key of the Secret {spec.keys_from}: Authorization: Bearer KEY")
+        if spec.gateway is None and spec.ingress_class is None:
+            notes.append(
+                "it is reached from within the cluster only; --gateway or --ingress-class lead to it from outside, and "
+                f"for a try: kubectl port-forward service/{spec.name} 8080:80"
+            )
+        if not spec.environment.is_built and self.shipped.requirement is not None:
+            notes.append(f"the image {spec.container_image} has to have {self.shipped.requirement} installed")
+        return notes
+
+
+def _is_ours(live: Manifest) -> bool:
+    labels = live["metadata"].get("labels") or {}
+    return all(labels.get(key) == value for key, value in MANAGED.items())
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return lines[0] if len(lines) == 1 else "\n".join(f"- {each}" for each in lines)
+
+
+def _lines(found: Manifest) -> list[str]:
+    """An object as lines of YAML, without what changes by itself."""
+    shown = copy.deepcopy({key: value for key, value in found.items() if key != "status"})
+    metadata = shown["metadata"]
+    for each in _VOLATILE:
+        metadata.pop(each, None)
+    if annotations := {key: each for key, each in (metadata.get("annotations") or {}).items() if key not in _UNTOLD}:
+        metadata["annotations"] = annotations
+    else:
+        metadata.pop("annotations", None)
+    return dump([shown], sort=True).splitlines()[1:]
