@@ -25,7 +25,6 @@
     │   └── EndpointNotFoundError (LookupError)
     ├── ClusterLostError (ConnectionError)  the Ray cluster does not answer, or its head was lost
     ├── ServerAwayError (ConnectionError)   the server of a client does not answer
-    ├── DeployError                     a cluster or a cloud does not take an endpoint, or it does not come up there
     ├── RefusedError                    the server refuses a request
     ├── ItemError                           one item failed; it is dead, its neighbours are not
     └── WorkerError                         a worker was lost
@@ -184,16 +183,16 @@ class EndpointNotFoundError(EndpointError, LookupError):
     """There is no such endpoint."""
 
 
+class DeployError(EndpointError):
+    """A target does not answer, does not take an endpoint, or the endpoint does not come up there."""
+
+
 class ClusterLostError(TallyError, ConnectionError):
     """The Ray cluster does not answer, or its head was lost while it was used."""
 
 
 class ServerAwayError(TallyError, ConnectionError):
     """The server that a client asks does not answer, or something else does in its place."""
-
-
-class DeployError(TallyError):
-    """A target does not answer, does not take an endpoint, or the endpoint does not come up there."""
 
 
 class RefusedError(TallyError):

@@ -1,4 +1,4 @@
-"""Deploying to Kubernetes, against a stand-in for its API server: what is applied, what is refused, what is waited for."""
+"""Deploying to Kubernetes, with a stand-in for its API server: what is applied, refused, and waited for."""
 
 from __future__ import annotations
 
@@ -448,7 +448,7 @@ def test_why_a_rollout_will_not_come_is_said_at_once(api: ApiServer, status: dic
     api.set_status("plastic", replicas=1, updatedReplicas=1)
     api.add_pod("plastic", "plastic-new-1", status)
     message = in_vain(found)
-    assert message.startswith(f"plastic does not come up: plastic-new-1: ")
+    assert message.startswith("plastic does not come up: plastic-new-1: ")
     assert said in message
     assert "kubectl --context test -n ml describe deployment,pod" in message
 

@@ -299,9 +299,9 @@ def _strict(schema: Any) -> Any:
     """The schema, refusing fields that it does not name."""
     if isinstance(schema, dict):
         found = {key: _strict(value) for key, value in schema.items()}
-        if isinstance(found.get("properties"), dict) and found["properties"] and "additionalProperties" not in found:
-            if set(found["properties"]) != {"apiVersion", "kind", "metadata", "spec", "status"}:
-                found["additionalProperties"] = False
+        fields = found.get("properties")
+        if isinstance(fields, dict) and fields and "apiVersion" not in fields:
+            found.setdefault("additionalProperties", False)
         return found
     return [_strict(each) for each in schema] if isinstance(schema, list) else schema
 

@@ -141,6 +141,10 @@ class AciTarget(Target[AciSpec]):
     def address(self) -> str:
         return f"http://{self.spec.name}.{self.spec.location}.azurecontainer.io"
 
+    def uris(self) -> Mapping[str, str]:
+        """At the root: the host is the endpoint's own."""
+        return {"scoring_uri": f"{self.address()}/score", "swagger_uri": f"{self.address()}/swagger.json"}
+
     # -- within ---------------------------------------------------------------------------------------------
 
     def _group(self, secrets: Mapping[str, str]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Status:
 
 
 class Target(ABC, Generic[S]):
-    """One endpoint at one target. ``spec`` is what it is to be. A context manager: what it opened is closed at the end."""
+    """One endpoint at one target. ``spec`` is what it is to be. A context manager, which closes what it opened."""
 
     name: ClassVar[str]
     spec_type: ClassVar[type[DeploymentSpec]]

@@ -66,7 +66,7 @@ def shipped(spec: DeploymentSpec) -> Shipped:
 
 
 def _in_image(path: str) -> Shipped:
-    if not path.startswith("/") or posixpath.normpath(path) != path or not path.isprintable():
+    if not path.startswith("/") or path.startswith("//") or posixpath.normpath(path) != path or not path.isprintable():
         raise SpecError(
             f"model: {IN_IMAGE}{path} is no absolute path in the image", hint=f"For example {IN_IMAGE}{PLACE}"
         )

@@ -33,6 +33,7 @@ EXTRAS = {
     "servicebus": ("azure-servicebus", "azure-identity"),
     "server": ("fastapi", "uvicorn"),
     "oidc": ("authlib",),
+    "kubernetes": ("lightkube",),
     "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
 }
 """Optional dependencies by the name of the extra that brings them; a test keeps the names true. What only authors of
