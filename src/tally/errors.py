@@ -22,7 +22,8 @@
     │   ├── JobStateError                   the job's state does not allow that
     │   └── OwnershipLostError              another coordinator has taken the job over
     ├── EndpointError                       an endpoint's state does not allow that
-    │   └── EndpointNotFoundError (LookupError)
+    │   ├── EndpointNotFoundError (LookupError)
+    │   └── DeployError                     a cluster or a cloud does not take it, or it does not come up there
     ├── ClusterLostError (ConnectionError)  the Ray cluster does not answer, or its head was lost
     ├── ServerAwayError (ConnectionError)   the server of a client does not answer
     ├── RefusedError                    the server refuses a request

@@ -283,3 +283,13 @@ def test_the_container_of_a_deployment_answers_clients_and_ends_when_told(
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     assert "hunter2" not in (folder / "log").read_text()
+
+
+def test_a_container_without_its_model_ends_and_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "pod"
+    folder.mkdir()
+    with container_of(KubernetesTarget(spec(f"image:{PLACE}")), folder) as (_, process):
+        assert process.wait(120) == 1
+    said = (folder / "log").read_text()
+    assert said.startswith(f"error: there is no model at '{PLACE}'")  # what Kubernetes keeps as the pod's message
+    assert "Traceback" not in said

@@ -422,10 +422,13 @@ def run(make: Callable[[], ModelServer]) -> None:
     async def serving() -> None:
         await make().run()
 
+    failure: TallyError | None = None
     try:
         uvloop.run(serving())
     except* TallyError as errors:
-        raise _first(errors) from None
+        failure = _first(errors)
+    if failure is not None:  # raised within, it would be in a group again
+        raise failure
 
 
 def _first(errors: BaseExceptionGroup[TallyError]) -> TallyError:
