@@ -136,6 +136,16 @@ def test_a_path_in_the_image_is_a_plain_one(path: str) -> None:
         shipped(spec(f"image:{path}"))
 
 
+@pytest.mark.parametrize(
+    "model",
+    ["https://ana:hunter2@example.com/m.onnx#sha256=" + "0" * 64, "https://b.example.com/m.onnx?sig=hunter2#sha256="],
+)
+def test_a_url_with_a_secret_is_refused_and_not_repeated(model: str) -> None:
+    with pytest.raises(SpecError, match="would stand in the clear") as caught:
+        shipped(spec(model))
+    assert "hunter2" not in str(caught.value)
+
+
 def test_the_kind_of_a_model_says_what_its_image_needs(s3: str) -> None:
     from tally.storage import open_store
 

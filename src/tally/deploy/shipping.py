@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tally.deploy.spec import DeploymentSpec
 from tally.errors import SpecError
+from tally.masking import has_secret
 from tally.models import kinds
 from tally.models.reference import ModelRef
 from tally.models.resolve import check_there, resolve
@@ -55,6 +56,11 @@ def shipped(spec: DeploymentSpec) -> Shipped:
     if model.startswith("models:/"):
         return _registered(model, spec)
     if is_url(model) and not model.lower().startswith("file:"):
+        if has_secret(model):
+            raise SpecError(
+                f"model: {model} has a secret in it, which would stand in the clear in what is applied",
+                hint="Credentials of a bucket come from a Secret: --secret NAME",
+            )
         if not model.lower().startswith("https:"):
             check_there(model)
         name = model.partition("#")[0].rstrip("/").rpartition("/")[2]
