@@ -41,7 +41,8 @@ class Refusal(Exception):
 class ApiServer:
     """namespace: the one that there is. deny: (method, plural) that are forbidden. groups: the API groups it knows.
 
-    each_look: called before each GET of a Deployment, with the server: a test moves a rollout on with it.
+    busy: so many requests are answered 503, or not at all. each_look: called before each GET of a Deployment: a test
+    moves a rollout on with it. logs: of pods.
     """
 
     def __init__(self, namespace: str) -> None:
@@ -51,6 +52,7 @@ class ApiServer:
         self.requests: list[tuple[str, str]] = []
         self.each_look: Iterator[Callable[[], None]] = iter(())
         self.logs: dict[str, str] = {}
+        self.busy = 0
         self._lock = threading.RLock()
         self._applied: dict[str, dict[str, Object]] = {}
         self._objects: dict[str, Object] = {}
@@ -130,6 +132,8 @@ class ApiServer:
             try:
                 if headers.get("Authorization") != "Bearer secret-token":
                     raise Refusal(401, "Unauthorized", "Unauthorized")
+                if self.busy > 0:
+                    raise Refusal(503, "ServiceUnavailable", "the server is shutting down")
                 return self._do(method, path, query, headers, body)
             except Refusal as refusal:
                 status = {
@@ -288,6 +292,10 @@ def running(namespace: str = "ml") -> Iterator[tuple[ApiServer, str]]:
 
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            server.busy = max(0, server.busy - 1)
+            if server.busy % 2:
+                self.close_connection = True
+                return
             code, kind, answer = server.answer(self.command, self.path, self.headers, body)
             self.send_response(code)
             self.send_header("Content-Type", kind)

@@ -402,6 +402,18 @@ def test_a_rollout_is_waited_for(api: ApiServer) -> None:
     ]
 
 
+def test_a_cluster_that_is_away_for_a_while_is_asked_again(api: ApiServer) -> None:
+    found = deployed()
+    api.complete("plastic")
+    api.busy = 6
+    told = waited(found)
+    assert any("does not answer" in each for each in told)
+    assert any("the server is shutting down" in each for each in told)
+    assert told[-1] == "1 of 1 replicas ready"
+    api.busy = 1_000_000
+    assert "the cluster test" in in_vain(found, timeout=0.1)
+
+
 def waiting(reason: str, message: str, **more: Any) -> dict[str, Any]:
     state = {"waiting": {"reason": reason, "message": message}}
     return {"phase": "Pending", "containerStatuses": [{"name": "endpoint", "state": state, "ready": False, **more}]}

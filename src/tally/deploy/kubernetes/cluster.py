@@ -27,6 +27,9 @@ MANAGER = "tally"
 
 Object = dict[str, Any]
 
+_BUSY = (429, 500, 502, 503, 504)
+"""Answers of a server that is being restarted, or has too much to do."""
+
 
 def _kind(group: str, version: str, kind: str, plural: str, base: type = GenericNamespacedResource) -> Any:
     return type(kind, (base,), {"_api_info": create_api_info(group, version, kind, plural)})
@@ -48,6 +51,10 @@ KINDS: Mapping[str, Any] = {
     "Namespace": _kind("", "v1", "Namespace", "namespaces", GenericGlobalResource),
     "Node": _kind("", "v1", "Node", "nodes", GenericGlobalResource),
 }
+
+
+class AwayError(DeployError):
+    """The cluster does not answer, or cannot at present: asking again may help."""
 
 
 class ForbiddenError(DeployError):
@@ -72,7 +79,7 @@ class Cluster:
         self.namespace = namespace or config.namespace
         self._server = config.cluster.server
         with self._explained("the kubeconfig's context"):
-            self._client = Client(config, namespace=self.namespace, field_manager=MANAGER, trust_env=False)
+            self._client = Client(config, namespace=self.namespace, field_manager=MANAGER)
 
     def get(self, kind: str, name: str, *, namespace: str | None = None) -> Object | None:
         """An object; None where there is none."""
@@ -154,10 +161,11 @@ class Cluster:
             status = error.response.status_code
             if status == 404:
                 raise _AbsentError(f"there is no {what}") from None
-            raise DeployError(f"the cluster {self.name} ({self._server}) answers {status} for {what}") from None
+            kind = AwayError if status in _BUSY else DeployError
+            raise kind(f"the cluster {self.name} ({self._server}) answers {status} for {what}") from None
         except (httpx2.TransportError, KeyError, ValueError) as error:
             why = str(error) or type(error).__name__
-            raise DeployError(
+            raise AwayError(
                 f"the cluster {self.name} ({self._server}) does not answer: {why}",
                 hint=f"Does it answer you? kubectl --context {self.name} get --raw /readyz",
             ) from None
@@ -187,7 +195,7 @@ class Cluster:
                 fields=tuple(each.field or "" for each in causes),
                 hint="--force sets it all the same, and makes it Tally's again.",
             )
-        return DeployError(message)
+        return AwayError(message) if status.code in _BUSY else DeployError(message)
 
 
 class _AbsentError(DeployError):

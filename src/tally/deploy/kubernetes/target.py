@@ -69,11 +69,20 @@ class KubernetesTarget(Target[KubernetesSpec]):
 
     def wait(self, say: Say, timeout: float) -> None:
         from tally.deploy.kubernetes import rollout
+        from tally.deploy.kubernetes.cluster import AwayError
 
         until, told = time.monotonic() + timeout, ""
         least, _ = self.spec.bounds
         while True:
-            now = rollout.progress(self.cluster, self.spec.name, least)
+            try:
+                now = rollout.progress(self.cluster, self.spec.name, least)
+            except AwayError as error:  # also clusters are restarted
+                if time.monotonic() >= until:
+                    raise
+                if error.message != told:
+                    say(told := error.message)
+                time.sleep(PAUSE)
+                continue
             if now is None:
                 raise DeployError(f"the Deployment {self.spec.name} was removed while it was waited for")
             if now.text != told:
