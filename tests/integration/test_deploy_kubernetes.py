@@ -615,7 +615,6 @@ def test_what_is_wrong_with_the_options_is_said_together(api: ApiServer) -> None
     assert isinstance(result.exception, SpecError)
     assert len(result.exception.problems) == 3
     assert "did you mean 'kubernetes'" in error(tally("m", "--name", "p", "--target", "kubernete"))
-    assert "not built in this version" in error(tally("m", "--name", "p", "--target", "local"))
     assert "is none of image:NAME" in error(tally(*USUAL[:-1], "docker:x"))
     assert "given more than once" in error(tally(*USUAL, "--variable", "A=1", "--variable", "A=2"))
 

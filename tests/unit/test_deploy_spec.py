@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tally.deploy import targets
 from tally.deploy.aci import AciSpec
 from tally.deploy.kubernetes.spec import KubernetesSpec
+from tally.deploy.local import LocalSpec
 from tally.deploy.quantities import amount, shown_bytes
 from tally.deploy.spec import Environment, made
 from tally.errors import SpecError
@@ -184,5 +185,4 @@ def test_targets_are_known_by_name() -> None:
     assert targets.get("aci").spec_type is AciSpec
     with pytest.raises(SpecError, match="did you mean 'kubernetes'"):
         targets.get("kubernets")
-    with pytest.raises(SpecError, match="not built in this version"):
-        targets.get("local")
+    assert targets.get("local").spec_type is LocalSpec

@@ -34,7 +34,7 @@ def _environment(ctx: click.Context, parameter: click.Parameter, value: str | No
         raise click.BadParameter(str(error), ctx, parameter) from None
 
 
-@click.command(short_help="Put an endpoint on Kubernetes or Azure.")
+@click.command(short_help="Keep a model online: here, on Kubernetes, on Azure.")
 @click.argument("model")
 @click.option("--name", required=True, help="Of the endpoint: small letters, digits and '-'.")
 @click.option("--target", required=True, metavar="local|aci|kubernetes", help="Where it is to run.")
@@ -71,6 +71,8 @@ def _environment(ctx: click.Context, parameter: click.Parameter, value: str | No
     metavar="NAME",
     help="Kubernetes: a Secret with variables. ACI: a variable of this environment.",
 )
+@click.option("--port", type=int, help="Local: where it listens.  [default: 8890]")
+@click.option("--share", callback=values.share, help="Local: of the requests, beside the versions there are, e.g. 10%.")
 @click.option("--context", help="Kubernetes: the kubeconfig's context.  [default: its current one]")
 @click.option("--namespace", help="Kubernetes: the namespace.  [default: the context's]")
 @click.option("--gateway", metavar="[NAMESPACE/]NAME", help="Kubernetes: the Gateway that leads to it.")
@@ -100,10 +102,15 @@ def deploy(
     timeout: float,
     **given: Any,
 ) -> None:
-    """Put MODEL online as the endpoint NAME: on Kubernetes, or in Azure Container Instances.
+    """Put MODEL online as the endpoint NAME: here, on Kubernetes, or in Azure Container Instances.
 
     \b
-    MODEL is what 'tally score --model' takes, where a container can get it: models:/ of a registry in a
+    local       a process of this machine; 'tally up' keeps it alive, 'tally endpoints' changes it
+    kubernetes  applied with your kubeconfig
+    aci         applied with az
+
+    \b
+    MODEL is what 'tally score --model' takes. A container has to get it: models:/ of a registry in a
     bucket, a bucket, https://, or image:/path for one that is in the image. What is there by this name is
     updated in place; the difference is shown first. Tally builds no images: of a pip, conda or
     Containerfile, --out writes what to build from, and says the commands.

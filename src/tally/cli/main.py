@@ -21,7 +21,7 @@ COMMANDS = {
     "up": ("tally.cli.up:up", "Start the server: API and pages."),
     "keys": ("tally.cli.up:keys", "Say who may use the server."),
     "serve": ("tally.cli.serve:serve", "Serve models online: HTTP and gRPC."),
-    "deploy": ("tally.cli.deploy:deploy", "Put an endpoint on Kubernetes or Azure."),
+    "deploy": ("tally.cli.deploy:deploy", "Keep a model online: here, on Kubernetes or Azure."),
     "endpoints": ("tally.cli.endpoints:endpoints", "List, scale, change and end kept endpoints."),
     "predict": ("tally.cli.predict:predict", "Have an endpoint score files."),
     "load": ("tally.cli.predict:load", "See how much load an endpoint takes."),

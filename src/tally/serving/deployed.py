@@ -120,6 +120,7 @@ class DeployedServer(ModelServer):
             "url": self.url,
             "pid": os.getpid(),
             "ready": endpoint.ready,
+            "complete": all(pool.ready >= pool.least for pool in endpoint.versions.values()),
             "split": endpoint.split,
             "pools": [facts(pool) for pool in endpoint.versions.values()],
             "at": time.time(),

@@ -38,7 +38,7 @@ def launch(name: str) -> subprocess.Popen[bytes]:
 def settled(
     store: DeploymentStore, name: str, revision: int, seconds: float, started: subprocess.Popen[bytes] | None = None
 ) -> Deployment:
-    """The endpoint, once the revision is served. started: the process that should serve it, where there was none.
+    """The endpoint, once the revision is served by as many replicas as there should be. started: the process that should serve it, where there was none.
 
     Raises EndpointError if it cannot be served, or does not come to that in so many seconds.
     """
@@ -48,7 +48,7 @@ def settled(
         found = store.get(name)
         if found.observed.get("revision") == revision and found.observed.get("state") == "failed":
             raise EndpointError(f"endpoint {name} cannot be served: {found.observed.get('error')}")
-        if found.revision > revision or (found.settled and found.observed.get("ready")):
+        if found.revision > revision or (found.settled and found.observed.get("complete")):
             return found
         if over or time.monotonic() > deadline:
             hint = f"'tally endpoints logs {name}' shows what its process says."

@@ -1,0 +1,163 @@
+"""Endpoints on this machine: kept in the database, and served by a process that outlives the command.
+
+``tally up`` keeps such a process alive; without it, ``tally endpoints`` starts it again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tally import plain_yaml
+from tally.config import settings
+from tally.database.connect import connect
+from tally.deploy.base import Change, Plan, Say, Status, Target, dump
+from tally.deploy.quantities import amount
+from tally.deploy.spec import UNSAID, DeploymentSpec
+from tally.errors import DeployError, EndpointError, EndpointNotFoundError
+from tally.models.resolve import resolve
+from tally.serving.deployments import Deployment, DeploymentStore, EndpointSpec, Version, number_of
+from tally.serving.launch import restart_if_down, settled
+from tally.serving.settings import Limits
+
+NOTES = {
+    "dev-test": "one replica; if this machine ends, so does the endpoint",
+    "production": "two replicas at least; if this machine ends, so does the endpoint",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSpec(DeploymentSpec):
+    """port: where it listens, on the loopback address. share: of the requests (0 to 1), beside the versions that are
+    served already; None: all of them."""
+
+    port: int = 8890
+    share: float | None = None
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if not 0 <= self.port <= 65535:
+            yield f"port: 0 to 65535, not {self.port}"
+        if self.share is not None and not 0 < self.share <= 1:
+            yield f"share: more than 0 and at most 1, not {self.share}"
+        if self.variables or self.secrets:
+            yield "variables, secrets: a local endpoint has the environment of whoever starts it"
+
+    def _image_problems(self) -> Iterator[str]:
+        if self.environment != UNSAID or self.image is not None:
+            yield f"environment: a local endpoint runs in this Python, not in {self.image or self.environment}"
+
+    @property
+    def limits(self) -> Limits:
+        """What its replicas may do. Whole cores become threads; memory is not limited."""
+        return Limits(
+            replicas=self.replicas or ((1, 1) if self.profile == "dev-test" else (2, 2)),
+            max_batch=self.max_batch,
+            max_delay=0.005 if self.max_delay is None else self.max_delay,
+            threads=max(1, math.floor(amount(self.cpu))),
+        )
+
+
+class LocalTarget(Target[LocalSpec]):
+    """A kept endpoint of this machine."""
+
+    name = "local"
+    spec_type = LocalSpec
+    _started: subprocess.Popen[bytes] | None = None
+
+    @cached_property
+    def _store(self) -> DeploymentStore:
+        return DeploymentStore(connect(settings().database))
+
+    @cached_property
+    def _version(self) -> Version:
+        given = (each.partition("=") for each in self.spec.settings)
+        options: dict[str, Any] = {
+            "task": self.spec.task,
+            "settings": {key: plain_yaml.value(value) for key, _, value in given},
+            "trust": self.spec.trust,
+        }
+        return Version(self.spec.model, resolve(self.spec.model, **options), options)
+
+    def _there(self) -> Deployment | None:
+        try:
+            return self._store.get(self.spec.name)
+        except EndpointNotFoundError:
+            return None
+
+    def _wanted(self, before: EndpointSpec | None) -> EndpointSpec:
+        limits, version = self.spec.limits, self._version
+        if before is None:
+            number = number_of(version.ref)
+            return EndpointSpec({number: version}, {number: 100.0}, limits, port=self.spec.port)
+        changed = before.with_model(version, share=self.spec.share)
+        return EndpointSpec(
+            changed.versions, changed.split, limits, changed.shadows, changed.host, self.spec.port, changed.max_body
+        )
+
+    def plan(self) -> Plan:
+        there = self._there()
+        notes = [f"profile {self.spec.profile}: {NOTES[self.spec.profile]}", "memory is not limited on this machine"]
+        return Plan([_shown(self._wanted(there.spec if there else None))], f"{self.spec.name}.yaml", notes)
+
+    def difference(self) -> Sequence[Change]:
+        there = self._there()
+        wanted = dump([_shown(self._wanted(there.spec if there else None))])
+        if there is None:
+            return [Change("create", f"endpoint {self.spec.name}", [f"+{line}" for line in wanted.splitlines()])]
+        before = dump([_shown(there.spec)])
+        lines = list(difflib.unified_diff(before.splitlines(), wanted.splitlines(), "served", "wanted", lineterm=""))
+        return [Change("change", f"endpoint {self.spec.name}", lines)] if lines else []
+
+    def apply(self, say: Say) -> None:
+        if self._there() is None:
+            self._store.create(self.spec.name, self._wanted(None))
+        else:
+            self._store.change(self.spec.name, self._wanted)
+        self._started = restart_if_down(self._store, self.spec.name)
+
+    def wait(self, say: Say, timeout: float) -> None:
+        try:
+            revision = self._store.get(self.spec.name).revision
+            settled(self._store, self.spec.name, revision, timeout, self._started)
+        except EndpointError as error:
+            raise DeployError(error.message, hint=error.hint) from None
+
+    def status(self) -> Status:
+        there = self._there()
+        if there is None:
+            return Status(False)
+        pools = there.observed.get("pools", ()) if there.alive else ()
+        error = there.observed.get("error")
+        versions = ", ".join(each.model for each in there.spec.versions.values())
+        ready = sum(pool["ready"] for pool in pools)
+        return Status(True, ready, there.spec.limits.replicas[0], "", versions, [error] if error else [])
+
+    def address(self) -> str:
+        there = self._there()
+        return (there.url if there else None) or f"http://127.0.0.1:{self.spec.port}"
+
+    def uris(self) -> Mapping[str, str]:
+        base = self.address()
+        return {"scoring_uri": f"{base}/score", "swagger_uri": f"{base}/swagger.json"}
+
+
+def _shown(spec: EndpointSpec) -> dict[str, Any]:
+    """A spec as people read it: models by name and hash."""
+    return {
+        "versions": {
+            number: {"model": each.model, "hash": each.ref.hash, "share": spec.split.get(number, 0.0)}
+            for number, each in spec.versions.items()
+        },
+        "shadows": dict(spec.shadows),
+        "replicas": list(spec.limits.replicas),
+        "max_batch": spec.limits.max_batch,
+        "max_delay": spec.limits.max_delay,
+        "threads": spec.limits.threads,
+        "port": spec.port,
+    }

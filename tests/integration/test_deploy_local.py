@@ -1,0 +1,79 @@
+"""``tally deploy --target local``: an endpoint that outlives the command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from tests.conftest import Ran
+from tests.endpoints import echo
+
+pytest.importorskip("msgspec")
+from tally.config import settings
+from tally.database.connect import connect
+from tally.serving.deployments import DeploymentStore
+
+
+@pytest.fixture
+def store() -> Iterator[DeploymentStore]:
+    found = DeploymentStore(connect(settings().database))
+    yield found
+    pids = [each.observed.get("pid") for each in found.list()]
+    for each in found.list():
+        found.delete(each.name)
+    for pid in pids:
+        if pid is not None and psutil.pid_exists(pid):
+            psutil.Process(pid).wait(60)
+
+
+def test_it_is_made_changed_and_shared(tmp_path: Path, cli: Callable[..., Ran], store: DeploymentStore) -> None:
+    first, second = (echo(tmp_path / f"{mark}.py", mark=mark) for mark in ("first", "second"))
+    base = ("deploy", "--name", "plastic", "--target", "local", "--port", "0", "--wait")
+    made = cli(*base, first)
+    assert made.code == 0, made.err
+    url = store.get("plastic").url
+    assert f"scoring_uri: {url}/score" in made.out
+    assert "one replica" in made.out
+    again = cli(*base, first)
+    assert again.code == 0
+    assert "nothing to change" in again.out
+    changed = cli(*base, second, "--share", "10%")
+    assert changed.code == 0, changed.err
+    assert "+" in changed.out
+    spec = store.get("plastic").spec
+    assert spec.split == {"1": 90.0, "2": 10.0}
+    assert cli(*base, second, "--profile", "production").code == 0
+    assert store.get("plastic").spec.split == {"2": 100.0}
+    assert sum(pool["ready"] for pool in store.get("plastic").observed["pools"]) == 2
+
+
+def test_what_is_not_for_this_machine_is_refused(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    model = echo(tmp_path / "echo.py")
+    local = ("deploy", "--name", "plastic", "--target", "local")
+    wrong = cli(*local, "--env", "image:x", "--namespace", "n", "--port", "99999", model)
+    assert wrong.code == 2
+    for said in ("runs in this Python", "namespace", "99999"):
+        assert said in wrong.err
+    missing = cli(*local, tmp_path / "nothing.onnx")
+    assert missing.code == 1
+    assert "nothing.onnx" in missing.err
+
+
+def test_a_dry_run_prints_and_makes_nothing(tmp_path: Path, cli: Callable[..., Ran], store: DeploymentStore) -> None:
+    printed = cli("deploy", "--name", "plastic", "--target", "local", "--dry-run", echo(tmp_path / "echo.py"))
+    assert printed.code == 0
+    assert "port: 8890" in printed.out
+    assert store.list() == []
+
+
+def test_an_endpoint_that_cannot_be_served_says_why(
+    tmp_path: Path, cli: Callable[..., Ran], store: DeploymentStore
+) -> None:
+    script = "def init():\n    raise RuntimeError('no weights')\n\ndef run(data):\n    pass\n"
+    (tmp_path / "score.py").write_text(script)
+    failed = cli("deploy", "--name", "plastic", "--target", "local", "--port", "0", "--wait", tmp_path / "score.py")
+    assert failed.code == 1
+    assert "no weights" in failed.err
+    assert store.get("plastic").state == "failed"
