@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -388,6 +389,24 @@ def test_requests_that_nobody_waits_for(folder: Path, server: Serving, client: C
     assert not (folder / "late").exists()
     assert not (folder / "cancelled").exists()
     assert not list(folder.glob("storm*"))
+
+
+def test_a_replica_that_dies(tmp_path: Path) -> None:
+    """Only the requests that it had been given are refused; the others are answered by the next one."""
+    scorer = tmp_path / "scorers.py"
+    scorer.write_text(SCORERS.replace("FOLDER", repr(str(tmp_path))))
+    with serving(tmp_path, f"slow={scorer}:Slow", "--grpc-port", 0) as server:
+        client = Client(grpc.insecure_channel(server.grpc))
+        calls = [client.begin(OIP, "ModelInfer", model_name="slow", **text(str(n))) for n in range(5)]
+        server.until(lambda it: it.replicas()[0]["requests"] == 2)
+        os.kill(server.replicas()[0]["pid"], signal.SIGKILL)
+        server.until(lambda _: sum(call.done() for call in calls) == 2)
+        for call in [each for each in calls if each.done()]:
+            assert call.code() == grpc.StatusCode.UNAVAILABLE
+            assert call.details() == "the replica of slow that had this request died"
+        (tmp_path / "go").touch()
+        assert Counter(call.code().name for call in calls) == {"OK": 3, "UNAVAILABLE": 2}
+        client.close()
 
 
 def test_too_many_requests(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ EXTRAS = {
     "azure-queue": ("azure-storage-queue", "azure-identity"),
     "servicebus": ("azure-servicebus", "azure-identity"),
     "server": ("fastapi", "uvicorn"),
+    "grpc": ("grpcio", "protobuf"),
     "oidc": ("authlib",),
     "kubernetes": ("lightkube",),
     "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
