@@ -38,8 +38,9 @@ def launch(name: str) -> subprocess.Popen[bytes]:
 def settled(
     store: DeploymentStore, name: str, revision: int, seconds: float, started: subprocess.Popen[bytes] | None = None
 ) -> Deployment:
-    """The endpoint, once the revision is served by as many replicas as there should be. started: the process that should serve it, where there was none.
+    """The endpoint, once the revision is served by as many replicas as there should be.
 
+    started: the process that should serve it, where there was none.
     Raises EndpointError if it cannot be served, or does not come to that in so many seconds.
     """
     deadline = time.monotonic() + seconds
