@@ -5,9 +5,9 @@ its own that has it installed. Each takes the body as it is, where it can, and b
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _endpoint_models import BATCH, model
 
 DELAY = 0.005
+
+
+def _free() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def asgi(port: int) -> None:
@@ -68,24 +73,7 @@ def asgi(port: int) -> None:
 def litserve(port: int) -> None:
     import litserve as ls
 
-    class Api(ls.LitAPI):
-        def setup(self, device: str) -> None:
-            self.predicted = model()
-
-        def decode_request(self, request: Any) -> bytes:
-            return base64.b64decode(request["data"])
-
-        def batch(self, inputs: list[bytes]) -> list[bytes]:
-            return inputs
-
-        def predict(self, bodies: list[bytes]) -> list[int]:
-            return self.predicted(bodies)
-
-        def unbatch(self, output: list[int]) -> list[int]:
-            return output
-
-        def encode_response(self, output: int) -> dict[str, int]:
-            return {"answer": output}
+    from _endpoint_litserve import Api
 
     api = Api(max_batch_size=BATCH, batch_timeout=DELAY, api_path="/score")
     server = ls.LitServer(api, accelerator="cpu", workers_per_device=1)
@@ -96,14 +84,14 @@ def mlserver(port: int) -> None:
     folder = Path(tempfile.mkdtemp())
     (folder / "settings.json").write_text(
         json.dumps(
-            {"http_port": port, "grpc_port": port + 1, "metrics_port": port + 2, "parallel_workers": 1, "debug": False}
+            {"http_port": port, "grpc_port": _free(), "metrics_port": _free(), "parallel_workers": 1, "debug": False}
         )
     )
     (folder / "model-settings.json").write_text(
         json.dumps(
             {
                 "name": "model",
-                "implementation": "_endpoint_servers.MLModel",
+                "implementation": "_endpoint_mlserver.Model",
                 "max_batch_size": BATCH,
                 "max_batch_time": DELAY,
             }
@@ -145,25 +133,6 @@ def bentoml(port: int) -> None:
     folder = Path(__file__).parent
     command = ["bentoml", "serve", "_endpoint_bento:Model", "--port", str(port), "--working-dir", str(folder)]
     os.execv(str(Path(sys.executable).parent / "bentoml"), command)
-
-
-if Path(sys.argv[0]).name == "mlserver" or "mlserver" in sys.modules:
-    from mlserver import MLModel as _Base
-    from mlserver.types import InferenceRequest, InferenceResponse, ResponseOutput
-
-    class MLModel(_Base):
-        """For MLServer: one BYTES input, base64."""
-
-        async def load(self) -> bool:
-            self.predicted = model()
-            return True
-
-        async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-            data: Any = payload.inputs[0].data
-            bodies = [base64.b64decode(each) for each in data]
-            answers = self.predicted(bodies)
-            output = ResponseOutput(name="answer", shape=[len(answers)], datatype="INT64", data=answers)
-            return InferenceResponse(model_name=self.name, outputs=[output])
 
 
 if __name__ == "__main__":

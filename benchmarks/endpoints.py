@@ -61,6 +61,10 @@ class Model(tally.Scorer):
 PEERS = ("litserve", "mlserver", "bentoml", "ray")
 
 
+class EndedError(Exception):
+    """A contender does not answer."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="folder with an environment for each peer")
@@ -100,10 +104,13 @@ def main() -> None:
                 print(f"{model}: bare loop {bare(environment, picture):,.1f} items/s")
             for name in names:
                 settle()
-                with serving(name, folder, environment, given.peers) as port:
-                    for clients in levels:
-                        line = load(folder, name, port, bodies[model], clients, given.seconds)
-                        print(f"{model:10} {name:9} {clients:4} clients  {line}", flush=True)
+                try:
+                    with serving(name, folder, environment, given.peers) as port:
+                        for clients in levels:
+                            line = load(folder, name, port, bodies[model], clients, given.seconds)
+                            print(f"{model:10} {name:9} {clients:4} clients  {line}", flush=True)
+                except EndedError as error:
+                    print(f"{model:10} {name:9} {error}", flush=True)
             print()
 
 
@@ -150,8 +157,10 @@ def serving(name: str, folder: Path, environment: dict[str, str], peers: Path | 
                     break
             except OSError:
                 if process.poll() is not None:
-                    raise SystemExit(f"{name} has ended: {(folder / f'{name}.log').read_text()[-2000:]}") from None
+                    raise EndedError(f"{name} has ended: {(folder / f'{name}.log').read_text()[-1000:]}") from None
                 time.sleep(0.1)
+        else:
+            raise EndedError(f"{name} does not answer")
         yield port
     finally:
         os.killpg(process.pid, signal.SIGKILL)
