@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import gc
 import hashlib
@@ -19,6 +20,8 @@ import resource
 import signal
 import socket
 import ssl
+import struct
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
@@ -47,6 +50,8 @@ log = logging.getLogger("tally")
 BACKLOG = 4096
 QUIET_SECONDS = 0.5
 """When no connection has come for so long, whoever sends requests has noticed that this server is to end."""
+HANDSHAKE_SECONDS = 0.05
+SO_ATTACH_FILTER = 26
 ROUTES_KEPT = 4096
 JSON = [("Content-Type", "application/json")]
 
@@ -160,7 +165,8 @@ class ModelServer:
                 await asyncio.sleep(0.05)
         serving.close()  # the socket still listens, as its copy is open
         spare.setblocking(False)
-        spare.listen(0)
+        _refuse_new(spare)
+        await asyncio.sleep(HANDSHAKE_SECONDS)  # those that have begun to connect are let in
         await self._take_rest(spare)
         spare.close()
         stopping = asyncio.ensure_future(self._stop_grpc(until))
@@ -401,6 +407,27 @@ def _grpc_server(models: ModelServer) -> GrpcServer:
 
 def _resolved(model: ModelSettings) -> ModelRef:
     return resolve(model.model, **model.options)
+
+
+def _refuse_new(listener: socket.socket) -> None:
+    """Have the kernel let nobody begin to connect any more, while those who have begun may end.
+
+    A listening socket that is closed resets connections that it has accepted and not handed over. With a filter that
+    drops SYN packets, none comes that would be. Their clients try again, and find the port closed.
+    """
+    if sys.platform != "linux":
+        listener.listen(0)
+        return
+    instructions = (
+        (0x30, 0, 0, 13),  # the flags of TCP
+        (0x54, 0, 0, 0x12),  # SYN and ACK
+        (0x15, 0, 1, 0x02),  # is it SYN alone?
+        (0x06, 0, 0, 0),  # drop it
+        (0x06, 0, 0, 0xFFFF),  # keep it
+    )
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in instructions))
+    program = struct.pack("HP", len(instructions), ctypes.addressof(code))
+    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
 
 
 def _raise_limit() -> None:
