@@ -36,11 +36,13 @@ from tally.server.api.views import (
     AuditEntry,
     DeadItem,
     DeadList,
+    EndpointView,
     Figures,
     JobDetail,
     JobList,
     JobView,
     KeyView,
+    Lines,
     Me,
     MessageView,
     NewKey,
@@ -324,6 +326,55 @@ class Client:
     def remove_model(self, name: str, version: int) -> None:
         """Remove a version for good."""
         self._send("DELETE", f"models/{_quoted(name)}/versions/{version:d}")
+
+    # -- endpoints -----------------------------------------------------------------------------------------------------
+
+    def endpoints(self) -> Sequence[EndpointView]:
+        """All kept endpoints."""
+        return self._get(list[EndpointView], "endpoints")
+
+    def endpoint(self, name: str) -> EndpointView:
+        """What an endpoint serves, its replicas, how it has done lately, and what it served before."""
+        return self._get(EndpointView, f"endpoints/{_quoted(name)}")
+
+    def add_endpoint(self, name: str, model: str, **options: Any) -> EndpointView:
+        """Keep a model online on the server's machine. options: task, labels, artifacts, settings, trust; port,
+        replicas, and the other limits of ``tally serve``."""
+        return self._post(EndpointView, "endpoints", {"name": name, "model": model, **_plain(options)})
+
+    def serve_version(self, name: str, model: str, *, share: float | None = None, **options: Any) -> EndpointView:
+        """Serve another version: instead of all others, or with a share (0 to 1) of the requests beside them."""
+        wanted = {"model": model, **_plain({"share": share, **options})}
+        return self._post(EndpointView, f"endpoints/{_quoted(name)}/versions", wanted)
+
+    def scale_endpoint(self, name: str, least: int, most: int | None = None) -> EndpointView:
+        """Keep so many replicas, or as many as are needed between the two."""
+        wanted = {"replicas": [least, least if most is None else most]}
+        return self._post(EndpointView, f"endpoints/{_quoted(name)}/scale", wanted)
+
+    def split_endpoint(
+        self, name: str, split: Mapping[str, float], *, shadows: Mapping[str, float] = {}
+    ) -> EndpointView:
+        """Share out its requests. split: number of a version to its weight. shadows: to the share (0 to 1) of requests
+        of which it gets a copy."""
+        wanted = {"split": dict(split), "shadows": dict(shadows)}
+        return self._post(EndpointView, f"endpoints/{_quoted(name)}/split", wanted)
+
+    def reload_endpoint(self, name: str) -> EndpointView:
+        """Look up its model again, an alias say, and serve what it is now."""
+        return self._post(EndpointView, f"endpoints/{_quoted(name)}/reload")
+
+    def roll_back_endpoint(self, name: str) -> EndpointView:
+        """Serve what it served before its last change."""
+        return self._post(EndpointView, f"endpoints/{_quoted(name)}/rollback")
+
+    def endpoint_log(self, name: str, *, lines: int = 100) -> Sequence[str]:
+        """The last lines that its process has printed; none where it runs on another machine."""
+        return self._get(Lines, f"endpoints/{_quoted(name)}/log", params={"lines": lines}).lines
+
+    def remove_endpoint(self, name: str) -> None:
+        """Serve it no more, once it has answered what it was sent."""
+        self._send("DELETE", f"endpoints/{_quoted(name)}")
 
     # -- schedules -----------------------------------------------------------------------------------------------------
 

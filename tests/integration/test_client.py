@@ -263,7 +263,11 @@ def test_there_is_a_method_for_each_route(
         lambda: client.remove_watch("1"), lambda: client.queue_depth(""), lambda: client.queue_messages(""),
         lambda: client.replay_queue(""), lambda: client.upload(), lambda: client.me(), lambda: client.keys(),
         lambda: client.add_key("", "viewer"), lambda: client.revoke_key("1"), lambda: client.audit(),
-        lambda: client.figures(),
+        lambda: client.figures(), lambda: client.endpoints(), lambda: client.endpoint("1"),
+        lambda: client.add_endpoint("1", ""), lambda: client.serve_version("1", ""),
+        lambda: client.scale_endpoint("1", 1), lambda: client.split_endpoint("1", {}),
+        lambda: client.reload_endpoint("1"), lambda: client.roll_back_endpoint("1"),
+        lambda: client.endpoint_log("1"), lambda: client.remove_endpoint("1"),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(Enough):

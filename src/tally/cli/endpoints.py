@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -73,7 +71,7 @@ def show(name: str, as_json: bool) -> None:
 @click.option("--no-wait", is_flag=True, help="Do not wait until it is so.")
 def scale(name: str, replicas: tuple[int, int], no_wait: bool) -> None:
     """Keep N replicas of endpoint NAME; or 0..4, as many as are needed."""
-    _change(name, lambda spec: replace(spec, limits=replace(spec.limits, replicas=replicas)), wait=not no_wait)
+    _settle(installation.deployments().scale(name, replicas, who=_who()), wait=not no_wait)
 
 
 @endpoints.command("reload", short_help="Look up NAME's model again.")
@@ -84,15 +82,7 @@ def reload_(name: str, no_wait: bool) -> None:
 
     Requests that the old version has been given are answered by it.
     """
-    from tally.models.resolve import resolve
-    from tally.serving.deployments import Version
-
-    def again(spec: EndpointSpec) -> EndpointSpec:
-        number = max(spec.split, key=lambda each: spec.split[each])
-        old = spec.versions[number]
-        return spec.with_model(Version(old.model, resolve(old.model, **dict(old.options)), old.options))
-
-    _change(name, again, wait=not no_wait)
+    _settle(installation.deployments().reload(name, who=_who()), wait=not no_wait)
 
 
 @endpoints.command(short_help="Serve what NAME served before.")
@@ -100,8 +90,7 @@ def reload_(name: str, no_wait: bool) -> None:
 @click.option("--no-wait", is_flag=True, help="Do not wait until it is served.")
 def rollback(name: str, no_wait: bool) -> None:
     """Serve what endpoint NAME served before its last change."""
-    store = installation.deployments()
-    _settle(store.roll_back(name, who=_who()), wait=not no_wait)
+    _settle(installation.deployments().roll_back(name, who=_who()), wait=not no_wait)
 
 
 @endpoints.command(short_help="Share out NAME's requests.")
@@ -115,7 +104,7 @@ def split(name: str, shares: tuple[str, ...], shadows: tuple[str, ...], no_wait:
     A version with the share 0 gets none and ends. The header X-Tally-Version chooses one.
     """
     found, copied = _numbers(shares, "shares"), _numbers(shadows, "--shadow")
-    _change(name, lambda spec: replace(spec, split=found, shadows=copied), wait=not no_wait)
+    _settle(installation.deployments().share_out(name, found, copied, who=_who()), wait=not no_wait)
 
 
 @endpoints.command(short_help="What NAME's process has printed.")
@@ -123,13 +112,10 @@ def split(name: str, shares: tuple[str, ...], shadows: tuple[str, ...], no_wait:
 @click.option("-n", "--lines", type=click.IntRange(1, 100_000), default=50, show_default=True, help="How many lines.")
 def logs(name: str, lines: int) -> None:
     """Print the last lines that the process of endpoint NAME has printed, and its replicas."""
-    from tally.config import settings
-
-    installation.deployments().get(name)
-    file = settings().endpoint_log_of(name)
-    if not file.exists():
-        raise EndpointError(f"there is no log of endpoint {name} on this machine")
-    for line in file.read_text("utf-8", "replace").splitlines()[-lines:]:
+    printed = installation.deployments().printed(name, lines=lines)
+    if not printed:
+        raise EndpointError(f"nothing that endpoint {name} has printed is on {installation.place()}")
+    for line in printed:
         say(line)
 
 
@@ -146,15 +132,11 @@ def delete(name: str, yes: bool) -> None:
     say(f"endpoint {name} is served no more")
 
 
-def _change(name: str, changed: Callable[[EndpointSpec], EndpointSpec], *, wait: bool) -> None:
-    _settle(installation.deployments().change(name, changed, who=_who()), wait=wait)
-
-
 def _settle(changed: Deployment, *, wait: bool) -> None:
-    from tally.serving.launch import restart_if_down, settled
+    from tally.serving.launch import settled
 
     store = installation.deployments()
-    started = restart_if_down(store, changed.name)
+    started = installation.restarted(store, changed.name)
     if wait:
         changed = settled(store, changed.name, changed.revision, WAIT_SECONDS, started)
     say(f"endpoint {changed.name}: {changed.state}, {_shares(changed.spec)}, revision {changed.revision}")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    import subprocess
+
     import sqlalchemy as sa
 
     from tally.client import Client
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from tally.triggers.watch import WatchStore
 
 _CLIENT = "tally.client"
-HERE_ONLY = ("train", "up", "new", "simulate", "doctor", "inject", "serve", "predict", "load", "endpoints", "deploy")
+HERE_ONLY = ("train", "up", "new", "simulate", "doctor", "inject", "serve", "predict", "load", "deploy")
 """Commands that are about this machine."""
 
 
@@ -94,9 +96,28 @@ def watches() -> WatchStore:
 
 def deployments() -> DeploymentStore:
     """All kept endpoints."""
+    if (client := _client()) is not None:
+        from tally.cli.remote import RemoteEndpoints
+
+        return RemoteEndpoints(client)
     from tally.serving.deployments import DeploymentStore
 
     return DeploymentStore(_database())
+
+
+def restarted(store: DeploymentStore, name: str) -> subprocess.Popen[bytes] | None:
+    """A process for the endpoint, where none serves it; none if a server sees to that."""
+    if _server() is not None:
+        return None
+    from tally.serving.launch import restart_if_down
+
+    return restart_if_down(store, name)
+
+
+def place() -> str:
+    """Where commands work, for messages."""
+    server = _server()
+    return "this machine" if server is None else f"the machine of {server.url}"
 
 
 def keys() -> KeyStore:

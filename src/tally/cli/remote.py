@@ -1,4 +1,4 @@
-"""Jobs, models, schedules, watches, queues and keys of a server, with the methods of those of this machine.
+"""Jobs, models, endpoints, schedules, watches, queues and keys of a server, with the methods of those of this machine.
 
 What only the server's own machine can do says so: all of that asks for the database, which is not here.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tally.alerts.alert import Alert
@@ -24,9 +25,10 @@ from tally.models.mirror import fetched
 from tally.models.package import write_package
 from tally.models.reference import ModelRef
 from tally.models.registry import ModelVersion, RegisteredModel, Registry
-from tally.server.api.views import JobDetail, JobView, KeyView
+from tally.server.api.views import EndpointView, JobDetail, JobView, KeyView
 from tally.server.auth.keys import Key, KeyStore
 from tally.server.auth.roles import Role
+from tally.serving.deployments import Deployment, DeploymentStore, EndpointSpec, LookUp, Version
 from tally.sources.queues.base import Depth, Message, Queue
 from tally.storage import temporary
 from tally.triggers.cron import Interval
@@ -357,6 +359,67 @@ class RemoteWatches(WatchStore):
 
     def delete(self, name: str) -> None:
         self._client.remove_watch(name)
+
+
+class RemoteEndpoints(DeploymentStore):
+    """The kept endpoints of a server."""
+
+    _engine = _elsewhere
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def get(self, name: str) -> Deployment:
+        return _deployment(self._client.endpoint(name))
+
+    def list(self) -> list[Deployment]:
+        return [_deployment(each) for each in self._client.endpoints()]
+
+    def scale(self, name: str, replicas: tuple[int, int], *, who: str = "") -> Deployment:
+        return _deployment(self._client.scale_endpoint(name, *replicas))
+
+    def share_out(
+        self, name: str, split: Mapping[str, float], shadows: Mapping[str, float], *, who: str = ""
+    ) -> Deployment:
+        return _deployment(self._client.split_endpoint(name, split, shadows=shadows))
+
+    def reload(self, name: str, *, look_up: LookUp | None = None, who: str = "") -> Deployment:
+        return _deployment(self._client.reload_endpoint(name))
+
+    def roll_back(self, name: str, *, who: str = "") -> Deployment:
+        return _deployment(self._client.roll_back_endpoint(name))
+
+    def printed(self, name: str, *, lines: int) -> Sequence[str]:
+        return self._client.endpoint_log(name, lines=min(lines, 10_000))
+
+    def delete(self, name: str) -> None:
+        self._client.remove_endpoint(name)
+
+
+def _deployment(view: EndpointView) -> Deployment:
+    """The endpoint as this machine's are; where its models lie is the server's."""
+    versions = {
+        number: Version(
+            each.model,
+            ModelRef(each.kind, each.name, Path(), "", each.hash, version=each.version),
+            each.options,
+        )
+        for number, each in view.versions.items()
+    }
+    split = {number: each.share for number, each in view.versions.items()}
+    shadows = {number: each.shadow for number, each in view.versions.items() if each.shadow}
+    return Deployment(
+        name=view.name,
+        spec=EndpointSpec(versions, split, view.limits, shadows, port=view.port, max_body=view.max_body),
+        history=[each.model_dump() for each in view.history],
+        revision=view.revision,
+        created_at=view.created_at,
+        changed_at=view.changed_at,
+        changed_by=view.changed_by,
+        observed={} if view.observed is None else view.observed.model_dump(),
+        alive=view.alive,
+        failures=view.failures,
+    )
 
 
 class RemoteKeys(KeyStore):

@@ -25,10 +25,11 @@ class Printed:
 def printed_by(job_id: str, *, lines: int) -> Printed:
     """At most so many lines of each, of the last megabyte."""
     places = settings()
-    return Printed(_tail(places.coordinator_log_of(job_id), lines), _tail(places.log_of(job_id), lines))
+    return Printed(tail(places.coordinator_log_of(job_id), lines), tail(places.log_of(job_id), lines))
 
 
-def _tail(log: Path, lines: int) -> list[str]:
+def tail(log: Path, lines: int) -> list[str]:
+    """The last lines of a file, of its last megabyte, with secrets masked; none where there is no such file."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -28,6 +28,7 @@ from tally.models.route import is_route
 from tally.text import closest, expanded
 
 if TYPE_CHECKING:
+    from tally.models.registry import Registry
     from tally.scorers.base import Scorer
 
 _PLACEHOLDER = re.compile(r"\{[^{}]+\}")
@@ -280,9 +281,16 @@ def _resolved(kind: Kind, found: Candidate, request: ModelRequest) -> ModelRef:
 def _from_registry(text: str, request: ModelRequest) -> ModelRef:
     from tally.models.registry import open_registry
 
-    registry = open_registry()
-    version = registry.get(text)
+    return registered(open_registry(), text, lambda folder: _from_folder(folder, request))
+
+
+def registered(registry: Registry, uri: str, opened: Callable[[Path], ModelRef]) -> ModelRef:
+    """A model of the registry. opened: resolves the folder that its version is in, wherever that is to happen.
+
+    Raises ModelNotFoundError, and what ``opened`` raises.
+    """
+    version = registry.get(uri)
     folder = registry.fetch(version)
-    ref = replace(_from_folder(folder, request), name=version.name, version=version.version)
+    ref = replace(opened(folder), name=version.name, version=version.version)
     mirror = registry.mirror(version)
     return ref if mirror is None else at_mirror(ref, folder, mirror)

@@ -17,6 +17,7 @@ import tally
 from tally.alerts.delivery import delivering
 from tally.jobs.facade import Jobs
 from tally.server import errors, health, metrics
+from tally.server.api import endpoints as endpoints_api
 from tally.server.api import figures, models, queues, schedules, uploads, watches
 from tally.server.api import jobs as jobs_api
 from tally.server.api import keys as keys_api
@@ -110,7 +111,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     app.state.guard = Guard(KeyStore(engine), Throttle())
     errors.install(app)
     api = APIRouter(prefix="/api/v1")
-    for each in (jobs_api, results_api, models, schedules, watches, queues, uploads, figures, keys_api):
+    for each in (jobs_api, results_api, models, endpoints_api, schedules, watches, queues, uploads, figures, keys_api):
         api.include_router(each.router)
     app.include_router(api)
     app.include_router(health.router)

@@ -122,7 +122,7 @@ class DeployedServer(ModelServer):
             "ready": endpoint.ready,
             "complete": all(pool.ready >= pool.least for pool in endpoint.versions.values()),
             "split": endpoint.split,
-            "pools": [facts(pool) for pool in endpoint.versions.values()],
+            "pools": [{**facts(pool), "figures": pool.metrics.recent.figures()} for pool in endpoint.versions.values()],
             "at": time.time(),
         }
 

@@ -11,24 +11,30 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 
+from tally.config import settings
 from tally.database import lease as leases
 from tally.database.clock import now
 from tally.database.tables import endpoints
 from tally.errors import EndpointError, EndpointNotFoundError, OwnershipLostError, SpecError
+from tally.jobs.printed import tail
 from tally.models.reference import ModelRef
+from tally.models.resolve import resolve
 from tally.serving.settings import Limits
 from tally.text import did_you_mean, storable
 
 LEASE_SECONDS = 20.0
+PORT = 8890
+MAX_BODY = 64 << 20
 HISTORY = 20
 """How many earlier specs are kept."""
 LONGEST_PAUSE = 300.0
 
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+"""Of an endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +60,8 @@ class EndpointSpec:
     limits: Limits = field(default_factory=Limits)
     shadows: Mapping[str, float] = field(default_factory=dict)
     host: str = "127.0.0.1"
-    port: int = 8890
-    max_body: int = 64 << 20
+    port: int = PORT
+    max_body: int = MAX_BODY
 
     def __post_init__(self) -> None:
         wrong = self.limits.problems()
@@ -123,6 +129,7 @@ def number_of(ref: ModelRef, versions: Mapping[str, Version] = {}) -> str:
 class Deployment:
     """An endpoint, as its row has it. Times are seconds since the epoch.
 
+    history: what was served before, oldest first: ``spec``, ``revision``, ``changed_at``, ``changed_by``.
     observed: what the process that serves it says: ``revision``, ``url``, ``state`` (starting, ready or failed),
     ``error``, ``pools``. alive: whether there is such a process.
     """
@@ -157,6 +164,13 @@ class Deployment:
         return self.observed.get("url") if self.alive else None
 
 
+LookUp: TypeAlias = Callable[[str, Mapping[str, Any]], ModelRef]
+
+
+def _look_up(model: str, options: Mapping[str, Any]) -> ModelRef:
+    return resolve(model, **options)
+
+
 class DeploymentStore:
     """The endpoints in one database. Safe to use from several threads."""
 
@@ -182,10 +196,17 @@ class DeploymentStore:
         with self._engine.connect() as connection:
             return [_deployment(row) for row in connection.execute(_select().order_by(endpoints.c.name)).mappings()]
 
+    def check_new(self, name: str) -> None:
+        """Raises SpecError where an endpoint cannot have that name, EndpointError where one has it."""
+        if not NAME.fullmatch(name):
+            raise SpecError(f"an endpoint's name has lower-case letters, digits and '-', at most 63, not {name!r}")
+        with self._engine.connect() as connection:
+            if connection.scalar(sa.select(endpoints.c.name).where(endpoints.c.name == name)) is not None:
+                raise _taken(name)
+
     def create(self, name: str, spec: EndpointSpec, *, who: str = "") -> Deployment:
         """Have this served from now on. Raises SpecError, EndpointError where the name is taken."""
-        if not _NAME.fullmatch(name):
-            raise SpecError(f"an endpoint's name has lower-case letters, digits and '-', at most 63, not {name!r}")
+        self.check_new(name)
         try:
             with self._engine.begin() as connection:
                 connection.execute(
@@ -195,7 +216,7 @@ class DeploymentStore:
                     )
                 )  # fmt: skip
         except sa.exc.IntegrityError:
-            raise EndpointError(f"there is an endpoint {name!r} already") from None
+            raise _taken(name) from None
         return self.get(name)
 
     def change(self, name: str, changed: Callable[[EndpointSpec], EndpointSpec], *, who: str = "") -> Deployment:
@@ -203,9 +224,36 @@ class DeploymentStore:
         while True:
             before = self.get(name)
             spec = changed(before.spec)
-            history = [*before.history, before.spec.to_dict()][-HISTORY:]
-            if self._write(before, spec, history, who):
+            earlier = {
+                "spec": before.spec.to_dict(), "revision": before.revision, "changed_at": before.changed_at,
+                "changed_by": before.changed_by,
+            }  # fmt: skip
+            if self._write(before, spec, [*before.history, earlier][-HISTORY:], who):
                 return self.get(name)
+
+    def scale(self, name: str, replicas: tuple[int, int], *, who: str = "") -> Deployment:
+        """Keep so many replicas, (least, most), of each version that gets requests. Raises as :meth:`change`,
+        SpecError."""
+        return self.change(name, lambda spec: replace(spec, limits=replace(spec.limits, replicas=replicas)), who=who)
+
+    def share_out(
+        self, name: str, split: Mapping[str, float], shadows: Mapping[str, float], *, who: str = ""
+    ) -> Deployment:
+        """Share out requests anew; as in :class:`EndpointSpec`. Raises as :meth:`change`, SpecError."""
+        return self.change(name, lambda spec: replace(spec, split=split, shadows=shadows), who=who)
+
+    def reload(self, name: str, *, look_up: LookUp = _look_up, who: str = "") -> Deployment:
+        """Look up the model of the version with the most requests again, an alias say, and serve what it is now.
+
+        look_up: of a model as it was asked for, and the options for that. Raises as :meth:`change`, and what
+        ``look_up`` raises.
+        """
+
+        def again(spec: EndpointSpec) -> EndpointSpec:
+            old = spec.versions[max(spec.split, key=lambda each: spec.split[each])]
+            return spec.with_model(replace(old, ref=look_up(old.model, old.options)))
+
+        return self.change(name, again, who=who)
 
     def roll_back(self, name: str, *, who: str = "") -> Deployment:
         """Serve what was served before the last change. Raises EndpointError where there was nothing."""
@@ -213,7 +261,7 @@ class DeploymentStore:
             before = self.get(name)
             if not before.history:
                 raise EndpointError(f"endpoint {name} has served nothing before this")
-            if self._write(before, EndpointSpec.from_dict(before.history[-1]), before.history[:-1], who):
+            if self._write(before, EndpointSpec.from_dict(before.history[-1]["spec"]), before.history[:-1], who):
                 return self.get(name)
 
     def _write(self, before: Deployment, spec: EndpointSpec, history: Sequence[Any], who: str) -> bool:
@@ -225,6 +273,12 @@ class DeploymentStore:
         }  # fmt: skip
         with self._engine.begin() as connection:
             return connection.execute(sa.update(endpoints).where(*unchanged).values(**values)).rowcount > 0
+
+    def printed(self, name: str, *, lines: int) -> Sequence[str]:
+        """The last lines that the endpoint's process and its replicas have printed on this machine, with secrets
+        masked; none where another machine serves it. Raises EndpointNotFoundError."""
+        self.get(name)
+        return tail(settings().endpoint_log_of(name), lines)
 
     def delete(self, name: str) -> None:
         """Serve it no more: its process answers what it has, and ends. Raises EndpointNotFoundError."""
@@ -284,6 +338,10 @@ class DeploymentStore:
                 observed = {"state": "failed", "error": error, "revision": revision, "at": time.time()}
                 values = {"failures": failures + 1, "start_at": now() + pause, "observed": observed}
             leases.release(connection, endpoints, mine, token=token, **values)
+
+
+def _taken(name: str) -> EndpointError:
+    return EndpointError(f"there is an endpoint {name!r} already")
 
 
 def _select() -> sa.Select[Any]:

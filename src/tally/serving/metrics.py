@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tally.serving.messages import Batch
+from tally.serving.recent import Recent
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 8192, 65536)
@@ -53,12 +54,14 @@ class PoolMetrics:
         self._waiting = metrics.stages.labels(*self._labels, "waiting")
         self._scoring = metrics.stages.labels(*self._labels, "scoring")
         self._rows = metrics.rows.labels(*self._labels)
+        self.recent = Recent()
         self._counts: dict[tuple[str, int], Counter] = {}
 
     def batch(self, batch: Batch) -> None:
         """A batch was scored."""
         self._metrics.batches.labels(*self._labels, batch.release).inc()
         self._rows.observe(batch.rows)
+        self.recent.batch(batch.rows)
         self._scoring.observe(batch.seconds)
 
     def request(self, protocol: str, status: int, seconds: float, waited: float | None) -> None:
@@ -69,6 +72,7 @@ class PoolMetrics:
             counter = self._counts[key] = self._metrics.requests.labels(*self._labels, protocol, str(status))
         counter.inc()
         self._latency.observe(seconds)
+        self.recent.request(seconds, status)
         if waited is not None:
             self._waiting.observe(waited)
 

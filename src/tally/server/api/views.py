@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,7 +12,10 @@ from tally.jobs.outbox import Pushes
 from tally.jobs.spec import shown
 from tally.jobs.states import State
 from tally.jobs.store import JobRecord
+from tally.masking import mask
 from tally.server.auth.roles import Role
+from tally.serving.deployments import Deployment, EndpointSpec
+from tally.serving.settings import Limits
 from tally.sources.queues.base import Message
 from tally.triggers.cron import Interval
 from tally.triggers.store import Run, Schedule
@@ -203,6 +207,139 @@ class WatchDetail(View):
     watch: Watch
     objects: dict[str, int]
     seen: list[Seen] = Field(description="The newest that are settling, taken or refused, newest first.")
+
+
+class EndpointVersion(View):
+    """A version of an endpoint. model: as it was asked for, with its options; the rest is what that was."""
+
+    model: str
+    options: dict[str, Any]
+    kind: str
+    name: str
+    hash: str
+    version: int | None = Field(description="In the registry; null for a model that does not come from it.")
+    share: float = Field(description="Its weight among those that share out requests that name no version.")
+    shadow: float = Field(description="The share, 0 to 1, of requests of which it gets a copy.")
+
+    @classmethod
+    def all_of(cls, spec: EndpointSpec) -> dict[str, Self]:
+        """The versions of a spec, by number."""
+        return {
+            number: cls(
+                model=mask(each.model), options=shown(each.options), kind=each.ref.kind, name=each.ref.name,
+                hash=each.ref.hash, version=each.ref.version, share=spec.split.get(number, 0.0),
+                shadow=spec.shadows.get(number, 0.0),
+            )
+            for number, each in spec.versions.items()
+        }  # fmt: skip
+
+
+class Replica(View):
+    """A process with one loaded model. requests: that it has been given and not answered."""
+
+    pid: int | None
+    state: str
+    requests: int
+
+
+class RecentFigures(View):
+    """How a version did in the last five minutes. rates: requests per second in each stretch of ``per`` seconds, oldest
+    first. failed: requests with an answer of 400 and above. seconds: of a request: p50, p95 and p99. rows: of a batch,
+    on average. sizes: batches of 1, of 2, of up to 4, 8 ... rows."""
+
+    per: float
+    rates: list[float]
+    rate: float
+    requests: int
+    failed: int
+    seconds: list[float] | None
+    rows: float | None
+    sizes: list[int]
+
+
+class ServedVersion(View):
+    """A version as it is served now. wanted: replicas. waiting: requests that no replica has been given."""
+
+    version: str
+    model: str
+    hash: str
+    replicas: list[Replica]
+    wanted: int
+    ready: int
+    waiting: int
+    failure: str | None
+    figures: RecentFigures | None = None
+
+
+class Observed(View):
+    """What the process that serves an endpoint says. revision: that it serves. ready: whether requests are answered."""
+
+    state: str
+    revision: int | None = None
+    error: str | None = None
+    url: str | None = None
+    pid: int | None = None
+    ready: bool = False
+    pools: list[ServedVersion] = []
+
+
+class EarlierSpec(View):
+    """What an endpoint served before. changed_at, changed_by: of the change that began it."""
+
+    revision: int
+    changed_at: float
+    changed_by: str
+    versions: dict[str, EndpointVersion]
+    replicas: tuple[int, int]
+
+
+class EndpointView(View):
+    """A kept endpoint. state: ready, starting, changing, failed or down. url: where it is served, on the machine of its
+    process; null where it is not. revision: counts changes. history: newest first."""
+
+    name: str
+    state: str
+    alive: bool = Field(description="Whether a process serves it now.")
+    url: str | None
+    error: str | None
+    revision: int
+    created_at: float
+    changed_at: float
+    changed_by: str
+    versions: dict[str, EndpointVersion]
+    limits: Limits
+    port: int
+    max_body: int
+    failures: int = Field(description="How often in a row it could not be started.")
+    observed: Observed | None
+    history: list[EarlierSpec]
+
+    @classmethod
+    def of(cls, found: Deployment) -> Self:
+        spec, limits = found.spec, found.spec.limits
+        history = [
+            EarlierSpec(
+                revision=each["revision"], changed_at=each["changed_at"], changed_by=each["changed_by"],
+                versions=EndpointVersion.all_of(before), replicas=before.limits.replicas,
+            )
+            for each in reversed(found.history)
+            for before in [EndpointSpec.from_dict(each["spec"])]
+        ]  # fmt: skip
+        error = found.observed.get("error")
+        return cls(
+            name=found.name, state=found.state, alive=found.alive, url=found.url,
+            error=None if error is None else mask(error), revision=found.revision, created_at=found.created_at,
+            changed_at=found.changed_at, changed_by=found.changed_by, versions=EndpointVersion.all_of(spec),
+            limits=replace(limits, payloads=limits.payloads and mask(limits.payloads)), port=spec.port,
+            max_body=spec.max_body, failures=found.failures,
+            observed=Observed(**found.observed) if found.observed else None, history=history,
+        )  # fmt: skip
+
+
+class Lines(View):
+    """Lines of a log, oldest first, with secrets masked."""
+
+    lines: list[str]
 
 
 class MessageView(View):
