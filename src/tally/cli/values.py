@@ -69,8 +69,9 @@ def replicas(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     """The least and the most, from ``2`` or ``0..4``."""
     if value is None:
         return None
-    least, dots, most = value.partition("..")
+    from tally.serving.settings import replicas_from
+
     try:
-        return int(least), int(most if dots else least)
+        return replicas_from(value)
     except ValueError:
         raise click.BadParameter(f"{value!r} is neither a number nor a range such as 0..4", ctx, parameter) from None

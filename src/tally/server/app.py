@@ -28,7 +28,7 @@ from tally.server.auth.guard import Guard
 from tally.server.auth.keys import KeyStore
 from tally.server.auth.throttle import Throttle
 from tally.server.feed import Feed
-from tally.server.gallery import Gallery
+from tally.server.gallery import MAX_BYTES, Gallery
 from tally.server.machine import Machine
 from tally.server.middleware import MAX_BODY, Audited, BodyLimit, SecurityHeaders
 from tally.server.pages import accounts
@@ -131,9 +131,8 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     pages.install(app)
     # The last one added is the outermost.
     # Beside the files, an upload holds their names.
-    app.add_middleware(
-        BodyLimit, limits=dict.fromkeys(("/api/v1/uploads", "/jobs/new", "/models"), settings.max_upload + MAX_BODY)
-    )
+    limits = dict.fromkeys(("/api/v1/uploads", "/jobs/new", "/models"), settings.max_upload + MAX_BODY)
+    app.add_middleware(BodyLimit, limits=limits | {"/endpoints/try": MAX_BYTES + MAX_BODY})
     app.add_middleware(Audited, audit=audit)
     app.add_middleware(SecurityHeaders)
     return app

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import mimetypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,17 @@ class Row(BaseModel):
 _ROWS = TypeAdapter(list[Row])
 
 
+def drawable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What of the rows is drawn, those with the highest scores first; of those that are something else, nothing."""
+    found = []
+    for row in rows:
+        try:
+            found.append(Row.model_validate(dict(row)).model_dump(exclude_none=True))
+        except ValidationError:
+            continue
+    return sorted(filter(None, found), key=lambda row: -(row.get("score") or 0))[:MAX_BOXES]
+
+
 def rows_from(text: str) -> list[Row]:
     """The rows that a thumbnail's address carries; see :attr:`Shown.drawn`. Raises SpecError."""
     try:
@@ -80,9 +91,7 @@ class Shown:
     @property
     def drawn(self) -> str:
         """What is drawn onto its picture, as JSON."""
-        rows = sorted(self.rows, key=lambda row: -(row.get("score") or 0))[:MAX_BOXES]
-        given = [Row(**row).model_dump(exclude_none=True) for row in rows]
-        return json.dumps([row for row in given if row], separators=(",", ":"))
+        return json.dumps(drawable(self.rows), separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +210,16 @@ def _file(place: str, file: str, size: int) -> bytes:
 
 
 def _thumbnail(store: Store, name: str, size: int, rows: list[dict[str, Any]]) -> bytes:
+    if (length := store.size(name)) > MAX_BYTES:
+        raise ItemError(f"the file has {length:,} bytes: too many to show", stage="decode")
+    return thumbnail(store.read(name), size, rows)
+
+
+def thumbnail(content: bytes, size: int, rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """A picture whose longer side has so many pixels at most, with the rows drawn onto it, as JPEG.
+
+    rows: boxes in pixels of the original, or labels. Raises ItemError. For a process beside the server's.
+    """
     import numpy as np
     from PIL import Image
 
@@ -208,9 +227,7 @@ def _thumbnail(store: Store, name: str, size: int, rows: list[dict[str, Any]]) -
     from tally.scorers.vision.overlay import draw
     from tally.sinks.files import encode
 
-    if (length := store.size(name)) > MAX_BYTES:
-        raise ItemError(f"the file has {length:,} bytes: too many to show", stage="decode")
-    pixels, info = decode(store.read(name), (size // 2, size // 2), max_pixels=MAX_PIXELS)
+    pixels, info = decode(content, (size // 2, size // 2), max_pixels=MAX_PIXELS)
     image = Image.fromarray(pixels)
     image.thumbnail((size, size))
     small = np.asarray(image)

@@ -20,13 +20,12 @@ from tally.serving.deployments import LEASE_SECONDS, Deployment, DeploymentStore
 from tally.serving.endpoint import Endpoint, label_of
 from tally.serving.pool import facts
 from tally.serving.server import ModelServer, run
-from tally.serving.settings import ModelSettings, ServeSettings
+from tally.serving.settings import KEYS, ModelSettings, ServeSettings
 
 log = logging.getLogger("tally")
 
 FOLLOW_SECONDS = 0.5
 """Seconds between two looks at the row."""
-KEYS = "TALLY_ENDPOINT_KEY"
 
 
 class DeployedServer(ModelServer):

@@ -131,7 +131,7 @@ class Deployment:
 
     history: what was served before, oldest first: ``spec``, ``revision``, ``changed_at``, ``changed_by``.
     observed: what the process that serves it says: ``revision``, ``url``, ``state`` (starting, ready or failed),
-    ``error``, ``pools``. alive: whether there is such a process.
+    ``error``, ``pools``. alive: whether there is such a process; host: where it runs, or ran last.
     """
 
     name: str
@@ -144,6 +144,12 @@ class Deployment:
     observed: Mapping[str, Any]
     alive: bool
     failures: int
+    host: str | None = None
+
+    @property
+    def here(self) -> bool:
+        """Whether it is served on this machine."""
+        return self.alive and self.host == leases.host()
 
     @property
     def settled(self) -> bool:
@@ -360,4 +366,5 @@ def _deployment(row: sa.RowMapping) -> Deployment:
         row["observed"],
         leases.is_held(row),
         row["failures"],
+        row["owner_host"],
     )

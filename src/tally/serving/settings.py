@@ -11,6 +11,16 @@ from typing import Any
 from tally.errors import SpecError
 from tally.models.reference import BATCH_LIMIT
 
+KEYS = "TALLY_ENDPOINT_KEY"
+"""The environment variable with the keys that clients of kept endpoints may use, separated by commas."""
+
+
+def replicas_from(text: str) -> tuple[int, int]:
+    """The least and the most processes, from ``2`` or ``0..4``. Raises ValueError."""
+    least, dots, most = text.partition("..")
+    return int(least), int(most if dots else least)
+
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 

@@ -37,6 +37,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
+def latency(seconds: float) -> str:
+    """``7.1 ms``, ``1.25 s``."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
 def percent(job: JobView) -> int | None:
     """How much of a job is done, in percent; None while that is not known."""
     if not job.planned:
@@ -101,6 +106,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "count": count,
     "size": size,
     "duration": duration,
+    "latency": latency,
     "percent": percent,
     "rate": rate,
     "left": left,

@@ -150,7 +150,17 @@ async def job_live(
             return None
 
     csrf = csrf_token(request.cookies.get(COOKIE, ""))
-    async for each in stream(request, feed, f"page:{job_id}", look, "_job.html", price=price, who=who, csrf=csrf):
+    async for each in stream(
+        request,
+        feed,
+        f"page:{job_id}",
+        look,
+        "_job.html",
+        gone="This job was deleted.",
+        price=price,
+        who=who,
+        csrf=csrf,
+    ):
         yield each
 
 

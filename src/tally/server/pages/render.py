@@ -108,13 +108,20 @@ def price_of(request: Request) -> tuple[float, str]:
 
 
 async def stream(
-    request: Request, feed: Feed, topic: str, look: Callable[[], dict[str, Any] | None], template: str, **values: Any
+    request: Request,
+    feed: Feed,
+    topic: str,
+    look: Callable[[], dict[str, Any] | None],
+    template: str,
+    *,
+    gone: str = "This was deleted.",
+    **values: Any,
 ) -> AsyncIterator[ServerSentEvent]:
-    """The template anew whenever what ``look`` returns has changed; ends where it returns None."""
+    """The template anew whenever what ``look`` returns has changed; ends where it returns None, with ``gone``."""
 
     def event(state: dict[str, Any] | None) -> ServerSentEvent:
         if state is None:
-            return ServerSentEvent(raw_data=render("_message.html", text="This job was deleted.", problem=True))
+            return ServerSentEvent(raw_data=render("_message.html", text=gone, problem=True))
         return ServerSentEvent(raw_data=render(template, now=state, **values))
 
     may_see = still_signed_in(request)
