@@ -65,6 +65,7 @@ def asked(queue: Queue, url: str) -> tuple[int | None, int | None, int | None]:
 
 
 @pytest.mark.timeout(3600 if FULL else 900)
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # Service Bus' client leaves sockets that were cut
 @pytest.mark.parametrize("kind", list(BROKERS))
 def test_every_item_is_scored_once(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "items"
