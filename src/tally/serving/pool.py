@@ -295,8 +295,8 @@ class Pool:
 
     @property
     def ready(self) -> int:
-        """How many replicas answer."""
-        return sum(each.state == "ready" and not each.silent for each in self.replicas)
+        """How many replicas answer; one that computes without a word counts, until it is known to hang."""
+        return sum(each.state == "ready" for each in self.replicas)
 
     @property
     def waiting(self) -> int:
