@@ -113,7 +113,10 @@ def test_an_endpoint_from_its_beginning_to_its_end(client: tally.Client, folder:
     settled(client, "plastic")
     assert mark(client, "plastic") == "mended"
     assert any("is served" in line for line in client.endpoint_log("plastic"))
-    figures = settled(client, "plastic").observed.pools[0].figures
+    deadline = time.monotonic() + PATIENCE
+    while not (figures := settled(client, "plastic").observed.pools[0].figures).requests:
+        assert time.monotonic() < deadline  # its process says twice a second how it does
+        time.sleep(0.1)
     assert (figures.requests, figures.failed) == (1, 0)
     assert len(figures.seconds) == 3
     with pytest.raises(EndpointError, match="there is an endpoint 'plastic' already"):
