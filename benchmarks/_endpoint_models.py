@@ -35,13 +35,14 @@ def network() -> Callable[[list[bytes]], list[int]]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(os.environ["TALLY_BENCH_ONNX"], options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+    name, last = session.get_inputs()[0].name, session.get_inputs()[0].shape[-1] == 3  # channels
 
     def tensor(body: bytes) -> Any:
         picture = Image.open(io.BytesIO(body))
         picture.draft("RGB", (224, 224))
         pixels = np.asarray(picture.convert("RGB").resize((224, 224)), np.float32)
-        return (pixels / 127.5 - 1).transpose(2, 0, 1)
+        pixels = pixels / 127.5 - 1
+        return pixels if last else pixels.transpose(2, 0, 1)
 
     def run(bodies: list[bytes]) -> list[int]:
         [scores, *_] = session.run(None, {name: np.stack([tensor(body) for body in bodies])})

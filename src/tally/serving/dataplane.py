@@ -4,7 +4,8 @@ Threads: calls come in one thread (:meth:`DataPlane.accept`). Pictures are decod
 thread scores (:meth:`DataPlane.run`). One more encodes answers, while the next batch is being scored.
 
 A batch is closed when it is full, or when nothing more waits and it has as many rows as the batch before. While it
-has fewer, it waits for more, but no longer than ``max_delay``: so a client alone never waits, and many fill batches.
+has fewer, it waits for more, but no longer than ``max_delay``, nor than scoring the last one took: so a client alone
+never waits, many fill batches, and a quick model is not kept waiting for a fuller batch that would save nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ Send = Callable[[list[Answer | Batch]], None]
 
 BATCH_BYTES = 64 << 20
 """Bytes of bodies in one batch, at most, unless one call alone has more."""
+SMALL = 64 << 10
+"""Bodies of so many bytes are read as they come; larger ones when it is their turn, so that they hold up no call."""
 ABANDONED = 499
 """The status of calls that were not scored because nobody waits for them."""
 
@@ -99,7 +102,7 @@ class DataPlane:
         self._scored: queue.SimpleQueue[_Scored | None] = queue.SimpleQueue()
         self._held: Entry | None = None
         self._stopping = False
-        self._last_rows = 1
+        self._last_rows, self._last_seconds = 1, 0.0
         self._waiting: set[int] = set()
         self._cancelled: set[int] = set()
 
@@ -109,8 +112,10 @@ class DataPlane:
         self._waiting.add(call.id)
         if self._decoding is not None:
             self._decoding.submit(self._ahead_of_scoring, entry)
-        else:
-            self._ready.put(entry)
+            return
+        if len(call.body) <= SMALL and not self.responds:
+            self._open(entry)  # while the model scores others
+        self._ready.put(entry)
 
     def cancel(self, call_id: int) -> None:
         """Nobody waits for this answer: if its batch has not begun, it is not scored."""
@@ -211,7 +216,7 @@ class DataPlane:
     def _gather(self, first: Entry) -> tuple[list[Entry], str]:
         """A batch that begins with this call, and why it was closed."""
         entries, rows, size, kind = [first], first.rows, len(first.call.body), first.kind
-        until = time.monotonic() + self._max_delay
+        until = time.monotonic() + min(self._max_delay, self._last_seconds)
         while rows < self._max_batch:
             try:
                 entry = self._next(0.0 if rows >= self._last_rows else until)
@@ -267,7 +272,8 @@ class DataPlane:
             return
         for entry in entries:
             self._waiting.discard(entry.call.id)
-        scored = _Scored(entries, results, started, time.monotonic() - started, release)
+        self._last_seconds = time.monotonic() - started
+        scored = _Scored(entries, results, started, self._last_seconds, release)
         if self._held is None and self._ready.empty() and self._scored.empty():
             self._answer(scored)  # nothing to do meanwhile: this is quicker than another thread
         else:

@@ -61,6 +61,8 @@ STABLE_SECONDS = 10.0
 LONGEST_PAUSE = 30.0
 BATCHES_AHEAD = 2
 """A replica is given so many batches' worth of requests: one that is scored, and what is decoded meanwhile."""
+SECONDS_AHEAD = 0.01
+"""Of a model that scores quickly, so many seconds' worth: it would else wait for the server."""
 
 _ids = itertools.count(1)
 
@@ -107,6 +109,7 @@ class Replica(asyncio.Protocol):
         self.hung = False
         self.failure: Failed | None = None
         self.answered = time.monotonic()
+        self._batch_seconds = SECONDS_AHEAD
         self._used = -1.0
         self._used_at = 0.0
         self._transport: asyncio.Transport | None = None
@@ -128,6 +131,7 @@ class Replica(asyncio.Protocol):
                     case Answer():
                         self._answer(message)
                     case Batch():
+                        self._batch_seconds += 0.2 * (message.seconds - self._batch_seconds)
                         self.pool.metrics.batch(message)
                     case Pong():
                         pass
@@ -164,7 +168,8 @@ class Replica(asyncio.Protocol):
             return 0
         assert self.description is not None
         ahead = 1 if self.description.responds else self.description.max_batch
-        return min(BATCHES_AHEAD * ahead, 4096) - len(self.given)
+        batches = max(BATCHES_AHEAD, min(SECONDS_AHEAD / max(self._batch_seconds, 1e-4), 16))
+        return min(int(batches * ahead), 4096) - len(self.given)
 
     def give(self, pending: Pending) -> None:
         if not self.given:

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("tally")
 
 BACKLOG = 4096
+COLLECTION_THRESHOLDS = (50_000, 20, 20)
+"""Each request makes objects that are gone with its answer: garbage in circles is rare."""
 QUIET_SECONDS = 0.5
 """When no connection has come for so long, whoever sends requests has noticed that this server is to end."""
 HANDSHAKE_SECONDS = 0.05
@@ -105,6 +107,7 @@ class ModelServer:
                 self._announce()
                 gc.collect()
                 gc.freeze()
+                gc.set_threshold(*COLLECTION_THRESHOLDS)
                 await stopping
             else:
                 loading.cancel()
