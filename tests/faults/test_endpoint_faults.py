@@ -18,7 +18,8 @@ from tests.endpoints import Serving, Storm, echo, serving
 
 FULL = os.environ.get("TALLY_TEST_FULL") == "1"
 GIVEN = 16
-"""Requests that a replica has been given at most: two batches of 8."""
+"""Requests that a replica has been given at most: two batches of 8, as scoring one takes longer than 10 ms."""
+PAUSE = 0.02
 
 
 def busy(server: Serving) -> bool:
@@ -31,7 +32,7 @@ def busy(server: Serving) -> bool:
 def test_a_replica_that_dies_or_hangs_costs_what_it_had_been_given(
     tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
-    model = echo(tmp_path / "echo.py")
+    model = echo(tmp_path / "echo.py", pause=PAUSE)
     with serving(tmp_path, f"echo={model}", "--replicas", 2) as server, Storm(server) as storm:
         storm.until_answered(500)
         server.until(busy)
@@ -51,7 +52,7 @@ def test_a_replica_that_dies_or_hangs_costs_what_it_had_been_given(
 
 
 def test_all_replicas_die(tmp_path: Path) -> None:
-    model = echo(tmp_path / "echo.py")
+    model = echo(tmp_path / "echo.py", pause=PAUSE)
     with serving(tmp_path, f"echo={model}", "--replicas", 2) as server, Storm(server, clients=16) as storm:
         storm.until_answered(200)
         for each in server.replicas():
