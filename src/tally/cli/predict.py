@@ -11,15 +11,14 @@ import click
 from tally.cli import values
 from tally.cli.console import say
 from tally.errors import ServerAwayError
-
-_KEY = "TALLY_ENDPOINT_KEY"
+from tally.serving.settings import KEYS
 
 
 @click.command(short_help="Have an endpoint score files.")
 @click.argument("url")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
 @click.option("--name", help="What the input is called, where the protocol has names.  [default: image]")
-@click.option("--endpoint-key", envvar=_KEY, help=f"The endpoint's key; better kept in {_KEY}.")
+@click.option("--endpoint-key", envvar=KEYS, help=f"The endpoint's key; better kept in {KEYS}.")
 @click.option("--timeout", default="60s", show_default=True, callback=values.duration, help="To wait for an answer.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Where to write the answer, as it came.")
 def predict(
@@ -74,7 +73,7 @@ def _shown(content: bytes, kind: str) -> str:
 @click.option("--seconds", default="10s", show_default=True, callback=values.duration, help="How long.")
 @click.option("--rate", type=float, help="Requests a second; by default, as many as are answered.")
 @click.option("--name", help="What the input is called, where the protocol has names.  [default: image]")
-@click.option("--endpoint-key", envvar=_KEY, help=f"The endpoint's key; better kept in {_KEY}.")
+@click.option("--endpoint-key", envvar=KEYS, help=f"The endpoint's key; better kept in {KEYS}.")
 @click.option("--timeout", default="60s", show_default=True, callback=values.duration, help="To wait for an answer.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def load(

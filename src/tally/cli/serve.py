@@ -11,9 +11,8 @@ import click
 
 from tally.cli import values
 from tally.cli.console import pairs, say
+from tally.serving.settings import KEYS
 
-KEYS = "TALLY_ENDPOINT_KEY"
-"""The environment variable with the keys that clients may use, separated by commas."""
 _NEEDS = "Serving needs more than scoring does: pip install 'tally-scoring[server]'"
 
 

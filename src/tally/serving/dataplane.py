@@ -36,6 +36,8 @@ BATCH_BYTES = 64 << 20
 """Bytes of bodies in one batch, at most, unless one call alone has more."""
 SMALL = 64 << 10
 """Bodies of so many bytes are read as they come; larger ones when it is their turn, so that they hold up no call."""
+QUICK = 0.001
+"""Seconds for a batch below which its answers are written before the next one is scored."""
 ABANDONED = 499
 """The status of calls that were not scored because nobody waits for them."""
 
@@ -274,8 +276,8 @@ class DataPlane:
             self._waiting.discard(entry.call.id)
         self._last_seconds = time.monotonic() - started
         scored = _Scored(entries, results, started, self._last_seconds, release)
-        if self._held is None and self._ready.empty() and self._scored.empty():
-            self._answer(scored)  # nothing to do meanwhile: this is quicker than another thread
+        if self._last_seconds < QUICK or (self._held is None and self._ready.empty()):
+            self._answer(scored)  # nothing to do meanwhile, or what is done so soon that the other thread would starve
         else:
             self._scored.put(scored)
 
