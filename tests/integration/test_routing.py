@@ -21,6 +21,7 @@ from PIL import Image
 from tests.clusters import Cluster
 from tests.colours import model
 from tests.extensions import install
+from tests.extent import FULL
 from tests.faults.storms import start
 from tests.integration.test_push import Hook
 from tests.objectstores import Service
@@ -33,6 +34,8 @@ from tally.sources.queues.factory import open_queue
 from tally.storage import open_store
 
 Cli = Callable[..., Any]
+KINDS = list(MAKERS) if FULL else ["rabbitmq", "redis-stream", "kafka"]
+"""All of them read their headers in the contract suite."""
 QUICK = Path(__file__).resolve().parents[1] / "faults" / "quick_aliases.py"
 QUEUES = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "queues.md"
 
@@ -116,7 +119,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize(("url", "kind"), [(each, each) for each in MAKERS], indirect=["url"], ids=list(MAKERS))
+@pytest.mark.parametrize(("url", "kind"), [(each, each) for each in KINDS], indirect=["url"], ids=KINDS)
 def test_each_message_is_scored_with_the_model_that_it_names(
     cli: Cli, url: str, kind: str, pictures: Path, tmp_path: Path, register: Callable[..., str]
 ) -> None:
@@ -241,6 +244,7 @@ def test_a_moved_alias_counts_for_what_comes_later_and_a_killed_worker_changes_n
     assert dead(url) == {}
 
 
+@pytest.mark.skipif(not FULL, reason="a cluster takes long to start: TALLY_TEST_FULL=1")
 def test_workers_of_a_cluster_score_with_the_models_that_messages_choose(
     cli: Cli,
     s3: str,
