@@ -1,6 +1,6 @@
 """A job that reads a real queue is killed again and again, and so is the broker: every item is scored once.
 
-A few hundred messages by default; ``TALLY_TEST_FULL=1``: ten thousand.
+A hundred or two by default; ``TALLY_TEST_FULL=1``: ten thousand.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tally.jobs.facade import Jobs
 from tally.sources.queues.base import REASON, Message, Queue
 from tally.sources.queues.factory import open_queue
 
-MESSAGES, KILLS = (10_000, 30) if FULL else (300, 6)
+MESSAGES, KILLS = (10_000, 30) if FULL else (150, 3)
 AHEAD = {"sqs": 50}
 """How many items may wait in brokers that look through all messages for each one: moto does, several times."""
 IN_HAND = {"azure-queue": 100, "servicebus": 100}

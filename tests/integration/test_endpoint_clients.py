@@ -12,9 +12,13 @@ from PIL import Image
 from tests.conftest import REPOSITORY
 from tests.endpoints import Serving, serving
 from tests.environments import asked
+from tests.extent import FULL
 
 SHAPES = REPOSITORY / "examples" / "shapes" / "model"
 CLASSES = (SHAPES / "labels.txt").read_text().split()
+
+
+pytestmark = pytest.mark.skipif(not FULL, reason="each client is installed into a venv of its own: TALLY_TEST_FULL=1")
 
 
 @pytest.fixture(scope="module")

@@ -423,6 +423,10 @@ def test_an_item_that_the_database_refuses_costs_itself_alone(url: str) -> None:
 
 def test_a_table_that_has_gone_is_not_made_anew_for_the_rest(cli: Cli, items: Path, tmp_path: Path, url: str) -> None:
     engine, process = opened(url), None
+    # It is not to be done before it is killed, however busy the machine is.
+    (tmp_path / "sizes.py").write_text(
+        "import time\n" + SCORER.replace("return [", "time.sleep(0.2)\n        return [", 1)
+    )
     command = [
         *(sys.executable, "-m", "tally", "score", str(items), "--model", str(tmp_path / "sizes.py")),
         *("--out", f"{url}#found", "--batch-size", "1", "-q"),
