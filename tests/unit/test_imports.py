@@ -36,6 +36,7 @@ LAYERS = (
         "config",
         "errors",
         "extensions",
+        "garbage",
         "logs",
         "masking",
         "network",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from importlib import import_module
 from typing import IO, Any, cast
 
 import click
+
+from tally import garbage
 
 COMMANDS = {
     "score": ("tally.cli.score:score", "Score a collection of files, frames or rows with a model."),
@@ -112,8 +113,7 @@ def main() -> None:
     from tally.errors import SpecError, TallyError
     from tally.text import visible
 
-    # Imports make much and leave no garbage: looking for it after every 700 objects took a tenth of a short command.
-    gc.set_threshold(50_000, 20, 20)
+    garbage.look_rarely()
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:

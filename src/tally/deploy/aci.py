@@ -16,9 +16,10 @@ from typing import Any
 from tally.deploy import container
 from tally.deploy.base import Change, Plan, Say, Status, Target, dump
 from tally.deploy.quantities import amount
-from tally.deploy.spec import KEY, DeploymentSpec
+from tally.deploy.spec import DeploymentSpec
 from tally.errors import DeployError, SpecError
 from tally.masking import mask
+from tally.serving.settings import KEYS
 from tally.storage import temporary
 
 API_VERSION = "2021-10-01"
@@ -63,7 +64,7 @@ class AciSpec(DeploymentSpec):
         if self.resource_group is not None and not _GROUP.fullmatch(self.resource_group):
             yield f"resource_group: {self.resource_group!r} cannot be the name of a resource group"
         for each in self.secrets:
-            if not _VARIABLE.fullmatch(each) or each == KEY:
+            if not _VARIABLE.fullmatch(each) or each == KEYS:
                 yield f"secrets: {each!r} is not the name of a variable of the environment (or is there already)"
 
 
@@ -74,7 +75,7 @@ class AciTarget(Target[AciSpec]):
     spec_type = AciSpec
 
     def plan(self) -> Plan:
-        placeholders = {name: f"${{{name}}}" for name in (KEY, *self.spec.secrets)}
+        placeholders = {name: f"${{{name}}}" for name in (KEYS, *self.spec.secrets)}
         file = f"{self.spec.name}.aci.yaml"
         group = self.spec.resource_group or "RESOURCE_GROUP"
         by_hand = f"envsubst < {file} > filled.yaml && az container create --resource-group {group} --file filled.yaml"
@@ -184,14 +185,14 @@ class AciTarget(Target[AciSpec]):
 
     def _secrets(self) -> dict[str, str]:
         """The values of the secrets, from this process's environment. Raises SpecError for those that are not there."""
-        missing = [name for name in (KEY, *self.spec.secrets) if not os.environ.get(name)]
+        missing = [name for name in (KEYS, *self.spec.secrets) if not os.environ.get(name)]
         if missing:
             raise SpecError(
                 [f"{name} is not set in the environment, and the container needs it" for name in missing],
-                hint=f"{KEY} has the keys of the endpoint's clients, with commas between them." * (KEY in missing)
+                hint=f"{KEYS} has the keys of the endpoint's clients, with commas between them." * (KEYS in missing)
                 or None,
             )
-        return {name: os.environ[name] for name in (KEY, *self.spec.secrets)}
+        return {name: os.environ[name] for name in (KEYS, *self.spec.secrets)}
 
     @property
     def _in_group(self) -> tuple[str, ...]:

@@ -11,13 +11,11 @@ from tally.deploy.quantities import amount
 from tally.errors import SpecError
 from tally.masking import has_secret
 from tally.models.reference import BATCH_LIMIT
+from tally.serving.settings import KEYS
 from tally.text import did_you_mean
 
 Profile = Literal["dev-test", "production"]
 Form = Literal["image", "pip", "conda", "containerfile"]
-
-KEY = "TALLY_ENDPOINT_KEY"
-"""The environment variable from which ``tally serve`` takes the keys of its clients."""
 
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 """A DNS label (RFC 1123)."""
@@ -165,7 +163,7 @@ class DeploymentSpec:
         for name, value in self.variables.items():
             if not _VARIABLE.fullmatch(name):
                 yield f"variables: {name!r} cannot be the name of a variable"
-            elif name == KEY or _SENSITIVE.search(name) or has_secret(f"{name}={value}") or has_secret(value):
+            elif name == KEYS or _SENSITIVE.search(name) or has_secret(f"{name}={value}") or has_secret(value):
                 yield f"variables: {name} is a secret, and would stand in the clear: give it with --secret"
 
     @property

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from itertools import islice, repeat
 from typing import Any, TypeVar
 
+from tally import garbage
 from tally.database.waiting import Patience
 from tally.engines.base import Engine
 from tally.errors import (
@@ -98,9 +99,6 @@ KEYS_SECONDS = 7 * 86_400.0
 """Seconds for which the keys of finished messages are kept, to recognise one that is delivered late."""
 QUIET_SECONDS = 5.0
 """Seconds without any outcome before the engine is asked why."""
-COLLECTION_THRESHOLDS = (50_000, 20, 20)
-"""Of Python's garbage collector. It counts objects, and each chunk at hand is twenty or so, none of them garbage: with
-thousands of workers, and Python's own thresholds, a quarter of the time went into looking at them."""
 
 
 @dataclass(slots=True)
@@ -849,10 +847,12 @@ class Coordinator:
 @contextmanager
 def _collecting_rarely() -> Iterator[None]:
     before = gc.get_threshold()
-    if not 0 < before[0] < COLLECTION_THRESHOLDS[0]:  # the caller has turned it off, or made it rarer still
+    if not 0 < before[0] < garbage.THRESHOLDS[0]:  # the caller has turned it off, or made it rarer still
         yield
         return
-    gc.set_threshold(*COLLECTION_THRESHOLDS)
+    # Each chunk at hand is twenty objects or so, none of them garbage: with thousands of workers, and Python's own
+    # thresholds, a quarter of the time went into looking at them.
+    garbage.look_rarely()
     try:
         yield
     finally:

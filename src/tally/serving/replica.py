@@ -6,7 +6,6 @@ server: when the socket closes, nobody is left who waits for an answer.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from tally import garbage
 from tally.errors import TallyError, error_line, is_interrupt
 from tally.serving.messages import (
     Answer,
@@ -36,7 +36,6 @@ from tally.serving.messages import (
 log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 20
-COLLECTION_THRESHOLDS = (50_000, 20, 20)
 SWITCH_SECONDS = 0.0005
 """How long one thread may hold the interpreter while others want it: calls come in beside a model that computes."""
 
@@ -103,10 +102,7 @@ def main() -> None:
         log.exception("the model cannot be loaded")
         _end_with(connection, Failed(error_line(error)))
     plane.append(data_plane)
-    # What is loaded stays: looking through it for garbage, again and again, would hold up requests.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*COLLECTION_THRESHOLDS)
+    garbage.keep_what_is_loaded()
     connection.send([Loaded(_description(scorer, given))])
     try:
         data_plane.run()

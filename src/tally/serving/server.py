@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import ctypes
 import errno
-import gc
 import hashlib
 import hmac
 import json
@@ -29,6 +28,7 @@ from urllib.parse import urlsplit
 
 import uvloop
 
+from tally import garbage
 from tally.errors import SpecError, StorageError, TallyError
 from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("tally")
 
 BACKLOG = 4096
-COLLECTION_THRESHOLDS = (50_000, 20, 20)
-"""Each request makes objects that are gone with its answer: garbage in circles is rare."""
 QUIET_SECONDS = 0.5
 """When no connection has come for so long, whoever sends requests has noticed that this server is to end."""
 HANDSHAKE_SECONDS = 0.05
@@ -105,9 +103,7 @@ class ModelServer:
             if loading.done():
                 loading.result()
                 self._announce()
-                gc.collect()
-                gc.freeze()
-                gc.set_threshold(*COLLECTION_THRESHOLDS)
+                garbage.keep_what_is_loaded()
                 await stopping
             else:
                 loading.cancel()

@@ -10,7 +10,7 @@ from tally.deploy.kubernetes.cluster import Cluster, ForbiddenError, Object
 from tally.deploy.kubernetes.manifests import Manifest
 from tally.deploy.kubernetes.spec import KubernetesSpec
 from tally.deploy.quantities import amount, shown_bytes
-from tally.deploy.spec import KEY
+from tally.serving.settings import KEYS
 
 LEAST_CORES = 12
 """Cores of a cluster that is to carry production, as Azure ML asked of its own."""
@@ -18,7 +18,7 @@ LEAST_CORES = 12
 
 def secret_problems(cluster: Cluster, spec: KubernetesSpec) -> Iterator[str]:
     """What is missing of the Secrets that the pods name: they would not start."""
-    wanted = [(spec.keys_from, KEY), *((each, None) for each in (*spec.secrets, spec.pull_secret) if each)]
+    wanted = [(spec.keys_from, KEYS), *((each, None) for each in (*spec.secrets, spec.pull_secret) if each)]
     for name, entry in wanted:
         try:
             found = cluster.get("Secret", name)

@@ -9,7 +9,7 @@ from typing import Any
 from tally.deploy import container
 from tally.deploy.kubernetes.spec import KubernetesSpec
 from tally.deploy.shipping import Shipped
-from tally.deploy.spec import KEY
+from tally.serving.settings import KEYS
 
 Manifest = dict[str, Any]
 
@@ -133,7 +133,7 @@ def _container(spec: KubernetesSpec, shipped: Shipped) -> Manifest:
         "workingDir": WORK,
         "env": [
             *({"name": name, "value": value} for name, value in variables.items()),
-            {"name": KEY, "valueFrom": {"secretKeyRef": {"name": spec.keys_from, "key": KEY}}},
+            {"name": KEYS, "valueFrom": {"secretKeyRef": {"name": spec.keys_from, "key": KEYS}}},
         ],
         "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
         # No limit of CPU: it would hold up requests for parts of each tenth of a second while cores are idle.
