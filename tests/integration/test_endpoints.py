@@ -513,7 +513,7 @@ def test_a_model_is_unloaded_and_loaded_while_another_answers(tmp_path: Path) ->
     with serving(tmp_path, *models) as server, Storm(server, score("one"), clients=4) as storm:
         [replica] = server.replicas("two")
         assert server.ask("/v2/repository/models/two/unload", b"").status == 200
-        assert not psutil.pid_exists(replica["pid"])
+        server.until(lambda _: not psutil.pid_exists(replica["pid"]))
         gone = server.ask(score("two"), b"x")
         assert (gone.status, gone.json()["message"]) == (503, "two is not loaded")
         assert server.ask("/v2/models/two/ready").status == 503

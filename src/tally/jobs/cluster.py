@@ -57,7 +57,6 @@ def drive_in_cluster(
     driver = _Driver(store, job_id, cluster, events, stop, retry_dead)
     try:
         if driver.wait_for_cluster():
-            _keep_address(store, _upload_model(store, store.get(job_id)), cluster)
             return driver.run()
     except KeyboardInterrupt:
         pass
@@ -143,6 +142,8 @@ class _Driver:
         )
 
     def _start(self, record: JobRecord) -> None:
+        # Now, as nobody has the job: another coordinator would remove what is uploaded as it finishes, or has done so.
+        _keep_address(self._store, _upload_model(self._store, record), self._cluster)
         name = f"tally-{record.id}-{secrets.token_hex(3)}"
         command = f"-P -m tally coordinate {record.id} --quiet"
         if self._retry_dead and record.dead == self._before.dead:  # none of them is being replayed yet

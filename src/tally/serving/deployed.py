@@ -15,7 +15,7 @@ from typing import Any
 
 from tally.config import settings
 from tally.database.connect import connect
-from tally.errors import DatabaseAwayError, EndpointNotFoundError, OwnershipLostError, TallyError
+from tally.errors import EndpointNotFoundError, OwnershipLostError, TallyError, error_line
 from tally.serving.deployments import LEASE_SECONDS, Deployment, DeploymentStore, EndpointSpec
 from tally.serving.endpoint import Endpoint, label_of
 from tally.serving.pool import facts
@@ -62,7 +62,7 @@ class DeployedServer(ModelServer):
                 log.error("%s", error.message)
                 self.stop()
                 return
-            except DatabaseAwayError as error:
+            except TallyError as error:  # the database is away, say
                 if time.monotonic() - heard > LEASE_SECONDS:  # it goes on serving, and says so once it is back
                     log.warning("%s", error.message)
                     heard = time.monotonic()
@@ -80,9 +80,11 @@ class DeployedServer(ModelServer):
     async def _change(self, found: Deployment) -> None:
         try:
             await self._reconcile(found)
-        except TallyError as error:
-            log.error("revision %d of %s cannot be served: %s", found.revision, self._name, error.message)
-            self._error = error.message
+        except Exception as error:  # whatever it is, the endpoint goes on, and follows what is asked of it next
+            foreseen = isinstance(error, TallyError)
+            why = error.message if isinstance(error, TallyError) else error_line(error)
+            log.error("revision %d of %s cannot be served: %s", found.revision, self._name, why, exc_info=not foreseen)
+            self._error = why
         else:
             log.info("revision %d of %s is served", found.revision, self._name)
             self._error = None

@@ -53,8 +53,19 @@ def settled(
             return found
         if over or time.monotonic() > deadline:
             hint = f"'tally endpoints logs {name}' shows what its process says."
-            raise EndpointError(f"endpoint {name} is not ready after {seconds:g} s", hint=hint)
+            raise EndpointError(f"endpoint {name} is not ready after {seconds:g} s: {_served(found)}", hint=hint)
         time.sleep(0.1)
+
+
+def _served(found: Deployment) -> str:
+    """What is served of what is wanted."""
+    if not found.alive:
+        return "no process serves it"
+    pools = []
+    for each in found.observed.get("pools", ()):
+        why = f" ({each['failure']})" if each["failure"] else ""
+        pools.append(f"version {each['version']} has {each['ready']} of {each['wanted']} replicas{why}")
+    return ", ".join([f"revision {found.observed.get('revision', 0)} of {found.revision} is served", *pools])
 
 
 class Endpoints:

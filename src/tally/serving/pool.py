@@ -28,7 +28,7 @@ from typing import Any, Literal, cast
 
 import psutil
 
-from tally.errors import ModelLoadError, TallyError
+from tally.errors import ModelLoadError
 from tally.models.reference import ModelRef
 from tally.processes import command, environment
 from tally.serving.messages import (
@@ -443,7 +443,8 @@ class Pool:
                 log.error("replica %d of %s ended: %s", replica.process.pid, self, replica.failure.message)
             else:
                 log.warning("replica %d of %s %s", replica.process.pid, self, what)
-            self.loop.call_later(pause, self._fit)
+            if not pause:
+                self.loop.call_soon(self._fit)
         self._empty.set()
         self._changed()
 
@@ -452,7 +453,7 @@ class Pool:
         if self._closing:
             return
         alive = [each for each in self.replicas if each.state in ("starting", "ready")]
-        if len(alive) < self.wanted and time.monotonic() >= self._start_at - 0.001:
+        if len(alive) < self.wanted and time.monotonic() >= self._start_at:
             for _ in range(self.wanted - len(alive)):
                 try:
                     self.replicas.append(self._spawn())
@@ -510,7 +511,8 @@ class Pool:
                     each.look(now)
                 self._expire(now)
                 self._scale(now)
-            except (OSError, TallyError):
+                self._fit()
+            except Exception:  # replicas have to be looked after, whatever has happened
                 log.exception("looking at the replicas of %s", self)
 
     def _expire(self, now: float) -> None:
@@ -539,10 +541,8 @@ class Pool:
         if self._crowded >= 3 and self.wanted < self.most:
             self._crowded = 0
             self.wanted += 1
-            self._fit()
         elif self.wanted > self.least and now - self._used_at > self.limits.idle and not self._queued:
             self.wanted = self.least
-            self._fit()
 
 
 def facts(pool: Pool) -> dict[str, Any]:

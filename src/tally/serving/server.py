@@ -233,7 +233,12 @@ class ModelServer:
         """Have this done in the event loop, too."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a fault in Tally", exc_info=error)
 
     def stop(self) -> None:
         """Answer what has been sent; then end."""

@@ -272,7 +272,8 @@ class ServedVersion(View):
 
 
 class Observed(View):
-    """What the process that serves an endpoint says. revision: that it serves. ready: whether requests are answered."""
+    """What the process that serves an endpoint says. revision: that it serves. ready: whether requests are answered.
+    complete: whether each version has the replicas that it should have."""
 
     state: str
     revision: int | None = None
@@ -280,6 +281,7 @@ class Observed(View):
     url: str | None = None
     pid: int | None = None
     ready: bool = False
+    complete: bool = False
     pools: list[ServedVersion] = []
 
 

@@ -72,7 +72,7 @@ _REASON, _DESCRIPTION = "DeadLetterReason", "DeadLetterErrorDescription"
 _LEFT = (MessageAlreadySettled, MessageLockLostError, MessageNotFoundError)
 """What says that this consumer does not have a message any more."""
 _REFUSALS = (ServiceBusAuthenticationError, ServiceBusAuthorizationError, MessagingEntityDisabledError)
-_VAGUE = ("Management Operation error", "amqp:unknown-error")
+_VAGUE = ("Management Operation error", "Failed to open mgmt link", "amqp:unknown-error")
 """What the client says when a link was closed, whatever the service said."""
 
 T = TypeVar("T")
