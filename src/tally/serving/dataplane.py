@@ -6,6 +6,7 @@ thread scores (:meth:`DataPlane.run`). One more encodes answers, while the next 
 A batch is closed when it is full, or when nothing more waits and it has as many rows as the batch before. While it
 has fewer, it waits for more, but no longer than ``max_delay``, nor than scoring the last one took: so a client alone
 never waits, many fill batches, and a quick model is not kept waiting for a fuller batch that would save nothing.
+Full is what scores a row the fastest (:mod:`tally.serving.pace`), at most ``max_batch`` rows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tally.scorers import run
 from tally.scorers.base import Request, Result, Scorer
 from tally.serving import protocols
 from tally.serving.messages import Answer, Batch, Call
+from tally.serving.pace import Pace
 from tally.serving.protocols.base import Reply, RequestError, Work
 
 if TYPE_CHECKING:
@@ -96,7 +98,8 @@ class DataPlane:
         self._scorer, self._send = scorer, send
         self._model, self._version = model, version
         self._payloads = payloads
-        self._max_batch, self._max_delay = max_batch, max_delay
+        self._max_delay = max_delay
+        self._pace = Pace(max_batch)
         self.responds = type(scorer).respond is not Scorer.respond
         self._ahead = scorer.input in ("image", "frame")
         self._decoding = ThreadPoolExecutor(decoders, "decode") if self._ahead else None
@@ -219,7 +222,8 @@ class DataPlane:
         """A batch that begins with this call, and why it was closed."""
         entries, rows, size, kind = [first], first.rows, len(first.call.body), first.kind
         until = time.monotonic() + min(self._max_delay, self._last_seconds)
-        while rows < self._max_batch:
+        full = self._pace.rows
+        while rows < full:
             try:
                 entry = self._next(0.0 if rows >= self._last_rows else until)
             except queue.Empty:
@@ -228,7 +232,7 @@ class DataPlane:
             if entry is None or not self._decode(entry):
                 continue
             more = entry.rows
-            if entry.kind != kind or rows + more > self._max_batch or size + len(entry.call.body) > BATCH_BYTES:
+            if entry.kind != kind or rows + more > full or size + len(entry.call.body) > BATCH_BYTES:
                 self._held = entry
                 release = "other"
                 break
@@ -236,7 +240,7 @@ class DataPlane:
             rows, size = rows + more, size + len(entry.call.body)
         else:
             release = "full"
-        self._last_rows = min(rows, self._max_batch)
+        self._last_rows = min(rows, full)
         return entries, release
 
     # -- the batch ----------------------------------------------------------------------------------------
@@ -257,7 +261,7 @@ class DataPlane:
                     results = run.run(scorer, items)
                 else:
                     prepared = [value for entry in entries for value in entry.prepared]
-                    step = self._max_batch
+                    step = self._pace.rows
                     results = [
                         result
                         for at in range(0, len(items), step)
@@ -275,6 +279,8 @@ class DataPlane:
         for entry in entries:
             self._waiting.discard(entry.call.id)
         self._last_seconds = time.monotonic() - started
+        if results:
+            self._pace.took(len(results), self._last_seconds)
         scored = _Scored(entries, results, started, self._last_seconds, release)
         if self._last_seconds < QUICK or (self._held is None and self._ready.empty()):
             self._answer(scored)  # nothing to do meanwhile, or what is done so soon that the other thread would starve
