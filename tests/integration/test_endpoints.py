@@ -509,8 +509,11 @@ def test_a_model_that_holds_the_interpreter_holds_up_nobody_else(tmp_path: Path)
 
 
 def test_a_model_is_unloaded_and_loaded_while_another_answers(tmp_path: Path) -> None:
-    models = [f"{name}={echo(tmp_path / f'{name}.py', mark=name)}" for name in ("one", "two")]
-    with serving(tmp_path, *models) as server, Storm(server, score("one"), clients=4) as storm:
+    models = [{"name": name, "model": echo(tmp_path / f"{name}.py", mark=name)} for name in ("one", "two")]
+    declared = tmp_path / "served.yaml"
+    declared.write_text(json.dumps({"models": [{**models[0], "replicas": 2}, {**models[1], "max_batch": 1}]}))
+    with serving(tmp_path, declared) as server, Storm(server, score("one"), clients=4) as storm:
+        assert len(server.replicas("one")) == 2
         [replica] = server.replicas("two")
         assert server.ask("/v2/repository/models/two/unload", b"").status == 200
         server.until(lambda _: not psutil.pid_exists(replica["pid"]))

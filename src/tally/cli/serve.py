@@ -17,7 +17,7 @@ _NEEDS = "Serving needs more than scoring does: pip install 'tally-scoring[serve
 
 
 @click.command(short_help="Serve models online: HTTP and gRPC.")
-@click.argument("models", nargs=-1, required=True, metavar="[NAME=]MODEL...")
+@click.argument("models", nargs=-1, required=True, metavar="[NAME=]MODEL|FILE.yaml...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--port", type=int, default=8080, show_default=True, help="Port to listen on; 0 for any that is free.")
 @click.option("--grpc-port", type=int, help="Port for gRPC; 0 for any that is free.  [default: no gRPC]")
@@ -94,12 +94,14 @@ def serve(
 
     \b
     A MODEL is what 'tally score --model' takes; NAME=MODEL says what clients call it.
+    A FILE.yaml holds a list, models, each with a model, and options of its own.
     POST /score takes a picture, rows, or what a script's run() takes. /v2 is the Open Inference
     Protocol, /v1/models TensorFlow Serving's. /ui shows what can be asked, /metrics how it goes.
     With SIGHUP it looks up its models again, and serves what they are now.
     """
     from tally import logs
     from tally.errors import SpecError
+    from tally.serving import declared
     from tally.serving.settings import Limits, ModelSettings, ServeSettings
     from tally.storage import normalised
 
@@ -121,11 +123,15 @@ def serve(
         payloads=None if payloads is None else normalised(payloads),
         payload_share=payload_share,
     )
+    wanted: list[ModelSettings] = []
+    for text in models:
+        if declared.is_file(text):
+            wanted += declared.read(text, options, limits)
+        else:
+            name, model = _parts(text)
+            wanted.append(ModelSettings(name or declared.known_as(model, options), model, options, limits))
     settings = ServeSettings(
-        tuple(
-            ModelSettings(name or _known_as(model, options), model, options, limits)
-            for name, model in map(_parts, models)
-        ),
+        tuple(wanted),
         host=host,
         port=port,
         grpc_port=grpc_port,
@@ -143,13 +149,6 @@ def _parts(text: str) -> tuple[str, str]:
     """The name and the model of ``NAME=MODEL``; no name of a MODEL alone."""
     found = re.fullmatch(r"([A-Za-z0-9][\w.-]*)=(.+)", text)
     return (found[1], found[2]) if found else ("", text)
-
-
-def _known_as(model: str, options: dict[str, Any]) -> str:
-    """What the model itself is called, as a name for clients."""
-    from tally.models.resolve import resolve
-
-    return re.sub(r"[^\w.-]+", "-", resolve(model, **options).name).strip("-.") or "model"
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

@@ -404,9 +404,9 @@ def read(path: str) -> JobSpec:
     for name in ("source", "out", "labels", "artifacts", "model"):
         value = fields.get(name)
         if isinstance(value, str):
-            fields[name] = _beside(folder, value, name)
+            fields[name] = beside(folder, value, name)
         elif isinstance(value, list) and name == "source":
-            fields[name] = [_beside(folder, str(each), name) for each in value]
+            fields[name] = [beside(folder, str(each), name) for each in value]
     fields = _placed(fields, folder)
     return make(**fields)
 
@@ -427,7 +427,7 @@ def parsed(text: str, what: str = "the job file") -> dict[str, Any]:
 def settled(spec: JobSpec) -> dict[str, Any]:
     """The fields that were given, for a process that starts elsewhere: a model beside this one has its whole path."""
     fields = spec.model_dump(mode="json", exclude_unset=True)
-    return {**fields, "model": _beside(Path.cwd(), spec.model, "model")}
+    return {**fields, "model": beside(Path.cwd(), spec.model, "model")}
 
 
 def _placed(fields: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
@@ -444,7 +444,8 @@ def _placed(fields: dict[str, Any], folder: Path | None = None) -> dict[str, Any
     return {**fields, **found}
 
 
-def _beside(folder: Path, value: str, name: str) -> str:
+def beside(folder: Path, value: str, name: str) -> str:
+    """The value of a file's field ``name``, made absolute where it is a place that is meant from the file's folder."""
     # It may be missing, or a registry name, a URL, or module:Class; a template of names is never there itself.
     if not value or (name == "model" and not _is_file(folder, value)):
         return value
