@@ -30,7 +30,7 @@ def test_each_model_has_its_own_and_the_rest_is_the_commands(tmp_path: Path, mon
     (tmp_path / "score.py").write_text("def init():\n    pass\n\ndef run(data):\n    pass\n")
     monkeypatch.chdir("/")
     first, faces, words = read(tmp_path, text, Limits(timeout=5.0, threads=2))
-    assert first.name == "Echo"
+    assert first.name == "words"
     assert first.model == f"{tmp_path}/words.py:Echo"
     assert first.limits == Limits(replicas=(1, 4), max_batch=16, timeout=10.0, threads=2)
     assert (faces.name, faces.options) == ("faces", OPTIONS)
