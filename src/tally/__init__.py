@@ -4,6 +4,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tally import training as training
     from tally.api import Job as Job
     from tally.api import jobs as jobs
     from tally.api import score as score
@@ -29,7 +30,7 @@ _EXPORTS = {
 # is told otherwise before it is imported. Set the variable to 0 to allow that.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-__all__ = ["Client", "Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "jobs", "score"]
+__all__ = ["Client", "Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "jobs", "score", "training"]
 
 
 def __getattr__(name: str) -> Any:
@@ -38,10 +39,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("tally-scoring")
-    if name == "jobs":  # the package itself, which can be called
+    if name in ("jobs", "training"):  # packages; the first can be called
         from importlib import import_module
 
-        return import_module("tally.jobs")
+        return import_module(f"tally.{name}")
     if name in _EXPORTS:
         from importlib import import_module
 

@@ -21,6 +21,9 @@
     │   ├── JobExistsError                  the same job was started before; resume it or ask for a new one
     │   ├── JobStateError                   the job's state does not allow that
     │   └── OwnershipLostError              another coordinator has taken the job over
+    ├── RunError                            a training's run cannot do what was asked
+    │   ├── RunNotFoundError (LookupError)
+    │   └── RunStateError                   the run's state does not allow that
     ├── EndpointError                       an endpoint's state does not allow that
     │   ├── EndpointNotFoundError (LookupError)
     │   └── DeployError                     a cluster or a cloud does not take it, or it does not come up there
@@ -174,6 +177,18 @@ class JobStateError(JobError):
 
 class OwnershipLostError(JobError):
     """Another coordinator has taken the job over; nothing more may be committed by this one."""
+
+
+class RunError(TallyError):
+    """A training's run cannot do what was asked."""
+
+
+class RunNotFoundError(RunError, LookupError):
+    """No run by that id."""
+
+
+class RunStateError(RunError):
+    """The run's state does not allow that."""
 
 
 class EndpointError(TallyError):

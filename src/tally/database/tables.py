@@ -1,5 +1,5 @@
-"""Every table: of jobs and their starts, alerts, the model registry, schedules and their runs, keys, the audit log and
-answers.
+"""Every table: of jobs and their starts, alerts, the model registry, schedules and their runs, runs of trainings, keys,
+the audit log and answers.
 
 Times are seconds since the epoch by the database's own clock; those of a schedule's intervals are whole ones.
 Columns marked "later" may be empty only because they were added to tables with rows in them, which SQLite cannot do
@@ -362,5 +362,50 @@ answers = Table(
     Column("status", Integer),
     # None where the answer holds a secret.
     Column("body", LargeBinary),
+    Column("at", Double, nullable=False),
+)
+
+# One training each.
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("name", String(128), nullable=False),
+    Column("kind", String(32), nullable=False),
+    # The id of the sweep that it is a trial of.
+    Column("sweep", String(32)),
+    Column("state", String(16), nullable=False, index=True),
+    Column("error", Text),
+    Column("created_at", Double, nullable=False),
+    # Of its last start: an interrupted run is resumed.
+    Column("started_at", Double, nullable=False),
+    Column("finished_at", Double),
+    # The process that trains.
+    *lease_columns(),
+    # Where its files are, on the owner's host.
+    Column("folder", Text, nullable=False),
+    Column("parameters", JSON, nullable=False),
+    Column("tags", JSON, nullable=False),
+    # Name to last, step, least, most and count: what lists and comparisons show without reading every value.
+    Column("metrics", JSON, nullable=False),
+    # The versions that were registered, as models:/name/number.
+    Column("models", JSON, nullable=False),
+    Column("command", JSON, nullable=False),
+    Column("code", JSON, nullable=False),
+    Column("environment", JSON, nullable=False),
+    Column("data", JSON, nullable=False),
+    Column("cost", JSON, nullable=False),
+    Index("runs_by_creation", "created_at", "id"),
+    Index("runs_by_sweep", "sweep", "created_at"),
+)
+
+run_metrics = Table(
+    "run_metrics",
+    metadata,
+    Column("run_id", String(32), ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    Column("name", String(250), primary_key=True),
+    Column("step", BigInteger, primary_key=True, autoincrement=False),
+    # None for what is not a number.
+    Column("value", Double),
     Column("at", Double, nullable=False),
 )

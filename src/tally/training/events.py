@@ -1,0 +1,193 @@
+"""TensorBoard's event files, written without TensorFlow or PyTorch: scalars, histograms, pictures, hparams, graphs.
+
+They need the package ``tensorboard`` (extra ``train``), whose messages and file writer are used. A writer is safe to
+use from several threads; what it is given is on disk within :data:`FLUSH_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+
+from tally.errors import RunError, StorageError
+from tally.training.pictures import as_picture, png
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+FLUSH_SECONDS = 2.0
+QUEUE = 1000
+"""Events that wait for the file's thread, at most."""
+BUCKETS = 30
+"""Of a histogram, unless its edges are given."""
+
+
+class Node(NamedTuple):
+    """A node of a graph: name, what it does, the names of the nodes that it takes, and its output's shape, if known
+    (None for a dimension of any size)."""
+
+    name: str
+    operation: str
+    inputs: Sequence[str] = ()
+    shape: Sequence[int | None] | None = None
+
+
+class EventWriter:
+    """Writes one event file in ``folder``, which is made. Raises RunError without that package, StorageError."""
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError:
+            raise RunError(
+                "event files for TensorBoard need tensorboard, which is not installed",
+                hint="pip install 'tally-scoring[train]'",
+            ) from None
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._histogram = summary_pb2.HistogramProto
+        self.folder = Path(folder)
+        try:
+            self._file = EventFileWriter(str(folder), max_queue_size=QUEUE, flush_secs=FLUSH_SECONDS)
+        except OSError as error:
+            raise StorageError(f"cannot write {folder}: {error.strerror or error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is left, and close the file. May be repeated."""
+        self._file.close()
+
+    def flush(self) -> None:
+        """Wait until all that was given is on disk."""
+        self._file.flush()
+
+    def add(
+        self,
+        step: int,
+        *,
+        scalars: Mapping[str, float] = {},
+        histograms: Mapping[str, ArrayLike] = {},
+        images: Mapping[str, Any] = {},
+        at: float | None = None,
+    ) -> None:
+        """One event with all that was measured at a step.
+
+        histograms: arrays of any shape, of which BUCKETS buckets are counted; what is not finite is left out.
+        images: as of :func:`tally.training.pictures.as_picture`. at: seconds since the epoch; now by default.
+        """
+        summary = self._summary()
+        for tag, number in scalars.items():
+            summary.value.add(tag=tag, simple_value=float(number))
+        for tag, array in histograms.items():
+            summary.value.add(tag=tag, histo=self._histogram(**histogram(np.asarray(array))))
+        for tag, given in images.items():
+            picture = as_picture(given)
+            height, width = picture.shape[:2]
+            value = summary.value.add(tag=tag)
+            value.image.height, value.image.width, value.image.colorspace = height, width, 3
+            value.image.encoded_image_string = png(picture)
+        self._write(self._event(step=step, summary=summary), at)
+
+    def hparams(self, parameters: Mapping[str, Any], metrics: Sequence[str] = (), *, name: str | None = None) -> None:
+        """The parameters of this run for TensorBoard's HParams page.
+
+        The folder of the file is the run's; its scalars lie in it, or below. metrics: tags of the scalars that rate it;
+        all that there are by default. name: of the run, on that page.
+        """
+        from tensorboard.plugins.hparams import summary_v2 as hparams
+
+        at = time.time()
+        known = {key: _hparam(value) for key, value in parameters.items()}
+        config = hparams.hparams_config_pb(
+            hparams=[hparams.HParam(key) for key in known],
+            metrics=[hparams.Metric(tag) for tag in metrics],
+            time_created_secs=at,
+        )
+        # Without a configuration the page finds the names by itself.
+        for summary in [config] * bool(metrics) + [hparams.hparams_pb(known, trial_id=name, start_time_secs=at)]:
+            event = self._event()
+            event.summary.ParseFromString(summary.SerializeToString())
+            self._write(event, at)
+
+    def session_end(self, succeeded: bool = True) -> None:
+        """Tell the HParams page that the run has ended."""
+        from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+        status = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE
+        end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
+        event = self._event()
+        event.summary.value.add(
+            tag=metadata.SESSION_END_INFO_TAG,
+            metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end)),
+        )
+        self._write(event, None)
+
+    def graph(self, nodes: Sequence[Node]) -> None:
+        """What is computed, for TensorBoard's Graphs page. Names with ``/`` are grouped by what stands before it."""
+        from tensorboard.compat.proto import graph_pb2, versions_pb2
+        from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+
+        graph = graph_pb2.GraphDef(versions=versions_pb2.VersionDef(producer=22))
+        for each in nodes:
+            node = graph.node.add(name=each.name, op=each.operation, input=list(each.inputs))
+            if each.shape is not None:
+                sizes = [TensorShapeProto.Dim(size=-1 if size is None else size) for size in each.shape]
+                node.attr["_output_shapes"].list.shape.add().CopyFrom(TensorShapeProto(dim=sizes))
+        self._write(self._event(graph_def=graph.SerializeToString()), None)
+
+    def _write(self, event: Any, at: float | None) -> None:
+        event.wall_time = time.time() if at is None else at
+        try:
+            self._file.add_event(event)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.folder}: {error.strerror or error}") from error
+
+
+def can_write() -> bool:
+    """Whether the package that event files need is installed."""
+    return find_spec("tensorboard") is not None
+
+
+def histogram(values: np.ndarray[Any, Any], edges: Sequence[float] | None = None) -> dict[str, Any]:
+    """The fields of TensorBoard's HistogramProto: ``min``, ``max``, ``num``, ``sum``, ``sum_squares``, ``bucket_limit``
+    (right edges) and ``bucket`` (counts). What is not finite is left out."""
+    flat = np.asarray(values, np.float64).ravel()
+    finite = flat[np.isfinite(flat)]
+    if not finite.size:
+        return {
+            "min": 0.0,
+            "max": 0.0,
+            "num": 0.0,
+            "sum": 0.0,
+            "sum_squares": 0.0,
+            "bucket_limit": [0.0],
+            "bucket": [0.0],
+        }
+    least, most = float(finite.min()), float(finite.max())
+    if least == most:  # one bucket around the only value
+        counts, right = np.array([finite.size]), np.array([math.nextafter(most, math.inf)])
+    else:
+        counts, found = np.histogram(finite, bins=BUCKETS if edges is None else np.asarray(edges))
+        right = found[1:]
+    return {
+        "min": least, "max": most, "num": float(finite.size), "sum": float(finite.sum()),
+        "sum_squares": float(np.square(finite).sum()), "bucket_limit": right.tolist(), "bucket": counts.tolist(),
+    }  # fmt: skip
+
+
+def _hparam(value: Any) -> bool | float | str:
+    """HParams are booleans, numbers or texts."""
+    if isinstance(value, (bool, float, str)):
+        return value
+    return float(value) if isinstance(value, int) else str(value)

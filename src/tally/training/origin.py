@@ -1,0 +1,130 @@
+"""Where a run comes from: its command, code, environment and data, so that it can be told, and done again, later."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from tally.masking import mask
+from tally.models.hashing import combined, content_files, content_hash, known_hash
+from tally.version import shown
+
+GIT_SECONDS = 5.0
+"""How long git may take to say which commit this is."""
+MOST_FILES = 2000
+"""Python files beside a script, at most, that its hash covers."""
+_NOT_CODE = frozenset({"__pycache__", "node_modules", "site-packages", "runs", "outputs", "logs"})
+
+
+def command() -> list[str]:
+    """The command line of this process as one would type it: ``tally ...`` or ``python script.py ...``."""
+    if not sys.argv or not sys.argv[0]:
+        return []
+    program, *arguments = sys.argv
+    name = Path(program).name
+    if name in ("tally", "__main__.py") and (name == "tally" or Path(program).parent.name == "tally"):
+        return ["tally", *map(mask, arguments)]
+    return ["python" if program.endswith(".py") else program, *([program] if program.endswith(".py") else []),
+            *map(mask, arguments)]  # fmt: skip
+
+
+def typed(words: Sequence[str]) -> str:
+    """A command line as one types it into a shell."""
+    return shlex.join(words)
+
+
+def code(script: Path | None = None) -> dict[str, Any]:
+    """The code that trains: ``hash`` of the script and all Python files beside and below it (hidden folders, those of
+    environments and of outputs left out), ``commit`` and whether there are changes since (``dirty``), the
+    ``repository``'s folder; and the current ``folder``. script: None for the program that this process runs."""
+    found: dict[str, Any] = {"folder": os.getcwd()}  # noqa: PTH109
+    if script is None:
+        main = getattr(sys.modules.get("__main__"), "__file__", None)
+        script = (
+            Path(main) if main and str(main).endswith(".py") and "tally" not in Path(main).parent.parts[-1:] else None
+        )
+    if script is None or not script.is_file():
+        return found | {"tally": shown()}
+    script = script.absolute()
+    beside = list(_python_files(script.parent))
+    truncated = len(beside) > MOST_FILES
+    files = (
+        {script.name: script} if truncated else {path.relative_to(script.parent).as_posix(): path for path in beside}
+    )
+    digest = combined((name, known_hash(path)) for name, path in files.items())
+    found |= {"file": str(script), "files": len(files), "hash": digest}
+    return found | _git(str(script.parent))
+
+
+def _python_files(folder: Path) -> Iterator[Path]:
+    found = 0
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            each
+            for each in folders
+            if not each.startswith(".") and each not in _NOT_CODE and not Path(where, each, "pyvenv.cfg").exists()
+        )
+        for name in sorted(names):
+            if name.endswith(".py") and not name.startswith("."):
+                found += 1
+                yield Path(where, name)
+                if found > MOST_FILES:
+                    return
+
+
+def _git(folder: str) -> dict[str, Any]:
+    """The commit of the repository around a folder; nothing where there is none, or no git."""
+    try:
+        # A repository may name a program as its file monitor, which git would start.
+        told = subprocess.run(
+            ["git", "-C", folder, "-c", "core.fsmonitor=false", "rev-parse", "HEAD", "--show-toplevel"],
+            capture_output=True, text=True, timeout=GIT_SECONDS, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        if told.returncode != 0:
+            return {}
+        commit, top = told.stdout.splitlines()[:2]
+        changed = subprocess.run(
+            ["git", "-C", folder, "-c", "core.fsmonitor=false", "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, timeout=GIT_SECONDS, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return {}
+    return {"commit": commit, "repository": top, "dirty": bool(changed.stdout.strip()) or changed.returncode != 0}
+
+
+@cache
+def environment() -> Mapping[str, Any]:
+    """What the training runs in: ``python``, ``platform``, ``packages`` (name to version) with their hash, ``tally``,
+    ``processors``."""
+    packages = {each.name.lower(): each.version for each in distributions() if each.name}
+    listed = "\n".join(f"{name}=={version}" for name, version in sorted(packages.items()))
+    return {
+        "python": platform.python_version(), "platform": platform.platform(), "host": platform.node(),
+        "processors": os.cpu_count(), "tally": shown(), "packages": dict(sorted(packages.items())),
+        "packages_hash": f"sha256:{hashlib.sha256(listed.encode()).hexdigest()}",
+    }  # fmt: skip
+
+
+def data(place: str | Path) -> dict[str, Any]:
+    """What a run was trained from: a file's or a folder's ``place``, ``hash`` of names and content, ``bytes``.
+
+    A place that is not here (a bucket's URL) has no hash. Raises OSError where a file cannot be read.
+    """
+    path = Path(place)
+    if not path.exists():
+        return {"place": mask(str(place))}
+    files = list(content_files(path, (".",)) if path.is_dir() else [(path.name, path)])
+    digest = content_hash(path) if path.is_dir() else combined([(path.name, known_hash(path))])
+    return {
+        "place": str(path.absolute()), "hash": digest, "files": len(files),
+        "bytes": sum(each.stat().st_size for _, each in files),
+    }  # fmt: skip

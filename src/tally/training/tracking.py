@@ -1,0 +1,516 @@
+"""``tally.training.run()``: what a training logs while it runs.
+
+A run belongs to the process that made it: a thread of that process writes what was logged, and renews the run's lease,
+every few seconds, so that logging each step costs microseconds. In a script that ``tally train script`` has started,
+the run is that command's, to which everything is sent.
+
+All methods may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+from urllib.parse import quote, unquote
+
+from tally.config import make_private, settings
+from tally.database.renewer import LeaseRenewer
+from tally.database.waiting import Patience
+from tally.errors import OwnershipLostError, RunStateError, SpecError, StorageError, error_line
+from tally.jobs.store import new_id
+from tally.training import origin
+from tally.training.child import ParentBook, parent
+from tally.training.cost import Meter
+from tally.training.runs import LONGEST_METRIC, Figures, RunLease, RunState, RunStore, Value, open_runs, plain
+
+if TYPE_CHECKING:
+    from tally.models.registry import ModelVersion
+    from tally.training.events import EventWriter
+
+log = logging.getLogger("tally")
+
+FLUSH_SECONDS = 2.0
+"""Seconds between two writes of what was logged, and two renewals of the lease."""
+MOST_BUFFERED = 20_000
+"""Values that are kept until then; more are written at once."""
+EVENTS, PICTURES = "events", "pictures"
+"""Folders of a run's folder: TensorBoard's event files, and the pictures that were logged. The rest are artifacts."""
+
+
+class Book(Protocol):
+    """Where a run's records go: the database, or the process that owns the run."""
+
+    def record(self, values: Sequence[Value]) -> None: ...
+    def change(self, **columns: Any) -> None: ...
+    def register(self, folder: Path, name: str, **facts: Any) -> str: ...
+    def finish(self, state: RunState, error: str | None) -> None: ...
+
+
+class Run:
+    """One training. Made by :func:`run`; ``with`` ends it: finished, failed after an exception, killed by Ctrl-C.
+
+    id, name: of the run. folder: for files that belong to it; whatever lies there is an artifact, but for ``events/``
+    (TensorBoard's event files) and ``pictures/``. parameters: as given. tags: a mapping of texts, to be changed.
+    book: where its records go.
+    """
+
+    def __init__(
+        self,
+        book: Book,
+        *,
+        run_id: str,
+        name: str,
+        folder: Path,
+        parameters: Mapping[str, Any],
+        tags: Mapping[str, str],
+        figures: Mapping[str, Figures],
+    ) -> None:
+        self.id, self.name, self.folder = run_id, name, folder
+        self.parameters: Mapping[str, Any] = dict(parameters)
+        self.tags: MutableMapping[str, str] = _Tags(tags, lambda now: book.change(tags=now))
+        self.book = book
+        self._lock = threading.Lock()
+        self._next = {name: each.step + 1 for name, each in figures.items()}
+        self._events: EventWriter | None = None
+        self._told = False
+        self._ended = False
+
+    # -- while it trains ---------------------------------------------------------------------------------------
+
+    def log(self, name: str | Mapping[str, float], value: float | None = None, step: int | None = None) -> None:
+        """Log a metric: ``log("loss", 0.3)``, or several of one step: ``log({"loss": 0.3, "accuracy": 0.9}, step=7)``.
+
+        step: a whole number; one more than the last of that metric by default. What was logged of the same metric and
+        step before is replaced. NaN and infinity are allowed. Raises SpecError for what is no number,
+        OwnershipLostError once another process trains this run.
+        """
+        given = {name: value} if isinstance(name, str) else name
+        at = time.time()
+        with self._lock:
+            values = [self._value(key, each, step, at) for key, each in given.items()]
+            self._open()
+        self.book.record(values)
+        events = self.events
+        if events is not None:
+            by_step: dict[int, dict[str, float]] = {}
+            for each in values:
+                by_step.setdefault(each.step, {})[each.name] = each.value
+            for at_step, scalars in by_step.items():
+                events.add(at_step, scalars=scalars, at=at)
+
+    def log_list(self, name: str, values: Sequence[float]) -> None:
+        """Log several values of a metric, one at each of the next steps."""
+        for each in values:
+            self.log(name, each)
+
+    def log_image(self, name: str, picture: Any, step: int = 0) -> Path:
+        """Log a picture: an array (height × width × 3, or height × width; uint8 or floats from 0 to 1), a PIL image, a
+        matplotlib figure, encoded bytes, or a file's path. Returns the file that it became. Raises SpecError."""
+        from tally.training.pictures import as_picture, png
+
+        with self._lock:
+            self._open()
+        pixels = as_picture(picture)
+        path = self.folder / PICTURES / quote(_metric_name(name), safe=" @:,=+()") / f"{int(step):09d}.png"
+        _write(path, png(pixels))
+        if self.events is not None:
+            self.events.add(int(step), images={name: pixels})
+        return path
+
+    def log_artifact(self, path: str | Path, name: str | None = None) -> Path:
+        """Copy a file or a folder into the run's folder; returns where it is there.
+
+        name: there; the path's last part by default, with ``/`` for folders within. Raises SpecError, StorageError.
+        """
+        path = Path(path)
+        to = _inside(self.folder, name or path.absolute().name)
+        if not path.exists():
+            raise SpecError(f"log_artifact: there is no file or folder {str(path)!r}")
+        try:
+            if path.resolve() != to.resolve():
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(path, to, dirs_exist_ok=True) if path.is_dir() else shutil.copy2(path, to)
+        except OSError as error:
+            raise StorageError(f"cannot copy {path} to {to}: {error.strerror or error}") from error
+        return to
+
+    def log_data(self, name: str, place: str | Path) -> None:
+        """Say what it is trained from: a file or a folder, whose content's hash is kept. Raises StorageError."""
+        try:
+            found = origin.data(place)
+        except OSError as error:
+            raise StorageError(f"cannot read {place}: {error.strerror or error}") from error
+        self.book.change(data={name: found})
+
+    def log_parameters(self, parameters: Mapping[str, Any]) -> None:
+        """Add to the parameters."""
+        self.parameters = {**self.parameters, **parameters}
+        self.book.change(parameters=plain(parameters))
+
+    def register(
+        self,
+        package: str | Path,
+        name: str,
+        *,
+        properties: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        alias: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> str:
+        """Add a model package (or a model's file) to the registry as the next version of ``name``, with this run's id.
+
+        metrics: of the version; the last value of each metric by default. Returns ``models:/name/number``.
+        Raises as ``tally models add`` does.
+        """
+        facts = {"properties": properties, "tags": tags, "alias": alias, "metrics": metrics}
+        return self.book.register(Path(package).absolute(), name, **facts)
+
+    @property
+    def events(self) -> EventWriter | None:
+        """Writes the run's event files for TensorBoard; None where the package ``tensorboard`` is missing."""
+        from tally.training.events import EventWriter, can_write
+
+        with self._lock:
+            if self._events is None and not self._ended:
+                if can_write():
+                    self._events = EventWriter(self.folder / EVENTS)
+                    if self.parameters:
+                        self._events.hparams(self.parameters, name=self.id)
+                elif not self._told:
+                    self._told = True
+                    log.warning(
+                        "run %s has no event files for TensorBoard: pip install 'tally-scoring[train]'", self.id
+                    )
+            return self._events
+
+    # -- its end -----------------------------------------------------------------------------------------------
+
+    def finish(self, state: RunState = "finished", error: str | None = None) -> None:
+        """End it. May be repeated; the first time counts."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+            events, self._events = self._events, None
+        if events is not None:
+            if self.parameters:
+                events.session_end(state == "finished")
+            events.close()
+        self.book.finish(state, error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or (isinstance(error, SystemExit) and not error.code):
+            self.finish()
+        elif isinstance(error, (KeyboardInterrupt, GeneratorExit)):
+            self.finish("killed", "it was interrupted")
+        else:
+            try:
+                self.finish("failed", error_line(error))
+            except OwnershipLostError:  # maybe what ``error`` says
+                log.warning("run %s was taken over by another process", self.id)
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        if self._ended:
+            raise RunStateError(f"run {self.id} has ended: nothing more is logged to it")
+
+    def _value(self, name: str, value: Any, step: int | None, at: float) -> Value:
+        _metric_name(name)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise SpecError(
+                f"log: the value of {name!r} should be a number, not {value!r}", hint="Texts are tags: run.tags[name]."
+            ) from None
+        if step is None:
+            step = self._next.get(name, 0)
+        elif isinstance(step, bool) or int(step) != step:
+            raise SpecError(f"log: the step of {name!r} should be a whole number, not {step!r}")
+        step = int(step)
+        self._next[name] = max(step + 1, self._next.get(name, 0))
+        return Value(name, step, number, at)
+
+
+class _Tags(MutableMapping[str, str]):
+    """Texts that are written whenever they change."""
+
+    def __init__(self, tags: Mapping[str, str], write: Any) -> None:
+        self._tags, self._write = dict(tags), write
+
+    def __getitem__(self, name: str) -> str:
+        return self._tags[name]
+
+    def __setitem__(self, name: str, value: str) -> None:
+        self._tags[str(name)] = str(value)
+        self._write(dict(self._tags))
+
+    def __delitem__(self, name: str) -> None:
+        del self._tags[name]
+        self._write(dict(self._tags))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tags)
+
+    def __len__(self) -> int:
+        return len(self._tags)
+
+
+class DatabaseBook:
+    """Writes a run that this process owns into the database, every few seconds, from a thread.
+
+    figures, data, parameters, models: what is known of it already. rebuilt: whether some values may be logged again, so
+    that the figures are counted anew at the end.
+    """
+
+    def __init__(
+        self, store: RunStore, lease: RunLease, *, rebuilt: bool = False, before: Mapping[str, float] | None = None
+    ) -> None:
+        record = store.get(lease.run_id)
+        self._store, self._lease, self._rebuilt = store, lease, rebuilt
+        self._figures = dict(record.metrics)
+        self._columns: dict[str, Any] = {
+            "data": dict(record.data), "parameters": dict(record.parameters), "models": list(record.models),
+        }  # fmt: skip
+        self._meter = Meter(before)
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._buffer: list[Value] = []
+        self._changed: set[str] = set()
+        self._lost: OwnershipLostError | None = None
+        self._patience = Patience(what=f"run {lease.run_id}")
+        self._renewer = LeaseRenewer(
+            self.flush, every=FLUSH_SECONDS, what=f"run {lease.run_id}", patience=self._patience, lost=self._is_lost
+        )
+        self._renewer.start()
+
+    @property
+    def figures(self) -> dict[str, Figures]:
+        """What is known of each metric."""
+        with self._lock:
+            return dict(self._figures)
+
+    def record(self, values: Sequence[Value]) -> None:
+        with self._lock:
+            self._check()
+            for each in values:
+                before = self._figures.get(each.name)
+                self._figures[each.name] = (
+                    Figures.of(each.value, each.step) if before is None else before.with_value(each.value, each.step)
+                )
+            self._buffer.extend(values)
+            self._changed.add("metrics")
+            full = len(self._buffer) >= MOST_BUFFERED
+        if full:
+            self._patience(self.flush)
+
+    def change(self, **columns: Any) -> None:
+        with self._lock:
+            self._check()
+            for name, value in columns.items():
+                known = self._columns.get(name)
+                self._columns[name] = {**known, **value} if name in ("data", "parameters") and known else value
+            self._changed.update(columns)
+
+    def register(self, folder: Path, name: str, **facts: Any) -> str:
+        with self._lock:
+            self._check()
+            metrics = facts.pop("metrics") or {
+                key: each.last for key, each in self._figures.items() if math.isfinite(each.last)
+            }
+        version = register(self._lease.run_id, folder, name, metrics=metrics, **facts)
+        with self._lock:
+            if str(version) not in self._columns["models"]:
+                self._columns["models"].append(str(version))
+            self._changed.add("models")
+        return str(version)
+
+    def flush(self) -> None:
+        """Write what there is, and renew the lease. Raises OwnershipLostError, DatabaseAwayError: then it is kept."""
+        with self._writing:
+            with self._lock:
+                values, self._buffer = self._buffer, []
+                changed, self._changed = self._changed, set()
+                columns = self._now(changed)
+            try:
+                self._store.write(self._lease, values, **columns)
+            except BaseException:
+                with self._lock:
+                    self._buffer = values + self._buffer
+                    self._changed |= changed
+                raise
+
+    def finish(self, state: RunState, error: str | None) -> None:
+        self._renewer.stop()
+        if self._lost is not None:
+            raise self._lost
+        self._patience(self.flush)
+        if self._rebuilt:
+            self._figures = {
+                name: Figures.of_curve(curve) for name, curve in self._store.values(self._lease.run_id).items()
+            }
+        columns = {"metrics": self._figures, "cost": self._meter.cost()}
+        self._patience(lambda: self._store.finish(self._lease, state, error=error, **columns))
+
+    def _now(self, changed: set[str]) -> dict[str, Any]:
+        columns = {name: self._columns[name] for name in changed - {"metrics"}}
+        if "metrics" in changed:
+            columns |= {"metrics": dict(self._figures), "cost": self._meter.cost()}
+        return columns
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    def _is_lost(self, error: OwnershipLostError) -> None:
+        self._lost = error
+        log.warning("%s", error.message)
+
+
+def run(
+    name: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    kind: str = "script",
+    folder: str | Path | None = None,
+    tags: Mapping[str, str] | None = None,
+    data: Mapping[str, str | Path] | None = None,
+    resume: str | None = None,
+    sweep: str | None = None,
+    command: Sequence[str] | None = None,
+    code: Mapping[str, Any] | None = None,
+    store: RunStore | None = None,
+) -> Run:
+    """A new run, to be used with ``with``; or one that goes on.
+
+    name: for people; the id by default. folder: for its files; a new one below ``TALLY_HOME/runs`` by default.
+    data: name to place of what it is trained from. resume: the id of a run that was interrupted, killed or has failed:
+    it is trained again, under its name, in its folder. kind, sweep, command, code: what it says of itself, see
+    :class:`tally.training.runs.RunRecord`. store: of another database.
+    In a script that ``tally train script`` has started, it is that command's run.
+
+    Raises SpecError, StorageError, RunNotFoundError, RunStateError.
+    """
+    if resume is None and store is None and (book := parent()) is not None:
+        return _joined(book, parameters, tags, data)
+    store = store or open_runs()
+    before: Mapping[str, float] | None = None
+    if resume is not None:
+        lease = store.resume(resume)
+        before = store.get(lease.run_id).cost
+    else:
+        run_id = new_id()
+        place = Path(folder).absolute() if folder is not None else settings().home / "runs" / run_id
+        lease = store.create(
+            run_id=run_id, name=name or run_id, kind=kind, folder=str(place), parameters=parameters, tags=tags,
+            sweep=sweep, command=origin.command() if command is None else command,
+            code=origin.code() if code is None else code, environment=origin.environment(),
+        )  # fmt: skip
+    record = store.get(lease.run_id)
+    try:
+        make_private(Path(record.folder))
+    except OSError as error:
+        store.finish(lease, "failed", error=f"cannot make its folder: {error.strerror}")
+        raise StorageError(f"cannot make the run's folder {record.folder}: {error.strerror}") from error
+    begun = Run(
+        DatabaseBook(store, lease, rebuilt=resume is not None, before=before),
+        run_id=record.id, name=record.name, folder=Path(record.folder), parameters=record.parameters, tags=record.tags,
+        figures=record.metrics,
+    )  # fmt: skip
+    for each, where in (data or {}).items():
+        begun.log_data(each, where)
+    return begun
+
+
+def _joined(
+    book: ParentBook,
+    parameters: Mapping[str, Any] | None,
+    tags: Mapping[str, str] | None,
+    data: Mapping[str, str | Path] | None,
+) -> Run:
+    """The run of the process that started this one, with these added."""
+    known = book.ask("begin")
+    begun = Run(
+        book, run_id=known["id"], name=known["name"], folder=Path(known["folder"]), parameters=known["parameters"],
+        tags=known["tags"], figures={name: Figures.from_json(each) for name, each in known["metrics"].items()},
+    )  # fmt: skip
+    if parameters:
+        begun.log_parameters(parameters)
+    for name, text in (tags or {}).items():
+        begun.tags[name] = text
+    for name, place in (data or {}).items():
+        begun.log_data(name, place)
+    return begun
+
+
+def register(
+    run_id: str,
+    package: Path,
+    name: str,
+    *,
+    metrics: Mapping[str, float],
+    properties: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+    alias: str | None = None,
+) -> ModelVersion:
+    """Add a run's model to the registry, as :meth:`Run.register` says."""
+    from tally.models.registry import open_registry
+    from tally.models.resolve import resolve
+
+    facts: dict[str, Any] = {"metrics": plain(metrics), "run": run_id}
+    if properties:
+        facts["properties"] = plain(properties)
+    if tags:
+        facts["tags"] = {str(key): str(value) for key, value in tags.items()}
+    return open_registry().add(name, resolve(package), alias=alias, metadata=facts)
+
+
+def artifacts(folder: Path) -> list[str]:
+    """The files of a run's folder that are neither event files nor logged pictures, by name."""
+    found = (each.relative_to(folder) for each in folder.rglob("*") if each.is_file())
+    return sorted(each.as_posix() for each in found if each.parts[0] not in (EVENTS, PICTURES))
+
+
+def logged_pictures(folder: Path) -> dict[str, dict[int, Path]]:
+    """The pictures that were logged: name to step to file."""
+    found: dict[str, dict[int, Path]] = {}
+    for each in sorted((folder / PICTURES).glob("*/*.png")):
+        if each.stem.lstrip("-").isdigit():
+            found.setdefault(unquote(each.parent.name), {})[int(each.stem)] = each
+    return found
+
+
+def _metric_name(name: str) -> str:
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_METRIC:
+        raise SpecError(f"a metric's name is a text of 1 to {LONGEST_METRIC} characters, not {name!r}")
+    return name
+
+
+def _inside(folder: Path, name: str) -> Path:
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or parts[0] in (EVENTS, PICTURES):
+        raise SpecError(
+            f"an artifact cannot be called {name!r}",
+            hint=f"Its name is a path within the run's folder, and not in {EVENTS}/ or {PICTURES}/.",
+        )
+    return folder.joinpath(*parts)
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
