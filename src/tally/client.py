@@ -339,7 +339,7 @@ class Client:
 
     def add_endpoint(self, name: str, model: str, **options: Any) -> EndpointView:
         """Keep a model online on the server's machine. options: task, labels, artifacts, settings, trust; port,
-        replicas, and the other limits of ``tally serve``."""
+        grpc_port, replicas, drain, and the other limits of ``tally serve``."""
         return self._post(EndpointView, "endpoints", {"name": name, "model": model, **_plain(options)})
 
     def serve_version(self, name: str, model: str, *, share: float | None = None, **options: Any) -> EndpointView:

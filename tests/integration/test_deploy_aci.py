@@ -161,6 +161,7 @@ def quiet(_: str) -> None:
         {},
         {"cpu": "500m", "memory": "1.5Gi"},
         {"variables": {"AWS_REGION": "eu-west-1"}, "secrets": ("AWS_SECRET_ACCESS_KEY",)},
+        {"grpc_port": 8500},
         {"max_batch": 8, "max_delay": 0.0, "drain": 5.0, "task": "detect", "settings": ("top=5",), "trust": True},
     ],
     ids=str,
@@ -169,11 +170,13 @@ def test_a_file_is_as_azure_documents_it(values: dict[str, Any]) -> None:
     (group,) = yaml.safe_load_all(target(**values).plan().text)
     jsonschema.Draft202012Validator(SCHEMA).validate(group)
     (container,) = (each["properties"] for each in group["properties"]["containers"])
-    (port,) = (each["port"] for each in container["ports"])
+    port, *others = (each["port"] for each in container["ports"])
     assert group["properties"]["ipAddress"]["ports"] == container["ports"]
     assert {container[probe]["httpGet"]["port"] for probe in ("livenessProbe", "readinessProbe")} == {port}
     with serve.make_context("serve", container["command"][2:]) as context:
         assert context.params["port"] == port
+        assert [context.params["grpc_port"]] == (others or [None])
+    assert target(**values).uris().get("grpc", ":8500").endswith(":8500")
 
 
 def test_a_replica_is_never_given_less_memory_than_asked_for() -> None:

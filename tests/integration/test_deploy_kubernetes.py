@@ -569,6 +569,9 @@ def test_clients_find_it_where_azure_ml_had_it(api: ApiServer) -> None:
         "scoring_uri": "http://20.1.2.3/api/v1/service/plastic/score",
         "swagger_uri": "http://20.1.2.3/api/v1/service/plastic/swagger.json",
     }
+    spoken = target(gateway="ml/web", grpc_port=8500)
+    assert spoken.uris()["grpc"] == "plastic.ml.svc:8500"  # no route of HTTP leads there
+    assert "within the cluster" in "\n".join(spoken.plan().notes)
     assert target(gateway="web", hostname="m.example.com").address() == "http://m.example.com"
     ingress: dict[str, Any] = {"ingress_class": "nginx", "allow_from": ("ingress-nginx",), "hostname": "m.example.com"}
     assert target(**ingress, tls_secret="t").address() == "https://m.example.com"

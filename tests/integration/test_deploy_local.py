@@ -11,9 +11,12 @@ from tests.conftest import Ran
 from tests.endpoints import echo
 
 pytest.importorskip("msgspec")
-from tally.config import settings
-from tally.database.connect import connect
-from tally.serving.deployments import DeploymentStore
+grpc = pytest.importorskip("grpc")
+from tests.grpc_client import OIP, Client  # noqa: E402
+
+from tally.config import settings  # noqa: E402
+from tally.database.connect import connect  # noqa: E402
+from tally.serving.deployments import DeploymentStore  # noqa: E402
 
 
 @pytest.fixture
@@ -44,8 +47,17 @@ def test_it_is_made_changed_and_shared(tmp_path: Path, cli: Callable[..., Ran], 
     assert "+" in changed.out
     spec = store.get("plastic").spec
     assert spec.split == {"1": 90.0, "2": 10.0}
-    assert cli(*base, second, "--profile", "production").code == 0
-    assert store.get("plastic").spec.split == {"2": 100.0}
+    # It listens for gRPC, too, from now on: its process starts again.
+    pid = store.get("plastic").observed["pid"]
+    spoken = cli(*base, second, "--profile", "production", "--grpc-port", "0", "--drain", "5s")
+    assert spoken.code == 0, spoken.err
+    found = store.get("plastic")
+    assert (found.spec.split, found.observed["pid"], found.state) == ({"2": 100.0}, pid, "ready")
+    assert f"grpc: {found.grpc}" in spoken.out
+    assert f"grpc: {found.grpc}" in cli("endpoints", "show", "plastic").out
+    client = Client(grpc.insecure_channel(found.grpc))
+    assert client.call(OIP, "ModelReady", name="plastic").ready
+    client.close()
     assert sum(pool["ready"] for pool in store.get("plastic").observed["pools"]) == 2
 
 

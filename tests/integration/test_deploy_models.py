@@ -166,7 +166,7 @@ def test_what_an_image_is_built_from_is_written_with_the_commands(
     file.write_text("requests\n")
     out = tmp_path / "out"
     words = (str(script), "--env", f"{form}:{file}", "--image", "reg.example.com/shouting:1", "--out", str(out))
-    result = tally(*words, "--cpu", "2", "--max-delay", "10ms", "--variable", "A=b c")
+    result = tally(*words, "--cpu", "2", "--max-delay", "10ms", "--variable", "A=b c", "--grpc-port", "8500")
     assert result.exception is None, result.exception
     assert sorted(each.name for each in out.iterdir()) == sorted(["Containerfile", name, "model", "shouting.yaml"])
     text = (out / "Containerfile").read_text()
@@ -174,7 +174,7 @@ def test_what_an_image_is_built_from_is_written_with_the_commands(
     copied = [line.split() for line in text.splitlines() if line.startswith("COPY")]
     assert [(out / source).exists() for _, source, _ in copied] == [True, True]
     assert copied[-1][2] == PLACE
-    assert "'tally-scoring[server]==0.1.0'" in text
+    assert "'tally-scoring[server,grpc]==0.1.0'" in text
     assert resolve(out / "model").entry == "score.py"
     assert "Tally builds no images" in result.stdout
     steps = [shlex.split(line) for line in result.stdout.splitlines() if line.startswith("  ")]

@@ -62,6 +62,7 @@ def specs(draw: st.DrawFn) -> KubernetesSpec:
         max_batch=draw(st.none() | st.integers(1, 64)),
         max_delay=draw(st.none() | st.floats(0, 1).map(lambda value: round(value, 4))),
         drain=draw(st.sampled_from([1.0, 30.0, 90.5])),
+        grpc_port=draw(st.sampled_from([None, 8500])),
         task=draw(st.sampled_from([None, "detect"])),
         settings=draw(st.sampled_from([(), ("top=5", "preprocess.channels=bgr")])),
         trust=draw(st.booleans()),
@@ -175,11 +176,15 @@ def faults(found: list[Manifest]) -> list[str]:
         if container["resources"]["requests"][resource] != most:  # those of memory and GPUs are kept free
             wrong.append(f"{resource}: limit and request differ")
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        if container[probe]["httpGet"]["port"] not in ports:
+        if container[probe]["httpGet"]["port"] != "http":
             wrong.append(f"{probe} asks port {container[probe]['httpGet']['port']}")
     command = container["command"]
     if ports["http"] != int(command[command.index("--port") + 1]):
         wrong.append("the command listens on another port")
+    if ports.get("grpc") != (int(command[command.index("--grpc-port") + 1]) if "--grpc-port" in command else None):
+        wrong.append("the command listens for gRPC on another port")
+    if len(set(ports.values())) != len(ports):
+        wrong.append(f"one port has two names: {ports}")
     volumes = {each["name"] for each in template["spec"]["volumes"]}
     mounts = container["volumeMounts"]
     if {each["name"] for each in mounts} != volumes:
@@ -220,6 +225,7 @@ def test_the_container_is_started_with_options_that_there_are(spec: KubernetesSp
     with serve.make_context("serve", container["command"][2:]) as context:
         assert context.params["models"] == (f"{spec.name}=/opt/tally/model",)
         assert context.params["drain"] == spec.drain
+        assert (context.params["grpc_port"] is None) == (spec.grpc_port is None)
         assert context.params["max_batch"] == spec.max_batch
         assert context.params["max_delay"] == pytest.approx(0.005 if spec.max_delay is None else spec.max_delay)
         assert context.params["trust"] == spec.trust

@@ -59,6 +59,7 @@ def _environment(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--image", help="The name of an image that is built from a file.")
 @click.option("--max-batch", type=int, help="Items scored together.  [default: as the model says]")
 @click.option("--max-delay", callback=values.delay, help="How long a batch may wait for more items.  [default: 5ms]")
+@click.option("--grpc-port", type=int, help="Where clients reach it over gRPC.  [default: no gRPC]")
 @click.option("--drain", callback=values.duration, help="For what is in work at the end.  [default: 30s]")
 @click.option("-t", "--task", help="As with 'tally score'.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the model, e.g. top=5.")

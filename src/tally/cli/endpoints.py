@@ -63,6 +63,8 @@ def show(name: str, as_json: bool) -> None:
     if found.url:
         say(f"  scoring_uri: {found.url}/score")
         say(f"  swagger_uri: {found.url}/swagger.json")
+    if found.grpc:
+        say(f"  grpc: {found.grpc}")
 
 
 @endpoints.command(short_help="Keep N replicas of NAME.")
@@ -172,6 +174,7 @@ def _view(deployment: Deployment) -> dict[str, Any]:
         "name": deployment.name,
         "state": deployment.state,
         "url": deployment.url,
+        "grpc": deployment.grpc,
         "revision": deployment.revision,
         "changed_at": deployment.changed_at,
         "changed_by": deployment.changed_by,

@@ -410,7 +410,16 @@ def _deployment(view: EndpointView) -> Deployment:
     shadows = {number: each.shadow for number, each in view.versions.items() if each.shadow}
     return Deployment(
         name=view.name,
-        spec=EndpointSpec(versions, split, view.limits, shadows, port=view.port, max_body=view.max_body),
+        spec=EndpointSpec(
+            versions,
+            split,
+            view.limits,
+            shadows,
+            port=view.port,
+            grpc_port=view.grpc_port,
+            max_body=view.max_body,
+            drain=view.drain,
+        ),
         history=[each.model_dump() for each in view.history],
         revision=view.revision,
         created_at=view.created_at,

@@ -88,6 +88,8 @@ class AciTarget(Target[AciSpec]):
             notes.append("it takes what is there when it starts; a registered model (models:/) stays the same")
         if not self.spec.environment.is_built and self.shipped.requirement is not None:
             notes.append(f"the image {self.spec.container_image} has to have {self.shipped.requirement} installed")
+        if not self.spec.environment.is_built and self.spec.grpc_port is not None:
+            notes.append(f"the image {self.spec.container_image} has to have tally-scoring[server,grpc] installed")
         return Plan([self._group(placeholders)], file, notes)
 
     def difference(self) -> Sequence[Change]:
@@ -144,7 +146,10 @@ class AciTarget(Target[AciSpec]):
 
     def uris(self) -> Mapping[str, str]:
         """At the root: the host is the endpoint's own."""
-        return {"scoring_uri": f"{self.address()}/score", "swagger_uri": f"{self.address()}/swagger.json"}
+        found = {"scoring_uri": f"{self.address()}/score", "swagger_uri": f"{self.address()}/swagger.json"}
+        if self.spec.grpc_port is not None:
+            found["grpc"] = f"{self.address().removeprefix('http://')}:{self.spec.grpc_port}"
+        return found
 
     # -- within ---------------------------------------------------------------------------------------------
 
@@ -152,7 +157,7 @@ class AciTarget(Target[AciSpec]):
         spec = self.spec
         variables = {"TALLY_HOME": "/tmp/tally", "TALLY_CACHE": "/tmp/tally/cache", **spec.variables}  # noqa: S108
         size = {"cpu": float(amount(spec.cpu)), "memoryInGB": math.ceil(amount(spec.memory) * 10 / GIGABYTE) / 10}
-        port = {"protocol": "TCP", "port": PORT}
+        ports = [{"protocol": "TCP", "port": each} for each in (PORT, spec.grpc_port) if each is not None]
         return {
             "apiVersion": API_VERSION,
             "name": spec.name,
@@ -167,8 +172,10 @@ class AciTarget(Target[AciSpec]):
                         "name": "endpoint",
                         "properties": {
                             "image": spec.container_image,
-                            "command": container.command(spec, self.shipped.served, port=PORT),
-                            "ports": [port],
+                            "command": container.command(
+                                spec, self.shipped.served, port=PORT, grpc_port=spec.grpc_port
+                            ),
+                            "ports": ports,
                             "environmentVariables": [
                                 *({"name": name, "value": value} for name, value in variables.items()),
                                 *({"name": name, "secureValue": value} for name, value in secrets.items()),
@@ -179,7 +186,7 @@ class AciTarget(Target[AciSpec]):
                         },
                     }
                 ],
-                "ipAddress": {"type": "Public", "dnsNameLabel": spec.name, "ports": [port]},
+                "ipAddress": {"type": "Public", "dnsNameLabel": spec.name, "ports": ports},
             },
         }
 

@@ -21,9 +21,11 @@ _CONDA = "docker.io/condaforge/miniforge3:latest"
 _PREFIX = "/opt/environment"
 
 
-def command(spec: DeploymentSpec, served: str, *, port: int) -> list[str]:
-    """The container's command. served: the model as it is found there."""
+def command(spec: DeploymentSpec, served: str, *, port: int, grpc_port: int | None) -> list[str]:
+    """The container's command. served: the model as it is found there. port, grpc_port: where it listens within."""
     words = ["tally", "serve", f"{spec.name}={served}", "--host", "0.0.0.0", "--port", str(port)]  # noqa: S104
+    if grpc_port is not None:
+        words += ["--grpc-port", str(grpc_port)]
     words += ["--drain", _seconds(spec.drain), "--threads", str(max(1, int(amount(spec.cpu))))]
     if spec.max_batch is not None:
         words += ["--max-batch", str(spec.max_batch)]
@@ -88,14 +90,15 @@ def build(spec: DeploymentSpec, shipped: Shipped, folder: Path, deploy: Sequence
     steps = [shlex.join(["docker", "build", "-f", str(folder / CONTAINERFILE), "-t", image, str(folder)])]
     steps += [shlex.join(["docker", "push", image]), then]
     name = "requirements.txt" if environment.form == "pip" else "environment.yml"
-    return Build(_containerfile(environment.form, name, shipped), [(name, source)], shipped, steps)
+    return Build(_containerfile(spec, name, shipped), [(name, source)], shipped, steps)
 
 
-def _containerfile(form: str, name: str, shipped: Shipped) -> str:
-    wanted = [f"tally-scoring[server]=={tally.__version__}"]
+def _containerfile(spec: DeploymentSpec, name: str, shipped: Shipped) -> str:
+    extras = "server" if spec.grpc_port is None else "server,grpc"
+    wanted = [f"tally-scoring[{extras}]=={tally.__version__}"]
     if shipped.requirement is not None:
         wanted.append(shipped.requirement)
-    if form == "pip":
+    if spec.environment.form == "pip":
         lines = [
             f"FROM {_PYTHON}",
             f"COPY {name} /opt/tally/{name}",

@@ -9,9 +9,9 @@ import difflib
 import math
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from tally import plain_yaml
 from tally.config import settings
@@ -21,7 +21,7 @@ from tally.deploy.quantities import amount
 from tally.deploy.spec import UNSAID, DeploymentSpec
 from tally.errors import DeployError, EndpointError, EndpointNotFoundError
 from tally.models.resolve import resolve
-from tally.serving.deployments import Deployment, DeploymentStore, EndpointSpec, Version, number_of
+from tally.serving.deployments import PORT, Deployment, DeploymentStore, EndpointSpec, Version, number_of
 from tally.serving.launch import restart_if_down, settled
 from tally.serving.settings import Limits
 
@@ -36,7 +36,8 @@ class LocalSpec(DeploymentSpec):
     """port: where it listens, on the loopback address. share: of the requests (0 to 1), beside the versions that are
     served already; None: all of them."""
 
-    port: int = 8890
+    least_port: ClassVar[int] = 0
+    port: int = PORT
     share: float | None = None
 
     def problems(self) -> Iterator[str]:
@@ -51,6 +52,10 @@ class LocalSpec(DeploymentSpec):
     def _image_problems(self) -> Iterator[str]:
         if self.environment != UNSAID or self.image is not None:
             yield f"environment: a local endpoint runs in this Python, not in {self.image or self.environment}"
+
+    @property
+    def http_port(self) -> int:
+        return self.port
 
     @property
     def limits(self) -> Limits:
@@ -94,11 +99,11 @@ class LocalTarget(Target[LocalSpec]):
         limits, version = self.spec.limits, self._version
         if before is None:
             number = number_of(version.ref)
-            return EndpointSpec({number: version}, {number: 100.0}, limits, port=self.spec.port)
-        changed = before.with_model(version, share=self.spec.share)
-        return EndpointSpec(
-            changed.versions, changed.split, limits, changed.shadows, changed.host, self.spec.port, changed.max_body
-        )
+            return self._placed(EndpointSpec({number: version}, {number: 100.0}, limits))
+        return self._placed(replace(before.with_model(version, share=self.spec.share), limits=limits))
+
+    def _placed(self, wanted: EndpointSpec) -> EndpointSpec:
+        return replace(wanted, port=self.spec.port, grpc_port=self.spec.grpc_port, drain=self.spec.drain)
 
     def plan(self) -> Plan:
         there = self._there()
@@ -143,8 +148,11 @@ class LocalTarget(Target[LocalSpec]):
         return (there.url if there else None) or f"http://127.0.0.1:{self.spec.port}"
 
     def uris(self) -> Mapping[str, str]:
-        base = self.address()
-        return {"scoring_uri": f"{base}/score", "swagger_uri": f"{base}/swagger.json"}
+        base, there = self.address(), self._there()
+        found = {"scoring_uri": f"{base}/score", "swagger_uri": f"{base}/swagger.json"}
+        if self.spec.grpc_port is not None:
+            found["grpc"] = (there.grpc if there else None) or f"127.0.0.1:{self.spec.grpc_port}"
+        return found
 
 
 def _shown(spec: EndpointSpec) -> dict[str, Any]:
@@ -160,4 +168,6 @@ def _shown(spec: EndpointSpec) -> dict[str, Any]:
         "max_delay": spec.limits.max_delay,
         "threads": spec.limits.threads,
         "port": spec.port,
+        "grpc_port": spec.grpc_port,
+        "drain": spec.drain,
     }

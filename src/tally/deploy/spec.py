@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from tally.deploy.quantities import amount
 from tally.errors import SpecError
@@ -77,6 +77,7 @@ class DeploymentSpec:
     ``image:/path`` for one that the image holds. image: what an image is called that is built from ``environment``.
     replicas: (least, most); None: as the profile says. cpu, memory: Kubernetes quantities, of one replica. gpu: whole
     ones. max_batch, max_delay, drain, task, settings, trust: as of ``tally serve``; settings are ``KEY=VALUE``.
+    grpc_port: where clients reach it over gRPC; None: not at all.
     variables: of the environment, in the clear. secrets: names, whose meaning the target says.
 
     Raises SpecError with all that is wrong.
@@ -94,6 +95,7 @@ class DeploymentSpec:
     max_batch: int | None = None
     max_delay: float | None = None
     drain: float = 30.0
+    grpc_port: int | None = None
     task: str | None = None
     settings: tuple[str, ...] = ()
     trust: bool = False
@@ -121,6 +123,10 @@ class DeploymentSpec:
             yield f"max_delay: 0 to 60 seconds, not {self.max_delay}"
         if not 0 < self.drain <= MOST_DRAIN:
             yield f"drain: more than 0 and at most {MOST_DRAIN:g} seconds, not {self.drain:g}"
+        if self.grpc_port is not None and not self.least_port <= self.grpc_port <= 65535:
+            yield f"grpc_port: {self.least_port} to 65535, not {self.grpc_port}"
+        if self.grpc_port and self.grpc_port == self.http_port:
+            yield f"grpc_port: {self.grpc_port} is the port of HTTP already"
         yield from (f"settings: {each!r} is not of the form KEY=VALUE" for each in self.settings if "=" not in each[1:])
         yield from self._variable_problems()
 
@@ -165,6 +171,14 @@ class DeploymentSpec:
                 yield f"variables: {name!r} cannot be the name of a variable"
             elif name == KEYS or _SENSITIVE.search(name) or has_secret(f"{name}={value}") or has_secret(value):
                 yield f"variables: {name} is a secret, and would stand in the clear: give it with --secret"
+
+    least_port: ClassVar[int] = 1
+    """0, where a port that is free may be taken."""
+
+    @property
+    def http_port(self) -> int:
+        """Where clients reach it over HTTP."""
+        return 80
 
     @property
     def container_image(self) -> str:

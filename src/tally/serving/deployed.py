@@ -34,13 +34,23 @@ class DeployedServer(ModelServer):
     def __init__(self, deployment: Deployment, token: str, store: DeploymentStore) -> None:
         spec = deployment.spec
         keys = tuple(key for text in os.environ.get(KEYS, "").split(",") if (key := text.strip()))
-        super().__init__(ServeSettings((), host=spec.host, port=spec.port, keys=keys, max_body=spec.max_body), log.info)
+        listening = ServeSettings(
+            (), host=spec.host, port=spec.port, grpc_port=spec.grpc_port, keys=keys, max_body=spec.max_body,
+            drain=spec.drain,
+        )  # fmt: skip
+        super().__init__(listening, log.info)
         self._deployment, self._token, self._store = deployment, token, store
+        self._moves = False
         self._name = deployment.name
         self._followed = 0
         self._error: str | None = None
         model = ModelSettings(self._name, next(iter(spec.versions.values())).model, limits=spec.limits)
         self.endpoints[self._name] = Endpoint(model, self.metrics, self._changed)
+
+    @property
+    def moves(self) -> bool:
+        """Whether it ends only as it is to listen somewhere else."""
+        return self._moves and not self._signals
 
     async def load(self) -> None:
         """Serve what the row says, and follow it. Raises TallyError where that cannot be done."""
@@ -60,7 +70,7 @@ class DeployedServer(ModelServer):
                 heard = time.monotonic()
             except OwnershipLostError as error:
                 log.error("%s", error.message)
-                self.stop()
+                self._end()
                 return
             except TallyError as error:  # the database is away, say
                 if time.monotonic() - heard > LEASE_SECONDS:  # it goes on serving, and says so once it is back
@@ -70,12 +80,20 @@ class DeployedServer(ModelServer):
                 continue
             if found is None:
                 log.info("endpoint %s has been deleted", self._name)
-                self.stop()
+                self._end()
                 return
-            if self._followed and found.revision != self._followed:
-                await self._change(found)
-                continue
+            if self._followed and found.revision != self._followed and not self._moves:
+                if found.spec.listening == self._deployment.spec.listening:
+                    await self._change(found)
+                    continue
+                log.info("revision %d of %s listens elsewhere: it starts again", found.revision, self._name)
+                self._moves = True
+                self.stop()  # and it goes on saying so, which keeps the lease, while it answers what it was sent
             await asyncio.sleep(FOLLOW_SECONDS)
+
+    def _end(self) -> None:
+        self._moves = False
+        self.stop()
 
     async def _change(self, found: Deployment) -> None:
         try:
@@ -93,6 +111,7 @@ class DeployedServer(ModelServer):
     async def _reconcile(self, found: Deployment) -> None:
         """Load what is wanted and not there; then share out the requests; then end what is not wanted."""
         spec, endpoint = found.spec, self.endpoints[self._name]
+        self.settings = replace(self.settings, drain=spec.drain)
         for number, version in spec.versions.items():
             pool = endpoint.versions.get(number)
             limits = spec.limits
@@ -119,6 +138,7 @@ class DeployedServer(ModelServer):
             "state": state,
             "error": self._error,
             "url": self.url,
+            "grpc": self.grpc_address,
             "pid": os.getpid(),
             "ready": endpoint.ready,
             "complete": all(pool.ready >= pool.least for pool in endpoint.versions.values()),
@@ -130,6 +150,18 @@ class DeployedServer(ModelServer):
 
 def _takes_part(spec: EndpointSpec, number: str) -> bool:
     return number in spec.versions and (spec.split.get(number, 0) > 0 or spec.shadows.get(number, 0) > 0)
+
+
+def _serve(deployment: Deployment, token: str, store: DeploymentStore) -> DeployedServer:
+    """Serve it until its end. Raises TallyError."""
+    made: list[DeployedServer] = []
+
+    def make() -> DeployedServer:
+        made.append(DeployedServer(deployment, token, store))
+        return made[0]
+
+    run(make)
+    return made[0]
 
 
 def main(name: str) -> int:
@@ -148,8 +180,8 @@ def main(name: str) -> int:
         return 0
     why: str | None = None
     try:
-        deployment = store.get(name)
-        run(lambda: DeployedServer(deployment, token, store))
+        while _serve(store.get(name), token, store).moves:
+            pass
     except TallyError as error:
         log.error("endpoint %s cannot be served: %s", name, error.message)
         why = str(error)

@@ -52,7 +52,8 @@ class EndpointSpec:
 
     versions: number to version. split: number to its share of the requests. shadows: number to the share (0 to 1) of
     requests of which it gets a copy. limits: of each version; ``limits.replicas`` of each that the split names.
-    host, port: where; port 0 for any that is free. max_body: bytes.
+    host, port: where; port 0 for any that is free. grpc_port: the same for gRPC; None for no gRPC. max_body: bytes.
+    drain: seconds that requests have to end once the endpoint is to.
     """
 
     versions: Mapping[str, Version]
@@ -62,9 +63,13 @@ class EndpointSpec:
     host: str = "127.0.0.1"
     port: int = PORT
     max_body: int = MAX_BODY
+    grpc_port: int | None = None
+    drain: float = 30.0
 
     def __post_init__(self) -> None:
         wrong = self.limits.problems()
+        if self.grpc_port and self.grpc_port == self.port:
+            wrong.append(f"grpc_port: {self.grpc_port} is the port of HTTP already")
         wrong += [f"split: there is no version {each!r}" for each in self.split if each not in self.versions]
         wrong += [f"shadow: there is no version {each!r}" for each in self.shadows if each not in self.versions]
         wrong += [f"split: the share of {n} should be 0 or more, not {s}" for n, s in self.split.items() if s < 0]
@@ -95,6 +100,11 @@ class EndpointSpec:
             for number, each in values["versions"].items()
         }
         return cls(**{**values, "limits": Limits(**limits), "versions": versions})
+
+    @property
+    def listening(self) -> tuple[Any, ...]:
+        """What cannot be changed while it listens."""
+        return self.host, self.port, self.grpc_port, self.max_body
 
     def with_model(self, version: Version, *, share: float | None = None) -> EndpointSpec:
         """The same with another version of the model: alone, or with this share (0 to 1) of the requests beside those
@@ -130,8 +140,9 @@ class Deployment:
     """An endpoint, as its row has it. Times are seconds since the epoch.
 
     history: what was served before, oldest first: ``spec``, ``revision``, ``changed_at``, ``changed_by``.
-    observed: what the process that serves it says: ``revision``, ``url``, ``state`` (starting, ready or failed),
-    ``error``, ``pools``. alive: whether there is such a process; host: where it runs, or ran last.
+    observed: what the process that serves it says: ``revision``, ``url``, ``grpc`` (``HOST:PORT``), ``state``
+    (starting, ready or failed), ``error``, ``pools``. alive: whether there is such a process; host: where it runs, or
+    ran last.
     """
 
     name: str
@@ -168,6 +179,11 @@ class Deployment:
     def url(self) -> str | None:
         """Where it is served."""
         return self.observed.get("url") if self.alive else None
+
+    @property
+    def grpc(self) -> str | None:
+        """Where it is served over gRPC: ``HOST:PORT``."""
+        return self.observed.get("grpc") if self.alive else None
 
 
 LookUp: TypeAlias = Callable[[str, Mapping[str, Any]], ModelRef]

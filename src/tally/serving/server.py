@@ -71,6 +71,7 @@ class ModelServer:
         self._stop = asyncio.Event()
         self._signals = 0
         self.url = ""
+        self.grpc_port: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._grpc = None if settings.grpc_port is None else _grpc_server(self)
 
@@ -117,12 +118,19 @@ class ModelServer:
                 text = pool.description.text if pool.description else "waits for its first request"
                 self._say(f"{name} (version {pool.version}): {text}")
         if self._grpc is not None:
-            self._say(f"gRPC at {urlsplit(self.url).netloc.rpartition(':')[0]}:{self.grpc_port}")
+            self._say(f"gRPC at {self.grpc_address}")
         self._say(f"Serving at {self.url}")
         for name in self.endpoints:
             base = "" if len(self.endpoints) == 1 else f"/api/v1/service/{name}"
             self._say(f"  scoring_uri: {self.url}{base}/score")
             self._say(f"  swagger_uri: {self.url}{base}/swagger.json")
+
+    @property
+    def grpc_address(self) -> str | None:
+        """Where it answers over gRPC: ``HOST:PORT``; None before that, and without gRPC."""
+        if self.grpc_port is None:
+            return None
+        return f"{urlsplit(self.url).netloc.rpartition(':')[0]}:{self.grpc_port}"
 
     async def load(self) -> None:
         """Load what is to be served. Raises TallyError."""

@@ -15,6 +15,8 @@ Manifest = dict[str, Any]
 
 PORT = 8080
 """Where the container listens."""
+GRPC_PORT = 8081
+"""The same for gRPC."""
 SERVICE_PORT = 80
 USER = 10001
 """The id of the user that containers run as: none that an image or a node has."""
@@ -31,6 +33,9 @@ ROLLOUT = 900
 """Seconds without progress after which Kubernetes calls a rollout failed."""
 BODY = "64m"
 """As much as the server takes (``tally serve --max-body``)."""
+
+_PROTOCOLS = {"http": "http", "grpc": "kubernetes.io/h2c"}
+"""What is spoken at a port, as Kubernetes calls it; gRPC without TLS."""
 
 LABELS = {"app.kubernetes.io/name": "tally", "app.kubernetes.io/component": "endpoint"}
 _NAMESPACE = "kubernetes.io/metadata.name"
@@ -129,13 +134,19 @@ def _container(spec: KubernetesSpec, shipped: Shipped) -> Manifest:
     found: Manifest = {
         "name": "endpoint",
         "image": spec.container_image,
-        "command": container.command(spec, shipped.served, port=PORT),
+        "command": container.command(
+            spec, shipped.served, port=PORT, grpc_port=None if spec.grpc_port is None else GRPC_PORT
+        ),
         "workingDir": WORK,
         "env": [
             *({"name": name, "value": value} for name, value in variables.items()),
             {"name": KEYS, "valueFrom": {"secretKeyRef": {"name": spec.keys_from, "key": KEYS}}},
         ],
-        "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
+        "ports": [
+            {"name": name, "containerPort": port, "protocol": "TCP"}
+            for name, port in (("http", PORT), ("grpc", GRPC_PORT))
+            if name in _ports(spec)
+        ],
         # No limit of CPU: it would hold up requests for parts of each tenth of a second while cores are idle.
         "resources": {
             "requests": {"cpu": spec.cpu, "memory": spec.memory, **gpus},
@@ -163,8 +174,16 @@ def _probe(path: str, **timing: int) -> Manifest:
 
 
 def _service(spec: KubernetesSpec) -> Manifest:
-    port = {"name": "http", "port": SERVICE_PORT, "targetPort": "http", "protocol": "TCP", "appProtocol": "http"}
-    return _object(spec, "v1", "Service", {"type": "ClusterIP", "selector": selector(spec.name), "ports": [port]})
+    ports = [
+        {"name": name, "port": port, "targetPort": name, "protocol": "TCP", "appProtocol": _PROTOCOLS[name]}
+        for name, port in _ports(spec).items()
+    ]
+    return _object(spec, "v1", "Service", {"type": "ClusterIP", "selector": selector(spec.name), "ports": ports})
+
+
+def _ports(spec: KubernetesSpec) -> dict[str, int]:
+    """Name to the port by which clients reach it."""
+    return {"http": SERVICE_PORT, **({} if spec.grpc_port is None else {"grpc": spec.grpc_port})}
 
 
 def _network_policy(spec: KubernetesSpec) -> Manifest:
@@ -177,7 +196,7 @@ def _network_policy(spec: KubernetesSpec) -> Manifest:
         {
             "podSelector": {"matchLabels": selector(spec.name)},
             "policyTypes": ["Ingress"],
-            "ingress": [{"from": sources, "ports": [{"port": "http", "protocol": "TCP"}]}],
+            "ingress": [{"from": sources, "ports": [{"port": each, "protocol": "TCP"} for each in _ports(spec)]}],
         },
     )
 

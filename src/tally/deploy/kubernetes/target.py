@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,13 @@ class KubernetesTarget(Target[KubernetesSpec]):
         if spec.gateway is not None:
             return self._gateway_address(spec.gateway)
         return f"http://{spec.name}.{self.cluster.namespace}.svc"
+
+    def uris(self) -> Mapping[str, str]:
+        """gRPC is reached from within the cluster: whatever leads to it from outside leads to HTTP."""
+        found = dict(super().uris())
+        if self.spec.grpc_port is not None:
+            found["grpc"] = f"{self.spec.name}.{self.cluster.namespace}.svc:{self.spec.grpc_port}"
+        return found
 
     # -- within ---------------------------------------------------------------------------------------------
 
@@ -233,6 +240,13 @@ class KubernetesTarget(Target[KubernetesSpec]):
                 "it is reached from within the cluster only; --gateway or --ingress-class lead to it from outside, and "
                 f"for a try: kubectl port-forward service/{spec.name} 8080:80"
             )
+        if spec.grpc_port is not None:
+            notes.append(
+                f"gRPC is at port {spec.grpc_port} of the Service, for clients within the cluster; a connection stays "
+                "with one replica, so clients balance by themselves, or a mesh does"
+            )
+            if not spec.environment.is_built:
+                notes.append(f"the image {spec.container_image} has to have tally-scoring[server,grpc] installed")
         if not spec.environment.is_built and self.shipped.requirement is not None:
             notes.append(f"the image {spec.container_image} has to have {self.shipped.requirement} installed")
         return notes

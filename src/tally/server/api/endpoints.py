@@ -75,7 +75,9 @@ class NewEndpoint(Model):
 
     name: str = Field(pattern=_PATTERN)
     port: int = Field(PORT, ge=0, le=65535, description="On the server's machine; 0: any that is free.")
+    grpc_port: int | None = Field(None, ge=0, le=65535, description="The same for gRPC; null for no gRPC.")
     max_body: int = Field(MAX_BODY, ge=1, le=1 << 40, description="Bytes of a request.")
+    drain: float = Field(30.0, gt=0, le=3600, description="Seconds that requests have to end, once it is to.")
     replicas: tuple[Replicas, Replicas] = _DEFAULTS.replicas
     max_batch: int | None = Field(None, ge=1, le=65_536)
     max_delay: Seconds = _DEFAULTS.max_delay
@@ -151,7 +153,10 @@ def add_endpoint(
     limits = Limits(**{each.name: getattr(wanted, each.name) for each in fields(Limits)})
     version = _version(find, wanted)
     number = number_of(version.ref)
-    spec = EndpointSpec({number: version}, {number: 100.0}, limits, port=wanted.port, max_body=wanted.max_body)
+    spec = EndpointSpec(
+        {number: version}, {number: 100.0}, limits, port=wanted.port, grpc_port=wanted.grpc_port,
+        max_body=wanted.max_body, drain=wanted.drain,
+    )  # fmt: skip
     return EndpointView.of(store.create(wanted.name, spec, who=who.name))
 
 

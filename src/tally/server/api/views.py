@@ -279,6 +279,7 @@ class Observed(View):
     revision: int | None = None
     error: str | None = None
     url: str | None = None
+    grpc: str | None = None
     pid: int | None = None
     ready: bool = False
     complete: bool = False
@@ -311,7 +312,9 @@ class EndpointView(View):
     versions: dict[str, EndpointVersion]
     limits: Limits
     port: int
+    grpc_port: int | None = Field(description="Of gRPC; null where it has none. ``observed.grpc`` says where that is.")
     max_body: int
+    drain: float = Field(description="Seconds that requests have to end, once it is to.")
     failures: int = Field(description="How often in a row it could not be started.")
     observed: Observed | None
     history: list[EarlierSpec]
@@ -333,7 +336,7 @@ class EndpointView(View):
             error=None if error is None else mask(error), revision=found.revision, created_at=found.created_at,
             changed_at=found.changed_at, changed_by=found.changed_by, versions=EndpointVersion.all_of(spec),
             limits=replace(limits, payloads=limits.payloads and mask(limits.payloads)), port=spec.port,
-            max_body=spec.max_body, failures=found.failures,
+            grpc_port=spec.grpc_port, max_body=spec.max_body, drain=spec.drain, failures=found.failures,
             observed=Observed(**found.observed) if found.observed else None, history=history,
         )  # fmt: skip
 
