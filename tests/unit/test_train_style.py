@@ -19,10 +19,11 @@ from PIL import Image
 
 from tally.errors import ModelLoadError, OutputExistsError, SourceNotFoundError, SpecError
 from tally.models.load import load
+from tally.models.registry import registry_name
 from tally.models.resolve import resolve
 from tally.scorers.base import Item
 from tally.training import style
-from tally.training.style import Step, Training, registry_name
+from tally.training.style import Step, Training
 from tally.training.style_network import SMALLEST_STYLE
 from tally.training.synthetic_images import draw
 

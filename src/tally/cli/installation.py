@@ -29,7 +29,20 @@ if TYPE_CHECKING:
     from tally.triggers.watch import WatchStore
 
 _CLIENT = "tally.client"
-HERE_ONLY = ("train", "up", "new", "simulate", "doctor", "inject", "serve", "predict", "load", "deploy")
+HERE_ONLY = (
+    "train",
+    "runs",
+    "tensorboard",
+    "up",
+    "new",
+    "simulate",
+    "doctor",
+    "inject",
+    "serve",
+    "predict",
+    "load",
+    "deploy",
+)
 """Commands that are about this machine."""
 
 

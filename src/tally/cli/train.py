@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tally.cli.console import literal_pairs, say
+from tally.cli.train_script import script
 from tally.cli.values import duration, names, share
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ SHOWN = 5
 @click.group()
 def train() -> None:
     """Train a model from your own data."""
+
+
+train.add_command(script)
 
 
 @train.command(short_help="A style, from one picture.")
@@ -62,9 +66,9 @@ def style(
     tally train style --style waves.jpg --out models/waves
     tally score clip.mp4 --model models:/waves --out styled.mp4
     """
-    from tally.models.registry import open_registry
+    from tally.models.registry import open_registry, registry_name
     from tally.models.resolve import resolve
-    from tally.training.style import Training, registry_name
+    from tally.training.style import Training
 
     name = registry_name(name or out.absolute().name)
     training = Training(
@@ -146,10 +150,9 @@ def anomaly(
         --out models/pumps
     """
     from tally.jobs.spec import CSV_VALUES
-    from tally.models.registry import open_registry
+    from tally.models.registry import open_registry, registry_name
     from tally.models.resolve import resolve
     from tally.training.anomaly import Recipe, Training
-    from tally.training.style import registry_name
 
     name = registry_name(name or out.absolute().name)
     recipe = Recipe(kind=kind, nu=nu, gamma=_gamma(gamma), max_rows=max_rows, seed=seed)

@@ -459,10 +459,11 @@ def _is_file(folder: Path, model: str) -> bool:
 
 
 def absolute(place: str, folder: Path | None = None) -> str:
-    """A place that means the same in every process: URLs stay, paths become absolute, that of sqlite:///FILE, too."""
+    """A place that means the same in every process: URLs and names of the registry stay, paths become absolute, that of
+    sqlite:///FILE, too."""
     if place.startswith(_SQLITE) and place.removeprefix(_SQLITE)[:1] not in ("", "#"):
         return _SQLITE + absolute(place.removeprefix(_SQLITE), folder)
-    if "://" in place:
+    if "://" in place or place.startswith("models:/"):
         return place
     text = str((folder or Path.cwd()) / expanded(place))
     # Path drops a trailing slash; keep it, as "out.csv/" would say that a folder is meant.

@@ -78,6 +78,7 @@ BUILT_IN: Mapping[str, _Line] = {
         "tally.scorers.scripts.pickled:ObjectKind",
         Traits(flags=("artifacts",), form="object"),
     ),
+    "files": _Line("tally.scorers.scripts.files:FilesKind", Traits(claims=("tally-files.json",))),
     "routed": _Line("tally.scorers.routed:RoutedKind", Traits(form="route")),
 }
 

@@ -533,6 +533,14 @@ def _time(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
+def registry_name(text: str) -> str:
+    """``text`` as a name that the registry allows. Raises SpecError if no character is left."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:128]
+    if not name:
+        raise SpecError(f"{text!r} cannot be a model's name", hint="Give one with --name: small letters, digits, '-'.")
+    return name
+
+
 def _check_name(what: str, name: str) -> None:
     if not _NAME.fullmatch(name):
         raise SpecError(

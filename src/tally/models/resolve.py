@@ -53,7 +53,7 @@ def resolve(
         framework made, ``package.module:Class``, ``models:/name``, ``models:/name/3``, ``models:/name@alias``, a file
         or folder in a bucket, an ``https://`` URL that ends in ``#sha256=...``, or a Scorer (an object or a class);
         with ``by``, columns of a table, also one file for each key, ``models/{column}.skops``.
-    labels, artifacts: paths, or URLs in a bucket.
+    labels, artifacts: paths, or URLs in a bucket; artifacts may also be ``models:/name``.
     settings: options that override what the package declares; keys may be dotted
         (``{"preprocess.channels": "bgr"}``).
     trust: allow artifacts whose opening runs code that they carry (pickles).
@@ -145,6 +145,11 @@ def _local_file(place: str | Path | None) -> str | None:
 
 
 def _local_folder(place: str | Path | None) -> str | None:
+    if place is not None and str(place).startswith("models:/"):
+        from tally.models.registry import open_registry
+
+        registry = open_registry()
+        return str(registry.fetch(registry.get(str(place))))
     if place is None or not _URL.match(str(place)):
         return None if place is None else str(_absolute(place))
     from tally.models.download import folder

@@ -134,6 +134,7 @@ class Office:
                 return {
                     "id": run.id, "name": run.name, "folder": str(run.folder), "parameters": dict(run.parameters),
                     "tags": dict(run.tags), "metrics": {name: each.to_json() for name, each in book.figures.items()},
+                    "data": dict(run.data),
                 }  # fmt: skip
             case "record":
                 book.record([Value(name, step, float(value), at) for name, step, value, at in request["values"]])

@@ -7,7 +7,6 @@ then there are only TensorBoard's event files beside it.
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 import tempfile
 import time
@@ -234,14 +233,6 @@ class Training:
                 shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
             raise StorageError(f"cannot write {self.out}: {error.strerror}") from error
-
-
-def registry_name(text: str) -> str:
-    """``text`` as a name that the registry allows. Raises SpecError if no character is left."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:128]
-    if not name:
-        raise SpecError(f"{text!r} cannot be a model's name", hint="Give one with --name: small letters, digits, '-'.")
-    return name
 
 
 def _libraries() -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ All methods may be called from several threads.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import shutil
@@ -28,7 +29,17 @@ from tally.jobs.store import new_id
 from tally.training import origin
 from tally.training.child import ParentBook, parent
 from tally.training.cost import Meter
-from tally.training.runs import LONGEST_METRIC, Figures, RunLease, RunState, RunStore, Value, open_runs, plain
+from tally.training.runs import (
+    LONGEST_METRIC,
+    Figures,
+    RunLease,
+    RunRecord,
+    RunState,
+    RunStore,
+    Value,
+    open_runs,
+    plain,
+)
 
 if TYPE_CHECKING:
     from tally.models.registry import ModelVersion
@@ -58,7 +69,7 @@ class Run:
 
     id, name: of the run. folder: for files that belong to it; whatever lies there is an artifact, but for ``events/``
     (TensorBoard's event files) and ``pictures/``. parameters: as given. tags: a mapping of texts, to be changed.
-    book: where its records go.
+    data: name to place of what it is trained from. book: where its records go.
     """
 
     def __init__(
@@ -71,7 +82,10 @@ class Run:
         parameters: Mapping[str, Any],
         tags: Mapping[str, str],
         figures: Mapping[str, Figures],
+        data: Mapping[str, str],
     ) -> None:
+        self.data: Mapping[str, str] = dict(data)
+        self._last = {name: each.last for name, each in figures.items()}
         self.id, self.name, self.folder = run_id, name, folder
         self.parameters: Mapping[str, Any] = dict(parameters)
         self.tags: MutableMapping[str, str] = _Tags(tags, lambda now: book.change(tags=now))
@@ -147,7 +161,13 @@ class Run:
             found = origin.data(place)
         except OSError as error:
             raise StorageError(f"cannot read {place}: {error.strerror or error}") from error
+        self.data = {**self.data, name: found["place"]}
         self.book.change(data={name: found})
+
+    def last_values(self) -> dict[str, float]:
+        """The value of each metric that was logged last."""
+        with self._lock:
+            return dict(self._last)
 
     def log_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Add to the parameters."""
@@ -163,13 +183,18 @@ class Run:
         tags: Mapping[str, str] | None = None,
         alias: str | None = None,
         metrics: Mapping[str, float] | None = None,
+        description: str | None = None,
+        as_files: bool = False,
     ) -> str:
         """Add a model package (or a model's file) to the registry as the next version of ``name``, with this run's id.
 
-        metrics: of the version; the last value of each metric by default. Returns ``models:/name/number``.
+        metrics: of the version; the last value of each metric by default.
+        as_files: what no kind of model claims, and pickles, are kept as they are, for a script's ``--artifacts``.
+        Returns ``models:/name/number``. A name's capital letters become small ones, as the registry has it.
         Raises as ``tally models add`` does.
         """
-        facts = {"properties": properties, "tags": tags, "alias": alias, "metrics": metrics}
+        facts: dict[str, Any] = {"properties": properties, "tags": tags, "alias": alias, "metrics": metrics}
+        facts |= {"description": description, "as_files": as_files}
         return self.book.register(Path(package).absolute(), name, **facts)
 
     @property
@@ -183,6 +208,7 @@ class Run:
                     self._events = EventWriter(self.folder / EVENTS)
                     if self.parameters:
                         self._events.hparams(self.parameters, name=self.id)
+                    atexit.register(self._events.close)  # a script may end without more
                 elif not self._told:
                     self._told = True
                     log.warning(
@@ -203,6 +229,7 @@ class Run:
             if self.parameters:
                 events.session_end(state == "finished")
             events.close()
+            atexit.unregister(events.close)
         self.book.finish(state, error)
 
     def __enter__(self) -> Self:
@@ -241,6 +268,7 @@ class Run:
             raise SpecError(f"log: the step of {name!r} should be a whole number, not {step!r}")
         step = int(step)
         self._next[name] = max(step + 1, self._next.get(name, 0))
+        self._last[name] = number
         return Value(name, step, number, at)
 
 
@@ -427,7 +455,7 @@ def run(
     begun = Run(
         DatabaseBook(store, lease, rebuilt=resume is not None, before=before),
         run_id=record.id, name=record.name, folder=Path(record.folder), parameters=record.parameters, tags=record.tags,
-        figures=record.metrics,
+        figures=record.metrics, data={each: found["place"] for each, found in record.data.items()},
     )  # fmt: skip
     for each, where in (data or {}).items():
         begun.log_data(each, where)
@@ -445,6 +473,7 @@ def _joined(
     begun = Run(
         book, run_id=known["id"], name=known["name"], folder=Path(known["folder"]), parameters=known["parameters"],
         tags=known["tags"], figures={name: Figures.from_json(each) for name, each in known["metrics"].items()},
+        data=known["data"],
     )  # fmt: skip
     if parameters:
         begun.log_parameters(parameters)
@@ -464,17 +493,39 @@ def register(
     properties: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
     alias: str | None = None,
+    description: str | None = None,
+    as_files: bool = False,
 ) -> ModelVersion:
     """Add a run's model to the registry, as :meth:`Run.register` says."""
-    from tally.models.registry import open_registry
+    from tally.models.registry import open_registry, registry_name
     from tally.models.resolve import resolve
+    from tally.scorers.scripts.files import as_package, is_no_model
 
     facts: dict[str, Any] = {"metrics": plain(metrics), "run": run_id}
+    if description:
+        facts["description"] = description
     if properties:
         facts["properties"] = plain(properties)
     if tags:
         facts["tags"] = {str(key): str(value) for key, value in tags.items()}
-    return open_registry().add(name, resolve(package), alias=alias, metadata=facts)
+    registry, name = open_registry(), registry_name(name)
+    if not as_files or not is_no_model(package):
+        return registry.add(name, resolve(package), alias=alias, metadata=facts)
+    with as_package(package) as folder:
+        return registry.add(name, resolve(folder), alias=alias, metadata=facts)
+
+
+def is_own_folder(record: RunRecord) -> bool:
+    """Whether Tally has made the run's folder, and it is on this machine."""
+    folder = Path(record.folder)
+    return folder == settings().home / "runs" / record.id and folder.is_dir() and not folder.is_symlink()
+
+
+def remove(store: RunStore, record: RunRecord, *, keep_files: bool = False) -> None:
+    """Forget a run, and remove its folder if Tally has made it. Raises RunStateError while it is being trained."""
+    store.delete(record.id)
+    if not keep_files and is_own_folder(record):
+        shutil.rmtree(record.folder, ignore_errors=True)
 
 
 def artifacts(folder: Path) -> list[str]:

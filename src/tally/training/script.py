@@ -1,0 +1,370 @@
+"""Training scripts: any Python file, in a process of its own, whose run is kept here.
+
+The script works in a folder of the run, in which everything of its own folder is linked, but ``outputs/`` and
+``logs/``: those are new for each run, and become part of it. So several runs of one script never meet.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tally import plain_yaml, processes
+from tally.config import append_private
+from tally.errors import SourceNotFoundError, SpecError, StorageError
+from tally.jobs.signals import stop_signals
+from tally.text import visible
+from tally.training import origin, shim
+from tally.training.child import Office
+from tally.training.runs import RunState, open_runs
+from tally.training.tracking import DatabaseBook, Run, run
+
+COLLECTED = ("outputs", "logs")
+"""Folders of a script that become part of its run."""
+OUTPUT = "output.txt"
+"""The file of what it prints."""
+WORK = "work"
+"""The folder that it works in."""
+STOP_SECONDS = 10.0
+"""How long a script may take to end, once it is asked to."""
+_DIES_WITH_US = """\
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Linux: a program that starts the command that is given after our process id; it is killed when ours ends."""
+_MOST_LINKS = 10_000
+_DRAIN_SECONDS = 2.0
+"""How long output is waited for once a script has ended: of children that it left behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a script ended. code: its exit code, negative for the signal that killed it. by_user: it was stopped."""
+
+    run_id: str
+    state: RunState
+    error: str | None
+    code: int
+    by_user: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptTraining:
+    """A script to be run once. Raises SpecError with every problem, SourceNotFoundError.
+
+    parameters: become arguments ``--NAME VALUE``, texts as given; an empty text: ``--NAME`` alone.
+    train_sets, test_sets: pairs of a table of labels and a folder of images, which become ``--train_sets LABELS IMAGES
+    ...`` and ``--test_sets ...``. data: other data by name. arguments: more, as they are.
+    folder: whose files the script finds in its current folder; that of the script by default.
+    time_limit: seconds, after which it is killed with all its children. command: as it was typed, to be kept.
+    """
+
+    script: Path
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    train_sets: Sequence[tuple[str, str]] = ()
+    test_sets: Sequence[tuple[str, str]] = ()
+    data: Mapping[str, str] = field(default_factory=dict)
+    arguments: Sequence[str] = ()
+    folder: Path | None = None
+    name: str | None = None
+    time_limit: float | None = None
+    command: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.script.is_file():
+            raise SourceNotFoundError(f"there is no script {str(self.script)!r}")
+        problems = [
+            f"-p {name}: a parameter's name has letters, digits, '_', '-' and '.'"
+            for name in self.parameters
+            if not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or name.startswith("-")
+        ]
+        if self.folder is not None and not self.script.absolute().is_relative_to(self.folder.absolute()):
+            problems.append(f"--folder {self.folder}: the script {self.script} does not lie in it")
+        for flag, sets in (("--train-set", self.train_sets), ("--test-set", self.test_sets)):
+            for labels, images in sets:
+                if not Path(labels).is_file():
+                    problems.append(f"{flag}: there is no table of labels {labels!r}")
+                if not Path(images).exists():
+                    problems.append(f"{flag}: there is no folder of images {images!r}")
+        for name, place in self.data.items():
+            if not Path(place).exists():
+                problems.append(f"--data {name}: there is no file or folder {place!r}")
+        if problems:
+            raise SpecError(problems)
+
+    @property
+    def argument_list(self) -> list[str]:
+        """What the script finds in ``sys.argv``, after its own name."""
+        found: list[str] = []
+        for flag, sets in (("--train_sets", self.train_sets), ("--test_sets", self.test_sets)):
+            if sets:
+                found += [flag, *(str(Path(each).absolute()) for pair in sets for each in pair)]
+        for name, value in self.parameters.items():
+            found += [f"--{name}", value] if value else [f"--{name}"]
+        return [*found, *self.arguments]
+
+    def run(
+        self,
+        listen: Callable[[bytes], object] = lambda printed: None,
+        *,
+        begun: Callable[[Run], object] = lambda run: None,
+    ) -> Ended:
+        """Run the script to its end, and return how it ended.
+
+        listen: gets what it prints, as it prints it. begun: gets the run, before the script starts. At Ctrl-C and
+        SIGTERM the script is asked to end, and killed after STOP_SECONDS or at the second.
+        Raises StorageError, OwnershipLostError.
+        """
+        data = {
+            f"{what} {number} {part}": place
+            for what, sets in (("train", self.train_sets), ("test", self.test_sets))
+            for number, pair in enumerate(sets, 1)
+            for part, place in zip(("labels", "images"), pair, strict=True)
+        }
+        tracked = run(
+            self.name or self.script.stem, {name: _value(text) for name, text in self.parameters.items()},
+            data=data | dict(self.data), command=self.command, code=origin.code(self.script), store=open_runs(),
+        )  # fmt: skip
+        begun(tracked)
+        with tracked:
+            assert isinstance(tracked.book, DatabaseBook)
+            with Office(tracked, tracked.book) as office:
+                watched, said = self._child(tracked, office, listen)
+            state, error = watched.verdict(office.ended, said)
+            tracked.finish(state, error)
+        return Ended(tracked.id, state, error, watched.code, watched.by_user)
+
+    def _words(self, folder: Path) -> list[str]:
+        """The command line of the script's process."""
+        words = [sys.executable, str(self.script.absolute().relative_to(folder)), *self.argument_list]
+        if sys.platform != "linux":
+            return words
+        return [sys.executable, "-I", "-S", "-c", _DIES_WITH_US, str(os.getpid()), *words]
+
+    def _child(self, tracked: Run, office: Office, listen: Callable[[bytes], object]) -> tuple[_Watched, str]:
+        """Start the script and follow it to its end; and the last line that it printed."""
+        folder = (self.folder or self.script.parent).absolute()
+        work = tracked.folder / WORK
+        try:
+            _lay_out(folder, work)
+            printed = append_private(tracked.folder / OUTPUT)
+        except OSError as error:
+            raise StorageError(f"cannot write {tracked.folder}: {error.strerror or error}") from error
+        path = [str(Path(shim.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = processes.environment() | office.environment | {
+            "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "AZUREML_RUN_ID": tracked.id,
+        }  # fmt: skip
+        with printed:
+            process = subprocess.Popen(
+                self._words(folder),
+                cwd=work, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            watched = _Watched(process, self.time_limit)
+            tail = _Tail()
+
+            def say(block: bytes) -> None:
+                printed.write(block)
+                printed.flush()
+                tail.add(block)
+                listen(block)
+
+            try:
+                with stop_signals(watched.stop):
+                    watched.follow(say)
+            finally:
+                watched.close()
+        _collect(folder, work, tracked.folder)
+        return watched, tail.line()
+
+
+class _Watched:
+    """A process and its group, followed to their end."""
+
+    def __init__(self, process: subprocess.Popen[bytes], time_limit: float | None) -> None:
+        self._process, self._limit = process, time_limit
+        self._until = None if time_limit is None else time.monotonic() + time_limit
+        self._late = False
+        self._stopped = 0
+
+    @property
+    def code(self) -> int:
+        return self._process.returncode
+
+    @property
+    def by_user(self) -> bool:
+        """Whether the user has stopped it, and it has not ended in good order all the same."""
+        return bool(self._stopped) and self.code != 0
+
+    def stop(self, count: int) -> None:
+        """Ask it to end, then kill it. Called by another thread."""
+        self._stopped = count
+        self._signal(signal.SIGTERM if count == 1 else signal.SIGKILL)
+        if count == 1:
+            threading.Timer(STOP_SECONDS, self._kill_if_alive).start()
+
+    def _kill_if_alive(self) -> None:
+        if self._process.poll() is None:
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill the whole group, and wait for the process."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        """Kill what it left behind, and hear no more of that."""
+        self.kill()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # all of the group have ended
+            os.killpg(self._process.pid, number)
+
+    def follow(self, say: Callable[[bytes], object]) -> None:
+        """Pass on what it prints until it has ended, or its time is over."""
+        assert self._process.stdout is not None
+        output = self._process.stdout
+        os.set_blocking(output.fileno(), False)
+        ended = False
+        with selectors.DefaultSelector() as selector, _end_of(self._process) as end:
+            selector.register(output, selectors.EVENT_READ)
+            selector.register(end, selectors.EVENT_READ)
+            while True:
+                left = None if self._until is None else self._until - time.monotonic()
+                if left is not None and left <= 0:
+                    if not ended:
+                        self._late = True
+                        self.kill()
+                    self._read(output, say)
+                    return
+                ready = [key.fileobj for key, _ in selector.select(left)]
+                if output in ready and not self._read(output, say):
+                    selector.unregister(output)
+                    if ended:
+                        return
+                if end in ready:
+                    ended = True
+                    self._signal(signal.SIGKILL)  # the children that it left behind
+                    selector.unregister(end)
+                    self._until = time.monotonic() + _DRAIN_SECONDS
+                if ended and output not in (key.fileobj for key in selector.get_map().values()):
+                    return
+
+    @staticmethod
+    def _read(output: object, say: Callable[[bytes], object]) -> bool:
+        """Pass on all there is; False once there is nothing more to come."""
+        while block := output.read(1 << 16):  # type: ignore[attr-defined]
+            say(block)
+        return block is None
+
+    def verdict(self, told: tuple[RunState, str | None] | None, said: str) -> tuple[RunState, str | None]:
+        """The run's state and error. told: by the script itself. said: the last lines of what it printed."""
+        code = self._process.returncode
+        last = f"; the last that it printed: {said}" if said else ""
+        if self._late:
+            return "killed", f"its time limit of {self._limit:g} s was over"
+        if self.by_user:
+            return "killed", "it was stopped by its user"
+        if code < 0:
+            return "killed", f"it was killed by {_signal_name(-code)}{last}"
+        if code > 0:
+            return "failed", f"the script ended with exit code {code}{last}"
+        if told is not None and told[0] != "finished":
+            return told
+        return "finished", None
+
+
+class _end_of:  # noqa: N801 - a context, like contextlib's
+    """A file that becomes readable when a process has ended."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def __enter__(self) -> int:
+        self._read, self._write = os.pipe()
+        threading.Thread(target=self._wait, daemon=True, name="tally-script").start()
+        return self._read
+
+    def _wait(self) -> None:
+        self._process.wait()
+        os.close(self._write)
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._read)
+
+
+class _Tail:
+    """The end of what was printed."""
+
+    def __init__(self) -> None:
+        self._kept = b""
+
+    def add(self, block: bytes) -> None:
+        self._kept = (self._kept + block)[-8192:]
+
+    def line(self) -> str:
+        """The last line."""
+        lines = [each for each in self._kept.decode("utf-8", "replace").splitlines() if each.strip()]
+        return visible(lines[-1].strip())[:500] if lines else ""
+
+
+def _lay_out(folder: Path, work: Path) -> None:
+    """Link everything of the script's folder into a new one. Raises OSError, SpecError."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    for number, each in enumerate(sorted(folder.iterdir())):
+        if number == _MOST_LINKS:
+            raise SpecError(
+                f"{folder} holds more than {_MOST_LINKS:,} files and folders",
+                hint="Put the script into a folder of its own, with what it needs.",
+            )
+        if each.name not in COLLECTED:
+            (work / each.name).symlink_to(each)
+    for name in COLLECTED:
+        (work / name).mkdir()
+
+
+def _collect(folder: Path, work: Path, place: Path) -> None:
+    """Move what the script wrote into the run's folder, and remove the links."""
+    for each in sorted(work.iterdir()):
+        if each.is_symlink() and each.readlink() == folder / each.name:
+            each.unlink()
+        elif each.name in COLLECTED and each.is_dir() and not each.is_symlink():
+            if any(each.iterdir()):
+                each.rename(place / each.name)
+            else:
+                each.rmdir()
+    with suppress(OSError):  # it wrote elsewhere, too
+        work.rmdir()
+
+
+def _value(text: str) -> Any:
+    """A parameter's text as it is kept: a number where it is one, true for a bare ``--NAME``."""
+    if not text:
+        return True
+    try:
+        return plain_yaml.value(text)
+    except ValueError:
+        return text
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,13 @@
+"""``azureml.core``: see :mod:`tally.training.azureml`."""
+
+from typing import Any
+
+from tally.training.azureml import PROVIDED, missing
+
+
+def __getattr__(name: str) -> Any:
+    if name in PROVIDED:
+        return PROVIDED[name]
+    if name.startswith("__"):
+        raise AttributeError(name)
+    raise missing(__name__, name)

@@ -1,0 +1,174 @@
+"""Training scripts: what they log in either way is kept, and whatever ends them is told."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from tally.cli.main import cli
+from tally.errors import RunNotFoundError, SourceNotFoundError, SpecError
+from tally.models.registry import open_registry
+from tally.models.resolve import resolve
+from tally.training.runs import open_runs
+from tally.training.script import ScriptTraining
+
+AZURE = """
+import argparse, logging, os, pickle
+from pathlib import Path
+from azureml.core import Dataset, Run
+from azureml.core.model import Model
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--train_sets", nargs="+")
+parser.add_argument("--test_sets", nargs="+")
+parser.add_argument("--param_a", type=float)
+parser.add_argument("--quick", action="store_true")
+arguments = parser.parse_args()
+assert arguments.quick
+logging.basicConfig(filename="logs/model.log", level=logging.INFO, force=True)
+logging.info("begun")
+run = Run.get_context()
+workspace = run.experiment.workspace
+labels = Dataset.get_by_id(workspace, id=arguments.train_sets[0]).to_pandas_dataframe()
+assert list(labels["image_url"]) == ["a.jpg"], labels
+assert os.listdir(arguments.test_sets[3]) == ["a.jpg"]
+assert Dataset.get_by_name(workspace, name="prices").to_pandas_dataframe()["p"].sum() == 3
+print(Path("beside.txt").read_text(), os.listdir("outputs"))
+for step in range(3):
+    run.log("loss", arguments.param_a / (1 + step))
+run.log_list("mAP@0.5:0.95", [0.25, 0.5])
+run.log_row("sizes", width=3, height=4)
+run.log("note", "a text")
+Path("outputs/model.pkl").write_bytes(pickle.dumps({"a": 1}))
+Path("outputs/net").mkdir()
+Path("outputs/net/weights.bin").write_bytes(b"12345")
+run.log_image("sample", path=os.environ["PICTURE"])
+first = run.register_model("Dummy", model_path="outputs/model.pkl", properties={"acc": 0.5}, tags={"area": "x"})
+again = Model.register(workspace, model_path="outputs/net", model_name="net", description="of weights")
+assert (first.name, first.version, again.id) == ("dummy", 1, "net:1")
+for missing in ("run.log_accuracy_table('x')", "from azureml.core import Environment", "import azureml.train.dnn"):
+    try:
+        exec(missing)
+    except (AttributeError, ImportError) as error:
+        assert "not provided by 'tally train script', which provides" in str(error), error
+    else:
+        raise AssertionError(missing)
+"""
+
+OWN = """
+import subprocess, sys
+import tally
+
+with tally.training.run(parameters={"more": 1}) as run:
+    run.log({"loss": 0.5}, step=3)
+    sleeper = subprocess.Popen(["sleep", "600"])
+    run.tags["sleeper"] = str(sleeper.pid)
+    print("at work", flush=True)
+    how = sys.argv[-1]
+    if how == "raise":
+        raise ValueError("nothing learnt")
+    import os, signal
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def tally(*words: object) -> str:
+    done = CliRunner().invoke(cli, [*map(str, words)], standalone_mode=False, catch_exceptions=False)
+    return done.output
+
+
+def test_a_script_in_azure_mls_way_runs_unchanged(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, images = tmp_path / "code", tmp_path / "images"
+    folder.mkdir(), images.mkdir()
+    (folder / "train.py").write_text(AZURE)
+    (folder / "beside.txt").write_text("read me")
+    (folder / "outputs").mkdir()
+    (folder / "outputs" / "old.pkl").write_text("of an earlier run")
+    (images / "a.jpg").touch()
+    labels, prices = tmp_path / "labels.csv", tmp_path / "prices.jsonl"
+    labels.write_text('image_url,label\na.jpg,"[]"\n')
+    prices.write_text('{"p": 1}\n{"p": 2}\n')
+    monkeypatch.setenv("PICTURE", str(next((data / "images").rglob("*.jpg"))))
+    printed: list[bytes] = []
+    ended = ScriptTraining(
+        script=folder / "train.py", parameters={"param_a": "0.5", "quick": ""}, data={"prices": str(prices)},
+        train_sets=[(str(labels), str(images))], test_sets=[(str(labels), str(images))] * 2, time_limit=120,
+    ).run(printed.append)  # fmt: skip
+    assert (ended.state, ended.error, ended.code) == ("finished", None, 0), b"".join(printed).decode()
+    assert b"read me []" in b"".join(printed)
+    record = open_runs().get(ended.run_id)
+    assert dict(record.parameters) == {"param_a": 0.5, "quick": True}
+    assert {name: each.last for name, each in record.metrics.items()} == {
+        "loss": 0.5 / 3, "mAP@0.5:0.95": 0.5, "sizes/width": 3, "sizes/height": 4,
+    }  # fmt: skip
+    assert (record.tags, record.models) == ({"note": "a text"}, ["models:/dummy/1", "models:/net/1"])
+    assert set(record.data) == {
+        "prices", "train 1 labels", "train 1 images", *(f"test {n} {p}" for n in (1, 2) for p in ("labels", "images"))
+    }  # fmt: skip
+    files = {each.relative_to(record.folder).as_posix() for each in Path(record.folder).rglob("*") if each.is_file()}
+    assert {"outputs/model.pkl", "outputs/net/weights.bin", "logs/model.log", "output.txt"} <= files
+    assert not any(each.startswith("work/") for each in files)
+    assert {each.name for each in folder.iterdir()} == {"train.py", "beside.txt", "outputs"}
+    net = open_registry().get("models:/net")
+    assert (net.kind, net.metadata["description"], net.metadata["run"]) == ("files", "of weights", record.id)
+    (tmp_path / "score.py").write_text("def init():\n    pass\n\n\ndef run(mini_batch):\n    return mini_batch\n")
+    assert (Path(resolve(tmp_path / "score.py", artifacts="models:/net").artifacts) / "net" / "weights.bin").is_file()
+
+    assert json.loads(tally("runs", "show", record.id, "--json"))["metrics"]["loss"]["count"] == 3
+    assert "mAP@0.5:0.95 = 0.5 (step 1; 0.25 to 0.5 in 2 steps)" in tally("runs", "show", record.id[:5])
+    assert tally("runs", "show", record.id, "--metric", "loss").splitlines()[0] == "0\t0.5"
+    assert f"{record.id}  finished  script  train" in tally("runs", "list", "--state", "finished")
+    labels.write_text("changed\n")
+    told = tally("runs", "reproduce", record.id)
+    assert f"data train 1 labels: {labels} has other content" in told
+    assert tally("runs", "delete", record.id, "--dry-run").startswith(f"would remove run {record.id}, and its files")
+    tally("runs", "delete", record.id)
+    assert not Path(record.folder).exists()
+    with pytest.raises(RunNotFoundError):
+        open_runs().get(record.id)
+
+
+def test_whatever_ends_a_script_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(OWN)
+
+    def run(how: str) -> tuple[str, str, int]:
+        ended = ScriptTraining(script=script, arguments=[how]).run()
+        record = open_runs().get(ended.run_id)
+        assert (record.state, dict(record.parameters)) == (ended.state, {"more": 1})
+        assert record.metrics["loss"].step == 3
+        assert "at work" in (Path(record.folder) / "output.txt").read_text()
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(int(record.tags["sleeper"])).wait(30)
+        return ended.state, ended.error or "", ended.code
+
+    assert run("raise") == (
+        "failed",
+        "the script ended with exit code 1; the last that it printed: ValueError: nothing learnt",
+        1,
+    )
+    assert run("kill")[:2] == ("killed", "it was killed by SIGKILL; the last that it printed: at work")
+    script.write_text("import time\ntime.sleep(600)\n")
+    ended = ScriptTraining(script=script, time_limit=0.3).run()
+    assert (ended.state, ended.error) == ("killed", "its time limit of 0.3 s was over")
+
+
+def test_what_cannot_be_run_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SourceNotFoundError, match=r"there is no script 'nowhere\.py'"):
+        ScriptTraining(script=Path("nowhere.py"))
+    script = tmp_path / "train.py"
+    script.touch()
+    with pytest.raises(SpecError) as wrong:
+        ScriptTraining(
+            script=script,
+            parameters={"-x": "1"},
+            train_sets=[("no.csv", "no/")],
+            data={"d": "gone"},
+            folder=tmp_path / "x",
+        )
+    assert len(wrong.value.problems) == 5
