@@ -26,7 +26,7 @@ demo: $(INSTALLED)  ## restyle a short clip with sound
 	@echo; echo "Before: $(DEMO)/clip.mp4   After: $(DEMO)/styled.mp4   (Pictures, next: docs/quickstart.md)"
 
 test: .venv/test.stamp  ## run the tests (ARGS="-k pattern" runs some)
-	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist worksteal $(ARGS)
 
 check: .venv/test.stamp .venv/check.stamp  ## lint, check the formatting and the types
 	$(BIN)/ruff check .
