@@ -116,7 +116,8 @@ def test_an_endpoint_is_tried_changed_and_deleted(page: Page, server: Server, fo
     page.get_by_label("Share of version 1").fill("1")
     page.get_by_label("Share of version 2").fill("3")
     page.get_by_label("Copies for version 1").fill("50")
-    page.get_by_role("button", name="Share out").click()
+    with page.expect_response(lambda each: each.request.method == "GET" and each.url.endswith(f"/endpoints/{plastic}")):
+        page.get_by_role("button", name="Share out").click()  # and the forms are asked for anew
     expect(page.locator("#message")).to_contain_text("shared out anew")
     expect(tiles(page)).to_contain_text("2 of 2 replicas ready")
     expect(versions.nth(2)).to_contain_text("75 %")
@@ -131,9 +132,11 @@ def test_an_endpoint_is_tried_changed_and_deleted(page: Page, server: Server, fo
     page.get_by_role("button", name="Roll back to revision 3").press("Enter")
     expect(page.get_by_role("group", name="Replicas").get_by_text("ready")).to_have_count(2)
     expect(tiles(page)).to_contain_text("revision 5")
+    (folder / "can.py").write_text((folder / "can.py").read_text() + "# a better one\n")
     page.get_by_role("button", name="Look its model up again").click()
     expect(tiles(page)).to_contain_text("revision 6")
-    expect(tiles(page)).to_contain_text("1 of 1 replicas ready")
+    expect(tiles(page)).to_contain_text("2 of 2 replicas ready")
+    expect(versions.filter(has_text="can.py")).to_contain_text(re.compile(r"^\s*3.*75 %", re.DOTALL))  # beside the other
     expect(page.get_by_role("group", name="The last lines of its processes")).to_contain_text("revision 6 of plastic")
     check_accessibility(page)
 

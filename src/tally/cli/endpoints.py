@@ -82,6 +82,7 @@ def scale(name: str, replicas: tuple[int, int], no_wait: bool) -> None:
 def reload_(name: str, no_wait: bool) -> None:
     """Look up the model of endpoint NAME again, an alias say, and serve what it is now.
 
+    Of several versions that is the one with the largest share, which it keeps, as the others keep theirs.
     Requests that the old version has been given are answered by it.
     """
     _settle(installation.deployments().reload(name, who=_who()), wait=not no_wait)

@@ -123,8 +123,9 @@ class DeployedServer(ModelServer):
                 or pool.ref.options != version.ref.options
                 or replace(pool.limits, replicas=limits.replicas) != limits
             ):
-                await endpoint.load(version.ref, limits, version=number, label=label_of(version.model), alone=False)
+                await endpoint.load(version.ref, limits, version=number, alone=False)
         endpoint.set_split(spec.split, spec.shadows)
+        endpoint.labels = labels_of(spec)
         for number in [each for each in endpoint.versions if not _takes_part(spec, each)]:
             await endpoint.remove(number)
         for pool in endpoint.versions.values():
@@ -146,6 +147,12 @@ class DeployedServer(ModelServer):
             "pools": [{**facts(pool), "figures": pool.metrics.recent.figures()} for pool in endpoint.versions.values()],
             "at": time.time(),
         }
+
+
+def labels_of(spec: EndpointSpec) -> dict[str, str]:
+    """Label to version: the alias by which a model was named. Where several were, in turn, by the same, the last."""
+    named = ((label_of(each.model), number) for number, each in spec.versions.items() if _takes_part(spec, number))
+    return {label: number for label, number in named if label is not None}
 
 
 def _takes_part(spec: EndpointSpec, number: str) -> bool:

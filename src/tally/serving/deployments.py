@@ -108,10 +108,11 @@ class EndpointSpec:
 
     def with_model(self, version: Version, *, share: float | None = None) -> EndpointSpec:
         """The same with another version of the model: alone, or with this share (0 to 1) of the requests beside those
-        there are."""
-        number = self._number(version)
+        there are. Raises SpecError where its number is that of another model's, beside which it is to be served."""
+        number = number_of(version.ref, self.versions)
         if share is None:
             return replace(self, versions={number: version}, split={number: 100.0}, shadows={})
+        self._check_number(number, version)
         total = sum(value for name, value in self.split.items() if name != number)
         rest = (
             {name: value / total * 100 * (1 - share) for name, value in self.split.items() if name != number}
@@ -119,10 +120,39 @@ class EndpointSpec:
             else {}
         )
         split = {**rest, number: 100 * share if rest else 100.0}
-        return replace(self, versions={**self.versions, number: version}, split=split)
+        others = {name: each for name, each in self.versions.items() if name != number}
+        return replace(self, versions={**others, number: version}, split=split)  # last: its alias means it from now on
 
-    def _number(self, version: Version) -> str:
-        return number_of(version.ref, self.versions)
+    def with_instead(self, old: str, version: Version) -> EndpointSpec:
+        """The same with a version in the place of the one of that number: with its share and its copies, beside all
+        others. If it is one of those already, a canary that the alias has come to name, that gets the shares of both,
+        and no copies any more. Raises SpecError where its number is that of another model's."""
+        before = self.versions[old].ref
+        if (before.hash, before.version) == (version.ref.hash, version.ref.version):
+            return replace(self, versions={**self.versions, old: version})
+        number = number_of(version.ref, self.versions)
+        self._check_number(number, version)
+        merged = number in self.versions
+
+        def renamed(shares: Mapping[str, float]) -> dict[str, float]:
+            found: dict[str, float] = {}
+            for name, share in shares.items():
+                name = number if name == old else name
+                found[name] = found.get(name, 0.0) + share
+            return found
+
+        versions = {number if name == old else name: each for name, each in self.versions.items()}
+        shadows = {name: share for name, share in renamed(self.shadows).items() if not (merged and name == number)}
+        return replace(self, versions={**versions, number: version}, split=renamed(self.split), shadows=shadows)
+
+    def _check_number(self, number: str, version: Version) -> None:
+        there = self.versions.get(number)
+        if there is not None and there.ref.hash != version.ref.hash:
+            raise SpecError(
+                f"version {number} of this endpoint is {there.model} already, and {version.model} would be its version "
+                f"{number}, too",
+                hint="Serve it alone, without a share, or put one of the two into an endpoint of its own.",
+            )
 
 
 def number_of(ref: ModelRef, versions: Mapping[str, Version] = {}) -> str:
@@ -242,10 +272,13 @@ class DeploymentStore:
         return self.get(name)
 
     def change(self, name: str, changed: Callable[[EndpointSpec], EndpointSpec], *, who: str = "") -> Deployment:
-        """Serve something else from now on. Raises EndpointNotFoundError, and what ``changed`` raises."""
+        """Serve something else from now on; what is the same is no change, unless it could not be served.
+        Raises EndpointNotFoundError, and what ``changed`` raises."""
         while True:
             before = self.get(name)
             spec = changed(before.spec)
+            if spec == before.spec and [*spec.versions] == [*before.spec.versions] and before.state != "failed":
+                return before
             earlier = {
                 "spec": before.spec.to_dict(), "revision": before.revision, "changed_at": before.changed_at,
                 "changed_by": before.changed_by,
@@ -265,15 +298,17 @@ class DeploymentStore:
         return self.change(name, lambda spec: replace(spec, split=split, shadows=shadows), who=who)
 
     def reload(self, name: str, *, look_up: LookUp = _look_up, who: str = "") -> Deployment:
-        """Look up the model of the version with the most requests again, an alias say, and serve what it is now.
+        """Look up the model of the version with the most requests again, an alias say, and serve what it is now: with
+        its share, beside the other versions.
 
         look_up: of a model as it was asked for, and the options for that. Raises as :meth:`change`, and what
         ``look_up`` raises.
         """
 
         def again(spec: EndpointSpec) -> EndpointSpec:
-            old = spec.versions[max(spec.split, key=lambda each: spec.split[each])]
-            return spec.with_model(replace(old, ref=look_up(old.model, old.options)))
+            most = max(spec.split, key=lambda each: spec.split[each])
+            old = spec.versions[most]
+            return spec.with_instead(most, replace(old, ref=look_up(old.model, old.options)))
 
         return self.change(name, again, who=who)
 

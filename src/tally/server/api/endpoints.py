@@ -200,7 +200,8 @@ def split_endpoint(who: Operator, store: Deployments, name: Name, wanted: Shares
 
 @router.post("/{name}/reload")
 def reload_endpoint(who: Operator, store: Deployments, find: Finder, name: Name) -> EndpointView:
-    """Look up its model again, an alias say, and serve what it is now."""
+    """Look up its model again, an alias say, and serve what it is now. Of several versions that is the one with the
+    largest share; it keeps that, and the others theirs."""
     return EndpointView.of(store.reload(name, look_up=find, who=who.name))
 
 
