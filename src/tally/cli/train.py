@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tally.cli.console import literal_pairs, say
+from tally.cli.progress import Line
+from tally.cli.train_retrain import retrain
 from tally.cli.train_script import script
 from tally.cli.values import duration, names, share
 
@@ -26,6 +26,7 @@ def train() -> None:
     """Train a model from your own data."""
 
 
+train.add_command(retrain)
 train.add_command(script)
 
 
@@ -192,37 +193,7 @@ def _gamma(text: str) -> Any:
         raise click.BadParameter(f"{text!r} is neither scale, auto nor a number", param_hint="--gamma") from None
 
 
-class _Line:
-    """One line that is rewritten on a terminal; elsewhere a line at each tenth."""
-
-    def __init__(self) -> None:
-        self.done = 0
-        self._begun = time.monotonic()
-        self._shown = 0.0
-        self._terminal = sys.stderr.isatty()
-
-    def tell(self, done: int, of: int, unit: str, more: str) -> None:
-        """Show that ``done`` are done (0: the clock starts now), with ``more`` at the end of the line."""
-        tenth = 10 * done // of > 10 * self.done // of
-        self.done = done
-        now = time.monotonic()
-        if not done:
-            self._begun = now
-        if not done or not (now - self._shown > 0.2 or done == of if self._terminal else tenth):
-            return
-        self._shown = now
-        rate = done / (now - self._begun)
-        left = round((of - done) / rate)
-        line = f"{done:,}/{of:,} {unit}, {rate:,.1f} {unit}/s, {left // 60}:{left % 60:02d} left, {more}"
-        click.echo(f"\r{line}\x1b[K" if self._terminal else line, err=True, nl=not self._terminal)
-
-    def end(self) -> None:
-        """Leave the line."""
-        if self._terminal and self.done:
-            say(err=True)
-
-
-class _Progress(_Line):
+class _Progress(Line):
     """Shows the steps of a training."""
 
     def __init__(self, events: Path) -> None:
@@ -235,7 +206,7 @@ class _Progress(_Line):
         self.tell(step.done, step.of, "steps", ", ".join(f"{name} {loss:.3f}" for name, loss in step.losses.items()))
 
 
-class _Keys(_Line):
+class _Keys(Line):
     """Shows how many keys are done."""
 
     def __call__(self, step: anomalies.Step) -> None:
