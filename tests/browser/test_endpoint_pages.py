@@ -136,7 +136,7 @@ def test_an_endpoint_is_tried_changed_and_deleted(page: Page, server: Server, fo
     page.get_by_role("button", name="Look its model up again").click()
     expect(tiles(page)).to_contain_text("revision 6")
     expect(tiles(page)).to_contain_text("2 of 2 replicas ready")
-    expect(versions.filter(has_text="can.py")).to_contain_text(re.compile(r"^\s*3.*75 %", re.DOTALL))  # beside the other
+    expect(versions.filter(has_text="can.py")).to_contain_text(re.compile(r"^\s*3.*75 %", re.DOTALL))
     expect(page.get_by_role("group", name="The last lines of its processes")).to_contain_text("revision 6 of plastic")
     check_accessibility(page)
 

@@ -31,15 +31,21 @@ def store() -> Iterator[DeploymentStore]:
             psutil.Process(pid).wait(60)
 
 
-def test_it_is_made_changed_and_shared(tmp_path: Path, cli: Callable[..., Ran], store: DeploymentStore) -> None:
+def test_it_is_made_changed_and_shared(
+    tmp_path: Path, cli: Callable[..., Ran], store: DeploymentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = (echo(tmp_path / f"{mark}.py", mark=mark) for mark in ("first", "second"))
     base = ("deploy", "--name", "plastic", "--target", "local", "--port", "0", "--wait")
-    made = cli(*base, first)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    made = cli(*base, "first.py:Echo", "--artifacts", "weights")
     assert made.code == 0, made.err
+    kept = store.get("plastic").spec.versions["1"]  # the same from every folder
+    assert (kept.model, kept.options["artifacts"]) == (first, str(tmp_path / "weights"))
     url = store.get("plastic").url
     assert f"scoring_uri: {url}/score" in made.out
     assert "one replica" in made.out
-    again = cli(*base, first)
+    again = cli(*base, first, "--artifacts", tmp_path / "weights")
     assert again.code == 0
     assert "nothing to change" in again.out
     changed = cli(*base, second, "--share", "10%")

@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from tests.ports import free_ports
 
 from tally.cli.main import cli
+from tally.deploy import container
 from tally.deploy.kubernetes.spec import KubernetesSpec
 from tally.deploy.kubernetes.target import KubernetesTarget
 from tally.deploy.shipping import PLACE, shipped
@@ -130,6 +131,22 @@ def test_a_model_of_this_machine_is_refused_with_what_to_do(script: Path) -> Non
         shipped(spec(f"file://{script}"))
 
 
+def test_labels_and_artifacts_are_where_containers_see_them(script: Path, s3: str, tmp_path: Path) -> None:
+    found = shipped(spec("image:/m", labels="image:/opt/labels.txt", artifacts=f"{s3}/weights"))
+    assert (found.labels, found.artifacts, found.fixed) == ("/opt/labels.txt", f"{s3}/weights", False)
+    command = container.command(spec("image:/m"), found, port=1, grpc_port=None)
+    assert command[-4:] == ["--labels", "/opt/labels.txt", "--artifacts", f"{s3}/weights"]
+    for values, said in (
+        ({"labels": "labels.txt"}, "labels: labels.txt is on this machine, and no container sees it"),
+        ({"artifacts": "image:relative"}, "artifacts: image:relative is no absolute path"),
+        ({"artifacts": "s3://key:hunter2@b/w"}, "artifacts: .* has a secret in it"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            shipped(spec("image:/m", **values))
+    with pytest.raises(SpecError, match="labels: image:/l is in an image, and the package"):
+        shipped(spec(str(script), "pip:r.txt", image="a/b", labels="image:/l"))
+
+
 @pytest.mark.parametrize("path", ["relative", "/a/../b", "/a/", "//a", "/a\nb"])
 def test_a_path_in_the_image_is_a_plain_one(path: str) -> None:
     with pytest.raises(SpecError, match="no absolute path in the image"):
@@ -166,6 +183,10 @@ def test_what_an_image_is_built_from_is_written_with_the_commands(
     file.write_text("requests\n")
     out = tmp_path / "out"
     words = (str(script), "--env", f"{form}:{file}", "--image", "reg.example.com/shouting:1", "--out", str(out))
+    weights = tmp_path / "heavy"
+    weights.mkdir()
+    (weights / "weights.txt").write_text("heavier")
+    words += ("--artifacts", str(weights))
     result = tally(*words, "--cpu", "2", "--max-delay", "10ms", "--variable", "A=b c", "--grpc-port", "8500")
     assert result.exception is None, result.exception
     assert sorted(each.name for each in out.iterdir()) == sorted(["Containerfile", name, "model", "shouting.yaml"])
@@ -175,7 +196,9 @@ def test_what_an_image_is_built_from_is_written_with_the_commands(
     assert [(out / source).exists() for _, source, _ in copied] == [True, True]
     assert copied[-1][2] == PLACE
     assert "'tally-scoring[server,grpc]==0.1.0'" in text
-    assert resolve(out / "model").entry == "score.py"
+    packed = resolve(out / "model")
+    assert packed.entry == "score.py"
+    assert (packed.location / packed.artifacts / "weights.txt").read_text() == "heavier"
     assert "Tally builds no images" in result.stdout
     steps = [shlex.split(line) for line in result.stdout.splitlines() if line.startswith("  ")]
     assert ["docker", "build", "-f", str(out / "Containerfile"), "-t", "reg.example.com/shouting:1", str(out)] in steps

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _FLAGS = {"environment": "--env", "settings": "--set", "secrets": "--secret", "variables": "--variable"}
 """Options that are not called what their field is."""
-_PACKED = ("task", "settings")
+_PACKED = ("task", "labels", "artifacts", "settings")
 """What the package in an image says: it is not said again when the image is deployed."""
 
 
@@ -62,6 +62,8 @@ def _environment(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--grpc-port", type=int, help="Where clients reach it over gRPC.  [default: no gRPC]")
 @click.option("--drain", callback=values.duration, help="For what is in work at the end.  [default: 30s]")
 @click.option("-t", "--task", help="As with 'tally score'.")
+@click.option("--labels", help="As with 'tally score'; for containers in a bucket, on the web, or image:/path.")
+@click.option("--artifacts", help="As with 'tally score'; for containers in a bucket, or image:/path.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the model, e.g. top=5.")
 @click.option("--trust", is_flag=True, help="Open models whose opening runs code that they carry.")
 @click.option("--variable", "assigned", multiple=True, metavar="KEY=VALUE", help="Of the container's environment.")

@@ -172,9 +172,7 @@ class AciTarget(Target[AciSpec]):
                         "name": "endpoint",
                         "properties": {
                             "image": spec.container_image,
-                            "command": container.command(
-                                spec, self.shipped.served, port=PORT, grpc_port=spec.grpc_port
-                            ),
+                            "command": container.command(spec, self.shipped, port=PORT, grpc_port=spec.grpc_port),
                             "ports": ports,
                             "environmentVariables": [
                                 *({"name": name, "value": value} for name, value in variables.items()),

@@ -21,9 +21,9 @@ _CONDA = "docker.io/condaforge/miniforge3:latest"
 _PREFIX = "/opt/environment"
 
 
-def command(spec: DeploymentSpec, served: str, *, port: int, grpc_port: int | None) -> list[str]:
-    """The container's command. served: the model as it is found there. port, grpc_port: where it listens within."""
-    words = ["tally", "serve", f"{spec.name}={served}", "--host", "0.0.0.0", "--port", str(port)]  # noqa: S104
+def command(spec: DeploymentSpec, shipped: Shipped, *, port: int, grpc_port: int | None) -> list[str]:
+    """The container's command. port, grpc_port: where it listens within."""
+    words = ["tally", "serve", f"{spec.name}={shipped.served}", "--host", "0.0.0.0", "--port", str(port)]  # noqa: S104
     if grpc_port is not None:
         words += ["--grpc-port", str(grpc_port)]
     words += ["--drain", _seconds(spec.drain), "--threads", str(max(1, int(amount(spec.cpu))))]
@@ -31,10 +31,13 @@ def command(spec: DeploymentSpec, served: str, *, port: int, grpc_port: int | No
         words += ["--max-batch", str(spec.max_batch)]
     if spec.max_delay is not None:
         words += ["--max-delay", _seconds(spec.max_delay)]
-    if served == PLACE and not spec.model.startswith(IN_IMAGE):
+    if shipped.local is not None:
         return words + ["--trust"] * spec.trust  # its package there says the rest
     if spec.task is not None:
         words += ["--task", spec.task]
+    for flag, place in (("--labels", shipped.labels), ("--artifacts", shipped.artifacts)):
+        if place is not None:
+            words += [flag, place]
     for each in spec.settings:
         words += ["--set", each]
     return words + ["--trust"] * spec.trust

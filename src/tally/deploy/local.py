@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 from tally import plain_yaml
@@ -20,6 +21,7 @@ from tally.deploy.base import Change, Plan, Say, Status, Target, dump
 from tally.deploy.quantities import amount
 from tally.deploy.spec import UNSAID, DeploymentSpec
 from tally.errors import DeployError, EndpointError, EndpointNotFoundError
+from tally.jobs.spec import absolute, beside
 from tally.models.resolve import resolve
 from tally.serving.deployments import PORT, Deployment, DeploymentStore, EndpointSpec, Version, number_of
 from tally.serving.launch import restart_if_down, settled
@@ -82,12 +84,16 @@ class LocalTarget(Target[LocalSpec]):
     @cached_property
     def _version(self) -> Version:
         given = (each.partition("=") for each in self.spec.settings)
+        # The process, and whoever looks it up again, may be in another folder.
+        model = beside(Path.cwd(), self.spec.model, "model")
         options: dict[str, Any] = {
             "task": self.spec.task,
+            "labels": self.spec.labels and absolute(self.spec.labels),
+            "artifacts": self.spec.artifacts and absolute(self.spec.artifacts),
             "settings": {key: plain_yaml.value(value) for key, _, value in given},
             "trust": self.spec.trust,
         }
-        return Version(self.spec.model, resolve(self.spec.model, **options), options)
+        return Version(model, resolve(model, **options), options)
 
     def _there(self) -> Deployment | None:
         try:

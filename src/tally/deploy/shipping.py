@@ -6,7 +6,7 @@ A container sees buckets, the web and its own image, and none of this machine's 
 from __future__ import annotations
 
 import posixpath
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tally.deploy.spec import DeploymentSpec
@@ -17,6 +17,7 @@ from tally.models.reference import ModelRef
 from tally.models.resolve import check_there, resolve
 from tally.storage import is_url
 
+REGISTERED = "models:/"
 IN_IMAGE = "image:"
 """Before the path of a model that the image holds."""
 PLACE = "/opt/tally/model"
@@ -34,7 +35,8 @@ class Shipped:
     """served: the model, as ``tally serve`` in the container takes it. text: where it comes from, for people.
 
     local: the model itself, where it has to be copied into an image. requirement: what pip installs for its kind, if
-    that is known. fixed: whether all replicas, always, load the same content.
+    that is known. fixed: whether all replicas, always, load the same content. labels, artifacts: where containers find
+    them, unless they are in the model's package.
     """
 
     served: str
@@ -42,6 +44,8 @@ class Shipped:
     local: ModelRef | None = None
     requirement: str | None = None
     fixed: bool = True
+    labels: str | None = None
+    artifacts: str | None = None
 
 
 def shipped(spec: DeploymentSpec) -> Shipped:
@@ -50,17 +54,63 @@ def shipped(spec: DeploymentSpec) -> Shipped:
     A registered model is looked up now: replicas of one deployment never differ, whatever becomes of its alias, and
     need no database. Raises SpecError for one that they could not get, ModelNotFoundError, StorageError.
     """
+    found = _shipped_model(spec)
+    if found.local is not None:
+        return found
+    fixed = [
+        each is None or each.startswith((IN_IMAGE, REGISTERED, "https:")) for each in (spec.labels, spec.artifacts)
+    ]
+    return replace(
+        found,
+        labels=_beside("labels", spec.labels),
+        artifacts=_beside("artifacts", spec.artifacts),
+        fixed=found.fixed and all(fixed),
+    )
+
+
+def _beside(what: str, place: str | None) -> str | None:
+    """Where a container finds labels or artifacts. Raises SpecError where it sees none, ModelNotFoundError."""
+    if place is None:
+        return None
+    if place.startswith(IN_IMAGE):
+        return _in_image(place.removeprefix(IN_IMAGE), what).served
+    if place.startswith(REGISTERED):
+        from tally.models.registry import open_registry
+
+        registry = open_registry()
+        version = registry.get(place)
+        if (mirror := registry.mirror(version)) is None:
+            raise _here_only(f"{what}: {version}", version.location)
+        return mirror
+    if is_url(place) and not place.lower().startswith("file:"):
+        if has_secret(place):
+            raise _secret(what, place)
+        return place
+    raise SpecError(f"{what}: {place} is on this machine, and no container sees it", hint=_ELSEWHERE)
+
+
+def _secret(what: str, place: str) -> SpecError:
+    return SpecError(
+        f"{what}: {place} has a secret in it, which would stand in the clear in what is applied",
+        hint="Credentials of a bucket come from a Secret: --secret NAME",
+    )
+
+
+def _here_only(what: str, location: str | Path) -> SpecError:
+    return SpecError(
+        f"{what} is kept in a folder of this machine ({location}), which no container sees", hint=_ELSEWHERE
+    )
+
+
+def _shipped_model(spec: DeploymentSpec) -> Shipped:
     model = spec.model
     if model.startswith(IN_IMAGE):
         return _in_image(model.removeprefix(IN_IMAGE))
-    if model.startswith("models:/"):
+    if model.startswith(REGISTERED):
         return _registered(model, spec)
     if is_url(model) and not model.lower().startswith("file:"):
         if has_secret(model):
-            raise SpecError(
-                f"model: {model} has a secret in it, which would stand in the clear in what is applied",
-                hint="Credentials of a bucket come from a Secret: --secret NAME",
-            )
+            raise _secret("model", model)
         if not model.lower().startswith("https:"):
             check_there(model)
         name = model.partition("#")[0].rstrip("/").rpartition("/")[2]
@@ -71,10 +121,10 @@ def shipped(spec: DeploymentSpec) -> Shipped:
     return _local(model, spec)
 
 
-def _in_image(path: str) -> Shipped:
+def _in_image(path: str, what: str = "model") -> Shipped:
     if not path.startswith("/") or path.startswith("//") or posixpath.normpath(path) != path or not path.isprintable():
         raise SpecError(
-            f"model: {IN_IMAGE}{path} is no absolute path in the image", hint=f"For example {IN_IMAGE}{PLACE}"
+            f"{what}: {IN_IMAGE}{path} is no absolute path in the image", hint=f"For example {IN_IMAGE}{PLACE}"
         )
     return Shipped(path, f"the image's {path}")
 
@@ -91,10 +141,7 @@ def _registered(model: str, spec: DeploymentSpec) -> Shipped:
         return Shipped(place, f"{version}, fetched from {place}", requirement=requirement)
     if spec.environment.form in ("pip", "conda"):
         return Shipped(PLACE, f"{version}, in the image", local=_resolved(spec, str(version)), requirement=requirement)
-    raise SpecError(
-        f"model: {version} is kept in a folder of this machine ({version.location}), which no container sees",
-        hint=_ELSEWHERE,
-    )
+    raise _here_only(f"model: {version}", version.location)
 
 
 def _local(model: str, spec: DeploymentSpec) -> Shipped:
@@ -111,4 +158,12 @@ def _resolved(spec: DeploymentSpec, model: str) -> ModelRef:
     from tally import plain_yaml
 
     settings = {key: plain_yaml.value(value) for key, _, value in (each.partition("=") for each in spec.settings)}
-    return resolve(model, task=spec.task, settings=settings, trust=spec.trust)
+    for what, place in (("labels", spec.labels), ("artifacts", spec.artifacts)):
+        if place is not None and place.startswith(IN_IMAGE):
+            raise SpecError(
+                f"{what}: {place} is in an image, and the package that is to be in it has them from this machine",
+                hint="Give a path of this machine, or the model as image:/path, too.",
+            )
+    return resolve(
+        model, task=spec.task, labels=spec.labels, artifacts=spec.artifacts, settings=settings, trust=spec.trust
+    )

@@ -76,7 +76,8 @@ class DeploymentSpec:
     name: of the endpoint: a DNS label, and part of its paths. model: as ``tally score --model`` takes it, or
     ``image:/path`` for one that the image holds. image: what an image is called that is built from ``environment``.
     replicas: (least, most); None: as the profile says. cpu, memory: Kubernetes quantities, of one replica. gpu: whole
-    ones. max_batch, max_delay, drain, task, settings, trust: as of ``tally serve``; settings are ``KEY=VALUE``.
+    ones. max_batch, max_delay, drain, task, labels, artifacts, settings, trust: as of ``tally serve``; settings are
+    ``KEY=VALUE``, and labels and artifacts may be ``image:/path``, too.
     grpc_port: where clients reach it over gRPC; None: not at all.
     variables: of the environment, in the clear. secrets: names, whose meaning the target says.
 
@@ -97,6 +98,8 @@ class DeploymentSpec:
     drain: float = 30.0
     grpc_port: int | None = None
     task: str | None = None
+    labels: str | None = None
+    artifacts: str | None = None
     settings: tuple[str, ...] = ()
     trust: bool = False
     variables: Mapping[str, str] = field(default_factory=dict)

@@ -134,9 +134,7 @@ def _container(spec: KubernetesSpec, shipped: Shipped) -> Manifest:
     found: Manifest = {
         "name": "endpoint",
         "image": spec.container_image,
-        "command": container.command(
-            spec, shipped.served, port=PORT, grpc_port=None if spec.grpc_port is None else GRPC_PORT
-        ),
+        "command": container.command(spec, shipped, port=PORT, grpc_port=None if spec.grpc_port is None else GRPC_PORT),
         "workingDir": WORK,
         "env": [
             *({"name": name, "value": value} for name, value in variables.items()),
