@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -506,6 +507,49 @@ def test_a_model_that_holds_the_interpreter_holds_up_nobody_else(tmp_path: Path)
             answered += 1
         assert answered > 1
         assert slow.result().json() == replica["pid"] == server.ask(score("holds"), b"2").json()
+
+
+REQUESTS_LEAVE = """
+import asyncio, gc, sys
+import uvloop
+from tally.serving.server import ModelServer
+from tally.serving.settings import ModelSettings, ServeSettings
+
+async def ask(port, count):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(count):
+        writer.write(b"POST /score HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 1\\r\\n\\r\\nx")
+        head = (await reader.readuntil(b"\\r\\n\\r\\n")).lower()
+        assert head.startswith(b"http/1.1 200"), head
+        await reader.readexactly(int(head.partition(b"content-length: ")[2].split()[0]))
+    writer.close()
+    await writer.wait_closed()
+
+async def main():
+    server = ModelServer(ServeSettings((ModelSettings("echo", sys.argv[1]),), port=0), lambda line: None)
+    running = asyncio.create_task(server.run())
+    while not server.ready:
+        await asyncio.sleep(0.02)
+    port = int(server.url.rpartition(":")[2])
+    await ask(port, 10)
+    gc.collect()
+    gc.disable()
+    await ask(port, 200)
+    print("left:", gc.collect())
+    server.stop()
+    await running
+
+uvloop.run(main())
+"""
+
+
+def test_a_request_leaves_nothing_that_only_the_collector_frees(tmp_path: Path) -> None:
+    pytest.importorskip("uvloop")
+    command = [sys.executable, "-c", REQUESTS_LEAVE, echo(tmp_path / "echo.py", pause=0)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    left = re.search(r"left: (\d+)", ran.stdout)
+    assert left is not None, ran.stdout + ran.stderr
+    assert int(left[1]) < 50
 
 
 def test_a_model_is_unloaded_and_loaded_while_another_answers(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ class Exchange:
         """Send the answer; once."""
         if not self.answered:
             self.answered = True
+            self.on_gone = None  # it knows the request, as this does: a circle, and Python would keep both for long
             self._connection.answer(self, status, body, headers)
 
 
@@ -149,8 +150,9 @@ class Connection(asyncio.Protocol):
         for exchange in (self._current, *self._backlog):
             if exchange is not None and not exchange.answered:
                 exchange.answered = True
-                if exchange.on_gone is not None:
-                    exchange.on_gone()
+                gone, exchange.on_gone = exchange.on_gone, None
+                if gone is not None:
+                    gone()
         self._current = None
         self._backlog.clear()
         self._body.clear()
