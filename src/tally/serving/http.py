@@ -1,7 +1,8 @@
 """HTTP/1.1 for the server of endpoints, on httptools: as little as possible between a socket and a replica.
 
 One event loop serves all connections, and does nothing that takes long: bodies are passed on as they are, and
-replicas read them. A request whose client has gone is abandoned. What comes too slowly, or is too large, is refused.
+replicas read them; what came compressed is unpacked, in a thread if it is large. A request whose client has gone is
+abandoned. What comes too slowly, or is too large, is refused.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
 import httptools
+
+from tally.serving.encodings import ENCODINGS, TooLargeError, decoded
 
 HEADERS_BYTES = 64 << 10
 """Bytes that the path and headers of one request may have."""
@@ -34,6 +38,12 @@ LINGER_SECONDS = 1.0
 PIPELINED = 32
 """Requests of one connection that may wait behind each other, before nothing more of it is read."""
 
+DECODED_AT_ONCE = 64 << 10, 1 << 20
+"""Compressed bodies of so many bytes, out of which no more than so many come, are unpacked in the event loop: a
+millisecond or two."""
+DECODERS = 2
+"""Threads that unpack larger ones."""
+
 _REASONS = {status.value: status.phrase for status in HTTPStatus} | {499: "Client Closed Request"}
 _LINES = {status: f"HTTP/1.1 {status} {phrase}\r\n".encode() for status, phrase in _REASONS.items()}
 _BREAKS = str.maketrans({"\r": " ", "\n": " ", "\0": " "})
@@ -42,7 +52,8 @@ _BREAKS = str.maketrans({"\r": " ", "\n": " ", "\0": " "})
 class Exchange:
     """One request, and the way back for its answer.
 
-    path: decoded, without the query. headers: names in lower case. on_gone: called if the client goes before that.
+    path: decoded, without the query. headers: names in lower case. encoding: of the body, while it is compressed.
+    on_gone: called if the client goes before that.
     """
 
     __slots__ = (
@@ -51,6 +62,7 @@ class Exchange:
         "answered",
         "arrived",
         "body",
+        "encoding",
         "headers",
         "method",
         "on_gone",
@@ -67,6 +79,7 @@ class Exchange:
         self.query = query.decode("latin-1")
         self.headers = headers
         self.body = b""
+        self.encoding = ""
         self.answered = False
         self.arrived = time.monotonic()
         self.on_gone: Callable[[], None] | None = None
@@ -97,6 +110,59 @@ class Server:
         self.accepted = time.monotonic()
         self._date = b""
         self._date_at = 0
+        self._decoders: ThreadPoolExecutor | None = None
+
+    def decode(self, exchange: Exchange) -> None:
+        """Take a request once its body is unpacked, or refuse it; unless its client has gone meanwhile."""
+        most, out = DECODED_AT_ONCE
+        if len(exchange.body) <= most:
+            try:
+                self._take(exchange, decoded(exchange.body, exchange.encoding, min(out, self.max_body)))
+                return
+            except TooLargeError as error:
+                if self.max_body <= out:
+                    self._refuse(exchange, error)
+                    return
+            except ValueError as error:
+                self._refuse(exchange, error)
+                return
+        if self._decoders is None:
+            self._decoders = ThreadPoolExecutor(DECODERS, "tally-decode")
+        unpacking = asyncio.get_running_loop().run_in_executor(
+            self._decoders, decoded, exchange.body, exchange.encoding, self.max_body
+        )
+
+        def done(future: asyncio.Future[bytes]) -> None:
+            if future.cancelled():
+                return
+            error = future.exception()
+            if exchange.answered:
+                return
+            if error is None:
+                self._take(exchange, future.result())
+            else:
+                self._refuse(exchange, error)
+
+        def give_up() -> None:
+            unpacking.cancel()
+
+        exchange.on_gone = give_up
+        unpacking.add_done_callback(done)
+
+    def _take(self, exchange: Exchange, body: bytes) -> None:
+        exchange.body, exchange.encoding, exchange.on_gone = body, "", None
+        # What the model is told of the request is that of the body which it is given.
+        exchange.headers.pop(b"content-encoding", None)
+        exchange.headers.pop(b"transfer-encoding", None)
+        exchange.headers[b"content-length"] = b"%d" % len(body)
+        self.handle(exchange)
+
+    def _refuse(self, exchange: Exchange, error: BaseException) -> None:
+        if isinstance(error, TooLargeError):
+            status, text = 413, f"a body may have {self.max_body:,} bytes, and this one has more once it is unpacked"
+        else:
+            status, text = 400, f"the body is not what Content-Encoding {exchange.encoding} says: {error}"
+        exchange.answer(status, json.dumps({"error": text}).encode(), [("Content-Type", "application/json")])
 
     def date(self) -> bytes:
         """The Date header."""
@@ -133,6 +199,7 @@ class Connection(asyncio.Protocol):
         self._header_bytes = 0
         self._body: list[bytes] = []
         self._body_bytes = 0
+        self._encoding = ""
         self._refused: tuple[int, str] | None = None
         self._written_at: float | None = None
         self._ended = self._used = False
@@ -213,10 +280,11 @@ class Connection(asyncio.Protocol):
             self._refuse(
                 413, f"a body may have {self._server.max_body:,} bytes, and this one has {length.decode('latin-1')}"
             )
-        encoding = self._headers.get(b"content-encoding", b"identity").lower()
-        if encoding not in (b"identity", b""):
+        encoding = self._headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+        self._encoding = "" if encoding == "identity" else encoding
+        if self._encoding and self._encoding not in ENCODINGS:
             self._refuse(
-                415, f"bodies are not read with Content-Encoding {encoding.decode('latin-1')}; send them as they are"
+                415, f"bodies are not read with Content-Encoding {encoding}; send them as they are, in gzip or deflate"
             )
         if self._headers.get(b"expect", b"").lower() == b"100-continue" and self._transport is not None:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -233,6 +301,8 @@ class Connection(asyncio.Protocol):
         exchange._keep_alive = self._parser.should_keep_alive()
         body = self._body
         exchange.body = body[0] if len(body) == 1 else b"".join(body)
+        if exchange.body:
+            exchange.encoding = self._encoding
         self._body = []
         if self._current is None:
             self._begin(exchange)
@@ -251,7 +321,10 @@ class Connection(asyncio.Protocol):
 
     def _begin(self, exchange: Exchange) -> None:
         self._current = exchange
-        self._server.handle(exchange)
+        if exchange.encoding:
+            self._server.decode(exchange)
+        else:
+            self._server.handle(exchange)
 
     def answer(self, exchange: Exchange, status: int, body: bytes, headers: Sequence[tuple[str, str]]) -> None:
         """Write an exchange's answer, and take the next one."""
