@@ -34,6 +34,7 @@ from tally.models.registry import ModelVersion, RegisteredModel
 from tally.server.api.views import (
     AddedWatch,
     AuditEntry,
+    CurveView,
     DeadItem,
     DeadList,
     EndpointView,
@@ -49,6 +50,8 @@ from tally.server.api.views import (
     Replayed,
     ResultFile,
     RowPage,
+    RunDetail,
+    RunList,
     ScheduleDetail,
     WatchDetail,
 )
@@ -56,6 +59,7 @@ from tally.server.auth.roles import Role
 from tally.server.uploads import Upload
 from tally.sources.queues.base import Depth
 from tally.storage import temporary
+from tally.training.runs import RunState
 from tally.triggers.store import Run, Schedule
 from tally.triggers.watch import Watch
 
@@ -376,6 +380,35 @@ class Client:
         """Serve it no more, once it has answered what it was sent."""
         self._send("DELETE", f"endpoints/{_quoted(name)}")
 
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    def runs(
+        self,
+        *,
+        state: RunState | None = None,
+        kind: str | None = None,
+        sweep: str | None = None,
+        text: str | None = None,
+        after: str | None = None,
+        limit: int = 50,
+    ) -> RunList:
+        """A page of the trainings, newest first."""
+        wanted = {"state": state, "kind": kind, "sweep": sweep, "text": text, "after": after, "limit": limit}
+        return self._get(RunList, "runs", params=_plain(wanted))
+
+    def run(self, run: str) -> RunDetail:
+        """All that is known of a training, by its id or the beginning of it."""
+        return self._get(RunDetail, f"runs/{_quoted(run)}")
+
+    def run_values(self, run: str, metrics: Sequence[str] = (), *, most: int = 1000) -> dict[str, CurveView]:
+        """The values of a training's metrics, at most so many of each; of all metrics, if none is named."""
+        params = {"metric": list(metrics), "most": most}
+        return self._get(dict[str, CurveView], f"runs/{_quoted(run)}/values", params=params)
+
+    def delete_run(self, run: str) -> None:
+        """Forget a training, with its files if the server's Tally has made their folder."""
+        self._send("DELETE", f"runs/{_quoted(run)}")
+
     # -- schedules -----------------------------------------------------------------------------------------------------
 
     def schedules(self) -> Sequence[ScheduleDetail]:
@@ -531,7 +564,12 @@ class Client:
     ) -> httpx2.Response:
         """The answer to a request, which is sent again where none comes. Raises what the server says went wrong."""
         headers = {"Idempotency-Key": secrets.token_urlsafe(16)} if method == "POST" else {}
-        given = {name: _param(value) for name, value in (params or {}).items() if value is not None}
+        given: list[tuple[str, str | int | float | bool | None]] = [
+            (name, _param(each))
+            for name, value in (params or {}).items()
+            if value is not None
+            for each in (value if isinstance(value, (list, tuple)) else [value])
+        ]
         for number in range(1, TRIES + 1):
             try:
                 with ExitStack() as stack, self._answering():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +18,7 @@ pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect
 from tests.browsing import check_accessibility, log_in
 
+import tally
 from tally.jobs.facade import Jobs
 
 
@@ -43,7 +46,7 @@ def test_empty_pages_say_what_to_do(page: Page, server: Server) -> None:
     log_in(page, server)
     for name, hint in [
         ("Models", "tally models add"), ("Schedules", "tally schedule add"), ("Watches", "tally watch add"),
-        ("Queues", "tally score amqp://"),
+        ("Queues", "tally score amqp://"), ("Runs", "tally train script"),
     ]:  # fmt: skip
         page.get_by_role("navigation", name="Main").get_by_role("link", name=name).click()
         expect(page.get_by_role("heading", name=name)).to_be_visible()
@@ -301,3 +304,53 @@ def test_all_pages_fit_a_phone(page: Page, server: Server, folder: Path) -> None
         page.goto(server.url + path)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
         check_accessibility(page)
+
+
+def test_runs_are_followed_and_compared(page: Page, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALLY_HOME", psutil.Process(server.process.pid).environ()["TALLY_HOME"])
+    with tally.training.run("<i>first</i>", {"rate": 0.001, "net": "small"}) as first:
+        for step in range(5):
+            first.log({"loss": 1 / (1 + step), "odd": math.nan if step % 2 else step}, step=step)
+        first.log_image("con/fusion", np.zeros((30, 40, 3), np.uint8), 4)
+    with tally.training.run("second", {"rate": 0.9, "net": "large"}) as second:
+        second.log({"loss": 0.5}, step=0)
+        second.log({"loss": 0.05}, step=1)
+        log_in(page, server, path="/runs")
+        page.get_by_role("link", name="second").click()
+        stands = page.get_by_role("list", name="Where the run stands")
+        expect(stands.locator(".state")).to_have_text("running")
+        curve = page.get_by_role("img", name="loss: from 0.05 to 0.5 in steps 0 to 1")
+        expect(curve).to_be_visible()
+        second.log({"loss": 0.01}, step=2)
+        expect(page.get_by_role("img", name="loss: from 0.01 to 0.5 in steps 0 to 2")).to_be_visible()
+    expect(stands.locator(".state")).to_have_text("finished")
+    check_accessibility(page)
+
+    page.goto(f"{server.url}/runs/{first.id}")
+    expect(page.get_by_role("heading", name="Run <i>first</i>")).to_be_visible()
+    picture = page.get_by_role("img", name="con/fusion, step 4")
+    picture.scroll_into_view_if_needed()
+    expect(picture).to_have_js_property("naturalWidth", 40)
+    check_accessibility(page)
+
+    page.goto(f"{server.url}/runs")
+    for name in ("<i>first</i>", "second"):
+        page.get_by_role("checkbox", name=f"Compare {name}").check()
+    check_accessibility(page)
+    page.get_by_role("button", name="Compare those that are marked").click()
+    page.get_by_label("Metric").select_option("loss")
+    page.get_by_label("The best is").select_option("the lowest")
+    page.get_by_role("button", name="Show").click()
+    expect(page.get_by_text("The best is second")).to_contain_text("loss 0.01, rate 0.9, net large")
+    expect(page.get_by_role("img", name="Each run as a line across rate, net, loss")).to_be_visible()
+    expect(page.locator(".parallel .best title")).to_have_text(f"second {second.id}")
+    check_accessibility(page)
+    page.set_viewport_size({"width": 360, "height": 640})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+    page.goto(f"{server.url}/runs/{first.id}")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete").click()
+    expect(page.get_by_role("heading", name="Runs")).to_be_visible()
+    expect(page.get_by_role("link", name="<i>first</i>")).to_have_count(0)
+    assert not first.folder.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import click
+import psutil
 import pytest
 from click.testing import CliRunner
 from tests.server import Server, lengths, running
@@ -28,6 +30,7 @@ from tally.errors import (
     KeyNotFoundError,
     ModelNotFoundError,
     RefusedError,
+    RunNotFoundError,
     ServerAwayError,
     SourceNotFoundError,
     SpecError,
@@ -231,6 +234,28 @@ def test_the_key_is_never_shown(server: Server) -> None:
         assert "bad" not in str(raised.value)
 
 
+def test_runs_of_a_server(server: Server, client: tally.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALLY_HOME", psutil.Process(server.process.pid).environ()["TALLY_HOME"])
+    with tally.training.run("far", {"rate": 0.5}, kind="retrain") as run:
+        for step in range(10):
+            run.log({"loss": step, "odd": math.inf}, step=step)
+    assert [each.id for each in client.runs(kind="retrain", text="FAR", state="finished").runs] == [run.id]
+    assert client.runs(state="failed").runs == []
+    detail = client.run(run.id[:6])
+    assert (detail.parameters, detail.metrics["loss"].most, detail.metrics["odd"].last) == ({"rate": 0.5}, 9, None)
+    assert detail.environment["python"].startswith("3.")
+    values = client.run_values(run.id, most=4)
+    assert (values["loss"].steps, values["loss"].values) == ([0, 3, 6, 9], [0, 3, 6, 9])
+    assert values["odd"].values == [None] * 4
+    assert list(client.run_values(run.id, ["loss"])) == ["loss"]
+    with pytest.raises(SpecError, match="no metric 'los'; did you mean 'loss'"):
+        client.run_values(run.id, ["los"])
+    client.delete_run(run.id)
+    assert not run.folder.exists()
+    with pytest.raises(RunNotFoundError):
+        client.run(run.id)
+
+
 def test_there_is_a_method_for_each_route(
     server: Server, client: tally.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +292,8 @@ def test_there_is_a_method_for_each_route(
         lambda: client.add_endpoint("1", ""), lambda: client.serve_version("1", ""),
         lambda: client.scale_endpoint("1", 1), lambda: client.split_endpoint("1", {}),
         lambda: client.reload_endpoint("1"), lambda: client.roll_back_endpoint("1"),
-        lambda: client.endpoint_log("1"), lambda: client.remove_endpoint("1"),
+        lambda: client.endpoint_log("1"), lambda: client.remove_endpoint("1"), lambda: client.runs(),
+        lambda: client.run("1"), lambda: client.run_values("1"), lambda: client.delete_run("1"),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(Enough):

@@ -22,6 +22,7 @@ from tally.server.api import figures, models, queues, schedules, uploads, watche
 from tally.server.api import jobs as jobs_api
 from tally.server.api import keys as keys_api
 from tally.server.api import results as results_api
+from tally.server.api import runs as runs_api
 from tally.server.aside import Aside
 from tally.server.auth.audit import AuditLog
 from tally.server.auth.guard import Guard
@@ -111,7 +112,8 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     app.state.guard = Guard(KeyStore(engine), Throttle())
     errors.install(app)
     api = APIRouter(prefix="/api/v1")
-    for each in (jobs_api, results_api, models, endpoints_api, schedules, watches, queues, uploads, figures, keys_api):
+    parts = (jobs_api, results_api, models, endpoints_api, schedules, watches, queues, uploads, figures, keys_api)
+    for each in (*parts, runs_api):
         api.include_router(each.router)
     app.include_router(api)
     app.include_router(health.router)

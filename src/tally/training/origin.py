@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
@@ -16,13 +17,13 @@ from typing import Any
 
 from tally.masking import mask
 from tally.models.hashing import combined, content_files, content_hash, known_hash
+from tally.scorers.scripts.classes import local_modules
 from tally.version import shown
 
 GIT_SECONDS = 5.0
 """How long git may take to say which commit this is."""
-MOST_FILES = 2000
-"""Python files beside a script, at most, that its hash covers."""
-_NOT_CODE = frozenset({"__pycache__", "node_modules", "site-packages", "runs", "outputs", "logs"})
+_NO_SECRET = re.compile(r"(?i)^(--?)?[\w.-]*token(s|i[sz]er)[\w.-]*=[\w./-]*$")
+"""``max_tokens=512`` and ``tokenizer=bert`` are no secrets, whatever they look like."""
 
 
 def command() -> list[str]:
@@ -31,10 +32,10 @@ def command() -> list[str]:
         return []
     program, *arguments = sys.argv
     name = Path(program).name
+    arguments = [each if _NO_SECRET.search(each) else mask(each) for each in arguments]
     if name in ("tally", "__main__.py") and (name == "tally" or Path(program).parent.name == "tally"):
-        return ["tally", *map(mask, arguments)]
-    return ["python" if program.endswith(".py") else program, *([program] if program.endswith(".py") else []),
-            *map(mask, arguments)]  # fmt: skip
+        return ["tally", *arguments]
+    return ["python", program, *arguments] if program.endswith(".py") else [program, *arguments]
 
 
 def typed(words: Sequence[str]) -> str:
@@ -43,9 +44,11 @@ def typed(words: Sequence[str]) -> str:
 
 
 def code(script: Path | None = None) -> dict[str, Any]:
-    """The code that trains: ``hash`` of the script and all Python files beside and below it (hidden folders, those of
-    environments and of outputs left out), ``commit`` and whether there are changes since (``dirty``), the
-    ``repository``'s folder; and the current ``folder``. script: None for the program that this process runs."""
+    """The code that trains: ``hash`` of the script and the modules beside it that it imports, ``commit`` and whether
+    there are changes since (``dirty``), the ``repository``'s folder; and the current ``folder``.
+
+    script: None for the program that this process runs.
+    """
     found: dict[str, Any] = {"folder": os.getcwd()}  # noqa: PTH109
     if script is None:
         main = getattr(sys.modules.get("__main__"), "__file__", None)
@@ -55,30 +58,18 @@ def code(script: Path | None = None) -> dict[str, Any]:
     if script is None or not script.is_file():
         return found | {"tally": shown()}
     script = script.absolute()
-    beside = list(_python_files(script.parent))
-    truncated = len(beside) > MOST_FILES
-    files = (
-        {script.name: script} if truncated else {path.relative_to(script.parent).as_posix(): path for path in beside}
-    )
+    files = {path.relative_to(script.parent).as_posix(): path for path in _modules(script)}
     digest = combined((name, known_hash(path)) for name, path in files.items())
     found |= {"file": str(script), "files": len(files), "hash": digest}
     return found | _git(str(script.parent))
 
 
-def _python_files(folder: Path) -> Iterator[Path]:
-    found = 0
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(
-            each
-            for each in folders
-            if not each.startswith(".") and each not in _NOT_CODE and not Path(where, each, "pyvenv.cfg").exists()
-        )
-        for name in sorted(names):
-            if name.endswith(".py") and not name.startswith("."):
-                found += 1
-                yield Path(where, name)
-                if found > MOST_FILES:
-                    return
+def _modules(script: Path) -> list[Path]:
+    """The script, and the modules beside it that it imports; itself alone where that cannot be told."""
+    try:
+        return [each for each in local_modules(script) if each.is_relative_to(script.parent)]
+    except Exception:  # it is no Python, say; whoever runs it is told
+        return [script]
 
 
 def _git(folder: str) -> dict[str, Any]:

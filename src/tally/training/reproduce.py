@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tally.errors import RunError
+from tally.masking import HIDDEN
 from tally.processes import command as tally_command
 from tally.training import origin
 from tally.training.runs import RunRecord
@@ -33,6 +34,10 @@ class Recipe:
 
     def start(self) -> int:
         """Run it here; its exit code. Raises RunError."""
+        if any(HIDDEN in each for each in self.command):
+            raise RunError(
+                "the command held a secret, which was not kept", hint=f"Type it yourself, with the secret for {HIDDEN}."
+            )
         program, *arguments = self.command
         if program == "tally":
             words = tally_command("tally", *arguments)
@@ -94,4 +99,4 @@ def _of_code(then: Any) -> Iterator[str]:
     if now["hash"] == then["hash"]:
         return
     commit = f"; it was commit {then['commit'][:9]}" if "commit" in then else ""
-    yield f"the code: {script}, or a Python file beside it, has changed{commit}"
+    yield f"the code: {script}, or a module beside it that it imports, has changed{commit}"

@@ -17,6 +17,7 @@ from tally.server.auth.roles import Role
 from tally.serving.deployments import Deployment, EndpointSpec
 from tally.serving.settings import Limits
 from tally.sources.queues.base import Message
+from tally.training.runs import RunRecord, RunState
 from tally.triggers.cron import Interval
 from tally.triggers.store import Run, Schedule
 from tally.triggers.watch import Seen, Watch
@@ -26,6 +27,77 @@ class View(BaseModel):
     """The base of all: frozen, so that two looks can be compared."""
 
     model_config = ConfigDict(frozen=True)
+
+
+class FigureView(View):
+    """What is known of all values of a metric. null: what is not finite."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
+
+    last: float | None
+    step: int = Field(description="Of the last value.")
+    least: float | None
+    most: float | None
+    count: int
+
+
+class RunView(View):
+    """A training. state: interrupted if its process was lost."""
+
+    id: str
+    name: str
+    kind: str
+    sweep: str | None = Field(description="The sweep that it is a trial of.")
+    state: RunState
+    alive: bool = Field(description="Whether a process trains it now.")
+    error: str | None
+    created_at: float
+    started_at: float = Field(description="When it was begun or resumed last.")
+    finished_at: float | None
+    folder: str = Field(description="Where its files are, on the machine that trained it.")
+    parameters: dict[str, Any]
+    tags: dict[str, str]
+    metrics: dict[str, FigureView]
+    models: list[str] = Field(description="The versions that it registered.")
+    cost: dict[str, float] = Field(description="seconds, processor_seconds, peak_bytes.")
+
+    @classmethod
+    def of(cls, record: RunRecord) -> Self:
+        return cls(**cls._fields(record))
+
+    @staticmethod
+    def _fields(record: RunRecord) -> dict[str, Any]:
+        metrics = {
+            name: {"last": each.last, "step": each.step, "least": each.least, "most": each.most, "count": each.count}
+            for name, each in record.metrics.items()
+        }
+        return {name: getattr(record, name) for name in RunRecord.__slots__} | {"metrics": metrics}
+
+
+class RunDetail(RunView):
+    """All that is known of a training."""
+
+    command: list[str]
+    code: dict[str, Any]
+    environment: dict[str, Any]
+    data: dict[str, Any]
+
+
+class RunList(View):
+    """A page of runs, newest first. next: where the following page begins."""
+
+    runs: list[RunView]
+    next: str | None
+
+
+class CurveView(View):
+    """A metric's values by step. null: what is not finite."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
+
+    steps: list[int]
+    values: list[float | None]
+    times: list[float]
 
 
 class ModelName(View):

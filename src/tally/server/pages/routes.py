@@ -38,7 +38,7 @@ from tally.server.auth.keys import SESSION_SECONDS
 from tally.server.auth.roles import Principal, Role
 from tally.server.feed import Feed, seldom
 from tally.server.machine import Machine
-from tally.server.pages import endpoints, job, triggers
+from tally.server.pages import endpoints, job, runs, triggers
 from tally.server.pages.render import (
     FOLDER,
     Changes,
@@ -272,6 +272,7 @@ def install(app: FastAPI) -> None:
     app.include_router(job.router)
     app.include_router(triggers.router)
     app.include_router(endpoints.router)
+    app.include_router(runs.router)
     for kind in (TallyError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _for_browsers(app.exception_handlers[kind]))
 
