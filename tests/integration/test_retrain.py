@@ -85,7 +85,9 @@ def events(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_folders_of_pictures_become_a_model_that_scores(retrain: Cli, shared: dict[str, Path], tmp_path: Path) -> None:
+def test_folders_of_pictures_become_a_model_that_scores(
+    retrain: Cli, cli: Cli, shared: dict[str, Path], tmp_path: Path
+) -> None:
     kept = tmp_path / "logs" / "of somebody else" / "events.out.tfevents.1"
     kept.parent.mkdir(parents=True)
     kept.write_text("mine")
@@ -104,7 +106,10 @@ def test_folders_of_pictures_become_a_model_that_scores(retrain: Cli, shared: di
     [record] = open_runs().list(kind="retrain").runs
     assert record.state == "finished"
     assert record.metrics["test_accuracy"].last >= 0.9
-    assert record.data["pictures"]["files"] == 72
+    assert record.data["pictures"]["files"] == 73
+    shown = cli("runs", "show", record.id)
+    assert "backbone.onnx" in shown.out
+    assert "has other content" not in cli("runs", "reproduce", record.id).err
     assert record.tags["bottlenecks"] == "72 computed, 0 from the cache"
     assert record.models == ["models:/colours/1"]
     package = tmp_path / "saved" / "1"
@@ -218,6 +223,25 @@ def test_a_killed_run_goes_on_to_the_same_model(retrain: Cli, cli: Cli, monkeypa
     retrain(*QUICK, "--early-stopping", 500, "--register", "colours")
     assert len(open_registry().show("colours").versions) == 1
     assert "is finished" in cli("train", "retrain", "--resume", record.id).err
+
+
+def test_a_run_does_not_go_on_with_other_pictures(
+    retrain: Cli, cli: Cli, shared: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tally.training.retrain import retraining
+
+    def killed(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = Path(shutil.copytree(shared["photos"], tmp_path / "photos"))
+    with monkeypatch.context() as patch:
+        patch.setattr(retraining, "_trained", killed)
+        retrain(*QUICK, image_dir=folder)
+    [record] = open_runs().list().runs
+    (folder / "red" / "001.png").unlink()
+    ran = cli("train", "retrain", "--resume", record.id)
+    assert ran.code == 1
+    assert f"the pictures at {folder} have changed since it began" in ran.err
 
 
 def test_every_flag_of_the_original_is_kept_mapped_or_refused(retrain: Cli, tmp_path: Path) -> None:

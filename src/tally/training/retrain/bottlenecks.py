@@ -27,7 +27,7 @@ from tally.errors import ItemError, JobError, ModelError, SpecError, StorageErro
 from tally.jobs.facade import Jobs
 from tally.jobs.spec import make
 from tally.jobs.store import JobRecord
-from tally.models.hashing import file_hash
+from tally.models.hashing import known_hash
 from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
 from tally.scorers.base import Scorer
@@ -276,7 +276,7 @@ def compute(
 
 def _hash(path: Path) -> str | ItemError:
     try:
-        return file_hash(path).hex()
+        return known_hash(path).hex()
     except OSError as error:
         return ItemError(error.strerror or str(error), stage="read")
 

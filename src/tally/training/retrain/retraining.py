@@ -6,7 +6,10 @@ checkpoint, and ends as if it had never been.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import json
 import os
 import shutil
 import tempfile
@@ -25,6 +28,7 @@ from tally.jobs.stop import Stop
 from tally.models.hashing import content_hash
 from tally.models.reference import ModelRef
 from tally.storage.publish import write_whole
+from tally.text import storable
 from tally.training.events import can_write
 from tally.training.retrain import bottlenecks
 from tally.training.retrain.bottlenecks import Backbone, Bottlenecks, Drive, duplicates
@@ -39,7 +43,7 @@ from tally.training.tracking import EVENTS, Run, run
 
 KIND = "retrain"
 """Of the run."""
-CHECKPOINT, PACKAGE = "checkpoint.npz", "model"
+CHECKPOINT, INPUTS, PACKAGE = "checkpoint.npz", "inputs.json", "model"
 """In the run's folder."""
 TRIED = 16
 """Pictures that the written model is tried with."""
@@ -158,14 +162,14 @@ def resumed(run_id: str) -> tuple[str, Retraining]:
 class Prepared:
     """All that is needed to train heads, with whatever parameters: see :func:`tally.training.retrain.head.train`.
 
-    facts: the place and the hash of the pictures and of the backbone, as a run keeps them under its data.
+    inputs: the hashes of the pictures that are trained with, and of the backbone.
     """
 
     backbone: Backbone
     dataset: Dataset
     bottlenecks: Bottlenecks
     examples: Examples
-    facts: Mapping[str, Mapping[str, Any]]
+    inputs: Mapping[str, str]
 
 
 def check(given: Retraining) -> tuple[Backbone, Dataset]:
@@ -212,12 +216,8 @@ def prepare(
     )
     for remark in (*dataset.remarks, *duplicates(dataset, found.hashes)):
         watcher.say(remark)
-    pictures: dict[str, Any] = {
-        "place": given.image_dir, "hash": data_hash(dataset, found.hashes), "files": len(dataset.pictures),
-        "bytes": sum(each.path.stat().st_size for each in dataset.pictures),
-    }  # fmt: skip
-    facts = {"pictures": pictures, "backbone": {"place": given.backbone, "hash": backbone.ref.hash}}
-    return Prepared(backbone, dataset, found, Examples.of(dataset, found.features), facts)
+    inputs = {"pictures": data_hash(dataset, found.hashes), "backbone": backbone.ref.hash}
+    return Prepared(backbone, dataset, found, Examples.of(dataset, found.features), inputs)
 
 
 def retrain(
@@ -252,7 +252,7 @@ def retrain(
         events = begun.folder / EVENTS if given.summaries_dir is None else Path(given.summaries_dir) / begun.id
         watcher.begun(begun.id, events)
         prepared = prepare(given, checked, workers=workers, device=device, watcher=watcher)
-        _remember(begun, prepared, again=bool(resume))
+        _remember(begun, given, prepared)
         trained = _trained(begun, given, prepared, events, watcher, stop, workers, device)
         return conclude(begun, given, prepared, trained, events=events, register=register, again=bool(resume))
 
@@ -298,20 +298,27 @@ def _refuse_existing(flag: str, place: str | None) -> None:
         raise OutputExistsError(f"--{flag}: {place} is there already", hint="Choose another place, or remove it first.")
 
 
-def _remember(begun: Run, prepared: Prepared, *, again: bool) -> None:
+def _remember(begun: Run, given: Retraining, prepared: Prepared) -> None:
     """Have the run know what it is trained from. Raises SourceChangedError if that is not what it began with."""
-    if again:
-        known = open_runs().get(begun.id).data
-        for what, now in prepared.facts.items():
-            if known.get(what) and known[what]["hash"] != now["hash"]:
+    inputs = begun.folder / INPUTS
+    text = json.dumps(prepared.inputs, indent=1)
+    if inputs.exists():
+        known = json.loads(inputs.read_text("utf-8"))
+        for what, now in prepared.inputs.items():
+            if known.get(what) != now:
+                place = given.image_dir if what == "pictures" else given.backbone
                 raise SourceChangedError(
-                    f"run {begun.id}: the {what} at {now['place']} are not those that it began with",
-                    hint="Begin a new run.",
+                    f"run {begun.id}: the {what} at {place} have changed since it began", hint="Begin a new run."
                 )
-    begun.book.change(data=prepared.facts)
+    write_whole(inputs, text.encode())
+    write_whole(begun.folder / "split.csv", _split(prepared.dataset))
+    for name, place in (("pictures", given.image_dir), ("backbone", given.backbone)):
+        try:
+            begun.log_data(name, place)
+        except StorageError:  # a file of the folder that cannot be read has no hash; pictures are left out
+            begun.book.change(data={name: {"place": place}})
     found = prepared.bottlenecks
     begun.tags["bottlenecks"] = f"{found.computed:,} computed, {found.cached:,} from the cache"
-    _write_split(begun.folder / "split.csv", prepared.dataset)
 
 
 def data_hash(dataset: Dataset, hashes: Sequence[str]) -> str:
@@ -323,17 +330,14 @@ def data_hash(dataset: Dataset, hashes: Sequence[str]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _write_split(path: Path, dataset: Dataset) -> None:
-    """An artifact: which picture is in which part."""
-    import csv
-    import io
-
+def _split(dataset: Dataset) -> bytes:
+    """As CSV: which picture is in which part."""
     text = io.StringIO()
     rows = csv.writer(text)
     rows.writerow(["key", "label", "part"])
     for each in dataset.pictures:
-        rows.writerow([each.key.encode("utf-8", "backslashreplace").decode(), dataset.labels[each.label], each.part])
-    write_whole(path, text.getvalue().encode())
+        rows.writerow([storable(each.key), dataset.labels[each.label], each.part])
+    return text.getvalue().encode()
 
 
 def _trained(

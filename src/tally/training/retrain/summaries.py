@@ -165,7 +165,9 @@ def confusion_matrix(counts: Indices, labels: Sequence[str]) -> Pixels:
     longest = max((int(font.getbbox(each)[2]) for each in shown), default=0)
     cell = max(4, min(56, 1200 // number)) if not roomy else 56
     margin = longest + 40 if roomy else 40
-    canvas = Image.new("RGB", (margin + number * cell + 12, margin + number * cell + 12), "white")
+    title = "rows: labels, columns: predictions"
+    width = max(margin + number * cell, 8 + int(font.getbbox(title)[2])) + 12
+    canvas = Image.new("RGB", (width, margin + number * cell + 12), "white")
     draw = ImageDraw.Draw(canvas)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     for row in range(number):
@@ -185,5 +187,5 @@ def confusion_matrix(counts: Indices, labels: Sequence[str]) -> Pixels:
         ImageDraw.Draw(upright).text((4, 10), name, "black", font, anchor="lm")
         turned = upright.rotate(90, expand=True)
         canvas.paste(turned, (int(middle) - 10, margin - 4 - turned.height))
-    draw.text((8, 8), "rows: labels, columns: predictions", "#555555", font)
+    draw.text((8, 8), title, "#555555", font)
     return np.asarray(canvas)
