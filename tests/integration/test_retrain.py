@@ -257,6 +257,7 @@ def test_every_flag_of_the_original_is_kept_mapped_or_refused(retrain: Cli, tmp_
     assert re.findall(r"--(\w+): ", ran.err) == [
         "eval_step_interval", "random_crop", "output_graph"
     ]  # fmt: skip
+    assert "backbone.onnx has a value 'means' already" in retrain("--final_tensor_name", "means").err
     assert "is there already" in retrain("--saved_model_dir", tmp_path / "there").err
     assert open_runs().list().runs == []
 

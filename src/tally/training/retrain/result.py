@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tally import plain_yaml
-from tally.errors import ModelError, OutputExistsError, StorageError
+from tally.errors import ModelError, OutputExistsError, SpecError, StorageError
 from tally.models.labels import read_labels
 from tally.models.load import load
 from tally.models.reference import ModelRef
@@ -108,7 +108,7 @@ def _said(preprocess: Mapping[str, Any]) -> dict[str, Any]:
 def with_head(backbone: ModelRef, head: Head, tensor: str = "final_result") -> Any:
     """The backbone and the head as one ``onnx.ModelProto``, whose one output is the probabilities ``[n, classes]``.
 
-    Raises ModelError if the backbone's file has a value named like the output.
+    tensor: the name of that output, which is no value of the backbone: see :func:`check_name`.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -117,12 +117,7 @@ def with_head(backbone: ModelRef, head: Head, tensor: str = "final_result") -> A
     graph = model.graph
     name = str((backbone.options.get("outputs") or [graph.output[0].name])[0])
     [output] = [each for each in graph.output if each.name == name]
-    taken = {value for node in graph.node for value in (*node.input, *node.output)}
-    taken |= {each.name for each in (*graph.input, *graph.output, *graph.initializer)}
-    if tensor in taken:
-        raise ModelError(
-            f"--final_tensor_name: the backbone has a value {tensor!r} already", hint="Choose another name."
-        )
+    taken = _values(graph)
 
     def free(wanted: str) -> str:
         while wanted in taken:
@@ -165,6 +160,21 @@ def with_head(backbone: ModelRef, head: Head, tensor: str = "final_result") -> A
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     return model
+
+
+def check_name(backbone: ModelRef, tensor: str) -> None:
+    """Raises SpecError if a value of the backbone's file has this name."""
+    import onnx
+
+    model = onnx.load(str(backbone.location / backbone.entry), load_external_data=False)
+    if tensor in _values(model.graph):
+        raise SpecError(f"--final_tensor_name: {backbone.entry} has a value {tensor!r} already; choose another name")
+
+
+def _values(graph: Any) -> set[str]:
+    """The names of all values of a graph."""
+    found = {value for node in graph.node for value in (*node.input, *node.output)}
+    return found | {each.name for each in (*graph.input, *graph.output, *graph.initializer)}
 
 
 def _save(model: Any, path: Path) -> None:

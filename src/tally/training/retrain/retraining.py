@@ -36,7 +36,7 @@ from tally.training.retrain.dataset import Dataset, read
 from tally.training.retrain.distortions import Distorted, Distortions, spec_of
 from tally.training.retrain.examples import Examples, Parameters
 from tally.training.retrain.head import Evaluation, Head, State, Tested, Trained, evaluate, one_thread, train
-from tally.training.retrain.result import Sample, check_library, write
+from tally.training.retrain.result import Sample, check_library, check_name, write
 from tally.training.retrain.summaries import Summaries, test_pictures
 from tally.training.runs import Value, open_runs
 from tally.training.tracking import EVENTS, Run, run
@@ -178,6 +178,7 @@ def check(given: Retraining) -> tuple[Backbone, Dataset]:
     with one_thread():  # what it needs is missing now, or never
         pass
     backbone = Backbone.of(given.backbone, given.settings)
+    check_name(backbone.ref, given.final_tensor_name)
     if given.distortions:
         spec_of(backbone.ref)
     dataset = read(
