@@ -9,6 +9,7 @@ import click
 
 from tally.cli.console import literal_pairs, say
 from tally.cli.progress import Line
+from tally.cli.train_labels import labels
 from tally.cli.train_retrain import retrain
 from tally.cli.train_script import script
 from tally.cli.values import duration, names, share
@@ -28,6 +29,7 @@ def train() -> None:
 
 train.add_command(retrain)
 train.add_command(script)
+train.add_command(labels)
 
 
 @train.command(short_help="A style, from one picture.")

@@ -48,15 +48,16 @@ def as_package(place: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tally-") as made:
         folder = Path(made)
         if place.is_dir():
-            shutil.copytree(place, folder / place.name, copy_function=_linked)
+            shutil.copytree(place, folder / place.name, copy_function=link_or_copy)
         else:
-            _linked(place, folder / place.name)
+            link_or_copy(place, folder / place.name)
         names = sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file())
         (folder / MARKER).write_text(json.dumps(names), "utf-8")
         yield folder
 
 
-def _linked(source: str | Path, to: str | Path) -> None:
+def link_or_copy(source: str | Path, to: str | Path) -> None:
+    """A second name for a file's content, or a copy where the file system has no such. Raises OSError."""
     try:
         os.link(source, to)
     except OSError:

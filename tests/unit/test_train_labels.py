@@ -1,0 +1,149 @@
+"""Tables of labelled boxes become what detectors are trained from; what is wrong with one is told by its row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+
+from tally.cli.main import cli
+from tally.errors import OutputExistsError, SpecError
+from tally.training.labels.formats import example
+from tally.training.labels.table import read
+
+HALF = {"label": "cup", "topX": 0.25, "topY": 0.5, "bottomX": 0.75, "bottomY": 1.0}
+LID = {"type": "a lid", "topX": 0.0, "topY": 0.1, "bottomX": 0.5, "bottomY": 0.2}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    Image.new("RGB", (200, 100)).save(folder / "a.jpg")
+    Image.new("RGB", (40, 80)).save(folder / "more" / "a.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # upright, it is 50 wide and 20 high
+    Image.new("RGB", (20, 50)).save(folder / "b.jpg", exif=exif)
+    return folder
+
+
+def table(place: Path, *rows: tuple[str, Any, Any]) -> Path:
+    with place.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_url", "label", "label_confidence"])
+        writer.writerows((url, str(boxes), str(sure)) for url, boxes, sure in rows)
+    return place
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Path:
+    flat = HALF | {"bottomX": 0.25}
+    return table(
+        tmp_path / "labels.csv",
+        ("AmlDatastore://store/images/a.jpg", [HALF, LID, flat], [1.0, 0.4, 1.0]),
+        ("https://host/more/a.jpg?sig=x%2Fy", [HALF], [0.9]),
+        ("b.jpg", [HALF], []),
+        ("more/../b.jpg", [], []),
+    )
+
+
+def test_a_table_is_read(images: Path, labels: Path) -> None:
+    found = read(labels, images)
+    assert [(each.picture.relative_to(images).as_posix(), each.width, each.height) for each in found.pictures] == [
+        ("a.jpg", 200, 100), ("more/a.jpg", 40, 80), ("b.jpg", 50, 20), ("b.jpg", 50, 20),
+    ]  # fmt: skip
+    first = found.pictures[0].boxes
+    assert [(b.label, b.xmin, b.ymin, b.xmax, b.ymax) for b in first] == [
+        ("cup", 50, 50, 150, 100), ("a lid", 0, 10, 100, 20),
+    ]  # fmt: skip
+    assert [(b.xmin, b.ymin, b.xmax, b.ymax) for b in found.pictures[2].boxes] == [(12.5, 10, 37.5, 20)]
+    assert (found.empty, found.unsure) == (1, 0)
+    surer = read(labels, images, confidence=0.5)
+    assert (len(surer.pictures[0].boxes), surer.unsure) == (1, 1)
+    lines = labels.with_suffix(".jsonl")
+    lines.write_text(json.dumps({"image_url": "b.jpg", "label": [{**HALF, "topX": 300, "bottomX": 10}]}))
+    [only] = read(lines, images, units="pixels").pictures[0].boxes
+    assert (only.xmin, only.xmax) == (10, 50)  # cut off at the picture's edge
+
+
+def test_the_four_formats(images: Path, labels: Path, tmp_path: Path) -> None:
+    one = table(tmp_path / "test.csv", ("b.jpg", [HALF], [1.0]))
+
+    def converted(form: str) -> Path:
+        words = ["train", "labels", "--train-set", labels, images, "--test-set", one, images, "--format", form]
+        told = CliRunner().invoke(
+            cli, [*map(str, words), "-o", str(tmp_path / form)], standalone_mode=False, catch_exceptions=False
+        )
+        assert "4 pictures with 4 boxes to train, 1 pictures with 1 boxes to test; classes: a lid, cup" in told.output
+        assert "labels.csv: 1 boxes without area were left out" in told.output
+        return tmp_path / form
+
+    yolo = converted("yolov3")
+    lines = (yolo / "train.txt").read_text().splitlines()
+    assert lines[0] == f"{images}/a.jpg 50,50,150,100,1 0,10,100,20,0"
+    assert lines[3] == f"{images}/b.jpg"
+    assert (yolo / "labels.txt").read_text() == "a lid\ncup\n"
+
+    rows = list(csv.reader((converted("csv") / "train.csv").read_text().splitlines()))
+    assert rows[0] == ["class", "filename", "height", "width", "xmax", "xmin", "ymax", "ymin"]
+    assert rows[1] == ["cup", "a.jpg", "100", "200", "150", "50", "100", "50"]
+    assert (tmp_path / "csv" / "labelmap.pbtxt").read_text().startswith('item {\n  id: 1\n  name: "a lid"\n}')
+
+    folders = converted("yolov5")
+    described = yaml.safe_load((folders / "dataset.yaml").read_text())
+    assert described == {
+        "train": f"{folders}/images/train", "val": f"{folders}/images/val", "nc": 2, "names": ["a lid", "cup"],
+    }  # fmt: skip
+    assert (folders / "labels/train/a.txt").read_text().splitlines()[0] == "1 0.500000 0.750000 0.500000 0.500000"
+    pictures, texts = (
+        sorted(each.stem for each in (folders / what / "train").iterdir()) for what in ("images", "labels")
+    )
+    assert pictures == texts
+    assert len(texts) == 4
+
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+    reader = PyRecordReader_New(str(converted("tfrecord") / "train.record"))
+    reader.GetNext()
+    found = example().FromString(reader.record()).features.feature
+    assert list(found["image/object/class/text"].bytes_list.value) == [b"cup", b"a lid"]
+    assert list(found["image/object/class/label"].int64_list.value) == [2, 1]
+    assert list(found["image/object/bbox/xmin"].float_list.value) == [0.25, 0.0]
+    assert found["image/encoded"].bytes_list.value[0] == (images / "a.jpg").read_bytes()
+    with pytest.raises(OutputExistsError):
+        converted("csv")
+
+
+def test_the_message_is_that_of_tensorflow() -> None:
+    """The bytes are those that TensorFlow's own tutorial prints."""
+    written = (
+        b"\nR\n\x14\n\x08feature2\x12\x08\n\x06\n\x04goat\n\x14\n\x08feature3\x12\x08\x12\x06\n\x04[\xd3|?"
+        b"\n\x11\n\x08feature0\x12\x05\x1a\x03\n\x01\x00\n\x11\n\x08feature1\x12\x05\x1a\x03\n\x01\x04"
+    )
+    found = example().FromString(written).features.feature
+    assert (found["feature0"].int64_list.value, found["feature1"].int64_list.value) == ([0], [4])
+    assert found["feature2"].bytes_list.value == [b"goat"]
+    assert found["feature3"].float_list.value == pytest.approx([0.9876])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (("gone.jpg", [HALF], []), "1 pictures are not in .*: gone.jpg"),
+        (("a.jpg", [HALF], []), "may be .*a.jpg or .*a.jpg"),
+        (("b.jpg", "cup", []), "row 1: label is no list: 'cup'"),
+        (("b.jpg", [{"label": "x"}], []), "a box has no topX, topY, bottomX, bottomY"),
+        (("b.jpg", [HALF | {"label": None}], []), "a box has no label"),
+        (("b.jpg", [HALF | {"bottomX": 300}], []), "no fractions of the picture; say --units pixels"),
+        (("b.jpg", [HALF], [0.5, 0.5]), "1 boxes, but label_confidence 2"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_told(images: Path, tmp_path: Path, row: Any, said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        read(table(tmp_path / "wrong.csv", row), images)
