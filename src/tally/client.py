@@ -347,7 +347,8 @@ class Client:
         return self._post(EndpointView, "endpoints", {"name": name, "model": model, **_plain(options)})
 
     def serve_version(self, name: str, model: str, *, share: float | None = None, **options: Any) -> EndpointView:
-        """Serve another version: instead of all others, or with a share (0 to 1) of the requests beside them."""
+        """Serve another version: instead of all others, or with a share (0 to 1) of the requests beside them. options:
+        as of :meth:`add_endpoint`; those of the endpoint, such as replicas, stay as they are if they are left out."""
         wanted = {"model": model, **_plain({"share": share, **options})}
         return self._post(EndpointView, f"endpoints/{_quoted(name)}/versions", wanted)
 

@@ -74,13 +74,42 @@ def fits_a_phone(page: Page) -> None:
 
 def test_without_an_endpoint_the_page_says_how_to_make_one(page: Page, server: Server) -> None:
     log_in(page, server, path="/endpoints")
-    expect(page.get_by_text("No endpoints yet.")).to_contain_text("tally deploy MODEL --name NAME --target local")
+    expect(page.get_by_text("No endpoints yet.")).to_contain_text("with the button above, or from a terminal")
     expect(page.get_by_role("navigation", name="Main").locator("[aria-current]")).to_have_text("Endpoints")
     check_accessibility(page)
 
 
-def test_an_endpoint_is_tried_changed_and_deleted(page: Page, server: Server, folder: Path, plastic: str) -> None:
+def make(page: Page, folder: Path, name: str) -> None:
+    """Have a model kept online, and another beside it, with the forms."""
+    page.get_by_role("link", name="Keep a model online").click()
+    check_accessibility(page)
+    fits_a_phone(page)
+    page.get_by_label("Name").fill(name)
+    page.get_by_label("Model").fill(f"{folder}/bottle.py")
+    page.get_by_label("Replicas").fill("1..")
+    page.get_by_label("Port").fill("0")
+    page.get_by_role("button", name="Keep it online").click()
+    expect(page.get_by_role("alert")).to_contain_text("replicas: '1..' is neither a number nor a range")
+    expect(page.get_by_label("Model")).to_have_value(f"{folder}/bottle.py")
+    page.get_by_label("Replicas").fill("1")
+    page.get_by_role("button", name="Keep it online").press("Enter")
+    expect(tiles(page)).to_contain_text("1 of 1 replicas ready")
+    page.get_by_label("Another version").fill(f"{folder}/none.py")
+    page.get_by_label("Its share of the requests").fill("0")
+    page.get_by_role("button", name="Serve it").click()
+    expect(page.locator("#message").get_by_role("alert")).to_contain_text("there is no model at")
+    page.get_by_label("Another version").fill(f"{folder}/can.py")
+    with page.expect_response(lambda each: each.request.method == "GET" and each.url.endswith(f"/endpoints/{name}")):
+        page.get_by_role("button", name="Serve it").click()
+    expect(page.locator("#message")).to_contain_text("served once it is loaded")
+    expect(tiles(page)).to_contain_text("revision 2")
+    page.goto(page.url.rpartition("/")[0])
+
+
+def test_an_endpoint_is_made_tried_changed_and_deleted(page: Page, server: Server, folder: Path) -> None:
+    plastic = "plastic"
     log_in(page, server, path="/endpoints")
+    make(page, folder, plastic)
     row = page.get_by_role("row").filter(has_text=plastic)
     expect(row).to_contain_text("ready")
     expect(row).to_contain_text("1: 100 %")
@@ -145,7 +174,8 @@ def test_an_endpoint_is_tried_changed_and_deleted(page: Page, server: Server, fo
     expect(page.get_by_text("No endpoints yet.")).to_be_visible()
     with server.client() as client:
         done = {each["action"] for each in client.get("/audit").json()}
-    assert {"try_endpoint", "split_endpoint", "scale_endpoint", "roll_back_endpoint", "remove_endpoint"} <= done
+    made = {"add_endpoint", "serve_version", "try_endpoint", "split_endpoint", "scale_endpoint", "roll_back_endpoint"}
+    assert made | {"remove_endpoint"} <= done
 
 
 def test_who_may_only_look_sees_no_form_and_is_refused(page: Page, server: Server, plastic: str, folder: Path) -> None:

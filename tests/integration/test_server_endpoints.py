@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import httpx2
 import pytest
 from click.testing import CliRunner
@@ -89,7 +90,8 @@ def test_an_endpoint_from_its_beginning_to_its_end(client: tally.Client, folder:
     assert [each.name for each in client.endpoints()] == ["plastic"]
     assert mark(client, "plastic") == "first"
 
-    client.serve_version("plastic", f"{folder}/second.py", share=0.5)
+    client.serve_version("plastic", f"{folder}/second.py", share=0.5, max_queue=99)
+    assert (client.endpoint("plastic").limits.max_queue, client.endpoint("plastic").limits.max_delay) == (99, 0.001)
     settled(client, "plastic")
     assert {mark(client, "plastic") for _ in range(40)} == {"first", "second"}
     client.split_endpoint("plastic", {"2": 1}, shadows={"1": 1})
@@ -216,17 +218,27 @@ def test_roles_once_and_the_audit_log(server: Server, client: tally.Client, fold
 
 
 def test_from_the_command_line(client: tally.Client, typed: Callable[..., str], folder: Path, home: Path) -> None:
-    client.add_endpoint("typed", f"{folder}/second.py", port=0)
-    settled(client, "typed")
+    base = ("deploy", f"{folder}/second.py", "--name", "typed", "--target", "local", "--port", "0")
+    made = typed(*base, "--wait", "--drain", "5s")
+    assert "create endpoint typed" in made
+    assert f"scoring_uri: {client.endpoint('typed').url}/score" in made
+    assert client.endpoint("typed").drain == 5
+    assert "nothing has changed" in typed(*base, "--drain", "5s")
+    assert "-drain: 5.0" in typed(*base, "--wait", "--max-batch", "4")
+    assert client.endpoint("typed").limits.max_batch == 4
+    with pytest.raises(SpecError, match="is not under a folder that requests may name"):
+        typed("deploy", "/etc/passwd", *base[2:])
+    with pytest.raises(click.UsageError, match="works from this machine"):
+        typed("deploy", "image:/m", "--name", "typed", "--target", "kubernetes", "--env", "image:a/b")
     assert "ready" in typed("endpoints", "list")
-    assert "ready, 1: 100%, revision 2" in typed("endpoints", "scale", "typed", "2")
+    assert "ready, 1: 100%, revision 3" in typed("endpoints", "scale", "typed", "2")
     shown = typed("endpoints", "show", "typed")
     assert f"version 1: {folder}/second.py (100 %)" in shown
     assert shown.count("  replica ") == 2
     assert json.loads(typed("endpoints", "show", "typed", "--json"))["replicas"] == [2, 2]
-    assert "revision 3" in typed("endpoints", "split", "typed", "1=5", "--shadow", "1=0.5")
-    assert "revision 4" in typed("endpoints", "rollback", "typed")
-    assert "revision 4" in typed("endpoints", "reload", "typed")  # it is what it was
+    assert "revision 4" in typed("endpoints", "split", "typed", "1=5", "--shadow", "1=0.5")
+    assert "revision 5" in typed("endpoints", "rollback", "typed")
+    assert "revision 5" in typed("endpoints", "reload", "typed")  # it is what it was
     assert "is served" in typed("endpoints", "logs", "typed", "-n", "20")
     with pytest.raises(SpecError, match="there is no version '9'"):
         typed("endpoints", "split", "typed", "9=1")

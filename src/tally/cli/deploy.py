@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli import values
+from tally.cli import installation, values
 from tally.cli.console import literal_pairs, say
 from tally.text import visible
 
@@ -109,6 +109,7 @@ def deploy(
 
     \b
     local       a process of this machine; 'tally up' keeps it alive, 'tally endpoints' changes it
+                with 'tally --server URL deploy ...', of the server's machine
     kubernetes  applied with your kubeconfig
     aci         applied with az
 
@@ -126,7 +127,7 @@ def deploy(
     said = {name: value for name, value in given.items() if value is not None and value is not False and value != ()}
     if assigned:
         said["variables"] = _variables(assigned)
-    with kind(made(kind.spec_type, target, said)) as deployment:
+    with installation.deployment(kind, made(kind.spec_type, target, said)) as deployment:
         plan = deployment.plan()
         build = _build(deployment, out or Path("FOLDER"), said)
         if dry_run:

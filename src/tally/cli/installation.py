@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from tally.client import Client
+    from tally.deploy.base import S, Target
     from tally.engines.base import Engine
     from tally.jobs.facade import Jobs
     from tally.jobs.spec import JobSpec
@@ -41,7 +42,6 @@ HERE_ONLY = (
     "serve",
     "predict",
     "load",
-    "deploy",
 )
 """Commands that are about this machine."""
 
@@ -116,6 +116,21 @@ def deployments() -> DeploymentStore:
     from tally.serving.deployments import DeploymentStore
 
     return DeploymentStore(_database())
+
+
+def deployment(kind: type[Target[S]], spec: S) -> Target[Any]:
+    """The endpoint at its target. Raises UsageError for a target that this machine reaches and a server does not."""
+    if (client := _client()) is None:
+        return kind(spec)
+    from tally.cli.remote_deploy import ServerTarget
+    from tally.deploy.local import LocalSpec
+
+    if not isinstance(spec, LocalSpec):
+        raise click.UsageError(
+            f"'tally deploy --target {kind.name}' works from this machine, with what reaches it from here: leave "
+            "--server out, and unset TALLY_SERVER"
+        )
+    return ServerTarget(spec, client)
 
 
 def restarted(store: DeploymentStore, name: str) -> subprocess.Popen[bytes] | None:

@@ -60,14 +60,15 @@ class LocalSpec(DeploymentSpec):
         return self.port
 
     @property
-    def limits(self) -> Limits:
-        """What its replicas may do. Whole cores become threads; memory is not limited."""
-        return Limits(
-            replicas=self.replicas or ((1, 1) if self.profile == "dev-test" else (2, 2)),
-            max_batch=self.max_batch,
-            max_delay=0.005 if self.max_delay is None else self.max_delay,
-            threads=max(1, math.floor(amount(self.cpu))),
-        )
+    def limits(self) -> dict[str, Any]:
+        """Those :class:`Limits` of its replicas that the command says. Whole cores become threads; memory is not
+        limited."""
+        return {
+            "replicas": self.replicas or ((1, 1) if self.profile == "dev-test" else (2, 2)),
+            "max_batch": self.max_batch,
+            "max_delay": Limits().max_delay if self.max_delay is None else self.max_delay,
+            "threads": max(1, math.floor(amount(self.cpu))),
+        }
 
 
 class LocalTarget(Target[LocalSpec]):
@@ -78,46 +79,55 @@ class LocalTarget(Target[LocalSpec]):
     _started: subprocess.Popen[bytes] | None = None
 
     @cached_property
-    def _store(self) -> DeploymentStore:
+    def store(self) -> DeploymentStore:
+        """The endpoints of this machine."""
         return DeploymentStore(connect(settings().database))
 
     @cached_property
-    def _version(self) -> Version:
+    def version(self) -> Version:
+        """The model, looked up once."""
+        model, options = self.asked
+        return Version(model, resolve(model, **options), options)
+
+    @property
+    def asked(self) -> tuple[str, dict[str, Any]]:
+        """The model, and what resolving it is told besides: the same for a process in another folder."""
         given = (each.partition("=") for each in self.spec.settings)
-        # The process, and whoever looks it up again, may be in another folder.
-        model = beside(Path.cwd(), self.spec.model, "model")
-        options: dict[str, Any] = {
+        return beside(Path.cwd(), self.spec.model, "model"), {
             "task": self.spec.task,
             "labels": self.spec.labels and absolute(self.spec.labels),
             "artifacts": self.spec.artifacts and absolute(self.spec.artifacts),
             "settings": {key: plain_yaml.value(value) for key, _, value in given},
             "trust": self.spec.trust,
         }
-        return Version(model, resolve(model, **options), options)
 
-    def _there(self) -> Deployment | None:
+    def there(self) -> Deployment | None:
+        """The endpoint as it is, if there is one."""
         try:
-            return self._store.get(self.spec.name)
+            return self.store.get(self.spec.name)
         except EndpointNotFoundError:
             return None
 
     def _wanted(self, before: EndpointSpec | None) -> EndpointSpec:
-        limits, version = self.spec.limits, self._version
+        version = self.version
         if before is None:
             number = number_of(version.ref)
-            return self._placed(EndpointSpec({number: version}, {number: 100.0}, limits))
-        return self._placed(replace(before.with_model(version, share=self.spec.share), limits=limits))
+            return self._placed(EndpointSpec({number: version}, {number: 100.0}))
+        return self._placed(before.with_model(version, share=self.spec.share))
 
     def _placed(self, wanted: EndpointSpec) -> EndpointSpec:
-        return replace(wanted, port=self.spec.port, grpc_port=self.spec.grpc_port, drain=self.spec.drain)
+        """With what the command says; the rest stays as it was."""
+        spec = self.spec
+        limits = replace(wanted.limits, **spec.limits)
+        return replace(wanted, limits=limits, port=spec.port, grpc_port=spec.grpc_port, drain=spec.drain)
 
     def plan(self) -> Plan:
-        there = self._there()
+        there = self.there()
         notes = [f"profile {self.spec.profile}: {NOTES[self.spec.profile]}", "memory is not limited on this machine"]
         return Plan([_shown(self._wanted(there.spec if there else None))], f"{self.spec.name}.yaml", notes)
 
     def difference(self) -> Sequence[Change]:
-        there = self._there()
+        there = self.there()
         wanted = dump([_shown(self._wanted(there.spec if there else None))])
         if there is None:
             return [Change("create", f"endpoint {self.spec.name}", [f"+{line}" for line in wanted.splitlines()])]
@@ -126,21 +136,21 @@ class LocalTarget(Target[LocalSpec]):
         return [Change("change", f"endpoint {self.spec.name}", lines)] if lines else []
 
     def apply(self, say: Say) -> None:
-        if self._there() is None:
-            self._store.create(self.spec.name, self._wanted(None))
+        if self.there() is None:
+            self.store.create(self.spec.name, self._wanted(None))
         else:
-            self._store.change(self.spec.name, self._wanted)
-        self._started = restart_if_down(self._store, self.spec.name)
+            self.store.change(self.spec.name, self._wanted)
+        self._started = restart_if_down(self.store, self.spec.name)
 
     def wait(self, say: Say, timeout: float) -> None:
         try:
-            revision = self._store.get(self.spec.name).revision
-            settled(self._store, self.spec.name, revision, timeout, self._started)
+            revision = self.store.get(self.spec.name).revision
+            settled(self.store, self.spec.name, revision, timeout, self._started)
         except EndpointError as error:
             raise DeployError(error.message, hint=error.hint) from None
 
     def status(self) -> Status:
-        there = self._there()
+        there = self.there()
         if there is None:
             return Status(False)
         pools = there.observed.get("pools", ()) if there.alive else ()
@@ -150,11 +160,11 @@ class LocalTarget(Target[LocalSpec]):
         return Status(True, ready, there.spec.limits.replicas[0], "", versions, [error] if error else [])
 
     def address(self) -> str:
-        there = self._there()
+        there = self.there()
         return (there.url if there else None) or f"http://127.0.0.1:{self.spec.port}"
 
     def uris(self) -> Mapping[str, str]:
-        base, there = self.address(), self._there()
+        base, there = self.address(), self.there()
         found = {"scoring_uri": f"{base}/score", "swagger_uri": f"{base}/swagger.json"}
         if self.spec.grpc_port is not None:
             found["grpc"] = (there.grpc if there else None) or f"127.0.0.1:{self.spec.grpc_port}"

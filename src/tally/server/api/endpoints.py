@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from tally.models.reference import ModelRef
+from tally.models.reference import BATCH_LIMIT, ModelRef
 from tally.models.resolve import registered, resolve
 from tally.server.api.jobs import AllJobs
 from tally.server.api.models import INSPECT_SECONDS, open_registry
@@ -41,6 +41,7 @@ router = APIRouter(
 MOST_REPLICAS = 1000
 _PATTERN = f"^{NAME.pattern}$"
 _OPTIONS = ("task", "labels", "artifacts", "settings", "trust")
+_PLACED = ("port", "grpc_port", "max_body", "drain")
 _DEFAULTS = Limits()
 
 Replicas = Annotated[int, Field(ge=0, le=MOST_REPLICAS)]
@@ -48,6 +49,15 @@ Number = Annotated[str, Field(min_length=1, max_length=100)]
 Weight = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=0, le=65535, description="On the server's machine; 0: any that is free.")]
+GrpcPort = Annotated[int | None, Field(ge=0, le=65535, description="The same for gRPC; null for no gRPC.")]
+MaxBody = Annotated[int, Field(ge=1, le=1 << 40, description="Bytes of a request.")]
+Drain = Annotated[float, Field(gt=0, le=3600, description="Seconds that requests have to end, once it is to.")]
+MaxBatch = Annotated[int | None, Field(ge=1, le=BATCH_LIMIT)]
+MaxQueue = Annotated[int, Field(ge=1, le=1_000_000)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Device = Annotated[str, Field(max_length=100)]
+Payloads = Annotated[str | None, Field(max_length=4000)]
 
 
 class _Strict(BaseModel):
@@ -74,27 +84,55 @@ class NewEndpoint(Model):
     """A new endpoint. replicas: least and most processes. The rest as for ``tally serve``, durations in seconds."""
 
     name: str = Field(pattern=_PATTERN)
-    port: int = Field(PORT, ge=0, le=65535, description="On the server's machine; 0: any that is free.")
-    grpc_port: int | None = Field(None, ge=0, le=65535, description="The same for gRPC; null for no gRPC.")
-    max_body: int = Field(MAX_BODY, ge=1, le=1 << 40, description="Bytes of a request.")
-    drain: float = Field(30.0, gt=0, le=3600, description="Seconds that requests have to end, once it is to.")
+    port: Port = PORT
+    grpc_port: GrpcPort = None
+    max_body: MaxBody = MAX_BODY
+    drain: Drain = 30.0
     replicas: tuple[Replicas, Replicas] = _DEFAULTS.replicas
-    max_batch: int | None = Field(None, ge=1, le=65_536)
+    max_batch: MaxBatch = None
     max_delay: Seconds = _DEFAULTS.max_delay
-    max_queue: int = Field(_DEFAULTS.max_queue, ge=1, le=1_000_000)
+    max_queue: MaxQueue = _DEFAULTS.max_queue
     timeout: Seconds = _DEFAULTS.timeout
     idle: Seconds = _DEFAULTS.idle
     load_timeout: Seconds = _DEFAULTS.load_timeout
-    threads: int = Field(_DEFAULTS.threads, ge=1, le=1024)
-    device: str = Field(_DEFAULTS.device, max_length=100)
-    payloads: str | None = Field(None, max_length=4000)
+    threads: Threads = _DEFAULTS.threads
+    device: Device = _DEFAULTS.device
+    payloads: Payloads = None
     payload_share: Share = _DEFAULTS.payload_share
 
 
 class NextVersion(Model):
-    """A version to serve: instead of all others, or with a share of the requests beside them."""
+    """A version to serve: instead of all others, or with a share of the requests beside them. What is said of the
+    endpoint besides is so from now on, for all of its versions; what is left out stays as it is."""
 
     share: Share | None = None
+    port: Port | None = None
+    grpc_port: GrpcPort = None
+    max_body: MaxBody | None = None
+    drain: Drain | None = None
+    replicas: tuple[Replicas, Replicas] | None = None
+    max_batch: MaxBatch = None
+    max_delay: Seconds | None = None
+    max_queue: MaxQueue | None = None
+    timeout: Seconds | None = None
+    idle: Seconds | None = None
+    load_timeout: Seconds | None = None
+    threads: Threads | None = None
+    device: Device | None = None
+    payloads: Payloads = None
+    payload_share: Share | None = None
+
+    def changed(self, spec: EndpointSpec, version: Version) -> EndpointSpec:
+        """The spec with the version, and with what is said besides. Raises SpecError."""
+        nullable = ("grpc_port", "max_batch", "payloads")  # where null says something
+        given = {
+            name: value
+            for name in self.model_fields_set
+            if (value := getattr(self, name)) is not None or name in nullable
+        }
+        own = {name: given[name] for name in _PLACED if name in given}
+        limits = {each.name: given[each.name] for each in fields(Limits) if each.name in given}
+        return replace(spec.with_model(version, share=self.share), limits=replace(spec.limits, **limits), **own)
 
 
 class Scale(_Strict):
@@ -179,11 +217,10 @@ def serve_version(
     request: Request, who: Operator, store: Deployments, find: Finder, name: Name, wanted: NextVersion
 ) -> EndpointView:
     """Serve another version: instead of all others once it is ready, or beside them."""
-    check_model(request, wanted)
+    check_model(request, wanted, wanted.payloads)
     store.get(name)
     version = _version(find, wanted)
-    changed = store.change(name, lambda spec: spec.with_model(version, share=wanted.share), who=who.name)
-    return EndpointView.of(changed)
+    return EndpointView.of(store.change(name, lambda spec: wanted.changed(spec, version), who=who.name))
 
 
 @router.post("/{name}/scale")

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, File, Form, Request, Response, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel, ValidationError
 
 from tally.errors import EndpointNotFoundError, SpecError, TallyError
+from tally.jobs.facade import Jobs
 from tally.server.api import endpoints
 from tally.server.api.endpoints import Deployments, Finder, Name
-from tally.server.api.jobs import feed_of
+from tally.server.api.jobs import AllJobs, feed_of
+from tally.server.api.models import open_registry
 from tally.server.api.views import EndpointView, RecentFigures
 from tally.server.auth.guard import COOKIE, Admin, Operator, Viewer
 from tally.server.auth.keys import csrf_token
 from tally.server.feed import Feed
 from tally.server.gallery import MAX_BYTES
-from tally.server.pages.render import changed, page, render, stream
+from tally.server.pages.render import changed, form_page, page, render, stream
 from tally.server.trial import Trial, try_out
-from tally.serving.deployments import DeploymentStore
+from tally.serving.deployments import PORT, DeploymentStore
 from tally.serving.settings import replicas_from
 from tally.text import visible
 
 router = APIRouter(include_in_schema=False)
 
 LOG_LINES = 100
+Line = Annotated[str, Form(max_length=4000)]
+M = TypeVar("M", bound=BaseModel)
 SHARE, SHADOW = "share:", "shadow:"
 """How fields of the form begin that shares out requests; the number of a version follows."""
 
@@ -36,6 +41,40 @@ SHARE, SHADOW = "share:", "shadow:"
 @router.get("/endpoints", response_class=HTMLResponse)
 def endpoints_page(request: Request, who: Viewer, store: Deployments) -> HTMLResponse:
     return page(request, "endpoints.html", found=[_shown(each) for each in endpoints.list_endpoints(who, store)])
+
+
+@router.get("/new/endpoint", response_class=HTMLResponse)
+def new_endpoint(request: Request, who: Operator, jobs: AllJobs, model: str = "") -> HTMLResponse:
+    return _new(request, jobs, {"model": model} if model else {})
+
+
+def _new(request: Request, jobs: Jobs, given: dict[str, str], error: TallyError | None = None) -> HTMLResponse:
+    names = [each.name for each in open_registry(jobs).list()]
+    return form_page(request, "new_endpoint.html", given, error, names=sorted(set(names)), port=PORT)
+
+
+@router.post("/new/endpoint", response_class=HTMLResponse)
+def add_endpoint(
+    request: Request,
+    who: Operator,
+    jobs: AllJobs,
+    store: Deployments,
+    find: Finder,
+    name: Line = "",
+    model: Line = "",
+    replicas: Line = "",
+    port: Line = "",
+) -> Response:
+    given = {"name": name.strip(), "model": model.strip(), "replicas": replicas.strip(), "port": port.strip()}
+    try:
+        filled: dict[str, Any] = {field: text for field, text in given.items() if text}
+        if "replicas" in filled:
+            filled["replicas"] = _range(filled["replicas"])
+        wanted = _valid(endpoints.NewEndpoint, filled)
+        endpoints.add_endpoint(request, who, store, find, wanted)
+    except TallyError as error:
+        return _new(request, jobs, given, error)
+    return RedirectResponse(f"/endpoints/{wanted.name}", status_code=303)
 
 
 @router.get("/endpoints/{name}", response_class=HTMLResponse)
@@ -100,16 +139,52 @@ def try_endpoint(
 def scale_endpoint(
     request: Request, who: Operator, store: Deployments, name: Name, replicas: Annotated[str, Form(max_length=100)]
 ) -> Response:
-    def change() -> object:
-        try:
-            least, most = replicas_from(replicas)
-        except ValueError:
-            raise SpecError(f"replicas: {replicas!r} is neither a number nor a range such as 0..4") from None
-        if most > endpoints.MOST_REPLICAS:
-            raise SpecError(f"replicas: at most {endpoints.MOST_REPLICAS}, not {most}")
-        return store.scale(name, (least, most), who=who.name)
+    return changed(
+        request,
+        lambda: store.scale(name, _range(replicas), who=who.name),
+        "It is being scaled.",
+        back=f"/endpoints/{name}",
+    )
 
-    return changed(request, change, "It is being scaled.", back=f"/endpoints/{name}")
+
+@router.post("/endpoints/{name}/versions")
+def serve_version(
+    request: Request,
+    who: Operator,
+    store: Deployments,
+    find: Finder,
+    name: Name,
+    model: Line = "",
+    share: Line = "",
+) -> Response:
+    def change() -> object:
+        wanted: dict[str, Any] = {"model": model.strip()}
+        if share.strip():
+            wanted["share"] = _numbers({"share": share}, "share", 100).popitem()[1]
+        return endpoints.serve_version(request, who, store, find, name, _valid(endpoints.NextVersion, wanted))
+
+    return changed(
+        request, change, "It is served once it is loaded; until then, what there was.", back=f"/endpoints/{name}"
+    )
+
+
+def _range(text: str) -> tuple[int, int]:
+    """Replicas, least and most. Raises SpecError."""
+    try:
+        least, most = replicas_from(text)
+    except ValueError:
+        raise SpecError(f"replicas: {text!r} is neither a number nor a range such as 0..4") from None
+    if most > endpoints.MOST_REPLICAS:
+        raise SpecError(f"replicas: at most {endpoints.MOST_REPLICAS}, not {most}")
+    return least, most
+
+
+def _valid(kind: type[M], fields: Mapping[str, Any]) -> M:
+    """What the API takes, of a form's fields. Raises SpecError."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise SpecError([f"{each['loc'][0]}: {each['msg']}" for each in error.errors()]) from None
 
 
 @router.post("/endpoints/{name}/split")
@@ -136,7 +211,8 @@ def _numbers(fields: dict[str, str], begin: str, parts: int) -> dict[str, float]
         except ValueError:
             number = -1.0
         if not 0 <= number <= 1e9:
-            raise SpecError(f"version {field.removeprefix(begin)}: {text!r} is no number of 0 or more")
+            what = f"version {field.removeprefix(begin)}" if field != begin else field
+            raise SpecError(f"{what}: {text!r} is no number of 0 or more")
         found[field.removeprefix(begin)] = number
     return found
 

@@ -73,7 +73,8 @@ def said(request: Request, text: str, *, back: str, problem: bool = False, statu
     """What a form is answered with: a message for the page that sent it, or, without scripts, the page ``back``;
     a problem is then a page of its own."""
     if "hx-request" in request.headers:
-        headers = {"HX-Trigger": "changed"}  # for what the page shows of it
+        # For what the page shows of it; of what did not work, a form keeps what was typed into it.
+        headers = {} if problem else {"HX-Trigger": "changed"}
         return HTMLResponse(render("_message.html", text=text, problem=problem), status_code=status, headers=headers)
     if problem:
         return page(request, "problem.html", status=409, title="That did not work", text=text, back=back)
