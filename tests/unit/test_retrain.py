@@ -15,12 +15,15 @@ from tests.retraining import COLOURS, backbone, photos
 
 from tally.engines.base import Engine
 from tally.errors import ModelError, SpecError, WorkerCrashedError
+from tally.models.load import load
+from tally.scorers.base import Item
 from tally.scorers.vision.preprocess import Preprocess
-from tally.training.retrain.bottlenecks import Backbone
+from tally.training.retrain.bottlenecks import Backbone, features
 from tally.training.retrain.dataset import PARTS, Dataset, Picture, normalised, part_of, read
 from tally.training.retrain.distortions import Distorted, Distortions
 from tally.training.retrain.examples import Examples, Parameters
-from tally.training.retrain.head import State, evaluate, train
+from tally.training.retrain.head import Head, State, evaluate, train
+from tally.training.retrain.result import write
 from tally.training.retrain.sampling import BLOCK, Sampler
 
 
@@ -327,16 +330,35 @@ def test_pictures_that_cannot_be_read_leave_the_data_set(tmp_path: Path) -> None
         dataset.without({pictures[3].path: "truncated"})
 
 
-def test_models_that_tell_classes_already_are_no_backbones(tmp_path: Path) -> None:
+def test_classifiers_are_no_backbones_until_they_are_cut(tmp_path: Path) -> None:
     import onnx
-    from onnx import helper
+    from onnx import helper, numpy_helper
 
-    model = onnx.load(str(backbone(tmp_path / "backbone.onnx")))
-    model.graph.node.append(helper.make_node("Softmax", ["features"], ["out"], axis=1))
-    model.graph.output[0].name = "out"
-    onnx.save(model, str(tmp_path / "classes.onnx"))
-    with pytest.raises(ModelError, match="gives 12 probabilities of classes"):
-        Backbone.of(str(tmp_path / "classes.onnx"))
+    plain = backbone(tmp_path / "backbone.onnx")
+    model = onnx.load(str(plain))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((12, 5), np.float32), "last"))
+    model.graph.node.append(helper.make_node("MatMul", ["features", "last"], ["logits"]))
+    model.graph.node.append(helper.make_node("Softmax", ["logits"], ["out"], axis=1))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, ["batch", 5]))
+    path = tmp_path / "classes.onnx"
+    onnx.save(model, str(path))
+    with pytest.raises(ModelError, match=r"gives 5 probabilities of classes[\s\S]*--cut 'means'"):
+        Backbone.of(str(path))
+    with pytest.raises(ModelError, match=r"makes no value 'featurs'; did you mean 'features'\?"):
+        Backbone.of(str(path), at="featurs", root=tmp_path)
+    picture = Item("", np.random.default_rng(0).integers(0, 255, (30, 20, 3), np.uint8))
+
+    def seen(given: Backbone) -> Any:
+        scorer = load(given.ref, "cpu")
+        return features(scorer, scorer.prepare(picture))
+
+    for at in ("features", "means"):  # a map of 2 x 2 is averaged
+        found = Backbone.of(str(path), at=at, root=tmp_path)
+        assert found.name == str(path)
+        expected = seen(Backbone.of(str(plain)))
+        assert seen(found) == pytest.approx(expected if at == "features" else expected.reshape(3, 4).mean(axis=1))
+    head = Head(np.ones((3, 2), np.float32), np.zeros(2, np.float32))
+    assert write(tmp_path / "package", found.ref, head, ["a", "b"]).options["classes"] == 2
     (tmp_path / "code.py").write_text("import tally\nclass Code(tally.Scorer): ...\n")
     with pytest.raises((ModelError, SpecError), match=r"task|ONNX"):
         Backbone.of(f"{tmp_path}/code.py:Code")

@@ -37,6 +37,7 @@ def _refused(context: click.Context, parameter: click.Parameter, value: Any) -> 
 @click.command(short_help="A classifier's last layer, from pictures.")
 @click.option("--image_dir", type=click.Path(path_type=str), help="Folder with a folder of pictures for each label.")
 @click.option("--backbone", help="ONNX model that gives features: a file, a package or models:/NAME.")
+@click.option("--cut", metavar="VALUE", help="Value in a classifier that is its features: what follows is cut off.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Option of the backbone.")
 @click.option("--resume", metavar="RUN", help="Go on with a run that was interrupted or killed.")
 @click.option("--register", metavar="NAME", help="Register the model under this name.")

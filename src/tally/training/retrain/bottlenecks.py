@@ -32,6 +32,7 @@ from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
 from tally.scorers.base import Scorer
 from tally.storage.publish import write_whole
+from tally.training.retrain.cut import cut, last_layer_input
 from tally.training.retrain.dataset import Dataset
 
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
@@ -45,9 +46,6 @@ _THREADS = 8
 _RELEVANT = ("task", "preprocess", "outputs")
 """The options of a backbone that decide about its bottlenecks."""
 
-SUMS = ((1, 1e-3), (256, 16))
-"""What the probabilities of all classes add up to, and how nearly."""
-
 Drive = Callable[[Jobs, str], JobRecord]
 """Runs a job to its end, and shows it meanwhile."""
 
@@ -56,35 +54,45 @@ Drive = Callable[[Jobs, str], JobRecord]
 class Backbone:
     """A model whose output for a picture is a vector of features.
 
-    given: as the user named it. settings: options of the model. task of the reference: ``embed``.
+    name: as the user calls it. model: what is scored, as ``--model`` takes it. settings: options of the model. task of
+    the reference: ``embed``.
     """
 
-    given: str
+    name: str
+    model: str
     ref: ModelRef
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: str, options: Mapping[str, Any] | None = None) -> Backbone:
+    def of(
+        cls, model: str, options: Mapping[str, Any] | None = None, *, at: str | None = None, root: Path | None = None
+    ) -> Backbone:
         """The backbone that a file, a package, ``models:/NAME`` or a URL names.
 
         Pictures are squashed to its size, as TensorFlow's ``retrain.py`` does, unless its package or ``options`` say
         otherwise.
-        options: of the model, keys may be dotted. Raises what :func:`tally.models.resolve.resolve` raises; ModelError
-        for a model that is none: it tells classes apart already, or is no ONNX model.
+        at: the value in a classifier that is its features: what comes after it is cut off. root: of the cache, where
+        the file without it is kept. options: of the model, keys may be dotted.
+
+        Raises what :func:`tally.models.resolve.resolve` raises; ModelError for a model that is none: it tells classes
+        apart already, or is no ONNX model.
         """
-        given = dict(options or {})
+        name, given = model, dict(options or {})
         ref = resolve(model, task="embed", settings=given)
+        if at is not None and ref.kind == "onnx":
+            given = {"preprocess": ref.options["preprocess"] | {"resize": _declared(ref)}}
+            model = str(cut(ref, at, _root(root) / "backbones"))
+            ref = resolve(model, task="embed", settings=given)
         if ref.kind != "onnx" or ref.options.get("task") != "embed":
             raise ModelError(
                 f"--backbone: {model} is a model of kind {ref.kind}, and a backbone is an ONNX model of pictures",
                 hint="Export the network without its last layer to ONNX.",
             )
-        declared = ref.declared.get("preprocess")
-        if not isinstance(declared, Mapping) or declared.get("resize") is None:
+        if _declared(ref) is None:
             given["preprocess.resize"] = "squash"
             ref = resolve(model, task="embed", settings=given)
-        _refuse_classes(model, ref)
-        return cls(model, ref, given)
+        _refuse_classes(name, ref)
+        return cls(name, model, ref, given)
 
     @property
     def key(self) -> str:
@@ -92,6 +100,17 @@ class Backbone:
         relevant = {name: self.ref.options.get(name) for name in _RELEVANT}
         text = json.dumps({"model": self.ref.hash, **relevant}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _declared(ref: ModelRef) -> str | None:
+    """How pictures are brought to the model's size, if its package or the user says so."""
+    declared = ref.declared.get("preprocess")
+    resize = declared.get("resize") if isinstance(declared, Mapping) else None
+    return resize if isinstance(resize, str) else None
+
+
+def _root(root: Path | None) -> Path:
+    return (root or settings().home / "bottlenecks").expanduser().absolute()
 
 
 def _refuse_classes(model: str, ref: ModelRef) -> None:
@@ -113,14 +132,16 @@ def _refuse_classes(model: str, ref: ModelRef) -> None:
             f"--backbone: {model} gives one number for a picture, which is no vector of features",
             hint="Give a network without its last layer.",
         )
-    # As fractions, or in units of 1/256, which are rounded.
-    one, many = (all(each.min() >= 0 and abs(each.sum() - whole) < near for each in vectors) for whole, near in SUMS)
-    if one or (many and all((each == np.rint(each)).all() for each in vectors)):
+    positive = all(each.min() >= 0 for each in vectors)
+    fractions = all(abs(each.sum() - 1) < 1e-3 for each in vectors)
+    # In units of 1/256 those that are small are 0.
+    rounded = all((each == np.rint(each)).all() and each.sum() <= 280 for each in vectors)
+    if positive and (fractions or rounded):
+        last = last_layer_input(ref)
         raise ModelError(
             f"--backbone: {model} gives {vectors[0].size} probabilities of classes, and a backbone gives the features "
             "before its last layer",
-            hint="Export it without the last layer and the softmax; or, if it has an output with features too, name "
-            "that: --set outputs=NAME",
+            hint=f"Cut it there: --cut '{last}'" if last else "Export it without the last layer and the softmax.",
         )
 
 
@@ -156,7 +177,7 @@ class Cache:
     """Bottlenecks of one backbone in a folder that several processes may use at once. root: of all backbones."""
 
     def __init__(self, root: Path | None, key: str) -> None:
-        self.folder = (root or settings().home / "bottlenecks").expanduser().absolute() / key
+        self.folder = _root(root) / key
 
     def read(self, picture: str) -> Matrix | str | None:
         """The bottleneck ``float32[features]`` of a picture by its hash, or why it cannot be read; None if there is
@@ -195,7 +216,7 @@ class Cache:
         return self.folder / picture[:2] / f"{picture}.bottleneck"
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self, say: Callable[[str], None]) -> Iterator[None]:
         """One process at a time computes: what another was faster with is then there. A killed one does not hold it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +224,11 @@ class Cache:
         except OSError as error:
             raise StorageError(f"the cache of bottlenecks cannot be written: {error}") from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say("another process computes bottlenecks of this model: waiting for what it makes")
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
         finally:
             os.close(lock)
@@ -240,13 +265,13 @@ def compute(
     known, missing, damaged = _cached(cache, where)
     computed = 0
     if missing:
-        with cache.computing():
+        with cache.computing(say):
             again, missing, _ = _cached(cache, missing)
             known |= again
             if missing:
                 kept = f"{len(known):,} of {len(where):,} bottlenecks are in the cache; "
                 what = "1 picture goes" if len(missing) == 1 else f"{len(missing):,} pictures go"
-                say(f"{kept if known else ''}{what} through {backbone.given}")
+                say(f"{kept if known else ''}{what} through {backbone.name}")
             names = list(missing)
             for start in range(0, len(names), AT_ONCE):
                 some = {name: missing[name] for name in names[start : start + AT_ONCE]}
@@ -265,7 +290,7 @@ def compute(
     widths = sorted({len(each) for each in rows.values()})
     if len(widths) > 1:
         raise ModelError(
-            f"--backbone: {backbone.given} gives vectors of {widths[0]} and of {widths[-1]} features",
+            f"--backbone: {backbone.name} gives vectors of {widths[0]} and of {widths[-1]} features",
             hint="A backbone gives as many for every picture; --set preprocess.size=224x224 gives all one size.",
         )
     left = dataset.without(unreadable)
@@ -326,7 +351,7 @@ def _scored(
     jobs = Jobs()
     spec = make(
         source=[str(source)],
-        model=backbone.given,
+        model=backbone.model,
         out=str(out),
         task="embed",
         settings=dict(backbone.settings),

@@ -18,14 +18,13 @@ from tally.models.load import load
 from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
 from tally.scorers.run import run
+from tally.training.retrain.cut import save
 from tally.training.retrain.examples import Matrix
 from tally.training.retrain.head import Head
 
 FILE = "model.onnx"
 TOLERANCE = 1e-3
 """How far the probabilities of the written file may differ from those that the training had."""
-LARGEST = 1_800_000_000
-"""Bytes of an ONNX file; what is larger keeps its weights beside it, as protobuf ends at 2 GiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ def write(
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
-            _save(with_head(backbone, head, tensor), partial / FILE)
+            save(with_head(backbone, head, tensor), partial / FILE)
             written = partial / "labels.txt"
             written.write_text("".join(f"{label}\n" for label in labels), "utf-8")
             if read_labels(written) != [*labels]:  # a label that begins as a list does
@@ -175,13 +174,6 @@ def _values(graph: Any) -> set[str]:
     """The names of all values of a graph."""
     found = {value for node in graph.node for value in (*node.input, *node.output)}
     return found | {each.name for each in (*graph.input, *graph.output, *graph.initializer)}
-
-
-def _save(model: Any, path: Path) -> None:
-    import onnx
-
-    large = model.ByteSize() > LARGEST
-    onnx.save(model, str(path), save_as_external_data=large, location=f"{path.name}.data" if large else None)
 
 
 def _compare(ref: ModelRef, sample: Sample) -> None:

@@ -53,14 +53,16 @@ TRIED = 16
 class Retraining:
     """What is trained, and from what. Paths are made absolute. Raises SpecError with every problem.
 
-    image_dir: a folder with a folder of pictures for each label. backbone: what ``--backbone`` takes. settings: its
-    options, keys may be dotted. bottleneck_dir: of the cache; None: in Tally's home. summaries_dir: folder of event
-    files, in which the run gets its own; None: in the run's folder. out: a second place for the package; output_graph:
-    for its ONNX file; output_labels: for its labels. final_test: try the test pictures at the end.
+    image_dir: a folder with a folder of pictures for each label. backbone: what ``--backbone`` takes. cut: the value in
+    it that is its features; None: its output. settings: its options, keys may be dotted. bottleneck_dir: of the cache;
+    None: in Tally's home. summaries_dir: folder of event files, in which the run gets its own; None: in the run's
+    folder. out: a second place for the package; output_graph: for its ONNX file; output_labels: for its labels.
+    final_test: try the test pictures at the end.
     """
 
     image_dir: str
     backbone: str
+    cut: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     testing_percentage: int = 10
     validation_percentage: int = 10
@@ -177,7 +179,8 @@ def check(given: Retraining) -> tuple[Backbone, Dataset]:
     check_library()
     with one_thread():  # what it needs is missing now, or never
         pass
-    backbone = Backbone.of(given.backbone, given.settings)
+    root = None if given.bottleneck_dir is None else Path(given.bottleneck_dir)
+    backbone = Backbone.of(given.backbone, given.settings, at=given.cut, root=root)
     check_name(backbone.ref, given.final_tensor_name)
     if given.distortions:
         spec_of(backbone.ref)
