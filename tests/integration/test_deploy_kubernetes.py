@@ -17,6 +17,7 @@ from tally.cli.main import cli
 from tally.deploy.kubernetes import target as target_module
 from tally.deploy.kubernetes.spec import KubernetesSpec
 from tally.deploy.kubernetes.target import KubernetesTarget
+from tally.deploy.shipping import Shipped
 from tally.deploy.spec import Environment
 from tally.errors import DeployError, SpecError
 
@@ -551,6 +552,59 @@ def test_its_status_is_told(api: ApiServer) -> None:
     now = found.status()
     assert (now.exists, now.ready, now.wanted, now.image) == (True, 1, 1, "reg.example.com/plastic:1")
     assert (now.model, now.problems) == ("image:/opt/tally/model", [])
+
+
+def endpoints(*words: str) -> Result:
+    return CliRunner().invoke(
+        cli, ["endpoints", *words, "--target", "kubernetes"], standalone_mode=False, catch_exceptions=True
+    )
+
+
+def test_endpoints_of_a_cluster_are_listed_shown_and_deleted(
+    api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "ENDPOINT" in endpoints("list").output
+    deployed(profile="production", grpc_port=8500)
+    api.edit("deployments", "plastic", "autoscaler", {"spec": {"replicas": 2}})
+    api.complete("plastic")
+    api.put("secrets", {"metadata": {"name": "bottles-key"}, "data": {"TALLY_ENDPOINT_KEY": "a2V5"}})
+    shipped = Shipped("s3://b/d/3", "detector (version 3)", version=3)
+    monkeypatch.setattr(KubernetesTarget, "shipped", shipped)
+    deployed(name="bottles", model="models:/detector@champion")
+    api.put("deployments", {"metadata": {"name": "other", "labels": {}}, "spec": {}})
+    listed = endpoints("list").output
+    assert [line.split()[0] for line in listed.splitlines()] == ["ENDPOINT", "bottles", "plastic"]
+    assert "not ready  0 of 1" in listed
+    shown = endpoints("show", "bottles")
+    assert "  model: models:/detector@champion (version 3)\n" in shown.output
+    shown = endpoints("show", "plastic")
+    assert shown.output.splitlines() == [
+        "plastic: ready, 2 of 2 replicas ready",
+        "  model: image:/opt/tally/model",
+        "  image: reg.example.com/plastic:1",
+        "  profile: production",
+        "  scoring_uri: http://plastic.ml.svc/api/v1/service/plastic/score",
+        "  grpc: plastic.ml.svc:8500",
+    ]
+    assert json.loads(endpoints("show", "bottles", "--json").output)["version"] == "3"
+    assert "did you mean 'plastic'" in error(endpoints("show", "plastik"))
+    assert "was not made by Tally" in error(endpoints("delete", "other", "--yes"))
+
+    # What Tally made, and nothing else: an object of the name that others made, the keys and the other endpoint stay.
+    api.put("ingresses", {"metadata": {"name": "plastic", "labels": {"app.kubernetes.io/instance": "plastic"}}})
+    deleted = endpoints("delete", "plastic", "--yes").output.splitlines()
+    assert deleted == [
+        f"deleted {kind} plastic"
+        for kind in ("HorizontalPodAutoscaler", "PodDisruptionBudget", "Deployment", "Service", "NetworkPolicy")
+    ]
+    assert api.get("deployments", "plastic") is None
+    for plural, name in (("ingresses", "plastic"), ("secrets", "plastic-key"), ("deployments", "bottles")):
+        assert api.get(plural, name) is not None, name
+    assert "there is no endpoint 'plastic'" in error(endpoints("delete", "plastic", "--yes"))
+    refused = CliRunner().invoke(cli, ["endpoints", "list", "--namespace", "ml"], standalone_mode=False)
+    assert "--namespace is for --target kubernetes" in error(refused)
+    monkeypatch.setenv("TALLY_SERVER", "http://127.0.0.1:1")
+    assert "works from this machine" in error(endpoints("list"))
 
 
 # -- where clients find it -------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -14,8 +16,10 @@ from tally.errors import EndpointError, SpecError
 from tally.text import local_time
 
 if TYPE_CHECKING:
+    from tally.deploy.base import Fleet, Status
     from tally.serving.deployments import Deployment, EndpointSpec
 
+F = TypeVar("F", bound=Callable[..., Any])
 WAIT_SECONDS = 600.0
 
 
@@ -24,10 +28,43 @@ def endpoints() -> None:
     """Endpoints that are kept: 'tally deploy' makes them, and 'tally up' keeps them alive."""
 
 
+def _at_target(command: F) -> F:
+    """Options that say where endpoints are."""
+    options = (
+        click.option("--namespace", help="Kubernetes: the namespace.  [default: the context's]"),
+        click.option("--context", help="Kubernetes: the kubeconfig's context.  [default: its current one]"),
+        click.option(
+            "--target", default="local", show_default=True, metavar="local|kubernetes", help="Where they are."
+        ),
+    )
+    for option in options:
+        command = option(command)
+    return command
+
+
+def _fleet(target: str, context: str | None, namespace: str | None) -> Fleet | None:
+    """The endpoints at a target; None for those that are kept."""
+    where = {"context": context, "namespace": namespace}
+    if target == "local":
+        if wrong := [name for name, value in where.items() if value is not None]:
+            raise SpecError([f"--{name} is for --target kubernetes" for name in wrong])
+        return None
+    from tally.deploy import targets
+
+    installation.check_here(f"endpoints --target {target}")
+    return targets.fleet(target, **where)
+
+
 @endpoints.command("list")
+@_at_target
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-def list_(as_json: bool) -> None:
-    """List all endpoints."""
+def list_(target: str, context: str | None, namespace: str | None, as_json: bool) -> None:
+    """List all endpoints: those that are kept, or those that 'tally deploy' made in a namespace of a cluster."""
+    fleet = _fleet(target, context, namespace)
+    if fleet is not None:
+        with fleet:
+            _list_fleet(fleet, as_json=as_json)
+        return
     found = installation.deployments().list()
     if as_json:
         for each in found:
@@ -42,9 +79,15 @@ def list_(as_json: bool) -> None:
 
 @endpoints.command(short_help="What NAME serves, and how.")
 @click.argument("name")
+@_at_target
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def show(name: str, as_json: bool) -> None:
+def show(name: str, target: str, context: str | None, namespace: str | None, as_json: bool) -> None:
     """Show what endpoint NAME serves, its replicas, and what can be called."""
+    fleet = _fleet(target, context, namespace)
+    if fleet is not None:
+        with fleet:
+            _show_status(fleet.get(name), as_json=as_json)
+        return
     found = installation.deployments().get(name)
     if as_json:
         say(json.dumps(_view(found)))
@@ -124,15 +167,63 @@ def logs(name: str, lines: int) -> None:
 
 @endpoints.command(short_help="Serve NAME no more.")
 @click.argument("name")
+@_at_target
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def delete(name: str, yes: bool) -> None:
-    """Serve endpoint NAME no more, once it has answered what it was sent."""
+def delete(name: str, target: str, context: str | None, namespace: str | None, yes: bool) -> None:
+    """Serve endpoint NAME no more, once it has answered what it was sent.
+
+    On a cluster, what 'tally deploy' made for it is deleted, and nothing else: the Secret with its keys stays.
+    """
+    fleet = _fleet(target, context, namespace)
+    if fleet is not None:
+        with fleet:
+            parts = fleet.parts(name)
+            if not yes:
+                click.confirm(f"Delete {', '.join(parts)} in {fleet.place}?", abort=True)
+            for each in fleet.delete(name):
+                say(f"deleted {each}")
+        return
     store = installation.deployments()
     store.get(name)
     if not yes:
         click.confirm(f"Serve {name} no more?", abort=True)
     store.delete(name)
     say(f"endpoint {name} is served no more")
+
+
+def _list_fleet(fleet: Fleet, *, as_json: bool) -> None:
+    found = fleet.list()
+    if as_json:
+        for each in found:
+            say(json.dumps(asdict(each)))
+        return
+    rows = [
+        (
+            each.name, _state(each), f"{each.ready} of {each.wanted}", each.model or "-", each.version or "-",
+            each.image or "-",
+        )
+        for each in found
+    ]  # fmt: skip
+    table(("ENDPOINT", "STATE", "REPLICAS", "MODEL", "VERSION", "IMAGE"), rows)
+
+
+def _show_status(found: Status, *, as_json: bool) -> None:
+    if as_json:
+        say(json.dumps(asdict(found)))
+        return
+    say(f"{found.name}: {_state(found)}, {found.ready} of {found.wanted} replicas ready")
+    for each in found.problems:
+        say(f"  {each}")
+    version = f" (version {found.version})" if found.version else ""
+    for what, text in (("model", found.model + version), ("image", found.image), ("profile", found.profile)):
+        if text:
+            say(f"  {what}: {text}")
+    for what, uri in found.uris.items():
+        say(f"  {what}: {uri}")
+
+
+def _state(found: Status) -> str:
+    return "ready" if found.ready >= found.wanted and not found.problems else "not ready"
 
 
 def _settle(changed: Deployment, *, wait: bool) -> None:

@@ -126,11 +126,18 @@ def deployment(kind: type[Target[S]], spec: S) -> Target[Any]:
     from tally.deploy.local import LocalSpec
 
     if not isinstance(spec, LocalSpec):
-        raise click.UsageError(
-            f"'tally deploy --target {kind.name}' works from this machine, with what reaches it from here: leave "
-            "--server out, and unset TALLY_SERVER"
-        )
+        check_here(f"deploy --target {kind.name}")
+        return kind(spec)
     return ServerTarget(spec, client)
+
+
+def check_here(words: str) -> None:
+    """Raises UsageError where a command is for a server that only this machine can carry out."""
+    if _server() is not None:
+        raise click.UsageError(
+            f"'tally {words}' works from this machine, with what reaches it from here: leave --server out, and unset "
+            "TALLY_SERVER"
+        )
 
 
 def restarted(store: DeploymentStore, name: str) -> subprocess.Popen[bytes] | None:

@@ -134,12 +134,13 @@ class AciTarget(Target[AciSpec]):
     def status(self) -> Status:
         there = self._show()
         if there is None:
-            return Status(exists=False)
+            return Status(self.spec.name, exists=False)
         state, detail = _state(there)
         running = state == "Running" and not detail
         tags = there.get("tags") or {}
         problems = () if running else (f"{state or 'starting'}{detail}",)
-        return Status(True, int(running), 1, _facts(there)["image"], tags.get("tally-model", ""), problems)
+        model = tags.get("tally-model", "")
+        return Status(self.spec.name, True, int(running), 1, _facts(there)["image"], model, problems=problems)
 
     def address(self) -> str:
         return f"http://{self.spec.name}.{self.spec.location}.azurecontainer.io"

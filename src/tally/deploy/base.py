@@ -46,21 +46,27 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a target has of an endpoint. ready, wanted: replicas. problems: one line for each thing that keeps it from
-    being as it should be."""
+    """What a target has of an endpoint. ready, wanted: replicas. model: as it was deployed; version: in the registry,
+    where it has one. problems: one line for each thing that keeps it from being as it should be."""
 
+    name: str
     exists: bool
     ready: int = 0
     wanted: int = 0
     image: str = ""
     model: str = ""
+    version: str = ""
+    profile: str = ""
     problems: Sequence[str] = ()
+    uris: Mapping[str, str] = field(default_factory=dict)
 
 
 class Target(ABC, Generic[S]):
     """One endpoint at one target. ``spec`` is what it is to be. A context manager, which closes what it opened."""
 
     name: ClassVar[str]
+    needs: ClassVar[str | None] = None
+    """Says how to install what it needs."""
     spec_type: ClassVar[type[DeploymentSpec]]
 
     def __init__(self, spec: S) -> None:
@@ -112,6 +118,41 @@ class Target(ABC, Generic[S]):
         """Where clients send items, and where the description of that is."""
         base = f"{self.address()}/api/v1/service/{self.spec.name}"
         return {"scoring_uri": f"{base}/score", "swagger_uri": f"{base}/swagger.json"}
+
+
+class Fleet(ABC):
+    """All endpoints that Tally has made at a place. A context manager, which closes what it opened. place: for people.
+
+    Each method raises DeployError where the place does not answer.
+    """
+
+    place: str
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what was opened."""
+
+    @abstractmethod
+    def list(self) -> Sequence[Status]:
+        """All, by name."""
+
+    @abstractmethod
+    def get(self, name: str) -> Status:
+        """One. Raises DeployError where Tally has made none of that name."""
+
+    @abstractmethod
+    def parts(self, name: str) -> Sequence[str]:
+        """What of it would be deleted. Raises DeployError where Tally has made none of that name."""
+
+    @abstractmethod
+    def delete(self, name: str) -> Sequence[str]:
+        """Take it away, and what Tally made for it; nothing else. Returns what that was. Raises as :meth:`parts`."""
 
 
 class _Dumper(yaml.SafeDumper):

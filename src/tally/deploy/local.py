@@ -152,12 +152,14 @@ class LocalTarget(Target[LocalSpec]):
     def status(self) -> Status:
         there = self.there()
         if there is None:
-            return Status(False)
+            return Status(self.spec.name, False)
         pools = there.observed.get("pools", ()) if there.alive else ()
         error = there.observed.get("error")
         versions = ", ".join(each.model for each in there.spec.versions.values())
         ready = sum(pool["ready"] for pool in pools)
-        return Status(True, ready, there.spec.limits.replicas[0], "", versions, [error] if error else [])
+        return Status(
+            self.spec.name, True, ready, there.spec.limits.replicas[0], "", versions, problems=[error] if error else []
+        )
 
     def address(self) -> str:
         there = self.there()

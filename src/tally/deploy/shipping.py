@@ -35,8 +35,8 @@ class Shipped:
     """served: the model, as ``tally serve`` in the container takes it. text: where it comes from, for people.
 
     local: the model itself, where it has to be copied into an image. requirement: what pip installs for its kind, if
-    that is known. fixed: whether all replicas, always, load the same content. labels, artifacts: where containers find
-    them, unless they are in the model's package.
+    that is known. version: in the registry. fixed: whether all replicas, always, load the same content. labels,
+    artifacts: where containers find them, unless they are in the model's package.
     """
 
     served: str
@@ -46,6 +46,7 @@ class Shipped:
     fixed: bool = True
     labels: str | None = None
     artifacts: str | None = None
+    version: int | None = None
 
 
 def shipped(spec: DeploymentSpec) -> Shipped:
@@ -138,9 +139,10 @@ def _registered(model: str, spec: DeploymentSpec) -> Shipped:
     requirement = traits.extra if traits is not None else None
     place = registry.mirror(version)
     if place is not None:
-        return Shipped(place, f"{version}, fetched from {place}", requirement=requirement)
+        return Shipped(place, f"{version}, fetched from {place}", requirement=requirement, version=version.version)
     if spec.environment.form in ("pip", "conda"):
-        return Shipped(PLACE, f"{version}, in the image", local=_resolved(spec, str(version)), requirement=requirement)
+        local = _resolved(spec, str(version))
+        return Shipped(PLACE, f"{version}, in the image", local, requirement, version=version.version)
     raise _here_only(f"model: {version}", version.location)
 
 

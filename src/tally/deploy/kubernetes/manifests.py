@@ -40,7 +40,15 @@ _PROTOCOLS = {"http": "http", "grpc": "kubernetes.io/h2c"}
 LABELS = {"app.kubernetes.io/name": "tally", "app.kubernetes.io/component": "endpoint"}
 _NAMESPACE = "kubernetes.io/metadata.name"
 """The label of namespaces that holds their name."""
+MODEL, VERSION, PROFILE = "tally/model", "tally/version", "tally/profile"
+"""Annotations of a Deployment: the model as it was deployed, its version in the registry, and the profile."""
 MANAGED = {"app.kubernetes.io/managed-by": "tally"}
+
+
+def is_ours(live: Manifest) -> bool:
+    """Whether Tally has made an object."""
+    labels = live["metadata"].get("labels") or {}
+    return all(labels.get(key) == value for key, value in MANAGED.items())
 
 
 def selector(name: str) -> dict[str, str]:
@@ -85,7 +93,8 @@ def _deployment(spec: KubernetesSpec, shipped: Shipped) -> Manifest:
             },
         },
     )
-    found["metadata"]["annotations"] = {"tally/model": spec.model, "tally/profile": spec.profile}
+    version = {} if shipped.version is None else {VERSION: str(shipped.version)}
+    found["metadata"]["annotations"] = {MODEL: spec.model, PROFILE: spec.profile, **version}
     return found
 
 

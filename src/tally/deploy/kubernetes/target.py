@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tally.deploy.base import Change, Plan, Say, Status, Target, dump
-from tally.deploy.kubernetes.manifests import MANAGED, Manifest, manifests, selector
+from tally.deploy.kubernetes.manifests import MANAGED, Manifest, is_ours, manifests, selector
 from tally.deploy.kubernetes.spec import KubernetesSpec
 from tally.errors import DeployError, SpecError
 from tally.masking import mask
@@ -31,6 +31,7 @@ class KubernetesTarget(Target[KubernetesSpec]):
     """An endpoint on a cluster."""
 
     name = "kubernetes"
+    needs = _NEEDS
     spec_type = KubernetesSpec
 
     @cached_property
@@ -39,7 +40,7 @@ class KubernetesTarget(Target[KubernetesSpec]):
         try:
             from tally.deploy.kubernetes.cluster import Cluster
         except ModuleNotFoundError as error:
-            raise SpecError(f"nothing can be deployed: {error}", hint=_NEEDS) from None
+            raise SpecError(f"nothing can be deployed: {error}", hint=self.needs) from None
         return Cluster(self.spec.context, self.spec.namespace)
 
     def close(self) -> None:
@@ -100,16 +101,9 @@ class KubernetesTarget(Target[KubernetesSpec]):
             time.sleep(PAUSE)
 
     def status(self) -> Status:
-        from tally.deploy.kubernetes import rollout
+        from tally.deploy.kubernetes.fleet import status
 
-        live = self.cluster.get("Deployment", self.spec.name)
-        now = rollout.progress(self.cluster, self.spec.name, 0)
-        if live is None or now is None:
-            return Status(exists=False)
-        (container, *_) = live["spec"]["template"]["spec"]["containers"]
-        model = (live["metadata"].get("annotations") or {}).get("tally/model", "")
-        problems = [now.failure] if now.failure else list(now.obstacles)
-        return Status(True, now.ready, now.wanted, container.get("image", ""), model, problems)
+        return status(self.cluster, self.spec.name)
 
     def address(self) -> str:
         spec = self.spec
@@ -183,7 +177,7 @@ class KubernetesTarget(Target[KubernetesSpec]):
         """What applying a manifest would change, as the cluster itself says."""
         live = self.cluster.get(manifest["kind"], self.spec.name)
         what = f"{manifest['kind']} {self.spec.name}"
-        if live is not None and not _is_ours(live):
+        if live is not None and not is_ours(live):
             raise DeployError(
                 f"the namespace {self.cluster.namespace} has a {what} that Tally did not make",
                 hint="Nothing was applied. Give the endpoint another name.",
@@ -250,11 +244,6 @@ class KubernetesTarget(Target[KubernetesSpec]):
         if not spec.environment.is_built and self.shipped.requirement is not None:
             notes.append(f"the image {spec.container_image} has to have {self.shipped.requirement} installed")
         return notes
-
-
-def _is_ours(live: Manifest) -> bool:
-    labels = live["metadata"].get("labels") or {}
-    return all(labels.get(key) == value for key, value in MANAGED.items())
 
 
 def _listed(lines: Sequence[str]) -> str:
