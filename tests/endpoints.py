@@ -40,6 +40,30 @@ class Echo(tally.Scorer):
 """
 
 
+SUMS = """
+import tally
+
+class Sums(tally.Scorer):
+    input = "table"
+    features = ("a", "b")
+    columns = {"sum": "float64"}
+
+    def score(self, batch):
+        return [{"sum": float(a) + float(b)} for a, b in zip(*batch.to_pydict().values())]
+"""
+
+MIRROR = """
+import tally
+
+class Mirror(tally.Scorer):
+    input = "image"
+    output = "image"
+
+    def score(self, batch):
+        return [picture[:, ::-1].copy() for picture in batch]
+"""
+
+
 def echo(path: Path, *, pause: float = 0.002, mark: str = "first") -> str:
     """A scorer that returns what it is given, as ``--model`` takes it. mark: stands in each answer."""
     path.write_text(ECHO.replace("PAUSE", str(pause)).replace("MARK", repr(mark)))

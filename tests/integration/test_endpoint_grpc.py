@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.conftest import REPOSITORY
-from tests.endpoints import PATIENCE, Serving, echo, serving
+from tests.endpoints import MIRROR, PATIENCE, SUMS, Serving, echo, serving
 from tests.ports import free_ports
 
 grpc = pytest.importorskip("grpc")
@@ -31,24 +31,9 @@ SHAPES = REPOSITORY / "examples" / "shapes" / "model"
 CLASSES = (SHAPES / "labels.txt").read_text().split()
 MODEL = "tensorflow.serving.ModelService"
 
-SCORERS = """
+SLOW = """
 import time
 import tally
-
-class Sums(tally.Scorer):
-    input = "table"
-    features = ("a", "b")
-    columns = {"sum": "float64"}
-
-    def score(self, batch):
-        return [{"sum": float(a) + float(b)} for a, b in zip(*batch.to_pydict().values())]
-
-class Mirror(tally.Scorer):
-    input = "image"
-    output = "image"
-
-    def score(self, batch):
-        return [picture[:, ::-1].copy() for picture in batch]
 
 class Slow(tally.Scorer):
     input = "bytes"
@@ -69,9 +54,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Serving]:
-    (folder / "scorers.py").write_text(SCORERS.replace("FOLDER", repr(str(folder))))
+    (folder / "scorers.py").write_text(SUMS + MIRROR)
+    (folder / "slow.py").write_text(SLOW.replace("FOLDER", repr(str(folder))))
     models = [SHAPES, f"echo={echo(folder / 'echo.py')}"]
-    models += [f"{name.lower()}={folder}/scorers.py:{name}" for name in ("Sums", "Mirror", "Slow")]
+    models += [f"slow={folder}/slow.py:Slow"]
+    models += [f"{name.lower()}={folder}/scorers.py:{name}" for name in ("Sums", "Mirror")]
     options = ("--grpc-port", 0, "--max-body", 2, "--max-queue", 64)
     with serving(folder, *models, *options, environment={"TALLY_HOME": str(folder / "home")}) as found:
         yield found
@@ -394,7 +381,7 @@ def test_requests_that_nobody_waits_for(folder: Path, server: Serving, client: C
 def test_a_replica_that_dies(tmp_path: Path) -> None:
     """Only the requests that it had been given are refused; the others are answered by the next one."""
     scorer = tmp_path / "scorers.py"
-    scorer.write_text(SCORERS.replace("FOLDER", repr(str(tmp_path))))
+    scorer.write_text(SLOW.replace("FOLDER", repr(str(tmp_path))))
     with serving(tmp_path, f"slow={scorer}:Slow", "--grpc-port", 0) as server:
         client = Client(grpc.insecure_channel(server.grpc))
         calls = [client.begin(OIP, "ModelInfer", model_name="slow", **text(str(n))) for n in range(5)]
@@ -411,7 +398,7 @@ def test_a_replica_that_dies(tmp_path: Path) -> None:
 
 def test_too_many_requests(tmp_path: Path) -> None:
     scorer = tmp_path / "scorers.py"
-    scorer.write_text(SCORERS.replace("FOLDER", repr(str(tmp_path))))
+    scorer.write_text(SLOW.replace("FOLDER", repr(str(tmp_path))))
     with serving(tmp_path, f"slow={scorer}:Slow", "--grpc-port", 0, "--max-queue", 3) as server:
         client = Client(grpc.insecure_channel(server.grpc))
         calls = [client.begin(OIP, "ModelInfer", model_name="slow", **text(str(n))) for n in range(12)]

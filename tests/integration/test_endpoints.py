@@ -26,29 +26,13 @@ import psutil
 import pytest
 from PIL import Image
 from tests.conftest import REPOSITORY, Ran
-from tests.endpoints import Serving, Storm, echo, serving
+from tests.endpoints import MIRROR, SUMS, Serving, Storm, echo, serving
 
 SHAPES = REPOSITORY / "examples" / "shapes" / "model"
 CLASSES = ["arrow", "circle", "cross", "hexagon", "ring", "square", "star", "triangle"]
 
-SCORERS = """
-import numpy as np
+BOXES = """
 import tally
-
-class Sums(tally.Scorer):
-    input = "table"
-    features = ("a", "b")
-    columns = {"sum": "float64"}
-
-    def score(self, batch):
-        return [{"sum": float(a) + float(b)} for a, b in zip(*batch.to_pydict().values())]
-
-class Mirror(tally.Scorer):
-    input = "image"
-    output = "image"
-
-    def score(self, batch):
-        return [picture[:, ::-1].copy() for picture in batch]
 
 class Boxes(tally.Scorer):
     input = "image"
@@ -111,7 +95,7 @@ def b64(content: bytes) -> str:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("served")
-    (folder / "scorers.py").write_text(SCORERS)
+    (folder / "scorers.py").write_text(SUMS + MIRROR + BOXES)
     for name, script in (("plain", JSON_SCRIPT), ("raw", RAW_SCRIPT)):
         (folder / name).mkdir()
         (folder / name / "score.py").write_text(script)

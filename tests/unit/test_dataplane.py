@@ -85,7 +85,7 @@ class Plane:
 
     def call(self, body: bytes, protocol: str = "azureml", **parameters: str) -> int:
         self._next += 1
-        self.plane.accept(Call(self._next, protocol, "score", body, parameters, time.monotonic()))
+        self.plane.accept(Call(self._next, protocol, body, parameters, time.monotonic()))
         return self._next
 
     def answer(self, number: int) -> Answer:

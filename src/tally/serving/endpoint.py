@@ -70,9 +70,7 @@ class Endpoint:
         for shadow, share in self._shadows:
             if shadow is not pool and random.random() < share:  # noqa: S311
                 call = pending.call
-                shadow.submit(
-                    Pending(call.protocol, call.operation, call.body, call.parameters, pending.deadline, _ignored)
-                )
+                shadow.submit(Pending(call.protocol, call.body, call.parameters, pending.deadline, _ignored))
 
     @property
     def ready(self) -> bool:

@@ -10,19 +10,18 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import grpc
 import grpc.aio
 
 from tally.errors import StorageError
 from tally.serving import protobuf, protocols
+from tally.serving.endpoint import Endpoint
 from tally.serving.messages import Answer
 from tally.serving.pool import Pending
 from tally.serving.protocols.base import GrpcProtocol, Reply, RequestError, Route
-
-if TYPE_CHECKING:
-    from tally.serving.server import ModelServer
+from tally.serving.settings import ServeSettings
 
 HEALTH = "grpc.health.v1.Health"
 HEALTH_SECONDS = 0.5
@@ -56,10 +55,35 @@ CODES = {
 """A status of HTTP as gRPC has it."""
 
 
-class GrpcServer:
-    """Serves the models of a server over gRPC. Used in its event loop only."""
+class Models(Protocol):
+    """What is served, whatever it is asked by. draining: it is about to end. ready: each model can be asked."""
 
-    def __init__(self, models: ModelServer) -> None:
+    settings: ServeSettings
+    endpoints: dict[str, Endpoint]
+
+    @property
+    def draining(self) -> bool: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+    def check_key(self, route: Route, given: str | None) -> None:
+        """Raises RequestError where the route needs a key, and what the Authorization header gives is none."""
+
+    def endpoint(self, route: Route) -> Endpoint:
+        """The endpoint that a request is for. Raises RequestError."""
+
+    def tell(self, route: Route) -> Reply:
+        """Answer what no replica is needed for. Raises RequestError."""
+
+    async def manage(self, route: Route) -> None:
+        """Load or unload a model. Raises RequestError."""
+
+
+class GrpcServer:
+    """Serves models over gRPC. Used in their event loop only."""
+
+    def __init__(self, models: Models) -> None:
         self._models = models
         self._server: Any = None
         self._handlers: dict[str, Any] = {
@@ -179,7 +203,7 @@ class GrpcServer:
 
         left = context.time_remaining()
         deadline = arrived + (pool.limits.timeout if left is None else min(left, pool.limits.timeout))
-        pending = Pending(route.protocol.name, "score", body, dict(route.parameters), deadline, done)
+        pending = Pending(route.protocol.name, body, dict(route.parameters), deadline, done)
         endpoint.submit(pool, pending)
         try:
             outcome = await answered

@@ -19,13 +19,12 @@ class Call(msgspec.Struct, array_like=True, tag=0):
     """One request, as a replica is given it.
 
     id: of the server's own; the answer carries it. protocol: a name in :mod:`tally.serving.protocols`.
-    operation: one of that protocol's. parameters: what the protocol took from path, headers and query.
+    parameters: what the protocol took from path, headers and query.
     arrived: ``time.monotonic()`` of the machine, seconds.
     """
 
     id: int
     protocol: str
-    operation: str
     body: bytes
     parameters: dict[str, str]
     arrived: float

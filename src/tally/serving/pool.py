@@ -78,13 +78,12 @@ class Pending:
     def __init__(
         self,
         protocol: str,
-        operation: str,
         body: bytes,
         parameters: dict[str, str],
         deadline: float,
         done: Callable[[Answer | RequestError], None],
     ) -> None:
-        self.call = Call(next(_ids), protocol, operation, body, parameters, time.monotonic())
+        self.call = Call(next(_ids), protocol, body, parameters, time.monotonic())
         self.deadline = deadline
         self.done = done
         self.over = False

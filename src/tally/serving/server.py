@@ -331,7 +331,7 @@ class ModelServer:
             pool.metrics.request(protocol.name, status, time.monotonic() - exchange.arrived, waited)
 
         deadline = exchange.arrived + pool.limits.timeout
-        pending = Pending(protocol.name, "score", exchange.body, parameters, deadline, done)
+        pending = Pending(protocol.name, exchange.body, parameters, deadline, done)
         exchange.on_gone = lambda: pool.abandon(pending)
         endpoint.submit(pool, pending)
 
