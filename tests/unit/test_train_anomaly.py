@@ -372,6 +372,9 @@ def test_the_command_registers_what_it_trained(cli: Callable[..., Any], tmp_path
     (version,) = json.loads(cli("models", "show", "my-pumps", "--json").out)["versions"]
     assert version["metadata"]["metrics"]["keys"] == 4
     assert (version["metadata"]["trained"]["nu"], version["metadata"]["trained"]["gamma"]) == (0.05, 0.5)
+    run = json.loads(cli("runs", "show", version["metadata"]["run"], "--json").out)
+    assert (run["kind"], run["state"], run["models"]) == ("anomaly", "finished", ["models:/my-pumps/1"])
+    assert (run["metrics"]["keys"]["last"], run["parameters"]["by"]) == (4, ["Device", "Tag"])
 
 
 def test_an_interrupted_training_leaves_no_package(

@@ -210,6 +210,8 @@ def test_the_command_registers_what_it_trained(
     (version,) = shown["versions"]
     assert version["metadata"]["trained"]["steps"] == 2
     assert version["metadata"]["metrics"]["style"] > 0
+    run = json.loads(cli("runs", "show", version["metadata"]["run"], "--json").out)
+    assert (run["kind"], run["state"], run["metrics"]["loss/style"]["count"]) == ("style", "finished", 2)
 
 
 # -- the network ---------------------------------------------------------------------------------------

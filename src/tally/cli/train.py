@@ -72,20 +72,32 @@ def style(
     from tally.models.registry import open_registry, registry_name
     from tally.models.resolve import resolve
     from tally.training.style import Training
+    from tally.training.tracking import run
 
     name = registry_name(name or out.absolute().name)
     training = Training(
         style=style, out=out, content=content, steps=steps, size=size, strength=strength, vgg=vgg, seed=seed
     )
     show = _Progress(training.events)
+    given: dict[str, Any] = {"style": style.name, "content": content and content.name, "steps": steps, "size": size}
+    given |= {"strength": strength, "vgg": vgg and vgg.name, "seed": seed}
+    places = {"style": style, "content": content, "vgg": vgg}
+    data = {each: place for each, place in places.items() if place is not None}
     try:
-        trained = training.run(show)
+        with run(name, given, kind="style", data=data) as tracked:
+
+            def log(step: Step) -> None:
+                show(step)
+                tracked.log({f"loss/{each}": loss for each, loss in step.losses.items()}, step=step.done)
+
+            trained = training.run(log)
+            show.end()
+            added = open_registry().add(name, resolve(out), metadata=trained | {"run": tracked.id})
+            tracked.registered(str(added))
     except KeyboardInterrupt:
         show.end()
         say(f"stopped after {show.done} of {steps} steps: no model was written", err=True)
         raise click.Abort from None
-    show.end()
-    added = open_registry().add(name, resolve(out), metadata=trained)
     say(f"wrote {out} ({(out / training.file).stat().st_size / 1000:.0f} kB)")
     say(f"{'is already' if added.existed else 'registered as'} {added}")
     say(f"  Use it: tally score SOURCE --model {added} --out OUT", err=True)
@@ -156,6 +168,7 @@ def anomaly(
     from tally.models.registry import open_registry, registry_name
     from tally.models.resolve import resolve
     from tally.training.anomaly import Recipe, Training
+    from tally.training.tracking import run
 
     name = registry_name(name or out.absolute().name)
     recipe = Recipe(kind=kind, nu=nu, gamma=_gamma(gamma), max_rows=max_rows, seed=seed)
@@ -163,21 +176,26 @@ def anomaly(
         sources=source, out=out, recipe=recipe, csv=literal_pairs("--csv", csv_options, CSV_VALUES), **given
     )
     show = _Keys()
+    asked = {each: value for each, value in given.items() if value not in (None, ())}
+    asked |= {"kind": kind, "nu": nu, "gamma": recipe.gamma, "max_rows": max_rows, "seed": seed, "source": list(source)}
     try:
-        trained = training.run(show, lambda line: say(line, dim=True, err=True))
+        with run(name, asked, kind="anomaly") as tracked:
+            trained = training.run(show, lambda line: say(line, dim=True, err=True))
+            figures = trained.facts["metrics"]
+            tracked.log({each: value for each, value in figures.items() if isinstance(value, (int, float))})
+            added = open_registry().add(name, resolve(out), metadata=trained.facts | {"run": tracked.id})
+            tracked.registered(str(added))
     except KeyboardInterrupt:
         say(f"\nstopped after {show.done:,} keys: no model was written", err=True)
         raise click.Abort from None
     finally:
         show.end()
-    figures = trained.facts["metrics"]
     for key, reason in [*trained.failed.items()][:SHOWN]:
         say(f"no model for {key}: {reason}", err=True)
     if len(trained.failed) > SHOWN:
         say(f"... and for {len(trained.failed) - SHOWN:,} other keys", err=True)
     if figures["rows_left_out"]:
         say(f"{figures['rows_left_out']:,} rows without a value or with one that is not finite were left out", err=True)
-    added = open_registry().add(name, resolve(out), metadata=trained.facts)
     say(
         f"wrote {out}: {figures['keys']:,} models from {figures['rows_used']:,} of {figures['rows']:,} rows, "
         f"{figures['anomalous_share']:.2%} of them anomalous ({(out / training.file).stat().st_size / 1000:,.0f} kB)"

@@ -197,6 +197,11 @@ class Run:
         facts |= {"description": description, "as_files": as_files}
         return self.book.register(Path(package).absolute(), name, **facts)
 
+    def registered(self, version: str) -> None:
+        """Say that this version (``models:/name/number``) is of this run, where it was not :meth:`register` that added
+        it."""
+        self.book.change(models=[version])
+
     @property
     def events(self) -> EventWriter | None:
         """Writes the run's event files for TensorBoard; None where the package ``tensorboard`` is missing."""
@@ -349,7 +354,11 @@ class DatabaseBook:
             self._check()
             for name, value in columns.items():
                 known = self._columns.get(name)
-                self._columns[name] = {**known, **value} if name in ("data", "parameters") and known else value
+                if name == "models":
+                    value = list(dict.fromkeys([*(known or []), *value]))
+                elif name in ("data", "parameters") and known:
+                    value = {**known, **value}
+                self._columns[name] = value
             self._changed.update(columns)
 
     def register(self, folder: Path, name: str, **facts: Any) -> str:
@@ -359,10 +368,7 @@ class DatabaseBook:
                 key: each.last for key, each in self._figures.items() if math.isfinite(each.last)
             }
         version = register(self._lease.run_id, folder, name, metrics=metrics, **facts)
-        with self._lock:
-            if str(version) not in self._columns["models"]:
-                self._columns["models"].append(str(version))
-            self._changed.add("models")
+        self.change(models=[str(version)])
         return str(version)
 
     def flush(self) -> None:
