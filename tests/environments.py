@@ -36,6 +36,7 @@ CLIENTS = {
             "pyyaml",
         ],
     ],
+    "mlflow": [["mlflow==3.17.2"]],
     # Their stubs want TensorFlow, and need two of its files.
     "tensorflow_serving": [
         ["--no-deps", "tensorflow-serving-api==2.21.0", "tensorflow-protobuf==2.11.0"],

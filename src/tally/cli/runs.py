@@ -135,6 +135,30 @@ def reproduce(run: str, start: bool) -> int:
     return found.start() if start else 0
 
 
+@runs.command(short_help="Bring runs to an MLflow server.")
+@click.argument("run", nargs=-1)
+@click.option("--sweep", help="All trials of this sweep.")
+@click.option("--to", "uri", required=True, metavar="URL", help="The tracking server, http://HOST:5000.")
+@click.option("--experiment", default="tally", show_default=True, help="What MLflow is to call them together.")
+def mirror(run: tuple[str, ...], sweep: str | None, uri: str, experiment: str) -> None:
+    """Bring runs to an MLflow tracking server: parameters, metrics by step, tags, files. Again, it brings what is new.
+
+    With TALLY_MLFLOW=URL in the environment, every run is brought there when it ends.
+    """
+    from tally.errors import SpecError
+    from tally.training.mlflow_mirror import mirror as bring
+    from tally.training.runs import open_runs
+
+    store = open_runs()
+    records = [store.get(each) for each in run]
+    if sweep is not None:
+        records += store.list(sweep=sweep, limit=10_000).runs
+    if not records:
+        raise SpecError("no run is named", hint="tally runs mirror RUN --to URL, or --sweep SWEEP")
+    for each in records:
+        say(f"run {each.id} is run {bring(store, each, uri, experiment=experiment)} there")
+
+
 @runs.command(short_help="Forget a run, with its files.")
 @click.argument("run")
 @click.option("--keep-files", is_flag=True, help="Leave the files of the run where they are.")

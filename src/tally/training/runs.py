@@ -29,6 +29,9 @@ RunState: TypeAlias = Literal["running", "interrupted", "failed", "killed", "fin
 
 RUN_STATES: tuple[RunState, ...] = get_args(RunState)
 
+EVENTS, PICTURES = "events", "pictures"
+"""Folders of a run's folder: TensorBoard's event files, and the pictures that were logged. The rest are artifacts."""
+
 LONGEST_METRIC = 250
 """Characters of a metric's name."""
 _LONGEST_NAME = 128

@@ -12,8 +12,7 @@ from pathlib import Path
 from tally import processes
 from tally.errors import RunError
 from tally.training.events import can_write
-from tally.training.runs import RunRecord
-from tally.training.tracking import EVENTS
+from tally.training.runs import EVENTS, RunRecord
 
 
 def show(records: Sequence[RunRecord], *, host: str, port: int, say: Callable[[str], object]) -> int:

@@ -29,8 +29,11 @@ from tally.jobs.store import new_id
 from tally.training import origin
 from tally.training.child import ParentBook, parent
 from tally.training.cost import Meter
+from tally.training.mlflow_mirror import mirror_if_asked
 from tally.training.runs import (
+    EVENTS,
     LONGEST_METRIC,
+    PICTURES,
     Figures,
     RunLease,
     RunRecord,
@@ -51,8 +54,6 @@ FLUSH_SECONDS = 2.0
 """Seconds between two writes of what was logged, and two renewals of the lease."""
 MOST_BUFFERED = 20_000
 """Values that are kept until then; more are written at once."""
-EVENTS, PICTURES = "events", "pictures"
-"""Folders of a run's folder: TensorBoard's event files, and the pictures that were logged. The rest are artifacts."""
 
 
 class Book(Protocol):
@@ -397,6 +398,7 @@ class DatabaseBook:
             }
         columns = {"metrics": self._figures, "cost": self._meter.cost()}
         self._patience(lambda: self._store.finish(self._lease, state, error=error, **columns))
+        mirror_if_asked(self._store, self._lease.run_id)
 
     def _now(self, changed: set[str]) -> dict[str, Any]:
         columns = {name: self._columns[name] for name in changed - {"metrics"}}

@@ -38,8 +38,8 @@ from tally.training.retrain.examples import Examples, Parameters
 from tally.training.retrain.head import Evaluation, Head, State, Tested, Trained, evaluate, one_thread, train
 from tally.training.retrain.result import Sample, check_library, check_name, write
 from tally.training.retrain.summaries import Summaries, test_pictures
-from tally.training.runs import Value, open_runs
-from tally.training.tracking import EVENTS, Run, run
+from tally.training.runs import EVENTS, Value, open_runs
+from tally.training.tracking import Run, run
 
 KIND = "retrain"
 """Of the run."""
