@@ -24,7 +24,8 @@ from tally.training.tracking import artifacts, logged_pictures
 def test_a_run_keeps_all_that_was_logged(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("a,b\n")
     model = colours.model(tmp_path / "colours.onnx")
-    with tally.training.run("pets", {"lr": np.float32(0.5)}, data={"labels": tmp_path / "labels.csv"}) as run:
+    given = {"lr": np.float32(0.5), "api_key": "abc", "tokenizer": "bert", "url": "s3://me:pw@host/x"}
+    with tally.training.run("pets", given, data={"labels": tmp_path / "labels.csv"}) as run:
         for step in range(3):
             run.log({"loss": 1 / (1 + step), "mAP@0.5:0.95": step / 10}, step=10 * step)
         run.log("loss", math.nan)  # at step 21
@@ -46,7 +47,9 @@ def test_a_run_keeps_all_that_was_logged(tmp_path: Path) -> None:
     store = open_runs()
     record = store.get(run.id)
     assert (record.state, record.name, record.error, record.models) == ("finished", "pets", None, [uri])
-    assert dict(record.parameters) == {"lr": 0.5, "seed": 1}
+    kept = {"lr": 0.5, "seed": 1, "api_key": "***", "tokenizer": "bert", "url": "***"}
+    assert dict(record.parameters) == kept
+    assert run.parameters["api_key"] == "abc"
     assert (record.tags, list(record.data)) == ({"area": "x"}, ["labels"])
     assert record.data["labels"]["bytes"] == 4
     assert record.metrics["mAP@0.5:0.95"] == Figures(0.2, 20, 0.0, 0.2, 3)

@@ -1,6 +1,6 @@
 """A run that another process owns: ``tally train script`` starts a script in a child, whose run it is.
 
-The child knows no database. It sends what it logs over a socket that only this user can open, and that asks for a key;
+The child knows no database. It sends what it logs over a socket of this machine that asks for a key;
 messages are JSON texts. One connection for each process and thread: a script may have children of its own.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tally.errors import OwnershipLostError, RunError, SpecError, TallyError, error_line
-from tally.training.runs import RunState, Value
+from tally.training.runs import RunState, Value, plain
 
 if TYPE_CHECKING:
     from tally.training.tracking import DatabaseBook, Run
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("tally")
 
 ADDRESS, KEY = "TALLY_RUN_ADDRESS", "TALLY_RUN_KEY"
-"""Environment variables of the child: the socket's file, and the key as hexadecimal digits."""
+"""Environment variables of the child: the socket's file, or host and port, as JSON; the key as hexadecimal digits."""
 
 
 def parent() -> ParentBook | None:
@@ -37,7 +37,9 @@ class ParentBook:
     """Sends records to the process that owns the run. Raises OwnershipLostError once that has lost it or is gone."""
 
     def __init__(self, address: str, key: bytes) -> None:
-        self._address, self._key = address, key
+        found = json.loads(address)
+        self._address = found if isinstance(found, str) else (found[0], found[1])
+        self._key = key
         self._local = threading.local()
 
     def ask(self, what: str, **given: Any) -> Any:
@@ -59,7 +61,7 @@ class ParentBook:
         # A fork shares its parent's socket, where answers would be mixed up.
         known: tuple[int, Connection[Any, Any]] | None = getattr(self._local, "connection", None)
         if known is None or known[0] != os.getpid():
-            known = (os.getpid(), Client(self._address, "AF_UNIX", authkey=self._key))
+            known = (os.getpid(), Client(self._address, authkey=self._key))
             self._local.connection = known
         return known[1]
 
@@ -86,8 +88,12 @@ class Office:
     def __init__(self, run: Run, book: DatabaseBook) -> None:
         self._run, self._book = run, book
         self._key = os.urandom(32)
-        self._listener = Listener(family="AF_UNIX", backlog=64, authkey=self._key)
-        self.environment = {ADDRESS: str(self._listener.address), KEY: self._key.hex()}
+        try:
+            self._listener = Listener(family="AF_UNIX", backlog=64, authkey=self._key)
+        except OSError:  # the folder for temporary files has too long a name for a socket
+            self._listener = Listener(("127.0.0.1", 0), backlog=64, authkey=self._key)
+        address = self._listener.address
+        self.environment = {ADDRESS: json.dumps(address), KEY: self._key.hex()}
         self.ended: tuple[RunState, str | None] | None = None
         self._closed = False
 
@@ -132,7 +138,7 @@ class Office:
         match request["what"]:
             case "begin":
                 return {
-                    "id": run.id, "name": run.name, "folder": str(run.folder), "parameters": dict(run.parameters),
+                    "id": run.id, "name": run.name, "folder": str(run.folder), "parameters": plain(run.parameters),
                     "tags": dict(run.tags), "metrics": {name: each.to_json() for name, each in book.figures.items()},
                     "data": dict(run.data),
                 }  # fmt: skip

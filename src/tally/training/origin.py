@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -18,12 +17,11 @@ from typing import Any
 from tally.masking import mask
 from tally.models.hashing import combined, content_files, content_hash, known_hash
 from tally.scorers.scripts.classes import local_modules
+from tally.training.runs import is_secret
 from tally.version import shown
 
 GIT_SECONDS = 5.0
 """How long git may take to say which commit this is."""
-_NO_SECRET = re.compile(r"(?i)^(--?)?[\w.-]*token(s|i[sz]er)[\w.-]*=[\w./-]*$")
-"""``max_tokens=512`` and ``tokenizer=bert`` are no secrets, whatever they look like."""
 
 
 def command() -> list[str]:
@@ -32,7 +30,7 @@ def command() -> list[str]:
         return []
     program, *arguments = sys.argv
     name = Path(program).name
-    arguments = [each if _NO_SECRET.search(each) else mask(each) for each in arguments]
+    arguments = [mask(each) if is_secret(each) else each for each in arguments]
     if name in ("tally", "__main__.py") and (name == "tally" or Path(program).parent.name == "tally"):
         return ["tally", *arguments]
     return ["python", program, *arguments] if program.endswith(".py") else [program, *arguments]

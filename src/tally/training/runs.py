@@ -7,6 +7,7 @@ that has lost its run changes nothing. All changes may be repeated: values of a 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -19,6 +20,7 @@ from tally.database.clock import now
 from tally.database.tables import run_metrics, runs
 from tally.errors import OwnershipLostError, RunNotFoundError, RunStateError, SpecError
 from tally.jobs.store import new_id
+from tally.masking import HIDDEN, mask
 from tally.text import did_you_mean, storable
 
 LEASE_SECONDS = 30.0
@@ -196,7 +198,7 @@ class RunStore:
         values = {
             "id": lease.run_id, "name": storable(name)[:_LONGEST_NAME], "kind": kind, "sweep": sweep,
             "state": "running", "created_at": now(), "started_at": now(), "folder": storable(folder),
-            "parameters": plain(parameters or {}), "tags": plain(tags or {}), "metrics": {}, "models": [],
+            "parameters": without_secrets(parameters or {}), "tags": plain(tags or {}), "metrics": {}, "models": [],
             "command": plain(list(command)), "code": plain(code or {}), "environment": plain(environment or {}),
             "data": plain(data or {}), "cost": {},
         }  # fmt: skip
@@ -376,6 +378,22 @@ def plain(value: Any) -> Any:
         return plain(value.item())
     except (AttributeError, ValueError, TypeError, RuntimeError):
         return storable(str(value))
+
+
+def without_secrets(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as they are kept: what a name or a URL says is a secret is hidden."""
+    return {
+        name: HIDDEN if isinstance(value, str) and is_secret(f"{name}={value}") else plain(value)
+        for name, value in plain(parameters).items()
+    }
+
+
+def is_secret(assignment: str) -> bool:
+    """Whether ``NAME=VALUE`` gives a secret away. ``max_tokens=512`` and ``tokenizer=bert`` do not."""
+    return mask(assignment) != assignment and not _NO_SECRET.match(assignment)
+
+
+_NO_SECRET = re.compile(r"(?i)[\w.-]*token(s|i[sz]er)[\w.-]*=[\w./-]*$")
 
 
 def _column(name: str, value: Any) -> Any:

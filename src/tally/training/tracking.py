@@ -42,6 +42,7 @@ from tally.training.runs import (
     Value,
     open_runs,
     plain,
+    without_secrets,
 )
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class Run:
     def log_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Add to the parameters."""
         self.parameters = {**self.parameters, **parameters}
-        self.book.change(parameters=plain(parameters))
+        self.book.change(parameters=without_secrets(parameters))
 
     def register(
         self,
@@ -213,7 +214,7 @@ class Run:
                 if can_write():
                     self._events = EventWriter(self.folder / EVENTS)
                     if self.parameters:
-                        self._events.hparams(self.parameters, name=self.id)
+                        self._events.hparams(without_secrets(self.parameters), name=self.id)
                     atexit.register(self._events.close)  # a script may end without more
                 elif not self._told:
                     self._told = True
@@ -462,7 +463,8 @@ def run(
         raise StorageError(f"cannot make the run's folder {record.folder}: {error.strerror}") from error
     begun = Run(
         DatabaseBook(store, lease, rebuilt=resume is not None, before=before),
-        run_id=record.id, name=record.name, folder=Path(record.folder), parameters=record.parameters, tags=record.tags,
+        run_id=record.id, name=record.name, folder=Path(record.folder),
+        parameters={**record.parameters, **(parameters or {})}, tags=record.tags,
         figures=record.metrics, data={each: found["place"] for each, found in record.data.items()},
     )  # fmt: skip
     for each, where in (data or {}).items():
