@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +164,65 @@ def test_files_of_who_may_not_bring_any_are_not_waited_for(
         connection.sendall(f"{head}Content-Length: 1000000\r\n\r\n{part}".encode())
         answer = connection.recv(1000)  # while there is more to come
     assert answer.startswith(b"HTTP/1.1 401" if role is None else b"HTTP/1.1 403"), answer
+
+
+def test_a_body_is_not_waited_for_where_the_headers_say_enough(server: Server, admin: httpx2.Client) -> None:
+    """A change that is to be made once, by who may not make it; a page of another site; a session that is none."""
+    key = admin.post("/keys", json={"name": "looks on", "role": "viewer"}).json()["text"]
+    with httpx2.Client(base_url=server.url) as browser:
+        browser.post("/login", data={"key": server.key})
+        session = browser.cookies["tally_session"]
+    for path, headers, status in (
+        ("/api/v1/jobs", f"Authorization: Bearer {key}\r\nIdempotency-Key: once", 403),
+        ("/api/v1/jobs", f"Authorization: Bearer {server.key}\r\nIdempotency-Key: {'x' * 300}", 422),
+        ("/endpoints/plastic/scale", f"Cookie: tally_session={session}\r\nSec-Fetch-Site: cross-site", 403),
+        ("/endpoints/plastic/scale", "Cookie: tally_session=none", 401),
+    ):
+        kind = "application/json" if path.startswith("/api") else "application/x-www-form-urlencoded"
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n{headers}\r\n"
+        with connected(server) as connection:
+            connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode())
+            answer = connection.recv(1000)  # while all of the body is to come
+        assert answer.startswith(b"HTTP/1.1 %d" % status), (path, headers, answer)
+
+
+def test_a_form_that_is_sent_twice_starts_one_job(server: Server, admin: httpx2.Client, folder: Path) -> None:
+    with httpx2.Client(base_url=server.url) as browser:
+        browser.post("/login", data={"key": server.key})
+
+        def form() -> dict[str, str]:
+            fields = re.findall(r'name="(csrf|once)" value="([^"]+)"', browser.get("/jobs/new").text)
+            wanted = {"source": str(folder / "in"), "model": str(folder / "quick.py"), "out": str(folder / "twice")}
+            return {**dict(fields), **wanted}
+
+        filled = form()
+        assert set(filled) >= {"csrf", "once"}
+        first, again = (browser.post("/jobs/new", data=filled) for _ in range(2))
+        assert first.headers["location"] == again.headers["location"]
+        other = browser.post("/jobs/new", data={**filled, "out": str(folder / "else")})  # the same form, changed
+        anew = browser.post("/jobs/new", data=form() | {"overwrite": "yes"})
+        places = {each.headers["location"] for each in (first, other, anew)}
+        assert len(places) == 3
+        for each in places:
+            until(admin, each.rpartition("/")[2], lambda view: view["state"] in ("finished", "failed"))
+
+
+def test_a_server_that_ends_answers_what_it_has(folder: Path, tmp_path: Path) -> None:
+    """A request of which half has come, and a stream."""
+    with (tmp_path / "log").open("wb") as log, running("--root", folder, log=log) as server:
+        lines = f"Host: x\r\nAuthorization: Bearer {server.key}\r\n"
+        with connected(server) as half, connected(server) as stream:
+            stream.sendall(f"GET /live HTTP/1.1\r\n{lines}\r\n".encode())
+            assert b"200" in stream.recv(4096)
+            half.sendall(f"POST /api/v1/jobs HTTP/1.1\r\n{lines}Content-Length: 100\r\n\r\n".encode() + b'{"source"')
+            with server.client() as client:
+                assert client.get("/me").status_code == 200  # what was sent before has been taken
+            server.process.terminate()
+            answer = half.recv(4096)
+        assert server.process.wait(60) in (0, -signal.SIGTERM)
+    assert answer.startswith(b"HTTP/1.1 503"), answer
+    assert b"retry-after: 5" in answer.lower()
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_an_upload_of_many_small_files(admin: httpx2.Client) -> None:

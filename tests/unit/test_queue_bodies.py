@@ -44,6 +44,11 @@ def named(body: str | bytes, **options: Any) -> list[tuple[str, str | None]]:
         (json.dumps(S3_EVENT), {}, [("s3://in/a b/é.jpg", "s3://in/a b/é.jpg")]),
         (json.dumps({"Type": "Notification", "Message": json.dumps(S3_EVENT)}), {}, [("s3://in/a b/é.jpg",) * 2]),
         (json.dumps(EVENT_GRID), {}, [("az://images/new/a.jpg",) * 2]),
+        (
+            json.dumps(CLOUD_EVENT).replace("new/a.jpg", "a%20b%2Bc+d/100%25%23%C3%A9.jpg"),
+            {},
+            [("az://images/a b+c+d/100%#é.jpg",) * 2],
+        ),
         (json.dumps(CLOUD_EVENT), {}, [("az://images/new/a.jpg",) * 2]),
         (
             json.dumps(ATTACHMENTS),

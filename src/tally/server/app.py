@@ -31,7 +31,7 @@ from tally.server.auth.throttle import Throttle
 from tally.server.feed import Feed
 from tally.server.gallery import MAX_BYTES, Gallery
 from tally.server.machine import Machine
-from tally.server.middleware import MAX_BODY, Audited, BodyLimit, SecurityHeaders
+from tally.server.middleware import MAX_BODY, Audited, BodyLimit, Ending, SecurityHeaders
 from tally.server.pages import accounts
 from tally.server.pages import routes as pages
 from tally.server.pages.labels import Labels
@@ -136,5 +136,6 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     limits = dict.fromkeys(("/api/v1/uploads", "/jobs/new", "/models"), settings.max_upload + MAX_BODY)
     app.add_middleware(BodyLimit, limits=limits | {"/endpoints/try": MAX_BYTES + MAX_BODY})
     app.add_middleware(Audited, audit=audit)
+    app.add_middleware(Ending)
     app.add_middleware(SecurityHeaders)
     return app

@@ -21,6 +21,9 @@ log = logging.getLogger("tally")
 MAX_BODY = 1 << 20
 """Bytes of a request's body; uploads have a limit of their own."""
 
+ENDING_SECONDS = 5.0
+"""After which it may be worth asking again, of a server that ends."""
+
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
     "font-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -55,6 +58,36 @@ class SecurityHeaders:
             await send(message)
 
         await self._app(scope, receive, with_headers if scope["type"] == "http" else send)
+
+
+class Ending:
+    """Answers what is still in hand when the server has waited for long enough, and ends: 503. An answer that has begun
+    is broken off, so that nobody takes it for whole."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except asyncio.CancelledError:
+            if begun or scope["type"] != "http":
+                raise
+            await answer(RefusedError(503, "the server ends", retry_after=ENDING_SECONDS))(scope, receive, send)
+
+
+class NoCancelled(logging.Filter):
+    """Drops the tracebacks of answers that were broken off as the server ends: how many there are is said before."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 class BodyLimit:

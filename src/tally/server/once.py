@@ -16,13 +16,12 @@ from typing import Any
 
 import sqlalchemy as sa
 from fastapi import Request, Response
-from fastapi.routing import APIRoute
 from starlette.datastructures import UploadFile
 
 from tally.database.clock import now
 from tally.database.tables import answers
 from tally.errors import JobStateError, RefusedError, SpecError
-from tally.server.auth.guard import principal_of
+from tally.server.auth.guard import GuardedRoute, principal_of
 from tally.server.uploads import MAX_FILES
 
 HEADER = "Idempotency-Key"
@@ -89,7 +88,7 @@ class AnswerStore:
                 connection.execute(sa.update(answers).where(mine).values(status=answer.status, body=answer.body))
 
 
-class OnceRoute(APIRoute):
+class OnceRoute(GuardedRoute):
     """A route that carries out a POST with an idempotency key once."""
 
     secret = False
@@ -108,7 +107,7 @@ class OnceRoute(APIRoute):
             name = request.headers.get(HEADER)
             if name is None or request.method != "POST":
                 return await plain(request)
-            who = await principal_of(request)
+            who = await self.let_in(request) or await principal_of(request)
             if not _KEY.fullmatch(name):
                 raise SpecError(f"{HEADER}: should be 1 to 200 visible characters of ASCII")
             store = AnswerStore(request.app.state.jobs.store.engine)

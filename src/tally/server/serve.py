@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import socket
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from tally.jobs.facade import Jobs
 from tally.network import restrict
 from tally.server.app import create_app
 from tally.server.auth.keys import KeyStore
+from tally.server.middleware import NoCancelled
 from tally.server.settings import ServerSettings
 
 DRAIN_SECONDS = 5
@@ -45,6 +47,7 @@ def serve(jobs: Jobs, settings: ServerSettings, *, say: Callable[[str], None]) -
             server_header=False,
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
+        logging.getLogger("uvicorn.error").addFilter(NoCancelled())
         uvicorn.Server(config).run(sockets=[listener])
     return 0
 

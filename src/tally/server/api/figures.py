@@ -7,11 +7,11 @@ from fastapi import APIRouter, Request
 from tally.jobs.store import JobRecord
 from tally.server.api.jobs import AllJobs
 from tally.server.api.views import Figures, RunningJob
-from tally.server.auth.guard import Viewer
+from tally.server.auth.guard import GuardedRoute, Viewer
 from tally.server.errors import answers
 from tally.triggers.store import ScheduleStore
 
-router = APIRouter(tags=["figures"], responses=answers(401, 403, 422, 429, 503))
+router = APIRouter(tags=["figures"], route_class=GuardedRoute, responses=answers(401, 403, 422, 429, 503))
 
 _MOST = 1000
 

@@ -19,13 +19,18 @@ from starlette.background import BackgroundTask
 from tally.errors import RefusedError, SpecError
 from tally.server.api.jobs import AllJobs, JobId
 from tally.server.api.views import ResultFile, RowPage, Rows
-from tally.server.auth.guard import Viewer
+from tally.server.auth.guard import GuardedRoute, Viewer
 from tally.server.errors import answers
 from tally.server.middleware import POLICY_OF_FILES
 from tally.server.results import Results, read_blocks
 from tally.storage import Store
 
-router = APIRouter(prefix="/jobs", tags=["results"], responses=answers(400, 401, 403, 404, 409, 422, 429, 503))
+router = APIRouter(
+    prefix="/jobs",
+    tags=["results"],
+    route_class=GuardedRoute,
+    responses=answers(400, 401, 403, 404, 409, 422, 429, 503),
+)
 
 ARROW = "application/vnd.apache.arrow.stream"
 _MOST_ROWS = {"json": 10_000, "arrow": 1_000_000}

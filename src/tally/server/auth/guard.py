@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Annotated, Any
 
-from fastapi import Depends, Request, Security
+from fastapi import Depends, Request, Response, Security
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
 
 from tally.errors import DatabaseAwayError, RefusedError
@@ -23,6 +25,7 @@ COOKIE = "tally_session"
 CSRF_HEADER = "X-CSRF-Token"
 CSRF_FIELD = "csrf"
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_OUR_SITE = ("same-origin", "none")
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 _bearer = HTTPBearer(auto_error=False, scheme_name="key", description="A key that 'tally keys add' has printed.")
@@ -61,6 +64,9 @@ async def signed_in(
     cookie: Annotated[str | None, Security(_cookie)],
 ) -> Principal:
     """Who the request comes from. Raises RefusedError."""
+    known: Principal | None = getattr(request.state, "principal", None)
+    if known is not None:  # found out before the request was read
+        return known
     guard: Guard = request.app.state.guard
     principal: Principal | None = None
     if bearer is not None:
@@ -68,6 +74,8 @@ async def signed_in(
     elif cookie is not None:
         principal = await asyncio.to_thread(guard.keys.of_session, cookie)
         if principal is not None and request.method not in _SAFE:
+            if request.headers.get("sec-fetch-site", "none") not in _OUR_SITE:  # said by browsers; the body is not read
+                raise RefusedError(403, "a page of another site sent this", hint="Use the pages of this server.")
             shown = await _csrf(request)
             if not hmac.compare_digest(shown.encode("utf-8", "replace"), csrf_token(cookie).encode()):
                 raise RefusedError(403, "the page that sent this is not one of this session", hint="Load it anew.")
@@ -114,13 +122,50 @@ def needs(role: Role) -> Any:
     """A dependency: only who has this role gets through."""
 
     def check(principal: Annotated[Principal, Depends(signed_in)]) -> Principal:
-        if not principal.may(role):
-            raise RefusedError(
-                403, f"this needs the role {role}, and {principal.name!r} is {principal.role}", hint="Ask an admin."
-            )
+        check_role(principal, role)
         return principal
 
+    check.role = role  # type: ignore[attr-defined]
     return Depends(check)
+
+
+class GuardedRoute(APIRoute):
+    """A route that finds out who asks, and whether they may, before it reads what they send."""
+
+    async def let_in(self, request: Request) -> Principal | None:
+        """Who asks; None where anybody may. Raises RefusedError."""
+        roles = [*_roles(self.dependant)]
+        if not roles:
+            return None
+        principal = await principal_of(request)
+        for role in roles:
+            check_role(principal, role)
+        return principal
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        plain = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            await self.let_in(request)
+            return await plain(request)
+
+        return guarded
+
+
+def _roles(dependant: Dependant) -> Iterator[Role]:
+    """The roles that a route asks for."""
+    for each in dependant.dependencies:
+        if (role := getattr(each.call, "role", None)) is not None:
+            yield role
+        yield from _roles(each)
+
+
+def check_role(principal: Principal, role: Role) -> None:
+    """Raises RefusedError where they have not that role."""
+    if not principal.may(role):
+        raise RefusedError(
+            403, f"this needs the role {role}, and {principal.name!r} is {principal.role}", hint="Ask an admin."
+        )
 
 
 Viewer = Annotated[Principal, needs("viewer")]

@@ -19,7 +19,7 @@ from tally.server.api.endpoints import Deployments, Finder, Name
 from tally.server.api.jobs import AllJobs, feed_of
 from tally.server.api.models import open_registry
 from tally.server.api.views import EndpointView, RecentFigures
-from tally.server.auth.guard import COOKIE, Admin, Operator, Viewer
+from tally.server.auth.guard import COOKIE, Admin, GuardedRoute, Operator, Viewer
 from tally.server.auth.keys import csrf_token
 from tally.server.feed import Feed
 from tally.server.gallery import MAX_BYTES
@@ -29,7 +29,7 @@ from tally.serving.deployments import PORT, DeploymentStore
 from tally.serving.settings import replicas_from
 from tally.text import visible
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=GuardedRoute)
 
 LOG_LINES = 100
 Line = Annotated[str, Form(max_length=4000)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import secrets
 import tempfile
 from collections.abc import AsyncIterator
 from functools import partial
@@ -27,7 +29,7 @@ from tally.server.api.models import all_models, open_registry
 from tally.server.api.results import send_file
 from tally.server.api.uploads import keep
 from tally.server.api.views import DeadItem, JobDetail, JobView, Rows
-from tally.server.auth.guard import COOKIE, Operator, Viewer
+from tally.server.auth.guard import COOKIE, GuardedRoute, Operator, Viewer
 from tally.server.auth.keys import csrf_token
 from tally.server.auth.roles import Principal
 from tally.server.feed import Feed, seldom
@@ -51,7 +53,7 @@ from tally.server.places import new_output
 from tally.server.results import MOST_DOWNLOADED, Ask
 from tally.server.uploads import MAX_FILES
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=GuardedRoute)
 
 SHOWN_DEAD = 20
 SHOWN_ROWS, EXPLORED_ROWS = 50, 200
@@ -86,6 +88,7 @@ async def start_job(request: Request, who: Operator, jobs: AllJobs) -> Response:
 
 
 def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any], files: list[UploadFile]) -> Response:
+    once = _once(fields, files, who)
     overwrite, unpack = (fields.pop(name, None) is not None for name in ("overwrite", "unpack"))
     fields["source"] = [line.strip() for line in fields.get("source", "").splitlines() if line.strip()]
     try:
@@ -98,9 +101,17 @@ def _start(request: Request, who: Principal, jobs: Jobs, fields: dict[str, Any],
             open_registry(jobs).get(spec.model)  # told here, and not by a job that has failed
     except (SpecError, ModelNotFoundError) as error:
         return _form(request, jobs, fields, error)
-    record = jobs.enqueue(spec, who=who.name, overwrite=overwrite)
+    record = jobs.enqueue(spec, who=who.name, overwrite=overwrite, request=once)
     request.app.state.supervisor.wake()
     return RedirectResponse(f"/jobs/{record.id}", status_code=303)
+
+
+def _once(fields: dict[str, Any], files: list[UploadFile], who: Principal) -> str | None:
+    """What names the form as it was filled in: sent twice, by a double click, it starts one job."""
+    if not (drawn := fields.pop("once", None)):
+        return None
+    named = [(each.filename, each.size) for each in files]
+    return json.dumps([who.key_id, drawn, sorted(fields.items()), named])
 
 
 def _form(request: Request, jobs: Jobs, given: dict[str, Any], error: TallyError | None = None) -> HTMLResponse:
@@ -113,7 +124,8 @@ def _form(request: Request, jobs: Jobs, given: dict[str, Any], error: TallyError
             *(f"models:/{model.name}@{alias}" for version in model.versions for alias in version.aliases),
         )
     ]
-    return form_page(request, "new.html", given, error, models=models, most=request.app.state.settings.max_upload)
+    most, once = request.app.state.settings.max_upload, secrets.token_urlsafe()
+    return form_page(request, "new.html", given, error, models=models, most=most, once=once)
 
 
 @router.get("/jobs/{job}", response_class=HTMLResponse)

@@ -33,7 +33,7 @@ from tally.server.api.models import all_models, open_registry
 from tally.server.api.uploads import keep
 from tally.server.api.views import JobView
 from tally.server.auth.audit import AuditLog
-from tally.server.auth.guard import COOKIE, Admin, Operator, Viewer, address_of
+from tally.server.auth.guard import COOKIE, Admin, GuardedRoute, Operator, Viewer, address_of
 from tally.server.auth.keys import SESSION_SECONDS
 from tally.server.auth.roles import Principal, Role
 from tally.server.feed import Feed, seldom
@@ -52,7 +52,7 @@ from tally.server.pages.render import (
 )
 from tally.server.uploads import MAX_FILES
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=GuardedRoute)
 
 NEWEST, MOST_RUNNING = 25, 50
 """Jobs on the overview, and those of them that run."""

@@ -15,7 +15,7 @@ from tally.errors import RunNotFoundError, SourceNotFoundError, TallyError
 from tally.jobs.printed import tail
 from tally.server.api.jobs import feed_of
 from tally.server.api.runs import RunId, Runs
-from tally.server.auth.guard import Admin, Viewer
+from tally.server.auth.guard import Admin, GuardedRoute, Viewer
 from tally.server.feed import Feed, seldom
 from tally.server.gallery import MAX_BYTES
 from tally.server.middleware import POLICY_OF_FILES
@@ -26,7 +26,7 @@ from tally.training.runs import RUN_STATES, Curve, RunRecord, RunStore
 from tally.training.script import OUTPUT
 from tally.training.tracking import artifacts, is_own_folder, logged_pictures, remove
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=GuardedRoute)
 
 NEWEST = 50
 LOOK_SECONDS = 1.5

@@ -20,7 +20,7 @@ from tally.masking import mask
 from tally.server.api import queues, schedules, watches
 from tally.server.api.jobs import AllJobs, JobId, given_fields
 from tally.server.api.views import MessageView
-from tally.server.auth.guard import Admin, Operator, Viewer
+from tally.server.auth.guard import Admin, GuardedRoute, Operator, Viewer
 from tally.server.pages.asked import scheduled
 from tally.server.pages.render import Changes, changed, chosen, form_page, page, render
 from tally.sources.queues.base import REASON
@@ -29,7 +29,7 @@ from tally.text import visible
 from tally.triggers.store import ScheduleStore
 from tally.triggers.watch import PARALLEL, WatchStore
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=GuardedRoute)
 
 SHOWN_RUNS, SHOWN_OBJECTS = 25, 50
 LOOKED_THROUGH = 1000

@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
-from urllib.parse import unquote_plus, urlsplit
+from urllib.parse import unquote, unquote_plus, urlsplit
 
 from tally.errors import ItemError, SpecError
 from tally.sources.queues.base import Message
@@ -232,9 +232,11 @@ def _s3(record: Any) -> str | None:
 
 
 def _azure(url: str) -> str:
-    """``https://ACCOUNT.blob.core.windows.net/CONTAINER/NAME`` as ``az://CONTAINER/NAME``.
+    """``https://ACCOUNT.blob.core.windows.net/CONTAINER/NAME`` as ``az://CONTAINER/NAME``, whose names stand for
+    themselves: those of URLs are percent-encoded.
 
-    Raises ItemError for another account than that of ``az://``: a container there may have the same name.
+    Raises ItemError for a name that is no text, and for another account than that of ``az://``: a container there may
+    have the same name.
     """
     try:
         parts = urlsplit(url)
@@ -249,4 +251,7 @@ def _azure(url: str) -> str:
             stage="read",
             hint="AZURE_STORAGE_ACCOUNT_NAME says which account az:// is of.",
         )
-    return f"az:/{parts.path}"
+    try:
+        return f"az:/{unquote(parts.path, errors='strict')}"
+    except UnicodeDecodeError:
+        raise ItemError(f"{parts.path.lstrip('/')[:80]!r} is no name in UTF-8", stage="read") from None
