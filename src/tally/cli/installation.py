@@ -33,6 +33,7 @@ _CLIENT = "tally.client"
 HERE_ONLY = (
     "train",
     "runs",
+    "sweep",
     "tensorboard",
     "up",
     "new",

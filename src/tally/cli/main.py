@@ -16,6 +16,7 @@ COMMANDS = {
     "jobs": ("tally.cli.jobs:jobs", "List, follow, stop, resume and retry jobs."),
     "schedule": ("tally.cli.schedule:schedule", "Run jobs on time: hourly, nightly, for days gone by."),
     "train": ("tally.cli.train:train", "Train a model from your own data."),
+    "sweep": ("tally.cli.sweep:sweep", "Train many times over a space of parameters; keep the best."),
     "runs": ("tally.cli.runs:runs", "Look at trainings, compare them, do one again."),
     "tensorboard": ("tally.cli.runs:tensorboard", "Look at trainings in TensorBoard."),
     "watch": ("tally.cli.watch:watch", "Start a job for each upload to a folder or a bucket."),

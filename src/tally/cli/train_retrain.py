@@ -126,7 +126,7 @@ def retrain(
     if resume is not None:
         resume, wanted = retraining.resumed(resume)
     else:
-        wanted = _wanted(given)
+        wanted = described(given)
     show = _Shown(wanted.parameters.how_many_training_steps)
     stop = Stop()
     try:
@@ -134,7 +134,7 @@ def retrain(
             outcome = retraining.retrain(
                 wanted, register=register, resume=resume, name=name, workers=workers, device=device, stop=stop,
                 watcher=retraining.Watcher(
-                    say=show.note, begun=show.begun, evaluated=show.evaluated, drive=_driven(stop)
+                    say=show.note, begun=show.begun, evaluated=show.evaluated, drive=driven(stop)
                 ),
             )  # fmt: skip
     except KeyboardInterrupt:
@@ -148,7 +148,7 @@ def retrain(
     _tell(outcome, wanted, misclassified=print_misclassified_test_images)
 
 
-def _wanted(given: dict[str, Any]) -> Retraining:
+def described(given: dict[str, Any]) -> Retraining:
     """The retraining that the options describe. Raises SpecError with every problem."""
     from dataclasses import fields
 
@@ -176,7 +176,7 @@ def _wanted(given: dict[str, Any]) -> Retraining:
     return wanted
 
 
-def _driven(stop: Any) -> Any:
+def driven(stop: Any) -> Any:
     """Runs the job that computes bottlenecks, showing it as other jobs are."""
 
     def drive(jobs: Jobs, job: str) -> JobRecord:

@@ -409,3 +409,42 @@ run_metrics = Table(
     Column("value", Double),
     Column("at", Double, nullable=False),
 )
+
+# Many trainings over a space of parameters; each trial is a run.
+sweeps = Table(
+    "sweeps",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("name", String(128), nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("error", Text),
+    Column("created_at", Double, nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("finished_at", Double),
+    # The process that hands trials to workers.
+    *lease_columns(),
+    Column("folder", Text, nullable=False),
+    Column("spec", JSON, nullable=False),
+    # The number of the best trial.
+    Column("best", Integer),
+    Column("model", Text),
+    Index("sweeps_by_creation", "created_at", "id"),
+)
+
+trials = Table(
+    "trials",
+    metadata,
+    Column("sweep_id", String(32), ForeignKey("sweeps.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("state", String(16), nullable=False),
+    # How often it was begun.
+    Column("attempts", Integer, nullable=False),
+    # A trial that begins once more may do so in another run.
+    Column("run_id", String(32), nullable=False),
+    Column("parameters", JSON, nullable=False),
+    # Of the sweep's metric, at this step: None until it has ended.
+    Column("value", Double),
+    Column("step", BigInteger),
+    Column("error", Text),
+)

@@ -206,9 +206,10 @@ class RunStore:
             connection.execute(sa.insert(runs).values(**values, **leases.granted(lease.token, LEASE_SECONDS)))
         return lease
 
-    def resume(self, run_id: str) -> RunLease:
+    def resume(self, run_id: str, *, reopen: bool = False) -> RunLease:
         """Train a run again that was interrupted, killed or has failed; this process does from now on.
 
+        reopen: also one that is finished, which more is to be added to.
         Raises RunNotFoundError, RunStateError where it is finished or trained by another process.
         """
         record = self.get(run_id)
@@ -216,8 +217,9 @@ class RunStore:
         with self.engine.begin() as connection:
             lost = leases.is_lost(connection, runs, it)
             owner = connection.scalar(sa.select(runs.c.owner).where(it, lost))
-            taken = record.state != "finished" and leases.acquire(
-                connection, runs, it, runs.c.state != "finished", token=token, seconds=LEASE_SECONDS,
+            allowed = sa.true() if reopen else runs.c.state != "finished"
+            taken = leases.acquire(
+                connection, runs, it, allowed, token=token, seconds=LEASE_SECONDS,
                 instead_of=owner, state="running", error=None, started_at=now(), finished_at=None,
             )  # fmt: skip
         if not taken:

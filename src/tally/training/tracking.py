@@ -15,7 +15,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -71,7 +71,8 @@ class Run:
 
     id, name: of the run. folder: for files that belong to it; whatever lies there is an artifact, but for ``events/``
     (TensorBoard's event files) and ``pictures/``. parameters: as given. tags: a mapping of texts, to be changed.
-    data: name to place of what it is trained from. book: where its records go.
+    data: name to place of what it is trained from. book: where its records go. hparams: the parameters that TensorBoard
+    compares runs by; None: all.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Run:
         data: Mapping[str, str],
     ) -> None:
         self.data: Mapping[str, str] = dict(data)
+        self.hparams: Mapping[str, Any] | None = None
         self._last = {name: each.last for name, each in figures.items()}
         self.id, self.name, self.folder = run_id, name, folder
         self.parameters: Mapping[str, Any] = dict(parameters)
@@ -214,7 +216,7 @@ class Run:
                 if can_write():
                     self._events = EventWriter(self.folder / EVENTS)
                     if self.parameters:
-                        self._events.hparams(without_secrets(self.parameters), name=self.id)
+                        self._events.hparams(without_secrets(self.hparams or self.parameters), name=self.id)
                     atexit.register(self._events.close)  # a script may end without more
                 elif not self._told:
                     self._told = True
@@ -307,7 +309,8 @@ class DatabaseBook:
     """Writes a run that this process owns into the database, every few seconds, from a thread.
 
     figures, data, parameters, models: what is known of it already. rebuilt: whether some values may be logged again, so
-    that the figures are counted anew at the end.
+    that the figures are counted anew at the end. told: is given all that is recorded. measured: the cost, where another
+    process trains.
     """
 
     def __init__(
@@ -320,6 +323,8 @@ class DatabaseBook:
             "data": dict(record.data), "parameters": dict(record.parameters), "models": list(record.models),
         }  # fmt: skip
         self._meter = Meter(before)
+        self.told: Callable[[Sequence[Value]], object] = lambda values: None
+        self.measured: Mapping[str, float] | None = None
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._buffer: list[Value] = []
@@ -337,6 +342,9 @@ class DatabaseBook:
         with self._lock:
             return dict(self._figures)
 
+    def cost(self) -> dict[str, float]:
+        return self._meter.cost() if self.measured is None else dict(self.measured)
+
     def record(self, values: Sequence[Value]) -> None:
         with self._lock:
             self._check()
@@ -348,6 +356,7 @@ class DatabaseBook:
             self._buffer.extend(values)
             self._changed.add("metrics")
             full = len(self._buffer) >= MOST_BUFFERED
+        self.told(values)
         if full:
             self._patience(self.flush)
 
@@ -397,14 +406,14 @@ class DatabaseBook:
             self._figures = {
                 name: Figures.of_curve(curve) for name, curve in self._store.values(self._lease.run_id).items()
             }
-        columns = {"metrics": self._figures, "cost": self._meter.cost()}
+        columns = {"metrics": self._figures, "cost": self.cost()}
         self._patience(lambda: self._store.finish(self._lease, state, error=error, **columns))
         mirror_if_asked(self._store, self._lease.run_id)
 
     def _now(self, changed: set[str]) -> dict[str, Any]:
         columns = {name: self._columns[name] for name in changed - {"metrics"}}
         if "metrics" in changed:
-            columns |= {"metrics": dict(self._figures), "cost": self._meter.cost()}
+            columns |= {"metrics": dict(self._figures), "cost": self.cost()}
         return columns
 
     def _check(self) -> None:
@@ -425,6 +434,7 @@ def run(
     tags: Mapping[str, str] | None = None,
     data: Mapping[str, str | Path] | None = None,
     resume: str | None = None,
+    reopen: bool = False,
     sweep: str | None = None,
     command: Sequence[str] | None = None,
     code: Mapping[str, Any] | None = None,
@@ -434,7 +444,8 @@ def run(
 
     name: for people; the id by default. folder: for its files; a new one below ``TALLY_HOME/runs`` by default.
     data: name to place of what it is trained from. resume: the id of a run that was interrupted, killed or has failed:
-    it is trained again, under its name, in its folder. kind, sweep, command, code: what it says of itself, see
+    it is trained again, under its name, in its folder; reopen: also one that is finished. kind, sweep, command, code:
+    what it says of itself, see
     :class:`tally.training.runs.RunRecord`. store: of another database.
     In a script that ``tally train script`` has started, it is that command's run.
 
@@ -445,7 +456,7 @@ def run(
     store = store or open_runs()
     before: Mapping[str, float] | None = None
     if resume is not None:
-        lease = store.resume(resume)
+        lease = store.resume(resume, reopen=reopen)
         before = store.get(lease.run_id).cost
     else:
         run_id = new_id()

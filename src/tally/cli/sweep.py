@@ -1,0 +1,326 @@
+"""``tally sweep``: train many times over a space of parameters, and keep the best."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from tally.cli.console import say, table
+from tally.cli.train_retrain import described, driven
+from tally.cli.train_retrain import retrain as train_retrain
+from tally.text import local_time, visible
+
+if TYPE_CHECKING:
+    from tally.training.sweeps.sampling import Past
+    from tally.training.sweeps.store import SweepRecord, TrialRecord
+    from tally.training.sweeps.sweep import Outcome, Sweep, Watcher
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+RETRAIN_METRICS = ("validation_cross_entropy", "validation_accuracy", "cross_entropy", "accuracy")
+"""Those of ``tally.training.sweeps.retrain``, which takes time to import; a test keeps them the same."""
+_NOT_SWEPT = frozenset(
+    ("resume", "register", "name", "out", "output_graph", "output_labels", "summaries_dir", "final_test")
+) | {"print_misclassified_test_images"}
+"""Options of ``tally train retrain`` that a sweep does not take."""
+
+
+@click.group()
+def sweep() -> None:
+    """Train many times over a space of parameters, several at once, and keep the best.
+
+    Each trial is a run: see 'tally runs' and 'tally tensorboard --sweep SWEEP'. SWEEP is a sweep's id, or the beginning
+    of it.
+    """
+
+
+def _common(command: F) -> F:
+    """The options of every sweep."""
+    for option in reversed(
+        (
+            click.option(
+                "-p",
+                "--param",
+                "texts",
+                multiple=True,
+                metavar="NAME=VALUES",
+                help="a,b,c: these values; LOW..HIGH[:STEP]: a range; log:LOW..HIGH: even in its logarithm.",
+            ),
+            click.option("--trials", type=int, help="How many.  [default: 20; of a grid: all]"),
+            click.option("--parallel", type=int, help="Trials at once.  [default: one for each core]"),
+            click.option(
+                "--sampler",
+                type=click.Choice(["tpe", "random", "grid"]),
+                default="tpe",
+                show_default=True,
+                help="tpe learns from trials that have ended; grid: every combination.",
+            ),
+            click.option("--sweep-seed", default=1, show_default=True, help="The same seed, the same parameters."),
+            click.option("--prune", is_flag=True, help="Stop trials that are worse than the median of others."),
+            click.option("--register-best", metavar="NAME", help="Register the best model under this name."),
+            click.option("--name", help="Name of the sweep.  [default: its id]"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _with_options_of_retrain(command: click.Command) -> click.Command:
+    """Add the options of ``tally train retrain``."""
+    for each in train_retrain.params:
+        if each.name in _NOT_SWEPT:
+            continue
+        option = copy.copy(each)
+        if option.name == "validation_batch_size":
+            # A few that are drawn at random compare trials by chance.
+            option.default = -1
+        command.params.append(option)
+    return command
+
+
+@click.command(short_help="Retrainings of a classifier's last layer.")
+@_common
+@click.option(
+    "--metric",
+    type=click.Choice(RETRAIN_METRICS),
+    default=RETRAIN_METRICS[0],
+    show_default=True,
+    help="What trials are compared by.",
+)
+@click.option("--prune-after", type=int, help="No trial is pruned before this step.  [default: a tenth of all]")
+@click.pass_context
+def retrain(
+    context: click.Context,
+    /,
+    texts: tuple[str, ...],
+    workers: int | None,
+    device: str,
+    sweep_seed: int,
+    prune_after: int | None,
+    register_best: str | None,
+    parallel: int | None,
+    metric: str,
+    **given: Any,
+) -> None:
+    """Sweep the parameters of 'tally train retrain', whose flags it takes, too.
+
+    What the backbone makes of each picture is computed once, for all trials. The test pictures are looked at once, for
+    the best.
+
+    \b
+    pip install 'tally-scoring[sweep]'
+    tally sweep retrain --image_dir photos/ --backbone features.onnx -p learning_rate=log:1e-4..1 \\
+        -p train_batch_size=25,50,100 --trials 30 --parallel 2 --prune --register-best pets
+    """
+    from tally.errors import SpecError
+    from tally.jobs.stop import Stop
+    from tally.training.retrain.retraining import Watcher as Preparing
+    from tally.training.sweeps.retrain import METRICS, RetrainTrials
+    from tally.training.sweeps.sweep import Sweep
+
+    swept = {each.partition("=")[0].strip() for each in texts}
+    problems = [
+        f"--{each}: is swept with -p {each}=..., too"
+        for each in sorted(swept & given.keys())
+        if context.get_parameter_source(each) is not ParameterSource.DEFAULT
+    ]
+    problems += [f"--{each}: is needed" for each in ("image_dir", "backbone") if not given[each]]
+    if workers is not None and workers < 1:
+        problems.append(f"--workers: at least 1, not {workers}")
+    if problems:
+        raise SpecError(problems)
+    own = {each: given.pop(each) for each in ("trials", "sampler", "prune", "name")}
+    nothing = {"out": None, "output_graph": None, "output_labels": None, "summaries_dir": None, "final_test": True}
+    stop = Stop()
+    training = RetrainTrials(
+        described(given | nothing), workers=workers, device=device, watcher=Preparing(say=_note, drive=driven(stop))
+    )
+    if prune_after is None:
+        prune_after = training.given.parameters.how_many_training_steps // 10
+    wanted = Sweep(
+        training=training, texts=texts, metric=metric, lowest=METRICS[metric], seed=sweep_seed,
+        prune_after=prune_after, register=register_best, **own,
+    )  # fmt: skip
+    _run(wanted, stop, parallel=parallel)
+
+
+sweep.add_command(_with_options_of_retrain(retrain))
+
+
+@sweep.command(short_help="Go on with a sweep that was interrupted.")
+@click.argument("sweep_id", metavar="SWEEP")
+@click.option("--parallel", type=int, help="Trials at once.  [default: one for each core]")
+def resume(sweep_id: str, parallel: int | None) -> None:
+    """Go on with a sweep that was interrupted or killed, or has failed.
+
+    Trials that have ended stay. Those that were running begin again with the same parameters, from their checkpoints.
+    """
+    from tally.jobs.stop import Stop
+    from tally.training.retrain.retraining import Watcher as Preparing
+    from tally.training.sweeps.kinds import restored
+    from tally.training.sweeps.store import open_sweeps
+
+    record = open_sweeps().get(sweep_id)
+    stop = Stop()
+    _run(restored(record, Preparing(say=_note, drive=driven(stop))), stop, parallel=parallel, resume=record.id)
+
+
+@sweep.command("list")
+@click.option("-n", "--limit", type=click.IntRange(1, 100_000), default=20, show_default=True, help="How many at most.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_(limit: int, as_json: bool) -> None:
+    """List the newest sweeps."""
+    from tally.training.sweeps.store import open_sweeps
+
+    store = open_sweeps()
+    found = store.list(limit)
+    if as_json:
+        for each in found.sweeps:
+            say(json.dumps(each.to_dict()))
+    elif found.sweeps:
+        rows = []
+        for each in found.sweeps:
+            trials = store.trials(each.id)
+            best = next((trial for trial in trials if trial.number == each.best), None)
+            shown = "-" if best is None or best.value is None else f"{each.spec['metric']} {best.value:.4g}"
+            rows.append(
+                (each.id, each.state, each.kind, each.name, _counts(trials), shown, each.model or "-",
+                 local_time(each.created_at))
+            )  # fmt: skip
+        table(("SWEEP", "STATE", "KIND", "NAME", "TRIALS", "BEST", "MODEL", "CREATED"), rows)
+    else:
+        say("no sweeps yet; begin one: tally sweep --help", err=True)
+    if found.more:
+        say(f"there are more: --limit {limit * 2}", err=True)
+
+
+@sweep.command(short_help="All that is known of a sweep, and its trials.")
+@click.argument("sweep_id", metavar="SWEEP")
+@click.option("--best", is_flag=True, help="Order the trials, the best first.")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def show(sweep_id: str, best: bool, as_json: bool) -> None:
+    """A sweep's space, state and trials."""
+    from tally.training.sweeps.store import open_sweeps
+
+    store = open_sweeps()
+    record = store.get(sweep_id)
+    trials = store.trials(record.id)
+    if best:
+        sign = 1 if record.spec["lowest"] else -1
+        trials.sort(key=lambda each: (each.state != "finished", sign * (each.value or 0), each.number))
+    if as_json:
+        say(json.dumps(record.to_dict() | {"trials": [each.to_dict() for each in trials]}))
+        return
+    for name, value in _facts(record, trials):
+        say(f"{name:<12} {visible(value)}")
+    names = list(dict.fromkeys(name for each in trials for name in each.parameters))
+    rows = [
+        (str(each.number), each.state if record.alive or each.state != "running" else "interrupted",
+         *(_shown(each.parameters.get(name)) for name in names), _shown(each.value), _shown(each.step), each.run_id,
+         each.error or "")
+        for each in trials
+    ]  # fmt: skip
+    if rows:
+        say()
+        table(("TRIAL", "STATE", *names, record.spec["metric"], "STEP", "RUN", "ERROR"), rows)
+
+
+def _run(wanted: Sweep, stop: Any, *, parallel: int | None, resume: str | None = None) -> None:
+    from tally.jobs.signals import stop_on_signals
+    from tally.training.sweeps.sweep import sweep as run_sweep
+
+    show = _Shown(wanted)
+    try:
+        with stop_on_signals(stop):
+            outcome = run_sweep(wanted, parallel=parallel, resume=resume, stop=stop, watcher=show.watcher())
+    except KeyboardInterrupt:
+        if show.sweep is not None:
+            say(f"sweep {show.sweep} is put down; {show.done:,} of {show.count:,} trials have ended", err=True)
+            say(f"  Go on with: tally sweep resume {show.sweep}", err=True)
+        raise click.Abort from None
+    _tell(outcome, wanted)
+
+
+def _note(line: str) -> None:
+    say(line, dim=True, err=True)
+
+
+class _Shown:
+    """Shows a sweep: a line for each trial that has ended."""
+
+    def __init__(self, wanted: Sweep) -> None:
+        self._wanted = wanted
+        self.sweep: str | None = None
+        self.done = self.count = 0
+
+    def watcher(self) -> Watcher:
+        from tally.training.sweeps.sweep import Watcher
+
+        return Watcher(say=_note, begun=self._begun, decided=self._decided)
+
+    def _begun(self, sweep: str, folder: Path, count: int) -> None:
+        self.sweep, self.count = sweep, count
+        say(f"sweep {sweep}, {count:,} trials; watch it: tensorboard --logdir {folder / 'tensorboard'}", err=True)
+
+    def _decided(self, number: int, past: Past) -> None:
+        self.done += 1
+        values = ", ".join(f"{name} {_shown(each)}" for name, each in past.parameters.items())
+        match past.state:
+            case "finished":
+                how = f"{self._wanted.metric} {_shown(past.value)}"
+            case "pruned":
+                how = f"pruned at step {past.step}, {self._wanted.metric} {_shown(past.value)}"
+            case _:
+                how = f"failed; tally sweep show {self.sweep} tells why"
+        say(f"[{self.done}/{self.count}] trial {number} ({values}): {how}", err=True)
+
+
+def _tell(outcome: Outcome, wanted: Sweep) -> None:
+    from tally.training.sweeps.store import open_sweeps
+
+    say(f"sweep {outcome.sweep}: {_counts(open_sweeps().trials(outcome.sweep))}", err=True)
+    best = outcome.trials[outcome.best]
+    values = ", ".join(f"{name} {_shown(each)}" for name, each in best.parameters.items())
+    say(f"best: trial {outcome.best}, {wanted.metric} {_shown(best.value)} ({values})")
+    say(f"run {outcome.run}" + (f"; registered as {outcome.model}" if outcome.model else ""))
+    say(f"  Look at it: tally runs show {outcome.run}", err=True)
+    say(f"  Compare: tally runs compare --sweep {outcome.sweep} --metric {wanted.metric}"
+        + (" --lowest" if wanted.lowest else ""), err=True)  # fmt: skip
+
+
+def _counts(trials: list[TrialRecord]) -> str:
+    states = [each.state for each in trials]
+    found = [f"{states.count(each):,} {each}" for each in ("finished", "pruned", "failed", "running") if each in states]
+    return ", ".join(found) or "none"
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _facts(record: SweepRecord, trials: list[TrialRecord]) -> list[tuple[str, str]]:
+    spec = record.spec
+    facts = [("sweep", record.id), ("name", record.name), ("kind", record.kind), ("state", record.state)]
+    if record.error:
+        facts.append(("error", record.error))
+    facts += [("parameter", each) for each in spec["texts"]]
+    facts.append(("sampler", f"{spec['sampler']}, seed {spec['seed']}"))
+    facts.append(("metric", f"{spec['metric']}, the {'lowest' if spec['lowest'] else 'highest'} is the best"))
+    if spec["prune"]:
+        facts.append(("pruning", f"from step {spec['prune_after']}"))
+    facts.append(("trials", _counts(trials)))
+    if record.best is not None:
+        facts.append(("best", f"trial {record.best}"))
+    if record.model:
+        facts.append(("model", record.model))
+    facts += [("created", local_time(record.created_at)), ("finished", local_time(record.finished_at))]
+    facts.append(("folder", record.folder))
+    if record.state in ("interrupted", "failed"):
+        facts.append(("next", f"tally sweep resume {record.id}"))
+    return facts
