@@ -1,6 +1,7 @@
 """Steps of retraining per second, beside a bare NumPy loop over the same bottlenecks.
 
 python benchmarks/retrain.py [--steps 4000] [--pictures 3670] [--features 2048] [--classes 5] [--rounds 3]
+    [--only bare-one-thread]
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ Inception v3. No picture is read and no backbone runs: these are the steps alone
 "tally run" is what `tally train retrain` does from its first step to its last: metrics for the database, TensorBoard's
 event files with histograms, checkpoints. "tally function" is the trainer that trials of a sweep call. "bare" is a loop
 as one writes it: it draws the class and then a picture, as TensorFlow's retrain.py does, evaluates every tenth step, as
-the others do, and keeps nothing. NumPy has as many threads as it likes there; in "bare, one thread" it has one, as in
+the others do, and keeps nothing. NumPy has as many threads as it likes there; in "bare-one-thread" it has one, as in
 Tally.
 
-All of them take turns in one process. Whatever else the machine does disturbs them.
+All of them take turns in one process. Whatever else the machine does disturbs them: processor seconds, of all threads,
+less than seconds.
 """
 
 
@@ -41,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"steps": 4000, "pictures": 3670, "features": 2048, "classes": 5, "rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", help="contenders beside Tally, with commas between them")
     given = parser.parse_args()
     introduce(
         f"retrain: {given.steps:,} steps, {given.pictures:,} pictures, {given.features:,} features, "
@@ -49,22 +52,41 @@ def main() -> None:
     )
     examples = made_up(given.pictures, given.features, given.classes)
     parameters = Parameters(how_many_training_steps=given.steps)
-    contenders: dict[str, Callable[[], object]] = {  # those that return no seconds are measured whole
+    contenders: dict[str, Callable[[], object]] = {
         "tally run": lambda: whole(examples, parameters),
         "tally function": lambda: train(examples, parameters),
         "bare": lambda: bare(examples, parameters),
-        "bare, one thread": lambda: bare(examples, parameters, alone=True),
+        "bare-one-thread": lambda: bare(examples, parameters, alone=True),
     }
+    if given.only:
+        contenders = {
+            name: each for name, each in contenders.items() if name.startswith("tally") or name in given.only.split(",")
+        }
     seconds: Runs = {name: [] for name in contenders}
+    processor: Runs = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory(prefix="tally-bench-") as folder:
         os.environ |= {"TALLY_HOME": folder, "TALLY_DATABASE": ""}
         for number in range(given.rounds + 1):
             for name, contender in contenders.items():
-                began = time.perf_counter()
-                found = contender()
+                found = measured(contender)
                 if number:  # the first round imports, and makes the database
-                    seconds[name].append(found if isinstance(found, float) else time.perf_counter() - began)
+                    seconds[name].append(found[0])
+                    processor[name].append(found[1])
     show("whole training", seconds, first="tally run", unit="s", digits=3)
+    show("whole training, of processors", processor, first="tally run", unit="s", digits=3)
+
+
+Seconds = tuple[float, float]
+"""By the clock, and of processors."""
+
+
+def measured(contender: Callable[[], object]) -> Seconds:
+    """Those of the whole call, unless it returns its own."""
+    began = time.perf_counter(), time.process_time()
+    found = contender()
+    if isinstance(found, tuple):
+        return found
+    return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
 def made_up(pictures: int, features: int, classes: int) -> Examples:
@@ -77,11 +99,11 @@ def made_up(pictures: int, features: int, classes: int) -> Examples:
     return Examples(values, labels, {name: np.flatnonzero(where) for name, where in rows.items()}, classes)  # type: ignore[misc]
 
 
-def whole(examples: Examples, parameters: Parameters) -> float:
+def whole(examples: Examples, parameters: Parameters) -> Seconds:
     """As :mod:`tally.training.retrain.retraining` trains; returns the seconds from the first step to the last file."""
     with run("benchmark", {"learning_rate": parameters.learning_rate}, kind="retrain") as begun:
-        began = time.perf_counter()
-        summaries = Summaries(begun.folder / "events") if can_write() else None
+        began = time.perf_counter(), time.process_time()
+        summaries = Summaries(begun.folder / "events", parameters.how_many_training_steps) if can_write() else None
 
         def report(step: int, metrics: Mapping[str, float]) -> None:
             at = time.time()
@@ -97,7 +119,7 @@ def whole(examples: Examples, parameters: Parameters) -> float:
         write_whole(begun.folder / "checkpoint.npz", trained.state.to_bytes())
         if summaries is not None:
             summaries.close()
-    return time.perf_counter() - began
+        return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
 def bare(examples: Examples, parameters: Parameters, *, alone: bool = False) -> None:

@@ -96,20 +96,22 @@ class EventWriter:
         step: int,
         *,
         scalars: Mapping[str, float] = {},
-        histograms: Mapping[str, ArrayLike] = {},
+        histograms: Mapping[str, ArrayLike | Mapping[str, Any]] = {},
         images: Mapping[str, Any] = {},
         at: float | None = None,
     ) -> None:
         """One event with all that was measured at a step.
 
-        histograms: arrays of any shape, of which BUCKETS buckets are counted; what is not finite is left out.
+        histograms: arrays of any shape, of which BUCKETS buckets are counted; what is not finite is left out. Or what
+            :func:`histogram` has made of one, for files that show the same.
         images: as of :func:`tally.training.pictures.as_picture`. at: seconds since the epoch; now by default.
         """
         summary = self._summary()
         for tag, number in scalars.items():
             summary.value.add(tag=tag, simple_value=float(number))
         for tag, array in histograms.items():
-            summary.value.add(tag=tag, histo=self._histogram(**histogram(np.asarray(array))))
+            counted = array if isinstance(array, Mapping) else histogram(np.asarray(array))
+            summary.value.add(tag=tag, histo=self._histogram(**counted))
         for tag, given in images.items():
             picture = as_picture(given)
             height, width = picture.shape[:2]

@@ -172,7 +172,9 @@ def train(
     with one_thread(), np.errstate(over="ignore", invalid="ignore"):  # the loss tells
         batches = batches or Drawn(examples, parameters)
         state = begin or State(0, first_head(examples.features.shape[1], examples.classes, parameters.seed))
-        state.head = state.head.copy()
+        # Classes first: BLAS makes narrow gradients in two thirds of the time then.
+        by_class = np.ascontiguousarray(state.head.weights.T).copy()
+        state.head = Head(by_class.T, state.head.biases.copy())
         validation = _Validation(examples, parameters)
         return _train(examples, parameters, state, batches, validation, report, observe, keep)
 
@@ -193,6 +195,7 @@ def _train(
         parameters.early_stopping,
     )
     weights, biases = state.head.weights, state.head.biases
+    by_class = weights.T
     rate, kept = np.float32(parameters.learning_rate), time.monotonic()
     evaluation: Evaluation | None = None
     stopped = early = False
@@ -207,7 +210,7 @@ def _train(
         slopes /= slopes.sum(axis=1, keepdims=True)
         slopes[_counting(count), labels] -= 1
         slopes *= rate / np.float32(count)
-        weights -= features.T @ slopes
+        by_class -= slopes.T @ features
         biases -= slopes.sum(axis=0)
         state.done = step + 1
         if step % every and step != steps - 1:

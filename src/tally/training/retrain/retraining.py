@@ -362,7 +362,7 @@ def _trained(
     with ExitStack() as stack:
         summaries = None
         if can_write():
-            summaries = Summaries(events, given.final_tensor_name)
+            summaries = Summaries(events, given.parameters.how_many_training_steps, given.final_tensor_name)
             stack.callback(summaries.close)
             if given.summaries_dir is not None:
                 summaries.writer("train").hparams(given.to_dict(), name=begun.id)
@@ -411,7 +411,7 @@ def _log_test(
     for name, picture in pictures.items():
         begun.log_image(name, picture, step)
     if can_write():
-        summaries = Summaries(events)
+        summaries = Summaries(events, given.parameters.how_many_training_steps)
         # The run's own event file has the pictures already.
         summaries.test(step, tested, {} if given.summaries_dir is None else pictures)
         summaries.close()

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tally.errors import ItemError
 from tally.media.images import decode
-from tally.training.events import EventWriter, Node
+from tally.training.events import EventWriter, Node, histogram
 from tally.training.retrain.dataset import Dataset
 from tally.training.retrain.examples import Indices
 from tally.training.retrain.head import Batch, Evaluation, Head, Tested
@@ -23,8 +23,8 @@ from tally.training.synthetic_images import Pixels
 
 SECONDS = 1.0
 """Evaluations of so long are handed over to the files together: their threads would wake for each."""
-STEPS = 100
-"""Steps between two summaries of weights and activations; scalars are written at each evaluation."""
+HISTOGRAMS = 20
+"""Summaries of weights and activations in one run, at most; scalars are written at each evaluation."""
 MISCLASSIFIED = 50
 """The most test pictures that are shown."""
 _SIDE = 320
@@ -35,12 +35,15 @@ _ROOM = 40
 
 
 class Summaries:
-    """Writes the event files of one run into ``folder``. Raises RunError where TensorBoard is not installed."""
+    """Writes the event files of one run into ``folder``. Raises RunError where TensorBoard is not installed.
 
-    def __init__(self, folder: Path, tensor: str = "final_result") -> None:
-        self._folder, self._tensor = folder, tensor
+    steps: of the training. tensor: the name of the model's output.
+    """
+
+    def __init__(self, folder: Path, steps: int, tensor: str = "final_result") -> None:
+        self._folder, self._steps, self._tensor = folder, steps, tensor
         self._writers: dict[str, EventWriter] = {}
-        self._next = 0
+        self._next = 0.0
         self._waiting: list[tuple[str, dict[str, Any]]] = []
         self._written = time.monotonic()
 
@@ -77,12 +80,13 @@ class Summaries:
         self.writer("train").graph(nodes)
 
     def evaluation(self, found: Evaluation) -> None:
-        whole = found.step >= self._next
-        if whole:
-            self._next = found.step + STEPS
+        weights: tuple[dict[str, float], dict[str, Any]] | None = None
+        if found.step >= self._next or found.step == self._steps - 1:
+            self._next = found.step + self._steps / HISTOGRAMS
+            weights = _of_weights(found.head)
         for part, batch in (("train", found.train), ("validation", found.validation)):
             if batch is not None:
-                self._batch(part, found.step, batch, found.head if whole else None)
+                self._batch(part, found.step, batch, weights)
         if time.monotonic() - self._written >= SECONDS:
             self._hand_over()
 
@@ -91,19 +95,14 @@ class Summaries:
         batch = tested.batch
         writer.add(step, scalars={"accuracy_1": batch.accuracy, "cross_entropy_1": batch.cross_entropy}, images=images)
 
-    def _batch(self, part: str, step: int, batch: Batch, head: Head | None) -> None:
+    def _batch(
+        self, part: str, step: int, batch: Batch, weights: tuple[dict[str, float], dict[str, Any]] | None
+    ) -> None:
         scalars = {"accuracy_1": batch.accuracy, "cross_entropy_1": batch.cross_entropy}
         histograms: dict[str, Any] = {}
-        if head is not None:
-            for name, values in (("weights", head.weights), ("biases", head.biases)):
-                place = f"{_OPS}/{name}/summaries"
-                scalars |= {
-                    f"{place}/mean": float(values.mean()),
-                    f"{place}/stddev_1": float(values.std()),
-                    f"{place}/max": float(values.max()),
-                    f"{place}/min": float(values.min()),
-                }
-                histograms[f"{place}/histogram"] = values.copy()  # the next step changes them
+        if weights is not None:
+            scalars |= weights[0]
+            histograms |= weights[1]
             histograms[f"{_OPS}/Wx_plus_b/pre_activations"] = batch.logits
             histograms["activations"] = batch.probabilities
         event = {"step": step, "scalars": scalars, "histograms": histograms, "at": time.time()}
@@ -119,6 +118,22 @@ class Summaries:
         self._hand_over()
         for each in self._writers.values():
             each.close()
+
+
+def _of_weights(head: Head) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures and histograms of weights and biases by their tags."""
+    scalars: dict[str, float] = {}
+    histograms: dict[str, Any] = {}
+    for name, values in (("weights", head.weights), ("biases", head.biases)):
+        place = f"{_OPS}/{name}/summaries"
+        scalars |= {
+            f"{place}/mean": float(values.mean()),
+            f"{place}/stddev_1": float(values.std()),
+            f"{place}/max": float(values.max()),
+            f"{place}/min": float(values.min()),
+        }
+        histograms[f"{place}/histogram"] = histogram(values)
+    return scalars, histograms
 
 
 def test_pictures(dataset: Dataset, tested: Tested, labels: Indices) -> dict[str, Pixels]:
