@@ -15,6 +15,7 @@ from tally.database.tables import metadata, runs
 from tally.errors import OwnershipLostError, RunNotFoundError, RunStateError, SpecError
 from tally.training.runs import RunLease, RunStore, Value
 
+ENVIRONMENT = {"packages": {"numpy": "2"}}
 NOBODY = 2**22 + 1
 """No process has this id."""
 
@@ -90,7 +91,10 @@ def test_a_run_whose_process_died_is_interrupted_and_another_goes_on(store: RunS
 
 def test_runs_are_listed_in_pages_and_deleted(store: RunStore) -> None:
     made = [
-        store.create(name=f"Run {n}", kind="style" if n % 2 else "script", folder="/f", sweep="s") for n in range(5)
+        store.create(
+            name=f"Run {n}", kind="style" if n % 2 else "script", folder="/f", sweep="s", environment=ENVIRONMENT
+        )
+        for n in range(5)
     ]
     for lease in made:
         store.write(lease, [Value("x", 0, 1.0, 0.0)])
@@ -104,6 +108,7 @@ def test_runs_are_listed_in_pages_and_deleted(store: RunStore) -> None:
     assert len(pages) == 5
     assert {each.name for each in store.list(kind="style").runs} == {"Run 1", "Run 3"}
     assert [each.name for each in store.list(text="rUN 4", sweep="s").runs] == ["Run 4"]
+    assert (pages[0].environment, store.get(pages[0].id).environment) == ({}, {"packages": {"numpy": "2"}})
     store.delete(made[0].run_id)
     with pytest.raises(RunNotFoundError, match=made[0].run_id):
         store.values(made[0].run_id)

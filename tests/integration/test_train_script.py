@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from click.testing import CliRunner
+from tests.extent import FULL
+from tests.waiting import wait_for
 
 from tally.cli.main import cli
 from tally.errors import RunNotFoundError, SourceNotFoundError, SpecError
@@ -172,3 +176,45 @@ def test_what_cannot_be_run_is_told_at_once(tmp_path: Path) -> None:
             folder=tmp_path / "x",
         )
     assert len(wrong.value.problems) == 5
+
+
+SEEDED = """
+import random, sys, time
+import tally
+
+with tally.training.run() as run:
+    random.seed(int(sys.argv[sys.argv.index("--seed") + 1]))
+    for _ in range(20):
+        run.log("loss", random.random())
+    if "--wait" in sys.argv:
+        run.tags["pid"] = str(__import__("os").getpid())
+        time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not FULL, reason="commands are started with TALLY_TEST_FULL=1")
+def test_a_run_is_done_again_and_a_script_dies_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("seeded.py").write_text(SEEDED)
+    store = open_runs()
+
+    def command(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "tally", *words], stderr=subprocess.DEVNULL)
+
+    assert command("train", "script", "seeded.py", "-p", "seed=7").wait(120) == 0
+    [first] = store.list().runs
+    assert command("runs", "reproduce", first.id, "--run").wait(120) == 0
+    again, _ = store.list().runs
+    assert (again.id != first.id, again.parameters) == (True, {"seed": 7})
+    assert store.values(again.id)["loss"].values == store.values(first.id)["loss"].values
+
+    process = command("train", "script", "seeded.py", "-p", "seed=7", "-p", "wait")
+    wait_for(lambda: store.list().runs[0].tags.get("pid"), process)
+    process.kill()
+    process.wait()
+    lost = store.list().runs[0]
+    assert (lost.state, lost.alive) == ("interrupted", False)
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(lost.tags["pid"])).wait(30)

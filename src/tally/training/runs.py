@@ -109,7 +109,8 @@ class RunRecord:
     metrics: what is known of each. models: versions that it registered, as ``models:/name/number``.
     command: the arguments of the command line, the program first.
     code: ``file``, ``hash``, ``folder`` (current, when it began), ``commit``, ``dirty``, ``repository``.
-    environment: ``python``, ``platform``, ``packages`` (name to version), ``packages_hash``, ``tally``, ``processors``.
+    environment: ``python``, ``platform``, ``host``, ``packages`` (name to version), ``packages_hash``, ``tally``,
+        ``processors``; empty in lists.
     data: name to ``place``, ``hash``, ``bytes``. cost: ``seconds``, ``processor_seconds``, ``peak_bytes``.
     alive: whether a process trains it.
     """
@@ -332,7 +333,7 @@ class RunStore:
             (sweep, runs.c.sweep == storable(sweep or "")),
             (text, sa.func.lower(runs.c.id + " " + runs.c.name).contains(words, autoescape=True)),
         )
-        query = _select().where(*(condition for given, condition in conditions if given is not None))
+        query = _select_for_lists().where(*(condition for given, condition in conditions if given is not None))
         if after is not None:
             query = query.where(sa.tuple_(runs.c.created_at, runs.c.id) < sa.tuple_(*_cursor(after)))
         query = query.order_by(runs.c.created_at.desc(), runs.c.id.desc()).limit(limit + 1)
@@ -426,6 +427,11 @@ def _select() -> sa.Select[Any]:
     return sa.select(runs, now().label("clock"))
 
 
+def _select_for_lists() -> sa.Select[Any]:
+    """Without the hundreds of packages that each run's environment has."""
+    return sa.select(*(each for each in runs.c if each.name != "environment"), now().label("clock"))
+
+
 def _in_state(connection: sa.Connection, state: str) -> sa.ColumnElement[bool]:
     """As reported: a running run without a process is interrupted."""
     running = runs.c.state == "running"
@@ -459,4 +465,4 @@ def _record(row: Mapping[Any, Any]) -> RunRecord:
     if values["state"] == "running" and not alive:
         values["state"] = "interrupted"
     values["metrics"] = {name: Figures.from_json(each) for name, each in row["metrics"].items()}
-    return replace(RunRecord(**values), alive=alive)
+    return replace(RunRecord(**{"environment": {}, **values}), alive=alive)
