@@ -66,7 +66,7 @@ def servicebus(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
     bus: ServiceBus = request.getfixturevalue("service_bus_server")
     bus.enter(request.getfixturevalue("monkeypatch"))
     bus.make(name)
-    bus.make(f"{name}-short", lock=1)
+    bus.make(f"{name}-short", lock=2)
     yield f"{bus.url}/{name}"
 
 

@@ -203,7 +203,7 @@ def test_who_may_only_look_sees_no_form_and_is_refused(page: Page, server: Serve
 
 
 def test_without_scripts_a_file_is_scored_all_the_same(server: Server, plastic: str, folder: Path) -> None:
-    with httpx2.Client(base_url=server.url, headers={"Accept": "text/html"}) as browser:
+    with httpx2.Client(base_url=server.url, headers={"Accept": "text/html"}, timeout=60) as browser:
         browser.post("/login", data={"key": server.key})
         shown = browser.get(f"/endpoints/{plastic}").text
         csrf = re.search(r'name="csrf" value="(\w+)"', shown)

@@ -26,8 +26,8 @@ PATIENCE = 60.0
 """Seconds after which something will not happen any more."""
 
 SHORT = {"redis-stream": "?lock=1", "sqs": "?lock=1", "azure-queue": "?lock=1", "servicebus": "-short"}
-"""How URLs end that say that messages go to another consumer after a second, for brokers that keep a lock for each
-message."""
+"""How URLs end that say that messages go to another consumer after a second or two, for brokers that keep a lock for
+each message."""
 
 UNORDERED = ("sqs", "sqs-fifo", "azure-queue")
 """Brokers that promise no order. SQS has one within a group only, and here each message is in a group of its own."""

@@ -241,13 +241,13 @@ def test_roles(server: Server, admin: httpx2.Client, folder: Path) -> None:
 
 
 def test_without_a_key_only_health_answers(server: Server) -> None:
-    with httpx2.Client(base_url=server.url) as nobody:
+    with httpx2.Client(base_url=server.url, timeout=60) as nobody:
         for path in ("/api/v1/jobs", "/api/v1/keys", "/api/v1/audit", "/api/v1/me"):
             answer = nobody.get(path)
             assert (answer.status_code, answer.json()["error"]["type"]) == (401, "RefusedError")
         assert nobody.get("/healthz").json()["status"] == "ok"
         assert nobody.get("/readyz").json()["status"] == "ok"
-        assert 'tally_jobs{state="running"}' in nobody.get("/metrics").text
+        assert 'tally_jobs{state="running"}' in nobody.get("/metrics", timeout=60).text
 
 
 def test_large_bodies_and_odd_requests_are_refused(server: Server, admin: httpx2.Client) -> None:
@@ -375,7 +375,7 @@ def test_metrics_tell_of_running_jobs(server: Server, admin: httpx2.Client, fold
     from prometheus_client.parser import text_string_to_metric_families
 
     def sampled() -> dict[tuple[str, ...], float]:
-        text = httpx2.get(f"{server.url}/metrics").text
+        text = httpx2.get(f"{server.url}/metrics", timeout=60).text
         families = list(text_string_to_metric_families(text))
         assert all(family.documentation for family in families)
         return {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}

@@ -78,7 +78,7 @@ def settled(client: tally.Client, name: str) -> Any:
 def mark(client: tally.Client, name: str, **headers: str) -> Any:
     url = client.endpoint(name).url
     assert url is not None
-    return httpx2.post(f"{url}/score", content=b"x", headers=headers).json().get("mark")
+    return httpx2.post(f"{url}/score", content=b"x", headers=headers, timeout=PATIENCE).json().get("mark")
 
 
 def test_an_endpoint_from_its_beginning_to_its_end(client: tally.Client, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 from tests.github import CLIENT, SECRET, GitHubStandIn, github
-from tests.server import Server, running
+from tests.server import PATIENCE, Server, running
 
 pytest.importorskip("authlib")
 
@@ -40,7 +40,9 @@ def as_it_should_be(standin: GitHubStandIn) -> None:
 
 @pytest.fixture
 def browser(server: Server) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=server.url, follow_redirects=True, headers={"accept": "text/html"}) as browser:
+    with httpx2.Client(
+        base_url=server.url, follow_redirects=True, headers={"accept": "text/html"}, timeout=PATIENCE
+    ) as browser:
         yield browser
 
 
@@ -103,8 +105,8 @@ def test_an_api_that_fails_lets_nobody_in(standin: GitHubStandIn, browser: httpx
 def test_a_login_ends_in_the_browser_that_began_it_and_once(browser: httpx2.Client, standin: GitHubStandIn) -> None:
     step = browser.get("/login/github", follow_redirects=False)
     assert re.search("httponly", step.headers["set-cookie"], re.IGNORECASE)
-    back = httpx2.get(step.headers["location"], follow_redirects=False).headers["location"]
-    with httpx2.Client() as another:
+    back = httpx2.get(step.headers["location"], follow_redirects=False, timeout=PATIENCE).headers["location"]
+    with httpx2.Client(timeout=PATIENCE) as another:
         assert another.get(back).status_code == 403
     assert browser.get(re.sub("state=[^&]*", "state=guessed", back)).status_code == 403
     assert "bad_verification_code" in browser.get(re.sub("code=[^&]*", "code=guessed", back)).text
@@ -119,7 +121,10 @@ def test_without_organisations_no_right_is_asked_for(
 ) -> None:
     monkeypatch.setenv("TALLY_GITHUB_SECRET", SECRET)
     options = ("--github-url", standin.url, "--github-client-id", CLIENT, "--github-viewer", "ana")
-    with running(*options) as server, httpx2.Client(base_url=server.url, follow_redirects=True) as browser:
+    with (
+        running(*options) as server,
+        httpx2.Client(base_url=server.url, follow_redirects=True, timeout=PATIENCE) as browser,
+    ):
         assert browser.get("/login/github").status_code == 200
         assert "scope" not in standin.asked
         assert "ana@github (viewer)" in browser.get("/").text

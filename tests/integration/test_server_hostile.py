@@ -83,10 +83,10 @@ def test_no_text_becomes_a_header(server: Server, admin: httpx2.Client, text: st
     quoted = "".join(f"%{byte:02x}" for byte in plain)
     base = server.url
     for path in (f"/login?then={quoted}", f"/api/v1/jobs/{quoted}", f"/api/v1/jobs?text={quoted}", f"/jobs/{quoted}"):
-        answer = admin.get(base + path, headers={"Accept": "text/html"})
+        answer = admin.get(base + path, headers={"Accept": "text/html"}, timeout=60)
         assert answer.status_code < 500, path
         assert "x-injected" not in answer.headers
-    nobody = httpx2.get(f"{base}/jobs?x={quoted}", headers={"Accept": "text/html"})
+    nobody = httpx2.get(f"{base}/jobs?x={quoted}", headers={"Accept": "text/html"}, timeout=60)
     assert "x-injected" not in nobody.headers
 
 
@@ -169,7 +169,7 @@ def test_files_of_who_may_not_bring_any_are_not_waited_for(
 def test_a_body_is_not_waited_for_where_the_headers_say_enough(server: Server, admin: httpx2.Client) -> None:
     """A change that is to be made once, by who may not make it; a page of another site; a session that is none."""
     key = admin.post("/keys", json={"name": "looks on", "role": "viewer"}).json()["text"]
-    with httpx2.Client(base_url=server.url) as browser:
+    with httpx2.Client(base_url=server.url, timeout=60) as browser:
         browser.post("/login", data={"key": server.key})
         session = browser.cookies["tally_session"]
     for path, headers, status in (
@@ -187,7 +187,7 @@ def test_a_body_is_not_waited_for_where_the_headers_say_enough(server: Server, a
 
 
 def test_a_form_that_is_sent_twice_starts_one_job(server: Server, admin: httpx2.Client, folder: Path) -> None:
-    with httpx2.Client(base_url=server.url) as browser:
+    with httpx2.Client(base_url=server.url, timeout=60) as browser:
         browser.post("/login", data={"key": server.key})
 
         def form() -> dict[str, str]:

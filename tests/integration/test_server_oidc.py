@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 import httpx2
 import pytest
-from tests.server import Server, running
+from tests.server import PATIENCE, Server, running
 
 pytest.importorskip("authlib")
 SECRET = "not-to-be-told"
@@ -121,7 +121,9 @@ def as_it_should_be(provider: Provider) -> None:
 
 @pytest.fixture
 def browser(server: Server) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=server.url, follow_redirects=True, headers={"accept": "text/html"}) as browser:
+    with httpx2.Client(
+        base_url=server.url, follow_redirects=True, headers={"accept": "text/html"}, timeout=PATIENCE
+    ) as browser:
         yield browser
 
 
@@ -181,8 +183,8 @@ def test_a_login_ends_in_the_browser_that_began_it_and_once(browser: httpx2.Clie
     step = browser.get("/login/oidc", follow_redirects=False)
     kept = step.headers["set-cookie"]
     assert re.search("httponly", kept, re.IGNORECASE)
-    back = httpx2.get(step.headers["location"], follow_redirects=False).headers["location"]
-    with httpx2.Client() as another:
+    back = httpx2.get(step.headers["location"], follow_redirects=False, timeout=PATIENCE).headers["location"]
+    with httpx2.Client(timeout=PATIENCE) as another:
         assert another.get(back).status_code == 403
     assert browser.get(re.sub("state=[^&]*", "state=guessed", back)).status_code == 403
     assert browser.get(back).status_code == 200

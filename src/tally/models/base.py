@@ -41,6 +41,7 @@ class Traits:
     pickles: those of ``claims`` that are pickles, and refused unopened without trust.
     entry: it is code, which ``tally.yaml`` names under ``entry:``, not under ``file:``.
     form: how its models are given besides.
+    scores: False for what is kept as a model, and scores nothing.
     """
 
     claims: tuple[str, ...] = ()
@@ -50,6 +51,7 @@ class Traits:
     pickles: tuple[str, ...] = ()
     entry: bool = False
     form: Form | None = None
+    scores: bool = True
 
     def claims_name(self, name: str) -> bool:
         """Whether a file of this name may be a model of the kind, or make its folder one."""

@@ -78,7 +78,7 @@ BUILT_IN: Mapping[str, _Line] = {
         "tally.scorers.scripts.pickled:ObjectKind",
         Traits(flags=("artifacts",), form="object"),
     ),
-    "files": _Line("tally.scorers.scripts.files:FilesKind", Traits(claims=("tally-files.json",))),
+    "files": _Line("tally.scorers.scripts.files:FilesKind", Traits(claims=("tally-files.json",), scores=False)),
     "routed": _Line("tally.scorers.routed:RoutedKind", Traits(form="route")),
 }
 
@@ -190,8 +190,9 @@ def claims(*, entry: bool | None = None) -> list[str]:
 
 def supported() -> str:
     """What a model may be, for messages."""
-    *suffixes, last = filter(is_suffix, claims())
-    folders = " or ".join(("tally.yaml", *(each for each in claims() if not is_suffix(each))))
+    claimed = list(dict.fromkeys(each for _, traits in _usable() if traits.scores for each in traits.claims))
+    *suffixes, last = filter(is_suffix, claimed)
+    folders = " or ".join(("tally.yaml", *(each for each in claimed if not is_suffix(each))))
     return f"{', '.join(suffixes)} and {last} files, and folders with a {folders}"
 
 
