@@ -205,6 +205,8 @@ def test_early_stopping_keeps_the_weights_with_the_lowest_loss(examples: Example
     assert found.state.done < 3000
     assert found.step == min(losses, key=lambda step: losses[step])
     assert max(losses) == found.step + 50
+    again = train(examples, parameters, begin=State.from_bytes(found.state.to_bytes()))
+    assert (again.early, again.step, again.state.done) == (True, found.step, found.state.done)
     best = train(examples, Parameters(**{**_fields(parameters), "how_many_training_steps": found.step + 1}))
     assert np.array_equal(best.head.weights, found.head.weights)
 

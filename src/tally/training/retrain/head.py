@@ -198,8 +198,8 @@ def _train(
     by_class = weights.T
     rate, kept = np.float32(parameters.learning_rate), time.monotonic()
     evaluation: Evaluation | None = None
-    stopped = early = False
-    for step in range(state.done, steps):
+    stopped, early = False, 0 < patience <= state.waited  # it had ended, and was killed after that
+    for step in range(state.done, state.done if early else steps):
         features, labels = batches(step)
         count = len(labels)
         # In place: arrays this small are made more slowly than they are filled.

@@ -224,7 +224,7 @@ def train_one(
             return {"step": begin.best_step, "cost": meter.cost()}
     summaries = None
     if can_write():
-        summaries = Summaries(events, tensor)
+        summaries = Summaries(events, parameters.how_many_training_steps, tensor)
         with EventWriter(events) as file:
             file.hparams(values, name=run_id)
 
