@@ -136,10 +136,12 @@ class ScriptTraining:
         }
         tracked = run(
             self.name or self.script.stem, {name: _value(text) for name, text in self.parameters.items()},
-            data=data | dict(self.data), command=self.command, code=origin.code(self.script), store=open_runs(),
+            command=self.command, code=origin.code(self.script), store=open_runs(),
         )  # fmt: skip
-        begun(tracked)
         with tracked:
+            begun(tracked)
+            for each, place in (data | dict(self.data)).items():  # may take long: all of it is read
+                tracked.log_data(each, place)
             assert isinstance(tracked.book, DatabaseBook)
             with Office(tracked, tracked.book) as office:
                 watched, said = self._child(tracked, office, listen)
