@@ -212,3 +212,49 @@ def test_what_cannot_be_swept_is_refused_at_once(cli: Cli, given: list[str]) -> 
         assert said in ran.err
     assert open_sweeps().list().sweeps == []
     assert "no sweep 'x'" in cli("sweep", "show", "x").err
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import tally
+values = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+x = float(values["--x"])
+with tally.training.run() as run:
+    for step in range(3):
+        run.log("loss", abs(x - 0.3) + 0.1 / (1 + step))
+    if x == 0.5:
+        raise ValueError("no luck")
+    if x == 0.9 and not Path(sys.argv[-1]).exists():
+        Path(sys.argv[-1]).touch()
+        import os, signal
+        os.kill(os.getppid(), signal.SIGKILL)  # the worker, and this process with it
+        signal.pause()
+    Path("outputs/weights.bin").write_text(values["--x"])
+    run.register("outputs/weights.bin", "mine", as_files=True)
+"""
+
+
+def test_a_script_is_swept(cli: Cli, tmp_path: Path) -> None:
+    script = tmp_path / "code" / "train.py"
+    script.parent.mkdir()
+    script.write_text(SCRIPT)
+    arguments = ["sweep", "script", script, "-p", "x=0.1,0.35,0.5,0.9", "--sampler", "grid", "--metric", "loss"]
+    ran = cli(*arguments, "--lowest", "--parallel", 2, "--register-best", "best", "--", tmp_path / "once")
+    assert ran.code == 0, ran.err
+    assert "is begun again" in ran.err, "a worker was lost"
+    trials = open_sweeps().trials(open_sweeps().list().sweeps[0].id)
+    assert [(each.state, each.step) for each in trials] == [
+        ("finished", 2), ("finished", 2), ("failed", None), ("finished", 2)
+    ]  # fmt: skip
+    assert [each.attempts for each in trials] == [1, 1, 1, 2]
+    assert "no luck" in (trials[2].error or "")
+    run = open_runs().get(trials[1].run_id)
+    assert run.parameters == {"x": 0.35}
+    assert run.command == ["tally", "train", "script", str(script), "-p", "x=0.35", "--", str(tmp_path / "once")]
+    [best] = open_registry().show("best").versions
+    assert (best.metadata["run"], run.models[-1]) == (run.id, "models:/best/1")
+    assert "registered as models:/best/1" in ran.out
+    ran = cli("sweep", "script", script, "-p", "x=1..2", "--metric", "los", "--trials", 1, "--", tmp_path / "once")
+    assert ran.code == 1
+    assert "it has not measured 'los'" in ran.err

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from tally.cli.console import say, table
+from tally.cli.console import literal_pairs, say, table
 from tally.cli.train_retrain import described, driven
 from tally.cli.train_retrain import retrain as train_retrain
+from tally.cli.train_script import script as train_script
 from tally.text import local_time, visible
 
 if TYPE_CHECKING:
@@ -68,6 +69,12 @@ def _common(command: F) -> F:
         )
     ):
         command = option(command)
+    return command
+
+
+def _with_options_of_script(command: click.Command) -> click.Command:
+    """Add the argument and options of ``tally train script``."""
+    command.params += [each for each in train_script.params if each.name not in ("parameters", "name")]
     return command
 
 
@@ -150,7 +157,47 @@ def retrain(
     _run(wanted, stop, parallel=parallel)
 
 
+@click.command(short_help="Your own training script.", context_settings={"allow_interspersed_args": True})
+@_common
+@click.option("--metric", required=True, help="What trials are compared by: a name that the script logs.")
+@click.option("--lowest", is_flag=True, help="The lowest value is the best, as of a loss.")
+@click.option("--prune-after", default=0, show_default=True, help="No trial is pruned before this step.")
+def script(
+    texts: tuple[str, ...],
+    sweep_seed: int,
+    register_best: str | None,
+    parallel: int | None,
+    metric: str,
+    lowest: bool,
+    prune_after: int,
+    script: Path,
+    data: tuple[str, ...],
+    **given: Any,
+) -> None:
+    """Sweep the parameters of a training script, as 'tally train script' runs it: -p NAME=VALUES becomes --NAME VALUE.
+
+    It logs by tally.training.run(), or in Azure ML's way. Trials are compared by the last value of --metric.
+
+    \b
+    pip install 'tally-scoring[sweep]'
+    tally sweep script train.py -p lr=log:1e-4..1 -p epochs=5 --metric loss --lowest --trials 30 --prune
+    """
+    from tally.jobs.stop import Stop
+    from tally.training.script import ScriptTraining
+    from tally.training.sweeps.script import ScriptTrials
+    from tally.training.sweeps.sweep import Sweep
+
+    own = {each: given.pop(each) for each in ("trials", "sampler", "prune", "name")}
+    training = ScriptTraining(script=script, data=literal_pairs("--data", data), **given)
+    wanted = Sweep(
+        training=ScriptTrials(training), texts=texts, metric=metric, lowest=lowest, seed=sweep_seed,
+        prune_after=prune_after, register=register_best, **{**own, "name": own["name"] or script.stem},
+    )  # fmt: skip
+    _run(wanted, Stop(), parallel=parallel)
+
+
 sweep.add_command(_with_options_of_retrain(retrain))
+sweep.add_command(_with_options_of_script(script))
 
 
 @sweep.command(short_help="Go on with a sweep that was interrupted.")

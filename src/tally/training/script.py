@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,26 +128,36 @@ class ScriptTraining:
         SIGTERM the script is asked to end, and killed after STOP_SECONDS or at the second.
         Raises StorageError, OwnershipLostError.
         """
-        data = {
+        tracked = run(
+            self.name or self.script.stem, self.known_parameters, command=self.command, code=origin.code(self.script),
+            store=open_runs(),
+        )  # fmt: skip
+        with tracked:
+            begun(tracked)
+            for each, place in self.all_data.items():  # may take long: all of it is read
+                tracked.log_data(each, place)
+            assert isinstance(tracked.book, DatabaseBook)
+            with Office(tracked, tracked.book) as office:
+                followed = self.follow(tracked.folder, tracked.id, office.environment, listen)
+            state, error = followed.verdict(office.ended)
+            tracked.finish(state, error)
+        return Ended(tracked.id, state, error, followed.code, followed.by_user)
+
+    @property
+    def known_parameters(self) -> dict[str, Any]:
+        """As a run keeps them: numbers where they are some, true for a bare ``--NAME``."""
+        return {name: _value(text) for name, text in self.parameters.items()}
+
+    @property
+    def all_data(self) -> dict[str, str]:
+        """What it is trained from: name to place."""
+        sets = {
             f"{what} {number} {part}": place
             for what, sets in (("train", self.train_sets), ("test", self.test_sets))
             for number, pair in enumerate(sets, 1)
             for part, place in zip(("labels", "images"), pair, strict=True)
         }
-        tracked = run(
-            self.name or self.script.stem, {name: _value(text) for name, text in self.parameters.items()},
-            command=self.command, code=origin.code(self.script), store=open_runs(),
-        )  # fmt: skip
-        with tracked:
-            begun(tracked)
-            for each, place in (data | dict(self.data)).items():  # may take long: all of it is read
-                tracked.log_data(each, place)
-            assert isinstance(tracked.book, DatabaseBook)
-            with Office(tracked, tracked.book) as office:
-                watched, said = self._child(tracked, office, listen)
-            state, error = watched.verdict(office.ended, said)
-            tracked.finish(state, error)
-        return Ended(tracked.id, state, error, watched.code, watched.by_user)
+        return sets | dict(self.data)
 
     def _words(self, folder: Path) -> list[str]:
         """The command line of the script's process."""
@@ -156,18 +166,30 @@ class ScriptTraining:
             return words
         return [sys.executable, "-I", "-S", "-c", _DIES_WITH_US, str(os.getpid()), *words]
 
-    def _child(self, tracked: Run, office: Office, listen: Callable[[bytes], object]) -> tuple[_Watched, str]:
-        """Start the script and follow it to its end; and the last line that it printed."""
+    def follow(
+        self,
+        place: Path,
+        run_id: str,
+        office: Mapping[str, str],
+        listen: Callable[[bytes], object] = lambda printed: None,
+        *,
+        stops: Callable[[Callable[[int], None]], AbstractContextManager[None]] = stop_signals,
+    ) -> Followed:
+        """Start the script and follow it to its end. It knows no database: see :mod:`tally.training.child`.
+
+        place: the run's folder. office: the environment of who keeps the run. stops: while this context lasts, it calls
+        what it was given to stop the script, with 1, and with 2 to kill it. Raises StorageError, SpecError.
+        """
         folder = (self.folder or self.script.parent).absolute()
-        work = tracked.folder / WORK
+        work = place / WORK
         try:
             _lay_out(folder, work)
-            printed = append_private(tracked.folder / OUTPUT)
+            printed = append_private(place / OUTPUT)
         except OSError as error:
-            raise StorageError(f"cannot write {tracked.folder}: {error.strerror or error}") from error
+            raise StorageError(f"cannot write {place}: {error.strerror or error}") from error
         path = [str(Path(shim.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = processes.environment() | office.environment | {
-            "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "AZUREML_RUN_ID": tracked.id,
+        environment = processes.environment() | dict(office) | {
+            "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "AZUREML_RUN_ID": run_id,
         }  # fmt: skip
         with printed:
             process = subprocess.Popen(
@@ -185,21 +207,48 @@ class ScriptTraining:
                 listen(block)
 
             try:
-                with stop_signals(watched.stop):
+                with stops(watched.stop):
                     watched.follow(say)
             finally:
                 watched.close()
-        _collect(folder, work, tracked.folder)
-        return watched, tail.line()
+        _collect(folder, work, place)
+        return Followed(watched.code, watched.late, watched.by_user, self.time_limit, tail.line())
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """How a script's process ended. late: its time limit was over. said: the last line that it printed."""
+
+    code: int
+    late: bool
+    by_user: bool
+    limit: float | None
+    said: str
+
+    def verdict(self, told: tuple[RunState, str | None] | None) -> tuple[RunState, str | None]:
+        """The run's state and error. told: by the script itself."""
+        code = self.code
+        last = f"; the last that it printed: {self.said}" if self.said else ""
+        if self.late:
+            return "killed", f"its time limit of {self.limit:g} s was over"
+        if self.by_user:
+            return "killed", "it was stopped by its user"
+        if code < 0:
+            return "killed", f"it was killed by {_signal_name(-code)}{last}"
+        if code > 0:
+            return "failed", f"the script ended with exit code {code}{last}"
+        if told is not None and told[0] != "finished":
+            return told
+        return "finished", None
 
 
 class _Watched:
     """A process and its group, followed to their end."""
 
     def __init__(self, process: subprocess.Popen[bytes], time_limit: float | None) -> None:
-        self._process, self._limit = process, time_limit
+        self._process = process
         self._until = None if time_limit is None else time.monotonic() + time_limit
-        self._late = False
+        self.late = False
         self._stopped = 0
 
     @property
@@ -250,7 +299,7 @@ class _Watched:
                 left = None if self._until is None else self._until - time.monotonic()
                 if left is not None and left <= 0:
                     if not ended:
-                        self._late = True
+                        self.late = True
                         self.kill()
                     self._read(output, say)
                     return
@@ -273,22 +322,6 @@ class _Watched:
         while block := output.read(1 << 16):  # type: ignore[attr-defined]
             say(block)
         return block is None
-
-    def verdict(self, told: tuple[RunState, str | None] | None, said: str) -> tuple[RunState, str | None]:
-        """The run's state and error. told: by the script itself. said: the last lines of what it printed."""
-        code = self._process.returncode
-        last = f"; the last that it printed: {said}" if said else ""
-        if self._late:
-            return "killed", f"its time limit of {self._limit:g} s was over"
-        if self.by_user:
-            return "killed", "it was stopped by its user"
-        if code < 0:
-            return "killed", f"it was killed by {_signal_name(-code)}{last}"
-        if code > 0:
-            return "failed", f"the script ended with exit code {code}{last}"
-        if told is not None and told[0] != "finished":
-            return told
-        return "finished", None
 
 
 class _end_of:  # noqa: N801 - a context, like contextlib's

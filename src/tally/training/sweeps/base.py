@@ -32,12 +32,14 @@ class Trials(ABC):
     """What the trials of a sweep train. Methods are called by the process that drives the sweep.
 
     kind: of their runs. types: of the parameters that there are; None: any. goes_on: a trial that was lost goes on in
-    its run from its checkpoint; otherwise it begins anew, in another run.
+    its run from its checkpoint; otherwise it begins anew, in another run. code: what a run says of its code, see
+    :class:`tally.training.runs.RunRecord`; None: what it says by itself.
     """
 
     kind: ClassVar[str]
     types: ClassVar[Mapping[str, type] | None] = None
     goes_on: ClassVar[bool] = False
+    code: Mapping[str, Any] | None = None
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:

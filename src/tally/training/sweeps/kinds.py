@@ -9,6 +9,7 @@ from tally.training.retrain.retraining import Retraining
 from tally.training.retrain.retraining import Watcher as RetrainWatcher
 from tally.training.sweeps.base import Trials
 from tally.training.sweeps.retrain import RetrainTrials
+from tally.training.sweeps.script import ScriptTrials
 from tally.training.sweeps.store import SweepRecord
 from tally.training.sweeps.sweep import Sweep
 
@@ -24,4 +25,11 @@ def _retrain(given: Mapping[str, Any], watcher: RetrainWatcher | None) -> Trials
     return RetrainTrials(Retraining.from_dict(given), device=given["device"], watcher=watcher)
 
 
-_KINDS: Mapping[str, Callable[[Mapping[str, Any], RetrainWatcher | None], Trials]] = {"retrain": _retrain}
+def _script(given: Mapping[str, Any], watcher: RetrainWatcher | None) -> Trials:
+    return ScriptTrials.from_dict(given)
+
+
+_KINDS: Mapping[str, Callable[[Mapping[str, Any], RetrainWatcher | None], Trials]] = {
+    RetrainTrials.kind: _retrain,
+    ScriptTrials.kind: _script,
+}

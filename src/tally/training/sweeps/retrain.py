@@ -220,8 +220,6 @@ def train_one(
     if checkpoint.exists():
         begin = State.from_bytes(checkpoint.read_bytes())
         told.again(begin.done)
-        if 0 < parameters.early_stopping <= begin.waited:  # it had ended
-            return {"step": begin.best_step, "cost": meter.cost()}
     summaries = None
     if can_write():
         summaries = Summaries(events, parameters.how_many_training_steps, tensor)

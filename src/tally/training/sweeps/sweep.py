@@ -52,8 +52,8 @@ log = logging.getLogger("tally")
 
 ATTEMPTS = 3
 """How often a trial is begun whose worker is lost, without the sweep itself having been interrupted."""
-STOP_SECONDS = 10.0
-"""How long a trial may take to end, once it is asked to."""
+STOP_SECONDS = 15.0
+"""How long a trial may take to end, once it is asked to; a script has less, see :mod:`tally.training.script`."""
 INPUTS, BOARD, PRINTED = "inputs.json", "tensorboard", "workers.txt"
 """In the sweep's folder: hashes of what is trained from; a folder for TensorBoard; what workers print."""
 TRIAL = "trial"
@@ -374,7 +374,7 @@ class _Drive:
         name = self._wanted.name or self._lease.sweep_id
         begun = run(
             f"{name} {number}", training.parameters(values), kind=training.kind, sweep=self._lease.sweep_id,
-            tags={TRIAL: str(number)}, command=training.command(values), store=self._runs,
+            tags={TRIAL: str(number)}, command=training.command(values), code=training.code, store=self._runs,
         )  # fmt: skip
         training.describe(begun)
         return begun
