@@ -56,7 +56,7 @@ FLAGS = {
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pictures, a backbone, and a cache of bottlenecks that the first test fills."""
+    """Pictures, a backbone, and a cache of bottlenecks that whichever test is the first here fills."""
     folder = tmp_path_factory.mktemp("retrain")
     (photos(folder / "photos") / "red" / "broken.png").write_bytes(b"\x89PNG but no more")
     return {"photos": folder / "photos", "backbone": backbone(folder / "backbone.onnx"), "cache": folder / "cache"}
@@ -94,8 +94,8 @@ def test_folders_of_pictures_become_a_model_that_scores(
     places = {"output_graph": "g/model.onnx", "output_labels": "l.txt", "saved_model_dir": "saved/1"}
     given = [each for flag, name in places.items() for each in (f"--{flag}", tmp_path / name)]
     ran = retrain(
-        *QUICK, *given, "--summaries_dir", tmp_path / "logs", "--register", "colours",
-        "--print_misclassified_test_images", "--final_tensor_name", "colour",
+        *QUICK, *given, "--bottleneck_dir", tmp_path / "cache", "--summaries_dir", tmp_path / "logs",
+        "--register", "colours", "--print_misclassified_test_images", "--final_tensor_name", "colour",
     )  # fmt: skip
     assert ran.code == 0, ran.err
     assert "73 pictures go through" in ran.err
@@ -145,6 +145,7 @@ def test_folders_of_pictures_become_a_model_that_scores(
 def test_everything_comes_from_the_cache_a_second_time_wherever_the_pictures_are(
     retrain: Cli, shared: dict[str, Path], tmp_path: Path
 ) -> None:
+    retrain(*QUICK, "--register", "colours")
     hashes = []
     for place in (shared["photos"], shutil.move(shutil.copytree(shared["photos"], tmp_path / "a"), tmp_path / "b")):
         ran = retrain(*QUICK, "--register", "colours", image_dir=Path(place))
