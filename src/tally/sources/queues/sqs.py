@@ -40,7 +40,11 @@ _LARGEST = 1 << 20
 """Bytes of one message, and of all messages of one request, with their attributes."""
 _ATTRIBUTES = 10
 _LOOK_SECONDS = 30
-"""For how long messages are hidden, at most, while somebody looks at them, or moves them."""
+"""For how long messages are hidden, at most, while somebody moves them, or looks at some."""
+_LOOKS_A_SECOND = 20
+"""Messages that are looked at in a second, at least: those that were first have to stay hidden until the last."""
+_ASK_SECONDS = 1
+"""An answer without messages that was not waited for says nothing: SQS asks some of its servers only."""
 _LEFT = ("ReceiptHandleIsInvalid", "InvalidParameterValue", "AWS.SimpleQueueService.MessageNotInflight")
 """What SQS says of a message that this consumer does not have any more."""
 _BUSY = ("RequestThrottled", "ThrottlingException", "Throttling", "OverLimit", "KmsThrottled")
@@ -109,17 +113,25 @@ class SqsQueue(PolledQueue):
 
     def peek(self, most: int, *, dead: bool = False) -> list[Message]:
         url = self._dead if dead else self._url
-        found: list[Message] = []
+        found: dict[str | None, Message] = {}
+        lock = max(_LOOK_SECONDS, most // _LOOKS_A_SECOND)
         try:
-            while len(found) < most and (more := self._receive(url, min(most - len(found), AT_ONCE), _LOOK_SECONDS)):
-                found += more
+            while (left := most - len(found)) > 0:
+                more = self._receive(url, min(left, AT_ONCE), lock, wait=_ASK_SECONDS)
+                new = [each for each in more if each.id not in found]
+                found |= {each.id: each for each in more}  # a later handle takes the place of an earlier one
+                if not new:
+                    break
         finally:
-            self._hide(url, [each.handle for each in found], 0)
-        return found
+            self._hide(url, [each.handle for each in found.values()], 0)
+        return list(found.values())
 
     def replay(self, most: int) -> int:
         moved = 0
-        while moved < most and (found := self._receive(self._dead, min(most - moved, AT_ONCE), _LOOK_SECONDS)):
+        while moved < most:
+            found = self._receive(self._dead, min(most - moved, AT_ONCE), _LOOK_SECONDS, wait=_ASK_SECONDS)
+            if not found:
+                break
             self._send(self._url, [_without_reason(each) for each in found])
             entries = [{"ReceiptHandle": each.handle} for each in found]
             self._batches("delete_message_batch", self._dead, entries, _LEFT)
