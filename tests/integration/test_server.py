@@ -309,10 +309,17 @@ def test_what_processes_write_is_read(server: Server, admin: httpx2.Client, fold
         )
     )
     started = admin.post("/jobs", json=job(folder, "loud", scorer="loud", batch_size=10)).json()["id"]
+
+    def log() -> dict[str, list[str]]:
+        told: dict[str, list[str]] = admin.get(f"/jobs/{started}/log").json()
+        return told
+
     until(admin, started, lambda view: view["state"] == "finished")
-    written = admin.get(f"/jobs/{started}/log").json()
-    assert written["workers"] == ["took 10 \\x1b[2J"] * 3
-    assert any(f"job {started} is finished" in line for line in written["coordinator"])
+    deadline = time.monotonic() + PATIENCE  # the state is there before the line
+    while f"job {started} is finished" not in "".join(log()["coordinator"]):
+        assert time.monotonic() < deadline, log()
+        time.sleep(0.05)
+    assert log()["workers"] == ["took 10 \\x1b[2J"] * 3
     assert admin.get(f"/jobs/{started}/log", params={"lines": 1}).json()["workers"] == ["took 10 \\x1b[2J"]
     assert admin.get("/jobs/nosuchjob/log").status_code == 404
     # The same on this machine, of a job without a server.

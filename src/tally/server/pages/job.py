@@ -7,6 +7,7 @@ import itertools
 import json
 import secrets
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,8 @@ router = APIRouter(include_in_schema=False, route_class=GuardedRoute)
 
 SHOWN_DEAD = 20
 SHOWN_ROWS, EXPLORED_ROWS = 50, 200
+LAST_WORDS_SECONDS = 10.0
+"""A job's processes may print for so long after its state says that it has ended."""
 LOG_LINES = 100
 USUAL = f"from results limit {SHOWN_ROWS}"
 """What is asked of a job's results until somebody asks something else."""
@@ -275,7 +278,8 @@ def job_labels(request: Request, who: Viewer, jobs: AllJobs, job: JobId) -> HTML
 def job_log(who: Viewer, jobs: AllJobs, job: JobId) -> HTMLResponse:
     record = jobs.store.get(job)
     printed = jobs.printed(record.id, lines=LOG_LINES)
-    return HTMLResponse(render("_log.html", job=record.id, ended=_settled(record), printed=printed))
+    ended = _settled(record) and time.time() - (record.finished_at or 0.0) > LAST_WORDS_SECONDS
+    return HTMLResponse(render("_log.html", job=record.id, ended=ended, printed=printed))
 
 
 # -- pictures and videos -----------------------------------------------------------------------------------------------
