@@ -11,9 +11,10 @@ import sqlalchemy as sa
 from tests.services import postgres_database
 
 from tally.database.connect import connect
-from tally.database.tables import metadata, runs
+from tally.database.tables import metadata, runs, sweeps
 from tally.errors import OwnershipLostError, RunNotFoundError, RunStateError, SpecError
 from tally.training.runs import RunLease, RunStore, Value
+from tally.training.sweeps.store import SweepStore
 
 ENVIRONMENT = {"packages": {"numpy": "2"}}
 NOBODY = 2**22 + 1
@@ -116,3 +117,38 @@ def test_runs_are_listed_in_pages_and_deleted(store: RunStore) -> None:
         store.values(made[1].run_id, ["y"])
     with pytest.raises(SpecError, match="--after"):
         store.list(after="x")
+
+
+def test_one_process_drives_a_sweep(store: RunStore) -> None:
+    kept = SweepStore(store.engine)
+    lease = kept.create(name="night\0", kind="retrain", folder="/f", spec={"texts": ["lr=1..2"], "x": float("inf")})
+    kept.begin_trial(lease, 0, "run0", {"lr": 0.5})
+    kept.begin_trial(lease, 1, "run1", {"lr": 0.25, "on": True})
+    kept.begin_trial(lease, 1, "run2", {"lr": 9})  # once more, in another run: the parameters stay
+    kept.end_trial(lease, 0, "finished", value=1e-300, step=2**40)
+    kept.end_trial(lease, 1, "failed", error="a\0b")
+    first, second = kept.trials(lease.sweep_id)
+    assert (first.state, first.value, first.step, first.attempts) == ("finished", 1e-300, 2**40, 1)
+    assert (second.run_id, second.parameters, second.attempts) == ("run2", {"lr": 0.25, "on": True}, 2)
+    with pytest.raises(RunStateError, match="is running, by another process"):
+        kept.resume(lease.sweep_id)
+    with store.engine.begin() as connection:
+        connection.execute(sa.update(sweeps).values(owner_pid=NOBODY))
+    assert kept.get(lease.sweep_id[:6]).state == "interrupted"
+    taken = kept.resume(lease.sweep_id)
+    for change in (
+        lambda: kept.renew(lease),
+        lambda: kept.begin_trial(lease, 2, "run3", {}),
+        lambda: kept.end_trial(lease, 0, "failed"),
+        lambda: kept.finish(lease, "finished"),
+    ):
+        with pytest.raises(OwnershipLostError, match="was taken over"):
+            change()
+    kept.finish(taken, "finished", best=0, model="models:/m/1")
+    [record], more = kept.list(1)
+    assert (record.state, record.best, record.model, record.alive, more) == ("finished", 0, "models:/m/1", False, False)
+    assert [each.state for each in kept.trials(lease.sweep_id)] == ["finished", "failed"]
+    with pytest.raises(RunStateError, match="is finished"):
+        kept.resume(lease.sweep_id)
+    with pytest.raises(RunNotFoundError, match="no sweep 'no-such'"):
+        kept.get("no-such")

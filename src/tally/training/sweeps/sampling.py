@@ -7,6 +7,7 @@ trial's number alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -94,13 +95,15 @@ class Judge:
         self._optuna = optuna
         self._pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=after)
         self._study = _study(lowest, None)
-        self._able = False
+        self._able, self._after = False, after
         finished = [each for each in past if each.state == "finished"]
         if len(finished) >= STARTUP:
             self._able = True
             for each in finished:
                 self._study.add_trial(_frozen(optuna, "COMPLETE", value=each.value, intermediate_values=each.values))
         self._trial = _frozen(optuna, "RUNNING")
+        self._better = min if lowest else max
+        self._best: tuple[int, float] | None = None
         self._seen = -1
 
     def pruned_at(self, values: Mapping[int, float]) -> int | None:
@@ -108,8 +111,15 @@ class Judge:
         if not self._able:
             return None
         for step in sorted(each for each in values if each > self._seen):
-            self._seen = step
-            self._trial.intermediate_values[step] = values[step]
+            self._seen, value = step, values[step]
+            if self._best is None or math.isnan(self._best[1]) or self._better(value, self._best[1]) == value:
+                self._best = step, value
+            if math.isnan(self._best[1]):  # the rule prunes it, too, but NumPy would print a warning
+                if step >= self._after:
+                    return step
+                continue
+            # The rule looks at the best value and the last step: with all values, each look would take longer.
+            self._trial.intermediate_values = dict((self._best, (step, value)))
             if self._pruner.prune(self._study, self._trial):
                 return step
         return None
