@@ -149,6 +149,36 @@ def test_rows_as_json_and_csv(server: Serving) -> None:
     lacking = server.post(score("sums"), [{"a": 1}])
     assert lacking.status == 422
     assert "'b'" in lacking.json()["message"]
+    for body, kind in (
+        (b"a,b,a\n1,2,3\n", "text/csv"), (b'{"columns": ["a", "b", "a"], "data": [[1, 2, 3]]}', "application/json"),
+    ):  # fmt: skip
+        twice = server.ask(score("sums"), body, headers={"Content-Type": kind})
+        assert (twice.status, twice.json()["message"]) == (400, "several columns have the name 'a'")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (score("sums"), f'[{{"a": 1, "b": {2**70}}}]'),
+        (score("sums"), "[" * 100_000),
+        (score("shapes"), "[" * 100_000),
+        (
+            "/v2/models/sums/infer",
+            '{"inputs": [{"name": "a", "shape": [1], "datatype": "FP32", "data": %s}]}' % ("[" * 900 + "1" + "]" * 900),
+        ),
+        (
+            "/v2/models/shapes/infer",
+            r'{"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": ["\ud800"]}]}',
+        ),
+        ("/v1/models/shapes:predict", r'{"instances": ["\ud800"]}'),
+        ("/v1/models/sums:predict", f'{{"instances": [[1, {2**70}]]}}'),
+    ],
+    ids=["number", "depth", "depth of pictures", "depth of a tensor", "text in a tensor", "text", "number in a list"],
+)
+def test_what_nothing_can_hold_is_the_request_s_fault(server: Serving, path: str, body: str) -> None:
+    answer = server.ask(path, body.encode(), headers={"Content-Type": "application/json"})
+    assert answer.status in (400, 422), answer.body
+    assert len(answer.body) < 1000
 
 
 def test_pictures_come_back_as_pictures(server: Serving) -> None:
@@ -292,6 +322,10 @@ def test_binary_tensors(server: Serving) -> None:
         ({"inputs": [{"name": "body", "shape": [1], "datatype": "BYTES"}]}, "inputs[0].data: is missing"),
         ({"inputs": [{"name": "a", "shape": [1], "datatype": "UINT8", "data": [300]}]}, "inputs[0].data"),
         ({"inputs": [{"name": "a", "shape": [1], "datatype": "INT64", "data": [1.5]}]}, "1.5 is no INT64"),
+        (
+            {"inputs": [{"name": "a", "shape": [2, 3], "datatype": "INT64", "data": [[1, 4], [2, 5], [3, 6]]}]},
+            "inputs[0].data: its lists have the shape [3, 2], and [2, 3] is declared",
+        ),
         ({"outputs": [{"name": "nothing"}]}, "outputs[0].name: there is no 'nothing'"),
     ],
 )
@@ -300,6 +334,12 @@ def test_fields_that_are_wrong_are_named(server: Serving, change: dict[str, Any]
     answer = server.post("/v2/models/echo/infer", request)
     assert answer.status == 422
     assert said in answer.json()["error"]
+
+
+def test_a_column_is_sent_once(server: Serving) -> None:
+    columns = [{"name": name, "shape": [1], "datatype": "FP32", "data": [1.0]} for name in "aba"]
+    answer = server.post("/v2/models/sums/infer", {"inputs": columns})
+    assert (answer.status, answer.json()) == (422, {"error": "inputs.a: is there more than once"})
 
 
 def test_binary_data_that_do_not_fit(server: Serving) -> None:
@@ -417,6 +457,29 @@ def test_bodies_in_chunks_expectations_and_encodings(server: Serving) -> None:
     assert unknown.status == 415
     assert "gzip or deflate" in unknown.json()["error"]
     assert server.ask(score("echo"), b"x" * (5 << 20)).status == 413
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "status", "said"),
+    [
+        # Java's client offers HTTP/2 with each request
+        ("Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nContent-Length: 4", "body", 200, '"body"'),
+        ("Transfer-Encoding: chunked", "4\r\nbody\r\n0\r\nX-Tally-Version: 7\r\n\r\n", 200, '"body"'),
+        ("Transfer-Encoding: gzip, chunked", "4\r\nbody\r\n0\r\n\r\n", 501, "Transfer-Encoding gzip, chunked"),
+    ],
+    ids=["upgrade", "trailer", "transfer coding"],
+)
+def test_what_else_http_has(server: Serving, head: str, body: str, status: int, said: str) -> None:
+    """An offer of another protocol is declined, trailers are no headers, and a URI may be absolute."""
+    with socket.create_connection(server.address, timeout=30) as client:
+        for target in (score("echo"), f"http://host:80{score('echo')}"):
+            client.sendall(f"POST {target} HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body[:2].encode())
+            client.sendall(body[2:].encode())
+            answer = http.client.HTTPResponse(client, method="POST")
+            answer.begin()
+            assert (answer.status, said in answer.read().decode()) == (status, True)
+            if status != 200:
+                return
 
 
 def test_compressed_bodies(server: Serving) -> None:

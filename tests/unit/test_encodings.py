@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tally.serving.encodings import TooLargeError, decoded
+from tally.serving.encodings import MEMBERS, TooLargeError, decoded
 
 
 @given(st.lists(st.binary(max_size=2000), min_size=1, max_size=3), st.integers(0, 4))
@@ -37,6 +37,13 @@ def test_anything_else_is_refused_in_one_line(body: bytes, encoding: str) -> Non
         said = str(error)
     assert said.isprintable()
     assert len(found) <= 1000
+
+
+def test_many_members_are_read_up_to_a_limit() -> None:
+    member = gzip.compress(b"x")
+    assert decoded(member * MEMBERS, "gzip", MEMBERS) == b"x" * MEMBERS
+    with pytest.raises(ValueError, match="more than 16,384 members"):
+        decoded(member * (MEMBERS + 1), "gzip", 2 * MEMBERS)
 
 
 def test_an_end_that_is_missing_is_seen() -> None:

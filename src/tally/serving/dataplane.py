@@ -172,6 +172,8 @@ class DataPlane:
             entry.reply = protocol.refusal(error)
         except TallyError as error:
             entry.reply = protocol.refusal(RequestError(422, error.message))
+        except (OverflowError, RecursionError, UnicodeError) as error:  # numbers, depths and texts that nothing holds
+            entry.reply = protocol.refusal(RequestError(422, f"the request cannot be read: {error_line(error)}"))
         except BaseException as error:
             if is_interrupt(error):
                 raise

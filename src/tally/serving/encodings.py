@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 
 ENCODINGS = ("gzip", "x-gzip", "deflate")
 _GZIP, _ZLIB, _RAW = 31, 15, -15
 """How zlib is told what to expect."""
+_PADDING = re.compile(rb"\0+")
+MEMBERS = 1 << 14
+"""Members that a gzip body may have: a GiB as block compressors cut it."""
+_PIECES = 1 << 10, 1 << 20
+"""Bytes that are given to zlib at once, first and at most. It copies what follows a member within a piece, so that many
+small members of a large body would otherwise take time with the square of its size."""
 
 
 class TooLargeError(ValueError):
@@ -22,38 +29,52 @@ def decoded(body: bytes, encoding: str, limit: int) -> bytes:
     """
     if encoding != "deflate":
         parts: list[bytes] = []
+        at = 0
         while True:
-            part, body = _member(body, _GZIP, limit)
+            if len(parts) == MEMBERS:
+                raise ValueError(f"it has more than {MEMBERS:,} members")
+            part, at = _member(body, at, _GZIP, limit)
             parts.append(part)
             limit -= len(part)
-            body = body.lstrip(b"\0")  # with which tools fill up blocks
-            if not body:
+            if (padding := _PADDING.match(body, at)) is not None:  # with which tools fill up blocks
+                at = padding.end()
+            if at == len(body):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
     try:
-        found, rest = _member(body, _ZLIB, limit)
+        found, end = _member(body, 0, _ZLIB, limit)
     except TooLargeError:
         raise
     except ValueError as error:
         try:
-            found, rest = _member(body, _RAW, limit)
+            found, end = _member(body, 0, _RAW, limit)
         except TooLargeError:
             raise
         except ValueError:
             raise error from None
-    if rest:
-        raise ValueError(f"{len(rest):,} bytes follow its end")
+    if end < len(body):
+        raise ValueError(f"{len(body) - end:,} bytes follow its end")
     return found
 
 
-def _member(body: bytes, form: int, limit: int) -> tuple[bytes, bytes]:
-    """What one compressed stream holds, and what follows it."""
+def _member(body: bytes, at: int, form: int, limit: int) -> tuple[bytes, int]:
+    """What the compressed stream that begins at ``at`` holds, and where it ends."""
     stream = zlib.decompressobj(form)
-    try:
-        found = stream.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise ValueError(str(error)) from None
-    if len(found) > limit:
-        raise TooLargeError(f"more than {limit:,} bytes come out of it")
+    parts: list[bytes] = []
+    size = 0
+    piece, most = _PIECES
+    with memoryview(body) as view:
+        while not stream.eof and at < len(body):
+            given = view[at : at + piece]
+            at += len(given)
+            piece = min(2 * piece, most)
+            try:
+                found = stream.decompress(given, limit + 1 - size)
+            except zlib.error as error:
+                raise ValueError(str(error)) from None
+            size += len(found)
+            if size > limit:
+                raise TooLargeError(f"more than {limit:,} bytes come out of it")
+            parts.append(found)
     if not stream.eof:
         raise ValueError("it ends too early")
-    return found, stream.unused_data
+    return parts[0] if len(parts) == 1 else b"".join(parts), at - len(stream.unused_data)

@@ -179,6 +179,11 @@ class Endpoint:
         for pool, _ in self._split:
             pool.resize(least, most)
 
+    async def unload(self, seconds: float) -> None:
+        """As ``close``, between loads: one that ends meanwhile would be forgotten, and its replicas left."""
+        async with self._changing:
+            await self.close(seconds)
+
     async def close(self, seconds: float) -> None:
         """Answer what waits, and end all replicas."""
         pools: Sequence[Pool] = list(self.versions.values())

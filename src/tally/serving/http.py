@@ -71,6 +71,10 @@ class Exchange:
     )
 
     def __init__(self, connection: Connection, method: str, target: bytes, headers: dict[bytes, bytes]) -> None:
+        if (
+            not target.startswith(b"/") and b"://" in target
+        ):  # as it is sent to proxies: servers take it, too (RFC 9112)
+            target = b"/" + target.partition(b"://")[2].partition(b"/")[2]
         path, _, query = target.partition(b"?")
         self._connection = connection
         self._keep_alive = True
@@ -193,7 +197,7 @@ class Connection(asyncio.Protocol):
         self._closing = False
         self._paused = False
         self._heard = self._begun_at = time.monotonic()
-        self._reading = False
+        self._reading = self._in_headers = False
         self._target = b""
         self._headers: dict[bytes, bytes] = {}
         self._header_bytes = 0
@@ -236,13 +240,29 @@ class Connection(asyncio.Protocol):
         self._heard = time.monotonic()
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._fail(400, "this server does not speak other protocols on the same connection")
+        except httptools.HttpParserUpgrade as upgrade:
+            self._stay(data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError:
             status, text = self._refused or (400, "the request cannot be read")
             self._fail(status, text)
         except httptools.HttpParserError as error:
             self._fail(400, f"this is no HTTP request: {error}")
+
+    def _stay(self, rest: bytes) -> None:
+        """Take a request that offers another protocol as one of this: who offers has to live with that (RFC 9110).
+        The parser leaves its body unread, so another one is told of the request without the offer."""
+        method = self._parser.get_method()
+        if method == b"CONNECT":
+            self._fail(400, "this server does not speak other protocols on the same connection")
+            return
+        lines = [b"%s %s HTTP/%s" % (method, self._target, self._parser.get_http_version().encode())]
+        keeps = self._parser.should_keep_alive()
+        for name, value in self._headers.items():
+            if name not in (b"upgrade", b"connection", b"expect"):
+                lines.append(name + b": " + value)
+        lines.append(b"connection: keep-alive" if keeps else b"connection: close")
+        self._parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     def pause_writing(self) -> None:
         self._written_at = time.monotonic()
@@ -255,7 +275,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._used = True
         self._begun_at = time.monotonic()
-        self._reading = True
+        self._reading = self._in_headers = True
         self._target, self._headers, self._header_bytes = b"", {}, 0
         self._body, self._body_bytes = [], 0
 
@@ -265,6 +285,8 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value))
+        if not self._in_headers:  # a trailer: what proxies have let through as no header is none here
+            return
         name = name.lower()
         before = self._headers.get(name)
         self._headers[name] = value if before is None else before + b", " + value
@@ -275,10 +297,16 @@ class Connection(asyncio.Protocol):
             self._refuse(431, f"path and headers may have {HEADERS_BYTES:,} bytes")
 
     def on_headers_complete(self) -> None:
+        self._in_headers = False
         length = self._headers.get(b"content-length")
         if length is not None and (not length.isdigit() or int(length) > self._server.max_body):
             self._refuse(
                 413, f"a body may have {self._server.max_body:,} bytes, and this one has {length.decode('latin-1')}"
+            )
+        transfer = self._headers.get(b"transfer-encoding", b"chunked").strip().lower()
+        if transfer != b"chunked":
+            self._refuse(
+                501, f"bodies are not read with Transfer-Encoding {transfer.decode('latin-1')}; send them chunked"
             )
         encoding = self._headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
         self._encoding = "" if encoding == "identity" else encoding
@@ -296,6 +324,8 @@ class Connection(asyncio.Protocol):
         self._body.append(body)
 
     def on_message_complete(self) -> None:
+        if self._parser.should_upgrade():
+            return
         self._reading = False
         exchange = Exchange(self, self._parser.get_method().decode("ascii"), self._target, self._headers)
         exchange._keep_alive = self._parser.should_keep_alive()

@@ -352,7 +352,7 @@ class ModelServer:
             if route.operation == "load":
                 await self._load(endpoint)
             else:
-                await endpoint.close(self.settings.drain)
+                await endpoint.unload(self.settings.drain)
         except TallyError as error:
             raise RequestError(400, error.message) from None
 

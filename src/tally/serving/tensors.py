@@ -94,6 +94,8 @@ def _table(tensors: Sequence[Tensor], scorer: Scorer) -> Any:
             )
         if rows is not None and tensor.shape[0] != rows:
             raise RequestError(422, f"inputs.{tensor.name}: has {tensor.shape[0]} rows, and others have {rows}")
+        if tensor.name in columns:
+            raise RequestError(422, f"inputs.{tensor.name}: is there more than once")
         rows = tensor.shape[0]
         if tensor.is_text:
             try:

@@ -159,9 +159,10 @@ def table_of(request: Request, features: Sequence[str] | None) -> pa.Table:
             from pyarrow import csv
 
             table = csv.read_csv(pa.BufferReader(request.body))
+            _check_once(table.column_names)
         else:
             table = pa.table(_columns(_json(request.body), features))
-    except (pa.ArrowException, TypeError, ValueError) as error:
+    except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         raise RefusedError(f"the body holds no table: {' '.join(str(error).split())}") from None
     if features is None:
         return table
@@ -180,6 +181,7 @@ def _columns(body: Any, features: Sequence[str] | None) -> dict[str, list[Any]]:
     while isinstance(body, dict):
         if isinstance(body.get("columns"), list) and isinstance(body.get("data"), list):
             names, body = [str(each) for each in body["columns"]], body["data"]
+            _check_once(names)
             break
         [key] = body if len(body) == 1 else [None]
         if key not in _WRAPPERS or not _holds_rows(body[key]):
@@ -193,6 +195,12 @@ def _columns(body: Any, features: Sequence[str] | None) -> dict[str, list[Any]]:
     if names is None or not all(isinstance(row, list) and len(row) == len(names) for row in body):
         raise RefusedError("the rows should be objects, or lists of values beside the names of their columns")
     return {name: [row[at] for row in body] for at, name in enumerate(names)}
+
+
+def _check_once(names: Sequence[str]) -> None:
+    """Raises RefusedError where two columns have one name: whose values are meant?"""
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise RefusedError(f"several columns have the name {', '.join(map(repr, twice))}")
 
 
 def _holds_rows(value: Any) -> bool:

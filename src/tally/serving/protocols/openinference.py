@@ -222,6 +222,9 @@ def _tensor(given: Mapping[str, Any], number: int, raw: bytes | None) -> Tensor:
     flat = _flat(given["data"])
     if len(flat) != count:
         raise RequestError(422, f"{where}.data: {len(flat)} values, and the shape {shape} has {count}")
+    nested = _nested(given["data"])
+    if len(nested) > 1 and [n for n in nested if n != 1] != [n for n in shape if n != 1]:
+        raise RequestError(422, f"{where}.data: its lists have the shape {nested}, and {shape} is declared")
     if datatype == "BYTES":
         return Tensor(name, tuple(shape), [_text(value, given, where) for value in flat])
     return Tensor(name, tuple(shape), _numbers(flat, datatype, where).reshape(shape))
@@ -260,6 +263,15 @@ def from_binary(name: str, datatype: str, shape: Sequence[int], raw: bytes, wher
             422, f"{where}: {len(raw)} bytes, and {datatype} of shape {list(shape)} has {count * kind.itemsize}"
         )
     return Tensor(name, tuple(shape), np.frombuffer(raw, kind).reshape(shape))
+
+
+def _nested(data: Any) -> list[int]:
+    """The lengths of lists in lists; as deep as the first of them are."""
+    lengths = []
+    while isinstance(data, list):
+        lengths.append(len(data))
+        data = data[0] if data else None
+    return lengths
 
 
 def _flat(data: Any) -> list[Any]:

@@ -206,7 +206,7 @@ def table_of(rows: Sequence[Any], scorer: Scorer) -> Any:
         raise RequestError(422, "instances: should be objects, or lists of numbers")
     try:
         return pa.Table.from_pylist(flat)
-    except (pa.ArrowException, TypeError, ValueError) as error:
+    except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         raise RequestError(422, f"instances: hold no table: {' '.join(str(error).split())}") from None
 
 
