@@ -238,7 +238,7 @@ class _Drive:
                 self._recall()
                 self._train(parallel)
                 best = self._best()
-                self._watcher.say(f"the best is trial {best}; its model is made")
+                self._watcher.say(f"the best is trial {best}")
                 model = self._training.conclude(
                     self._runs, self._runs_of[best], self._past[best].parameters, self._wanted.register
                 )
