@@ -25,7 +25,11 @@ grpc = pytest.importorskip("grpc")
 
 from tests.grpc_client import OIP, PREDICTION, Client, outputs, tensor  # noqa: E402
 
+import tally  # noqa: E402
 from tally.serving import protobuf  # noqa: E402
+from tally.serving.messages import Call  # noqa: E402
+from tally.serving.protocols.base import RequestError  # noqa: E402
+from tally.serving.protocols.tfserving_grpc import TensorFlowServingGrpc  # noqa: E402
 
 SHAPES = REPOSITORY / "examples" / "shapes" / "model"
 CLASSES = (SHAPES / "labels.txt").read_text().split()
@@ -288,6 +292,34 @@ def test_status_and_metadata(client: Client) -> None:
     signatures = protobuf.message("tensorflow.serving.SignatureDefMap")()
     assert found.metadata["signature_def"].Unpack(signatures)
     assert set(signatures.signature_def["serving_default"].inputs) == {"a", "b"}
+
+
+def test_columns_without_an_order_are_no_answer_where_the_model_needs_one() -> None:
+    """A message's map has none: sorted by name, a client's columns would be given to others' places."""
+
+    class Places(tally.Scorer):
+        input = "table"
+        features = 2
+
+        def score(self, batch: Any) -> Any:
+            return [{"first": each} for each in batch.column(0).to_pylist()]
+
+    def asked(name: str, **fields: Any) -> Call:
+        body = protobuf.message(name)(model_spec=spec("places"), **fields).SerializeToString()
+        return Call(1, "tfserving-grpc", body, {"request": name}, 0.0)
+
+    predict, regress = (f"tensorflow.serving.{each}Request" for each in ("Predict", "Regression"))
+    feature = {"float_list": {"value": [1.5]}}
+    example = {"features": {"feature": {"width": feature, "height": feature}}}
+    for call in (
+        asked(predict, inputs={name: numbers("DT_FLOAT", [1]) for name in ("width", "height")}),
+        asked(regress, input={"example_list": {"examples": [example]}}),
+    ):
+        with pytest.raises(RequestError, match=r"ask with one tensor of the shape \[rows, 2\]"):
+            TensorFlowServingGrpc().decode(call, Places())
+    call = asked(predict, inputs={"x": numbers("DT_FLOAT", [3, 1], shape=(1, 2))})
+    table: Any = TensorFlowServingGrpc().decode(call, Places()).items
+    assert [column.to_pylist() for column in table.columns] == [[3.0], [1.0]]
 
 
 def test_examples_are_classified_and_regressed(client: Client) -> None:
