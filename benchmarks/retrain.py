@@ -17,12 +17,12 @@ import numpy as np
 
 from _machine import Runs, introduce, show
 from tally.storage.publish import write_whole
-from tally.training.events import can_write
 from tally.training.retrain.examples import Examples, Parameters
 from tally.training.retrain.head import one_thread, train
 from tally.training.retrain.summaries import Summaries
-from tally.training.runs import Value
-from tally.training.tracking import run
+from tally.training.runs.events import can_write
+from tally.training.runs.store import Value
+from tally.training.runs.tracking import run
 
 CAVEATS = """
 The bottlenecks are made up: as many, and as wide, as those of TensorFlow's flowers (3,670 pictures, five classes) from

@@ -59,7 +59,7 @@ from tally.server.auth.roles import Role
 from tally.server.uploads import Upload
 from tally.sources.queues.base import Depth
 from tally.storage import temporary
-from tally.training.runs import RunState
+from tally.training.runs.store import RunState
 from tally.triggers.store import Run, Schedule
 from tally.triggers.watch import Watch
 

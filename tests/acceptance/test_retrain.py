@@ -13,7 +13,7 @@ from tests.endpoints import serving
 
 import tally
 from tally.models.registry import open_registry
-from tally.training.runs import RunRecord, open_runs
+from tally.training.runs.store import RunRecord, open_runs
 
 BACKBONE = "models/classify/mobilenet_v2_fp32_features.onnx"
 

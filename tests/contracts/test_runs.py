@@ -13,7 +13,7 @@ from tests.services import postgres_database
 from tally.database.connect import connect
 from tally.database.tables import metadata, runs, sweeps
 from tally.errors import OwnershipLostError, RunNotFoundError, RunStateError, SpecError
-from tally.training.runs import RunLease, RunStore, Value
+from tally.training.runs.store import RunLease, RunStore, Value
 from tally.training.sweeps.store import SweepStore
 
 ENVIRONMENT = {"packages": {"numpy": "2"}}

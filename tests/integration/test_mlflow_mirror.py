@@ -20,8 +20,8 @@ from tests.waiting import wait_for
 import tally
 from tally.cli.main import cli
 from tally.errors import RunError
-from tally.training.mlflow_mirror import mirror
-from tally.training.runs import open_runs
+from tally.training.runs.mlflow_mirror import mirror
+from tally.training.runs.store import open_runs
 
 
 @pytest.mark.skipif(not FULL, reason="MLflow's server is asked with TALLY_TEST_FULL=1")

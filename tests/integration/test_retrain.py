@@ -23,7 +23,7 @@ from tally.cli.train_retrain import retrain as command
 from tally.models.registry import open_registry
 from tally.training.retrain import bottlenecks
 from tally.training.retrain.dataset import read
-from tally.training.runs import open_runs
+from tally.training.runs.store import open_runs
 
 Cli = Callable[..., Ran]
 

@@ -19,7 +19,7 @@ from tally.engines import task
 from tally.models.registry import open_registry
 from tally.training.retrain import head
 from tally.training.retrain.examples import Parameters
-from tally.training.runs import open_runs
+from tally.training.runs.store import open_runs
 from tally.training.sweeps import retrain as trials
 from tally.training.sweeps.store import open_sweeps
 

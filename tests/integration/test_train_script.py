@@ -18,8 +18,8 @@ from tally.cli.main import cli
 from tally.errors import RunNotFoundError, SourceNotFoundError, SpecError
 from tally.models.registry import open_registry
 from tally.models.resolve import resolve
-from tally.training.runs import open_runs
-from tally.training.script import ScriptTraining
+from tally.training.runs.store import open_runs
+from tally.training.scripts.script import ScriptTraining
 
 AZURE = """
 import argparse, logging, os, pickle

@@ -14,8 +14,8 @@ from pyarrow import csv, parquet
 
 from tally.cli.simulate import simulate as command
 from tally.errors import OutputExistsError, SpecError
-from tally.training import synthetic_readings
-from tally.training.synthetic_readings import KINDS, Readings
+from tally.training.anomaly import synthetic_readings
+from tally.training.anomaly.synthetic_readings import KINDS, Readings
 
 OUT = Path("nowhere")
 

@@ -15,10 +15,10 @@ import tally
 from tally.database.tables import runs
 from tally.errors import OwnershipLostError, RunStateError, SpecError
 from tally.models.registry import open_registry
-from tally.training.events import EventWriter, Node, histogram
-from tally.training.pictures import as_picture
-from tally.training.runs import Figures, open_runs
-from tally.training.tracking import artifacts, logged_pictures
+from tally.training.runs.events import EventWriter, Node, histogram
+from tally.training.runs.pictures import as_picture
+from tally.training.runs.store import Figures, open_runs
+from tally.training.runs.tracking import artifacts, logged_pictures
 
 
 def test_a_run_keeps_all_that_was_logged(tmp_path: Path) -> None:

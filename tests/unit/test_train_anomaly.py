@@ -20,8 +20,8 @@ from tally.engines.local import LocalEngine
 from tally.errors import ModelError, OutputExistsError, SourceNotFoundError, SpecError, WorkerCrashedError
 from tally.scorers.base import TableResult
 from tally.scorers.per_key.packed import PackedScorer, inspect
-from tally.training import anomaly
-from tally.training.anomaly import MIN_ROWS, Group, Recipe, Step, Trained, Training, fit_key, sample
+from tally.training.anomaly import training as anomaly
+from tally.training.anomaly.training import MIN_ROWS, Group, Recipe, Step, Trained, Training, fit_key, sample
 
 
 def readings(path: Path, series: Mapping[tuple[int, str], np.ndarray[Any, Any]]) -> Path:

@@ -22,10 +22,10 @@ from tally.models.load import load
 from tally.models.registry import registry_name
 from tally.models.resolve import resolve
 from tally.scorers.base import Item
-from tally.training import style
-from tally.training.style import Step, Training
-from tally.training.style_network import SMALLEST_STYLE
-from tally.training.synthetic_images import draw
+from tally.training.style import training as style
+from tally.training.style.network import SMALLEST_STYLE
+from tally.training.style.synthetic_images import draw
+from tally.training.style.training import Step, Training
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "style"
 NO_TORCH = "PyTorch is not installed: pip install 'tally-scoring[train]'"
@@ -219,7 +219,7 @@ def test_the_command_registers_what_it_trained(
 
 @pytest.mark.parametrize("shape", [(1, 36, 64), (2, 33, 47), (1, 9, 10), (1, 20, 601)])
 def test_onnx_equals_pytorch(torch: Any, shape: tuple[int, int, int]) -> None:
-    from tally.training.style_network import initial, restyle, to_onnx
+    from tally.training.style.network import initial, restyle, to_onnx
 
     count, height, width = shape
     generator = torch.Generator().manual_seed(1)

@@ -13,10 +13,10 @@ from tally.cli.foreground import duration
 from tally.text import local_time, visible
 
 if TYPE_CHECKING:
-    from tally.training.runs import RunRecord
+    from tally.training.runs.store import RunRecord
 
 RUN_STATES = ("running", "interrupted", "failed", "killed", "finished")
-"""Those of ``tally.training.runs``, which takes time to import; a test keeps them the same."""
+"""Those of ``tally.training.runs.store``, which takes time to import; a test keeps them the same."""
 SHOWN_METRICS = 3
 """Metrics of a run that the list shows."""
 
@@ -39,7 +39,7 @@ def runs() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(as_json: bool, **wanted: Any) -> None:
     """List the newest runs. Filters combine: a run must match all of them."""
-    from tally.training.runs import open_runs
+    from tally.training.runs.store import open_runs
 
     page = open_runs().list(**wanted)
     if as_json:
@@ -64,7 +64,7 @@ def list_(as_json: bool, **wanted: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(run: str, metric: str | None, as_json: bool) -> None:
     """Parameters, metrics, files, models, code, data, environment, cost and error of a run."""
-    from tally.training.runs import open_runs
+    from tally.training.runs.store import open_runs
 
     store = open_runs()
     record = store.get(run)
@@ -91,8 +91,8 @@ def show(run: str, metric: str | None, as_json: bool) -> None:
 def compare(run: tuple[str, ...], sweep: str | None, metric: str | None, lowest: bool, as_json: bool) -> None:
     """What differs between runs: parameters, and the last value of each metric."""
     from tally.errors import SpecError
-    from tally.training.compare import best_first, differing
-    from tally.training.runs import open_runs
+    from tally.training.runs.compare import best_first, differing
+    from tally.training.runs.store import open_runs
 
     store = open_runs()
     records = [store.get(each) for each in run]
@@ -125,8 +125,8 @@ def compare(run: tuple[str, ...], sweep: str | None, metric: str | None, lowest:
 @click.option("--run", "start", is_flag=True, help="Run the command now.")
 def reproduce(run: str, start: bool) -> int:
     """Print the command that gives the same, and what is different here from what it was then; --run runs it."""
-    from tally.training.reproduce import recipe
-    from tally.training.runs import open_runs
+    from tally.training.runs.reproduce import recipe
+    from tally.training.runs.store import open_runs
 
     found = recipe(open_runs().get(run))
     for each in found.differences:
@@ -146,8 +146,8 @@ def mirror(run: tuple[str, ...], sweep: str | None, uri: str, experiment: str) -
     With TALLY_MLFLOW=URL in the environment, every run is brought there when it ends.
     """
     from tally.errors import SpecError
-    from tally.training.mlflow_mirror import mirror as bring
-    from tally.training.runs import open_runs
+    from tally.training.runs.mlflow_mirror import mirror as bring
+    from tally.training.runs.store import open_runs
 
     store = open_runs()
     records = [store.get(each) for each in run]
@@ -165,8 +165,8 @@ def mirror(run: tuple[str, ...], sweep: str | None, uri: str, experiment: str) -
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def delete(run: str, keep_files: bool, dry_run: bool) -> None:
     """Forget a run, and remove its files where Tally has made their folder. Models that it registered stay."""
-    from tally.training.runs import open_runs
-    from tally.training.tracking import is_own_folder, remove
+    from tally.training.runs.store import open_runs
+    from tally.training.runs.tracking import is_own_folder, remove
 
     store = open_runs()
     record = store.get(run)
@@ -188,8 +188,8 @@ def delete(run: str, keep_files: bool, dry_run: bool) -> None:
 @click.option("--port", type=click.IntRange(0, 65535), default=6006, show_default=True, help="0: any that is free.")
 def tensorboard(run: tuple[str, ...], sweep: str | None, limit: int, host: str, port: int) -> int:
     """Start TensorBoard with the event files of runs: of those that are named, of a sweep, or of the newest."""
-    from tally.training.runs import open_runs
-    from tally.training.tensorboard import show as show_runs
+    from tally.training.runs.store import open_runs
+    from tally.training.runs.tensorboard import show as show_runs
 
     store = open_runs()
     records = [store.get(each) for each in run]
@@ -215,8 +215,8 @@ def _shown(value: Any) -> str:
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
-    from tally.training.origin import typed
-    from tally.training.tracking import artifacts, logged_pictures
+    from tally.training.runs.origin import typed
+    from tally.training.runs.tracking import artifacts, logged_pictures
 
     folder = Path(record.folder)
     facts = [("run", record.id), ("name", record.name), ("kind", record.kind), ("state", record.state)]

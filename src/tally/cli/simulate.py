@@ -71,7 +71,7 @@ def readings(
     tally simulate readings --devices 1000 --sensors 5 --hours 24 --out readings/
     tally simulate readings --anomalies 1% --labels truth.csv --out readings.csv
     """
-    from tally.training.synthetic_readings import Readings
+    from tally.training.anomaly.synthetic_readings import Readings
 
     simulated = Readings(
         out=out,

@@ -183,7 +183,7 @@ def script(
     tally sweep script train.py -p lr=log:1e-4..1 -p epochs=5 --metric loss --lowest --trials 30 --prune
     """
     from tally.jobs.stop import Stop
-    from tally.training.script import ScriptTraining
+    from tally.training.scripts.script import ScriptTraining
     from tally.training.sweeps.script import ScriptTrials
     from tally.training.sweeps.sweep import Sweep
 

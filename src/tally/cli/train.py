@@ -15,8 +15,8 @@ from tally.cli.train_script import script
 from tally.cli.values import duration, names, share
 
 if TYPE_CHECKING:
-    from tally.training import anomaly as anomalies
-    from tally.training.style import Step
+    from tally.training.anomaly import training as anomalies
+    from tally.training.style.training import Step
 
 SHOWN = 5
 """The most keys without a model that are named."""
@@ -71,8 +71,8 @@ def style(
     """
     from tally.models.registry import open_registry, registry_name
     from tally.models.resolve import resolve
-    from tally.training.style import Training
-    from tally.training.tracking import run
+    from tally.training.runs.tracking import run
+    from tally.training.style.training import Training
 
     name = registry_name(name or out.absolute().name)
     training = Training(
@@ -167,8 +167,8 @@ def anomaly(
     from tally.jobs.spec import CSV_VALUES
     from tally.models.registry import open_registry, registry_name
     from tally.models.resolve import resolve
-    from tally.training.anomaly import Recipe, Training
-    from tally.training.tracking import run
+    from tally.training.anomaly.training import Recipe, Training
+    from tally.training.runs.tracking import run
 
     name = registry_name(name or out.absolute().name)
     recipe = Recipe(kind=kind, nu=nu, gamma=_gamma(gamma), max_rows=max_rows, seed=seed)

@@ -13,7 +13,7 @@ from tally.cli.console import literal_pairs, say
 from tally.cli.values import duration
 
 if TYPE_CHECKING:
-    from tally.training.tracking import Run
+    from tally.training.runs.tracking import Run
 
 
 @click.command(
@@ -71,7 +71,7 @@ def script(
     tally train script train.py -p lr=0.01 -p epochs=5
     tally train script train.py --train-set labels.csv images/ --test-set test.csv images/
     """
-    from tally.training.script import ScriptTraining
+    from tally.training.scripts.script import ScriptTraining
 
     texts = literal_pairs("-p", [each if "=" in each else f"{each}=" for each in parameters])
     training = ScriptTraining(

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tally.training.tracking import Run as Run
-    from tally.training.tracking import run as run
+    from tally.training.runs.tracking import Run as Run
+    from tally.training.runs.tracking import run as run
 
 __all__ = ["Run", "run"]
 
@@ -14,5 +14,5 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from importlib import import_module
 
-        return getattr(import_module("tally.training.tracking"), name)
+        return getattr(import_module("tally.training.runs.tracking"), name)
     raise AttributeError(f"module 'tally.training' has no attribute {name!r}")

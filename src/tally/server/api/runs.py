@@ -11,8 +11,8 @@ from tally.server.api.views import CurveView, RunDetail, RunList, RunView
 from tally.server.auth.guard import Admin, Viewer
 from tally.server.errors import answers
 from tally.server.once import OnceRoute
-from tally.training.runs import RunState, RunStore
-from tally.training.tracking import remove
+from tally.training.runs.store import RunState, RunStore
+from tally.training.runs.tracking import remove
 
 router = APIRouter(
     prefix="/runs", tags=["runs"], route_class=OnceRoute, responses=answers(400, 401, 403, 404, 409, 422, 429, 503)

@@ -17,7 +17,7 @@ from tally.server.auth.roles import Role
 from tally.serving.deployments import Deployment, EndpointSpec
 from tally.serving.settings import Limits
 from tally.sources.queues.base import Message
-from tally.training.runs import RunRecord, RunState
+from tally.training.runs.store import RunRecord, RunState
 from tally.triggers.cron import Interval
 from tally.triggers.store import Run, Schedule
 from tally.triggers.watch import Seen, Watch

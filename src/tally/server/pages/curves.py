@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tally.training.runs import Curve, RunRecord
+from tally.training.runs.store import Curve, RunRecord
 
 WIDE, TALL = 600, 200
 """Of a figure of curves, without its margins."""

@@ -21,10 +21,10 @@ from tally.server.gallery import MAX_BYTES
 from tally.server.middleware import POLICY_OF_FILES
 from tally.server.pages.curves import AXES_TALL, AXES_WIDE, TALL, WIDE, figure, parallel, shown
 from tally.server.pages.render import page, stream
-from tally.training.compare import best_first, differing
-from tally.training.runs import RUN_STATES, Curve, RunRecord, RunStore
-from tally.training.script import OUTPUT
-from tally.training.tracking import artifacts, is_own_folder, logged_pictures, remove
+from tally.training.runs.compare import best_first, differing
+from tally.training.runs.store import RUN_STATES, Curve, RunRecord, RunStore
+from tally.training.runs.tracking import artifacts, is_own_folder, logged_pictures, remove
+from tally.training.scripts.script import OUTPUT
 
 router = APIRouter(include_in_schema=False, route_class=GuardedRoute)
 

@@ -29,7 +29,6 @@ from tally.models.hashing import content_hash
 from tally.models.reference import ModelRef
 from tally.storage.publish import write_whole
 from tally.text import storable
-from tally.training.events import can_write
 from tally.training.retrain import bottlenecks
 from tally.training.retrain.bottlenecks import Backbone, Bottlenecks, Drive, duplicates
 from tally.training.retrain.dataset import Dataset, read
@@ -38,8 +37,9 @@ from tally.training.retrain.examples import Examples, Parameters
 from tally.training.retrain.head import Evaluation, Head, State, Tested, Trained, evaluate, one_thread, train
 from tally.training.retrain.result import Sample, check_library, check_name, write
 from tally.training.retrain.summaries import Summaries, test_pictures
-from tally.training.runs import EVENTS, Value, open_runs
-from tally.training.tracking import Run, run
+from tally.training.runs.events import can_write
+from tally.training.runs.store import EVENTS, Value, open_runs
+from tally.training.runs.tracking import Run, run
 
 KIND = "retrain"
 """Of the run."""

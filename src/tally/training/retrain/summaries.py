@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tally.errors import ItemError
 from tally.media.images import decode
-from tally.training.events import EventWriter, Node, histogram
 from tally.training.retrain.dataset import Dataset
 from tally.training.retrain.examples import Indices
 from tally.training.retrain.head import Batch, Evaluation, Head, Tested
-from tally.training.synthetic_images import Pixels
+from tally.training.runs.events import EventWriter, Node, histogram
+from tally.training.style.synthetic_images import Pixels
 
 SECONDS = 1.0
 """Evaluations of so long are handed over to the files together: their threads would wake for each."""

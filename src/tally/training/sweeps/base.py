@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tally.engines.base import Engine
-from tally.training.runs import RunStore
+from tally.training.runs.store import RunStore
+from tally.training.runs.tracking import Run
 from tally.training.sweeps.space import Value
-from tally.training.tracking import Run
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
     """How a trial ended. step: that its result is of; None: the last. error: why it failed. stopped: before its end.
 
-    cost: of its run, as :class:`tally.training.cost.Meter` measures it.
+    cost: of its run, as :class:`tally.training.runs.cost.Meter` measures it.
     """
 
     step: int | None = None
@@ -33,7 +33,7 @@ class Trials(ABC):
 
     kind: of their runs. types: of the parameters that there are; None: any. goes_on: a trial that was lost goes on in
     its run from its checkpoint; otherwise it begins anew, in another run. code: what a run says of its code, see
-    :class:`tally.training.runs.RunRecord`; None: what it says by itself.
+    :class:`tally.training.runs.store.RunRecord`; None: what it says by itself.
     """
 
     kind: ClassVar[str]

@@ -16,9 +16,6 @@ from tally.engines import task
 from tally.engines.base import Engine, Reports
 from tally.errors import SpecError, StorageError
 from tally.storage.publish import write_whole
-from tally.training import origin
-from tally.training.cost import Meter
-from tally.training.events import EventWriter, can_write
 from tally.training.retrain.examples import Examples, Parameters
 from tally.training.retrain.head import Evaluation, State, Trained, train
 from tally.training.retrain.retraining import (
@@ -33,11 +30,14 @@ from tally.training.retrain.retraining import (
     prepare,
 )
 from tally.training.retrain.summaries import Summaries
-from tally.training.runs import EVENTS, RunStore
-from tally.training.runs import Value as Measured
+from tally.training.runs import origin
+from tally.training.runs.cost import Meter
+from tally.training.runs.events import EventWriter, can_write
+from tally.training.runs.store import EVENTS, RunStore
+from tally.training.runs.store import Value as Measured
+from tally.training.runs.tracking import Run, run
 from tally.training.sweeps.base import Ended, Trials
 from tally.training.sweeps.space import Value
-from tally.training.tracking import Run, run
 
 METRICS: Mapping[str, bool] = {
     "validation_cross_entropy": True,

@@ -13,14 +13,14 @@ from typing import Any
 from tally.engines import task
 from tally.engines.base import Engine
 from tally.errors import RunError, StorageError
-from tally.training import origin
-from tally.training.child import Office
-from tally.training.cost import Meter
-from tally.training.runs import RunStore, plain
-from tally.training.script import Followed, ScriptTraining
+from tally.training.runs import origin
+from tally.training.runs.child import Office
+from tally.training.runs.cost import Meter
+from tally.training.runs.store import RunStore, plain
+from tally.training.runs.tracking import DatabaseBook, Run, run
+from tally.training.scripts.script import Followed, ScriptTraining
 from tally.training.sweeps.base import Ended, Trials
 from tally.training.sweeps.space import Value
-from tally.training.tracking import DatabaseBook, Run, run
 
 LOOK_SECONDS = 0.1
 """Between two looks whether a trial is to be stopped."""

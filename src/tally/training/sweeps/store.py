@@ -1,6 +1,6 @@
 """The store of sweeps and their trials. One process drives a sweep at a time; each change names its lease's token.
 
-What a trial measures is its run's: see :mod:`tally.training.runs`.
+What a trial measures is its run's: see :mod:`tally.training.runs.store`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tally.database.tables import sweeps, trials
 from tally.errors import OwnershipLostError, RunNotFoundError, RunStateError
 from tally.jobs.store import new_id
 from tally.text import storable
-from tally.training.runs import LEASE_SECONDS, plain
+from tally.training.runs.store import LEASE_SECONDS, plain
 
 SweepState: TypeAlias = Literal["running", "interrupted", "failed", "finished"]
 """A sweep whose process was lost, or was stopped by its user, is interrupted."""

@@ -39,21 +39,21 @@ from tally.errors import (
 from tally.jobs.stop import Stop
 from tally.jobs.store import new_id
 from tally.storage.publish import write_whole
-from tally.training.runs import EVENTS, RunStore, open_runs
-from tally.training.runs import Value as Measured
+from tally.training.runs.store import EVENTS, RunStore, open_runs
+from tally.training.runs.store import Value as Measured
+from tally.training.runs.tracking import FLUSH_SECONDS, DatabaseBook, Run, remove, run
 from tally.training.sweeps import sampling
 from tally.training.sweeps.base import Ended, Trials
 from tally.training.sweeps.sampling import Judge, Past, SamplerName
 from tally.training.sweeps.space import Choices, Space, Value, read
 from tally.training.sweeps.store import SweepLease, SweepStore, open_sweeps
-from tally.training.tracking import FLUSH_SECONDS, DatabaseBook, Run, remove, run
 
 log = logging.getLogger("tally")
 
 ATTEMPTS = 3
 """How often a trial is begun whose worker is lost, without the sweep itself having been interrupted."""
 STOP_SECONDS = 15.0
-"""How long a trial may take to end, once it is asked to; a script has less, see :mod:`tally.training.script`."""
+"""How long a trial may take to end, once it is asked to; a script has less (:mod:`tally.training.scripts.script`)."""
 INPUTS, BOARD, PRINTED = "inputs.json", "tensorboard", "workers.txt"
 """In the sweep's folder: hashes of what is trained from; a folder for TensorBoard; what workers print."""
 TRIAL = "trial"

@@ -17,7 +17,7 @@ from typing import Any
 from tally.masking import mask
 from tally.models.hashing import combined, content_files, content_hash, known_hash
 from tally.scorers.scripts.classes import local_modules
-from tally.training.runs import is_secret
+from tally.training.runs.store import is_secret
 from tally.version import shown
 
 GIT_SECONDS = 5.0

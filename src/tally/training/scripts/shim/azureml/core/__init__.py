@@ -1,8 +1,8 @@
-"""``azureml.core``: see :mod:`tally.training.azureml`."""
+"""``azureml.core``: see :mod:`tally.training.scripts.azureml`."""
 
 from typing import Any
 
-from tally.training.azureml import PROVIDED, missing
+from tally.training.scripts.azureml import PROVIDED, missing
 
 
 def __getattr__(name: str) -> Any:

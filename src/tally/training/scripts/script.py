@@ -25,10 +25,11 @@ from tally.config import append_private
 from tally.errors import SourceNotFoundError, SpecError, StorageError
 from tally.jobs.signals import stop_signals
 from tally.text import visible
-from tally.training import origin, shim
-from tally.training.child import Office
-from tally.training.runs import RunState, open_runs
-from tally.training.tracking import DatabaseBook, Run, run
+from tally.training.runs import origin
+from tally.training.runs.child import Office
+from tally.training.runs.store import RunState, open_runs
+from tally.training.runs.tracking import DatabaseBook, Run, run
+from tally.training.scripts import shim
 
 COLLECTED = ("outputs", "logs")
 """Folders of a script that become part of its run."""
@@ -175,7 +176,7 @@ class ScriptTraining:
         *,
         stops: Callable[[Callable[[int], None]], AbstractContextManager[None]] = stop_signals,
     ) -> Followed:
-        """Start the script and follow it to its end. It knows no database: see :mod:`tally.training.child`.
+        """Start the script and follow it to its end. It knows no database: see :mod:`tally.training.runs.child`.
 
         place: the run's folder. office: the environment of who keeps the run. stops: while this context lasts, it calls
         what it was given to stop the script, with 1, and with 2 to kill it. Raises StorageError, SpecError.

@@ -28,8 +28,8 @@ from tally.errors import (
     StorageError,
 )
 from tally.media.images import decode, suffixes
-from tally.training.style_network import SMALLEST_STYLE, initial, restyle, to_onnx
-from tally.training.synthetic_images import Pixels, draw
+from tally.training.style.network import SMALLEST_STYLE, initial, restyle, to_onnx
+from tally.training.style.synthetic_images import Pixels, draw
 
 BATCH_SIZE = 3
 """Content pictures per step."""
@@ -103,7 +103,7 @@ class Training:
         Raises ModelError, ModelLoadError, SpecError, StorageError.
         """
         torch, writer_of = _libraries()
-        from tally.training.style_losses import RandomFilters, Vgg
+        from tally.training.style.losses import RandomFilters, Vgg
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         style = self._style()

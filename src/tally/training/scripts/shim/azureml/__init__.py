@@ -1,4 +1,4 @@
-"""Of Azure ML's packages, what training scripts use; see :mod:`tally.training.azureml`."""
+"""Of Azure ML's packages, what training scripts use; see :mod:`tally.training.scripts.azureml`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
 
-from tally.training.azureml import missing
+from tally.training.scripts.azureml import missing
 
 
 class _Missing(MetaPathFinder):

@@ -16,7 +16,7 @@ from typing import Any
 
 from tally.errors import RunError, TallyError, error_line
 from tally.masking import mask
-from tally.training.runs import EVENTS, RunRecord, RunStore
+from tally.training.runs.store import EVENTS, RunRecord, RunStore
 
 log = logging.getLogger("tally")
 

@@ -26,11 +26,11 @@ from tally.database.renewer import LeaseRenewer
 from tally.database.waiting import Patience
 from tally.errors import OwnershipLostError, RunStateError, SpecError, StorageError, error_line
 from tally.jobs.store import new_id
-from tally.training import origin
-from tally.training.child import ParentBook, parent
-from tally.training.cost import Meter
-from tally.training.mlflow_mirror import mirror_if_asked
-from tally.training.runs import (
+from tally.training.runs import origin
+from tally.training.runs.child import ParentBook, parent
+from tally.training.runs.cost import Meter
+from tally.training.runs.mlflow_mirror import mirror_if_asked
+from tally.training.runs.store import (
     EVENTS,
     LONGEST_METRIC,
     PICTURES,
@@ -47,7 +47,7 @@ from tally.training.runs import (
 
 if TYPE_CHECKING:
     from tally.models.registry import ModelVersion
-    from tally.training.events import EventWriter
+    from tally.training.runs.events import EventWriter
 
 log = logging.getLogger("tally")
 
@@ -131,7 +131,7 @@ class Run:
     def log_image(self, name: str, picture: Any, step: int = 0) -> Path:
         """Log a picture: an array (height × width × 3, or height × width; uint8 or floats from 0 to 1), a PIL image, a
         matplotlib figure, encoded bytes, or a file's path. Returns the file that it became. Raises SpecError."""
-        from tally.training.pictures import as_picture, png
+        from tally.training.runs.pictures import as_picture, png
 
         with self._lock:
             self._open()
@@ -209,7 +209,7 @@ class Run:
     @property
     def events(self) -> EventWriter | None:
         """Writes the run's event files for TensorBoard; None where the package ``tensorboard`` is missing."""
-        from tally.training.events import EventWriter, can_write
+        from tally.training.runs.events import EventWriter, can_write
 
         with self._lock:
             if self._events is None and not self._ended:
@@ -446,7 +446,7 @@ def run(
     data: name to place of what it is trained from. resume: the id of a run that was interrupted, killed or has failed:
     it is trained again, under its name, in its folder; reopen: also one that is finished. kind, sweep, command, code:
     what it says of itself, see
-    :class:`tally.training.runs.RunRecord`. store: of another database.
+    :class:`tally.training.runs.store.RunRecord`. store: of another database.
     In a script that ``tally train script`` has started, it is that command's run.
 
     Raises SpecError, StorageError, RunNotFoundError, RunStateError.

@@ -14,8 +14,8 @@ from typing import Any
 from tally.errors import RunError
 from tally.masking import HIDDEN
 from tally.processes import command as tally_command
-from tally.training import origin
-from tally.training.runs import RunRecord
+from tally.training.runs import origin
+from tally.training.runs.store import RunRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 import numpy as np
 
 from tally.errors import RunError, StorageError
-from tally.training.pictures import as_picture, png
+from tally.training.runs.pictures import as_picture, png
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -104,7 +104,7 @@ class EventWriter:
 
         histograms: arrays of any shape, of which BUCKETS buckets are counted; what is not finite is left out. Or what
             :func:`histogram` has made of one, for files that show the same.
-        images: as of :func:`tally.training.pictures.as_picture`. at: seconds since the epoch; now by default.
+        images: as of :func:`tally.training.runs.pictures.as_picture`. at: seconds since the epoch; now by default.
         """
         summary = self._summary()
         for tag, number in scalars.items():

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tally import processes
 from tally.errors import RunError
-from tally.training.events import can_write
-from tally.training.runs import EVENTS, RunRecord
+from tally.training.runs.events import can_write
+from tally.training.runs.store import EVENTS, RunRecord
 
 
 def show(records: Sequence[RunRecord], *, host: str, port: int, say: Callable[[str], object]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tally.errors import SpecError
 from tally.text import did_you_mean
-from tally.training.runs import RunRecord
+from tally.training.runs.store import RunRecord
 
 
 def differing(records: Sequence[RunRecord]) -> tuple[list[str], list[str]]:

@@ -1,7 +1,7 @@
 """What training scripts in the Azure ML manner import from ``azureml.core``, for machines without Azure ML.
 
-``tally train script`` puts the packages of :mod:`tally.training.shim` on the script's path, and these stand there. What
-is logged goes to the run of that command; what is not here says so by name.
+``tally train script`` puts the packages of :mod:`tally.training.scripts.shim` on the script's path, and these stand
+there. What is logged goes to the run of that command; what is not here says so by name.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tally.errors import RunError, SpecError
-from tally.training.tracking import Run as TallyRun
-from tally.training.tracking import run as begin
+from tally.training.runs.tracking import Run as TallyRun
+from tally.training.runs.tracking import run as begin
 
 log = logging.getLogger("tally")
 

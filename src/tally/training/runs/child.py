@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tally.errors import OwnershipLostError, RunError, SpecError, TallyError, error_line
-from tally.training.runs import RunState, Value, plain
+from tally.training.runs.store import RunState, Value, plain
 
 if TYPE_CHECKING:
-    from tally.training.tracking import DatabaseBook, Run
+    from tally.training.runs.tracking import DatabaseBook, Run
 
 log = logging.getLogger("tally")
 

@@ -1,0 +1,5 @@
+"""``azureml.core.run``: see :mod:`tally.training.scripts.azureml`."""
+
+from tally.training.scripts.azureml import Run
+
+__all__ = ["Run"]
