@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,13 +55,18 @@ class Kept:
 
     def mark(self, **headers: str) -> Any:
         """The mark of one answer."""
+        status, body = self.asked("/score", headers)
+        return body["mark"] if status == 200 else body["message"]
+
+    def asked(self, path: str, headers: Mapping[str, str] = {}) -> tuple[int, Any]:
+        """Status and JSON of an answer to a POST."""
         url = urlsplit(self.store.get("plastic").url or "")
         connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=SECONDS)
-        connection.request("POST", "/score", b"x", headers)
+        connection.request("POST", path, b"x", headers)
         answer = connection.getresponse()
         body = json.loads(answer.read())
         connection.close()
-        return body["mark"] if answer.status == 200 else body["message"]
+        return answer.status, body
 
     @property
     def pid(self) -> int:
@@ -90,6 +95,9 @@ def test_versions_shares_and_the_way_back(kept: Kept, cli: Callable[..., Ran]) -
     assert marks.count("second") < 45
     assert kept.mark(**{"X-Tally-Version": "2"}) == "second"
     assert "no version '3'" in kept.mark(**{"azureml-model-deployment": "3"})
+    for what, status in (("load", 200), ("unload", 400)):  # no client changes what the row says
+        assert kept.asked(f"/v2/repository/models/plastic/{what}")[0] == status
+    assert kept.mark(**{"X-Tally-Version": "2"}) == "second"
     assert cli("endpoints", "split", "plastic", "1=0", "2=100").code == 0
     assert {kept.mark() for _ in range(10)} == {"second"}
     assert "no version '1'" in kept.mark(**{"X-Tally-Version": "1"})

@@ -55,7 +55,7 @@ def _fleet(target: str, context: str | None, namespace: str | None) -> Fleet | N
     return targets.fleet(target, **where)
 
 
-@endpoints.command("list")
+@endpoints.command("list", short_help="All endpoints, here or on a cluster.")
 @_at_target
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(target: str, context: str | None, namespace: str | None, as_json: bool) -> None:

@@ -19,6 +19,7 @@ from tally.errors import EndpointNotFoundError, OwnershipLostError, TallyError, 
 from tally.serving.deployments import LEASE_SECONDS, Deployment, DeploymentStore, EndpointSpec
 from tally.serving.endpoint import Endpoint, label_of
 from tally.serving.pool import facts
+from tally.serving.protocols.base import RequestError, Route
 from tally.serving.server import ModelServer, run
 from tally.serving.settings import KEYS, ModelSettings, ServeSettings
 
@@ -60,6 +61,15 @@ class DeployedServer(ModelServer):
 
     async def reload(self) -> None:
         """Nothing: what the row says is what is served."""
+
+    async def manage(self, route: Route) -> None:
+        """Nothing is loaded or unloaded for a client: what the row says is what is served. Raises RequestError where
+        that is asked to end, or is not loaded."""
+        endpoint = self.endpoint(route)
+        if route.operation == "unload":
+            raise RequestError(400, f"{endpoint.name} is kept online: 'tally endpoints delete {endpoint.name}' ends it")
+        if not endpoint.ready:
+            raise RequestError(503, f"{endpoint.name} is not loaded", **{"Retry-After": "1"})
 
     async def _follow(self) -> None:
         """Say what is served, and serve what is wanted, until the row or the lease is gone."""

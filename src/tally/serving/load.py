@@ -256,12 +256,10 @@ def told(report: LoadReport) -> Sequence[str]:
     total = sum(report.statuses.values()) + sum(report.errors.values())
     lines = [
         f"{report.rate:,.1f} requests/s answered with 200, {report.concurrency} clients, {report.seconds:.1f} s",
-        "latency  "
-        + "  ".join(
-            f"{name} {report.percentile(share) * 1000:,.2f} ms"
-            for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0))
-        ),
     ]
+    if report.latencies:
+        marks = (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0))
+        lines.append("latency  " + "  ".join(f"{n} {report.percentile(share) * 1000:,.2f} ms" for n, share in marks))
     failed = [f"{count:,} × status {status}" for status, count in sorted(report.statuses.items()) if status != 200]
     failed += [f"{count:,} × {what}" for what, count in sorted(report.errors.items())]
     lines.append(f"{total:,} requests, {'; '.join(failed) or 'no error'}")
