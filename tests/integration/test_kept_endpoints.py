@@ -106,17 +106,19 @@ def test_versions_shares_and_the_way_back(kept: Kept, cli: Callable[..., Ran]) -
     assert cli("endpoints", "scale", "plastic", "2").code == 0
     shown = cli("endpoints", "show", "plastic")
     assert shown.out.count("  replica ") == 4  # two of each version
+    assert "4 of 4" in cli("endpoints", "list").out
     wrong = cli("endpoints", "split", "plastic", "7=100")
     assert wrong.code == 2
     assert "there is no version '7'" in wrong.err
     assert "plastic" in cli("endpoints", "list").out
 
 
-def test_a_shadow_gets_copies_and_answers_nobody(kept: Kept) -> None:
+def test_a_shadow_gets_copies_and_answers_nobody(kept: Kept, cli: Callable[..., Ran]) -> None:
     kept.make("first")
     second = kept.version("second")
     kept.change(lambda spec: EndpointSpec({**spec.versions, "2": second}, {"1": 100.0}, shadows={"2": 1.0}, port=0))
     assert {kept.mark() for _ in range(20)} == {"first"}
+    assert "1: 100%, 2: a copy of 100%" in cli("endpoints", "list").out
     url = urlsplit(kept.store.get("plastic").url or "")
     connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=SECONDS)
     deadline = time.monotonic() + SECONDS

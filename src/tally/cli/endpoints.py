@@ -251,11 +251,15 @@ def _numbers(pairs: tuple[str, ...], what: str) -> dict[str, float]:
 
 def _shares(spec: EndpointSpec) -> str:
     total = sum(spec.split.values())
-    return ", ".join(f"{number}: {share / total:.0%}" for number, share in spec.split.items() if share)
+    told = [f"{number}: {share / total:.0%}" for number, share in spec.split.items() if share]
+    told += [f"{number}: a copy of {share:.0%}" for number, share in spec.shadows.items() if share]
+    return ", ".join(told)
 
 
 def _replicas(deployment: Deployment) -> str:
-    least, most = deployment.spec.limits.replicas
+    spec = deployment.spec
+    versions = {number for shares in (spec.split, spec.shadows) for number, share in shares.items() if share}
+    least, most = (each * len(versions) for each in spec.limits.replicas)  # of each version
     wanted = str(least) if least == most else f"{least}..{most}"
     ready = sum(pool["ready"] for pool in deployment.observed.get("pools", ())) if deployment.alive else 0
     return f"{ready} of {wanted}"
