@@ -212,6 +212,42 @@ def test_rows_are_counted_and_tables_of_one_schema_go_together(planes: Callable[
     assert plane.answer(numbers[0]).rows == 60
 
 
+def test_columns_by_name_are_not_given_to_a_model_that_takes_them_by_place(planes: Callable[..., Plane]) -> None:
+    """Clients that sort the names of an object would get others' answers."""
+
+    class Differences(Scorer):
+        input = "table"
+        features = 2
+
+        def score(self, batch: pa.Table) -> Any:
+            return pa.table({"difference": [x - y for x, y in zip(*batch.to_pydict().values(), strict=True)]})
+
+    plane = planes(Differences())
+    kind = {"header:content-type": "application/json"}
+    tensors = [{"name": name, "shape": [1], "datatype": "INT64", "data": [at]} for at, name in enumerate("wh")]
+    for protocol, body in [
+        ("azureml", {"data": [{"width": 5, "height": 3}]}),
+        ("azureml", {"width": [5], "height": [3]}),
+        ("tfserving", {"instances": [{"width": 5, "height": 3}]}),
+        ("tfserving", {"inputs": {"width": [5], "height": [3]}}),
+        ("openinference", {"inputs": tensors}),
+    ]:
+        answer = plane.answer(plane.call(json.dumps(body).encode(), protocol, **kind))
+        assert answer.status == 400, body
+        assert "have an order and no names" in answer.body.decode()
+        assert "--set features=" in answer.body.decode()
+    tensor = {"name": "x", "shape": [1, 2], "datatype": "INT64", "data": [5, 3]}
+    for protocol, body in [
+        ("azureml", {"data": [[5, 3]]}),
+        ("azureml", {"columns": ["width", "height"], "data": [[5, 3]]}),
+        ("tfserving", {"instances": [[5, 3]]}),
+        ("openinference", {"inputs": [tensor]}),
+    ]:
+        answer = plane.answer(plane.call(json.dumps(body).encode(), protocol, **kind))
+        assert answer.status == 200, answer.body
+        assert "2" in answer.body.decode()
+
+
 def test_a_call_with_more_items_than_a_batch_is_scored_in_parts(planes: Callable[..., Plane]) -> None:
     scorer = Echo()
     plane = planes(scorer)

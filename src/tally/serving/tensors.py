@@ -18,7 +18,7 @@ import numpy as np
 from tally.scorers.base import Item, Result, Scorer
 from tally.serving import values
 from tally.serving.metadata import ITEM_INPUT
-from tally.serving.protocols.base import RequestError, Work, check_all
+from tally.serving.protocols.base import RequestError, Work, check_all, check_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,7 @@ def _table(tensors: Sequence[Tensor], scorer: Scorer) -> Any:
             raise RequestError(422, f"inputs.{tensor.name}: should have {count} columns, not {width}")
         names = [f"f{at}" for at in range(width)] if features is None or isinstance(features, int) else list(features)
         return pa.table({name: pa.array(tensor.values[:, at]) for at, name in enumerate(names)})
+    check_order([tensor.name for tensor in tensors], scorer, "inputs")
     columns: dict[str, Any] = {}
     rows: int | None = None
     for tensor in tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mimetypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -150,8 +150,19 @@ def _content_type(request: Request) -> str:
     return kind.partition(";")[0].strip().lower()
 
 
-def table_of(request: Request, features: Sequence[str] | None) -> pa.Table:
-    """The rows in a body of CSV or JSON, with the script's columns alone if it names them."""
+def table_of(
+    request: Request,
+    features: Sequence[str] | None,
+    *,
+    unnamed: Sequence[str] | None = None,
+    by_name: Collection[str] | None = None,
+) -> pa.Table:
+    """The rows in a body of CSV or JSON, with the columns ``features`` alone if they are given.
+
+    unnamed: what the values of rows without names are called; by default ``features``. by_name: given for who takes
+    columns by their place: the columns that are taken by name all the same. Raises RefusedError, also for JSON objects
+    with several columns to be taken by place: objects have no order, and some clients sort their names.
+    """
     import pyarrow as pa
 
     try:
@@ -161,7 +172,13 @@ def table_of(request: Request, features: Sequence[str] | None) -> pa.Table:
             table = csv.read_csv(pa.BufferReader(request.body))
             _check_once(table.column_names)
         else:
-            table = pa.table(_columns(_json(request.body), features))
+            columns, in_order = _columns(_json(request.body), features if unnamed is None else unnamed)
+            if by_name is not None and not in_order and len([each for each in columns if each not in by_name]) > 1:
+                raise RefusedError(
+                    "the model's columns have an order and no names, and those of objects have names and no order: "
+                    'send rows of values, {"data": [[1, 2], ...]}, or have it served with --set features=...'
+                )
+            table = pa.table(columns)
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         raise RefusedError(f"the body holds no table: {' '.join(str(error).split())}") from None
     if features is None:
@@ -171,8 +188,8 @@ def table_of(request: Request, features: Sequence[str] | None) -> pa.Table:
     return table.select(list(features))
 
 
-def _columns(body: Any, features: Sequence[str] | None) -> dict[str, list[Any]]:
-    """Columns by name, from the shapes in which clients send rows.
+def _columns(body: Any, features: Sequence[str] | None) -> tuple[dict[str, list[Any]], bool]:
+    """Columns by name, from the shapes in which clients send rows; and whether these have an order.
 
     A list of objects, an object of columns, or rows of values beside their names (``{"columns": [...], "data":
     [[...], ...]}``; without names, they are the script's ``features``). Each may stand alone in one of ``_WRAPPERS``.
@@ -185,16 +202,16 @@ def _columns(body: Any, features: Sequence[str] | None) -> dict[str, list[Any]]:
             break
         [key] = body if len(body) == 1 else [None]
         if key not in _WRAPPERS or not _holds_rows(body[key]):
-            return {str(name): values if isinstance(values, list) else [values] for name, values in body.items()}
+            return {str(name): values if isinstance(values, list) else [values] for name, values in body.items()}, False
         body = body[key]
     if not isinstance(body, list):
         raise RefusedError("the body should hold rows: a JSON list of objects, or an object of columns")
     if body and all(isinstance(row, Mapping) for row in body):
         found = dict.fromkeys(name for row in body for name in row)
-        return {str(name): [row.get(name) for row in body] for name in found}
+        return {str(name): [row.get(name) for row in body] for name in found}, False
     if names is None or not all(isinstance(row, list) and len(row) == len(names) for row in body):
         raise RefusedError("the rows should be objects, or lists of values beside the names of their columns")
-    return {name: [row[at] for row in body] for at, name in enumerate(names)}
+    return {name: [row[at] for row in body] for at, name in enumerate(names)}, True
 
 
 def _check_once(names: Sequence[str]) -> None:

@@ -13,7 +13,18 @@ from typing import Any
 from tally.scorers.base import Item, Request, Result, Scorer
 from tally.serving import values
 from tally.serving.messages import Call, Description
-from tally.serving.protocols.base import JSON, Paths, Protocol, Reply, RequestError, Route, Served, Work, failed_items
+from tally.serving.protocols.base import (
+    JSON,
+    Paths,
+    Protocol,
+    Reply,
+    RequestError,
+    Route,
+    Served,
+    Work,
+    column_names,
+    failed_items,
+)
 
 PREFIX = "/api/v1/service"
 
@@ -65,7 +76,9 @@ class AzureML(Protocol):
             from tally.scorers.scripts import requests
 
             try:
-                return Work(requests.table_of(Request(call.body, headers={"content-type": kind}), None))
+                request = Request(call.body, headers={"content-type": kind})
+                by_name = scorer.by if isinstance(scorer.features, int) else None
+                return Work(requests.table_of(request, None, unnamed=column_names(scorer), by_name=by_name))
             except requests.RefusedError as error:
                 raise RequestError(400, str(error)) from None
         if kind == "application/json":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -167,3 +167,25 @@ def check_all(results: Sequence[Any], what: str = "item") -> None:
         shown = [f"{what} {at}: {error}" if len(results) > 1 else str(error) for at, error in errors.items()]
         more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
         raise RequestError(422, "; ".join(shown[:3]) + more)
+
+
+def column_names(scorer: Scorer) -> list[str] | None:
+    """What the values of a row without names are called: as the model's columns, or f0, f1 ... where it only knows how
+    many; None where it does not know."""
+    features = scorer.features
+    if isinstance(features, int):
+        return [*scorer.by, *(f"f{at}" for at in range(features))]
+    return None if features is None else [*scorer.by, *features]
+
+
+def check_order(columns: Collection[str], scorer: Scorer, where: str) -> None:
+    """Raises RequestError where columns that come by name alone are for a model that takes them by their place."""
+    if scorer.input != "table" or not isinstance(scorer.features, int):
+        return
+    if len([each for each in columns if each not in scorer.by]) > 1:
+        raise RequestError(
+            400,
+            f"{where}: the model's columns have an order and no names, and those of a message have names and no order: "
+            f"send rows of {scorer.features} values (a tensor of the shape [rows, {scorer.features}]), "
+            "or have it served with --set features=...",
+        )

@@ -16,7 +16,19 @@ from tally.scorers.base import Item, Result, Scorer
 from tally.serving import metadata, values
 from tally.serving.messages import Call, Description
 from tally.serving.metadata import ITEM_INPUT
-from tally.serving.protocols.base import JSON, Paths, Protocol, Reply, RequestError, Route, Served, Work, check_all
+from tally.serving.protocols.base import (
+    JSON,
+    Paths,
+    Protocol,
+    Reply,
+    RequestError,
+    Route,
+    Served,
+    Work,
+    check_all,
+    check_order,
+    column_names,
+)
 
 SIGNATURE = "serving_default"
 
@@ -192,13 +204,13 @@ def table_of(rows: Sequence[Any], scorer: Scorer) -> Any:
 
     if all(isinstance(row, dict) for row in rows):
         names = dict.fromkeys(name for row in rows for name in row)
+        check_order(names, scorer, "instances")
         flat = [{name: _single(row.get(name)) for name in names} for row in rows]
     elif all(isinstance(row, list) for row in rows):
-        features = scorer.features
         width = len(rows[0])
         if any(len(row) != width for row in rows):
             raise RequestError(422, "instances: should have as many values each")
-        names = dict.fromkeys(features if isinstance(features, (list, tuple)) else (f"f{at}" for at in range(width)))
+        names = dict.fromkeys(column_names(scorer) or (f"f{at}" for at in range(width)))
         if len(names) != width:
             raise RequestError(422, f"instances: should have {len(names)} values each, not {width}")
         flat = [dict(zip(names, row, strict=True)) for row in rows]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,6 @@ class TensorFlowServingGrpc(GrpcProtocol):
             return _predicted(request, scorer)
         rows = _rows(request.input)
         if scorer.input == "table":
-            _check_order({name for row in rows for name in row}, scorer, "input")
             plain = [{key: _plain(value) for key, value in row.items()} for row in rows]
             return Work(tfserving.table_of(plain, scorer), asked=_Asked(name))
         items = [Item(str(at), _content(row, ITEM_INPUT[scorer.input], at)) for at, row in enumerate(rows)]
@@ -162,21 +161,10 @@ def _predicted(request: Any, scorer: Scorer) -> Work:
     if scorer.input != "table" and (names := [tensor.name for tensor in given]) != [ITEM_INPUT[scorer.input]]:
         found = ", ".join(map(repr, names)) or "nothing"
         raise RequestError(400, f"inputs: the model takes {ITEM_INPUT[scorer.input]!r} alone, not {found}")
-    _check_order(request.inputs, scorer, "inputs")
     work = tensors.work_of(given, scorer)
     work.all_classes = scorer.classes is not None
     work.asked = _Asked("tensorflow.serving.PredictRequest", list(request.output_filter), given[0].shape == ())
     return work
-
-
-def _check_order(columns: Collection[str], scorer: Scorer, where: str) -> None:
-    """Raises RequestError where the model takes columns in an order: by name, a message has them in none."""
-    if scorer.input == "table" and isinstance(scorer.features, int) and len(columns) > 1:
-        raise RequestError(
-            400,
-            f"{where}: the model's columns have an order and no names, and those of a message have names and no order: "
-            f"ask with one tensor of the shape [rows, {scorer.features}], or have it served with --set features=...",
-        )
 
 
 def _tensors(results: Sequence[Result], scorer: Scorer, work: Work) -> list[Tensor]:
