@@ -26,6 +26,10 @@ def moment(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
         ) from None
 
 
+LONGEST = 10 * 366 * 86_400.0
+"""Seconds: what is longer than ten years is a slip, and more than clocks can wait."""
+
+
 def duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     """Seconds, from ``30s``, ``5m``, ``1h``, ``1d`` or a bare number of seconds."""
     if value is None:
@@ -36,6 +40,8 @@ def duration(ctx: click.Context, parameter: click.Parameter, value: str | None) 
         found = 0.0
     if not found:
         raise click.BadParameter(f"{value!r} is not a duration such as 30s, 5m, 1h or 1d", ctx, parameter)
+    if found > LONGEST:
+        raise click.BadParameter(f"{value!r} is longer than ten years", ctx, parameter)
     return found
 
 

@@ -24,6 +24,8 @@ EXTRAS = {
     "ray": ("ray",),
     "sklearn": ("scikit-learn", "skops"),
     "train": ("torch", "tensorboard"),
+    "retrain": ("onnx", "tensorboard"),
+    "sweep": ("optuna",),
     "mlflow": ("mlflow-skinny",),
     "rabbitmq": ("pika",),
     "redis": ("redis",),
