@@ -438,6 +438,7 @@ def test_requests_behind_each_other_are_answered_in_order(server: Serving) -> No
         answers = b""
         while more := client.recv(65536):
             answers += more
+    answers = answers.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")  # is the client still there?
     bodies = [part.partition(b"\r\n\r\n")[2] for part in answers.split(b"HTTP/1.1 200 OK")[1:]]
     assert [json.loads(body)["text"] for body in bodies] == [f"number {at:3}" for at in range(100)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -232,7 +233,22 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         # A client that sends no more may still wait for its answers.
         self._ended = True
-        return self._current is not None and not self._reading and not self._closing
+        waits = self._current is not None and not self._reading and not self._closing
+        if waits and self._parser.get_http_version() == "1.1":
+            self._find_out(0)
+        return waits
+
+    def _find_out(self, turn: int) -> None:
+        """Whether the client has gone, or only sends no more, which looks alike: its system answers what is sent to a
+        closed connection with a reset. So it is sent what clients pass over, and the reset looked for."""
+        if self._transport is None or self._closing or self._current is None:
+            return
+        if turn == 0:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif self._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._transport.abort()
+            return
+        asyncio.get_running_loop().call_later(min(0.01 * 2**turn, 1.0), self._find_out, turn + 1)
 
     def data_received(self, data: bytes) -> None:
         if self._closing or self._parser is None:
