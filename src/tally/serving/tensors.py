@@ -18,7 +18,7 @@ import numpy as np
 from tally.scorers.base import Item, Result, Scorer
 from tally.serving import values
 from tally.serving.metadata import ITEM_INPUT
-from tally.serving.protocols.base import RequestError, Work, check_all, check_order
+from tally.serving.protocols.base import RequestError, Work, check_all, check_order, column_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def _table(tensors: Sequence[Tensor], scorer: Scorer) -> Any:
             )
         if count is not None and width != count:
             raise RequestError(422, f"inputs.{tensor.name}: should have {count} columns, not {width}")
-        names = [f"f{at}" for at in range(width)] if features is None or isinstance(features, int) else list(features)
+        names = column_names(scorer) or [f"f{at}" for at in range(width)]
         return pa.table({name: pa.array(tensor.values[:, at]) for at, name in enumerate(names)})
     check_order([tensor.name for tensor in tensors], scorer, "inputs")
     columns: dict[str, Any] = {}
