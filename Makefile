@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check docs bench release clean
 
 # The first that is new enough; or say it: make demo PYTHON=/opt/python3.12/bin/python3
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
@@ -21,8 +21,8 @@ help:  ## show this list
 
 demo: $(INSTALLED)  ## restyle a short clip with sound
 	@rm -rf $(DEMO); mkdir -p $(DEMO)
-	$(BIN)/python examples/style/make_clip.py $(DEMO)/clip.mp4 --size 480x270
-	TALLY_HOME=$(DEMO)/home $(BIN)/tally score $(DEMO)/clip.mp4 --model examples/style/model --out $(DEMO)/styled.mp4
+	$(BIN)/tally simulate clip --out $(DEMO)/clip.mp4 --size 480x270
+	TALLY_HOME=$(DEMO)/home $(BIN)/tally score $(DEMO)/clip.mp4 --model tally:strokes --out $(DEMO)/styled.mp4
 	@echo; echo "Before: $(DEMO)/clip.mp4   After: $(DEMO)/styled.mp4   (Pictures, next: docs/quickstart.md)"
 
 test: .venv/test.stamp  ## run the tests (ARGS="-k pattern" runs some)
@@ -33,8 +33,14 @@ check: .venv/test.stamp .venv/check.stamp  ## lint, check the formatting and the
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED) .venv/docs.stamp  ## build the site, build/site; a link that leads nowhere is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -c docs . build/site
+
 bench: .venv/test.stamp  ## run the benchmarks, one after another
 	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+release: .venv/release.stamp  ## build dist/, and try it (ARGS=--trial before it is one; CONTRIBUTING.md)
+	$(BIN)/python scripts/release.py $(ARGS)
 
 clean:  ## remove what was built, and the caches; .venv stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -27,6 +27,8 @@ from tally.scorers.base import Item
 from tally.scorers.vision.outputs import probabilities
 from tally.scorers.vision.preprocess import Preprocess, Preprocessor
 
+AT_ONCE = 2
+"""So many pictures of 224x224 the model is given at once, as by Tally: a processor is slower with more."""
 REDIS = "redis://127.0.0.1:6379/9"
 
 Rows = list[tuple[str, int, float]]
@@ -50,12 +52,13 @@ class Model:
         for path in paths:
             pixels, info = decode(Path(path).read_bytes(), self.size)
             tensors.append(self.prepare(Item(path, pixels, info)).tensor)
-        (scores,) = self.session.run(None, {self.input: np.stack(tensors)})
         rows = []
-        for path, each in zip(paths, scores, strict=True):
-            values = probabilities(each)
-            best = int(values.argmax())
-            rows.append((Path(path).name, best, float(values[best])))
+        for at in range(0, len(paths), AT_ONCE):
+            (scores,) = self.session.run(None, {self.input: np.stack(tensors[at : at + AT_ONCE])})
+            for path, each in zip(paths[at:], scores, strict=False):
+                values = probabilities(each, softmax=False)
+                best = int(values.argmax())
+                rows.append((Path(path).name, best, float(values[best])))
         return rows
 
 
@@ -106,40 +109,54 @@ def bare(described: dict[str, Any], batches: list[list[str]], progress: Progress
 # -- Ray Data --------------------------------------------------------------------------------------
 
 
-class _RayModel(Model):
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        names, indices, scores = zip(*super().__call__([str(path) for path in batch["path"]]), strict=True)
-        return {
-            "name": np.array(names),
-            "index": np.array(indices),
-            "score": np.array(scores),
-            "at": np.full(len(names), time.time()),
-        }
+def ray_answer(rows: Rows) -> dict[str, Any]:
+    """What an actor gives back of one batch."""
+    names, indices, scores = zip(*rows, strict=True)
+    return {
+        "name": np.array(names),
+        "index": np.array(indices),
+        "score": np.array(scores),
+        "at": np.full(len(rows), time.time()),
+    }
 
 
-def ray(described: dict[str, Any], batches: list[list[str]], progress: Progress) -> Rows:
-    """``map_batches`` with one actor per core; one block for each batch, so that they arrive as they are done."""
+def scored_by_ray(dataset: Any, actor: type, described: dict[str, Any], progress: Progress) -> Rows:
+    """``map_batches`` with one actor per core, which is made with what is known of the model."""
     import ray as r
 
-    r.init(num_cpus=cores(), include_dashboard=False, log_to_driver=False, logging_level="error")
-    r.data.DataContext.get_current().enable_progress_bars = False
-    paths = [path for batch in batches for path in batch]
-    dataset = r.data.from_items([{"path": path} for path in paths], override_num_blocks=len(batches)).map_batches(
-        _RayModel,
+    scored = dataset.map_batches(
+        actor,
         fn_constructor_args=(described,),
-        batch_size=len(batches[0]),
+        batch_size=described["batch_size"],
         num_cpus=1,
         compute=r.data.ActorPoolStrategy(size=cores()),
     )
     rows: Rows = []
     finished: list[tuple[float, int]] = []
-    for batch in dataset.iter_batches(batch_size=None):
+    for batch in scored.iter_batches(batch_size=None):
         rows += zip(batch["name"].tolist(), batch["index"].tolist(), batch["score"].tolist(), strict=True)
-        finished.append((float(batch["at"][0]), len(batch["name"])))
+        at, counts = np.unique(batch["at"], return_counts=True)
+        finished += zip(at.tolist(), counts.tolist(), strict=True)
     # Ray hands batches over later than they are done, several at once: what counts is when the actor was done.
-    for at, count in sorted(finished):
-        progress(count, at)
+    for moment, count in sorted(finished):
+        progress(count, moment)
     return rows
+
+
+class _RayModel(Model):
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        return ray_answer(super().__call__([str(path) for path in batch["path"]]))
+
+
+def ray(described: dict[str, Any], batches: list[list[str]], progress: Progress) -> Rows:
+    """One block for each batch, so that they arrive as they are done."""
+    import ray as r
+
+    r.init(num_cpus=cores(), include_dashboard=False, log_to_driver=False, logging_level="error")
+    r.data.DataContext.get_current().enable_progress_bars = False
+    paths = [path for batch in batches for path in batch]
+    dataset = r.data.from_items([{"path": path} for path in paths], override_num_blocks=len(batches))
+    return scored_by_ray(dataset, _RayModel, described, progress)
 
 
 # -- Celery and Redis ------------------------------------------------------------------------------

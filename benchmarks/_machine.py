@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from tally.client import Client
 from tally.engines.local import LocalEngine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -132,10 +134,47 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "TALLY_HOME": str(home), "TALLY_DATABASE": "", "PYTHONUNBUFFERED": "1"}
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def served(env: dict[str, str]) -> Iterator[Client]:
+    """A ``tally up``, and a client with its first key, which is ``TALLY_KEY`` of ``env`` from then on."""
+    command = [*TALLY, "up", "--port", "0", "--root", "/"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if found := re.search(r"tly_\S+", line):
+                    env["TALLY_KEY"] = found[0]
+                if found := re.search(r"http://\S+", line):
+                    with Client(found[0], key=env["TALLY_KEY"]) as client:
+                        yield client
+                    return
+            raise SystemExit(f"the server ended with {process.wait()}")
+        finally:
+            process.terminate()
+
+
+def finished(client: Client, every: float = 0.01, **job: Any) -> float:
+    """Seconds from the request until the client sees the end of the job.
+
+    every: seconds between two looks, each of which costs the server some milliseconds.
+    """
+    began = time.perf_counter()
+    name = client.submit(**job).id
+    while (state := client.get(name).state) != "finished":
+        if state in ("failed", "cancelled"):
+            sys.exit(f"a job of the server is {state}")
+        time.sleep(every)
+    return time.perf_counter() - began
+
+
 def shapes_pictures(folder: Path, count: int) -> Path:
-    """Generate pictures for the toy classifier of ``examples/shapes``."""
-    script = REPOSITORY / "examples" / "shapes" / "make_pictures.py"
-    command = [sys.executable, script, folder, "--count", str(count), "--seed", "7"]
+    """Generate pictures for the toy classifier ``tally:shapes``."""
+    command = [*TALLY, "simulate", "pictures", "--out", folder, "--count", str(count)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 
@@ -180,9 +219,8 @@ def follow(command: list[str], env: dict[str, str], count: int) -> dict[str, flo
 
 
 def drawn_clip(path: Path, size: str, seconds: float = 10) -> Path:
-    """Draw a clip with sound, ``size`` as in 320x180, 25 frames per second: that of ``examples/style``."""
-    script = REPOSITORY / "examples" / "style" / "make_clip.py"
-    command = [sys.executable, script, path, "--seconds", str(seconds), "--size", size]
+    """Draw a clip with sound, ``size`` as in 320x180, 25 frames per second."""
+    command = [*TALLY, "simulate", "clip", "--out", path, "--seconds", str(seconds), "--size", size]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return path
 

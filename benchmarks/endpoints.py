@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from _endpoint_models import BATCH
-from _machine import DATA, TALLY, introduce, scratch, settle, shapes_pictures
+from _machine import DATA, TALLY, free_port, introduce, scratch, settle, shapes_pictures
 
 HERE = Path(__file__).resolve().parent
 CAVEATS = """
@@ -235,11 +235,6 @@ def limit(folder: Path, body: Path, clients: int) -> float:
     finally:
         process.kill()
     return float(line.split("/s")[0].replace(",", ""))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from _machine import DATA, REPOSITORY, TALLY, environment, introduce, scratch, shapes_pictures, show, take_turns
+from _machine import DATA, TALLY, environment, introduce, scratch, shapes_pictures, show, take_turns
+from tally import demo
 
 CAVEATS = """
 From the start of the command to the first attempt's file under out/_tally/attempts, which appears under its name once
@@ -46,7 +47,7 @@ def main() -> None:
             return lambda: score(command, out, env)
 
         shapes = shapes_pictures(folder / "pictures", 200)
-        contenders = {"shapes": contender(shapes, REPOSITORY / "examples" / "shapes" / "model")}
+        contenders = {"shapes": contender(shapes, demo.model("shapes"))}
         if photos.is_dir() and mobilenet.is_file():
             contenders["mobilenet_v2_fp32"] = contender(photos, mobilenet)
         else:

@@ -1,6 +1,6 @@
-"""The part of a job that does not grow with its work, beside another checkout of Tally.
+"""The part of a job that does not grow with its work, also beside another checkout of Tally.
 
-python benchmarks/fixed_cost.py --before CHECKOUT [--data DIR] [--rounds 5]
+python benchmarks/fixed_cost.py [--before CHECKOUT] [--data DIR] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -13,15 +13,33 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from _machine import DATA, REPOSITORY, TALLY, environment, introduce, scratch, shapes_pictures, show, take_turns
+from _machine import (
+    DATA,
+    REPOSITORY,
+    TALLY,
+    environment,
+    finished,
+    introduce,
+    scratch,
+    served,
+    shapes_pictures,
+    show,
+    take_turns,
+)
 from first_row import score
+from tally import demo
+from tally.client import Client
 
 CAVEATS = """
 Both checkouts run with the same Python and the same packages, in turns, and each has a database of its own, which
 exists before; files are in the page cache.
 
 "first row" is as in first_row.py. "fixed" is what a straight line through the times for 200 and for 3,200 pictures
-(64 by 64 pixels, the toy classifier of examples/shapes) gives for no pictures at all: start, import, load, submit, end.
+(64 by 64 pixels, the toy classifier tally:shapes) gives for no pictures at all: start, import, load, submit, end.
+
+"on a server" is the same for jobs of a server that has had one of the same model before: "fixed on a server" from the
+request until a client that asks a hundred times a second sees that the job is finished, "command on a server" for the
+whole of 'tally --server URL score'. A version that keeps workers warm has them warm, each other starts cold.
 
 "ten rows by key" is the whole command for ten rows of a table with a packed model for each of ten keys. "interval" is
 the whole of 'tally schedule backfill' of one interval, whose job scores one small file with a script, on one worker.
@@ -61,6 +79,8 @@ def main() -> None:
             run = Runs(folder / f"work-{name}", env)
             measures: dict[str, Callable[[], float]] = {
                 "fixed": lambda run=run: run.fixed(few, many),
+                "fixed on a server": lambda run=run: run.on_server(few, many),
+                "command on a server": lambda run=run: run.commands_on_server(few, many),
                 "ten rows by key": lambda run=run: run.whole(table, packed, ".csv"),
                 "interval": lambda run=run: run.interval(),
             }
@@ -103,9 +123,28 @@ class Runs:
         return self._call("score", str(source), "--model", str(model), "--out", out, "--quiet")
 
     def fixed(self, few: Path, many: Path) -> float:
-        model = REPOSITORY / "examples" / "shapes" / "model"
-        small, large = (self.whole(source, model) for source in (few, many))
-        return small - FEW * (large - small) / (MANY - FEW)
+        model = demo.model("shapes")
+        return nothing(*(self.whole(source, model) for source in (few, many)))
+
+    def on_server(self, few: Path, many: Path) -> float:
+        with served(self._env) as client:
+            self._job(client, few)
+            return nothing(*(self._job(client, source) for source in (few, many)))
+
+    def commands_on_server(self, few: Path, many: Path) -> float:
+        with served(self._env) as client:
+            model = demo.model("shapes")
+            self._env["TALLY_SERVER"] = client.url
+            try:
+                _, *times = (self.whole(source, model) for source in (few, few, many))
+                return nothing(*times)
+            finally:
+                del self._env["TALLY_SERVER"]
+
+    def _job(self, client: Client, source: Path) -> float:
+        self._outputs += 1
+        out = str(self._folder / f"out-{self._outputs}")
+        return finished(client, source=[str(source)], model=str(demo.model("shapes")), out=out)
 
     def first_row(self, photos: Path, model: Path) -> float:
         out = self._folder / "out"
@@ -117,6 +156,11 @@ class Runs:
         day, hour = divmod(self._hour, 24)
         begin, end = f"2026-01-{1 + day:02} {hour:02}:00", f"2026-01-{1 + day:02} {hour:02}:59"
         return self._call("schedule", "backfill", "hourly", "--from", begin, "--to", end)
+
+
+def nothing(small: float, large: float) -> float:
+    """What a straight line through the times for few and for many pictures gives for none."""
+    return small - FEW * (large - small) / (MANY - FEW)
 
 
 def keyed(folder: Path) -> tuple[Path, Path]:

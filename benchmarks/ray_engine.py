@@ -1,8 +1,9 @@
 """Tally on Ray beside Tally on its own worker processes, Ray Data and a bare loop: photos, and tasks that do nothing.
 
-    python benchmarks/ray_engine.py [--data DIR] [--rounds 5] [--copies 10] [--tasks 5000]
+    python benchmarks/ray_engine.py [--data DIR] [--rounds 5] [--copies 10] [--tasks 5000] [--running]
 
-Without the data, pictures of shapes and the toy model of ``examples/shapes`` take the photos' place.
+With --running, a cluster has been started before (of one node, this machine), and every contender with Ray joins it.
+Without the data, pictures of shapes and the toy model ``tally:shapes`` take the photos' place.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from _contenders import Model, Progress, save
-from _machine import DATA, TALLY, cores, environment, follow, introduce, scratch, show, take_turns
+from _contenders import Model, Progress, ray_answer, save, scored_by_ray
+from _machine import DATA, TALLY, cores, environment, follow, free_port, introduce, scratch, show, take_turns
 from photos import compare, describe, material, read
 from tally.engines.base import Engine, Limits
 from tally.media.images import decode
@@ -30,16 +33,23 @@ from tally.scorers.vision.outputs import probabilities
 from tally.testing import tasks
 
 HERE = Path(__file__).resolve().parent
+OWN = """
+Each contender that uses Ray starts one of its own (without a dashboard) and ends it, within the whole process; nothing
+else runs beside.
+"""
+RUNNING = """
+Contenders that use Ray join a cluster that runs already, of this machine alone; it also runs while the others have
+their turn. Tally's coordinator is a job of that cluster, and the command follows it.
+"""
 CAVEATS = """
-Everything runs on this one machine: no network is between the workers and what they read. Each contender that uses
-Ray starts one of its own (without a dashboard) and ends it; nothing else runs beside.
+Everything runs on this one machine: no network is between the workers and what they read.
 
 All read the same files from the page cache, decode (tally.media.images.decode), preprocess and batch alike, and run
 ONNX Runtime with one thread in one process per core.
 
 Only Tally writes its results durably while it runs. Ray Data and the bare loop hold them in memory until the end.
 
-"Whole process" is from the start of the command until the results are on the disk: starting Ray is in it.
+"Whole process" is from the start of the command until the results are on the disk.
 
 "Steady state" is from the first line of progress (after a tenth of the pictures) to the last: no startup is in it.
 
@@ -60,16 +70,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--copies", type=int, default=10, help="how often each of the 100 photos is taken")
     parser.add_argument("--tasks", type=int, default=5000)
+    parser.add_argument("--running", action="store_true", help="on a cluster that has been started before")
     given = parser.parse_args()
     os.environ |= {"BENCH_CORES": str(cores()), "RAY_ADDRESS": "local", "RAY_worker_niceness": "0"}
-    with scratch() as folder:
+    with scratch() as folder, running(folder) if given.running else nullcontext():
         model, photos = material(given.data, folder, given.copies)
         described = describe(model, folder / "model.json")
         count = len(list(photos.iterdir()))
         introduce(
             f"ray engine: {count:,} pictures through {Path(described['file']).name}, batch {described['batch_size']}; "
             f"{given.tasks:,} empty tasks",
-            CAVEATS,
+            CAVEATS + (RUNNING if given.running else OWN),
         )
         labels: dict[str, dict[str, int]] = {}
         env = environment(folder / "home")
@@ -120,6 +131,23 @@ def main() -> None:
         show("empty tasks", figures["rate"], first="ray", unit="tasks/s", digits=0)
 
 
+@contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """A cluster of this machine. It has one CPU more than there are, which Ray Data reads with."""
+    dashboard = free_port()
+    start = ["start", "--head", "--block", "--port", "0", f"--num-cpus={cores() + 1}", f"--dashboard-port={dashboard}"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", *start, "--disable-usage-stats"]
+    with subprocess.Popen([*command, f"--temp-dir={folder / 'ray'}"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = (re.search(r"--address='([^']+)'", line) for line in process.stdout)
+            os.environ["RAY_ADDRESS"] = next(each[1] for each in found if each is not None)
+            os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+            yield
+        finally:
+            process.terminate()
+
+
 def as_tasks(engine: str, count: int) -> None:
     """Print how many empty tasks the engine runs per second."""
     from tally.engines.local import LocalEngine
@@ -149,14 +177,12 @@ class RayModel(Model):
             pixels, info = decode(content, self.size)
             tensors.append(self.prepare(Item(path, pixels, info)).tensor)
         (scores,) = self.session.run(None, {self.input: np.stack(tensors)})
-        values = [probabilities(each) for each in scores]
+        values = [probabilities(each, softmax=False) for each in scores]
         best = [int(each.argmax()) for each in values]
-        return {
-            "name": np.array([Path(path).name for path in batch["path"]]),
-            "index": np.array(best),
-            "score": np.array([float(each[index]) for each, index in zip(values, best, strict=True)]),
-            "at": np.full(len(best), time.time()),
-        }
+        names = [Path(path).name for path in batch["path"]]
+        return ray_answer(
+            [(name, index, float(each[index])) for name, index, each in zip(names, best, values, strict=True)]
+        )
 
 
 def as_ray_data(model: str, photos: str, out: str) -> None:
@@ -166,26 +192,14 @@ def as_ray_data(model: str, photos: str, out: str) -> None:
     described = json.loads(Path(model).read_text())
     count = len(list(Path(photos).iterdir()))
     # One more than there are: actors that hold all of them would leave none to read with, and wait for ever.
-    ray.init("local", num_cpus=cores() + 1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    own: dict[str, Any] = {"num_cpus": cores() + 1, "include_dashboard": False}
+    address = os.environ["RAY_ADDRESS"]
+    ray.init(address, log_to_driver=False, logging_level="error", **(own if address == "local" else {}))
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.read_binary_files(
         photos, include_paths=True, override_num_blocks=-(-count // described["batch_size"])
-    ).map_batches(
-        RayModel,
-        fn_constructor_args=(described,),
-        batch_size=described["batch_size"],
-        num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=cores()),
     )
-    rows = []
-    finished = []
-    for batch in dataset.iter_batches(batch_size=None):
-        rows += zip(batch["name"].tolist(), batch["index"].tolist(), batch["score"].tolist(), strict=True)
-        finished += [(float(at), 1) for at in batch["at"]]
-    progress = Progress(count)
-    # Batches are handed over later than they are done, several at once: what counts is when the actor was done.
-    for at, one in sorted(finished):
-        progress(one, at)
+    rows = scored_by_ray(dataset, RayModel, described, Progress(count))
     save(rows, out)
     print("saved", flush=True)
 

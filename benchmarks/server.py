@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlalchemy as sa
 
-from _machine import environment, introduce, scratch, settle
+from _machine import environment, introduce, scratch, served, settle
 from tally.database.tables import jobs
 from tally.jobs.facade import Jobs
 from tally.jobs.store import new_id
@@ -134,23 +133,10 @@ def fill(count: int) -> None:
 
 @contextmanager
 def serving() -> Iterator[tuple[str, str]]:
-    """``tally up``: its address and the first admin's key."""
-    process = subprocess.Popen(
-        [*TALLY, "up", "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert process.stdout is not None
-    try:
-        key = ""
-        for line in process.stdout:
-            if found := re.search(r"tly_\S+", line):
-                key = found[0]
-            if found := re.search(r"http://\S+", line):
-                yield found[0], key
-                return
-        raise SystemExit(f"the server ended with {process.wait()}")
-    finally:
-        process.terminate()
-        process.wait(60)
+    """A server's address, and the first admin's key."""
+    env = dict(os.environ)
+    with served(env) as client:
+        yield client.url, env["TALLY_KEY"]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     python benchmarks/video.py [--data DIR] [--rounds 5] [--part style|colour] [--frames N] [--size WxH]
 
 Two parts: ``style`` runs a network that takes nearly all of the time, ``colour`` one that costs next to nothing, so
-that decoding, encoding and files decide. Without the data, a drawn clip and the model of ``examples/style`` are taken.
+that decoding, encoding and files decide. Without the data, a drawn clip and the model ``tally:strokes`` are taken.
 ffmpeg is no dependency of Tally; without it, that contender is left out.
 """
 
@@ -29,7 +29,6 @@ import numpy as np
 
 from _machine import (
     DATA,
-    REPOSITORY,
     TALLY,
     colour_model,
     cores,
@@ -43,6 +42,7 @@ from _machine import (
     take_turns,
 )
 from _video_contenders import Job
+from tally import demo
 from tally.jobs.facade import Jobs
 from tally.media.video.encode import DEFAULTS, settings
 from tally.models.load import create
@@ -170,8 +170,8 @@ def material(part: str, data: Path, folder: Path) -> tuple[Path, Path]:
     if part == "colour":
         return clip, colour_model(folder / "colour.onnx")
     if not style.is_file():
-        print(f"no model at {style}: that of examples/style is taken")
-        style = REPOSITORY / "examples" / "style" / "model"
+        print(f"no model at {style}: tally:strokes is taken")
+        style = demo.model("strokes")
     return clip, style
 
 

@@ -22,9 +22,17 @@ import yaml
 
 Object = dict[str, Any]
 
-CORE = ("services", "pods", "secrets", "resourcequotas", "nodes", "namespaces")
+CORE = (
+    "services", "pods", "secrets", "resourcequotas", "nodes", "namespaces", "configmaps", "serviceaccounts",
+    "persistentvolumeclaims", "persistentvolumes",
+)  # fmt: skip
+GLOBAL = ("nodes", "namespaces", "persistentvolumes", "storageclasses", "customresourcedefinitions")
 GROUPS = {
-    "apps/v1": ("deployments", "replicasets"),
+    "apps/v1": ("deployments", "replicasets", "statefulsets"),
+    "storage.k8s.io/v1": ("storageclasses",),
+    "rbac.authorization.k8s.io/v1": ("roles", "rolebindings"),
+    "apiextensions.k8s.io/v1": ("customresourcedefinitions",),
+    "batch/v1": ("jobs",),
     "networking.k8s.io/v1": ("networkpolicies", "ingresses"),
     "policy/v1": ("poddisruptionbudgets",),
     "autoscaling/v2": ("horizontalpodautoscalers",),
@@ -42,28 +50,31 @@ class ApiServer:
     """namespace: the one that there is. deny: (method, plural) that are forbidden. groups: the API groups it knows.
 
     busy: so many requests are answered 503, or not at all. each_look: called before each GET of a Deployment: a test
-    moves a rollout on with it. logs: of pods.
+    moves a rollout on with it; on_look: the same for each GET of another kind. logs: of pods. refuse: (method, plural)
+    to the codes of the next answers, as of a server that has too much to do.
     """
 
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
-        self.groups = dict(GROUPS)
+        self.groups: dict[str, tuple[str, ...]] = dict(GROUPS)
         self.deny: set[tuple[str, str]] = set()
         self.requests: list[tuple[str, str]] = []
         self.each_look: Iterator[Callable[[], None]] = iter(())
+        self.on_look: dict[str, Callable[[], None]] = {}
         self.logs: dict[str, str] = {}
         self.busy = 0
+        self.refuse: dict[tuple[str, str], list[int]] = {}
         self._lock = threading.RLock()
         self._applied: dict[str, dict[str, Object]] = {}
         self._objects: dict[str, Object] = {}
-        self.put("namespaces", {"metadata": {"name": namespace}})
+        self.put("namespaces", {"kind": "Namespace", "metadata": {"name": namespace}})
 
     # -- what tests do ------------------------------------------------------------------------------------
 
     def path(self, plural: str, name: str = "") -> str:
-        group = next((group for group, known in GROUPS.items() if plural in known), None)
+        group = next((group for group, known in self.groups.items() if plural in known), None)
         base = "/api/v1" if group is None else f"/apis/{group}"
-        inner = "" if plural in ("nodes", "namespaces") else f"/namespaces/{self.namespace}"
+        inner = "" if plural in GLOBAL else f"/namespaces/{self.namespace}"
         return f"{base}{inner}/{plural}" + (f"/{name}" if name else "")
 
     def put(self, plural: str, found: Object) -> Object:
@@ -72,6 +83,16 @@ class ApiServer:
             found = {**found, "metadata": {"uid": str(uuid.uuid4()), "resourceVersion": "1", **found["metadata"]}}
             self._objects[self.path(plural, found["metadata"]["name"])] = found
             return found
+
+    def teach(self, group: str, version: str, kind: str, plural: str, fields: dict[str, Object]) -> None:
+        """Have it know objects of another kind. fields: of spec."""
+        key = f"{group}/{version}"
+        self.groups[key] = (*self.groups.get(key, ()), plural)
+        schema = {"type": "object", "properties": {"spec": {"type": "object", "properties": fields}}}
+        one = {"name": version, "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+        names = {"kind": kind, "plural": plural}
+        spec = {"group": group, "names": names, "scope": "Namespaced", "versions": [one]}
+        self.put("customresourcedefinitions", {"metadata": {"name": f"{plural}.{group}"}, "spec": spec})
 
     def get(self, plural: str, name: str) -> Object | None:
         with self._lock:
@@ -93,10 +114,10 @@ class ApiServer:
             body = {"apiVersion": live["apiVersion"], "kind": live["kind"], "metadata": {"name": name}, **change}
             self._apply(path, manager, body, force=True, dry_run=False)
 
-    def set_status(self, name: str, **status: Any) -> None:
+    def set_status(self, name: str, *, plural: str = "deployments", **status: Any) -> None:
         """Set the status of a Deployment; what is not given is as of a controller that has seen it."""
         with self._lock:
-            live = self._objects[self.path("deployments", name)]
+            live = self._objects[self.path(plural, name)]
             live["status"] = {"observedGeneration": live["metadata"]["generation"], **status}
 
     def complete(self, name: str) -> None:
@@ -154,10 +175,13 @@ class ApiServer:
             return 404, "text/plain", b"404 page not found\n"
         named = rest[0] == "namespaces" and len(rest) > 2
         plural, names = (rest[2], rest[3:]) if named else (rest[0], rest[1:])
-        assert plural in (CORE if group is None else GROUPS[group]), path
+        if plural not in (CORE if group is None else self.groups[group]):
+            return 404, "text/plain", b"404 page not found\n"
         if (method, plural) in self.deny:
             raise Refusal(403, "Forbidden", f'{plural} is forbidden: User "u" cannot {method} resource "{plural}"')
-        if named and rest[1] != self.namespace and method != "GET":
+        if codes := self.refuse.get((method, plural)):
+            return codes.pop(0), "text/plain", b"Too many requests, please try again later.\n"
+        if named and self.get("namespaces", rest[1]) is None and method != "GET":
             raise Refusal(404, "NotFound", f'namespaces "{rest[1]}" not found')
         if names[1:] == ["log"]:
             return 200, "text/plain", self.logs.get(names[0], "").encode()
@@ -165,10 +189,26 @@ class ApiServer:
             return _json(self._list(path, query.get("labelSelector", "")))
         if plural == "deployments" and method == "GET":
             next(self.each_look, lambda: None)()
+        if method == "GET":
+            self.on_look.get(plural, lambda: None)()
         if method == "PATCH":
             assert headers["Content-Type"] == "application/apply-patch+yaml"
             force, dry_run = query.get("force") == "true", query.get("dryRun") == "All"
+            if plural == "jobs" and (there := self._objects.get(path)) is not None:
+                wanted, has = (each["spec"]["template"]["spec"] for each in (json.loads(body), there))
+                if _merged(has, wanted) != has:
+                    raise Refusal(
+                        422, "Invalid", f'Job.batch "{names[0]}" is invalid: spec.template: field is immutable'
+                    )
             return _json(self._apply(path, query["fieldManager"], json.loads(body), force=force, dry_run=dry_run))
+        if method == "POST":
+            made = json.loads(body)
+            name = made["metadata"]["name"]
+            if f"{path}/{name}" in self._objects:
+                raise Refusal(409, "AlreadyExists", f'{plural} "{name}" already exists')
+            return _json(
+                self._apply(f"{path}/{name}", query.get("fieldManager", "post"), made, force=True, dry_run=False)
+            )
         if path not in self._objects:
             raise Refusal(404, "NotFound", f'{plural} "{names[0]}" not found')
         if method == "DELETE":
@@ -190,7 +230,7 @@ class ApiServer:
         managers = copy.deepcopy(self._applied.get(path, {}))
         if path in self._objects and path not in self._applied:
             managers["others"] = {
-                key: self._objects[path][key] for key in ("spec", "data") if key in self._objects[path]
+                key: self._objects[path][key] for key in ("spec", "data") if self._objects[path].get(key) is not None
             }
         clashes: list[Object] = []
         for other, fields in managers.items():
@@ -303,7 +343,7 @@ def running(namespace: str = "ml") -> Iterator[tuple[ApiServer, str]]:
             self.end_headers()
             self.wfile.write(answer)
 
-        do_GET = do_PATCH = do_DELETE = _serve
+        do_GET = do_POST = do_PATCH = do_DELETE = _serve
 
         def log_message(self, *_: object) -> None:
             pass

@@ -13,6 +13,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -22,8 +23,29 @@ from tests.ports import free_ports
 START_SECONDS = 120.0
 """How long a node may take to start on a machine that is busy."""
 STORE_BYTES = 80 * 2**20
+FAKE_HEAD_NODE_ID = "f" * 51 + "00000"
+"""As Ray's stand-in for a cloud calls the head."""
+_CLOUD = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 MARK = "TALLY_TEST_CLUSTER"
 """A variable that every process of a node inherits: by it they are found again, whoever their parent is."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """most: nodes beside the head. idle_seconds: after which a node without work goes."""
+
+    most: int = 2
+    idle_seconds: float = 2.0
+
+
+_OF_AUTOSCALER = {
+    "RAY_FAKE_CLUSTER": "1",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+}
+"""Variables of a head that has Ray's stand-in for a cloud."""
 
 
 class Cluster:
@@ -32,6 +54,8 @@ class Cluster:
     cpus: of each node; head_cpus: of the head. resources: custom ones, of node 0, 1, 2 and so on.
     memory: bytes that each node says to have. env: variables for all processes of the cluster.
     token: what clients have to show; without one the cluster lets everybody in.
+    grows: the cluster begins with its head alone, and Ray's own autoscaler has nodes come and go, by Ray's stand-in for
+    a cloud, whose nodes are processes of this machine. These are not among ``nodes``, and there is no dashboard.
 
     Temporary files of the cluster and of what runs in it are in ``folder``.
     """
@@ -46,10 +70,11 @@ class Cluster:
         memory: int | None = None,
         env: Mapping[str, str] | None = None,
         token: str | None = None,
+        grows: Growth | None = None,
     ) -> None:
         self._name = uuid.uuid4().hex
         self._cpus, self._head_cpus, self._memory = cpus, head_cpus, memory
-        self._resources = list(resources)
+        self._resources, self._grows = list(resources), grows
         # Short: Ray keeps sockets there, whose paths may have 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="tr-"))
         (self.folder / "tmp").mkdir()
@@ -65,6 +90,7 @@ class Cluster:
             "RAY_worker_niceness": "0",
             "RAY_num_prestart_python_workers": "0",
             "RAY_raylet_start_wait_time_s": f"{START_SECONDS:g}",
+            **({} if grows is None else _OF_AUTOSCALER),
             **(env or {}),
         }
         self._port, self._dashboard_port, *self._other = free_ports(6)
@@ -101,23 +127,49 @@ class Cluster:
         for number in before:
             self.kill_node(number)
         client, listen, grpc, metrics = self._other
+        growing = [] if self._grows is None else [f"--autoscaling-config={self._autoscaling(self._grows)}"]
         started = self._start(
             0,
             self._head_cpus,
             "--head",
             f"--port={self._port}",
             f"--temp-dir={self.folder / 'ray'}",
-            "--include-dashboard=true",
+            f"--include-dashboard={str(self._grows is None).lower()}",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self._dashboard_port}",
             f"--ray-client-server-port={client}",
             f"--dashboard-agent-listen-port={listen}",
             f"--dashboard-agent-grpc-port={grpc}",
             f"--metrics-export-port={metrics}",
+            *growing,
         )
         self._await(started)
-        self._await_dashboard()
+        if self._grows is None:
+            self._await_dashboard()
         self.add_nodes(len(before))
+
+    def _autoscaling(self, grows: Growth) -> Path:
+        """What the autoscaler is told, as KubeRay tells it of a group of workers."""
+        types = {
+            "ray.head.default": {"resources": {"CPU": self._head_cpus}, "node_config": {}, "max_workers": 0},
+            "cpu": {
+                "resources": {"CPU": self._cpus, "object_store_memory": STORE_BYTES}, "node_config": {},
+                "min_workers": 0, "max_workers": grows.most,
+            },
+        }  # fmt: skip
+        # As one of somebody else's: the defaults of Ray's own kind are not in its wheel.
+        provider = {"type": "external", "module": _CLOUD, "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID}
+        config = {
+            "cluster_name": self._name, "max_workers": grows.most, "upscaling_speed": 1000,
+            "idle_timeout_minutes": grows.idle_seconds / 60, "provider": provider | {"gcs_address": self.address},
+            "auth": {}, "available_node_types": types, "head_node_type": "ray.head.default", "file_mounts": {},
+            "cluster_synced_files": [], "file_mounts_sync_continuously": False, "initialization_commands": [],
+            "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [],
+            "head_start_ray_commands": [], "worker_start_ray_commands": [],
+        }  # fmt: skip
+        file = self.folder / "autoscaling.json"  # which is YAML, too
+        file.write_text(json.dumps(config))
+        return file
 
     def add_node(self) -> int:
         """Start one more node; returns its number."""

@@ -9,8 +9,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 
-def model(path: Path, *, external: str | None = None) -> Path:
-    """A classifier of three classes: the mean of red, green and blue."""
+def model(path: Path, *, external: str | None = None, times: float = 1.0) -> Path:
+    """A classifier of three classes: the mean of red, green and blue, times a number."""
     graph = helper.make_graph(
         [
             helper.make_node("GlobalAveragePool", ["input"], ["mean"]),
@@ -20,7 +20,7 @@ def model(path: Path, *, external: str | None = None) -> Path:
         "colours",
         [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3, 8, 8])],
         [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", 3])],
-        [numpy_helper.from_array(np.eye(3, dtype=np.float32), "weights")],
+        [numpy_helper.from_array(np.eye(3, dtype=np.float32) * np.float32(times), "weights")],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What takes longest begins first: at the end, the other processes would wait for it.
-    items.sort(key=lambda item: "faults" not in item.path.parts)
+    # What takes longest begins first: at the end, the other processes would wait for it. Those with Ray before all
+    # others: the first process has them, and what it is at work on nobody takes from it.
+    items.sort(key=lambda item: (item.get_closest_marker("ray") is None, "faults" not in item.path.parts))
 
 
 @pytest.fixture

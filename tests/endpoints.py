@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import pytest
+from tests.waiting import eventually
 
 PATIENCE = 60.0
 """Seconds after which something will not happen any more."""
@@ -124,10 +124,7 @@ class Serving:
 
     def until(self, condition: Callable[[Serving], object]) -> None:
         """Wait until it holds."""
-        deadline = time.monotonic() + PATIENCE
-        while not condition(self):
-            assert time.monotonic() < deadline, f"this did not happen:\n{self.log}"
-            time.sleep(0.02)
+        eventually(lambda: condition(self), PATIENCE, lambda: self.log)
 
 
 @contextmanager
@@ -179,6 +176,8 @@ class Storm:
     wrong: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     refused: int = 0
+    answered: Counter[int] = field(default_factory=Counter)
+    """Answers with 200, of each client."""
 
     def __post_init__(self) -> None:
         self._stop = threading.Event()
@@ -199,10 +198,15 @@ class Storm:
     def until_answered(self, count: int) -> None:
         """Wait until so many more requests have been answered with 200."""
         goal = self.statuses[200] + count
-        deadline = time.monotonic() + PATIENCE
-        while self.statuses[200] < goal:
-            assert time.monotonic() < deadline, f"{self}\n{self.server.log}"
-            time.sleep(0.01)
+        self._until(lambda: self.statuses[200] >= goal)
+
+    def until_begun_anew(self) -> None:
+        """Wait until each client has the answer to a request that it had not begun yet."""
+        goal = {number: self.answered[number] + 2 for number in range(self.clients)}
+        self._until(lambda: all(self.answered[number] >= count for number, count in goal.items()))
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        eventually(condition, PATIENCE, lambda: f"{self}\n{self.server.log}", every=0.01)
 
     def _client(self, number: int) -> None:
         connection: http.client.HTTPConnection | None = None
@@ -238,6 +242,7 @@ class Storm:
             with self._lock:
                 self.statuses[response.status] += 1
                 if response.status == 200:
+                    self.answered[number] += 1
                     said = json.loads(body)
                     self.marks[said["mark"]] += 1
                     if said["text"] != text:

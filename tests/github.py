@@ -1,4 +1,4 @@
-"""A stand-in for GitHub, as far as logging in goes: its three addresses, and the answers that its documents describe.
+"""A stand-in for GitHub, as far as logging in goes: its addresses, and the answers that its documents describe.
 
 https://docs.github.com/en/apps/oauth-apps/building-oauth-apps/authorizing-oauth-apps
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import secrets
 import threading
 from collections.abc import Iterator
@@ -56,7 +57,13 @@ class GitHubStandIn:
         if token not in self._tokens:
             return 401, {"message": "Bad credentials"}
         if path == "/user":
-            return 200, {"login": self.login, "id": 1, "type": "User"}
+            return 200, {"login": self.login, "id": 1, "type": "User", "email": None}
+        if path == "/user/emails":
+            return 200, []
+        if member := re.fullmatch("/orgs/([^/]+)/members/([^/]+)", path):  # who may not see it is sent elsewhere
+            organisation, login = member.groups()
+            seen = self._tokens[token] == "read:org" and self.members.get((login, organisation.lower())) == "active"
+            return (204, None) if seen else (404, {"message": "Not Found"})
         organisation = path.removeprefix("/user/memberships/orgs/")
         if self._tokens[token] != "read:org":
             return 403, {"message": "You need read:org scope"}
@@ -90,7 +97,7 @@ class GitHubStandIn:
                 self._say(200, standin.token({name: values[0] for name, values in form.items()}))
 
             def _say(self, status: int, what: Any) -> None:
-                content = json.dumps(what).encode()
+                content = b"" if what is None else json.dumps(what).encode()
                 self.send_response(status)
                 self.send_header("content-type", "application/json; charset=utf-8")
                 self.send_header("content-length", str(len(content)))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -31,6 +34,15 @@ def require(name: str, available: bool) -> None:
         if os.environ.get("CI") == "true":
             pytest.fail(message)
         pytest.skip(message)
+
+
+def torch_library() -> Any:
+    """PyTorch, with what trainings of it need; see :func:`require`."""
+    missing = [name for name in ("torch", "onnxscript", "safetensors") if find_spec(name) is None]
+    require(f"PyTorch ({', '.join(missing)}: make .venv/test-torch.stamp)", not missing)
+    torch: Any = importlib.import_module("torch")
+    torch.set_num_threads(1)  # others test on the same cores, and threads that wait for each other take them away
+    return torch
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Waiting for what a process does."""
+"""Waiting for what other processes do."""
 
 from __future__ import annotations
 
@@ -25,8 +25,22 @@ def wait_for(
             return
         if over:
             process.kill()
+            process.wait()
             pytest.fail(f"it did not come to that:\n{told()}")
         try:
             process.wait(timeout=0.02)
         except subprocess.TimeoutExpired:
             pass
+
+
+def eventually(
+    condition: Callable[[], object],
+    seconds: float = 60,
+    told: Callable[[], object] = lambda: "",
+    every: float = 0.02,
+) -> None:
+    """Ask until it holds, every so many seconds. Fails after ``seconds``, with what is told then."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"this did not happen:\n{told()}"
+        time.sleep(every)

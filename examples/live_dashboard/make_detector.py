@@ -1,4 +1,4 @@
-"""Make a detector of the toy classifier of ../shapes: it looks at each quarter of a picture, and names what is there.
+"""Make a detector of the toy classifier tally:shapes: it looks at each quarter of a picture, and names what is there.
 
     python make_detector.py OUT
 
@@ -17,7 +17,9 @@ import onnx
 import yaml
 from onnx import helper, numpy_helper
 
-SHAPES = Path(__file__).resolve().parents[1] / "shapes" / "model"
+from tally import demo
+
+SHAPES = demo.model("shapes")
 TILE = 64
 """What the classifier takes, in pixels; the detector takes two by two of these."""
 
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     package |= {"file": "detector.onnx"}
     options = package["options"]
     options["preprocess"]["size"] = [2 * TILE, 2 * TILE]
-    package["options"] = {**options, "task": "detect", "decoder": "end-to-end", "score_threshold": 0.5}
+    package["options"] = {**options, "task": "detect", "decoder": "end-to-end", "threshold": 0.5}
     del package["options"]["softmax"]
     out.mkdir(parents=True, exist_ok=True)
     onnx.save(detector(), out / "detector.onnx")

@@ -2,7 +2,7 @@
 
     python make_scenes.py OUT --count 60 --seed 7
 
-The same seed draws the same scenes. Only Pillow is needed.
+The same seed draws the same scenes. Only Tally is needed.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import io
 import random
-import sys
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "shapes"))
-from make_pictures import SHAPES, draw_picture
+from tally.demo.pictures import SHAPES, draw_picture
 
 SIDE = 128
 """Width and height of one shape's tile, in pixels."""

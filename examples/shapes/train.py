@@ -1,9 +1,9 @@
-"""Train the demo's toy classifier, and write it as ``model/shapes.onnx``.
+"""Train the toy classifier that comes with Tally, and write it as ``model/shapes.onnx``.
 
     pip install '.[train]'
     python train.py [--seed 1] [--out model]
 
-Draws its own pictures (``make_pictures.py``), so nothing is downloaded. A few minutes on two cores; the same
+Draws its own pictures (:mod:`tally.demo.pictures`), so nothing is downloaded. A few minutes on two cores; the same
 seed on the same machine gives the same weights. The accuracy that is printed last is of the written file, on
 pictures that training has not seen.
 """
@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from make_pictures import SHAPES, draw_picture, pictures
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from PIL import Image, ImageOps
 from torch import nn
+
+from tally.demo.pictures import SHAPES, draw_picture, pictures
 
 LABELS = sorted(SHAPES)
 SIZE = 64
@@ -33,7 +34,7 @@ SIZE = 64
 CONVOLUTIONS = [(16, 2), (32, 1), (48, 2), (48, 1), (64, 2)]
 """Channels and stride of each 3 × 3 convolution."""
 
-# Far from the seeds that people give to make_pictures.py.
+# Far from the seeds that people give to tally simulate pictures.
 TRAINING_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tally.errors import ItemError as ItemError
     from tally.errors import TallyError as TallyError
     from tally.scorers.base import Item as Item
+    from tally.scorers.base import Pictured as Pictured
     from tally.scorers.base import Scorer as Scorer
     from tally.scorers.base import TableResult as TableResult
 
@@ -20,6 +21,7 @@ _EXPORTS = {
     "Item": "tally.scorers.base",
     "ItemError": "tally.errors",
     "Job": "tally.api",
+    "Pictured": "tally.scorers.base",
     "Scorer": "tally.scorers.base",
     "TableResult": "tally.scorers.base",
     "TallyError": "tally.errors",
@@ -30,7 +32,19 @@ _EXPORTS = {
 # is told otherwise before it is imported. Set the variable to 0 to allow that.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-__all__ = ["Client", "Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "jobs", "score", "training"]
+__all__ = [
+    "Client",
+    "Item",
+    "ItemError",
+    "Job",
+    "Pictured",
+    "Scorer",
+    "TableResult",
+    "TallyError",
+    "jobs",
+    "score",
+    "training",
+]
 
 
 def __getattr__(name: str) -> Any:

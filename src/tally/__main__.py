@@ -8,6 +8,6 @@ if __name__ == "__main__":
     if not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):  # noqa: PTH120
         del sys.path[0]
 
-    from tally.cli.main import main
+    from tally.cli.main import command
 
-    main()
+    command()

@@ -5,19 +5,25 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from tally.errors import JobError, JobNotFoundError, JobStateError, SpecError, TallyError
+from tally.errors import JobError, JobExistsError, JobNotFoundError, JobStateError, SpecError, TallyError
 from tally.jobs.facade import Jobs
+from tally.jobs.given import is_place, kept_values
 from tally.jobs.prestart import prestarted
 from tally.jobs.spec import make
 from tally.jobs.states import STATES, State
 from tally.jobs.store import JobRecord, page_after
 from tally.scorers.base import Scorer
+from tally.scorers.scripts.pickled import named
+from tally.storage import unexpected
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Place: TypeAlias = str | Path
 
@@ -49,12 +55,19 @@ def _of_parameters() -> Iterator[None]:
     except TallyError as error:
         error.message = _in_python(error.message)
         error.args = (error.message, *error.args[1:])
+        if isinstance(error, SpecError):
+            error.problems = [_in_python(each) for each in error.problems]
         error.hint = None if error.hint is None else _in_python(error.hint)
         raise
+    except OSError as error:  # where nobody expected it
+        raise unexpected(error) from error
 
 
 _OPTION = re.compile(
-    r"\btally [a-z][^;()'\n]*"  # a command is one in Python, too
+    r"\btally jobs (?P<verb>resume|retry|dead|cancel|delete|pause|show) (?P<job>[\w./-]+)( --dead)?(?=[\s',;)]|\.?$)"
+    r"|(?P<list>\btally jobs list\b)"
+    r"|(?P<help>\btally score --help\b)"
+    r"|\btally [a-z][^;()'\n]*"  # a command is one in Python, too
     r"|--set (?P<key>[\w.]+)=(?P<setting>[^\s),;]+)"
     r"|--(?P<name>[a-z][a-z-]*)\b(?: (?P<value>classify|detect|restyle|embed|segment|values|cpu)\b)?"
 )
@@ -65,6 +78,11 @@ def _in_python(text: str) -> str:
 
     def said(found: re.Match[str]) -> str:
         key, setting, value = found["key"], found["setting"], found["value"]
+        if found["verb"] is not None:
+            job = f'tally.Job("{found["job"]}")'
+            return job if found["verb"] == "show" else f"{job}.{found['verb']}()"
+        if found["list"] or found["help"]:
+            return "tally.jobs()" if found["list"] else "help(tally.score)"
         if key is not None:
             return f'settings={{"{key}": {setting if setting == "..." else json.dumps(setting)}}}'
         name = (found["name"] or "").replace("-", "_").replace("no_audio", "audio")
@@ -81,13 +99,21 @@ def _in_python(text: str) -> str:
 
 @_of_parameters()
 def score(
-    source: Place | Sequence[Place],
-    model: Place | Scorer | type[Scorer],
+    source: Place | Sequence[Place] | Iterable[Any] | None,
+    model: Place | Scorer | type[Scorer] | Callable[[Any], Sequence[Any]],
     out: Place,
     *,
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    items: Place | None = None,
+    item_column: str | None = None,
+    key: str | None = None,
+    base: Place | None = None,
+    limit: int | None = None,
+    sample: str | float | None = None,
+    shard: str | tuple[int, int] | None = None,
+    split: int | None = None,
     task: Literal["classify", "detect", "restyle", "embed", "segment", "values"] | None = None,
     labels: Place | None = None,
     artifacts: Place | None = None,
@@ -95,11 +121,19 @@ def score(
     trust: bool = False,
     format: Literal["parquet", "csv", "jsonl", "jpg", "png", "webp", "mp4", "mov", "mkv", "webm"]  # noqa: A002
     | None = None,
-    media: Literal["image", "video", "table"] | None = None,
+    media: Literal["image", "video", "table", "archive"] | None = None,
     escape_formulas: bool = False,
+    empty_rows: bool = False,
     overlay: bool = False,
+    thumbnails: int | None = None,
+    pages: Literal["first", "all"] = "first",
+    background: str | tuple[int, int, int] | None = None,
+    max_pixels: int | str = 128_000_000,
     every: int = 1,
     size: tuple[int, int] | str | None = None,
+    fit: Literal["contain", "cover", "stretch"] = "stretch",
+    fps: float | str | None = None,
+    deinterlace: bool = False,
     frames: Literal["jpg", "png", "webp"] | None = None,
     codec: str | None = None,
     crf: float | None = None,
@@ -110,7 +144,11 @@ def score(
     time: str | None = None,
     window: float | str | None = None,
     aggregate: str | Sequence[str] = ("mean",),
+    time_unit: Literal["s", "ms", "us", "ns"] | None = None,
+    timezone: str | None = None,
+    path_columns: str | None = None,
     csv: Mapping[str, Any] | None = None,
+    query: str | None = None,
     queue: Mapping[str, Any] | None = None,
     until_empty: bool = False,
     batch_size: int | None = None,
@@ -136,22 +174,45 @@ def score(
 ) -> Job:
     """Score a collection and return the finished job.
 
-    source: a folder, file, glob or bucket URL, or several.
+    source: a folder, file, glob, bucket URL, database, or URL of a video, or several; None where ``items`` names a
+        list. Or the items: an iterable of paths, URLs, bytes, PIL pictures and arrays (uint8, height × width × 3), or a
+        table of pandas or Arrow, whose rows are scored, or with ``item_column`` what that column names or holds. They
+        are kept in Tally's home for the workers, until the job is deleted.
     model: what ``--model`` takes, or a Scorer (class or object; it may be defined in the same script or
-        notebook).
+        notebook), or a function from a batch to its results; ``settings={"input": "bytes"}`` says what a batch holds,
+        where that is not pictures.
     out: a folder, a bucket URL, or one ``.csv``, ``.parquet``, ``.jsonl`` or video file.
     escape_formulas: in CSV, text that a spreadsheet would take for a formula begins with an apostrophe.
-    resume: continue the same job if it was not finished. overwrite: do it again. quiet: show no progress.
+    empty_rows: an item for which the model gives no row has one, without the model's values.
+    resume: continue the same job if it was not finished; one that is finished is returned. overwrite: do it again.
+    quiet: show no progress.
 
+    A part. limit: the first so many items. sample: a share (``"1%"``, 0.01) or a number of all, chosen by their keys.
+        shard: ``"1/4"``, the first of four shares.
+    Many machines. split: so many coordinators share the items out; it is one job all the same.
+    Lists. items: a list of paths and URLs: a table, or a text with one on each line. item_column: the column that
+        holds them; key: that of the items' keys; base: the folder that relative paths begin in. keep, where and csv are
+        for lists, too.
     Models of pictures. task: what an ONNX model does; detected by default. labels: a file with the names of its
         classes. overlay: draw boxes and labels onto the pictures, and write those.
+    Pictures. thumbnails: keep a small JPEG of each, whose longer side has so many pixels. pages: of files with
+        several, ``first`` or ``all``. background: what transparent ones are laid on, ``white`` or ``#ffffff``.
+        max_pixels: larger ones are refused.
     Scripts and scorers. artifacts: the folder that they load from. settings: options of the model, dotted
         (``{"preprocess.channels": "bgr"}``). trust: open models whose opening runs code that they carry.
-    Videos. every: score every N-th frame. size: (width, height) in pixels, or ``"640x360"``. frames: write the frames
-        as files of this format. codec, crf, audio: of the video that is written.
+    Videos. every: score every N-th frame. size: (width, height) in pixels, or ``"640x360"``; -1 for one keeps the
+        shape. fit: how frames of another shape get it: stretch, contain (with black bars) or cover. fps: numbered
+        pictures are the frames of a video, so many for a second. deinterlace: interlaced frames show one
+        moment. frames: write the frames as files of this format.
+        codec, crf, audio: of the video that is written.
+    Pictures in Parquet. item_column: the column that holds them. Of these and of archives, too: keep.
     Tables. by: columns that make a key. keep: input columns that the results carry. where: a condition in SQL.
         time: the column of timestamps. window: seconds (or ``"5m"``) that readings are gathered over.
-        aggregate: what is made of each window. csv: how CSV is read.
+        aggregate: what is made of each window. time_unit: of times that are numbers since 1970. timezone: whose days
+            windows are. path_columns: columns in the files' paths, such as ``"{Device}_{Tag}.csv"``. csv: how it
+            is read.
+    Databases. query: what is scored, in their SQL; without, the source names a table: ``postgresql://HOST/DATABASE#T``.
+        key: the columns that name the rows.
     Queues. queue: how messages are read. until_empty: end when the queue is empty.
     Workers. workers: how many, or ``"4..64"``; one for each core by default. batch_size: items scored together.
         device: ``auto``, ``cpu``, ``cuda[:N]`` or ``tensorrt[:N]``. timeout: seconds that one batch may take.
@@ -171,28 +232,33 @@ def score(
         del fields[name]
     from tally import terminal
 
-    sources = [source] if isinstance(source, (str, Path)) else source
+    sources: Any = [] if source is None else [source] if isinstance(source, (str, Path)) else source
+    if not isinstance(sources, (list, tuple)) or not all(is_place(each, media) for each in sources):
+        fields |= kept_values(sources, item_column)
+        sources = fields.pop("source")
     live = None if isinstance(model, (str, Path)) else model
     fields |= {name: str(value) for name, value in fields.items() if isinstance(value, Path)}
     spec = make(
         source=[str(each) for each in sources],
-        model=str(model) if live is None else _name(live),
+        model=str(model) if live is None else named(live),
         out=str(out),
         **fields,
     )
     with prestarted(spec) as prepared:
         all_jobs = Jobs()
-        record = all_jobs.submit(spec, model=live, resume=resume, overwrite=overwrite)
-        record = terminal.run(all_jobs, record.id, quiet=quiet, engine=prepared)
+        try:
+            record = all_jobs.submit(spec, model=live, resume=resume, overwrite=overwrite)
+        except JobExistsError as error:
+            there = Job(error.job_id)
+            if not resume or there.state != "finished":
+                raise
+            return there  # nothing is left to be done
+        record = terminal.run(all_jobs, record.id, quiet=quiet, engine=prepared, said=_in_python)
     if record.state == "cancelled":
         raise JobError(f"job {record.id} was cancelled", hint="The same call scores the collection from the start.")
     if record.state == "interrupted":
         raise KeyboardInterrupt(f"job {record.id} was interrupted; the same call with resume=True continues it")
     return Job(record.id)
-
-
-def _name(scorer: Any) -> str:
-    return scorer.__name__ if isinstance(scorer, type) else type(scorer).__name__
 
 
 def jobs(
@@ -239,6 +305,7 @@ class Job:
     Looking at it opens no model, runs no code of yours and reads no source.
     """
 
+    @_of_parameters()
     def __init__(self, job: str) -> None:
         self._jobs = Jobs()
         self.id = self._jobs.get(job).id
@@ -271,10 +338,54 @@ class Job:
         found: Table = self._jobs.dead_table(self.id)
         return found
 
+    @_of_parameters()
     def query(self, sql: str) -> Table:
         """SQL (DuckDB's) over the views ``results`` and ``dead``."""
         found: Table = self._jobs.query(self.id, sql)
         return found
+
+    def gallery(self, limit: int = 12, *, where: str | None = None) -> Figure:
+        """Its pictures with what was found in them, ``limit`` at most, in the order of their keys.
+
+        where: a condition in SQL on the rows: ``"label = 'cat' and score > 0.9"``. Raises SpecError if there are none.
+        """
+        from tally.notebooks.figures import gallery
+
+        return gallery(self._jobs, self.record, limit=limit, where=where)
+
+    def timeline(
+        self,
+        value: str | None = None,
+        *,
+        time: str | None = None,
+        by: str | Sequence[str] | None = None,
+        where: str | None = None,
+    ) -> Figure:
+        """A column's values over time, a line for each key, rows whose column ``anomaly`` is true marked red.
+
+        value: the column that is drawn: ``score``, or the only number. time: the column of times, or of a video's
+        seconds. by: the columns that tell lines apart: by default those that the job has as its key. where: a
+        condition in SQL. Eight lines at most, those with the most anomalies.
+        Raises SpecError where it is not clear which columns are meant.
+        """
+        from tally.notebooks.figures import timeline
+
+        groups = [by] if isinstance(by, str) else by
+        return timeline(self._jobs, self.record, value=value, time=time, by=groups, where=where)
+
+    def confusion(
+        self, truth: Mapping[str, str] | Callable[[str], str] | Place = "folder", *, predicted: str = "label"
+    ) -> Figure:
+        """A matrix of true labels against predicted ones, and how many are right.
+
+        truth: ``"folder"``: the name of the folder that an item is in; a CSV file with the columns ``key`` and
+        ``label``; a mapping from keys; or a function of the key. predicted: the column that is compared; of an item
+        with several rows the one with the highest score. Items without truth are counted, not compared.
+        Raises SpecError, StorageError.
+        """
+        from tally.notebooks.figures import confusion
+
+        return confusion(self._jobs, self.record, truth, predicted=predicted)
 
     def pause(self) -> None:
         """Stop handing out work; what runs is finished and saved. :meth:`resume` continues the job."""
@@ -287,11 +398,13 @@ class Job:
     @_of_parameters()
     def resume(self, *, quiet: bool = False, **options: Any) -> Job:
         """Continue a job that was paused, interrupted or has failed; if another process runs it, that process
-        continues it.
+        continues it. One that is finished is returned as it is.
 
         options: fields of the job that are changed before: ``device``, ``workers``, limits, whatever does not change
         the result. Raises SpecError for another.
         """
+        if self.state == "finished" and not options:
+            return self  # nothing is left to be done
         self._jobs.change(self.id, **options)
         if not self._jobs.unpause(self.id).alive:
             self._run(quiet=quiet)
@@ -310,7 +423,7 @@ class Job:
     def _run(self, *, quiet: bool, retry_dead: bool = False) -> None:
         from tally import terminal
 
-        terminal.run(self._jobs, self.id, quiet=quiet, retry_dead=retry_dead)
+        terminal.run(self._jobs, self.id, quiet=quiet, retry_dead=retry_dead, said=_in_python)
 
     def __repr__(self) -> str:
         try:
@@ -318,3 +431,12 @@ class Job:
         except JobNotFoundError:
             return f"Job({self.id!r}, deleted)"
         return f"Job({self.id!r}, {record.state}, {record.done:,} of {record.items:,} items, {record.dead:,} dead)"
+
+    def _repr_html_(self) -> str | None:
+        from tally.notebooks.view import html
+
+        try:
+            record = self.record
+        except JobNotFoundError:
+            return None  # then its repr is shown
+        return html(self._jobs, record)

@@ -31,6 +31,8 @@ from tally.errors import (
 from tally.jobs.printed import Printed
 from tally.jobs.states import ENDED, State
 from tally.models.registry import ModelVersion, RegisteredModel
+from tally.network import is_loopback
+from tally.pipelines.store import RunState as PipelineState
 from tally.server.api.views import (
     AddedWatch,
     AuditEntry,
@@ -47,18 +49,25 @@ from tally.server.api.views import (
     Me,
     MessageView,
     NewKey,
+    NodeView,
+    PipelineDetail,
+    PipelineList,
     Replayed,
     ResultFile,
     RowPage,
     RunDetail,
     RunList,
     ScheduleDetail,
+    StepLog,
+    SweepDetail,
+    SweepList,
     WatchDetail,
 )
 from tally.server.auth.roles import Role
 from tally.server.uploads import Upload
 from tally.sources.queues.base import Depth
 from tally.storage import temporary
+from tally.text import expanded
 from tally.training.runs.store import RunState
 from tally.triggers.store import Run, Schedule
 from tally.triggers.watch import Watch
@@ -114,6 +123,7 @@ class Client:
             headers={"Authorization": f"Bearer {key.strip()}", "User-Agent": "tally-client"},
             timeout=timeout,
             follow_redirects=False,  # the key goes to this server only
+            trust_env=not is_loopback(urlsplit(self.url).hostname or ""),
         )
 
     def __repr__(self) -> str:
@@ -299,7 +309,7 @@ class Client:
         or a place that the server reaches. options: task, labels, artifacts, settings, metadata, trust.
         """
         place = str(model)
-        if "://" not in place and (local := Path(model).expanduser()).exists():
+        if "://" not in place and (local := expanded(model)).exists():
             beside = local.with_name(local.name + ".yaml")
             files = [local, beside] if local.is_file() and beside.is_file() else [local]
             place = f"{self.upload(*files).place}/{local.resolve().name}"
@@ -406,9 +416,64 @@ class Client:
         params = {"metric": list(metrics), "most": most}
         return self._get(dict[str, CurveView], f"runs/{_quoted(run)}/values", params=params)
 
-    def delete_run(self, run: str) -> None:
+    def delete_run(self, run: str, *, keep_files: bool = False) -> None:
         """Forget a training, with its files if the server's Tally has made their folder."""
-        self._send("DELETE", f"runs/{_quoted(run)}")
+        self._send("DELETE", f"runs/{_quoted(run)}", params={"keep_files": keep_files})
+
+    # -- sweeps --------------------------------------------------------------------------------------------------------
+
+    def sweeps(self, *, after: str | None = None, limit: int = 50) -> SweepList:
+        """A page of the sweeps, newest first."""
+        return self._get(SweepList, "sweeps", params=_plain({"after": after, "limit": limit}))
+
+    def sweep(self, sweep: str) -> SweepDetail:
+        """All that is known of a sweep, with its trials, by its id or the beginning of it."""
+        return self._get(SweepDetail, f"sweeps/{_quoted(sweep)}")
+
+    def delete_sweep(self, sweep: str) -> None:
+        """Forget a sweep, with the runs of its trials and all files. What was registered stays."""
+        self._send("DELETE", f"sweeps/{_quoted(sweep)}")
+
+    # -- pipelines -----------------------------------------------------------------------------------------------------
+
+    def pipelines(
+        self,
+        *,
+        state: PipelineState | None = None,
+        text: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        after: str | None = None,
+        limit: int = 50,
+    ) -> PipelineList:
+        """A page of the runs of pipelines, newest first: those that match all given filters."""
+        wanted = {"state": state, "text": text, "since": since, "until": until, "after": after, "limit": limit}
+        return self._get(PipelineList, "pipelines", params=_plain(wanted))
+
+    def pipeline(self, run: str) -> PipelineDetail:
+        """A run with its steps and what waits for a person, by its id, the beginning of it, or its name."""
+        return self._get(PipelineDetail, f"pipelines/{_quoted(run)}")
+
+    def pipeline_logs(self, run: str, step: str | None = None, *, lines: int = 100) -> Sequence[StepLog]:
+        """The last lines that each step has printed, or that ``step`` has: a name of it, or of its template."""
+        return self._get(list[StepLog], f"pipelines/{_quoted(run)}/logs", params=_plain({"step": step, "lines": lines}))
+
+    def resume_pipeline(
+        self, run: str, values: Mapping[str, str] | None = None, *, step: str | None = None
+    ) -> Sequence[NodeView]:
+        """Go on with a run that waits or was interrupted, in a process of the server's machine; the steps that waited
+        and go on. values: what they wait for."""
+        return self._post(
+            list[NodeView], f"pipelines/{_quoted(run)}/resume", {"values": dict(values or {}), "step": step}
+        )
+
+    def cancel_pipeline(self, run: str) -> None:
+        """Stop a run; its exit handler is run."""
+        self._send("POST", f"pipelines/{_quoted(run)}/cancel")
+
+    def delete_pipeline(self, run: str) -> None:
+        """Forget a run that nobody drives, with its logs and artifacts."""
+        self._send("DELETE", f"pipelines/{_quoted(run)}")
 
     # -- schedules -----------------------------------------------------------------------------------------------------
 
@@ -420,9 +485,11 @@ class Client:
         """A schedule, its next intervals, and its last ``limit`` runs."""
         return self._get(ScheduleDetail, f"schedules/{_quoted(name)}", params={"limit": limit})
 
-    def add_schedule(self, name: str, job: Mapping[str, Any], *, cron: str, **options: Any) -> Schedule:
-        """Run a job on time. job: the fields of a job file. options: timezone, overlap, catch_up, since, replace."""
-        return self._post(Schedule, "schedules", {"name": name, "job": _plain(job), "cron": cron, **_plain(options)})
+    def add_schedule(self, name: str, job: Mapping[str, Any], *, cron: str | None = None, **options: Any) -> Schedule:
+        """Run a job, a training, a pipeline or a clean-up on time. job: the fields of its file. cron: needed, but of a
+        CronWorkflow. options: timezone, overlap, catch_up, since, replace."""
+        wanted = {"name": name, "job": _plain(job), **_plain({"cron": cron, **options})}
+        return self._post(Schedule, "schedules", wanted)
 
     def pause_schedule(self, name: str) -> Schedule:
         """Start no new runs; what is running continues."""
@@ -437,7 +504,7 @@ class Client:
         return self._post(Run, f"schedules/{_quoted(name)}/run", params={"again": again})
 
     def remove_schedule(self, name: str) -> None:
-        """Forget a schedule; jobs and results stay."""
+        """Forget a schedule; jobs, trainings and results stay."""
         self._send("DELETE", f"schedules/{_quoted(name)}")
 
     # -- watches -------------------------------------------------------------------------------------------------------
@@ -485,7 +552,7 @@ class Client:
 
     def upload(self, *paths: str | Path) -> Upload:
         """Bring files along, or folders with all that is in them. The answer's ``place`` may be a job's source."""
-        found = [Path(each).expanduser() for each in paths]
+        found = [expanded(each) for each in paths]
         if any(each.is_dir() for each in found):
             with temporary.folder("upload") as folder:
                 archive = folder / "files.zip"
@@ -616,7 +683,8 @@ class Client:
             yield
         except httpx2.TransportError as error:
             why = str(error) or type(error).__name__
-            raise ServerAwayError(f"{self.url} does not answer: {why}") from None
+            hint = "Check the address, and that 'tally up' runs there."
+            raise ServerAwayError(f"{self.url} does not answer: {why}", hint=hint) from None
         except httpx2.HTTPError as error:
             raise TallyError(f"{self.url} cannot be asked: {error}") from None
 

@@ -15,13 +15,46 @@ from tally.text import expanded
 _AT = re.compile(r"postgresql(\+\w+)?://[^@]*@[^/?]*@")
 _SCHEME = re.compile(r"(sqlite|postgresql)(\+\w+)?://")
 
+SECRETS = "TALLY_SECRETS"
+"""The environment variable with a folder whose files are secrets, each called as the variable that it stands for."""
+_OF_BUCKETS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AZURE_CLIENT_SECRET",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_SAS_KEY",
+)
+
+
+def variable(name: str) -> str | None:
+    """An environment variable; where it is not set, the content of the file of that name in the folder of secrets.
+
+    Containers are given such folders. The file is read anew each time, so a secret that is changed there counts without
+    a restart. Raises SpecError for a file that cannot be read.
+    """
+    if (given := os.environ.get(name)) or not (folder := os.environ.get(SECRETS)) or not name.isidentifier():
+        return given
+    try:
+        return Path(folder, name).read_text("utf-8").strip()
+    except FileNotFoundError:
+        return given
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"the secret {name} in {folder} ({SECRETS}) cannot be read: {error}") from None
+
+
+def credentials(prefix: str = "") -> dict[str, str]:
+    """Credentials of buckets that are kept as files in the folder of secrets, by the variable that each stands for."""
+    names = (each for each in _OF_BUCKETS if each.startswith(prefix) and not os.environ.get(each))
+    return {name: value for name in names if (value := variable(name))}
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Settings:
     """Where Tally keeps its state.
 
     home: folder of the database, the registry's content and downloads (``TALLY_HOME``).
-    database: SQLAlchemy URL of jobs and registry (``TALLY_DATABASE``).
+    database: SQLAlchemy URL of jobs and registry (``TALLY_DATABASE``, also a file in ``TALLY_SECRETS``).
     registry: folder or bucket URL of the registry's content (``TALLY_REGISTRY``).
     """
 
@@ -71,7 +104,8 @@ def settings() -> Settings:
         home = user_data_path("tally")
     if _is_no_folder(home):
         problems.append(f"TALLY_HOME must name a folder, but {str(home)!r} is a file")
-    database = os.environ.get("TALLY_DATABASE") or f"sqlite:///{home / 'tally.db'}"
+    database = variable("TALLY_DATABASE") or f"sqlite:///{home / 'tally.db'}"
+    database = re.sub(r"^postgres://", "postgresql://", database)  # libpq knows both
     if not _SCHEME.match(database):
         problems.append(f"TALLY_DATABASE must be a sqlite:/// or postgresql:// URL, not {mask(database)!r}")
     elif _AT.match(database):

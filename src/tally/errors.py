@@ -24,6 +24,9 @@
     ├── RunError                            a training's run cannot do what was asked
     │   ├── RunNotFoundError (LookupError)
     │   └── RunStateError                   the run's state does not allow that
+    ├── PipelineError                       a pipeline's run cannot do what was asked
+    │   ├── PipelineNotFoundError (LookupError)
+    │   └── PipelineStateError              the run's state does not allow that
     ├── EndpointError                       an endpoint's state does not allow that
     │   ├── EndpointNotFoundError (LookupError)
     │   └── DeployError                     a cluster or a cloud does not take it, or it does not come up there
@@ -188,6 +191,18 @@ class RunNotFoundError(RunError, LookupError):
 
 
 class RunStateError(RunError):
+    """The run's state does not allow that."""
+
+
+class PipelineError(TallyError):
+    """A pipeline's run cannot do what was asked."""
+
+
+class PipelineNotFoundError(PipelineError, LookupError):
+    """No run of a pipeline by that id."""
+
+
+class PipelineStateError(PipelineError):
     """The run's state does not allow that."""
 
 

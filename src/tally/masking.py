@@ -23,9 +23,12 @@ _BEARER = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}")
 _SIGNING = re.compile(r"whsec_[A-Za-z0-9+/=]{8,}")
 _SUSPECT = re.compile(r"(?i)pass|pwd|secret|token|key|signature|credential|sig\s*=|cookie|authorization|bearer|whsec_")
 """What a text has that needs a closer look: most have nothing of it."""
-_SERVICES = ("postgres", "mysql", "mariadb", "sqlite", "amqp", "redis", "sqs", "azure-queue", "servicebus", "kafka")
+_SERVICES = (
+    *("postgres", "mysql", "mariadb", "sqlite", "duckdb", "mongodb"),
+    *("amqp", "redis", "sqs", "azure-queue", "servicebus", "kafka"),
+)
 """How schemes begin whose URLs name a user, and options in their query, which are no secrets."""
-_CONTAINERS = ("abfs", "abfss")
+_CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")
 """Schemes of URLs that name their container before an ``@``."""
 
 

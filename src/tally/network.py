@@ -45,6 +45,16 @@ def is_allowed(host: str) -> bool:
     return allowed is None or host.lower() in allowed.split(",")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether the host is this machine. What is asked of it goes through no proxy, whatever the environment names."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def create_connection(
     address: tuple[str, int], timeout: float | None = None, source_address: tuple[str, int] | None = None
 ) -> socket.socket:

@@ -12,6 +12,9 @@ from typing import Any, ClassVar
 
 import yaml
 
+HINT = "Write 'name: value', indent with spaces, and put quotes around a text that has ': ' or ' #' in it."
+"""What most often is wrong with YAML."""
+
 _DEEPEST = 100
 """The most levels of lists and mappings."""
 _MOST = 1_000_000

@@ -11,6 +11,8 @@ import re
 import sys
 from multiprocessing import resource_tracker
 
+from tally.config import credentials
+
 SAFE_PATH = "-P"
 """Python's flag that leaves the current folder out of ``sys.path``. Children that multiprocessing starts inherit it."""
 
@@ -30,9 +32,13 @@ def withhold(variable: str) -> None:
 def environment() -> dict[str, str]:
     """The environment for processes that need no database and no key of the server: workers and other helpers.
 
-    The credentials of buckets stay: workers read and write there.
+    The credentials of buckets stay: workers read and write there. They are not told the folder of secrets, but what it
+    has of these.
     """
-    return {name: value for name, value in os.environ.items() if name not in _withheld and not _SECRETS.fullmatch(name)}
+    told = {name: value for name, value in os.environ.items() if name not in _withheld and not _SECRETS.fullmatch(name)}
+    if told.get("PYTHONBREAKPOINT", "").startswith("ray."):
+        del told["PYTHONBREAKPOINT"]  # Ray sets it in each process that it connects; its debugger works in no other
+    return told | credentials()
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -41,12 +47,15 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def track_resources() -> None:
-    """Start multiprocessing's resource tracker. It would be started in the current folder, and import from there."""
+    """Start multiprocessing's resource tracker. It would be started in the current folder, and import from there; and
+    after a kill of this process it would warn of what it then removes, in the middle of somebody's terminal."""
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"  # there is no other way to tell it
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     try:
         resource_tracker.ensure_running()
     finally:
+        sys.warnoptions.pop()
         if before is None:
             del os.environ["PYTHONSAFEPATH"]
         else:

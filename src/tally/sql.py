@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 
 def sql_name(name: str) -> str:
@@ -37,3 +39,14 @@ def distinct_names(names: Sequence[str]) -> dict[str, str]:
 def json_place(name: str) -> str:
     """The place of a field of an object, as DuckDB's functions for JSON take it (a JSON pointer, RFC 6901)."""
     return "/" + name.replace("~", "~0").replace("/", "~1")
+
+
+def hide_progress(connection: Any) -> None:
+    """Have a connection of DuckDB draw no progress bar: a long query would draw it into a server's log.
+
+    In a notebook without ipywidgets it draws none, and fails when it is told so.
+    """
+    import duckdb
+
+    with suppress(duckdb.InvalidInputException):
+        connection.execute("SET enable_progress_bar = false")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 _DURATION = re.compile(r"(?i)\s*(\d+(?:\.\d+)?)\s*(ms|s|sec|m|min|h|d)?\s*")
 _SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
@@ -65,6 +66,40 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` to end a message with, or nothing."""
     found = closest(word, known)
     return f"; did you mean {found!r}?" if found is not None else ""
+
+
+_PLAINLY = {
+    "dict_type": "should be names with values",
+    "finite_number": "should be a finite number",
+    "greater_than": "should be more than {gt}",
+    "greater_than_equal": "should be at least {ge}",
+    "less_than": "should be less than {lt}",
+    "less_than_equal": "should be at most {le}",
+    "string_type": "should be text",
+    "string_unicode": "is not UTF-8 text",
+    **dict.fromkeys(("bool_type", "bool_parsing"), "should be true or false"),
+    **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "should be a whole number"),
+    **dict.fromkeys(("list_type", "tuple_type"), "should be a list"),
+}
+
+
+def finding(error: Mapping[str, Any]) -> str:
+    """What pydantic found wrong with a field, in plain words: ``should be at least 1 (given: 0)``."""
+    kind, context, given = error["type"], error.get("ctx", {}), error["input"]
+    if kind == "string_too_short":
+        return "is empty"
+    if kind == "literal_error" and (known := re.findall(r"'([^']*)'", context["expected"])):
+        *some, last = known
+        said = f"should be {', '.join(some)} or {last}" if some else f"should be {last}"
+        said += did_you_mean(given, known) if isinstance(given, str) else ""
+    elif kind in _PLAINLY:
+        bounds = {name: f"{each:,.15g}" for name, each in context.items() if isinstance(each, (int, float))}
+        said = _PLAINLY[kind].format(**bounds)
+    else:
+        said = str(context["error"]) if kind == "value_error" else error["msg"].removeprefix("Input ")
+        said = said[:1].lower() + said[1:]
+    return f"{said} (given: {given!r})"
 
 
 def expanded(path: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -289,3 +290,87 @@ def test_a_closed_terminal_and_a_stopped_job(pictures: Path, tmp_path: Path, hom
         assert job.returncode == 0, said
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 21
     assert not (tmp_path / "out.dead.csv").exists()
+
+
+def test_a_debugger_left_in_where_ray_has_been_used(
+    pictures: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONBREAKPOINT", "ray.util.rpdb._driver_set_trace")  # as ray.init() does
+    (tmp_path / "asks.py").write_text(
+        "def init(): pass\ndef run(mini_batch):\n    breakpoint()\n    return mini_batch\n"
+    )
+    ran = cli("score", pictures, "--model", tmp_path / "asks.py", "--out", tmp_path / "out.csv", "--workers", 1)
+    assert ran.code == 1
+    assert "BdbQuit" in ran.err
+
+
+PRINTS = """
+import os, tally
+class Prints(tally.Scorer):
+    columns = {"m": "float64"}
+    def score(self, batch):
+        for number in (1, 2):
+            os.write(number, b"printed")
+        assert os.read(0, 1) == b""
+        return [{"m": float(p.mean())} for p in batch]
+"""
+
+
+def test_standard_streams_that_the_caller_has_closed(pictures: Path, tmp_path: Path, home: Path) -> None:
+    (tmp_path / "prints.py").write_text(PRINTS)
+    command = [sys.executable, "-m", "tally", "score", pictures, "--model", tmp_path / "prints.py"]
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command, "--out", tmp_path / "out.csv", "--workers", "1"]
+    assert subprocess.run(closed, timeout=100).returncode == 0
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 21
+    for each in home.rglob("*"):
+        assert not each.is_file() or each.suffix == ".log" or b"printed" not in each.read_bytes(), each
+
+
+@pytest.mark.parametrize(
+    "what", ["jobs list", "query out.csv 'select 1'", "score --items - --model tally:shapes --out no"]
+)
+def test_a_command_whose_standard_streams_are_closed(what: str, pictures: Path, tmp_path: Path, home: Path) -> None:
+    run = [sys.executable, "-m", "tally", "score", pictures, "--model", "tally:shapes", "--out", tmp_path / "out.csv"]
+    subprocess.run([*run, "--limit", "1", "--workers", "1"], check=True, capture_output=True, timeout=100)
+    command = [sys.executable, "-m", "tally", *shlex.split(what)]
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&-', "sh", *command], cwd=tmp_path, stderr=subprocess.PIPE, timeout=100
+    )
+    empty = subprocess.run(
+        command, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=100
+    )
+    assert (closed.returncode, closed.stderr) == (empty.returncode, empty.stderr)
+    assert b"a fault in Tally" not in closed.stderr
+
+
+WRITES = """
+import os, tally
+class Writes(tally.Scorer):
+    columns = {"m": "float64"}
+    log = None
+    def score(self, batch):
+        self.log = self.log or open(os.environ["WRITTEN"], "w")
+        self.log.write(f"scored {len(batch)}\\n")
+        return [{"m": float(p.mean())} for p in batch]
+    def close(self):
+        self.log.write("closed\\n")
+"""
+
+
+def test_what_a_scorer_has_written_and_not_closed(
+    pictures: Path, tmp_path: Path, home: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WRITTEN", str(tmp_path / "written"))
+    (tmp_path / "writes.py").write_text(WRITES)
+    ran = cli(
+        "score", pictures, "--model", tmp_path / "writes.py", "--out", tmp_path / "out.csv", "--workers", 1, "-b", 20
+    )
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "written").read_text().splitlines() == ["scored 20", "closed"]
+
+
+@pytest.mark.parametrize(("what", "code"), [("nosuch", 2), ("jobs show nosuch", 1), ("jobs list --until never", 2)])
+def test_errors_that_cannot_be_written(what: str, code: int, home: Path) -> None:
+    command = [sys.executable, "-m", "tally", *what.split()]
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run(command, stderr=full, timeout=100).returncode == code

@@ -92,6 +92,12 @@ def test_messy_files_of_csv(
         assert [{**row, "date": str(row["date"])} for row in rows] == WEATHER
 
 
+def test_a_spreadsheet_is_its_rows(tmp_path: Path, data: Path) -> None:
+    pytest.importorskip("openpyxl")
+    rows, dead, _ = rows_of(tmp_path, data / "hostile" / "tables" / "messy_simple.xlsx")
+    assert ([{**row, "date": str(row["date"])[:10]} for row in rows], dead) == (WEATHER, {})
+
+
 def test_what_stands_for_nothing_can_be_told(tmp_path: Path, data: Path) -> None:
     place = data / "hostile" / "tables" / "messy_null.csv"
     rows, dead, _ = rows_of(tmp_path, place, csv={"nullstr": "null"})
@@ -156,8 +162,7 @@ def test_the_mark_of_utf_8_is_no_part_of_a_name(data: Path) -> None:
     [
         ("messy_blank_line.ods", "is a spreadsheet"),
         ("messy_encrypted_no_password.xls", "is a spreadsheet"),
-        ("messy_simple.xlsx", "is a spreadsheet"),
-        ("messy_simple.zip", "is packed; unpack it first"),
+        ("messy_simple.zip", "is packed, and its name does not tell what it holds"),
     ],
 )
 def test_what_is_no_table_is_refused_by_its_name(data: Path, name: str, what: str) -> None:

@@ -13,7 +13,7 @@ from tests.endpoints import serving
 
 import tally
 from tally.models.registry import open_registry
-from tally.training.runs.store import RunRecord, open_runs
+from tally.training.runs.store import RunRecord, RunStore
 
 BACKBONE = "models/classify/mobilenet_v2_fp32_features.onnx"
 
@@ -29,7 +29,7 @@ def retrained(cli: Callable[..., Ran], data: Path, cache: Path) -> Callable[...,
         given = ("--image_dir", image_dir, "--backbone", data / BACKBONE, "--bottleneck_dir", cache, *arguments)
         ran = cli("train", "retrain", *given)
         assert ran.code == 0, ran.err
-        return open_runs().list(kind="retrain").runs[0]
+        return RunStore.open().list(kind="retrain").runs[0]
 
     return run
 

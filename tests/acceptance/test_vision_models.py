@@ -14,7 +14,8 @@ from PIL import Image
 from tally.errors import ModelLoadError
 from tally.models.labels import read_labels
 from tally.scorers.base import Item
-from tally.scorers.onnx.scorer import OnnxVisionScorer, inspect
+from tally.scorers.onnx.pictures import inspect
+from tally.scorers.onnx.scorer import OnnxVisionScorer
 
 BGR_MEANS = {"channels": "bgr", "mean": [104, 117, 123]}
 

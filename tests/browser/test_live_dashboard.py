@@ -30,7 +30,7 @@ pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect
 from tests.browsing import check_accessibility
 
-SCENES = 24
+SCENES = 14
 COLUMNS = ("key", "label", "score", "xmin", "ymin", "xmax", "ymax")
 
 

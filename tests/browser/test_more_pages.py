@@ -17,9 +17,12 @@ pytest.importorskip("playwright")
 
 from playwright.sync_api import Page, expect
 from tests.browsing import check_accessibility, log_in
+from tests.workflows import waiting
 
 import tally
 from tally.jobs.facade import Jobs
+from tally.pipelines.steps import room
+from tally.training.sweeps.store import SweepStore
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def test_empty_pages_say_what_to_do(page: Page, server: Server) -> None:
     log_in(page, server)
     for name, hint in [
         ("Models", "tally models add"), ("Schedules", "tally schedule add"), ("Watches", "tally watch add"),
-        ("Queues", "tally score amqp://"), ("Runs", "tally train script"),
+        ("Queues", "tally score amqp://"), ("Runs", "tally train script"), ("Pipelines", "tally pipeline run"),
     ]:  # fmt: skip
         page.get_by_role("navigation", name="Main").get_by_role("link", name=name).click()
         expect(page.get_by_role("heading", name=name)).to_be_visible()
@@ -153,7 +156,7 @@ def test_jobs_like_one_that_ran_are_scheduled(page: Page, server: Server, folder
         made = client.post("/jobs", json=first).raise_for_status().json()["id"]
     log_in(page, server, path=f"/jobs/{made}")
     page.get_by_role("link", name="Schedule jobs like it").click()
-    expect(page.get_by_label("Job", exact=True)).to_have_value(
+    expect(page.get_by_label("What it does")).to_have_value(
         re.compile(re.escape(f"out: {folder}/once-{{interval_start_utc:%Y-%m-%dT%H%M}}.csv\n"))
     )
     page.get_by_label("Name").fill("like-it")
@@ -306,6 +309,49 @@ def test_all_pages_fit_a_phone(page: Page, server: Server, folder: Path) -> None
         check_accessibility(page)
 
 
+def test_a_sweep_is_followed_and_deleted(page: Page, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Path(psutil.Process(server.process.pid).environ()["TALLY_HOME"])
+    monkeypatch.setenv("TALLY_HOME", str(home))
+    store = SweepStore.open()
+    spec = {"texts": ["rate=0.1..1", "net=a,b"], "metric": "loss", "lowest": True, "sampler": "tpe", "seed": 1}
+    lease = store.create(name="<b>night</b>", kind="script", folder=str(home), spec=spec | {"prune": False})
+    log_in(page, server, path="/runs")
+    page.get_by_role("link", name="Sweeps").click()
+    page.get_by_role("link", name="<b>night</b>").click()
+    expect(page.get_by_text("None has begun yet")).to_be_visible()
+    runs = []
+    for number, loss in enumerate((0.5, 0.25)):
+        parameters = {"rate": 0.1 + number / 2, "net": "ab"[number]}
+        runs.append(tally.training.run(f"night {number}", parameters, sweep=lease.id))
+        store.begin_trial(lease, number, runs[-1].id, parameters)
+        runs[-1].log({"loss": loss}, step=7)
+    rows = page.get_by_role("group", name="Trials").locator("tbody tr")
+    expect(rows.first).to_contain_text("0.25")  # of one that is trained
+    expect(rows.first.locator(".state")).to_have_text("running")
+    for number, each in enumerate(runs):
+        each.finish()
+        store.end_trial(lease, number, "finished", value=(0.5, 0.25)[number], step=7)
+    expect(page.get_by_text("The best so far is")).to_contain_text("trial 1: loss 0.25, rate 0.6, net b")
+    store.finish(lease, "finished", best=1, model="models:/pets/1")
+    expect(page.get_by_role("link", name="models:/pets/1")).to_be_visible()
+    expect(page.get_by_role("img", name="Each run as a line across rate, net, loss")).to_be_visible()
+    expect(page.locator(".parallel .best title")).to_have_text("trial 1, finished")
+    check_accessibility(page)
+    page.set_viewport_size({"width": 360, "height": 640})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    rows.first.get_by_role("link").click()
+    page.get_by_role("link", name=f"sweep {lease.id}").click()
+    page.get_by_role("link", name="Compare all metrics and curves").click()
+    expect(page.get_by_text("The best is night 1")).to_be_visible()
+    page.get_by_role("link", name=lease.id).click()
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete").click()
+    expect(page.get_by_role("heading", name="Sweeps")).to_be_visible()
+    expect(page.get_by_text("tally sweep retrain")).to_be_visible()
+    check_accessibility(page)
+    assert not runs[0].folder.exists()
+
+
 def test_runs_are_followed_and_compared(page: Page, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TALLY_HOME", psutil.Process(server.process.pid).environ()["TALLY_HOME"])
     with tally.training.run("<i>first</i>", {"rate": 0.001, "net": "small"}) as first:
@@ -354,3 +400,44 @@ def test_runs_are_followed_and_compared(page: Page, server: Server, monkeypatch:
     expect(page.get_by_role("heading", name="Runs")).to_be_visible()
     expect(page.get_by_role("link", name="<i>first</i>")).to_have_count(0)
     assert not first.folder.exists()
+
+
+@pytest.mark.skipif(room.refusal() is not None, reason="steps cannot have a file system of their own here")
+def test_a_pipeline_is_followed_answered_and_deleted(
+    page: Page, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Path(psutil.Process(server.process.pid).environ()["TALLY_HOME"])
+    monkeypatch.setenv("TALLY_HOME", str(home))
+    run = waiting(tmp_path)
+    log_in(page, server, path="/pipelines")
+    page.get_by_label("State").select_option("succeeded")
+    page.get_by_role("button", name="Filter").click()
+    expect(page.get_by_text("No run matches.")).to_be_visible()
+    page.get_by_label("State").select_option("waiting")
+    page.get_by_label("Find").fill("TEST-")
+    page.get_by_role("button", name="Filter").click()
+    check_accessibility(page)
+    page.get_by_role("link", name="test-").click()
+    expect(page.get_by_role("button", name="Delete")).to_be_visible()  # nobody drives what waits
+    tree = page.get_by_role("group", name="Steps").locator("tbody tr")
+    expect(tree).to_have_count(3)
+    expect(page.get_by_text("approve waits for a person")).to_be_visible()
+    expect(page.get_by_text("postgres://u:***@h/d")).to_be_visible()
+    expect(page.get_by_label("verdict")).to_have_value("no")
+    check_accessibility(page)
+    page.get_by_label("verdict").select_option("yes")
+    page.get_by_role("button", name="Go on").click()
+    expect(page.get_by_role("list", name="Where the run stands").locator(".state")).to_have_text("succeeded")
+    expect(tree).to_have_count(5)
+    expect(tree.last).to_contain_text("onExit")
+    expect(page.get_by_text("waits for a person")).to_be_hidden()
+    page.set_viewport_size({"width": 360, "height": 640})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.get_by_role("link", name="after").click()
+    expect(page.get_by_role("group", name="What it printed")).to_have_text("answer yes")
+    check_accessibility(page)
+    page.get_by_role("link", name="Pipeline test-").click()
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete").click()
+    expect(page.get_by_text("No pipeline has run yet")).to_be_visible()
+    assert not (home / "pipelines" / run).exists()

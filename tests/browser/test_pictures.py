@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import zlib
@@ -14,6 +15,7 @@ import httpx2
 import numpy as np
 import pytest
 from PIL import Image
+from tests.archives import tar
 from tests.server import Server, running, until
 from tests.videos import write_clip
 
@@ -36,6 +38,23 @@ class Detect(tally.Scorer):
             for picture in batch
         ]
 """
+MASKED = """
+import numpy, tally
+from tally.scorers.vision.detection.rows import runs
+
+class Masked(tally.Scorer):
+    input = "image"
+    columns = {
+        "label": "string", **dict.fromkeys(["xmin", "ymin", "xmax", "ymax"], "float64"),
+        "corners": "list<float32>", "keypoints": "list<float32>", "mask": "list<int64>",
+    }
+
+    def score(self, batch):
+        mask = runs(numpy.ones((20, 10), bool), 40, 40, 120, 100)
+        box = {"label": "car", "xmin": 10.0, "ymin": 20.0, "xmax": 90.0, "ymax": 70.0}
+        points = {"corners": [50, 20, 90, 45, 50, 70, 10, 45], "keypoints": [70, 45]}
+        return [{**box, **points, "mask": mask} for _ in batch]
+"""
 INVERT = """
 import tally
 
@@ -52,6 +71,7 @@ class Invert(tally.Scorer):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     (folder / "detect.py").write_text(DETECT)
+    (folder / "masked.py").write_text(MASKED)
     (folder / "invert.py").write_text(INVERT.replace("INPUT", "image"))
     (folder / "film.py").write_text(INVERT.replace("INPUT", "frame"))
     (folder / "in" / "a & b").mkdir(parents=True)
@@ -126,6 +146,47 @@ def test_boxes_are_drawn_where_they_are(server: Server, detected: str, tmp_path:
     assert bright[45, 10]
     assert bright[45, 89]
     assert not bright[45, 30:70].any()
+
+
+def test_members_of_an_archive_are_shown_by_their_thumbnails(page: Page, server: Server, folder: Path) -> None:
+    files = {f"{number}.png": (folder / "in" / "a & b" / f"1{number}.png").read_bytes() for number in range(3)}
+    (folder / "in.tar").write_bytes(tar(files))
+    without = finished(server, folder, "detect.py", "unseen", source="in.tar")
+    job = finished(server, folder, "detect.py", "seen", source="in.tar", thumbnails=60)
+    log_in(page, server, path=f"/jobs/{job}")
+    expect(page.locator("#pictures figure")).to_have_count(3)
+    assert shown(page, "in.tar/1.png: <car>, dog")
+    closely = page.get_by_role("link", name="in.tar/1.png: <car>, dog").get_attribute("href") or ""
+    assert "size=1280" in closely
+    with browsing(server) as client:
+        assert Image.open(io.BytesIO(client.get(closely).content)).size == (320, 266)  # no larger than captions need
+        address = re.findall(r'src="([^"]+)"', client.get(f"/jobs/{job}/pictures").text)[0].replace("&amp;", "&")
+        pixels = np.asarray(Image.open(io.BytesIO(client.get(address).content))).astype(int)
+        assert pixels.shape == (266, 320, 3)
+        bright = pixels.max(axis=2) > 100
+        assert bright[120, round(10 * 320 / 120)]  # the box is in pixels of the original, 120 wide
+        assert bright[120, round(90 * 320 / 120) - 1]
+        assert not bright[120, 40:220].any()
+        address = re.findall(r'src="([^"]+)"', client.get(f"/jobs/{without}/pictures").text)[0].replace("&amp;", "&")
+        assert client.get(address).headers["content-type"] == "image/svg+xml"
+    with server.client() as api:
+        assert "_thumbnails/part-00000.parquet" in str(api.get(f"/jobs/{job}/files").json())
+
+
+@pytest.mark.parametrize("out", ["masked", "masked.csv"])
+def test_masks_quadrangles_and_keypoints_are_drawn(server: Server, folder: Path, out: str) -> None:
+    job = finished(server, folder, "masked.py", out)
+    with browsing(server) as client:
+        page = client.get(f"/jobs/{job}/pictures").text
+        address = re.findall(r'src="([^"]+)"', page)[0].replace("&amp;", "&")
+        content = client.get(address).content
+    pixels = np.asarray(Image.open(io.BytesIO(content))).astype(int)
+    bright = pixels.max(axis=2) > 60
+    assert bright[50, 45]  # within the mask
+    assert bright[45, 70]  # a keypoint
+    assert not bright[50, 30]
+    assert not bright[60, 10]  # the quadrangle is drawn in place of the box
+    assert bright[45, 10:14].any()
 
 
 def test_pictures_made_of_others_are_compared_by_keyboard(page: Page, server: Server, folder: Path) -> None:

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import sqlalchemy as sa
-from tests.services import postgres_database
 
-from tally.database.connect import connect
-from tally.database.tables import metadata
 from tally.jobs.store import JobStore
 from tally.testing.jobs import JobStoreContract
 
 
-class TestSqliteJobStore(JobStoreContract):
+class TestJobStore(JobStoreContract):
     @pytest.fixture
-    def store(self, tmp_path: Path) -> Iterator[JobStore]:
-        store = JobStore(connect(f"sqlite:///{tmp_path / 'tally.db'}"))
-        yield store
-        store.engine.dispose()
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    with postgres_database() as url:
-        yield url
-
-
-class TestPostgresJobStore(JobStoreContract):
-    @pytest.fixture
-    def store(self, postgres: str) -> Iterator[JobStore]:
-        store = JobStore(connect(postgres))
-        yield store
-        with store.engine.begin() as connection:
-            for table in reversed(metadata.sorted_tables):
-                connection.execute(sa.delete(table))
-        store.engine.dispose()
+    def store(self, engine: sa.Engine) -> JobStore:
+        return JobStore(engine)

@@ -115,6 +115,21 @@ class LeaseContract:
         assert call(lease.acquire, token="b", seconds=LONG, instead_of="a")
         assert not call(lease.acquire, token="c", seconds=LONG, instead_of="a")
 
+    def test_a_process_that_has_got_the_owners_number_is_not_the_owner(
+        self, table: sa.Engine, call: Callable[..., Any]
+    ) -> None:
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+            call(lease.acquire, token="a", seconds=LONG)
+            self.put(table, owner_pid=other.pid, owner_started=lease.started(other.pid))
+            assert lease.is_held(self.row(table))
+            assert self.found(table, lambda connection: lease.is_lost(connection, tasks)) == {2}
+            self.put(table, owner_started=(lease.started(other.pid) or 0.0) - 1)
+            assert not lease.is_held(self.row(table))
+            assert self.found(table, lambda connection: lease.is_lost(connection, tasks)) == {1, 2}
+            self.put(table, owner_started=None)  # of an earlier version
+            assert lease.is_held(self.row(table))
+            other.communicate(b"\n")
+
     def test_processes_of_other_hosts_are_not_looked_for(self, table: sa.Engine, call: Callable[..., Any]) -> None:
         process = subprocess.Popen([sys.executable, "-c", ""])
         process.wait(DEADLINE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
@@ -14,16 +13,14 @@ import pytest
 from tests.extent import FULL
 from tests.ports import free_ports
 from tests.queues import MAKERS, new_queue
+from tests.waiting import eventually
 
-from tally.errors import SourceNotFoundError, SpecError, StorageAwayError
+from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, StorageError
 from tally.sources.base import Source
 from tally.sources.queues.base import REASON, Depth, Message, Queue
 from tally.sources.queues.factory import open_queue
 from tally.sources.queues.source import QueueSource
 from tally.testing.sources import EndlessSourceContract
-
-PATIENCE = 60.0
-"""Seconds after which something will not happen any more."""
 
 SHORT = {"redis-stream": "?lock=1", "sqs": "?lock=1", "azure-queue": "?lock=1", "servicebus": "-short"}
 """How URLs end that say that messages go to another consumer after a second or two, for brokers that keep a lock for
@@ -66,15 +63,8 @@ def bodies(messages: Sequence[Message]) -> list[bytes]:
 def receive(queue: Queue, count: int) -> list[Message]:
     """So many messages, in order."""
     found: list[Message] = []
-    until(lambda: found.extend(queue.receive(count - len(found), 0.2)) or len(found) == count)
+    eventually(lambda: found.extend(queue.receive(count - len(found), 0.2)) or len(found) == count)
     return found
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Ask until it holds."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "this did not happen"
 
 
 def test_what_is_sent_is_received_in_order_and_once(opened: Callable[[], Queue], kind: str) -> None:
@@ -102,7 +92,7 @@ def test_what_is_rejected_is_in_the_dead_letter_queue_with_its_reason(opened: Ca
     bad, good = sorted(receive(queue, 2), key=lambda each: each.body)
     queue.acknowledge([good])
     queue.reject([(bad, "it cannot be read")])
-    until(lambda: queue.depth().dead == 1)
+    eventually(lambda: queue.depth().dead == 1)
     [dead] = queue.peek(5, dead=True)
     assert (dead.body, dead.headers[REASON]) == (b"bad", "it cannot be read")
     assert queue.peek(5, dead=True) == [dead]  # looking takes nothing
@@ -119,9 +109,9 @@ def test_what_is_rejected_is_in_the_dead_letter_queue_with_its_reason(opened: Ca
 def test_depth_and_peek(opened: Callable[[], Queue]) -> None:
     queue = opened()
     queue.send([Message(b"a"), Message(b"b")])
-    until(lambda: queue.depth().waiting == 2)
+    eventually(lambda: queue.depth().waiting == 2)
     assert bodies(queue.peek(1)) in ([b"a"], [b"b"])
-    until(lambda: queue.depth().waiting == 2)  # looking takes nothing; RabbitMQ takes its time to put it back
+    eventually(lambda: queue.depth().waiting == 2)  # looking takes nothing; RabbitMQ takes its time to put it back
 
 
 @pytest.mark.parametrize("kind", ["rabbitmq"], indirect=True)
@@ -146,11 +136,11 @@ def test_a_rabbitmq_queue_that_others_made_is_taken_as_it_is(
         connection.channel().queue_declare(url.rpartition("/")[2], **made)
     queue = opened()
     queue.send([Message(b"a"), Message(b"b")])
-    until(lambda: queue.depth() == Depth(2, dead=0))
+    eventually(lambda: queue.depth() == Depth(2, dead=0))
     a, b = receive(queue, 2)
     queue.acknowledge([a])
     queue.reject([(b, "no such item")])
-    until(lambda: queue.depth() == Depth(0, dead=1))
+    eventually(lambda: queue.depth() == Depth(0, dead=1))
     assert queue.replay(5) == 1
     assert bodies(receive(queue, 1)) == [b"b"]
 
@@ -171,7 +161,7 @@ def test_a_rabbitmq_queue_that_is_deleted_meanwhile_swallows_nothing(url: str, o
         queue.reject([(b, "no such item")])
     (b,) = receive(queue, 1)
     queue.reject([(b, "no such item")])
-    until(lambda: queue.depth() == Depth(0, dead=1))
+    eventually(lambda: queue.depth() == Depth(0, dead=1))
 
 
 @pytest.mark.parametrize("kind", ["rabbitmq"], indirect=True)
@@ -182,6 +172,30 @@ def test_a_rabbitmq_server_that_is_away_is_told_with_the_reason(url: str, kind: 
         pytest.raises(StorageAwayError, match="Connection refused"),
     ):
         queue.depth()
+
+
+def ours(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "tally"]
+
+
+@pytest.mark.parametrize("address", ["amqp://127.0.0.1:{}/none", "redis://127.0.0.1:{}/0/none"])
+def test_who_waits_for_a_broker_is_told_once_what_for(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    (port,) = free_ports(1)
+    with closing(open_queue(address.format(port))) as queue:
+        eventually(lambda: queue.receive(1, 0.1) or ours(caplog))
+        assert queue.receive(1, 0.1) == []
+    [said] = ours(caplog)
+    assert said.startswith(f"{address.format(port)} does not answer: ")
+    assert "onnection refused; it is tried again\n  Check that the broker runs" in said
+
+
+@pytest.mark.parametrize("kind", ["redis-stream"], indirect=True)
+def test_a_key_of_another_kind_ends_the_job_instead_of_being_waited_for(url: str, opened: Callable[[], Queue]) -> None:
+    opened().send([Message(b"a")])
+    with closing(open_queue(f"{url}?kind=list")) as queue, pytest.raises(StorageError, match="WRONGTYPE") as refused:
+        queue.receive(1, 0.1)
+    assert not isinstance(refused.value, StorageAwayError)
+    assert "?kind=list after the URL says that it is a list" in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", list(SHORT), indirect=True)
@@ -196,11 +210,11 @@ def test_a_lock_holds_as_long_as_it_is_extended(url: str, kind: str) -> None:
             others.extend(second.receive(2, 0.1))
             return bool(others)
 
-        until(again)
+        eventually(again)
         assert bodies(others) == [b"b"]
         first.acknowledge([a])
         second.acknowledge(others)
-        until(lambda: (second.depth().waiting, second.depth().in_hand or 0) == (0, 0))
+        eventually(lambda: (second.depth().waiting, second.depth().in_hand or 0) == (0, 0))
 
 
 @pytest.mark.parametrize("kind", list(SHORT), indirect=True)
@@ -276,7 +290,7 @@ def test_rabbitmq_knows_the_user_that_the_url_names(url: str, monkeypatch: pytes
     with pytest.raises(SpecError, match="names a user"):
         open_queue(named)
     monkeypatch.setenv("TALLY_QUEUE_PASSWORD", "wrong")
-    with closing(open_queue(named)) as queue, pytest.raises(StorageAwayError):
+    with closing(open_queue(named)) as queue, pytest.raises(StorageAwayError, match=r"ACCESS_REFUSED(?s:.+)QUEUE_PASS"):
         queue.send([Message(b"a")])
     monkeypatch.setenv("TALLY_QUEUE_PASSWORD", "guest")
     with closing(open_queue(named)) as queue:

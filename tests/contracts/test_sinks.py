@@ -15,11 +15,13 @@ from tests.videos import write_clip
 
 from tally.media.video.frame import FrameInfo
 from tally.media.video.metadata import Colour, Video
+from tally.scorers.base import Pictured, Thumbnail, Thumbnailed
 from tally.sinks import merge
 from tally.sinks.base import Output, Sink
 from tally.sinks.factory import sink_for
 from tally.sinks.video import VideoSink
-from tally.testing.sinks import FACTS, SinkContract, key
+from tally.sources.base import Chunk
+from tally.testing.sinks import DEAD, FACTS, SinkContract, key
 
 
 class _Rows(SinkContract):
@@ -134,6 +136,78 @@ class TestPictures(SinkContract):
     @pytest.fixture
     def result(self) -> Callable[[int], Any]:
         return lambda n: np.full((4, 6, 3), n, np.uint8)
+
+
+class TestPicturesWithRows(SinkContract):
+    rows_per_item = 2
+
+    @pytest.fixture
+    def make(self) -> Callable[[Path], Sink]:
+        columns = {"label": "string", "score": "float32", "width": "int32"}
+        return lambda folder: sink_for(str(folder / "out"), output="image", columns=columns)
+
+    @pytest.fixture
+    def result(self) -> Callable[[int], Any]:
+        rows: list[dict[str, Any]] = [{"label": "a", "score": 0.5, "width": -1}, {"label": "b", "more": 1}]
+        return lambda n: Pictured(np.full((4, 6, 3), n, np.uint8), rows)
+
+
+def small(n: int) -> Thumbnail:
+    return Thumbnail(b"JPEG %d" % n, n + 1, n + 2)
+
+
+class TestThumbnails(_Rows):
+    """Results that come with small pictures of their items; some staged files of both are parts as they are."""
+
+    @pytest.fixture(autouse=True)
+    def large(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(merge, "PART_ROWS", 24)  # an eighth is large enough
+
+    @pytest.fixture
+    def make(self) -> Callable[[Path], Sink]:
+        return lambda folder: sink_for(str(folder / "out"), output="rows", columns=self.columns, thumbnails=True)
+
+    columns: ClassVar = {"score": "float32"}
+
+    @pytest.fixture
+    def result(self) -> Callable[[int], Any]:
+        return lambda n: Thumbnailed({"score": n / 2}, small(n))
+
+
+@pytest.mark.parametrize("out", ["rows", "rows.csv", "pictures", "memory://{}"])
+def test_each_item_that_counts_has_its_thumbnail(out: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pictures = out == "pictures"
+    place = out.format(f"{_bucket(request)}/out") if "://" in out else str(tmp_path / out)
+    sink = sink_for(place, output="image" if pictures else "rows", thumbnails=True)
+    keys = [key(n) for n in range(8)]
+
+    def attempt(name: str, start: int, stop: int, bad: int = -1) -> Output:
+        writer = sink.open(name, Chunk(start, stop - start, {}))
+        plain = [np.full((4, 6, 3), n, np.uint8) if pictures else {"score": n} for n in range(start, stop)]
+        results = [Thumbnailed(result, small(n)) for n, result in enumerate(plain, start)]
+        if bad >= 0:
+            results[bad - start] = Thumbnailed(object(), small(bad))  # type: ignore[arg-type]
+        assert [index + start for index, _ in writer.add(keys[start:stop], results)] == [bad][: bad >= 0]
+        return writer.close()
+
+    def shown(*numbers: int) -> dict[str, Thumbnail]:
+        return {key(n): small(n) for n in numbers}
+
+    sink.claim("job-1")
+    outputs = [attempt("a", 0, 3), attempt("b", 3, 5, bad=4)]
+    attempt("lost", 5, 7)
+    assert sink.thumbnails_of(outputs, keys) == shown(0, 1, 2, 3)
+    assert sink.thumbnails_of(outputs, [key(2), "none"]) == shown(2)
+    manifest = sink.finalize(outputs, DEAD, FACTS)
+    assert sum(file["rows"] for file in manifest["thumbnails"]) == 4
+    assert sink.thumbnails_of([], keys) == shown(0, 1, 2, 3)
+    sink.claim("job-1")
+    second = attempt("c", 4, 6)
+    assert sink.thumbnails_of([*outputs, second], keys) == shown(0, 1, 2, 3, 4, 5)
+    sink.finalize([second], [], {**FACTS, "generation": 1})
+    assert sink.thumbnails_of([], keys) == shown(0, 1, 2, 3, 4, 5)
+    sink.claim("job-2", overwrite=True)
+    assert sink.thumbnails_of([], keys) == {}
 
 
 class TestBucket(_Rows):

@@ -5,9 +5,11 @@ import json
 import os
 import threading
 import uuid
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import date, datetime
+from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 
@@ -15,13 +17,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tests.archives import PACKERS
 from tests.videos import write_clip
 
 from tally.errors import ItemError, SourceNotFoundError, SpecError
 from tally.scorers.base import Input, Item, Scorer
+from tally.sources.archives.source import ArchiveSource
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
 from tally.sources.files import FileSource
+from tally.sources.lists import open_list
 from tally.sources.reading import AHEAD, LOCAL_THREADS
+from tally.sources.references import ReferenceSource
+from tally.sources.sequences import SequenceSource
+from tally.sources.tables.pictures import PictureColumnSource
 from tally.sources.tables.source import TableSource
 from tally.sources.video import VideoSource
 from tally.storage import open_store
@@ -91,6 +99,91 @@ class TestSeveralPlaces(SourceContract):
         return FileSource.describe(uris, "image")
 
 
+class TestTars(SourceContract):
+    """Two archives in a folder; beside pictures, one has members that are none."""
+
+    suffix = "tar"
+
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return [*(f"a.{self.suffix}/{name}" for name in NAMES), f"b/c.{self.suffix}/only.png"]
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> str:
+        return str(tmp_path / "in")
+
+    @pytest.fixture
+    def source(self, place: str, png: bytes) -> Source:
+        pack = PACKERS[self.suffix]
+        store = open_store(place)
+        more = {"a/notes.md": b"none", ".hidden.png": png, "__MACOSX/._a.png": b"", "a.json": b"{}"}
+        store.write(f"a.{self.suffix}", pack(dict.fromkeys(NAMES, png) | more))
+        store.write(f"b/c.{self.suffix}", pack({"./only.png": png}))
+        return ArchiveSource.describe([place], "image")
+
+
+class TestGzippedTars(TestTars):
+    suffix = "tar.gz"
+
+
+class TestZstandardTars(TestTars):
+    suffix = "tar.zst"
+
+
+class TestZips(TestTars):
+    suffix = "zip"
+
+
+class TestS3Tars(TestTars):
+    @pytest.fixture
+    def place(self, s3: str) -> str:
+        return f"{s3}/in"
+
+
+class TestS3GzippedTars(TestS3Tars):
+    suffix = "tgz"
+
+
+class TestS3Zips(TestS3Tars):
+    suffix = "zip"
+
+
+class TestMembersAsPaths(TestTars):
+    @pytest.fixture
+    def input(self) -> str:
+        return "path"
+
+    @pytest.fixture
+    def source(self, place: str, png: bytes) -> Source:
+        store = open_store(place)
+        store.write("a.tar", PACKERS["tar"](dict.fromkeys(NAMES, png)))
+        store.write("b/c.tar", PACKERS["tar"]({"./only.png": png}))
+        return ArchiveSource.describe([f"{place}/a.tar", f"{place}/b/*.tar"], "path")
+
+
+class TestShards(TestTars):
+    """As WebDataset writes them, with what is kept."""
+
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return [f"{shard:02}.tar/{number:04}.png" for shard in range(2) for number in range(4)]
+
+    @pytest.fixture
+    def source(self, place: str, png: bytes) -> Source:
+        store = open_store(place)
+        for shard in range(2):
+            files = {}
+            for number in range(4):
+                files |= {f"{number:04}.cls": b"%d" % number, f"{number:04}.png": png}
+            store.write(f"{shard:02}.tar", PACKERS["tar"](files))
+        return ArchiveSource.describe([f"{place}/{{00..01}}.tar"], "image", keep=["cls"])
+
+    def test_rows_carry_what_is_kept(self, source: Source, scorer: Recorder) -> None:
+        assert source.columns == {"cls": "string"}
+        batches = [batch for chunk in chunks_of(source, 3) for batch in source.read(chunk, scorer, Timings())]
+        assert [info["cls"] for batch in batches for info in batch.info] == list("0123") * 2
+
+
 class TestVideos(SourceContract):
     """Two clips: with B-frames, and of one frame."""
 
@@ -129,6 +222,97 @@ class TestEveryThirdFrame(TestVideos):
     def source(self, place: str, tmp_path: Path) -> Source:
         source = super().source.__wrapped__(self, place, tmp_path)  # type: ignore[attr-defined]
         return replace(source, every=3)
+
+
+class TestNumberedPictures(SourceContract):
+    """Two folders of them, of which one has every second number."""
+
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return [*(f"a/{number:06}" for number in range(6)), *(f"b/left/{number:06}" for number in (0, 1))]
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> str:
+        return str(tmp_path / "in")
+
+    @pytest.fixture
+    def source(self, place: str, png: bytes) -> Source:
+        store = open_store(place)
+        for name in ("a/8.png", "a/9.png", "a/10.png", "a/11.png", "a/12.png", "a/13.png", "b/left/f_7.jpg"):
+            store.write(name, png)
+        store.write("b/left/f_9.jpg", png)
+        return SequenceSource.describe([place], rate=Fraction(30000, 1001))
+
+    @pytest.fixture
+    def input(self) -> str:
+        return "frame"
+
+
+class TestRemoteNumberedPictures(TestNumberedPictures):
+    @pytest.fixture
+    def place(self) -> str:
+        return f"memory://{uuid.uuid4().hex}/in"
+
+
+class TestReferences(SourceContract):
+    """A text that names a file beside it, one by its whole path, objects of a bucket, and a URL of a file."""
+
+    @pytest.fixture
+    def bucket(self) -> str:
+        return f"memory://{uuid.uuid4().hex}/in"
+
+    @pytest.fixture
+    def keys(self, tmp_path: Path, bucket: str) -> list[str]:
+        files = [f"in/{NAMES[0]}", f"{tmp_path}/in/{NAMES[1]}", f"file://{tmp_path}/in/{NAMES[2]}"]
+        return [*files, *(f"{bucket}/{name}" for name in NAMES)]
+
+    @pytest.fixture
+    def source(self, tmp_path: Path, bucket: str, keys: list[str], png: bytes) -> Source:
+        _fill(str(tmp_path / "in"), png)
+        _fill(bucket, png)
+        (tmp_path / "list.txt").write_text("\n\n".join(keys))
+        return ReferenceSource.describe(open_list(str(tmp_path / "list.txt")), "image")
+
+
+class TestReferencesOfATable(SourceContract):
+    """A CSV file with keys of its own, columns that are kept, and a base."""
+
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return [f"00{n}" for n in range(len(NAMES))]
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> str:
+        return str(tmp_path / "in")
+
+    @pytest.fixture
+    def source(self, tmp_path: Path, place: str, keys: list[str], png: bytes) -> Source:
+        _fill(place, png)
+        lines = [f"{key},{name},{n},2026-01-0{n + 1}" for n, (key, name) in enumerate(zip(keys, NAMES, strict=True))]
+        (tmp_path / "list.csv").write_text("\n".join(["id,image,n,day", *lines]))
+        items = open_list(str(tmp_path / "list.csv"), key="id", keep=["n", "day"])
+        return ReferenceSource.describe(items, "image", base=place).located(str(tmp_path / "work"))
+
+    def test_kept_columns_come_with_the_items(self, source: Source, scorer: Recorder, keys: list[str]) -> None:
+        assert source.columns == {"n": "int64", "day": "date32[day]"}
+        chunks = source.combine(chunks_of(source, 3))
+        info = [row for chunk in chunks for row in source.info(chunk) or ()]
+        assert info == [{"n": n, "day": date(2026, 1, n + 1)} for n in range(len(keys))]
+        scorer.fail = frozenset([keys[1]])
+        [batch, *_] = source.read(chunks[0], scorer, Timings())
+        assert (batch.keys, batch.info) == (keys[:1], info[:1])
+
+
+class TestReferencesInS3(TestReferencesOfATable):
+    @pytest.fixture
+    def place(self, s3: str) -> str:
+        return f"{s3}/in"
+
+
+class TestReferencesInAzure(TestReferencesOfATable):
+    @pytest.fixture
+    def place(self, azure: str) -> str:
+        return f"{azure}/in"
 
 
 class TestBytes(TestLocalImages):
@@ -171,6 +355,59 @@ def write_parquet(place: str, name: str, rows: list[dict[str, object]], group: i
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=group)
     open_store(place).write(name, sink.getvalue().to_pybytes())
+
+
+class TestPicturesInParquet(SourceContract):
+    """As Hugging Face writes them, in row groups; a path that is missing, there twice, or leads out is not taken."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> str:
+        return str(tmp_path / "in")
+
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return ["a.parquet/x.png", "a.parquet#2", "a.parquet#3", "a.parquet/y/z.png", "a.parquet#5", "b.parquet/x.png"]
+
+    @pytest.fixture
+    def source(self, place: str, png: bytes) -> Source:
+        paths = ["x.png", None, "x.png", "y/z.png", "../up.png", "x.png"]
+        rows = [{"image": {"bytes": png, "path": path}, "label": at} for at, path in enumerate(paths)]
+        write_parquet(place, "a.parquet", rows[:5])
+        write_parquet(place, "b.parquet", rows[5:])
+        return PictureColumnSource.describe([place], "image", keep=["truth=label"])
+
+    def test_rows_carry_what_is_kept(self, source: Source, scorer: Recorder) -> None:
+        assert source.columns == {"truth": "int64"}
+        batches = [batch for chunk in chunks_of(source, 4) for batch in source.read(chunk, scorer, Timings())]
+        assert [info["truth"] for batch in batches for info in batch.info] == list(range(6))
+
+
+class TestRemotePicturesInParquet(TestPicturesInParquet):
+    @pytest.fixture
+    def place(self) -> str:
+        return f"memory://{uuid.uuid4().hex}/in"
+
+
+class TestS3PicturesInParquet(TestPicturesInParquet):
+    @pytest.fixture
+    def place(self, s3: str) -> str:
+        return f"{s3}/in"
+
+
+class TestBase64AsPaths(TestPicturesInParquet):
+    @pytest.fixture
+    def input(self) -> str:
+        return "path"
+
+    @pytest.fixture
+    def keys(self) -> list[str]:
+        return [f"a.parquet#{row}" for row in range(1, 7)]
+
+    @pytest.fixture
+    def source(self, place: str, png: bytes) -> Source:
+        rows = [{"picture": b64encode(png).decode(), "label": at} for at in range(6)]
+        write_parquet(place, "a.parquet", rows)
+        return PictureColumnSource.describe([place], "path", item_column="picture", keep=["truth=label"])
 
 
 READINGS = [{"device": n % 3, "value": n / 2, "note": f"n{n}"} for n in range(12)]
@@ -571,7 +808,7 @@ def test_bad_items_are_dead_with_their_stage_and_reason(tmp_path: Path, png: byt
     values, dead = read(FileSource.describe([str(tmp_path)], "image"), Recorder(fail=["5.png"]))
     assert list(values) == ["0.png", "3.png"]
     assert {position: (error.stage, error.message) for position, error in dead.items()} == {
-        1: ("decode", "not an image: cannot identify the format (starts with b'<html>')"),
+        1: ("decode", "not an image, but a web page (starts with b'<html>')"),
         2: ("read", f"cannot read {tmp_path}/2.png: there is no such file or folder"),
         4: ("decode", "the file is empty (0 bytes)"),
         5: ("prepare", "ValueError: cannot prepare 5.png"),

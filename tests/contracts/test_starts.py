@@ -90,6 +90,12 @@ def test_what_is_put_back_is_claimed_again(jobs: Jobs) -> None:
     assert returned is not None
     assert returned.attempts == 1
     assert jobs.starts.put_back(job, claimed.token or "") is None
+    again = jobs.starts.claim()
+    assert again is not None
+    assert again.attempts == 2
+    returned = jobs.starts.put_back(job, again.token or "", counted=False)
+    assert returned is not None
+    assert returned.attempts == 1
     assert jobs.starts.claim() is not None
 
 

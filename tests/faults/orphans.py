@@ -83,7 +83,7 @@ def in_database(url: str) -> list[str]:
                 found.append(f"{name} is {job['state']}: {job['error']}")
             found += [
                 f"{name} has {column}: {job[column]}"
-                for column in ("owner", "owner_host", "owner_pid", "lease_until")
+                for column in ("owner", "owner_host", "owner_pid", "owner_started", "lease_until")
                 if job[column] is not None
             ]
             expected = 0

@@ -14,8 +14,8 @@ from tests.waiting import wait_for
 
 from tally.jobs.facade import Jobs
 
-ITEMS = 1000 if FULL else 500
-KILLS = 50 if FULL else 15
+ITEMS = 1000 if FULL else 300
+KILLS = 50 if FULL else 8
 
 
 @pytest.fixture
@@ -41,6 +41,26 @@ def test_kills_change_nothing(items: Path, tmp_path: Path, seed: int) -> None:
     assert not (out / "_tally").exists()
     record = Jobs().store.newest(limit=1)[0]
     assert (record.state, record.items, record.done, record.dead) == ("finished", ITEMS, ITEMS, 0)
+
+
+def test_kills_change_nothing_of_a_list(items: Path, tmp_path: Path) -> None:
+    names = sorted(items.rglob("*.bin"))
+    lines = [f"{n:04},{path.relative_to(tmp_path)},{n % 3}" for n, path in enumerate(names)]
+    lines.insert(100, "gone,items/gone.bin,0")
+    (tmp_path / "list.csv").write_text("\n".join(["id,path,fold", *lines]))
+    given = ["--items", tmp_path / "list.csv", "--key", "id", "--keep", "fold"]
+    command = tally("score", *given, "--model", SCORERS / "steady.py", "--workers", 2, "--out")
+    calm, out = tmp_path / "calm", tmp_path / "stormy"
+    subprocess.run([*command, str(calm), "-q"], check=True, timeout=300)
+    expected = rows(calm)
+    assert [row["key"] for row in expected] == [f"{n:04}" for n in range(ITEMS)]
+    assert [row["fold"] for row in expected] == [n % 3 for n in range(ITEMS)]
+
+    storm([*command, str(out)], out / "_SUCCESS", kills=20 if FULL else 4, seed=2, log=tmp_path / "log")
+
+    assert rows(out) == expected
+    record = Jobs().store.newest(limit=1)[0]
+    assert (record.state, record.done, record.dead) == ("finished", ITEMS + 1, 1)
 
 
 def test_sigterm_drains_and_resume_finishes(items: Path, tmp_path: Path) -> None:

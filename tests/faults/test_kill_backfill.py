@@ -21,7 +21,8 @@ from tests.faults.storms import SCORERS, start, tally
 from tally.jobs.facade import Jobs
 from tally.triggers.store import ScheduleStore
 
-HOURS, KILLS = (24, 15) if FULL else (8, 6)
+HOURS, KILLS = (24, 15) if FULL else (6, 4)
+STORMS = [(1, "queue", 1), (2, "parallel", 1), (3, "parallel", 2)]
 DEVICES = 3
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 END = BEGIN + timedelta(hours=HOURS)
@@ -57,7 +58,7 @@ def expected(tmp_path: Path) -> Rows:
     return found
 
 
-@pytest.mark.parametrize(("seed", "overlap", "schedulers"), [(1, "queue", 1), (2, "parallel", 1), (3, "parallel", 2)])
+@pytest.mark.parametrize(("seed", "overlap", "schedulers"), STORMS if FULL else STORMS[2:])
 def test_every_interval_is_done_once(
     expected: Rows, tmp_path: Path, home: Path, seed: int, overlap: str, schedulers: int
 ) -> None:

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from tests.extent import FULL
 from tests.faults.storms import start, tally, workers_of
 from tests.waiting import wait_for
 
 from tally.jobs.facade import Jobs
 from tally.testing.endless import Broker
 
-MESSAGES = 600
-KILLS = 12
+MESSAGES, KILLS = (600, 12) if FULL else (300, 6)
 
 SOURCE = """
 from tally.testing.endless import MemoryQueueSource

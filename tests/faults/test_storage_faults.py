@@ -167,7 +167,7 @@ def test_a_listing_that_breaks_off_goes_on(proxy: FaultyProxy, store: Store, mon
     names = [f"{number:03d}" for number in range(60)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: store.write(name, b"x"), names))
-    monkeypatch.setattr(buckets, "_LIST_PAGE", 20)  # of what is handed over, not of what is asked for
+    monkeypatch.setattr(buckets, "PAGE", 20)  # of what is handed over, not of what is asked for
     listed = store.list()
     found = [next(listed).name for _ in range(30)]
     proxy.inject("cut", match="GET")
@@ -182,7 +182,7 @@ def test_pages_that_are_cut(s3_server: Service, monkeypatch: pytest.MonkeyPatch)
         names = [f"{number:03d}" for number in range(250)]
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda name: store.write(name, b"x"), names))
-        monkeypatch.setattr(buckets, "_LIST_PAGE", 100)  # as the service's
+        monkeypatch.setattr(buckets, "PAGE", 100)  # as the service's
         proxy.inject("cut", match="GET .*continuation-token")
         proxy.inject("503", match="GET .*start-after")
         assert [entry.name for entry in store.list()] == names

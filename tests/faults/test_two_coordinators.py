@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from tests.extent import first
 from tests.faults.storms import SCORERS, rows, start, write_items
 from tests.services import postgres_database
 from tests.waiting import wait_for
@@ -32,7 +33,7 @@ def tally(*arguments: object) -> list[str]:
     return [sys.executable, str(Path(__file__).with_name("short_lease.py")), *map(str, arguments)]
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture
 def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobStore]:
     with ExitStack() as stack:
         if request.param == "postgresql":
@@ -74,7 +75,11 @@ def halt(process: subprocess.Popen[bytes], store: JobStore) -> None:
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
-@pytest.mark.parametrize("over", [False, True], ids=["while-it-runs", "when-it-is-finished"])
+@pytest.mark.parametrize(
+    ("store", "over"),
+    first(2, [("sqlite", True), ("postgresql", False), ("sqlite", False), ("postgresql", True)]),
+    indirect=["store"],
+)
 def test_exactly_one_commits(
     store: JobStore, begun: list[subprocess.Popen[bytes]], items: Path, tmp_path: Path, over: bool
 ) -> None:

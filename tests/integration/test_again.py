@@ -73,7 +73,8 @@ def begun(tmp_path: Path, items: Path, model: Path, monkeypatch: pytest.MonkeyPa
     def commit(self: Any, lease: Any, **more: Any) -> Any:
         if self.get(lease.job_id).done >= 2:
             raise Stopped("stopped")
-        return plain(self, lease, **more)
+        # One chunk is handed out at a time: of several, all might be done before the next look.
+        return plain(self, lease, **more | {"take": min(more.get("take", 0), 1)})
 
     with monkeypatch.context() as patch:
         patch.setattr(JobStore, "commit", commit)

@@ -121,6 +121,28 @@ def test_databases_that_have_moved_inside_are_not_reached(table: str, lookups: l
 
 
 @pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        ("env:READINGS", "names a variable of the server's own environment"),
+        ("env:READINGS#t", "names a variable of the server's own environment"),
+        ("duckdb:////etc/rows.duckdb#t", "is not under a folder that requests may name"),
+        ("postgresql://1.1.1.1/d?host=/tmp&query=SELECT 1", "has the option 'host'"),
+        ("postgresql://10.0.0.1/d?query=SELECT 1", "is a private address"),
+        ("postgresql://1.1.1.1/d#t", "would be sent the server's PGPASSWORD"),
+        ("mongodb://1.1.1.1/d#c", "would say where else to connect"),
+    ],
+)
+def test_databases_that_requests_may_not_name(monkeypatch: pytest.MonkeyPatch, place: str, problem: str) -> None:
+    pytest.importorskip("fastapi")
+    from tally.server.places import check_places
+
+    monkeypatch.setenv(network.ALLOWED, "db.internal")
+    monkeypatch.setenv("PGPASSWORD", "hush")
+    with pytest.raises(SpecError, match=problem):
+        check_places([("source", place)], ())
+
+
+@pytest.mark.parametrize(
     "option",
     ["host=127.0.0.1", "hostaddr=127.0.0.1", "unix_socket=/run/m.sock", "service=x", "passfile=/etc/x", "host="],
 )

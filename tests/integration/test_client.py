@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 from tests.server import Server, lengths, running
 from tests.waiting import wait_for
+from tests.workflows import waiting
 
 import tally
 from tally.cli.main import cli
@@ -29,14 +30,19 @@ from tally.errors import (
     JobStateError,
     KeyNotFoundError,
     ModelNotFoundError,
+    PipelineNotFoundError,
+    PipelineStateError,
     RefusedError,
     RunNotFoundError,
+    RunStateError,
     ServerAwayError,
     SourceNotFoundError,
     SpecError,
     TallyError,
     TriggerNotFoundError,
 )
+from tally.pipelines.steps import room
+from tally.training.sweeps.store import SweepStore
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +262,108 @@ def test_runs_of_a_server(server: Server, client: tally.Client, monkeypatch: pyt
         client.run(run.id)
 
 
+def test_sweeps_of_a_server(server: Server, client: tally.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its page in the API, its methods, and the commands for it, with ``--server`` and without."""
+    home = Path(psutil.Process(server.process.pid).environ()["TALLY_HOME"])
+    monkeypatch.setenv("TALLY_HOME", str(home))
+    store = SweepStore.open()
+    spec = {"texts": ["x=0..1"], "metric": "loss", "lowest": True, "sampler": "tpe", "seed": 1, "prune": False}
+    lease = store.create(sweep_id="swept", name="far", kind="script", folder=str(home / "sweeps" / "swept"), spec=spec)
+    (home / "sweeps" / "swept").mkdir(parents=True)
+    for number, loss in enumerate((0.5, 0.25)):
+        with tally.training.run(f"far {number}", {"x": number}, sweep="swept") as run:
+            run.log("loss", loss)
+        store.begin_trial(lease, number, run.id, {"x": number})
+        store.end_trial(lease, number, "finished", value=loss, step=0)
+
+    def said(*arguments: object, remote: bool = True) -> str:
+        options = ["--server", server.url, "--key", server.key] if remote else []
+        ran = CliRunner().invoke(cli, [*options, *map(str, arguments)])
+        assert ran.exit_code == 0, ran.output
+        return ran.output
+
+    for arguments in (
+        ("sweep", "list"), ("sweep", "show", "swe", "--best"), ("runs", "list", "--sweep", "swept"),
+        ("runs", "show", run.id, "--metric", "loss"), ("runs", "compare", "--sweep", "swept", "--metric", "loss"),
+        ("sweep", "delete", "swept", "--dry-run"), ("runs", "delete", run.id, "--dry-run"),
+    ):  # fmt: skip
+        there = said(*arguments)
+        assert ("sweep" in arguments and "swept" in there) or run.id in there or "0.25" in there
+        assert there == said(*arguments, remote=False)
+    assert "trial 1 so far" in said("sweep", "show", "swept")
+    detail = client.sweep("swe")
+    assert (detail.state, detail.alive, detail.counts, detail.has_made) == ("running", True, {"finished": 2}, True)
+    assert [each.value for each in detail.trials] == [0.5, 0.25]
+    with pytest.raises(RunStateError, match="is running"):
+        client.delete_sweep("swept")
+    store.finish(lease, "finished", best=1)
+    assert [(each.best, each.best_value) for each in client.sweeps(limit=1).sweeps] == [(1, 0.25)]
+    assert run.id in said("runs", "delete", run.id, "--keep-files")
+    assert run.folder.is_dir()
+    assert "with 1 runs and its files in" in said("sweep", "delete", "swept")
+    assert not (home / "sweeps" / "swept").exists()
+    assert client.runs(sweep="swept").runs == []
+    with pytest.raises(RunNotFoundError, match="no sweep 'swept'"):
+        client.sweep("swept")
+    for arguments in (("sweep", "resume", "x"), ("runs", "reproduce", "x"), ("sweep", "retrain", "-p", "seed=1")):
+        ran = CliRunner().invoke(cli, ["--server", server.url, *arguments])
+        assert "works from this machine" in ran.output
+
+
+@pytest.mark.skipif(room.refusal() is not None, reason="steps cannot have a file system of their own here")
+def test_pipelines_of_a_server(
+    server: Server, client: tally.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that wait for a person go on and end in processes of the server's; commands say the same here."""
+    home = Path(psutil.Process(server.process.pid).environ()["TALLY_HOME"])
+    monkeypatch.setenv("TALLY_HOME", str(home))
+    run, other = waiting(tmp_path), waiting(tmp_path)
+
+    def said(*arguments: str, remote: bool = True, code: int = 0) -> str:
+        options = ["--server", server.url, "--key", server.key] if remote else []
+        ran = CliRunner().invoke(cli, [*options, "pipeline", *arguments])
+        assert ran.exit_code == code, ran.output
+        return ran.output
+
+    for arguments in (("list",), ("list", "-n", "1"), ("logs", run), ("logs", run, "greet")):
+        assert said(*arguments) == said(*arguments, remote=False)
+    # But for how long it has been waiting.
+    there, here = (re.sub(r"\d+s", "", said("show", run, remote=each)) for each in (True, False))
+    assert there == here
+    assert "ǁ approve" in there
+    assert "postgres://u:***@h/d" in there
+    page = client.pipelines(limit=1)
+    assert [each.id for each in page.runs + client.pipelines(after=page.next).runs] == [other, run]
+    detail = client.pipeline(run)
+    assert (detail.state, detail.alive, detail.has_made) == ("waiting", False, True)
+    (question,) = detail.questions
+    assert [(each.name, each.choices, each.needed, each.suggested) for each in question.wanted] == [
+        ("verdict", ["yes", "no"], True, "no"), ("note", [], False, ""),
+    ]  # fmt: skip
+    assert client.pipeline_logs(run)[0].lines == ["hello <b>world</b>"]
+    with pytest.raises(SpecError, match=r"verdict=maybe: should be one of yes, no"):
+        client.resume_pipeline(run, {"verdict": "maybe"})
+    with pytest.raises(SpecError, match="no step 'aprove' waits; did you mean 'approve'"):
+        client.resume_pipeline(run, {"verdict": "yes"}, step="aprove")
+    assert "approve goes on" in said("resume", run, "approve", "-p", "verdict=yes")
+    wait_for(lambda: client.pipeline(run).state == "succeeded", server.process)
+    assert [each.lines for each in client.pipeline_logs(run)] == [
+        ["hello <b>world</b>"], ["answer yes"], ["bye Succeeded"],
+    ]  # fmt: skip
+    with pytest.raises(PipelineStateError, match="is succeeded already"):
+        client.cancel_pipeline(run)
+    said("cancel", other)
+    wait_for(lambda: client.pipeline(other).state == "cancelled", server.process)
+    assert said("logs", other).splitlines()[-1].endswith("bye Failed")
+    for each in (run, other):
+        assert f"deleted {each}" in said("delete", each)
+        assert not (home / "pipelines" / each).exists()
+        with pytest.raises(PipelineNotFoundError, match=f"no pipeline '{each}'"):
+            client.pipeline(each)
+    for arguments in (("run", "x.yaml"), ("check", "x.yaml"), ("logs", "x", "--follow")):
+        assert "works from this machine" in said(*arguments, code=2)
+
+
 def test_there_is_a_method_for_each_route(
     server: Server, client: tally.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +402,9 @@ def test_there_is_a_method_for_each_route(
         lambda: client.reload_endpoint("1"), lambda: client.roll_back_endpoint("1"),
         lambda: client.endpoint_log("1"), lambda: client.remove_endpoint("1"), lambda: client.runs(),
         lambda: client.run("1"), lambda: client.run_values("1"), lambda: client.delete_run("1"),
+        lambda: client.sweeps(), lambda: client.sweep("1"), lambda: client.delete_sweep("1"),
+        lambda: client.pipelines(), lambda: client.pipeline("1"), lambda: client.pipeline_logs("1"),
+        lambda: client.resume_pipeline("1"), lambda: client.cancel_pipeline("1"), lambda: client.delete_pipeline("1"),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(Enough):
@@ -313,6 +424,23 @@ def test_a_server_that_is_not_there_or_is_another(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tally.client._pause", lambda number: None)
     with pytest.raises(ServerAwayError, match="does not answer"):
         tally.Client("http://127.0.0.1:9", key="k").me()
+
+
+def test_a_server_of_this_machine_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # which knows no method
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        with pytest.raises(ServerAwayError, match="answered 501, and not as a server of Tally does"):
+            tally.Client(f"http://127.0.0.1:{server.server_port}", key="k").me()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 class _Unsteady(BaseHTTPRequestHandler):

@@ -91,6 +91,7 @@ def test_nor_in_the_processes_of_a_schedule(decoys: Path, home: Path, tmp_path: 
     seen(decoys)
 
 
+@pytest.mark.ray
 def test_nor_in_workers_on_a_cluster(decoys: Path, home: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     (tmp_path / "scorer.py").write_text(SCORER)

@@ -14,11 +14,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SHAPES = REPOSITORY / "examples" / "shapes"
 COUNT = 48
 MODULE = [sys.executable, "-m", "tally"]
-SCORE = [*MODULE, "score", "pictures", "--model", str(SHAPES / "model"), "--out", "predictions"]
+SCORE = [*MODULE, "score", "pictures", "--model", "tally:shapes", "--out", "predictions"]
 
 
 @dataclass
@@ -56,8 +54,7 @@ def run(folder: Path, *command: str | Path) -> str:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
-    script = SHAPES / "make_pictures.py"
-    run(folder, sys.executable, script, "pictures", "--count", str(COUNT), "--labels", "truth.csv")
+    run(folder, *MODULE, "simulate", "pictures", "--out", "pictures", "--count", str(COUNT), "--labels", "truth.csv")
     run(folder, *SCORE)
     with (folder / "truth.csv").open(newline="") as file:
         truth = {row["key"]: row["label"] for row in csv.DictReader(file)}
@@ -104,9 +101,8 @@ def test_a_second_time_into_the_same_folder_is_not_silently_done_again(demo: Dem
 
 
 def test_the_clip_is_restyled_and_keeps_times_and_sound(tmp_path: Path) -> None:
-    run(tmp_path, sys.executable, REPOSITORY / "examples" / "style" / "make_clip.py", "clip.mp4", "--seconds", "1")
-    model = REPOSITORY / "examples" / "style" / "model"
-    ran = execute(tmp_path, *MODULE, "score", "clip.mp4", "--model", str(model), "--out", "styled.mp4")
+    run(tmp_path, *MODULE, "simulate", "clip", "--out", "clip.mp4", "--seconds", "1")
+    ran = execute(tmp_path, *MODULE, "score", "clip.mp4", "--model", "tally:strokes", "--out", "styled.mp4")
     assert ran.returncode == 0, ran.stderr
     assert "25 of 25 frames scored" in ran.stderr
     before, after = content(tmp_path / "clip.mp4"), content(tmp_path / "styled.mp4")
@@ -123,3 +119,17 @@ def content(path: Path) -> tuple[list[float], list[bytes], list[np.ndarray]]:
         container.seek(0)
         frames = list(container.decode(video=0))
     return [float(frame.time) for frame in frames], sound, [frame.to_ndarray(format="rgb24") for frame in frames]
+
+
+def test_the_demo_command_kills_its_job_and_has_it_go_on(tmp_path: Path) -> None:
+    command = [*MODULE, "demo", "shown", "--count", "400", "--kill"]
+    done = execute(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    typed = [" ".join(line.split()[1:3]) for line in done.stdout.splitlines() if line.startswith("$ ")]
+    assert typed == ["tally simulate", "tally score", "kill -9", "tally jobs", "tally query", "tally query"]
+    assert "rows,pictures\n400,400\n" in done.stdout
+    assert "400 of 400 items scored" in done.stderr
+    assert "resource_tracker" not in done.stderr
+    again = execute(tmp_path, *command)
+    assert again.returncode == 2
+    assert "shown is there already, with something in it" in again.stderr

@@ -162,6 +162,7 @@ def quiet(_: str) -> None:
         {"cpu": "500m", "memory": "1.5Gi"},
         {"variables": {"AWS_REGION": "eu-west-1"}, "secrets": ("AWS_SECRET_ACCESS_KEY",)},
         {"grpc_port": 8500},
+        {"pages": "all", "background": (255, 255, 255), "max_pixels": 1_000_000},
         {"max_batch": 8, "max_delay": 0.0, "drain": 5.0, "task": "detect", "settings": ("top=5",), "trust": True},
     ],
     ids=str,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from tests.conftest import Ran
 from tests.endpoints import echo
 
@@ -80,9 +81,13 @@ def test_what_is_not_for_this_machine_is_refused(tmp_path: Path, cli: Callable[.
 
 
 def test_a_dry_run_prints_and_makes_nothing(tmp_path: Path, cli: Callable[..., Ran], store: DeploymentStore) -> None:
-    printed = cli("deploy", "--name", "plastic", "--target", "local", "--dry-run", echo(tmp_path / "echo.py"))
+    pictures = ("--pages", "all", "--background", "white", "--max-pixels", "200M")
+    words = ("--name", "plastic", "--target", "local", "--dry-run", *pictures)
+    printed = cli("deploy", echo(tmp_path / "echo.py"), *words)
     assert printed.code == 0
     assert "port: 8890" in printed.out
+    found = yaml.safe_load(printed.out)
+    assert [found[name] for name in ("pages", "background", "max_pixels")] == ["all", [255, 255, 255], 200_000_000]
     assert store.list() == []
 
 

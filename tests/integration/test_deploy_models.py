@@ -48,6 +48,8 @@ def run(raw_data):
     return [helper.shout(raw_data), model]
 """
 
+PICTURES = ("--pages", "all", "--background", "#ff8000", "--max-pixels", "200M")
+
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
@@ -187,7 +189,7 @@ def test_what_an_image_is_built_from_is_written_with_the_commands(
     weights.mkdir()
     (weights / "weights.txt").write_text("heavier")
     words += ("--artifacts", str(weights))
-    result = tally(*words, "--cpu", "2", "--max-delay", "10ms", "--variable", "A=b c", "--grpc-port", "8500")
+    result = tally(*words, "--cpu", "2", "--max-delay", "10ms", "--variable", "A=b c", "--grpc-port", "8500", *PICTURES)
     assert result.exception is None, result.exception
     assert sorted(each.name for each in out.iterdir()) == sorted(["Containerfile", name, "model", "shouting.yaml"])
     text = (out / "Containerfile").read_text()
@@ -212,6 +214,8 @@ def test_what_an_image_is_built_from_is_written_with_the_commands(
     for each in (now, then):
         del each[2]["metadata"]["annotations"]
     assert now == then
+    command = now[2]["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command[command.index("--pages") :][:6] == [*PICTURES[:5], "200000000"]
     assert tally(*words).exception is None  # written again over what was there
 
 

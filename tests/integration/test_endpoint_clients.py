@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.conftest import REPOSITORY
 from tests.endpoints import Serving, serving
 from tests.environments import asked
 from tests.extent import FULL
 
-SHAPES = REPOSITORY / "examples" / "shapes" / "model"
+from tally import demo
+
+SHAPES = demo.model("shapes")
 CLASSES = (SHAPES / "labels.txt").read_text().split()
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.conftest import REPOSITORY
 from tests.endpoints import MIRROR, PATIENCE, SUMS, Serving, echo, serving
 from tests.ports import free_ports
 
@@ -26,18 +25,20 @@ grpc = pytest.importorskip("grpc")
 from tests.grpc_client import OIP, PREDICTION, Client, outputs, tensor  # noqa: E402
 
 import tally  # noqa: E402
+from tally import demo  # noqa: E402
 from tally.serving import protobuf  # noqa: E402
 from tally.serving.messages import Call  # noqa: E402
 from tally.serving.protocols.base import RequestError  # noqa: E402
 from tally.serving.protocols.tfserving_grpc import TensorFlowServingGrpc  # noqa: E402
 
-SHAPES = REPOSITORY / "examples" / "shapes" / "model"
+SHAPES = demo.model("shapes")
 CLASSES = (SHAPES / "labels.txt").read_text().split()
 MODEL = "tensorflow.serving.ModelService"
 
 SLOW = """
 import time
 import tally
+from tally import demo
 
 class Slow(tally.Scorer):
     input = "bytes"

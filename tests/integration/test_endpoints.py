@@ -25,14 +25,17 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from tests.conftest import REPOSITORY, Ran
+from tests.conftest import Ran
 from tests.endpoints import MIRROR, SUMS, Serving, Storm, echo, serving
 
-SHAPES = REPOSITORY / "examples" / "shapes" / "model"
+from tally import demo
+
+SHAPES = demo.model("shapes")
 CLASSES = ["arrow", "circle", "cross", "hexagon", "ring", "square", "star", "triangle"]
 
 BOXES = """
 import tally
+from tally import demo
 
 class Boxes(tally.Scorer):
     input = "image"
@@ -694,6 +697,43 @@ def test_a_sample_of_requests_is_kept(tmp_path: Path) -> None:
     assert [json.loads(row["answer"])["text"] for row in rows if row["body"] == b"two"] == ["two"]
 
 
+MEANS = """
+import tally
+
+class Means(tally.Scorer):
+    input = "image"
+    columns = {"mean": "float64"}
+
+    def score(self, batch):
+        return [{"mean": float(picture.mean())} for picture in batch]
+"""
+
+
+def test_how_pictures_are_decoded_may_be_said(tmp_path: Path) -> None:
+    (tmp_path / "means.py").write_text(MEANS)
+    (tmp_path / "models.yaml").write_text(
+        f"models:\n- {{name: all, model: '{tmp_path}/means.py:Means'}}\n"
+        f"- {{name: first, model: '{tmp_path}/means.py:Means', pages: first, background: black, max_pixels: 1M}}\n"
+    )
+    frames = [Image.new("L", (10, 10), shade) for shade in (0, 255)]
+    moving, clear = io.BytesIO(), io.BytesIO()
+    frames[0].save(moving, "GIF", save_all=True, append_images=frames[1:])
+    Image.new("RGBA", (10, 10)).save(clear, "PNG")
+    options = ("--pages", "all", "--background", "white", "--max-pixels", "10000")
+    with serving(tmp_path, tmp_path / "models.yaml", *options) as server:
+
+        def asked(name: str, content: bytes) -> Any:
+            return server.ask(score(name), content, headers={"Content-Type": "image/png"}).json()
+
+        assert asked("all", moving.getvalue()) == [{"page": 0, "mean": 0.0}, {"page": 1, "mean": 255.0}]
+        assert asked("first", moving.getvalue()) == {"mean": 0.0}
+        assert asked("all", clear.getvalue()) == [{"page": 0, "mean": 255.0}]
+        assert asked("first", clear.getvalue()) == {"mean": 0.0}
+        large = png(np.full((101, 100, 3), 7, np.uint8))
+        assert asked("first", large) == {"mean": 7.0}
+        assert "is over the limit of 0.01 million" in str(asked("all", large))
+
+
 def test_keys(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("the-second\n")
     model = echo(tmp_path / "echo.py")
@@ -710,6 +750,25 @@ def test_keys(tmp_path: Path) -> None:
         with open(f"/proc/{server.replicas()[0]['pid']}/environ", "rb") as file:
             assert b"the-first" not in file.read()
         assert "the-first" not in server.log
+
+
+def test_keys_that_are_changed_in_the_folder_of_secrets_count(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    folder.mkdir()
+    (folder / "TALLY_ENDPOINT_KEY").write_text("the-first")
+    environment = {"TALLY_SECRETS": str(folder)}
+    with serving(tmp_path, f"echo={echo(tmp_path / 'echo.py')}", environment=environment) as server:
+
+        def status(key: str) -> int:
+            return server.ask("/score", b"x", headers={"Authorization": f"Bearer {key}"}).status
+
+        assert (status("the-first"), status("the-second")) == (200, 401)
+        (folder / "TALLY_ENDPOINT_KEY").write_text("the-second, the-third")
+        server.until(lambda _: status("the-second") == 200)
+        assert (status("the-first"), status("the-third")) == (401, 200)
+        (folder / "TALLY_ENDPOINT_KEY").unlink()
+        server.until(lambda _: status("the-second") == 401)  # and not: everybody may
+        assert server.ask("/score", b"x").status == 401
 
 
 def test_without_a_key_nobody_else_may_reach_it(tmp_path: Path) -> None:
@@ -749,3 +808,24 @@ def test_tls(tmp_path: Path) -> None:
         connection.request("POST", "/score", b"over TLS")
         assert json.loads(connection.getresponse().read())["text"] == "over TLS"
         connection.close()
+
+
+def test_a_load_is_measured_and_where_nobody_listens_it_is_told_at_once(
+    tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    model = echo(tmp_path / "echo.py")
+    (tmp_path / "sent.txt").write_text("again and again")
+    asked = ("load", tmp_path / "sent.txt", "--concurrency", 4, "--json")
+    with serving(tmp_path, f"echo={model}") as server:
+        ran = cli(asked[0], f"{server.url}/score", *asked[1:], "--seconds", "1s")
+        assert ran.code == 0, ran.err
+        said = json.loads(ran.out)
+        assert said["errors"] == {}
+        assert said["statuses"].keys() == {"200"}
+        assert said["rate"] == pytest.approx(said["statuses"]["200"] / said["seconds"])
+        assert 0 < said["p50"] <= said["p95"] <= said["p99"]
+        address = server.url
+    ran = cli(asked[0], f"{address}/score", *asked[1:], "--seconds", "1h")
+    assert ran.code == 1
+    assert f"{address}/score cannot be asked: " in ran.err
+    assert "tally serve MODEL" in ran.err

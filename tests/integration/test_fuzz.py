@@ -26,11 +26,19 @@ SECONDS = 600.0 if FULL else 12.0
 FEWEST = 40
 """Commands that are tried however slow the machine is."""
 
-_ENDLESS = {("up",), ("serve",), ("coordinate",), ("jobs", "watch"), ("schedule", "run"), ("schedule", "backfill")}
+_ENDLESS = {
+    ("demo",),
+    ("up",),
+    ("serve",),
+    ("coordinate",),
+    ("jobs", "watch"),
+    ("schedule", "run"),
+    ("schedule", "backfill"),
+}
 _LONG = {("train", "style"), ("train", "anomaly"), ("simulate", "readings"), ("simulate", "sensors")}
 
 _TEXTS = [
-    "", " ", "-", "--", "x", "%00", "a%00b", "\udcff", "é\n\t\x1b[31m", "x" * 5000, "../..", "/", "//", "~",
+    "", " ", "-", "--", "x", "%00", "a%00b", "\udcff", "é\n\t\x1b[31m", "x" * 5000, "../..", "/proc/", "//proc", "~",
     "~nobody-at-all/x", ".",
     "0", "-1", "1e999", "nan", "inf", "99999999999999999999", "1..0", "0..0", "5%", "1e", "0x10", "٣",
     "a=b", "=", "a=", "a=[1", "a={x: [", "a=&x [*x]", "a=*x", "a=" + "[" * 3000, "a=!!python/object:os.system {}",
@@ -146,6 +154,7 @@ def arena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[s
     folder = tmp_path / "given"
     folder.mkdir()
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # what is written to ~ or above this folder stays within
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")

@@ -148,7 +148,8 @@ class Site:
         try:
             yield process
             self.open_gate()
-            assert process.wait(120) == 0, self.log(name)
+            wait_for(lambda: process.poll() is not None, process, 240, told=lambda: self.log(name))
+            assert process.returncode == 0, self.log(name)
         finally:
             if process.poll() is None:
                 process.kill()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.extent import first
 from tests.objectstores import moto_s3
 from tests.server import lengths
 from tests.waiting import wait_for
@@ -72,7 +73,7 @@ def test_a_log_beside_a_folder_and_beside_a_file(folder: Path, cli: Callable[...
     assert (told.code, "other.csv.log.jsonl exists already" in told.err) == (1, True)
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("ending", first(1, [signal.SIGKILL, signal.SIGINT]))
 def test_a_log_goes_on_where_it_was(folder: Path, cli: Callable[..., Any], ending: signal.Signals) -> None:
     options = ("score", folder / "in", "--model", folder / "slow.py", "--workers", 1, "--batch-size", 1, "--log")
     command = [sys.executable, "-m", "tally", *map(str, options), "--out", str(folder / "out")]

@@ -124,8 +124,9 @@ def test_a_framework_of_another_package(
         tally.score(items, model, tmp_path / "again", workers=1, quiet=True)
     assert caught.value.message == f"{model}: .abacus files cannot be scored"
     assert caught.value.hint == (
-        "Supported are .onnx, .skops, .joblib, .pkl, .pickle, .parquet and .py files, and folders with a tally.yaml "
-        "or MLmodel. Packages that add other kinds must be installed here."
+        "Supported are .onnx, .skops, .joblib, .pkl, .pickle, .ubj, .lgb, .cbm, .pt2, .safetensors, .pt, .pth, .th, "
+        ".keras, .h5, .hdf5, .tflite, .parquet and .py files, and folders with a tally.yaml or MLmodel or config.json "
+        "or saved_model.pb. Packages that add other kinds must be installed here."
     )
     with pytest.raises(ModelLoadError, match=r"models of kind 'abacus' cannot be scored.*\n.*brings 'abacus'"):
         create(ref)

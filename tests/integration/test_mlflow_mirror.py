@@ -21,7 +21,7 @@ import tally
 from tally.cli.main import cli
 from tally.errors import RunError
 from tally.training.runs.mlflow_mirror import mirror
-from tally.training.runs.store import open_runs
+from tally.training.runs.store import RunStore
 
 
 @pytest.mark.skipif(not FULL, reason="MLflow's server is asked with TALLY_TEST_FULL=1")
@@ -84,8 +84,8 @@ def test_a_mirror_that_is_away_costs_no_run(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setenv("TALLY_MLFLOW", "http://user:secret@127.0.0.1:9")
     with tally.training.run("pets") as run:
         run.log("loss", 1.0)
-    record = open_runs().get(run.id)
+    record = RunStore.open().get(run.id)
     assert record.state == "finished"
     assert f"run {run.id} is not mirrored: a mirror in MLflow needs mlflow" in caplog.text
     with pytest.raises(RunError, match="needs mlflow, which is not installed"):
-        mirror(open_runs(), record, "http://127.0.0.1:9")
+        mirror(RunStore.open(), record, "http://127.0.0.1:9")

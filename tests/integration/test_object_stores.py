@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 from tests.faulty import FaultyProxy
+from tests.https import https
 from tests.objectstores import Service
+from tests.ports import free_ports
 
 import tally
-from tally.storage import open_store
+from tally.errors import StorageError
+from tally.storage import buckets, open_store
 
 COUNT = 20
 
@@ -122,3 +125,27 @@ def test_mistakes_are_told_in_a_line(s3: str, data: Path) -> None:
     assert ran.returncode != 0
     assert "there is no bucket 'no-such-bucket'" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_another_service_is_named_as_for_tensorflow(
+    s3: str, s3_server: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secure: bool
+) -> None:
+    open_store(s3).write("in/a.bin", b"four")
+    for name in ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(buckets, "_clients", {})
+    inner = int(s3_server.url.rpartition(":")[2])
+    [outer] = free_ports(1)
+    monkeypatch.setenv("S3_ENDPOINT", f"127.0.0.1:{outer if secure else inner}")
+    monkeypatch.setenv("S3_USE_HTTPS", str(secure).lower())
+    with https(tmp_path, outer, inner):
+        if secure:
+            monkeypatch.setenv("S3_VERIFY_SSL", "false")
+        assert open_store(s3).read("in/a.bin") == b"four"
+        if secure:  # a certificate that nobody has signed
+            monkeypatch.delenv("S3_VERIFY_SSL")
+            monkeypatch.setattr(buckets, "_clients", {})
+            monkeypatch.setitem(buckets._RETRY, "max_retries", 0)
+            with pytest.raises(StorageError, match=r"its certificate is not to be trusted \(UnknownIssuer\)"):
+                open_store(s3).read("in/a.bin")

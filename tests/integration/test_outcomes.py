@@ -18,8 +18,9 @@ import pytest
 from tests.waiting import wait_for
 
 import tally
-from tally.errors import JobExistsError, ModelChangedError
+from tally.errors import JobExistsError, JobStateError, ModelChangedError
 from tally.jobs.facade import Jobs
+from tally.sinks.staging import StagedSink
 from tally.sources.base import ChunkLimit, Timings
 from tally.sources.files import FileSource
 
@@ -399,6 +400,25 @@ def test_output_places_that_are_taken(cli: Cli, tmp_path: Path, model: Path) -> 
     refused(cli("query", job, "select 1"), f"the results of job {job} at {out} were replaced by those of job")
 
 
+def test_a_job_that_is_about_to_begin_has_no_results_yet(
+    cli: Cli, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row is there before its place is: whoever looks between the two is not told that results are gone."""
+    claim, told = StagedSink.claim, []
+
+    def late(sink: StagedSink, job_id: str, *, overwrite: bool = False) -> None:
+        if not told:
+            with pytest.raises(JobStateError) as refusal:
+                Jobs().query(job_id, "select 1")
+            told.append(refusal.value.message)
+        claim(sink, job_id, overwrite=overwrite)
+
+    monkeypatch.setattr(StagedSink, "claim", late)
+    items = put(tmp_path / "items", b"1")
+    assert cli("score", items, "--model", model, "--out", tmp_path / "out").code == 0
+    assert told == [f"job {newest().id} has not begun: there are no results yet"]
+
+
 def test_overwriting_leaves_what_is_not_tallys(cli: Cli, tmp_path: Path, model: Path) -> None:
     items, out = put(tmp_path / "items", b"1", b"22"), tmp_path / "out"
     assert cli("score", items, "--model", model, "--out", out).code == 0
@@ -480,6 +500,9 @@ def test_cancelling_from_elsewhere(cli: Cli, tmp_path: Path, running: Process) -
     assert newest().state == "cancelled"
     assert not (tmp_path / "out" / "_tally").exists()
     refused(cli("jobs", "resume", job), f"job {job} is cancelled")
+    place = str(tmp_path / "out")
+    gone = f"error: no job {place!r}: job {job}, which was to write there, is cancelled"
+    refused(cli("jobs", "show", place), gone, f"See it with: tally jobs show {job}")
     assert cli("jobs", "delete", job).code == 0
     assert newest() is None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -23,7 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import sqlalchemy as sa
-from tests.services import postgres_database, require
+from tests.databases import database, engine_of, execute, in_table
+from tests.extent import first
+from tests.sizes import SCORER, rows_of, write_items
 from tests.waiting import wait_for
 
 from tally.alerts import webhook
@@ -31,41 +32,22 @@ from tally.errors import JobNotFoundError, StorageAwayError, StorageError
 from tally.jobs.facade import Jobs
 from tally.jobs.outbox import Pushes
 from tally.push.base import Parcel
+from tally.push.bodies import fill
 from tally.push.factory import open_receiver
-from tally.push.post import fill
-from tally.push.target import DATABASES, Push
+from tally.push.target import Push
 
 Cli = Callable[..., Any]
 FACTS = {"job": "j1", "model": "m", "version": 3}
 
-SCORER = """
-import tally
-
-
-class Sizes(tally.Scorer):
-    input = "bytes"
-    columns = {"size": "int64", "part": "float64"}
-
-    def score(self, batch):
-        return [[{"size": len(each), "part": len(each) / 2 + n} for n in range(len(each) % 3)] for each in batch]
-"""
-
 
 @pytest.fixture
 def items(tmp_path: Path) -> Path:
-    """40 items: of each three, one gives no row, one gives one, one gives two."""
-    folder = tmp_path / "items"
-    folder.mkdir()
-    for number in range(40):
-        (folder / f"i{number:03}.jpg").write_bytes(b"x" * (number + 1))
-    (tmp_path / "sizes.py").write_text(SCORER)
-    return folder
+    return write_items(tmp_path, 40)
 
 
 def expected() -> dict[str, list[dict[str, Any]]]:
     return {
-        f"i{number:03}.jpg": [{"size": number + 1, "part": (number + 1) / 2 + n} for n in range((number + 1) % 3)]
-        for number in range(40)
+        f"i{number:03}.jpg": [{"size": size, "part": part} for size, part in rows_of(number)] for number in range(40)
     }
 
 
@@ -243,6 +225,12 @@ def test_text_of_one_name_becomes_its_value() -> None:
     assert found == {"all": [1, 2], "of": ["a: 0.5", 0.5, 7], "{key}": None}
 
 
+@pytest.mark.parametrize("out", ["postgresql://host/db", "postgresql://host/db#", "mongodb://host/db"])
+def test_a_database_without_a_table_is_no_output(cli: Cli, items: Path, tmp_path: Path, out: str) -> None:
+    ran = cli("score", items, "--model", tmp_path / "sizes.py", "--out", out)
+    assert (ran.code, "error: out: is a database, and names no table or collection of it\n" in ran.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("push", "problem"),
     [
@@ -252,7 +240,7 @@ def test_text_of_one_name_becomes_its_value() -> None:
         ("postgresql://h:999999/d#t", "names no server and database, or no file"),
         ("postgresql://host/db", "should end with the table's name"),
         ("postgresql://me:secret@host/db#t", "holds a password"),
-        ({"url": "sqlite:///x.db#t", "items": 5}, "body, items and headers are for web addresses"),
+        ({"url": "sqlite:///x.db#t", "items": 5}, "items and headers are for web addresses"),
         ({"url": "https://h/x", "headers": {"X-Api-Key": "abc"}}, "the header X-Api-Key is a secret"),
         ({"url": "https://h/x", "headers": {"A\r\nB": "abc"}}, "is no header"),
         ({"url": "https://h/x", "nonsense": 1}, "nonsense"),
@@ -268,56 +256,14 @@ def test_what_cannot_be_meant_is_refused(cli: Cli, items: Path, tmp_path: Path, 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
-
-@contextmanager
-def database(kind: str, folder: Path) -> Iterator[str]:
-    """The URL of a new, empty database."""
-    with ExitStack() as stack:
-        if kind == "sqlite":
-            yield f"sqlite:///{folder / 'rows.db'}"
-        elif kind == "postgresql":
-            url = sa.make_url(stack.enter_context(postgres_database()))
-            stack.enter_context(pytest.MonkeyPatch.context()).setenv("PGPASSWORD", url.password or "none")
-            yield url.set(drivername="postgresql", password=None).render_as_string()
-        else:
-            pytest.importorskip("pymysql")
-            server = sa.create_engine("mariadb+pymysql://root@127.0.0.1:3306", isolation_level="AUTOCOMMIT")
-            stack.callback(server.dispose)
-            require("MariaDB", _answers(server))
-            name = f"tally_test_{secrets.token_hex(6)}"
-            with server.connect() as connection:
-                connection.exec_driver_sql(f"CREATE DATABASE {name}")
-                stack.callback(_execute, server, f"DROP DATABASE {name}")
-            yield f"mariadb://root@127.0.0.1:3306/{name}"
+KINDS = ("sqlite", "postgresql", "mariadb")
+FEW = pytest.mark.parametrize("url", first(1, KINDS[1:]), indirect=True)
 
 
-def _answers(server: sa.Engine) -> bool:
-    try:
-        server.connect().close()
-    except sa.exc.DBAPIError:
-        return False
-    return True
-
-
-def _execute(server: sa.Engine, sql: str) -> None:
-    with server.begin() as connection:
-        connection.exec_driver_sql(sql)
-
-
-@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
+@pytest.fixture(params=KINDS)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     with database(request.param, tmp_path) as found:
         yield found
-
-
-def opened(url: str) -> sa.Engine:
-    made = sa.make_url(url)
-    return sa.create_engine(made.set(drivername=DATABASES[made.drivername]), poolclass=sa.NullPool)
-
-
-def in_table(url: str, query: str = "SELECT * FROM found ORDER BY 1, 2") -> list[tuple[Any, ...]]:
-    with opened(url).connect() as connection:
-        return [tuple(row) for row in connection.exec_driver_sql(query)]
 
 
 def test_rows_go_into_a_table_each_once(cli: Cli, items: Path, tmp_path: Path, url: str) -> None:
@@ -356,7 +302,7 @@ def test_values_arrive_to_the_last_digit(url: str) -> None:
     assert receiver.deliver(Parcel("p1", ["a", "b"], rows)) == []
     assert receiver.deliver(Parcel("p1", ["a", "b"], rows)) == []  # as after a kill
     receiver.close()
-    engine = opened(url)
+    engine = engine_of(url)
     table = sa.Table("found", sa.MetaData(), autoload_with=engine)
     with engine.connect() as connection:
         first, second = connection.execute(sa.select(table).order_by(table.c.key)).mappings().all()
@@ -389,18 +335,17 @@ def test_boxes_go_into_a_table_though_postgresql_has_names_of_its_own(url: str) 
 
 
 def test_a_table_of_the_users_own_gets_what_it_has_columns_for(url: str) -> None:
-    engine = opened(url)
-    _execute(engine, "CREATE TABLE found (key_id INTEGER)" if "mariadb" not in url else "CREATE TABLE found (k INT)")
+    execute(url, "CREATE TABLE found (key_id INTEGER)" if "mariadb" not in url else "CREATE TABLE found (k INT)")
     rows = pa.table({"key": ["a"], "size": [1]})
     receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
     with pytest.raises(StorageError, match="has no column 'key'"):
         receiver.deliver(Parcel("p1", ["a"], rows))
-    _execute(engine, "DROP TABLE found")
+    execute(url, "DROP TABLE found")
     quoted = "`key`" if "mariadb" in url else "key"
-    _execute(engine, f"CREATE TABLE found ({quoted} VARCHAR(100), note VARCHAR(10) DEFAULT 'mine')")
+    execute(url, f"CREATE TABLE found ({quoted} VARCHAR(100), note VARCHAR(10) DEFAULT 'mine')")
     with pytest.raises(StorageError, match="lacks 'size'") as lacking:
         receiver.deliver(Parcel("p1", ["a"], rows))
-    _execute(engine, str(lacking.value.hint).partition(": ")[2])
+    execute(url, str(lacking.value.hint).partition(": ")[2])
     assert receiver.deliver(Parcel("p1", ["a"], rows)) == []
     assert receiver.deliver(Parcel("p2", ["a"], rows.set_column(1, "size", pa.array([2])))) == []
     assert in_table(url, f"SELECT {quoted}, note, size FROM found") == [("a", "mine", 2)]
@@ -410,9 +355,8 @@ def test_a_table_of_the_users_own_gets_what_it_has_columns_for(url: str) -> None
 
 
 def test_an_item_that_the_database_refuses_costs_itself_alone(url: str) -> None:
-    engine = opened(url)
     quoted = "`key`" if "mariadb" in url else "key"
-    _execute(engine, f"CREATE TABLE found ({quoted} VARCHAR(100), size BIGINT CHECK (size < 5))")
+    execute(url, f"CREATE TABLE found ({quoted} VARCHAR(100), size BIGINT CHECK (size < 5))")
     keys = [f"k{n}" for n in range(10)]
     receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
     refused = receiver.deliver(Parcel("p1", [*keys, "long" * 200], pa.table({"key": keys, "size": list(range(10))})))
@@ -421,8 +365,9 @@ def test_an_item_that_the_database_refuses_costs_itself_alone(url: str) -> None:
     assert len(in_table(url, "SELECT size FROM found")) == 5
 
 
+@FEW
 def test_a_table_that_has_gone_is_not_made_anew_for_the_rest(cli: Cli, items: Path, tmp_path: Path, url: str) -> None:
-    engine, process = opened(url), None
+    engine, process = engine_of(url), None
     # It is not to be done before it is killed, however busy the machine is.
     (tmp_path / "sizes.py").write_text(
         "import time\n" + SCORER.replace("return [", "time.sleep(0.2)\n        return [", 1)
@@ -435,12 +380,12 @@ def test_a_table_that_has_gone_is_not_made_anew_for_the_rest(cli: Cli, items: Pa
     wait_for(lambda: (pushes := _pushes(url)) is not None and pushes.delivered > 2, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _execute(engine, "ALTER TABLE found RENAME TO aside")
+    execute(url, "ALTER TABLE found RENAME TO aside")
     ran = cli("jobs", "resume", f"{url}#found")
     assert ran.code == 1
     assert "found is not there any more, and rows of this job had arrived in it" in ran.err
     assert not sa.inspect(engine).has_table("found")
-    _execute(engine, "ALTER TABLE aside RENAME TO found")
+    execute(url, "ALTER TABLE aside RENAME TO found")
     assert cli("jobs", "resume", f"{url}#found").code == 0
     assert in_table(url) == [
         (key, n, row["size"], row["part"]) for key, found in expected().items() for n, row in enumerate(found)
@@ -458,7 +403,7 @@ def test_a_table_that_goes_while_rows_come_is_told_at_once(url: str) -> None:
     receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
     receiver.check(None, begun=False)
     receiver.deliver(Parcel("p1", ["a"], rows))
-    _execute(opened(url), "DROP TABLE found")
+    execute(url, "DROP TABLE found")
     with pytest.raises(StorageError, match="found takes no rows") as gone:
         receiver.deliver(Parcel("p2", ["a"], rows))
     assert not isinstance(gone.value, StorageAwayError)
@@ -470,20 +415,20 @@ def test_a_table_that_goes_while_rows_come_is_told_at_once(url: str) -> None:
 def test_a_table_without_the_columns_is_refused_before_anything_is_scored(
     cli: Cli, items: Path, tmp_path: Path, url: str
 ) -> None:
-    quoted, engine = "`key`" if "mariadb" in url else "key", opened(url)
+    quoted = "`key`" if "mariadb" in url else "key"
     given = ("score", items, "--model", tmp_path / "sizes.py", "--out", f"{url}#found")
     for columns, problem in (
         ("note INTEGER", "has no column 'key'"),
         (f"{quoted} VARCHAR(100), size BIGINT", "lacks 'part'"),
         (f"{quoted} VARCHAR(100), size BIGINT, part VARCHAR(9)", "column 'part' is VARCHAR"),
     ):
-        _execute(engine, f"CREATE TABLE found ({columns})")
+        execute(url, f"CREATE TABLE found ({columns})")
         ran = cli(*given)
         assert ran.code == 1
         assert problem in ran.err
         record = Jobs().get(f"{url}#found")
         assert (record.state, record.done) == ("failed", 0)
-        _execute(engine, "DROP TABLE found")
+        execute(url, "DROP TABLE found")
     assert cli(*given).code == 0
     assert len(in_table(url)) == sum(map(len, expected().values()))
 
@@ -509,6 +454,7 @@ def _done(process: subprocess.Popen[bytes], least: int) -> bool:
     return process.poll() is not None or bool(page and page[0].done >= least)
 
 
+@FEW
 def test_a_job_that_is_killed_again_and_again_leaves_each_row_once(items: Path, tmp_path: Path, url: str) -> None:
     command = [
         *(sys.executable, "-m", "tally", "score", str(items), "--model", str(tmp_path / "sizes.py")),
@@ -533,7 +479,7 @@ def test_rows_of_another_that_come_meanwhile_are_no_reason_to_refuse_the_item(tm
         waiting = (
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         )
-        with opened(url).connect() as other, ThreadPoolExecutor(1) as pool:
+        with engine_of(url).connect() as other, ThreadPoolExecutor(1) as pool:
             other.exec_driver_sql("INSERT INTO found (key, item_row, n) VALUES ('a', 0, 2)")
             ours = pool.submit(receiver.deliver, Parcel("p2", ["a"], pa.table({"key": ["a"], "n": [3]})))
             while in_table(url, waiting) == [(0,)]:
@@ -555,7 +501,7 @@ def test_rows_of_another_that_come_meanwhile_are_no_reason_to_refuse_the_item(tm
 )
 def test_a_column_that_would_change_values_is_refused(url: str, kind: str, values: Any, told: str) -> None:
     quoted = "`key`" if "mariadb" in url else "key"
-    _execute(opened(url), f"CREATE TABLE found ({quoted} VARCHAR(100), v {kind})")
+    execute(url, f"CREATE TABLE found ({quoted} VARCHAR(100), v {kind})")
     receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
     with pytest.raises(StorageError, match=rf"column 'v' is .* there, and the results hold {told}"):
         receiver.deliver(Parcel("p1", ["a"], pa.table({"key": ["a"], "v": values})))
@@ -565,13 +511,13 @@ def test_a_column_that_would_change_values_is_refused(url: str, kind: str, value
 
 def test_whole_numbers_and_times_are_not_what_a_column_makes_of_them(tmp_path: Path) -> None:
     with database("sqlite", tmp_path) as url:
-        _execute(opened(url), "CREATE TABLE found (key TEXT, v NUMERIC)")
+        execute(url, "CREATE TABLE found (key TEXT, v NUMERIC)")
         receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
         with pytest.raises(StorageError, match="the results hold int64"):  # it would keep a float64
             receiver.deliver(Parcel("p1", ["a"], pa.table({"key": ["a"], "v": [2**53 + 1]})))
         receiver.close()
     with database("postgresql", tmp_path) as url:
-        _execute(opened(url), "CREATE TABLE found (key TEXT, v TIMESTAMP)")
+        execute(url, "CREATE TABLE found (key TEXT, v TIMESTAMP)")
         receiver = open_receiver(Push(url=f"{url}#found"), FACTS)
         zoned = pa.table({"key": ["a"], "v": pa.array([datetime(2026, 1, 1, tzinfo=UTC)])})
         with pytest.raises(StorageError, match="the results hold times with a zone"):

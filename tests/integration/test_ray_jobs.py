@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ import psutil
 import pytest
 from tests.clusters import Cluster, alive
 from tests.conftest import Ran
+from tests.databases import database, execute, in_table
 from tests.extent import FULL
+from tests.forms import FORMS, SCRIPT
+from tests.integration.test_forms import written
+from tests.retraining import backbone, photos
 from tests.waiting import wait_for
 
 from tally.engines.ray.cluster import find
@@ -24,9 +28,13 @@ from tally.jobs import cluster as remote
 from tally.jobs.facade import Jobs
 from tally.jobs.spec import make
 from tally.jobs.store import JobRecord
+from tally.training.sweeps.store import SweepStore
 
+LONG = pytest.mark.skipif(not FULL, reason="each command on a cluster takes ten seconds: TALLY_TEST_FULL=1")
 ITEMS = 120
 HELD = 60
+PATIENCE = 240.0
+"""Seconds for what needs new processes of Ray: other tests keep this machine busy, and each takes it many seconds."""
 SCORER = f"""
 import time
 from pathlib import Path
@@ -73,12 +81,19 @@ def gate(items: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def here(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process as a client of the cluster."""
+def here(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process as a client of the cluster. No job of the test outlives it: the next one needs the workers."""
+    from ray.job_submission import JobSubmissionClient
+
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
     for name, value in cluster.client_env.items():
         monkeypatch.setenv(name, value)
+    yield
+    client = JobSubmissionClient(cluster.dashboard)
+    for job in client.list_jobs():
+        if job.submission_id is not None and not job.status.is_terminal():
+            client.stop_job(job.submission_id)
 
 
 def start(cluster: Cluster, items: Path, out: Path, *options: str) -> subprocess.Popen[str]:
@@ -130,9 +145,10 @@ def await_gate(gate: Path, command: subprocess.Popen[str], out: Path) -> None:
         record = only_job()
         return record is not None and record.done > 0 and gate.with_suffix(".waiting").exists()
 
-    wait_for(held, command, told=out.with_suffix(".log").read_text)
+    wait_for(held, command, PATIENCE, told=out.with_suffix(".log").read_text)
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("here")
 class TestJobsInACluster:
     def test_the_command_may_be_killed(
@@ -156,25 +172,74 @@ class TestJobsInACluster:
         with pytest.raises(StopIteration):
             next(each for each in coordinators(cluster, record.id) if alive(each) and not _ends(each))
 
+    def test_a_late_answer_begins_no_second_coordinator(
+        self, cluster: Cluster, items: Path, gate: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        from tally.engines.ray.cluster import Cluster as Client
+
+        gate.touch()
+        submit = Client.submit
+
+        def late(client: Client, *args: Any) -> None:
+            submit(client, *args)
+            raise ClusterLostError("no answer within 10 s")
+
+        monkeypatch.setattr(Client, "submit", late)
+        ran: Ran = cli(
+            "score", items, "--model", f"{tmp_path / 'held.py'}:Held", "--out", tmp_path / "out", "--engine", "ray",
+            "--address", cluster.dashboard,
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+        record = only_job()
+        assert record is not None
+        begun = [each.submission_id or "" for each in JobSubmissionClient(cluster.dashboard).list_jobs()]
+        assert len([each for each in begun if record.id in each]) == 1, begun
+        assert "another one continues" not in ran.err
+        assert scored(tmp_path / "out") == list(range(ITEMS))
+
     def test_another_coordinator_goes_on_for_a_lost_one(
         self, cluster: Cluster, items: Path, gate: Path, tmp_path: Path
     ) -> None:
         out = tmp_path / "out"
         command = start(cluster, items, out)
         log = tmp_path / "out.log"
-        for _ in range(2):
+        losses = 2 if FULL else 1
+        for _ in range(losses):
             await_gate(gate, command, out)
             record = only_job()
             assert record is not None
             (coordinator,) = coordinators(cluster, record.id)
             coordinator.kill()
             wait_for(lambda: not alive(coordinator), command, told=log.read_text)  # noqa: B023
-            wait_for(lambda: has_another(coordinator), command, told=log.read_text)  # noqa: B023
+            wait_for(lambda: has_another(coordinator), command, PATIENCE, told=log.read_text)  # noqa: B023
             gate.with_suffix(".waiting").unlink()
         gate.touch()
-        assert command.wait(120) == 0, log.read_text()
-        assert log.read_text().count("another one continues") == 2
+        assert command.wait(PATIENCE) == 0, log.read_text()
+        assert log.read_text().count("another one continues") == losses
         assert scored(out) == list(range(ITEMS))
+
+    def test_parts_of_a_split_job_are_jobs_of_the_cluster(
+        self, cluster: Cluster, items: Path, gate: Path, tmp_path: Path
+    ) -> None:
+        """And where the coordinator of one is lost, another one goes on with it."""
+        out, log = tmp_path / "out", tmp_path / "out.log"
+        words = ["--address", cluster.dashboard, "--split", "2", "--workers", "2"]
+        command = start(cluster, items, out, *words)
+
+        wait_for(gate.with_suffix(".waiting").exists, command, PATIENCE, told=log.read_text)
+        jobs = Jobs()
+        record = only_job()
+        assert record is not None
+        (lost,) = coordinators(cluster, jobs.store.parts(record.id)[1].id)
+        lost.kill()
+        wait_for(lambda: not alive(lost), command, told=log.read_text)
+        gate.touch()
+        assert command.wait(PATIENCE) == 0, log.read_text()
+        assert scored(out) == list(range(ITEMS))
+        record = jobs.get(record.id)
+        assert (record.state, record.done, record.dead) == ("finished", ITEMS, 0)
 
     def test_somebody_else_may_cancel(
         self, cluster: Cluster, items: Path, gate: Path, tmp_path: Path, cli: Any
@@ -185,10 +250,11 @@ class TestJobsInACluster:
         record = only_job()
         assert record is not None
         assert cli("jobs", "cancel", record.id).code == 0
-        assert command.wait(60) == 1
+        assert command.wait(PATIENCE) == 1
         assert f"job {record.id} is cancelled" in (tmp_path / "out.log").read_text()
         assert not list(out.rglob("*"))
 
+    @LONG
     def test_stopped_by_the_means_of_ray_it_is_interrupted(
         self, cluster: Cluster, items: Path, gate: Path, tmp_path: Path
     ) -> None:
@@ -202,16 +268,17 @@ class TestJobsInACluster:
         (name,) = [each.submission_id for each in client.list_jobs() if each.status == "RUNNING"]
         assert name is not None
         client.stop_job(name)
-        assert command.wait(60) == 130, log.read_text()
+        assert command.wait(PATIENCE) == 130, log.read_text()
         record = only_job()
         assert record is not None
         assert (record.state, record.alive) == ("interrupted", False)
         assert f"tally jobs resume {record.id}" in log.read_text()
         gate.touch()
         again = start(cluster, items, out, "--address", cluster.dashboard, "--resume")
-        assert again.wait(120) == 0, log.read_text()
+        assert again.wait(PATIENCE) == 0, log.read_text()
         assert scored(out) == list(range(ITEMS))
 
+    @LONG
     def test_interrupting_the_command_leaves_the_job(
         self, cluster: Cluster, items: Path, gate: Path, tmp_path: Path
     ) -> None:
@@ -220,14 +287,14 @@ class TestJobsInACluster:
         log = tmp_path / "out.log"
         await_gate(gate, command, out)
         command.send_signal(signal.SIGINT)
-        assert command.wait(60) == 130, log.read_text()
+        assert command.wait(PATIENCE) == 130, log.read_text()
         record = only_job()
         assert record is not None
         assert (record.state, record.alive) == ("running", True)
         assert f"job {record.id} continues in the cluster" in log.read_text()
         (coordinator,) = coordinators(cluster, record.id)
         gate.touch()
-        coordinator.wait(120)
+        coordinator.wait(PATIENCE)
         assert scored(out) == list(range(ITEMS))
 
     def test_dead_items_are_replayed_in_the_cluster(
@@ -236,7 +303,7 @@ class TestJobsInACluster:
         gate.touch()
         (items / "007.bin").write_text("seven")
         out = tmp_path / "out"
-        assert start(cluster, items, out).wait(120) == 0, (tmp_path / "out.log").read_text()
+        assert start(cluster, items, out).wait(PATIENCE) == 0, (tmp_path / "out.log").read_text()
         record = only_job()
         assert record is not None
         assert record.dead == 1
@@ -244,6 +311,40 @@ class TestJobsInACluster:
         ran: Ran = cli("jobs", "retry", record.id, "--dead")
         assert ran.code == 0, ran.err
         assert scored(out) == list(range(ITEMS))
+
+    @LONG
+    def test_from_one_database_into_another(self, cluster: Cluster, tmp_path: Path, cli: Any) -> None:
+        (tmp_path / "twice.py").write_text(
+            "import tally\n\n\nclass Twice(tally.Scorer):\n    input = 'table'\n    features = ('n',)\n"
+            "    columns = {'twice': 'int64'}\n\n    def score(self, batch):\n"
+            "        return [{'twice': 2 * n} for n in batch['n'].to_pylist()]\n"
+        )
+        (tmp_path / "into").mkdir()
+        with database("sqlite", tmp_path) as source, database("duckdb", tmp_path / "into") as into:
+            execute(source, "CREATE TABLE t (id INT, n INT)", "INSERT INTO t VALUES (7, 1), (8, 2), (9, 3)")
+            ran: Ran = cli(
+                "score", f"{source}#t", "--key", "id", "--model", f"{tmp_path / 'twice.py'}:Twice",
+                "--out", tmp_path / "out", "--push", f"{into}#found", "--engine", "ray", "--address", cluster.dashboard,
+            )  # fmt: skip
+            assert ran.code == 0, ran.err
+            assert in_table(into, "SELECT key, twice FROM found ORDER BY 1") == [("7", 2), ("8", 4), ("9", 6)]
+
+    @LONG
+    @pytest.mark.parametrize("name", FORMS)
+    def test_every_form_gives_what_it_gives_here(self, cluster: Cluster, tmp_path: Path, cli: Any, name: str) -> None:
+        form = FORMS[name]
+        place = written(str(tmp_path / "in"), form.files())
+        (tmp_path / "held.py").write_text(SCRIPT)
+        found = []
+        for engine in (["local"], ["ray", "--address", cluster.dashboard]):
+            out = tmp_path / f"{engine[0]}.jsonl"
+            ran: Ran = cli(
+                "score", *form.words(place), "--model", f"{tmp_path}/held.py:Held", "--out", out, "--engine", *engine,
+            )  # fmt: skip
+            assert ran.code == 0, ran.err
+            found.append(out.read_text().splitlines())
+        assert found[0] == found[1]
+        assert len(found[0]) == form.count
 
     def test_what_makes_the_job_fail_is_told(self, cluster: Cluster, items: Path, tmp_path: Path, cli: Any) -> None:
         for path in items.iterdir():
@@ -288,12 +389,13 @@ class TestJobsInACluster:
 
 def _ends(process: psutil.Process) -> bool:
     try:
-        process.wait(60)
+        process.wait(PATIENCE)
     except psutil.TimeoutExpired:
         return False
     return True
 
 
+@pytest.mark.ray
 @pytest.mark.skipif(not FULL, reason="a small storm kills a head, too: TALLY_TEST_FULL=1")
 def test_a_lost_head_pauses_the_job_until_it_is_back(
     items: Path, gate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -308,11 +410,40 @@ def test_a_lost_head_pauses_the_job_until_it_is_back(
         wait_for(lambda: "does not answer" in log.read_text(), command, told=log.read_text)
         gate.touch()
         cluster.start_head()
-        assert command.wait(180) == 0, log.read_text()
+        assert command.wait(PATIENCE) == 0, log.read_text()
         assert "it is back" in log.read_text()
         assert scored(out) == list(range(ITEMS))
 
 
+@pytest.mark.ray
+@pytest.mark.skipif(not FULL, reason="two sweeps on a cluster take minutes: TALLY_TEST_FULL=1")
+@pytest.mark.usefixtures("here")
+def test_a_sweep_on_a_cluster_gives_what_it_gives_here(cli: Callable[..., Ran], tmp_path: Path) -> None:
+    """Its bottlenecks, too, are computed there; scripts log over the network."""
+    pictures, network = photos(tmp_path / "photos"), backbone(tmp_path / "backbone.onnx")
+    words = ["sweep", "retrain", "--image_dir", pictures, "--backbone", network, "--how_many_training_steps", 100]
+    words += ["-p", "learning_rate=0.01,0.1,1", "--sampler", "grid", "--parallel", 2]
+    script = tmp_path / "code" / "train.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import sys, tally\n"
+        "with tally.training.run() as run:\n"
+        "    run.log('loss', float(sys.argv[2]))\n"
+        "    assert tally.__file__ and run.parameters['x'] == float(sys.argv[2])\n"
+    )
+    found = []
+    for engine in ("ray", "local"):
+        cache = ["--bottleneck_dir", tmp_path / engine]
+        for each in ([*words, *cache], ["sweep", "script", script, "-p", "x=1,2", "--metric", "loss", "--trials", 2]):
+            ran = cli(*each, "--engine", engine)
+            assert ran.code == 0, ran.err
+            trials = SweepStore.open().trials(SweepStore.open().list().sweeps[0].id)
+            found.append([(trial.state, trial.parameters, trial.value, trial.step) for trial in trials])
+    assert found[:2] == found[2:]
+    assert [len(each) for each in found] == [3, 2] * 2
+
+
+@pytest.mark.ray
 def test_without_a_cluster_one_is_started_for_the_job(
     items: Path, gate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,8 @@ from tally.errors import ClusterLostError, TallyError, WorkerCrashedError
 from tally.testing import tasks
 from tally.testing.engines import DEADLINE, Gate, until
 
+pytestmark = pytest.mark.ray
+
 GIB = 2**30
 Reach = Callable[[Cluster], None]
 

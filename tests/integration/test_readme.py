@@ -19,8 +19,8 @@ PROGRAM = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def test_the_program_of_the_readme_runs(tmp_path: Path) -> None:
     [program] = PROGRAM.findall(README.read_text("utf-8"))
     (tmp_path / "measure.py").write_text(program)
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    pictures = tmp_path / "tally-demo" / "pictures"  # which the demo draws, see test_demo.py
+    pictures.mkdir(parents=True)
     for brightness in (20, 70, 130, 180, 240):
         Image.fromarray(np.full((40, 60, 3), brightness, np.uint8)).save(pictures / f"grey-{brightness}.png")
     (pictures / "broken.png").write_bytes(b"\x89PNG cut short")

@@ -23,7 +23,7 @@ from tally.cli.train_retrain import retrain as command
 from tally.models.registry import open_registry
 from tally.training.retrain import bottlenecks
 from tally.training.retrain.dataset import read
-from tally.training.runs.store import open_runs
+from tally.training.runs.store import RunStore
 
 Cli = Callable[..., Ran]
 
@@ -103,7 +103,7 @@ def test_folders_of_pictures_become_a_model_that_scores(
     assert re.search(r"^Final test accuracy = (100.0|\d\d.\d)% \(N=\d+\)$", ran.out, re.MULTILINE)
     assert "registered as models:/colours/1" in ran.out
 
-    [record] = open_runs().list(kind="retrain").runs
+    [record] = RunStore.open().list(kind="retrain").runs
     assert record.state == "finished"
     assert record.metrics["test_accuracy"].last >= 0.9
     assert record.data["pictures"]["files"] == 73
@@ -151,7 +151,7 @@ def test_everything_comes_from_the_cache_a_second_time_wherever_the_pictures_are
         ran = retrain(*QUICK, "--register", "colours", image_dir=Path(place))
         assert "all 73 bottlenecks are in the cache" in ran.err, ran.err
         assert "registered as models:/colours/1" in ran.out
-        hashes.append(open_runs().list(limit=1).runs[0].data["pictures"]["hash"])
+        hashes.append(RunStore.open().list(limit=1).runs[0].data["pictures"]["hash"])
     assert hashes[0] == hashes[1]
     [damaged, cut, *_] = sorted(shared["cache"].glob("*/*/*.bottleneck"))
     content = damaged.read_bytes()
@@ -162,6 +162,20 @@ def test_everything_comes_from_the_cache_a_second_time_wherever_the_pictures_are
     assert "2 damaged entries of the cache of bottlenecks were computed again" in ran.err
     assert "registered as models:/colours/1" in ran.out
     assert damaged.read_bytes() == content
+
+
+def test_one_more_picture_that_cannot_be_read_is_left_out(
+    retrain: Cli, shared: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(shared["photos"], tmp_path / "photos"))
+    assert retrain(*QUICK, image_dir=folder).code == 0
+    (folder / "blue" / "torn.jpg").write_bytes(b"\xff\xd8 and no more")
+    ran = retrain(*QUICK, image_dir=folder)
+    assert ran.code == 0, ran.err
+    assert "blue/torn.jpg: " in ran.err
+    ran = retrain(*QUICK, image_dir=folder)
+    assert "all 74 bottlenecks are in the cache" in ran.err
+    assert "blue/torn.jpg: " in ran.err
 
 
 def test_a_killed_job_of_bottlenecks_is_gone_on_with(
@@ -208,12 +222,12 @@ def test_a_killed_run_goes_on_to_the_same_model(retrain: Cli, cli: Cli, monkeypa
     with monkeypatch.context() as patch:  # before its first step
         patch.setattr(retraining, "_trained", killed)
         ran = retrain(*QUICK, "--early-stopping", 500)
-    [record] = open_runs().list().runs
+    [record] = RunStore.open().list().runs
     assert record.state == "killed"
     assert f"tally train retrain --resume {record.id}" in ran.err
     done = subprocess.run([sys.executable, "-c", KILLED, record.id], capture_output=True, text=True, timeout=100)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert open_runs().get(record.id).state == "interrupted"
+    assert RunStore.open().get(record.id).state == "interrupted"
     assert (
         "--learning_rate: a run that goes on has"
         in cli("train", "retrain", "--resume", record.id, "--learning_rate", "1").err
@@ -221,9 +235,50 @@ def test_a_killed_run_goes_on_to_the_same_model(retrain: Cli, cli: Cli, monkeypa
     ran = cli("train", "retrain", "--resume", record.id, "--register", "colours")
     assert ran.code == 0, ran.err
     assert "continued from step 111" in ran.err
+    curves = RunStore.open().values(record.id, ["accuracy", "validation_cross_entropy"])
+    assert [each.steps for each in curves.values()] == [[*range(0, 300, 10), 299]] * 2
     retrain(*QUICK, "--early-stopping", 500, "--register", "colours")
     assert len(open_registry().show("colours").versions) == 1
     assert "is finished" in cli("train", "retrain", "--resume", record.id).err
+
+
+def test_what_early_stopping_keeps_is_what_is_registered_and_judged(
+    retrain: Cli, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tally.training.retrain import retraining
+
+    def killed(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    # So few pictures tell little: the loss goes up and down.
+    wild = ("--how_many_training_steps", 300, "--learning_rate", 1, "--train_batch_size", 5, "--early-stopping", 4)
+    wild += ("--validation_batch_size", 2)
+    promoting = ("--register", "colours", "--gate", "test_accuracy >= champion")
+    ran = retrain(*wild, *promoting, "--no-final-test")
+    assert ran.code != 0
+    assert "'test_accuracy' is not measured" in ran.err
+    assert "'test_accuracy' is not measured" in retrain(*wild, *promoting, "--testing_percentage", 0).err
+    assert "has no alias 'champoin'" in retrain(*wild, *promoting[:3], "test_accuracy >= champoin").err
+    assert RunStore.open().list().runs == []
+    with monkeypatch.context() as patch:
+        patch.setattr(retraining, "_trained", killed)
+        retrain(*wild, *promoting)
+    [record] = RunStore.open().list().runs
+    ran = cli("train", "retrain", "--resume", record.id, "--gate", "validation_cross_entropy < 1000")
+    assert (
+        "from now on --register colours --alias champion --gate 'validation_cross_entropy < 1000'; it began" in ran.err
+    )
+    record = RunStore.open().get(record.id)
+    [version] = open_registry().show("colours").versions
+    assert version.aliases == ("champion",)
+    curve = RunStore.open().values(record.id)["validation_cross_entropy"]
+    lowest = min(zip(curve.values, curve.steps, strict=True))
+    assert lowest[1] < curve.steps[-1]
+    assert record.tags["weights"] == f"those of step {lowest[1]}"
+    metrics = version.metadata["metrics"]
+    assert metrics["validation_cross_entropy"] == lowest[0] < record.metrics["validation_cross_entropy"].last
+    assert metrics["test_accuracy"] == record.metrics["test_accuracy"].last
+    assert f"validation_cross_entropy is {lowest[0]:g}, and < 1000" in record.tags["gate"]
 
 
 def test_a_run_does_not_go_on_with_other_pictures(
@@ -238,7 +293,7 @@ def test_a_run_does_not_go_on_with_other_pictures(
     with monkeypatch.context() as patch:
         patch.setattr(retraining, "_trained", killed)
         retrain(*QUICK, image_dir=folder)
-    [record] = open_runs().list().runs
+    [record] = RunStore.open().list().runs
     (folder / "red" / "001.png").unlink()
     ran = cli("train", "retrain", "--resume", record.id)
     assert ran.code == 1
@@ -260,7 +315,7 @@ def test_every_flag_of_the_original_is_kept_mapped_or_refused(retrain: Cli, tmp_
     ]  # fmt: skip
     assert "backbone.onnx has a value 'means' already" in retrain("--final_tensor_name", "means").err
     assert "is there already" in retrain("--saved_model_dir", tmp_path / "there").err
-    assert open_runs().list().runs == []
+    assert RunStore.open().list().runs == []
 
 
 def test_distorted_pictures_train_on_workers(retrain: Cli, tmp_path: Path) -> None:
@@ -269,7 +324,7 @@ def test_distorted_pictures_train_on_workers(retrain: Cli, tmp_path: Path) -> No
         "--no-final-test", "--workers", 1, "--plain-sampling",
     )  # fmt: skip
     assert ran.code == 0, ran.err
-    [record] = open_runs().list().runs
+    [record] = RunStore.open().list().runs
     assert (record.parameters["flip_left_right"], record.parameters["balanced"]) == (True, False)
     assert record.metrics["cross_entropy"].count == 3
     assert "test_accuracy" not in record.metrics

@@ -244,6 +244,7 @@ def test_a_moved_alias_counts_for_what_comes_later_and_a_killed_worker_changes_n
     assert dead(url) == {}
 
 
+@pytest.mark.ray
 @pytest.mark.skipif(not FULL, reason="a cluster takes long to start: TALLY_TEST_FULL=1")
 def test_workers_of_a_cluster_score_with_the_models_that_messages_choose(
     cli: Cli,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from threading import Semaphore, Thread
 from typing import Any
 
 import httpx2
@@ -257,6 +258,36 @@ def test_large_bodies_and_odd_requests_are_refused(server: Server, admin: httpx2
     assert admin.get("/jobs/..%2f..").status_code in (404, 422)
     assert admin.get("/jobs", params={"after": "nonsense"}).status_code == 422
     assert admin.get("/jobs", params={"limit": "0"}).status_code == 422
+
+
+def test_who_has_connected_before_a_server_ends_gets_an_answer(folder: Path) -> None:
+    """Also whose request is on its way by then, and whom nobody has accepted."""
+    lost: list[str] = []
+    answered = Semaphore(0)
+
+    def ask(client: httpx2.Client) -> None:
+        while True:
+            try:
+                status = client.get("/jobs", headers={"Connection": "close"}).status_code
+            except httpx2.ConnectError:
+                return
+            except httpx2.HTTPError as error:
+                lost.append(repr(error))
+                return
+            if status != 200:
+                lost.append(str(status))
+            answered.release()
+
+    with running("--root", folder) as server, server.client() as client:
+        threads = [Thread(target=ask, args=(client,)) for _ in range(16)]
+        for each in threads:
+            each.start()
+        for _ in range(100):
+            assert answered.acquire(timeout=PATIENCE)
+        server.process.terminate()
+        for each in threads:
+            each.join()
+    assert lost == []
 
 
 def test_a_killed_server_loses_no_job(folder: Path, home: Path) -> None:

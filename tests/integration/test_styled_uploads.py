@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import httpx2
 import yaml
-from tests.examples import EXAMPLES, script, serving
+from tests.examples import EXAMPLES, serving
 from tests.server import PATIENCE, running, until
 
 import tally
+from tally.demo.clip import draw_clip
 from tally.storage import open_store
-
-STYLE = EXAMPLES / "style" / "model"
 
 
 def streams(path: Path) -> tuple[int, list[tuple[float, bytes]]]:
@@ -37,11 +37,11 @@ def looked_twice(client: tally.Client) -> None:
 
 
 def test_each_clip_is_styled_once_beside_it_with_its_sound(s3: str, tmp_path: Path) -> None:
-    clips, make_clip = open_store(s3), script("style/make_clip.py")
+    clips = open_store(s3)
     job: dict[str, Any] = yaml.safe_load((EXAMPLES / "styled_uploads" / "job.yaml").read_text("utf-8"))
-    job |= {"model": str(STYLE), "out": job["out"].replace("s3://clips", s3)}
-    make_clip.main([str(tmp_path / "early.x.mp4"), "--seconds", "0.4", "--size", "96x64"])
-    make_clip.main([str(tmp_path / "clip.mp4"), "--seconds", "1", "--size", "96x64"])
+    job |= {"out": job["out"].replace("s3://clips", s3)}
+    draw_clip(tmp_path / "early.x.mp4", 0.4, (96, 64), Fraction(25), 7)
+    draw_clip(tmp_path / "clip.mp4", 1, (96, 64), Fraction(25), 7)
     clips.upload("early.x.mp4", tmp_path / "early.x.mp4")
 
     with running("--root", EXAMPLES) as server, tally.Client(server.url, key=server.key) as client:
@@ -61,7 +61,7 @@ def test_each_clip_is_styled_once_beside_it_with_its_sound(s3: str, tmp_path: Pa
         assert client.watch("clips").objects == {"passed": 1, "taken": 1}
 
         # What was there before, by its name, as often as one likes.
-        environment = {"CLIPS": s3, "MODEL": str(STYLE), "TALLY_SERVER": server.url, "TALLY_KEY": key}
+        environment = {"CLIPS": s3, "MODEL": "tally:strokes", "TALLY_SERVER": server.url, "TALLY_KEY": key}
         with serving("styled_uploads", "process:app", **environment) as url:
             for _ in range(2):
                 answer = httpx2.get(f"{url}/process", params={"video_name": "early.x.mp4"}, timeout=60)

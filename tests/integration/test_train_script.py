@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -15,10 +16,10 @@ from tests.extent import FULL
 from tests.waiting import wait_for
 
 from tally.cli.main import cli
-from tally.errors import RunNotFoundError, SourceNotFoundError, SpecError
+from tally.errors import RunNotFoundError, RunStateError, SourceNotFoundError, SpecError
 from tally.models.registry import open_registry
 from tally.models.resolve import resolve
-from tally.training.runs.store import open_runs
+from tally.training.runs.store import RunStore
 from tally.training.scripts.script import ScriptTraining
 
 AZURE = """
@@ -105,7 +106,7 @@ def test_a_script_in_azure_mls_way_runs_unchanged(tmp_path: Path, data: Path, mo
     ).run(printed.append)  # fmt: skip
     assert (ended.state, ended.error, ended.code) == ("finished", None, 0), b"".join(printed).decode()
     assert b"read me []" in b"".join(printed)
-    record = open_runs().get(ended.run_id)
+    record = RunStore.open().get(ended.run_id)
     assert dict(record.parameters) == {"param_a": 0.5, "quick": True}
     assert {name: each.last for name, each in record.metrics.items()} == {
         "loss": 0.5 / 3, "mAP@0.5:0.95": 0.5, "sizes/width": 3, "sizes/height": 4,
@@ -134,7 +135,7 @@ def test_a_script_in_azure_mls_way_runs_unchanged(tmp_path: Path, data: Path, mo
     tally("runs", "delete", record.id)
     assert not Path(record.folder).exists()
     with pytest.raises(RunNotFoundError):
-        open_runs().get(record.id)
+        RunStore.open().get(record.id)
 
 
 def test_whatever_ends_a_script_is_told(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_whatever_ends_a_script_is_told(tmp_path: Path) -> None:
 
     def run(how: str) -> tuple[str, str, int]:
         ended = ScriptTraining(script=script, arguments=[how]).run()
-        record = open_runs().get(ended.run_id)
+        record = RunStore.open().get(ended.run_id)
         assert (record.state, dict(record.parameters)) == (ended.state, {"more": 1})
         assert record.metrics["loss"].step == 3
         assert "at work" in (Path(record.folder) / "output.txt").read_text()
@@ -192,13 +193,73 @@ with tally.training.run() as run:
 """
 
 
+GOES_ON = """
+import os, signal, subprocess
+from pathlib import Path
+import psutil
+import tally
+
+checkpoint = Path("outputs/checkpoint")
+done = int(checkpoint.read_text()) if checkpoint.exists() else 0
+with tally.training.run() as run:
+    assert (run.resumed, os.environ.get("TALLY_RUN_RESUMED")) == ((True, "1") if done else (False, None))
+    for step in range(done, done + 2):
+        run.log("loss", 1 / (1 + step), step=step)
+        checkpoint.write_text(str(step + 1))
+    Path("beside").write_text("mine")
+    if done == 0:
+        sleeper = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        Path("outputs/pids").write_text(f"{os.getpid()} {sleeper.pid}")
+        psutil.Process().parent().parent().kill()  # the command
+        signal.pause()
+    if done == 2:
+        raise ValueError("not yet")
+"""
+
+
+def test_a_script_goes_on_in_its_run_and_nothing_outlives_its_command(tmp_path: Path) -> None:
+    script = tmp_path / "code" / "long.py"
+    script.parent.mkdir()
+    script.write_text(GOES_ON)
+    words = [sys.executable, "-m", "tally", "train", "script", str(script), "-p", "rate=0.10", "--", "token=xyz"]
+    assert subprocess.run(words, stderr=subprocess.DEVNULL, timeout=120).returncode == -signal.SIGKILL
+    store = RunStore.open()
+    [run] = store.list().runs
+    assert run.state == "interrupted"
+    folder = Path(run.folder)
+    for each in (folder / "work" / "outputs" / "pids").read_text().split():
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(int(each)).wait(30)
+    with pytest.raises(SpecError, match="held a secret"):
+        tally("train", "script", "--resume", run.id)
+    given = json.loads((folder / "given.json").read_text())
+    (folder / "given.json").write_text(json.dumps(given | {"arguments": []}))
+    with pytest.raises(SpecError, match="leave out parameters, script"):
+        tally("train", "script", script, "--resume", run.id, "-p", "x=1")
+
+    assert f"run {run.id} goes on" in tally("train", "script", "--resume", run.id[:6])
+    run = store.get(run.id)
+    assert (run.state, run.metrics["loss"].step) == ("failed", 3), run.error
+    assert (folder / "outputs" / "checkpoint").read_text() == "4"
+    script.write_text(GOES_ON + "# another line\n")
+    assert "not as it was: the code" in tally("train", "script", "--resume", run.id)
+    run = store.get(run.id)
+    assert (run.state, run.parameters) == ("finished", {"rate": 0.1})
+    assert {2, 3, 4, 5} <= {*store.values(run.id)["loss"].steps}
+    assert (folder / "outputs" / "checkpoint").read_text() == "6"
+    assert (folder / "work" / "beside").read_text() == "mine"
+    assert "not as it was" not in tally("runs", "reproduce", run.id)
+    with pytest.raises(RunStateError, match="is finished"):
+        tally("train", "script", "--resume", run.id)
+
+
 @pytest.mark.skipif(not FULL, reason="commands are started with TALLY_TEST_FULL=1")
 def test_a_run_is_done_again_and_a_script_dies_with_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("seeded.py").write_text(SEEDED)
-    store = open_runs()
+    store = RunStore.open()
 
     def command(*words: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-m", "tally", *words], stderr=subprocess.DEVNULL)
@@ -218,3 +279,41 @@ def test_a_run_is_done_again_and_a_script_dies_with_its_command(
     assert (lost.state, lost.alive) == ("interrupted", False)
     with suppress(psutil.NoSuchProcess):
         psutil.Process(int(lost.tags["pid"])).wait(30)
+
+
+GATED = """
+from pathlib import Path
+from azureml.core import Run
+
+run = Run.get_context()
+for wrong in (lambda: run.log("v", 10**400), lambda: run.register_model("up", model_path="../../..")):
+    try:
+        wrong()
+    except ValueError as error:
+        print(type(error).__name__, error)
+run.log("accuracy", 0.4)
+Path("outputs/weights.txt").write_text(run.id)
+run.register_model("weights", model_path="outputs/weights.txt")
+Path("outputs/net").mkdir(exist_ok=True)
+Path("outputs/net/weights.bin").write_bytes(b"12")
+run.register_model("net", model_path="outputs/net/../net/.")
+if not Path("outputs/first").exists():
+    Path("outputs/first").touch()
+    raise SystemExit("the disk is full")
+"""
+
+
+def test_a_script_that_goes_on_is_judged_as_it_began(tmp_path: Path) -> None:
+    (tmp_path / "gated.py").write_text(GATED)
+    told = tally("train", "script", tmp_path / "gated.py", "--register", "weights", "--gate", "accuracy > 0.5")
+    assert "the disk is full" in told
+    [record] = RunStore.open().list().runs
+    assert record.state == "failed"
+    told = tally("train", "script", "--resume", record.id)
+    assert "does not become champion: accuracy is 0.4, and not > 0.5" in told
+    printed = (Path(record.folder) / "output.txt").read_text()
+    assert "SpecError log: the value of 'v' is too large: a metric is 1.8e+308 at most" in printed
+    assert (
+        f"SpecError register: '../../..' is {Path(record.folder).parent.parent}, the folder that all of the" in printed
+    )
+    assert (open_registry().get("models:/net").kind, RunStore.open().get(record.id).state) == ("files", "finished")

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tests.videos import HEIGHT, WIDTH, assert_same_video, frames_of, number_in, sound_of, time_of, write_clip
+from tests.videos import HEIGHT, WIDTH, assert_same_video, frames_of, number_in, picture, sound_of, time_of, write_clip
 
 from tally.jobs.facade import Jobs
 
@@ -397,15 +397,168 @@ def test_interrupted_resumed_and_asked_for_again(cli: Cli, model: Any, clip: Pat
 def test_what_a_mixed_folder_is_taken_for(score: Cli, model: Any, clip: Path, photo: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
-    for each in (clip, photo):
-        (folder / each.name).write_bytes(each.read_bytes())
+    (folder / clip.name).write_bytes(clip.read_bytes())
+    for name in ("one.jpg", "two.jpg"):
+        (folder / name).write_bytes(photo.read_bytes())
     ran = score(folder, "--model", model(IDENTITY), "--out", tmp_path / "pictures")
     assert ran.code == 0, ran.err
-    assert "1 file passed over, not images by their name: .mp4 1" in ran.err
+    assert "1 file passed over, not images by their name: .mp4 1; --media video scores videos" in ran.err
+    assert sorted(each.name for each in (tmp_path / "pictures").glob("*.jpg")) == ["one.jpg", "two.jpg"]
+    ran = score(folder, "--model", model(SIZES), "--out", tmp_path / "asked.csv", "--media", "video")
+    assert ran.code == 0, ran.err
+    assert "50 of 50 frames scored" in ran.err
     for out, more in (("one.mp4", []), ("few", ["--every", "5"])):
         ran = score(folder, "--model", model(IDENTITY), "--out", tmp_path / out, *more)
         assert ran.code == 0, ran.err
         assert "frames scored" in ran.err
+
+
+@pytest.mark.parametrize("names", [["anything.jpg"], ["cover.jpg", "b/Folder.jpg"]], ids=len)
+def test_videos_with_their_covers_are_videos(
+    score: Cli, model: Any, photo: Path, tmp_path: Path, names: list[str]
+) -> None:
+    folder = tmp_path / "album"
+    (folder / "b").mkdir(parents=True)
+    write_clip(folder / "b" / "clip.mp4", 5)
+    for name in names:
+        (folder / name).write_bytes(photo.read_bytes())
+    for out, more, count in (("taken.csv", [], 5), ("asked.csv", ["--media", "image"], len(names))):
+        ran = score(folder, "--model", model(SIZES), "--out", tmp_path / out, *more)
+        assert ran.code == 0, ran.err
+        assert len((tmp_path / out).read_text().splitlines()) == 1 + count
+        assert ("passed over, not videos by their name: .jpg" in ran.err) == (not more)
+        assert ("--media image scores pictures" in ran.err) == (not more)
+
+
+def test_media_that_cannot_be(score: Cli, model: Any, clip: Path, photo: Path, tmp_path: Path) -> None:
+    photo = photo.rename(tmp_path / "photo.jpg")  # a PNG may be an animation
+    for source, media, code, said in (
+        (clip, "image", SIZES, "media: image is asked for, and " + str(clip) + " is a video"),
+        (photo, "video", SIZES, "media: video is asked for, and " + str(photo) + " is a picture"),
+        (clip, "table", DETECTOR, "media: table is asked for, and the model needs frames"),
+        (clip, "film", SIZES, "media: "),
+    ):
+        ran = score(source, "--media", media, "--model", model(code), "--out", tmp_path / "out")
+        assert ran.code == 2
+        assert said in ran.err, ran.err
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("a.gif", []), ("a.webp", []), ("a.png", ["--media", "video"]), ("'*.apng'", ["--media", "video"])],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_animation_becomes_a_video(score: Cli, model: Any, tmp_path: Path, name: str, more: list[str]) -> None:
+    first, *others = [Image.fromarray(picture(number)) for number in range(8)]
+    path = tmp_path / name.strip("'").replace("*", "a")
+    form = None if path.suffix in (".gif", ".webp") else "PNG"
+    first.save(path, form, save_all=True, append_images=others, duration=50)
+    out = tmp_path / "out.mp4"
+    ran = score(tmp_path / name.strip("'"), *more, "--model", model(IDENTITY), "--out", out, "--crf", 1)
+    assert ran.code == 0, ran.err
+    assert numbers(out) == list(range(8))
+    assert times(out) == [number * Fraction(1, 20) for number in range(8)]
+    # Without a word about videos, it is a picture.
+    ran = score(path, "--model", model(SIZES), "--out", tmp_path / "rows.csv")
+    assert "1 of 1 items scored" in ran.err
+
+
+# -- numbered pictures ---------------------------------------------------------------------------------
+
+
+def write_pictures(folder: Path, names: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        Image.fromarray(picture(number)).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["folder", "pattern", "glob"])
+def test_numbered_pictures_are_a_video(score: Cli, model: Any, tmp_path: Path, form: str) -> None:
+    folder = write_pictures(tmp_path / "walk", [f"frame_{number}.png" for number in range(95, 115)])
+    (folder / "notes.png").write_bytes((folder / "frame_95.png").read_bytes())
+    source = {"folder": folder, "pattern": folder / "frame_%d.png", "glob": f"{folder}/f*.png"}[form]
+    out = tmp_path / "out" / "walk.mp4"
+    ran = score(source, "--model", model(IDENTITY), "--out", out, "--fps", "30000/1001", "--crf", 1, "--batch-size", 3)
+    assert ran.code == 0, ran.err
+    assert numbers(out) == list(range(20))
+    assert times(out) == [number * Fraction(1001, 30000) for number in range(20)]
+    with av.open(str(out)) as container:
+        assert container.streams.video[0].average_rate == Fraction(30000, 1001)
+        assert container.duration == pytest.approx(20 * 1001 / 30000 * 1e6, abs=1000)
+    assert ("1 picture passed over, without a number: notes.png" in ran.err) == (form == "folder")
+
+
+def test_each_folder_of_numbered_pictures_is_a_video(score: Cli, model: Any, tmp_path: Path) -> None:
+    for name, count in (("a", 3), ("b/c", 4)):
+        write_pictures(tmp_path / "in" / name, [f"{number:03}.png" for number in range(count)])
+    ran = score(tmp_path / "in", "--fps", 10, "--model", model(SIZES), "--out", tmp_path / "rows.csv")
+    assert ran.code == 0, ran.err
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = [(row["key"], row["video"], row["frame"], float(row["time"])) for row in csv.DictReader(file)]
+    expected = [(name, number) for name, count in (("a", 3), ("b/c", 4)) for number in range(count)]
+    assert rows == [(f"{name}/{number:06}", name, str(number), number / 10) for name, number in expected]
+
+
+def test_numbered_pictures_that_are_missing_or_not_right(cli: Cli, score: Cli, model: Any, tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "walk", [f"{number:04}.png" for number in range(12)])
+    (folder / "0003.png").unlink()
+    (folder / "0005.png").write_bytes((folder / "0005.png").read_bytes()[:60])
+    Image.new("RGB", (30, 20)).save(folder / "0007.png")
+    out = tmp_path / "out.mp4"
+    ran = score(folder / "%04d.png", "--model", model(IDENTITY), "--out", out, "--crf", 1, "--max-dead", 1)
+    assert ran.code == 0, ran.err
+    assert "25 pictures are taken for a second; --fps says how many there are" in ran.err
+    lost = [3, 5, 7]
+    assert numbers(out) == [number for number in range(12) if number not in lost]
+    assert times(out) == [Fraction(number, 25) for number in range(12) if number not in lost]
+    missing, damaged, small = cli("jobs", "dead", out).out.splitlines()
+    assert missing.startswith("walk/000003\tread\tcannot read ")
+    assert missing.endswith("walk/0003.png: there is no such file or folder")
+    assert damaged.startswith("walk/000005\tdecode\t")
+    assert "it is a picture of 30x20, and the others of its video have 96x64" in small
+
+    for number in (3, 5):
+        Image.fromarray(picture(number)).save(folder / f"{number:04}.png")
+    ran = cli("jobs", "retry", out, "--dead")
+    assert "11 of 12 frames scored" in ran.err
+    assert numbers(out) == [number for number in range(12) if number != 7]
+
+
+def test_numbered_pictures_are_scaled(score: Cli, model: Any, tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "walk", [f"{number}.png" for number in range(6)])
+    out = tmp_path / "out.mp4"
+    ran = score(
+        *(folder, "--fps", 5, "--every", 2, "--size", "96x96", "--fit", "contain"),
+        *("--model", model(IDENTITY), "--out", out, "--crf", 1),
+    )
+    assert ran.code == 0, ran.err
+    shown = [frame.to_ndarray(format="rgb24") for frame in frames_of(out)]
+    assert {each.shape for each in shown} == {(96, 96, 3)}
+    assert [number_in(each[16:80]) for each in shown] == [0, 2, 4]
+    assert all(each[:14].max() < 30 and each[82:].max() < 30 for each in shown)
+    assert times(out) == [Fraction(number, 5) for number in (0, 2, 4)]
+
+
+def test_pictures_that_are_no_one_video(score: Cli, model: Any, clip: Path, tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "two", ["left_1.png", "left_2.png", "right_1.png"])
+    plain = write_pictures(tmp_path / "plain", ["a.png", "b.png"])
+    twice = write_pictures(tmp_path / "twice", ["1.png", "01.png"])
+    for source, more, said in (
+        (folder, ["--fps", 5], "holds 2 series of pictures: left_%d.png (2), right_%d.png (1)"),
+        (plain, ["--fps", 5], "holds no numbered pictures"),
+        (twice, ["--fps", 5], "01.png and 1.png have the same number"),
+        (clip, ["--fps", 5], "is for numbered pictures, and " + str(clip) + " has times of its own"),
+        (folder, ["--fps", "0"], "fps: should be pictures per second, such as 25 or 30000/1001"),
+        (folder / "%d_%d.png", [], "counts twice"),
+        (folder / "%04d.png", [], "no picture has a name such as "),
+    ):
+        ran = score(source, *more, "--model", model(IDENTITY), "--out", tmp_path / "out.mp4")
+        assert ran.code != 0
+        assert said in ran.err, ran.err
+    ran = score(folder / "left_%d.png", "--fps", 5, "--model", model(IDENTITY), "--out", tmp_path / "out.mp4")
+    assert ran.code == 0, ran.err
+    assert numbers(tmp_path / "out.mp4") == [0, 1]
 
 
 def test_rows_are_no_video(score: Cli, model: Any, clip: Path, tmp_path: Path) -> None:

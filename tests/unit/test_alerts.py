@@ -886,7 +886,7 @@ def test_the_webhook_is_told_of_a_failure(run: Callable[..., Any], receiver: Rec
     ((_, body),) = receiver.got
     data = json.loads(body)["data"]
     assert (data["rule"], data["job"]["state"], data["job"]["dead"]) == ("failed", "failed", 1)
-    assert "all 1 items failed" in data["job"]["error"]
+    assert "the only item failed: " in data["job"]["error"]
 
 
 def test_what_is_wrong_with_alerts_is_said_at_the_start(run: Callable[..., Any], receiver: Receiver) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tally.config import settings
+from tally.config import settings, variable
 from tally.errors import (
     SpecError,
 )
@@ -19,6 +19,24 @@ def test_settings_come_from_the_environment_when_asked(home: Path, monkeypatch: 
     assert settings().database.endswith("@db/tally")
     assert "s3" not in repr(settings())
     assert "postgresql+psycopg://me:***@db/tally" in repr(settings())
+
+
+def test_a_folder_of_secrets_stands_in_for_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALLY_SECRETS", str(tmp_path / "secrets"))
+    assert variable("TALLY_QUEUE_PASSWORD") is None
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "outside").write_text("no")
+    (tmp_path / "secrets" / "TALLY_DATABASE").write_text("postgresql://tally:one@db/tally\n")
+    assert settings().database == "postgresql://tally:one@db/tally"
+    (tmp_path / "secrets" / "TALLY_DATABASE").write_text("postgresql://tally:two@db/tally\n")
+    assert settings().database == "postgresql://tally:two@db/tally"
+    assert variable("../outside") is None
+    assert variable(str(tmp_path / "outside")) is None
+    monkeypatch.setenv("TALLY_DATABASE", "postgresql://tally:three@db/tally")
+    assert settings().database.partition("@")[0].endswith("three")
+    (tmp_path / "secrets" / "TALLY_WEBHOOK_SECRET").mkdir()
+    with pytest.raises(SpecError, match="TALLY_WEBHOOK_SECRET"):
+        variable("TALLY_WEBHOOK_SECRET")
 
 
 def test_settings_report_all_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ CONTRACTS = {"Store": "storage", "Source": "sources", "Sink": "sinks", "Writer":
 """Each contract, and the package in which it and its implementations are."""
 
 
+@cache
 def trees() -> dict[Path, ast.Module]:
     return {path.relative_to(ROOT): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 
@@ -78,12 +80,14 @@ def test_the_ways_to_ask_are_seen() -> None:
 
 
 def test_the_table_of_sources_says_what_the_classes_accept() -> None:
+    from tally.sources.archives.source import ArchiveSource
     from tally.sources.factory import BUILT_IN
     from tally.sources.files import FileSource
+    from tally.sources.tables.pictures import PictureColumnSource
     from tally.sources.tables.source import TableSource
     from tally.sources.video import VideoSource
 
-    kinds = (FileSource, VideoSource, TableSource)
+    kinds = (FileSource, VideoSource, TableSource, PictureColumnSource, ArchiveSource)
     assert [(line.media, line.accepts) for line in BUILT_IN] == [
         (kind.media or "image", kind.accepts) for kind in kinds
     ]

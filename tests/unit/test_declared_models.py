@@ -54,10 +54,10 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
         "replicas: is a model's: put it into the model's entry under models",
         "one: replicas: should be a number such as 2, or a range such as 0..4",
         "one: max_bach: there is no such field; did you mean 'max_batch'?",
-        "two: model: is needed",
+        "two: no model is given",
         "models.2: should have fields such as model and replicas",
         "b: max_queue: 1 to 1,000,000 requests, not 0",
-        "c: threads: input should be a valid integer",
+        "c: threads: should be a whole number",
     ]
     with pytest.raises(SpecError, match="should be a list of models"):
         read(tmp_path, "models: {}\n")

@@ -101,6 +101,8 @@ def test_a_spec_cannot_be_changed() -> None:
         ({"max_batch": 0}, "max_batch"),
         ({"max_delay": 61.0}, "max_delay"),
         ({"drain": 0.0}, "drain"),
+        ({"pages": "each"}, "pages: first or all, not 'each'"),
+        ({"max_pixels": 0}, "max_pixels: 1 or more, not 0"),
         ({"grpc_port": 0}, "grpc_port: 1 to 65535, not 0"),
         ({"grpc_port": 80}, "grpc_port: 80 is the port of HTTP already"),
         ({"settings": ("top",)}, "settings: 'top' is not of the form KEY=VALUE"),

@@ -1,7 +1,7 @@
 """The documentation says what the program does: nothing is left out, and its code runs.
 
 Blocks of Python in ``docs/``: plain ones have to compile; ``python file=NAME`` is written to that file; ``python run``
-is run, in a folder with ``pictures/`` and the page's files.
+is run, in a folder with ``pictures/`` and the page's files; ``python run needs=torch``, where that can be imported.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import numpy as np
 import pytest
 from PIL import Image
+from tests.pages import BLOCK, DOCS, REPOSITORY, Block, blocks
+from tests.services import require
 
 import tally
 from tally import errors
@@ -30,37 +32,27 @@ from tally.client import Client
 from tally.jobs.spec import JobSpec
 from tally.models.package import Package
 from tally.scorers.base import Scorer
-from tally.scorers.onnx.options import OnnxOptions
 from tally.scorers.scripts.options import ScriptOptions
+from tally.scorers.vision.options import VisionOptions
 from tally.scorers.vision.preprocess import Preprocess
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
-EXPORTS = ["Client", "Item", "ItemError", "Job", "Scorer", "TableResult", "TallyError", "jobs", "score", "training"]
+EXPORTS = [
+    "Client",
+    "Item",
+    "ItemError",
+    "Job",
+    "Pictured",
+    "Scorer",
+    "TableResult",
+    "TallyError",
+    "jobs",
+    "score",
+    "training",
+]
 
-_BLOCK = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Block:
-    page: Path
-    line: int
-    language: str
-    mark: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(REPOSITORY)}:{self.line}"
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    text = page.read_text("utf-8")
-    for found in _BLOCK.finditer(text):
-        language, _, mark = found[2].strip().partition(" ")
-        yield Block(page, text.count("\n", 0, found.start()) + 1, language, mark, found[3])
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -73,7 +65,7 @@ def reference(name: str) -> str:
 
 def code_spans(text: str) -> set[str]:
     """What stands between backticks, outside of blocks."""
-    return set(re.findall(r"`([^`\n]+)`", _BLOCK.sub("", text)))
+    return set(re.findall(r"`([^`\n]+)`", BLOCK.sub("", text)))
 
 
 def commands(command: click.Command, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -115,7 +107,11 @@ def test_every_command_and_option_is_documented(words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("schema", "field"),
-    [(schema, field) for schema in (Package, OnnxOptions, Preprocess, ScriptOptions) for field in schema.model_fields],
+    [
+        (schema, field)
+        for schema in (Package, VisionOptions, Preprocess, ScriptOptions)
+        for field in schema.model_fields
+    ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_every_field_of_a_package_is_documented(schema: type, field: str) -> None:
@@ -127,7 +123,7 @@ def test_every_environment_variable_is_documented() -> None:
     used = {
         name
         for path in source.rglob("*.py")
-        for name in re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", path.read_text("utf-8"))
+        for name in re.findall(r"(?:environ\.get\(|environ\[|variable\()\"(\w+)\"", path.read_text("utf-8"))
         if "testing" not in path.parts
     }
     assert "TALLY_HOME" in used
@@ -166,18 +162,9 @@ def test_every_error_is_documented_in_its_place() -> None:
 # -- what is there is right ----------------------------------------------------------------------------
 
 
-def _lines(block: Block) -> Iterator[list[str]]:
-    """The ``tally`` commands of a block, as words."""
-    if block.language not in ("", "console", "sh"):
-        return
-    text = block.text.replace("\\\n", " ")
-    for found in re.finditer(r"^ *(?:\$ )?(tally (?:[^\n\"']|\"[^\"]*\"|'[^']*')*)$", text, re.MULTILINE):
-        yield shlex.split(found[1], comments=True)
-
-
-@pytest.mark.parametrize("block", [block for block in BLOCKS if any(_lines(block))], ids=str)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.commands], ids=str)
 def test_commands_exist_with_their_options(block: Block) -> None:
-    for _, *words in _lines(block):
+    for _, *words in (shlex.split(command, comments=True) for command in block.commands):
         command: click.Command = cli
         while isinstance(command, click.Group):
             flags = next((place for place, word in enumerate(words) if not word.startswith("-")), len(words))
@@ -193,7 +180,7 @@ def test_commands_exist_with_their_options(block: Block) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in _LINK.findall(_BLOCK.sub("", page.read_text("utf-8"))):
+    for target in _LINK.findall(BLOCK.sub("", page.read_text("utf-8"))):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
@@ -202,18 +189,32 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             anchors = {
                 re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-                for heading in _HEADING.findall(_BLOCK.sub("", place.read_text("utf-8")))
+                for heading in _HEADING.findall(BLOCK.sub("", place.read_text("utf-8")))
             }
             assert anchor in anchors, target
 
 
+def test_every_page_is_in_the_list_of_pages() -> None:
+    """docs/conf.py makes the site's contents of these lists; links to folders lead nowhere there."""
+    listed = {
+        (page.parent / target.partition("#")[0]).resolve()
+        for page in (DOCS / "index.md", DOCS / "decisions" / "README.md")
+        for target in _LINK.findall(page.read_text("utf-8"))
+    }
+    assert {page for page in DOCS.rglob("*.md") if page != DOCS / "index.md"} - listed == set()
+    folders = [each for each in _LINK.findall("".join(page.read_text("utf-8") for page in PAGES)) if each.endswith("/")]
+    assert [each for each in folders if "://" not in each] == []
+
+
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_compiles(block: Block) -> None:
-    assert block.mark in ("", "run") or re.fullmatch(r"file=\w+\.py", block.mark), f"what is {block.mark!r}?"
+    assert re.fullmatch(r"|file=\w+\.py|run( needs=[\w,]+)?", block.mark), f"what is {block.mark!r}?"
     ast.parse(block.text, str(block))
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in PYTHON if block.mark == "run"}), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", sorted({block.page for block in PYTHON if block.mark.startswith("run")}), ids=lambda p: p.stem
+)
 def test_programs_run(page: Path, tmp_path: Path) -> None:
     folder = tmp_path / "work"
     (folder / "pictures").mkdir(parents=True)
@@ -225,7 +226,10 @@ def test_programs_run(page: Path, tmp_path: Path) -> None:
             continue
         if block.mark.startswith("file="):
             (folder / block.mark.removeprefix("file=")).write_text(block.text, "utf-8")
-        elif block.mark == "run":
+        elif block.mark.startswith("run"):
+            needed = block.mark.partition("needs=")[2].split(",")
+            missing = [name for name in needed if name and find_spec(name) is None]
+            require(f"{block} needs {', '.join(missing)}: make .venv/test-torch.stamp", not missing)
             program = folder / "program.py"
             program.write_text(block.text, "utf-8")
             done = subprocess.run(

@@ -409,6 +409,7 @@ def test_a_cluster_that_is_not_there(nobody: str, mute: str, hasty: None, monkey
         services.ray(None, needed=False)
 
 
+@pytest.mark.ray
 def test_a_cluster_that_was_not_stopped_and_is_gone(
     nobody: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ pytest.importorskip("msgspec")
 from tally.config import settings
 from tally.database.connect import connect
 from tally.errors import SpecError
+from tally.media.images import Decoding
 from tally.models.reference import ModelRef
 from tally.serving.deployed import labels_of
 from tally.serving.deployments import DeploymentStore, EndpointSpec, Version
+from tally.serving.settings import Limits
 
 CHAMPION = "models:/d@champion"
 
@@ -110,3 +114,13 @@ def test_two_models_do_not_share_a_number() -> None:
         with pytest.raises(SpecError, match="version 4 of this endpoint is models:/d/4 already"):
             change()
     assert [*before.with_model(other).versions] == ["4"]
+
+
+def test_what_is_said_of_pictures_is_kept() -> None:
+    limits = Limits(pages="all", background=(255, 255, 255), max_pixels=1000)
+    before = replace(spec({"1": 100}, v1=version("/m", "a")), limits=limits)
+    after = EndpointSpec.from_dict(json.loads(json.dumps(before.to_dict())))
+    assert after.limits == limits
+    assert after.limits.decoding == Decoding(1000, (255, 255, 255), "all")
+    with pytest.raises(SpecError, match="max_pixels: 1 or more, not 0"):
+        replace(before, limits=replace(limits, max_pixels=0))

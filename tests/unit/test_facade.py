@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,11 +276,33 @@ def test_errors_speak_of_parameters_in_python(items: Path) -> None:
     assert str(untrusted.value).endswith("labels=... names a text file, one label per line.")
 
 
+def test_a_function_is_a_scorer(items: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def length(batch: Sequence[bytes]) -> list[dict[str, int]]:
+        return [{"bytes": len(each)} for each in batch]
+
+    job = score("items", length, "out", settings={"input": "bytes", "batch_size": 2}, workers=1, quiet=True)
+    assert (job.record.model["name"], job.record.dead) == ("length", 0)
+    assert [row["bytes"] for row in job.results().to_pylist()] == [
+        path.stat().st_size for path in sorted(Path("items").iterdir())
+    ]
+    assert "warning" not in capsys.readouterr().err
+    again = score("items", length, "out", settings={"input": "bytes", "batch_size": 2}, quiet=True, resume=True)
+    assert again.id == job.id, "the same function is the same model"
+    before = again.record
+    assert (again.resume().record, again.state) == (before, "finished"), "nothing is left to be done"
+    with pytest.raises(SpecError, match=r"length: Function has no option .inptu.; did you mean .input."):
+        score("items", length, "out2", settings={"inptu": "bytes"})
+
+
 @pytest.mark.parametrize(
     ("said", "meant"),
     [
         ("Go on with: tally jobs resume x   (or --resume; --overwrite starts again)",
-         "Go on with: tally jobs resume x   (or resume=True; overwrite=True starts again)"),
+         'Go on with: tally.Job("x").resume()   (or resume=True; overwrite=True starts again)'),
+        ("See them with 'tally jobs dead x'; after mending the cause, 'tally jobs retry x --dead'.",
+         """See them with 'tally.Job("x").dead()'; after mending the cause, 'tally.Job("x").retry()'."""),
+        ("'tally jobs list' shows the jobs. See 'tally score --help'",
+         "'tally.jobs()' shows the jobs. See 'help(tally.score)'"),
         ("take it with --overwrite, or free it with: tally doctor --mend /out",
          "take it with overwrite=True, or free it with: tally doctor --mend /out"),
         ("Use --task values, or --set softmax=always (--set features=...)",

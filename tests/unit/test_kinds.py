@@ -35,7 +35,7 @@ def test_every_line_names_a_kind(name: str) -> None:
 def test_every_extra_is_one() -> None:
     described = (SOURCE.parent.parent / "pyproject.toml").read_text()
     extras = {traits.extra for _, traits in kinds.table() if traits.extra is not None}
-    assert extras == {"tally-scoring[sklearn]", "tally-scoring[mlflow]"}
+    assert {extra.partition("[")[2] for extra in extras} >= {"sklearn]", "mlflow]", "torch]", "xgboost]"}
     for extra in extras:
         assert re.search(rf"^{extra.partition('[')[2][:-1]} = \[", described, re.MULTILINE)
 
@@ -183,3 +183,12 @@ def test_a_reference_of_a_kind_that_is_not_installed(tmp_path: Path) -> None:
     ref = ModelRef("quiet", "m", tmp_path, "m.quiet", "sha256:0")
     with pytest.raises(ModelLoadError, match=r"kind 'quiet' cannot be scored.*\n  Kinds are onnx, .*brings 'quiet'"):
         create(ref)
+
+
+def test_a_server_takes_for_code_whatever_may_run_some() -> None:
+    from tally.server.places import is_code
+
+    assert is_code("net.pt2")
+    for name, traits in kinds.table():
+        assert all(is_code(f"model{each}") for each in {*traits.pickles, *traits.weights} - {".safetensors"}), name
+    assert not is_code("net.safetensors")

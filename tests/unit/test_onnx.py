@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, ModelRefutedError, SpecError
 from tally.scorers.base import Item
-from tally.scorers.onnx.scorer import CHECKED, OnnxOptions, OnnxVisionScorer, inspect
-from tally.scorers.onnx.session import choose_providers, open_session, plain_reason
+from tally.scorers.onnx.pictures import inspect
+from tally.scorers.onnx.scorer import OnnxVisionScorer
+from tally.scorers.onnx.session import OnnxRuntime, choose_providers, open_session, plain_reason
+from tally.scorers.runtime import CPU_PIXELS
+from tally.scorers.vision.options import VisionOptions
+from tally.scorers.vision.overlay import colour_of
+from tally.scorers.vision.scorer import CHECKED
 
 Make = Callable[..., Path]
 
@@ -151,7 +157,7 @@ def test_the_task_is_told_by_the_output(make: Make, given: list[Any], output: li
             [1, 84, 7],
             r"yolox \(2 classes\) of y, yolox-decoded .* yolov8 \(3 classes\)",
         ),
-        ([1, 3, 64, 64], [1, 7, 84], r"yolov8 \(3 classes\) of y, oriented boxes \(YOLO OBB\) \(2 classes\)"),
+        ([1, 3, 64, 64], [1, 7, 84], r"yolov8 \(3 classes\) of y, yolov8-obb \(2 classes\)"),
         ([1, 3, "h", "w"], [1, 300, 6], "preprocess.size: the model takes several sizes"),
         ([1, 3, 32, 320], [1, "t", 97], "fit several heads: yolox"),
     ],
@@ -180,7 +186,9 @@ def test_prototypes_of_masks_are_no_classes(make: Make) -> None:
     ]
     nodes = [node("Reshape", "x s"), node("Reshape", "x t", "z")]
     path = make(nodes, [1, 3, 64, 64], [1, 38, 84], [1, 32, 16, 16], weights=target)
-    assert "look like those of masks of single objects (YOLO), which Tally cannot decode" in problems(path)
+    options = inspect(path, {})
+    assert (options["decoder"], options["classes"], options["outputs"]) == ("yolov8-segment", 2, ["y", "z"])
+    assert "those of yolov8-segment: boxes, not what segment gives" in problems(path, task="segment")
 
 
 def constant(make: Make, values: Any, **options: Any) -> Path:
@@ -202,22 +210,20 @@ def anchors(last: Any) -> Any:
 ANGLES = np.random.default_rng(1).uniform(0.1, 0.9, 84)
 
 
-@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("said", [{}, {"task": "detect"}, {"labels": ["a", "b", "c"]}, {"labels": ["a", "b"]}])
-def test_angles_are_no_scores(make: Make, turned: bool, said: dict[str, Any]) -> None:
-    """Oriented boxes have an angle where others have the score of one more class."""
-    path = constant(make, anchors(ANGLES).T if turned else anchors(ANGLES))
-    with pytest.raises(SpecError, match=r"fit several heads: .*yolo(v8|x-decoded) .*oriented boxes") as caught:
-        inspect(path, said)
-    assert "--task detect --set decoder=yolo" in str(caught.value.hint)
-    assert "oriented boxes (YOLO OBB) (2 classes) of y, Tally cannot decode it" in str(caught.value.hint)
+def test_angles_are_no_scores(make: Make, said: dict[str, Any]) -> None:
+    """Oriented boxes have an angle where others have the score of one more class: told by being below 0, or refused."""
+    known, either = constant(make, anchors(ANGLES - 0.5)), {"decoder": "yolov8-obb"}
+    labels = said.get("labels", "ab")
+    if len(labels) == 2:
+        assert inspect(known, said)["decoder"] == "yolov8-obb"
+    else:
+        assert "3 names, but the model has 2 classes" in problems(known, **said)
+    path = constant(make, anchors(ANGLES))
+    if "labels" not in said:
+        assert re.search("fit several heads: yolov8 .*yolov8-obb", problems(path, **said))
     assert inspect(path, {"decoder": "yolov8"})["classes"] == 3
-
-
-def test_angles_beyond_scores_are_told(make: Make) -> None:
-    path = constant(make, anchors(ANGLES - 0.5))
-    for said in ({}, {"task": "detect"}, {"labels": ["a", "b", "c"]}, {"labels": ["a", "b"]}):
-        assert "look like those of oriented boxes (YOLO OBB), which Tally cannot decode" in problems(path, **said)
+    assert inspect(path, either)["classes"] == 2
 
 
 def test_scores_are_no_angles(make: Make) -> None:
@@ -229,7 +235,9 @@ def test_scores_are_no_angles(make: Make) -> None:
 
 def test_what_the_metadata_say_is_not_overruled_by_a_task(make: Make) -> None:
     path = constant(make, anchors(0.02), metadata={"task": "obb"})
-    assert "look like those of obb, which Tally cannot decode" in problems(path, task="detect")
+    assert inspect(path, {"task": "detect"})["decoder"] == "yolov8-obb"
+    path = constant(make, anchors(0.02), metadata={"task": "segment"})
+    assert "nothing that Tally knows fits" in problems(path) or "not those of detect" in problems(path, task="detect")
 
 
 CORNERS = [[16, 8, 48, 40, 0.9, 1], [2, 40, 20, 60, 0.8, 0]]
@@ -416,14 +424,15 @@ def test_all_wrong_options_are_reported_together(make: Make) -> None:
         preprocess={"size": "wide", "stdd": 1, "mean": [1, 2], "fill": None},
         labels=[1, 2],
     )
+    kinds = "classify, detect, restyle, embed, segment"
     assert text.splitlines() == [
-        "task: input should be 'classify', 'detect', 'restyle', 'embed', 'segment' or 'values', not 'clasify'",
-        "labels: give the name of a file in the artifacts folder, or a list of names, not [1, 2]",
-        "preprocess.size: width and height must be whole numbers from 1 to 16384, not 'wide'",
-        "preprocess.mean: give one finite number, or three, not [1, 2]",
-        "preprocess.stdd: no such option; did you mean std?",
-        "top: input should be greater than or equal to 1, not 0",
-        "sofmax: no such option; did you mean softmax?",
+        f"task: should be {kinds} or values; did you mean 'classify'? (given: 'clasify')",
+        "labels: give the name of a file in the artifacts folder, or a list of names (given: [1, 2])",
+        "preprocess.size: width and height must be whole numbers from 1 to 16384 (given: 'wide')",
+        "preprocess.mean: give one finite number, or three (given: [1, 2])",
+        "preprocess.stdd: no such option; did you mean 'std'?",
+        "top: should be at least 1 (given: 0)",
+        "sofmax: no such option; did you mean 'softmax'?",
     ]  # fmt: skip
 
 
@@ -478,7 +487,7 @@ def test_incomplete_options_are_refused() -> None:
     with pytest.raises(SpecError, match="not complete"):
         OnnxVisionScorer({"file": "model.onnx"})
     with pytest.raises(SpecError, match="file: is required"):
-        OnnxOptions.parse({})
+        VisionOptions.parse({})
 
 
 # ------------------------------------------------------------------------------------- hostile models
@@ -609,6 +618,29 @@ def test_any_number_of_pictures_for_any_batch(make: Make, batch: Any) -> None:
     assert run(scorer) == []
 
 
+@pytest.mark.parametrize(
+    ("pixels", "groups"), [(None, [7]), (8 * 8, [1] * 7), (3 * 8 * 8 + 1, [3, 3, 1]), (1, [1] * 7)]
+)
+def test_the_model_is_given_as_many_pictures_as_its_runtime_is_best_at(
+    make: Make, monkeypatch: pytest.MonkeyPatch, pixels: int | None, groups: list[int]
+) -> None:
+    scorer = scorer_of(means(make), softmax="never", preprocess=RAW)
+    runtime = scorer._runtime
+    assert runtime.pixels == CPU_PIXELS
+    given: list[int] = []
+    whole = runtime.run
+
+    def counted(outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[Any]:
+        given.extend(map(len, inputs.values()))
+        return whole(outputs, inputs)
+
+    monkeypatch.setattr(runtime, "pixels", pixels)
+    monkeypatch.setattr(runtime, "run", counted)
+    scorer._compared = True  # once, the first of several is run by itself, too
+    assert [row["score"] for row in run(scorer, *(plain(i, 0, 0) for i in range(1, 8)))] == [*map(float, range(1, 8))]
+    assert given == groups
+
+
 def test_labels_from_a_file(make: Make, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
     path = means(make)
@@ -680,6 +712,14 @@ def test_segment_as_rows_and_as_a_map(make: Make) -> None:
     [classes] = run(scorer_of(path, task="segment", output="image"), item)
     assert classes.dtype == np.uint8
     assert classes[0].tolist() == [1] * 10 + [2] * 10
+    large = Item("a", np.repeat(np.repeat(value, 20, 0), 20, 1), {"width": 400, "height": 200})
+    coloured = scorer_of(path, task="segment", output="colours", labels=["background", "b", "c"])
+    assert coloured.output == "image"
+    [shown] = run(coloured, large)
+    assert shown.shape == (200, 400, 3)
+    assert [tuple(shown[150, x]) for x in (50, 350)] == [colour_of("b"), colour_of("c")]
+    legend = shown[:30, :60].reshape(-1, 3)
+    assert (legend == colour_of("c")).all(axis=1).any()  # over the other class
 
 
 def test_detect(make: Make) -> None:
@@ -747,12 +787,33 @@ def test_a_gpu_that_does_not_start(make: Make, monkeypatch: pytest.MonkeyPatch) 
         sessions.append(providers)
         return open_session(path, [CPU], **settings)
 
-    monkeypatch.setattr("tally.scorers.onnx.scorer.open_session", without_gpu)
+    monkeypatch.setattr("tally.scorers.onnx.session.open_session", without_gpu)
     with pytest.raises(ModelLoadError, match="cuda was asked for, but ONNX Runtime could not start it"):
         scorer.load(path.parent, "cuda")
     scorer.load(path.parent, "auto")
     assert "on CPU" in scorer.describe()
     assert sessions == [[(CUDA, {"device_id": 0}), CPU]] * 2
+
+
+@pytest.mark.parametrize(("alike", "kept"), [(False, [False, True, False, False]), (True, [True] * 4)])
+def test_memory_is_kept_for_pictures_of_the_same_size(make: Make, alike: bool, kept: list[bool]) -> None:
+    path = make([node("Identity", "x")], [1, 3, "height", "width"], [1, 3, "height", "width"])
+    session = open_session(path, [CPU], pattern=alike)
+    given: list[Any] = []
+
+    class Spy:
+        get_inputs, get_outputs, get_providers = session.get_inputs, session.get_outputs, session.get_providers
+
+        def run(self, outputs: list[str], inputs: dict[str, Any], options: Any) -> Any:
+            given.append(options)
+            return session.run(outputs, inputs, options)
+
+    runtime = OnnxRuntime(Spy(), 1, alike=alike)
+    for height in (8, 8, 6, 8):
+        tensor = np.full((1, 3, height, 8), height, np.float32)
+        [found] = runtime.run(["y"], {"x": tensor})
+        np.testing.assert_array_equal(found, tensor)
+    assert [options is None for options in given] == kept
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tally.errors import ItemError, SpecError
-from tally.scorers.base import Item, Result, Scorer
+from tally.scorers.base import Item, Pictured, Result, Scorer
+from tally.scorers.vision.detection.rows import runs
 from tally.scorers.vision.overlay import Overlay, colour_of, draw
 
 GRAY = np.full((120, 160, 3), 90, np.uint8)  # lines are one pixel wide on it, tags 12 high
@@ -44,6 +45,30 @@ def box(xmin: float, ymin: float, xmax: float, ymax: float, label: str = "dog", 
     return {"xmin": xmin, "ymin": ymin, "xmax": xmax, "ymax": ymax, "label": label, **more}
 
 
+def test_quadrangles_points_and_masks_are_drawn() -> None:
+    turned = box(40, 20, 120, 100, corners=[80, 20, 120, 60, 80, 100, 40, 60])
+    drawn = changed(draw(GRAY, [turned]))
+    assert drawn[60, 40:44].any()
+    assert drawn[20:24, 80].any()
+    assert not drawn[80:99, 40:44].any()  # no upright frame
+    posed = box(40, 20, 120, 100, keypoints=[60, 60, 100, 60], keypoint_scores=[0.9, 0.1])
+    drawn = changed(draw(GRAY, [posed]))
+    assert drawn[60, 60]
+    assert not drawn[60, 100]
+    mask = np.zeros((240, 320), bool)  # of the original, twice as large
+    mask[100:140, 100:200] = True
+    masked = box(80, 40, 240, 200, mask=runs(mask, 0, 0, 320, 240), pixels=4000)
+    drawn = changed(draw(GRAY, [masked], scale=(0.5, 0.5)))
+    assert drawn[50:70, 50:100].all()
+    assert not drawn[75:98, 45:115].any()
+
+
+def test_a_mask_of_another_picture_makes_its_item_dead() -> None:
+    answer = overlaid([box(1, 1, 9, 9, mask=[10**6, 5])])
+    assert isinstance(answer, ItemError)
+    assert "a mask of 1,000,005 pixels for a picture of 160x120" in answer.message
+
+
 def changed(drawn: np.ndarray[Any, Any], picture: np.ndarray[Any, Any] = GRAY) -> np.ndarray[Any, Any]:
     """Which pixels differ: ``bool[h, w]``."""
     assert drawn.shape == picture.shape
@@ -54,7 +79,7 @@ def changed(drawn: np.ndarray[Any, Any], picture: np.ndarray[Any, Any] = GRAY) -
 def overlaid(result: Any, picture: np.ndarray[Any, Any] = GRAY, **info: int) -> Any:
     overlay = Overlay(Given(result))
     (answer,) = overlay.score([overlay.prepare(Item("a.jpg", picture, info))])
-    return answer
+    return answer.picture if isinstance(answer, Pictured) else answer
 
 
 # ----------------------------------------------------------------------------------------------- boxes
@@ -186,10 +211,14 @@ def test_one_call_for_the_batch_and_exceptions_pass() -> None:
     overlay = Overlay(inner)
     results = overlay.score([overlay.prepare(Item(key, GRAY)) for key in "abc"])
     assert inner.calls == [["a", "b", "c"]]
-    assert changed(np.asarray(results[0])).any()
+    assert isinstance(results[0], Pictured)
+    assert isinstance(results[2], Pictured)
+    assert changed(results[0].picture).any()
+    assert results[0].rows == [box(40, 50, 90, 100)]
     assert results[1] is failed
-    assert not changed(np.asarray(results[2])).any()
-    assert results[2] is not GRAY
+    assert not changed(results[2].picture).any()
+    assert results[2].picture is not GRAY
+    assert results[2].rows == []
 
 
 def test_what_the_inner_scorer_raises_is_raised() -> None:
@@ -214,7 +243,7 @@ def test_the_rest_is_the_inner_scorers(tmp_path: Path) -> None:
     inner = Given()
     inner.size, inner.batch_size, inner.input, inner.columns = (32, 32), 3, "frame", {"label": "string"}
     overlay = Overlay(inner)
-    assert (overlay.input, overlay.output, overlay.size, overlay.columns) == ("frame", "image", None, None)
+    assert (overlay.input, overlay.output, overlay.size, overlay.columns) == ("frame", "image", None, inner.columns)
     assert overlay.batch_size == 3
     overlay.batch_size = 5
     assert inner.batch_size == overlay.batch_size == 5

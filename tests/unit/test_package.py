@@ -49,7 +49,7 @@ def test_package_of_an_onnx_file(tmp_path: Path) -> None:
 
 
 def test_package_problems_are_reported_together(tmp_path: Path) -> None:
-    folder = package(tmp_path / "p", "nane: x\nfile: m.onnx\nbatch_size: 0\nkind: keras\n")
+    folder = package(tmp_path / "p", "nane: x\nfile: m.onnx\nbatch_size: 0\nkind: abacus\n")
     model(folder / "n.onnx")
     with pytest.raises(SpecError) as caught:
         resolve(folder)
@@ -68,7 +68,7 @@ def test_package_problems_are_reported_together(tmp_path: Path) -> None:
         ("file: ../outside.onnx", "lies outside the package"),
         ("file: m.onnx\nkind: script", "kind: is script, but what it names is of kind onnx"),
         ("[]", "must hold fields"),
-        ("file: m.tflite", r"does not end in \.onnx"),
+        ("file: m.abacus", r"does not end in \.onnx"),
         ("entry: score", r"'score' does not end in \.py"),
         ("entry: nothing.py:Class", r"there is no 'nothing\.py' in the package"),
     ],

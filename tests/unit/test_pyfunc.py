@@ -169,7 +169,7 @@ def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
 def test_mlflow_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     monkeypatch.setitem(sys.modules, "mlflow.pyfunc", None)
-    with pytest.raises(ModelLoadError, match=r"mlflow is not installed .*\n.*tally-scoring\[mlflow\]"):
+    with pytest.raises(ModelLoadError, match=r"needs mlflow, which is not installed\n.*tally-scoring\[mlflow\]"):
         inspect(described(tmp_path, "flavors: {python_function: {}}"), {}, trusted=True)
 
 

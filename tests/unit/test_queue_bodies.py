@@ -86,6 +86,7 @@ def test_a_message_may_be_the_item_itself() -> None:
         ("a//b", {"base": "/data"}, "leads out of /data"),
         ("file:///etc/passwd", {"base": "/data"}, "is a file of this machine"),
         ("FILE:///etc/passwd", {}, "is a file of this machine"),
+        ("http://169.254.169.254/latest", {"base": "/data"}, "is of the web"),
         ("", {"base": "/data"}, "no name of one item"),
         ("a\nb", {"base": "/data"}, "no name of one item"),
         (b"\xff\xfe", {"base": "/data"}, "no UTF-8"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tally.errors import StorageAwayError
+from tally.errors import JobError, StorageAwayError
 from tally.jobs import intake
 from tally.sources.base import ChunkLimit
 from tally.sources.queues import source as queue_source
@@ -138,6 +138,35 @@ def test_a_message_that_nobody_has_thought_of_costs_itself(place: str, monkeypat
     assert handle == 0
     assert "AttributeError: 'int' object" in reason
     source.close()
+
+
+class Ending(Deliveries):
+    """Is empty once all is delivered."""
+
+    def receive(self, most: int, seconds: float) -> list[Message]:
+        return super().receive(most, seconds) if self.left else []
+
+
+def test_messages_that_cannot_be_read_are_told_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Ending(b"nothing", b'{"name": "a"}', b"[]")
+    source = opened(queue, monkeypatch, until_empty=True, body="json", key="name")
+    for chunk in source.plan(None, 0, limit):
+        source.acknowledge([chunk], {})
+    assert queue.acknowledged == [1]
+    told = source.remark() or ""
+    assert told.startswith("2 messages could not be read, and went to the dead of the queue; the first: ")
+    assert "nothing" in told
+    source.close()
+
+
+def test_a_job_that_could_read_no_message_has_not_gone_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened(Ending(b"nothing", b"[]"), monkeypatch, until_empty=True, body="json", key="name")
+    with pytest.raises(JobError, match=r"^none of 2 messages could be read: .*nothing"):
+        list(source.plan(None, 0, limit))
+    source.close()
+    again = opened(Ending(b"[]"), monkeypatch, until_empty=True, body="json", key="name")
+    assert list(again.plan("cursor", 7, limit)) == []  # others were read before
+    again.close()
 
 
 def test_a_number_that_has_no_text_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from tally.errors import ModelError, SpecError, WorkerCrashedError
 from tally.models.load import load
 from tally.scorers.base import Item
 from tally.scorers.vision.preprocess import Preprocess
+from tally.training.retrain import bottlenecks
 from tally.training.retrain.bottlenecks import Backbone, features
 from tally.training.retrain.dataset import PARTS, Dataset, Picture, normalised, part_of, read
 from tally.training.retrain.distortions import Distorted, Distortions
@@ -151,7 +153,12 @@ def test_every_wrong_parameter_is_reported_together() -> None:
         Distortions(random_crop=-1, random_brightness=101)
 
 
-def test_a_head_learns_and_goes_on_from_anywhere_to_the_same_digit(examples: Examples) -> None:
+def saved(state: State, path: Path) -> Path:
+    path.write_bytes(state.to_bytes())
+    return path
+
+
+def test_a_head_learns_and_goes_on_from_anywhere_to_the_same_digit(examples: Examples, tmp_path: Path) -> None:
     parameters = Parameters(how_many_training_steps=230, learning_rate=0.05, early_stopping=1000)
     told: list[int] = []
     whole = train(examples, parameters, lambda step, metrics: told.append(step))
@@ -166,15 +173,19 @@ def test_a_head_learns_and_goes_on_from_anywhere_to_the_same_digit(examples: Exa
         part = train(examples, parameters, lambda step, metrics, until=until: step >= until, begin=begin)
         assert part.stopped
         assert part.state.done == until + 1
-        begin = State.from_bytes(part.state.to_bytes())
+        begin = State.from_file(saved(part.state, tmp_path / "checkpoint.npz"))
     last = train(examples, parameters, begin=begin)
     assert (last.step, last.state.lowest) == (whole.step, whole.state.lowest)
     assert np.array_equal(last.head.weights, whole.head.weights)
     assert np.array_equal(last.head.biases, whole.head.biases)
     other = train(examples, Parameters(how_many_training_steps=230, learning_rate=0.05, seed=2))
     assert not np.array_equal(other.head.weights, whole.head.weights)
-    with pytest.raises(ModelError, match="damaged"):
-        State.from_bytes(part.state.to_bytes()[:100])
+    for kept in (100, 0):
+        (tmp_path / "cut.npz").write_bytes(part.state.to_bytes()[:kept])
+        with pytest.raises(ModelError, match=r"the checkpoint .*/cut.npz is damaged") as caught:
+            State.from_file(tmp_path / "cut.npz")
+        assert "pickle" not in str(caught.value)
+        assert "Remove the file" in str(caught.value.hint)
 
 
 def test_classes_are_drawn_first_unless_pictures_are(examples: Examples) -> None:
@@ -189,7 +200,7 @@ def test_classes_are_drawn_first_unless_pictures_are(examples: Examples) -> None
     assert drawn[False] == pytest.approx(shares, abs=0.03)
 
 
-def test_early_stopping_keeps_the_weights_with_the_lowest_loss(examples: Examples) -> None:
+def test_early_stopping_keeps_the_weights_with_the_lowest_loss(examples: Examples, tmp_path: Path) -> None:
     # Some labels are wrong, and so large a step overshoots again and again.
     torn = np.where(np.arange(300) % 6 == 0, (examples.labels + 1) % 3, examples.labels)
     examples = Examples(examples.features, torn, examples.parts, 3)
@@ -205,7 +216,7 @@ def test_early_stopping_keeps_the_weights_with_the_lowest_loss(examples: Example
     assert found.state.done < 3000
     assert found.step == min(losses, key=lambda step: losses[step])
     assert max(losses) == found.step + 50
-    again = train(examples, parameters, begin=State.from_bytes(found.state.to_bytes()))
+    again = train(examples, parameters, begin=State.from_file(saved(found.state, tmp_path / "it.npz")))
     assert (again.early, again.step, again.state.done) == (True, found.step, found.state.done)
     best = train(examples, Parameters(**{**_fields(parameters), "how_many_training_steps": found.step + 1}))
     assert np.array_equal(best.head.weights, found.head.weights)
@@ -364,6 +375,31 @@ def test_classifiers_are_no_backbones_until_they_are_cut(tmp_path: Path) -> None
     (tmp_path / "code.py").write_text("import tally\nclass Code(tally.Scorer): ...\n")
     with pytest.raises((ModelError, SpecError), match=r"task|ONNX"):
         Backbone.of(f"{tmp_path}/code.py:Code")
+
+
+def test_an_entry_of_the_cache_is_of_one_picture_and_one_backbone(tmp_path: Path) -> None:
+    cache, other = bottlenecks.Cache(tmp_path, "a" * 32), bottlenecks.Cache(tmp_path, "b" * 32)
+    cache.write("12" * 32, np.arange(3, dtype=np.float32))
+    cache.write("ab" * 32, "damaged PNG image")
+    found = cache.read("12" * 32)
+    assert isinstance(found, np.ndarray)
+    assert found.tolist() == [0, 1, 2]
+    assert cache.read("ab" * 32) == "damaged PNG image"
+
+    def place(of: bottlenecks.Cache, picture: str) -> Path:
+        path = of.folder / picture[:2] / f"{picture}.bottleneck"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    entry = place(cache, "12" * 32).read_bytes()
+    for copied, picture in ((cache, "34" * 32), (other, "12" * 32), (cache, "ab" * 32)):
+        place(copied, picture).write_bytes(entry)
+        with pytest.raises(ValueError, match=picture):
+            copied.read(picture)
+    data = entry[-12:]
+    before = b"tally-bottleneck-1\n" + hashlib.sha256(data).digest() + data  # of an earlier version: of which picture?
+    place(cache, "12" * 32).write_bytes(before)
+    assert cache.read("12" * 32) is None
 
 
 def test_keys_of_the_cache_follow_what_decides_about_bottlenecks(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tally.jobs import open_models, spec
 from tally.jobs.assemble import assemble, describe_model
 from tally.jobs.open_models import OPEN_MODELS, OpenModels
 from tally.jobs.worker import Worker, run_chunk
+from tally.media.images import Decoding
 from tally.models.reference import ModelRef
 from tally.models.registry import open_registry
 from tally.models.resolve import resolve
@@ -246,7 +247,7 @@ def reference(name: str, version: int = 1) -> ModelRef:
 
 
 def test_the_last_few_models_stay_open(loaded: list[Sized]) -> None:
-    models = OpenModels("cpu", 3)
+    models = OpenModels("cpu", 3, Decoding())
     scorers = [models.get(reference("m", version)) for version in range(OPEN_MODELS)]
     assert models.get(reference("m", 0)) is scorers[0]
     assert scorers[0].batch_size == 3
@@ -274,7 +275,7 @@ def worker(tmp_path: Path, loaded: list[Sized]) -> Worker:
     source = QueueSource.describe("amqp://h/q", "bytes", options, route="models:/{meta:m}")
     sink = sink_for(str(tmp_path / "out"), output="rows")
     sink.claim("job")
-    return Worker(Sized(reference("of the job")), source, sink, 60, chosen=OpenModels("cpu", None))
+    return Worker(Sized(reference("of the job")), source, sink, 60, chosen=OpenModels("cpu", None, Decoding()))
 
 
 def test_rows_say_what_scored_them(worker: Worker) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -24,6 +25,7 @@ from tally.database.clock import now
 from tally.database.tables import schedule_runs
 from tally.errors import SpecError
 from tally.jobs.facade import Jobs
+from tally.jobs.spec import JobSpec
 from tally.jobs.store import JobStore
 from tally.triggers import template
 from tally.triggers.cron import Cron, Interval, zone
@@ -36,6 +38,13 @@ FORWARD, BACK = "2026-03-29", "2026-10-25"
 """When clocks are set in Berlin: 02:00 becomes 03:00, and 03:00 becomes 02:00."""
 DAY = 86_400
 SCORERS = Path(__file__).parents[1] / "faults" / "scorers"
+
+
+def filled(fields: dict[str, Any], interval: Interval, cron: Cron) -> JobSpec:
+    """The job for this interval."""
+    job = template.fill(fields, interval, cron).job
+    assert job is not None
+    return job
 
 
 def local(cron: Cron, moments: list[int]) -> list[str]:
@@ -188,7 +197,7 @@ def problems(cron: str = "0 * * * *", timezone: str = BERLIN, **more: object) ->
 def test_an_interval_is_filled_in_and_other_braces_stay() -> None:
     cron = Cron("0 * * * *", BERLIN)
     begin = cron.moment("2026-06-01T08:00", "begin")
-    spec = template.fill(
+    spec = filled(
         fields(
             source=["/in/{interval_start:%Y/%m/%d/%H}", "/more/{interval_end_utc:%H%M}"],
             model="/models/{Device}.skops",
@@ -237,6 +246,17 @@ def test_a_mistyped_placeholder_is_refused() -> None:
 def test_problems_of_the_job_are_told() -> None:
     found = problems(batch_size=0, device="{interval_start}")
     assert [problem.partition(":")[0] for problem in found] == ["batch_size", "device"]
+
+
+def test_alerts_and_a_webhook_belong_together() -> None:
+    webhook = "env:ALERT_URL"  # known where runs are started: here it may be not set
+    assert problems(alerts=["failed"], webhook=webhook) == []
+    assert problems(alerts=["failed"]) == [
+        "alerts: there is no webhook to send them to; add webhook: https://..., or webhook: env:NAME"
+    ]
+    assert problems(webhook=webhook) == [
+        "webhook: there is no alert to send to it; add a rule, such as alerts: [failed]"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -423,7 +443,7 @@ def test_a_job_that_was_done_by_hand_is_not_done_again(
     schedule = store.get("readings")
     interval = schedule.clock().ending(schedule.planned_until, store.clock())[0]
     jobs = JobStore(store.engine)
-    by_hand = Jobs(jobs).submit(template.fill(schedule.template, interval, schedule.clock()))
+    by_hand = Jobs(jobs).submit(filled(schedule.template, interval, schedule.clock()))
     Jobs(jobs).run(by_hand.id)
     assert cli("schedule", "run").code == 0
     assert [(run.state, run.job_id) for run in runs(store)] == [("finished", by_hand.id)]
@@ -485,8 +505,8 @@ def test_a_cancelled_job_fails_its_run(add: Callable[..., ScheduleStore]) -> Non
     jobs = JobStore(store.engine)
     run, token = claimed(store)
     schedule = store.get("readings")
-    record = Jobs(jobs).submit(template.fill(schedule.template, run.interval, schedule.clock()))
-    store.assign(run.id, token, record.id)
+    record = Jobs(jobs).submit(filled(schedule.template, run.interval, schedule.clock()))
+    store.assign(run.id, token, job_id=record.id)
     lease = jobs.acquire(record.id, seconds=30)
     assert lease is not None
     jobs.release(lease, "cancelled")
@@ -570,8 +590,8 @@ def test_a_schedule_is_shown_with_what_the_clock_does(folder: Path, cli: Callabl
     assert re.search(r"clock change on \d{4}-\d\d-\d\d 0[23]:00 CES?T becomes 0[23]:00 CES?T; runs around it: ", shown)
     assert len(re.findall(r"^\d{4}-\d\d-\d\d 0[23]:\d\d CES?T  ", shown, re.MULTILINE)) == 5
     listed = cli("schedule", "list").out.splitlines()
-    assert listed[0].split() == ["NAME", "CRON", "ZONE", "NEXT", "RUN", "LAST", "INTERVAL", "RUNS"]
-    assert listed[1].startswith("night  30 2 * * *  Europe/Berlin")
+    assert listed[0].split() == ["NAME", "DOES", "CRON", "ZONE", "NEXT", "RUN", "LAST", "INTERVAL", "RUNS"]
+    assert listed[1].startswith("night  job   30 2 * * *  Europe/Berlin")
     facts = json.loads(cli("schedule", "show", "night", "--json").out)
     assert [each["end"] - each["start"] > 80_000 for each in facts["next"]] == [True] * 5
     assert json.loads(cli("schedule", "list", "--json").out)["runs"] == {}

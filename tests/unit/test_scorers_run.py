@@ -18,7 +18,7 @@ from PIL import Image
 from tests.given import Given, flagging, refusing, rows
 
 from tally.errors import ItemError, SpecError, TallyError
-from tally.scorers.base import Input, Item, Result, Scorer
+from tally.scorers.base import Input, Item, Pictured, Result, Scorer
 from tally.scorers.run import configured, copies_of, run, score
 
 
@@ -268,9 +268,9 @@ def test_a_scorer_is_made_as_it_is_asked_for() -> None:
     assert scorer.batch_size == 4
     drawn = configured(scorer, overlay=True, batch_size=2)
     assert (drawn.output, drawn.batch_size, scorer.batch_size) == ("image", 2, 2)
-    [picture] = run(drawn, [png(9)])
-    assert isinstance(picture, np.ndarray)
-    assert picture.shape == (2, 4, 3)
+    [drawn_one] = run(drawn, [png(9)])
+    assert isinstance(drawn_one, Pictured)
+    assert drawn_one.picture.shape == (2, 4, 3)
     with pytest.raises(SpecError, match="overlay"):
         configured(Seen("bytes"), overlay=True)
 

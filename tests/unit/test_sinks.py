@@ -839,3 +839,16 @@ def test_an_output_whose_kind_was_guessed_is_opened_as_what_was_published(tmp_pa
     reopen(guessed).release()
     assert not (tmp_path / "out/a.png").exists()
     assert not (tmp_path / "out/_tally").exists()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_rows_without_a_place_in_the_order_come_last(monkeypatch: pytest.MonkeyPatch, here: bool) -> None:
+    given = pa.schema({"held": pa.string(), "order": pa.int64()})
+    batches = [
+        pa.RecordBatch.from_pydict({"held": ["c", "last"], "order": [3, None]}, given),
+        pa.RecordBatch.from_pydict({"held": ["a", "b"], "order": [-1, 2]}, given),
+    ]
+    if not here:
+        monkeypatch.setattr(merge, "_SORT_HERE", 0)
+    found = [row["held"] for batch in merge.ordered(batches, given, "order") for row in batch.to_pylist()]
+    assert found == ["a", "b", "c", "last"]

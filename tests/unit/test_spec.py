@@ -34,7 +34,7 @@ def test_all_problems_are_told_together() -> None:
     with pytest.raises(SpecError) as refused:
         make(source=["photos", ""], model="m", task="clasify", workers=0, timeout="soon", max_dead="most%", wokers=2)
     assert {problem.split(":")[0] for problem in refused.value.problems} == {
-        "source.1", "out", "task", "workers", "timeout", "max_dead", "wokers",
+        "source", "no output (out) is given", "task", "workers", "timeout", "max_dead", "wokers",
     }  # fmt: skip
     assert all(f"- {problem}" in str(refused.value) for problem in refused.value.problems)
 
@@ -42,19 +42,19 @@ def test_all_problems_are_told_together() -> None:
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"out": None}, "out: is needed"),
+        ({"out": None}, "no output (out) is given"),
         ({"source": []}, "source: names nothing to score (given: [])"),
         ({"out": ""}, "out: is empty"),
-        ({"source": ["a", "caf\udce9"]}, r"source.1: is not UTF-8 text (given: 'caf\udce9')"),
+        ({"source": ["a", "caf\udce9"]}, r"source: is not UTF-8 text (given: 'caf\udce9')"),
         ({"batchsize": 4}, "batchsize: there is no such field; did you mean 'batch_size'?"),
         ({"xyzzy": 4}, "xyzzy: there is no such field"),
         ({"memory": "12 parsecs"}, "memory: should be a size such as 512MiB or 2GiB (given: '12 parsecs')"),
         ({"max_dead": "half%"}, "max_dead: should be a share such as 0.05 or 5% (given: 'half%')"),
-        ({"max_dead": "101%"}, "max_dead: input should be less than or equal to 1 (given: 1.01)"),
-        ({"timeout": float("inf")}, "timeout: input should be a finite number (given: inf)"),
-        ({"timeout": 0}, "timeout: input should be greater than 0 (given: 0)"),
-        ({"memory": 0}, "memory: input should be greater than 0 (given: 0)"),
-        ({"settings": ["a"]}, "settings: input should be a valid dictionary (given: ['a'])"),
+        ({"max_dead": "101%"}, "max_dead: should be at most 1 (given: 1.01)"),
+        ({"timeout": float("inf")}, "timeout: should be a finite number (given: inf)"),
+        ({"timeout": 0}, "timeout: should be more than 0 (given: 0)"),
+        ({"memory": 0}, "memory: should be more than 0 (given: 0)"),
+        ({"settings": ["a"]}, "settings: should be names with values (given: ['a'])"),
     ],
 )
 def test_a_problem_names_field_and_value(fields: dict[str, Any], problem: str) -> None:
@@ -222,9 +222,27 @@ def test_the_fingerprint_is_the_same_in_every_version() -> None:
 def test_a_size_is_read_as_people_write_it() -> None:
     assert given(size="640x360").size == (640, 360)
     assert given(size=[640, 360]).size == (640, 360)
-    for wrong in ("640", "640x", "x", "640x360x3", "-1x5", "ax b", "0x10"):
+    assert given(size="640x-1").size == (640, -1)
+    assert given(size="640x360", fit="cover").fit == "cover"
+    for wrong in ("640", "640x", "x", "640x360x3", "-2x5", "ax b", "0x10"):
         with pytest.raises(SpecError, match="size"):
             given(size=wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"size": "640x0"}, "or 640x-1 to keep the shape"),
+        ({"size": "-1x-1"}, "or 640x-1 to keep the shape"),
+        ({"size": "640x-2"}, "or 640x-1 to keep the shape"),
+        ({"size": "640x-1", "fit": "contain"}, "fit: contain needs a whole size"),
+        ({"fit": "cover"}, "fit: cover needs a whole size"),
+    ],
+    ids=str,
+)
+def test_a_size_that_cannot_be(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        given(**fields)
 
 
 def test_what_changes_a_video_changes_the_fingerprint() -> None:
@@ -266,8 +284,11 @@ def test_a_model_for_each_key_is_said_in_one_word(tmp_path: Path, monkeypatch: p
         ({"model_per": "A={A}.onnx", "model": "m"}, "says the model and its columns, and model is given too"),
         ({"model_per": "A={A}.onnx", "by": "B"}, "says the model and its columns, and by is given too"),
         ({"model": "m", "window": "5 parsecs"}, "window: should be a duration such as 30s, 5m, 1h or 1d"),
-        ({"model": "m", "window": 0}, "window: input should be greater than 0"),
-        ({"model": "m", "aggregate": "median"}, "aggregate.0: input should be 'mean', 'min', 'max', 'last' or 'count'"),
+        ({"model": "m", "window": 0}, "window: should be more than 0"),
+        (
+            {"model": "m", "aggregate": "medium"},
+            "aggregate: should be mean, min, max, last, count, std, median, or a quantile such as p95",
+        ),
         ({"model": "m", "alerts": ["anomalys > 0"]}, "did you mean 'anomalies'?"),
     ],
 )

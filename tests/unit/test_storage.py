@@ -6,6 +6,7 @@ import pickle
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ from tally.storage import (
     TEMPORARY,
     Entry,
     LocalStore,
+    buckets,
     failure,
     file_name,
     key_of,
     local,
     open_store,
+    sorted_names,
 )
+from tally.storage.base import PAGE
 from tally.storage.buckets import ObjectStore
 
 AWKWARD = [
@@ -279,6 +283,75 @@ def test_listings_out_of_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(obstore, "list", lambda *_, **__: iter(pages))
     with pytest.raises(StorageError, match="out of order"):
         list(open_store(f"memory://{uuid.uuid4().hex}").list())
+
+
+def test_a_bucket_is_listed_a_page_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that are taken as they are, between some that have to be looked at: markers of folders, folders that are
+    left out, and a listing that breaks off."""
+    import obstore
+
+    names = [*(f"a/{number:04}" for number in range(2500)), "b", "b/x", "c/1", "c/2", "d/1", "d/e/1", "d/f", "g"]
+    objects = [{"path": name, "size": int(name != "b"), "e_tag": f'"{name}"'} for name in names]
+    asked: list[str | None] = []
+
+    def pages(client: object, where: str | None, offset: str | None, chunk_size: int) -> Iterator[Any]:
+        asked.append(offset)
+        there = [each for each in objects if offset is None or each["path"] > offset]
+        for start in range(0, len(there), 500):
+            if start == 1000 and len(asked) < 3:
+                raise buckets.s3_listing.AgainError("cut")
+            yield there[start : start + 500]
+
+    monkeypatch.setattr(obstore, "list", pages)
+    monkeypatch.setattr(buckets, "_PAUSE", 0.0)
+    store = open_store(f"memory://{uuid.uuid4().hex}")
+    found = list(store.pages(enter=lambda folder: folder not in ("c", "d/e")))
+    assert [entry.name for page in found for entry in page] == [
+        name for name in names if name != "b" and not name.startswith(("c/", "d/e/"))
+    ]
+    assert all(entry == Entry(entry.name, 1, entry.name) for page in found for entry in page)
+    assert all(found)
+    assert asked == [None, "a/0999", "a/1999"]
+    assert [entry.name for entry in store.list(after="a/1200")][:2] == ["a/1201", "a/1202"]
+    assert next(store.pages()).names == names[:500]
+
+
+@pytest.mark.parametrize("sizes", [True, False])
+def test_a_folder_is_listed_a_page_at_a_time(tmp_path: Path, *, sizes: bool) -> None:
+    """The first page is short: who wants one file does not wait for the others to be looked at."""
+    names = sorted(
+        [*(f"a/{number}" for number in range(1500)), "a.b", "a-b", "b/c/1", "b/c.d", "b/d/1", *map(str, range(9))]
+    )
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"1")
+    store = LocalStore(tmp_path)
+    pages = list(store.pages(sizes=sizes))
+    assert [name for page in pages for name in page.names] == names
+    assert len(pages[0]) == 1
+    assert max(map(len, pages)) <= PAGE
+    assert {size for page in pages for size in page.sizes} == ({1} if sizes else {-1})
+    for after in ("a", "a/", "a/1", "a/10", "a/999", "a0", "b/c", "b/c/", "b/c/1", "b/c.d", "b/c0", "c"):
+        assert [entry.name for entry in store.list(after=after)] == [name for name in names if name > after]
+
+
+def test_a_folder_of_many_names_is_sorted_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are kept as compressed runs, which are merged: with folders between them, and any bytes."""
+    monkeypatch.setattr(local, "RUN", 64)
+    monkeypatch.setattr(sorted_names, "_BLOCK", 8)
+    shuffled = Random(7)
+    names = [f"{shuffled.randrange(10**6)}.jpg" for _ in range(500)]
+    names += [f"{shuffled.randrange(10**3)}/{each}" for each in ("1", "2/3") for _ in range(60)]
+    names = sorted({*names, *AWKWARD})
+    for name in shuffled.sample(names, len(names)):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    store = LocalStore(tmp_path)
+    assert [entry.name for entry in store.list()] == names
+    for after in shuffled.sample(names, 40):
+        assert [entry.name for entry in store.list(after=after)] == names[names.index(after) + 1 :]
 
 
 def test_bad_names_of_objects() -> None:

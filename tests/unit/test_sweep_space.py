@@ -8,7 +8,7 @@ import pytest
 
 from tally.errors import SpecError
 from tally.training.sweeps import sampling
-from tally.training.sweeps.sampling import Judge, Past
+from tally.training.sweeps.sampling import Judge, Past, judged_against
 from tally.training.sweeps.space import Choices, Range, combinations, dimension, read
 
 
@@ -85,6 +85,15 @@ def test_what_is_drawn_follows_from_the_seed_and_the_number() -> None:
     learnt = [drawn("tpe", number, past)["rate"] for number in range(10, 30)]
     assert sum(learnt) / 20 < sum(each["rate"] for each in ten) / 10  # the lowest was the best
     assert drawn("tpe", 12, past) == drawn("tpe", 12, past)
+
+
+def test_none_of_the_first_eight_trials_is_pruned() -> None:
+    past = [Past({}, "finished", {0: 1.0}, 1.0) for _ in range(9)]
+    found = [
+        Judge([past[each] for each in judged_against(number)], lowest=True, after=0).pruned_at({0: 9.0})
+        for number in range(9)
+    ]
+    assert found == [None] * 8 + [0]
 
 
 def test_a_trial_below_the_median_is_pruned_once_enough_have_ended() -> None:

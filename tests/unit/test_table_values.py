@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import orc
 
 from tally.errors import SpecError, StorageError
 from tally.scorers.base import Scorer
@@ -251,11 +252,20 @@ def test_the_loose_files_of_a_table_with_versions_are_not_its_rows(
     for name in ("a", "b"):
         (table / "data").mkdir(exist_ok=True)
         pq.write_table(pa.table({"x": [1, 2]}), table / "data" / f"{name}.parquet")
-    with pytest.raises(SpecError, match=f"lake/table is a {kind} table, which is not read") as refused:
+    with pytest.raises(SpecError, match=f"lake/table is a table of {kind}, which is not read") as refused:
         TableSource.describe([str(tmp_path / given)], features=["x"])
     assert "Write the rows that it holds now into a file" in str(refused.value.hint)
     named = TableSource.describe([str(table / "data" / "a.parquet")], features=["x"])
     assert sum(chunk.count for chunk in named.plan(None, 0, lambda: ChunkLimit(10, 1 << 30))) == 2
+
+
+def test_so_are_those_of_iceberg_that_are_no_parquet(tmp_path: Path) -> None:
+    (tmp_path / "table" / "metadata").mkdir(parents=True)
+    (tmp_path / "table" / "metadata" / "v1.metadata.json").write_text("{}")
+    (tmp_path / "table" / "data").mkdir()
+    orc.write_table(pa.table({"x": [1, 2]}), tmp_path / "table" / "data" / "a.orc")
+    with pytest.raises(SpecError, match="table is a table of Iceberg, which is not read"):
+        TableSource.describe([str(tmp_path / "table")], features=["x"])
 
 
 # -- files of several types ---------------------------------------------------------------------------
@@ -290,7 +300,9 @@ def test_nan_is_as_missing_in_windows_as_no_value_at_all(tmp_path: Path) -> None
     (tmp_path / "a.csv").write_text("t,v\n" + "\n".join(lines) + "\n")
     times = [datetime.fromisoformat(line.split(",")[0]) for line in lines]
     pq.write_table(pa.table({"t": times, "v": [1.0, float("nan"), 3.0, None]}), tmp_path / "b.parquet")
-    for name in ("a.csv", "b.parquet"):
+    halves = pa.array([1.0, float("nan"), 3.0, None], pa.float16())
+    pq.write_table(pa.table({"t": times, "v": halves}), tmp_path / "c.parquet")
+    for name in ("a.csv", "b.parquet", "c.parquet"):
         options = {"window": 3600, "time": "t", "aggregate": ["mean", "min", "max", "last", "count"]}
         source = TableSource.describe([str(tmp_path / name)], features=None, **options).located(
             str(tmp_path / f"w{name}")
@@ -303,6 +315,39 @@ def test_nan_is_as_missing_in_windows_as_no_value_at_all(tmp_path: Path) -> None
         hour, empty = batch.values.to_pylist()
         assert hour == {"v_mean": 2.0, "v_min": 1.0, "v_max": 3.0, "v_last": 3.0, "count": 3}
         assert empty == {"v_mean": None, "v_min": None, "v_max": None, "v_last": None, "count": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [("1.234,5", 1234.5), ("-12.345.678", -12_345_678), ("12.34.567,5", 1_234_567.5), ("7,25", 7.25), ("7", 7),
+     ("1.5", None), ("12.34,5", None), ("1234.567.8", None)],
+)  # fmt: skip
+def test_a_mark_of_thousands_stands_between_thousands(tmp_path: Path, value: str, number: float | None) -> None:
+    (tmp_path / "a.csv").write_text(f"v;t\n1;n.a.\n{value};x\n")
+    options = {"decimal_separator": ",", "thousands": "."}
+    source = TableSource.describe([str(tmp_path / "a.csv")], features=["v"], csv=options)
+    source = source.located(str(tmp_path / "work"))
+    if number is None:
+        with pytest.raises(StorageError, match="does not stand between thousands"):
+            source.prepare()
+        return
+    source.prepare()
+    [chunk] = source.plan(None, 0, lambda: ChunkLimit(10, 1 << 30))
+    scorer = Scorer()
+    scorer.input, scorer.batch_size = "table", 10
+    [batch] = source.read(chunk, scorer, Timings())
+    assert batch.values["v"].to_pylist() == [1, number]
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_times_with_a_zone_are_not_mixed_with_times_without(tmp_path: Path, spread: bool) -> None:
+    times = ["2026-03-31T01:30:00+01:00", "2026-03-31 03:30:00", "2026-03-31T00:30:00Z"]
+    for number, some in enumerate([times[:1], times[1:2], times[2:]] if spread else [times]):
+        (tmp_path / f"{number}.csv").write_text("t,v\n" + "".join(f"{each},1\n" for each in some))
+    with pytest.raises(SpecError, match="some of its times have a zone, and others have none"):
+        TableSource.describe([str(tmp_path / "*.csv")], features=None, window=3600, time="t")
+    kept = TableSource.describe([str(tmp_path / "*.csv")], features=None, keep=["t"])
+    assert kept.columns == {"t": "string"}
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,11 @@ def problems(uris: str | list[str], **options: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "table"),
     [
-        *((name, True) for name in ("a.parquet", "b/A.CSV", "a.csv.gz", "a.b.jsonl.gz", "a.arrow")),
-        *((name, False) for name in ("a.gz", ".csv", "a.parquet.gz", "a.json", "csv", "a.xlsx")),
+        *(
+            (name, True)
+            for name in ("a.parquet", "b/A.CSV", "a.csv.gz", "a.b.jsonl.xz", "a.csv.zip", "a.arrow", "a.orc")
+        ),
+        *((name, False) for name in ("a.gz", ".csv", "a.parquet.gz", "a.json", "csv", "a.xls")),
     ],
 )
 def test_a_table_is_known_by_its_name(name: str, table: bool) -> None:
@@ -123,9 +126,9 @@ def test_a_folder_gives_its_tables_and_says_what_it_passed_over(tmp_path: Path) 
 
 def test_other_names_are_refused_unless_csv_options_say_what_they_are(tmp_path: Path) -> None:
     place = text(tmp_path / "train.txt", "1 2.5\n2 3.5\n")
-    sheet = text(tmp_path / "a.xlsx", "PK")
+    sheet = text(tmp_path / "a.xls", "PK")
     assert problems([place, sheet]) == [
-        "a.xlsx is a spreadsheet, which is not read; save its sheet as CSV",
+        "a.xls is a spreadsheet, which is not read; save its sheet as CSV",
         (
             "train.txt is not a table by its name (.parquet, .csv, .tsv, .jsonl, .arrow ...); "
             "with options for CSV, such as its delimiter, it is read as CSV"
@@ -157,7 +160,7 @@ def test_every_problem_is_reported_together(tmp_path: Path) -> None:
         "by: there is no column 'device'; did you mean 'Device'? (there are Device, Value, TS, Tags)",
         "by: column 'Tags' holds list<element: int64>, which cannot be a key",
         "time: column 'TS' is string, not a timestamp",
-        "aggregate: there is no 'mode'",
+        "aggregate: there is no 'mode' (quantiles are p5, p95, p99.9)",
         "keep: there is no column 'Vaule'; did you mean 'Value'? (there are Device, Value, TS, Tags)",
         "the model takes a column 'Valeu'; did you mean 'Value'? (there are Device, Value, TS, Tags)",
         "where: 'Valu > 1': Binder Error: Referenced column \"Valu\" not found in FROM clause!",
@@ -184,7 +187,7 @@ def test_features_by_name_by_number_or_all(tmp_path: Path, wanted: Any, keep: li
 def test_a_number_of_features_that_does_not_fit_is_explained(tmp_path: Path) -> None:
     place = parquet(tmp_path / "a.parquet", {"a": [1], "b": [1.0], "c": ["x"]})
     assert problems(place, features=3) == [
-        "the model takes 3 numeric columns, and there are 2: a, b; name them with --set features=a,b"
+        "the model takes 3 numeric columns, and there are 2: a, b (c is text); is this a table such as it was made for?"
     ]
 
 

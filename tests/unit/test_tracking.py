@@ -15,9 +15,11 @@ import tally
 from tally.database.tables import runs
 from tally.errors import OwnershipLostError, RunStateError, SpecError
 from tally.models.registry import open_registry
+from tally.training.runs import tracking
+from tally.training.runs.child import Office
 from tally.training.runs.events import EventWriter, Node, histogram
 from tally.training.runs.pictures import as_picture
-from tally.training.runs.store import Figures, open_runs
+from tally.training.runs.store import Figures, RunStore
 from tally.training.runs.tracking import artifacts, logged_pictures
 
 
@@ -44,7 +46,7 @@ def test_a_run_keeps_all_that_was_logged(tmp_path: Path) -> None:
             run.log_artifact(model, "../outside")
     with pytest.raises(RunStateError, match="has ended"):
         run.log("loss", 1.0)
-    store = open_runs()
+    store = RunStore.open()
     record = store.get(run.id)
     assert (record.state, record.name, record.error, record.models) == ("finished", "pets", None, [uri])
     kept = {"lr": 0.5, "seed": 1, "api_key": "***", "tokenizer": "bert", "url": "***"}
@@ -67,12 +69,30 @@ def test_a_run_keeps_all_that_was_logged(tmp_path: Path) -> None:
     assert (version.metadata["properties"], version.metadata["tags"]) == ({"size": 8}, {"by": "me"})
 
 
+def test_what_is_flushed_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 3600.0)
+    store = RunStore.open()
+    with tally.training.run("flushed") as run:
+        run.log("loss", 2.0)
+        run.flush()
+        assert store.values(run.id)["loss"].values == [2.0]
+        assert isinstance(run.book, tracking.DatabaseBook)
+        with Office(run, run.book) as office, monkeypatch.context() as patch:  # as a script has it
+            for name, text in office.environment.items():
+                patch.setenv(name, text)
+            script = tally.training.run()
+            assert script.id == run.id
+            script.log("loss", 1.0)
+            script.flush()
+            assert store.values(run.id)["loss"].values == [2.0, 1.0]
+
+
 def test_how_a_run_ends_and_goes_on() -> None:
     with pytest.raises(ZeroDivisionError), tally.training.run("one") as failed:  # noqa: PT012
         failed.log({"loss": 3.0}, step=1)
         failed.log({"loss": 2.0}, step=2)
         raise ZeroDivisionError("by zero")
-    store = open_runs()
+    store = RunStore.open()
     assert (store.get(failed.id).state, store.get(failed.id).error) == ("failed", "ZeroDivisionError: by zero")
     with pytest.raises(KeyboardInterrupt), tally.training.run(resume=failed.id) as again:  # noqa: PT012
         assert (again.id, again.folder, again.name) == (failed.id, failed.folder, "one")
@@ -86,7 +106,7 @@ def test_how_a_run_ends_and_goes_on() -> None:
 
 
 def test_who_has_lost_a_run_cannot_change_it() -> None:
-    store = open_runs()
+    store = RunStore.open()
     run = tally.training.run("two")
     with store.engine.begin() as connection:
         connection.execute(sa.update(runs).where(runs.c.id == run.id).values(owner="somebody else"))

@@ -18,8 +18,10 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip instal
 from tally.engines.base import Engine
 from tally.engines.local import LocalEngine
 from tally.errors import ModelError, OutputExistsError, SourceNotFoundError, SpecError, WorkerCrashedError
-from tally.scorers.base import TableResult
+from tally.scorers.base import TableResult, Window
 from tally.scorers.per_key.packed import PackedScorer, inspect
+from tally.sources.factory import SourceRequest, source_for
+from tally.sources.tables.source import TableSource
 from tally.training.anomaly import training as anomaly
 from tally.training.anomaly.training import MIN_ROWS, Group, Recipe, Step, Trained, Training, fit_key, sample
 
@@ -328,6 +330,30 @@ def test_windows_are_gathered_before_training(table: Path, tmp_path: Path) -> No
     assert made.facts["metrics"]["rows"] == 4 * 30
     columns = {"Value_mean": [10.0, 10.0], "Value_max": [11.5, 40.0], "count": [10.0, 10.0]}
     assert scores(tmp_path / "out", 1, "a", **columns)[0] == [False, True]
+
+
+def test_series_in_files_of_their_own_are_trained_by_the_days_of_a_place(
+    cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Readings of each hour at times in milliseconds; in UTC, the first day and the last are not whole."""
+    folder = tmp_path / "series"
+    folder.mkdir()
+    for device, tag in ((1, "a"), (2, "b")):
+        hours = np.arange(14 * 24)
+        times, values = 1_767_222_000_000 + hours * 3_600_000, device + np.sin(hours)  # from 2026-01-01 in Berlin
+        parquet.write_table(pa.table({"TS": times, "Value": values}), folder / f"{device}_{tag}.parquet")
+    out = tmp_path / "out"
+    of_files = ("--path-columns", "{Device}_{Tag}.parquet", "--time", "TS", "--time-unit", "ms")
+    ran = command(cli, folder, out, *of_files, "--window", "1d", "--timezone", "Europe/Berlin")
+    assert ran.code == 0, ran.err
+    assert "2 models from 28 of 28 rows" in ran.out  # in UTC, there are fifteen days of each
+    scorer = loaded(out)
+    assert scorer.window == Window("TS", 86_400, ("mean",), "Europe/Berlin")
+    source = source_for(SourceRequest((str(folder),), scorer, options={"path_columns": "{Device}_{Tag}.parquet"}))
+    assert isinstance(source, TableSource)
+    assert source.query.request.zone == "Europe/Berlin"  # without being told
+    with pytest.raises(SpecError, match="--time-unit: s, ms, us or ns, not 'h'"):
+        training(folder, tmp_path / "other", time_unit="h")
 
 
 def test_forests_are_kept_whole(table: Path, tmp_path: Path) -> None:

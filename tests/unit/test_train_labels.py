@@ -72,6 +72,19 @@ def test_a_table_is_read(images: Path, labels: Path) -> None:
     assert (only.xmin, only.xmax) == (10, 50)  # cut off at the picture's edge
 
 
+def test_fractions_are_no_pixels_and_a_box_of_nothing_is_told(images: Path, labels: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        SpecError, match=r"row 1: a box reaches to 0.75, 1, which is one pixel at most; leave out --units"
+    ):
+        read(labels, images, units="pixels")
+    small = HALF | {"bottomX": 0.251, "bottomY": 0.501}  # a hundredth of a pixel of the picture
+    found = read(table(tmp_path / "small.csv", ("b.jpg", [HALF, small], [])), images)
+    assert (len(found.pictures[0].boxes), found.empty) == (1, 1)
+    words = ["train", "labels", "--train-set", labels, images, "--format", "yolov5", "-o", tmp_path / "out"]
+    told = CliRunner().invoke(cli, [*map(str, words)], standalone_mode=False, catch_exceptions=False)
+    assert "no --test-set: dataset.yaml has the pictures for training as val, too" in told.output
+
+
 def test_the_four_formats(images: Path, labels: Path, tmp_path: Path) -> None:
     one = table(tmp_path / "test.csv", ("b.jpg", [HALF], [1.0]))
 
@@ -147,3 +160,54 @@ def test_the_message_is_that_of_tensorflow() -> None:
 def test_what_is_wrong_with_a_table_is_told(images: Path, tmp_path: Path, row: Any, said: str) -> None:
     with pytest.raises(SpecError, match=said):
         read(table(tmp_path / "wrong.csv", row), images)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "folder"])
+def test_results_of_a_detector_become_coco(images: Path, tmp_path: Path, form: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"key": "more/a.jpg", "xmin": 4.0, "ymin": 8.0, "xmax": 24.0, "ymax": 48.0, "label": "lid", "score": 0.9},
+        {"key": "b.jpg", "xmin": -3.0, "ymin": 2.0, "xmax": 60.0, "ymax": 12.5, "label": "cup", "score": 0.8},
+        {"key": "b.jpg", "xmin": 1.0, "ymin": 1.0, "xmax": 9.0, "ymax": 9.0, "label": "cup", "score": 0.3},
+        {"key": "c.jpg", **dict.fromkeys(("xmin", "ymin", "xmax", "ymax", "label", "score"))},  # nothing is in it
+    ]
+    Image.new("RGB", (30, 60)).save(images / "c.jpg")
+    results = tmp_path / ("results" if form == "folder" else f"results.{form}")
+    if form == "csv":
+        with results.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif form == "jsonl":
+        results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        results.mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), results / "part-00000.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), results / "left-over.parquet")
+        (results / "_manifest.json").write_text(json.dumps({"files": [{"path": "part-00000.parquet"}]}))
+    out = tmp_path / "out"
+    arguments = [
+        "train",
+        "labels",
+        "--train-set",
+        results,
+        images,
+        "--format",
+        "coco",
+        "--confidence",
+        "0.5",
+        "-o",
+        out,
+    ]
+    ran = CliRunner().invoke(cli, [str(each) for each in arguments])
+    assert ran.exit_code == 0, ran.output
+    made = json.loads((out / "train.json").read_text())
+    assert [(each["file_name"], each["width"], each["height"]) for each in made["images"]] == [
+        ("more/a.jpg", 40, 80), ("b.jpg", 50, 20), ("c.jpg", 30, 60),
+    ]  # fmt: skip
+    assert [(each["image_id"], each["category_id"], each["bbox"]) for each in made["annotations"]] == [
+        (1, 2, [4.0, 8.0, 20.0, 40.0]), (2, 1, [0.0, 2.0, 50.0, 10.5]),
+    ]  # fmt: skip
+    assert made["categories"] == [{"id": 1, "name": "cup"}, {"id": 2, "name": "lid"}]

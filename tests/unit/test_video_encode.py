@@ -17,7 +17,7 @@ import pytest
 from tests.videos import number_in, picture
 
 from tally.errors import ItemError, SpecError
-from tally.media.video.colour import matrix_for, range_for
+from tally.media.video.colour import HDR, matrix_for, range_for
 from tally.media.video.encode import DEFAULTS, FORMATS, Encoder, Encoding, decoding_times
 from tally.media.video.encoders import check, encoders
 from tally.media.video.metadata import Colour, Video
@@ -95,9 +95,16 @@ def test_colours_are_neither_darker_nor_off(matrix: int, colour_range: int) -> N
 
 
 def test_colours_that_cannot_be_kept() -> None:
-    data, _ = encode(replace(FACTS, colour=Colour(1, 0, 9, 16)))
+    data, _ = encode(replace(FACTS, colour=Colour(1, 0, 9, 13)))
     context = read(data)[0].codec_context
-    assert (context.colorspace, context.color_primaries, context.color_trc) == (5, 9, 16)
+    assert (context.colorspace, context.color_primaries, context.color_trc) == (5, 9, 13)
+
+
+@pytest.mark.parametrize("transfer", HDR)
+def test_what_was_scored_as_bt709_is_written_as_bt709(transfer: int) -> None:
+    data, _ = encode(replace(FACTS, colour=Colour(1, 9, 9, transfer)))
+    context = read(data)[0].codec_context
+    assert (context.colorspace, context.color_primaries, context.color_trc) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -387,7 +387,60 @@ def test_titles_languages_chapters_and_subtitles(tmp_path: Path, clip: Path) -> 
         assert b"Good evening" in bytes(line)
         assert (line.pts * line.time_base, line.duration * line.time_base) == (Fraction(1, 10), Fraction(4, 5))
     notes = join(tmp_path / "out", "mkv", video, segments(tmp_path, video, [range(30)]))
-    assert any("subtitle stream 2 (mov_text) was left out: .mkv files cannot hold it" in note for note in notes)
+    assert any(
+        "subtitle stream 2 (mov_text) was converted to subrip: .mkv files cannot hold it" in note for note in notes
+    )
+    assert subtitles(tmp_path / "out") == [("deu", Fraction(1, 10), Fraction(4, 5), b"Good evening")]
+
+
+def subtitles(path: Path) -> list[tuple[str | None, Fraction, Fraction, bytes]]:
+    """Language, time, duration and content of each, without those that only end one."""
+    with av.open(str(path)) as container:
+        streams = container.streams.subtitles
+        return [
+            (packet.stream.language, packet.pts * packet.time_base, packet.duration * packet.time_base, bytes(packet))
+            for packet in container.demux(streams)
+            if packet.size and packet.pts is not None and bytes(packet) != b"\0\0"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec", "first", "second"),
+    [
+        ("mp4", "mov_text", b"\0\x0cGood evening\0\0\0\x16styl", b"\0\x06L'oeil"),
+        ("mov", "mov_text", b"\0\x0cGood evening\0\0\0\x16styl", b"\0\x06L'oeil"),
+        ("webm", "webvtt", b"Good <i>evening</i>", b"L'oeil"),
+        ("mkv", "subrip", b"Good <i>evening</i>", b"L'oeil"),
+    ],
+)
+def test_subtitles_are_kept_in_the_form_that_the_file_can_hold(
+    tmp_path: Path, clip: Path, kind: str, codec: str, first: bytes, second: bytes
+) -> None:
+    (tmp_path / "words.srt").write_text(
+        "1\n00:00:00,100 --> 00:00:00,500\nGood <i>evening</i>\n\n2\n00:00:00,600 --> 00:00:00,900\nL'oeil\n"
+    )
+    source = tmp_path / "rich.mkv"
+    with av.open(str(clip)) as given, av.open(str(tmp_path / "words.srt")) as words, av.open(str(source), "w") as out:
+        pictures: Any = out.add_stream_from_template(given.streams.video[0], opaque=True)
+        text: Any = out.add_stream_from_template(words.streams[0], opaque=True)
+        text.metadata["language"] = "fra"
+        for packet in given.demux(given.streams.video[0]):
+            if packet.size:
+                packet.stream = pictures
+                out.mux(packet)
+        for packet in words.demux():
+            if packet.size:
+                packet.stream = text
+                out.mux(packet)
+    video = facts(source)
+    encoding = Encoding("libvpx-vp9") if kind == "webm" else LOSSLESS
+    notes = join(tmp_path / "out", kind, video, segments(tmp_path, video, [range(30)], encoding=encoding))
+    assert any("was converted to " + codec in note for note in notes if "subtitle" in note) == (kind != "mkv")
+    one, two = subtitles(tmp_path / "out")
+    assert one[:3] == ("fra", Fraction(1, 10), Fraction(2, 5))
+    assert two[:3] == ("fra", Fraction(3, 5), Fraction(3, 10))
+    assert one[3].startswith(first)
+    assert two[3] == second
 
 
 def test_other_pictures_are_left_out(tmp_path: Path, clip: Path) -> None:

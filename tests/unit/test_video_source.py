@@ -8,19 +8,23 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
-from tests.videos import HEIGHT, WIDTH, errors, frames, number_in, numbers, write_clip
+from PIL import Image
+from tests.videos import HEIGHT, WIDTH, errors, frames, number_in, numbers, picture, write_clip
 
-from tally.errors import ItemError, SourceNotFoundError, StorageError
+from tally.errors import ItemError, SourceChangedError, SourceNotFoundError, StorageError
 from tally.media.video import container as containers
 from tally.media.video import probe as probing
+from tally.media.video.damage import Judge
+from tally.media.video.encode import Encoder, Encoding
 from tally.media.video.metadata import Colour, Video, pack, unpack
 from tally.media.video.probe import Prober
 from tally.sources.base import Chunk, ChunkLimit, Timings
@@ -31,6 +35,8 @@ from tally.testing.sources import Recorder, chunks_of
 
 # -- every frame, in order -----------------------------------------------------------------------------
 
+PAUSES = [*range(0, 38, 2), 300]
+"""As of a screen that is recorded: the last picture is shown for long."""
 VFR = [0, 7, 9, 30, 31, 33, 70, 71, 90, 91, 92, 110, 140, 141, 142, 143, 170, 171, 172, 199]
 
 
@@ -48,6 +54,8 @@ VFR = [0, 7, 9, 30, 31, 33, 70, 71, 90, 91, 92, 110, 140, 141, 142, 143, 170, 17
         ("a.avi", {"codec": "mpeg4", "bframes": 2}),
         ("a.avi", {"codec": "mjpeg", "bframes": 0, "options": {"strict": "unofficial"}}),
         ("a.mov", {"time_base": Fraction(1, 600), "ticks": VFR}),
+        ("a.mp4", {"bframes": 3, "time_base": Fraction(1, 600), "ticks": PAUSES}),
+        ("a.mkv", {"bframes": 3, "time_base": Fraction(1, 60), "ticks": PAUSES}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "plain",
 )
@@ -61,7 +69,8 @@ def test_every_frame_comes_once_in_order(tmp_path: Path, name: str, options: dic
     infos = [info for _, info in found.values()]
     assert [info["frame"] for info in infos] == list(range(count))
     assert {info["video"] for info in infos} == {name}
-    expected = [tick / 600 for tick in VFR] if "ticks" in options else [number / 25 for number in range(count)]
+    tick = float(options.get("time_base", 0.04))
+    expected = [number * tick for number in options.get("ticks", range(count))]
     times = np.array([info["time"] for info in infos])
     assert np.abs(times - times[0] - np.array(expected)).max() <= 0.001  # Matroska counts milliseconds
 
@@ -78,6 +87,31 @@ def test_any_range_decodes_to_the_same_pictures_as_the_whole(tmp_path: Path, cod
     whole = {key: value[0] for key, value in frames(source, 1000).items()}
     for items in (1, 5, 13):
         assert all(np.array_equal(value[0], whole[key]) for key, value in frames(source, items).items())
+
+
+@pytest.mark.parametrize(
+    ("order", "most"), [(range(10), 60), (range(1, 10, 2), 60), ([3, 1, 2, 2, 9, 0, 5], 300), ([0, 2, 1, 2], 60)]
+)
+def test_a_chunk_goes_on_where_the_one_before_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Sequence[int], most: int
+) -> None:
+    source = VideoSource.describe([str(write_clip(tmp_path / "a.mp4", 60, gop=1000))])
+    whole = frames(source, 1000)
+    given: list[int] = []
+    real = Judge.given
+
+    def noted(judge: Judge, position: int, packet: Any) -> None:
+        given.append(position)
+        real(judge, position, packet)
+
+    monkeypatch.setattr(Judge, "given", noted)
+    chunks = chunks_of(source, 6)
+    for at in order:
+        batches = [*source.read(chunks[at], Recorder(), Timings())]
+        found = {key: value for batch in batches for key, value in zip(batch.keys, batch.values, strict=True)}
+        assert [*found] == source.keys(chunks[at])
+        assert all(np.array_equal(value, whole[key][0]) for key, value in found.items())
+    assert len(given) <= most
 
 
 def test_every_nth_frame(tmp_path: Path) -> None:
@@ -112,6 +146,148 @@ def test_frames_are_scaled_and_keep_their_shape_on_the_screen(tmp_path: Path) ->
     assert batch.values[0].shape == (64, 128, 3)
 
 
+@pytest.mark.parametrize("degrees", [0, -90])
+@pytest.mark.parametrize("aspect", [Fraction(1), Fraction(4, 3)], ids=str)
+@pytest.mark.parametrize("fit", ["contain", "cover"])
+@pytest.mark.parametrize("size", [(120, 120), (160, 40)], ids=str)
+def test_frames_fit_into_a_size_with_their_shape(
+    tmp_path: Path, size: tuple[int, int], fit: str, aspect: Fraction, degrees: int
+) -> None:
+    """A white video: bars are black, and lie where the shape on the screen says."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = aspect
+        stream.set_display_rotation(degrees)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((HEIGHT, WIDTH, 3), 255, np.uint8), "rgb24")))
+        container.mux(stream.encode(None))
+    source = VideoSource.describe([str(path)], size=size, fit=fit)
+    [chunk] = chunks_of(source, 10)
+    video = Video.from_json(chunk.payload["video"])
+    assert (video.width, video.height, video.aspect) == (*size, 1)
+    [(picture, _)] = frames(source).values()
+    assert picture.shape == (size[1], size[0], 3)
+    white = picture.min(axis=2) > 128
+    shape = Fraction(WIDTH, HEIGHT) * aspect
+    shape = 1 / shape if degrees else shape
+    if fit == "cover":
+        assert white.all()
+        return
+    wide, high = min(size[0], round(size[1] * shape)), min(size[1], round(size[0] / shape))
+    rows, columns = np.flatnonzero(white.any(axis=1)), np.flatnonzero(white.any(axis=0))
+    assert abs(len(columns) - wide) <= 1
+    assert abs(len(rows) - high) <= 1
+    assert abs(rows[0] - (size[1] - 1 - rows[-1])) <= 1  # in the middle
+    assert abs(columns[0] - (size[0] - 1 - columns[-1])) <= 1
+
+
+def test_what_covers_is_cut_on_both_sides(tmp_path: Path) -> None:
+    source = VideoSource.describe([str(write_clip(tmp_path / "a.mp4", 3))], size=(HEIGHT, HEIGHT), fit="cover")
+    whole = VideoSource.describe([str(tmp_path / "a.mp4")])
+    for (cut, _), (all_of_it, _) in zip(frames(source).values(), frames(whole).values(), strict=True):
+        side = (WIDTH - HEIGHT) // 2
+        assert np.array_equal(cut, all_of_it[:, side : side + HEIGHT])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((48, -1), (48, 32)), ((50, -1), (50, 34)), ((-1, 99), (148, 99)), ((5, -1), (5, 4))]
+)
+def test_one_side_keeps_the_shape(tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    source = VideoSource.describe([str(write_clip(tmp_path / "a.mp4", 1, aspect=Fraction(4, 3)))], size=size)
+    [chunk] = chunks_of(source, 10)
+    video = Video.from_json(chunk.payload["video"])
+    assert (video.width, video.height, video.aspect) == (*expected, Fraction(4, 3))
+    assert next(iter(frames(source).values()))[0].shape == (*reversed(expected), 3)
+
+
+def write_interlaced(path: Path, count: int = 8) -> Path:
+    """A bar that moves: frame n has it at 6 * n in odd lines, which come first as x264 says, and 3 pixels further in
+    even ones, a moment later."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25, options={"crf": "1", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.codec_context.flags |= av.codec.context.Flags.interlaced_dct
+        for number in range(count):
+            array = np.zeros((64, 96, 3), np.uint8)
+            for line in range(64):
+                at = 6 * number + 3 * (1 - line % 2)
+                array[line, at : at + 12] = 255
+            frame = av.VideoFrame.from_ndarray(array, "rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_interlaced_frames_are_kept_or_deinterlaced_and_it_is_said(tmp_path: Path) -> None:
+    path = write_interlaced(tmp_path / "a.mp4")
+    for asked, said in ((False, "--deinterlace takes those of one"), (True, "with the lines of its first moment")):
+        source = VideoSource.describe([str(path)], deinterlace=asked)
+        found = frames(source, 3)
+        assert errors(found) == {}
+        assert said in (source.remark() or "")
+        for number, (shown, _) in enumerate(found.values()):
+            begins = np.argmax(shown[8:56, :, 1] > 128, axis=1)  # of each line
+            apart = np.abs(begins[1:] - begins[:-1]).mean()
+            assert (apart < 1) == asked, number
+            assert abs(begins[1::2].mean() - 6 * number) <= 1
+    # A frame is the same whatever chunk it is in.
+    one, other = (frames(VideoSource.describe([str(path)], deinterlace=True), items) for items in (2, 100))
+    assert all(np.array_equal(value[0], other[key][0]) for key, value in one.items())
+
+
+SPACING = [40, 80, 120]
+
+
+def write_animation(path: Path, count: int = 20) -> Path:
+    first, *others = [Image.fromarray(picture(number)) for number in range(count)]
+    durations = [SPACING[number % 3] for number in range(count)]
+    more = {"lossless": True} if path.suffix == ".webp" else {}
+    form = {".apng": "PNG", ".png": "PNG"}.get(path.suffix)
+    first.save(path, form, save_all=True, append_images=others, duration=durations, **more)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.apng", "a.png", "a.webp"])
+def test_animations_are_videos(tmp_path: Path, name: str) -> None:
+    path = write_animation(tmp_path / name)
+    whole = frames(VideoSource.describe([str(path)]), 100)
+    assert numbers(whole) == list(range(20))
+    expected = np.cumsum([0, *(SPACING[number % 3] for number in range(19))]) / 1000
+    assert [info["time"] for _, info in whole.values()] == pytest.approx(expected)
+    assert all(np.abs(value[0].astype(int) - picture(number)).max() < 40 for number, value in enumerate(whole.values()))
+    # Frames hold what changes alone: from any range on, they are still whole.
+    parts = frames(VideoSource.describe([str(path)]), 3)
+    assert all(np.array_equal(value[0], whole[key][0]) for key, value in parts.items())
+    small = frames(VideoSource.describe([str(path)], size=(48, 48), fit="contain", every=5))
+    assert [value[0].shape for value in small.values()] == [(48, 48, 3)] * 4
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.apng", "a.webp"])
+def test_animations_that_are_cut_off(tmp_path: Path, name: str) -> None:
+    data = write_animation(tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) * 6 // 10])
+    found = frames(VideoSource.describe([str(tmp_path / name)]))
+    there = numbers(found)
+    assert there == list(range(len(there)))
+    assert 8 <= len(there) < 20
+    good = [value[0] for value in found.values() if not isinstance(value, ItemError)]
+    assert all(np.abs(each.astype(int) - picture(number)).max() < 40 for number, each in enumerate(good))
+    lost = errors(found)
+    assert len(lost) == 20 - len(there) if name == "a.apng" else list(lost)[-1].endswith("-end")
+    assert all("cut off" in text or "missing" in text or "cannot be decoded" in text for text in lost.values())
+
+
+def test_a_folder_gives_its_animations(tmp_path: Path) -> None:
+    for name in ("a.gif", "b.apng", "c.webp"):
+        write_animation(tmp_path / name, 2)
+    write_clip(tmp_path / "d.mp4", 1)
+    source = VideoSource.describe([str(tmp_path)])
+    assert [key.split("/")[0] for key in frames(source)] == ["a.gif", "a.gif", "b.apng", "b.apng", "d.mp4"]
+    assert "1 file passed over, not videos by their name: .webp 1" in (source.remark() or "")
+
+
 def test_colours_come_out_as_they_went_in(tmp_path: Path) -> None:
     colours = [(200, 30, 40), (20, 200, 60), (30, 60, 220)]
     for matrix in ("bt709", "smpte170m"):
@@ -130,6 +306,36 @@ def test_colours_come_out_as_they_went_in(tmp_path: Path) -> None:
         found = frames(VideoSource.describe([str(path)]))
         seen = [value[0].mean(axis=(0, 1)) for value in found.values()]
         assert np.abs(np.array(seen) - np.array(colours)).max() < 3
+
+
+@pytest.mark.parametrize(("transfer", "signals"), [(16, (0, 0.5807, 0.7518)), (18, (0, 0.75, 1))])
+def test_hdr_is_told_and_brought_down(tmp_path: Path, transfer: int, signals: tuple[float, ...]) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p10le"
+        context = stream.codec_context
+        context.color_range, context.colorspace, context.color_primaries, context.color_trc = 1, 9, 9, transfer
+        for share in signals:  # of the brightest signal
+            frame = av.VideoFrame(96, 64, "yuv420p10le")
+            for plane, stored in zip(frame.planes, (64 + round(876 * share), 512, 512), strict=True):
+                plane.update(np.full(plane.buffer_size // 2, stored, np.uint16).tobytes())
+            frame.pts = None
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    source = VideoSource.describe([str(path)])
+    [chunk] = chunks_of(source, 100)
+    assert "a.mp4 is HDR: its brightness and colours are brought down" in (source.remark() or "")
+    seen = [value[0].mean() for value in frames(source).values()]
+    assert seen == pytest.approx([0, 217, 255], abs=3)  # black, reference white, and the peak
+    colour = Video.from_json(chunk.payload["video"]).colour
+    assert colour == Colour(1, 9, 9, transfer)
+    encoder = Encoder(Encoding("libx264"), Video.from_json(chunk.payload["video"]), (96, 64))
+    encoder.add(picture(0), 0)
+    with av.open(BytesIO(encoder.close())) as written:  # as it is joined
+        context = written.streams.video[0].codec_context
+        tags = context.color_range, context.colorspace, context.color_primaries, context.color_trc
+        assert tags == (1, 1, 1, 1)
 
 
 # -- what is damaged -----------------------------------------------------------------------------------
@@ -253,6 +459,14 @@ def test_chunks_end_at_a_keyframe_where_one_is_near(tmp_path: Path) -> None:
     assert [chunk.count for chunk in chunks_of(source, 22)] == [20, 20, 20]
     assert [chunk.count for chunk in chunks_of(source, 15)] == [15, 15, 10, 15, 5]
     assert [chunk.count for chunk in chunks_of(source, 1000)] == [60]
+
+
+def test_the_last_chunks_are_smaller_where_workers_share_a_video(tmp_path: Path) -> None:
+    source = VideoSource.describe([str(write_clip(tmp_path / "a.mp4", 60, gop=100))])
+    chunks = [*source.plan(None, 0, lambda: ChunkLimit(10, 1 << 40, slots=2))]
+    assert [chunk.count for chunk in chunks] == [10, 10, 10, 7, 5, 4, 3, 2, 2, 2, 2, 2, 1]
+    few = [*source.plan(None, 0, lambda: ChunkLimit(1, 1 << 40, slots=2))]
+    assert [chunk.count for chunk in few] == [1] * 60
 
 
 def test_planning_goes_on_inside_a_video_and_before_its_missing_end(tmp_path: Path) -> None:
@@ -418,8 +632,8 @@ def test_a_bucket_gives_the_frames_that_a_folder_does(tmp_path: Path, bucket: St
     local, remote = both(write_clip(tmp_path / name, 40, codec=codec), bucket)
     assert list(local) == list(remote)
     assert numbers(remote) == list(range(40))
-    for (picture, info), (other, more) in zip(local.values(), remote.values(), strict=True):
-        assert np.array_equal(picture, other)
+    for (one, info), (other, more) in zip(local.values(), remote.values(), strict=True):
+        assert np.array_equal(one, other)
         assert info == more
 
 
@@ -496,6 +710,19 @@ def test_a_video_that_is_replaced_costs_its_frames(
     dead = [error for batch in batches for _, error in batch.dead]
     assert len(dead) == 20
     assert {error.message for error in dead} == {f"{bucket.url}/a.mp4 has changed since the job was planned"}
+
+
+def test_a_video_that_changes_while_it_is_read_costs_the_chunk(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 60)
+    source = VideoSource.describe([str(path)])
+    [chunk] = chunks_of(source, 60)
+    scorer = Recorder()
+    scorer.batch_size = 4
+    batches = source.read(chunk, scorer, Timings())
+    assert len(next(batches).values) == 4
+    write_clip(path.with_name("b.mp4"), 60, gop=3).replace(path)
+    with pytest.raises(SourceChangedError, match=r"a\.mp4 has changed"):
+        list(batches)
 
 
 # -- looking at videos in a process of its own ---------------------------------------------------------

@@ -12,7 +12,10 @@ from tally.errors import ItemError, SpecError
 from tally.models.labels import read_labels
 from tally.scorers.base import Item
 from tally.scorers.vision import outputs
-from tally.scorers.vision.detection import ANY_CLASSES, DECODERS, Boxes, detect_rows, nms
+from tally.scorers.vision.detection.base import ANY_CLASSES, Boxes, Given, Output
+from tally.scorers.vision.detection.decoders import DECODERS
+from tally.scorers.vision.detection.rows import detect_rows
+from tally.scorers.vision.detection.suppression import nms
 from tally.scorers.vision.outputs import probabilities
 from tally.scorers.vision.preprocess import Prepared, Preprocess, Preprocessor
 
@@ -116,7 +119,9 @@ def test_reduced_decoding_does_not_move_boxes() -> None:
     np.testing.assert_allclose(prepared.original(np.array([[0, 0, 20, 10.0]])), [[0, 0, 200, 60]])
 
 
-@pytest.mark.parametrize("value", [b"bytes", np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)])
+@pytest.mark.parametrize(
+    "value", [b"bytes", *(np.zeros(shape, np.uint8) for shape in [(4, 4), (4, 4, 4)]), np.zeros((4, 4, 3), np.float32)]
+)
 def test_what_is_no_picture(value: Any) -> None:
     with pytest.raises(ItemError, match=r"a\.jpg: not a decoded picture"):
         prepare(value)
@@ -128,12 +133,35 @@ def test_extreme_shapes(shape: tuple[int, int], resize: str) -> None:
     assert prepare(picture(*shape), size=(224, 224), resize=resize).tensor.shape == (3, 224, 224)
 
 
-def test_pixels_inverts_tensor() -> None:
+@pytest.mark.parametrize("spec", [{}, {"scale": 1 / 127.5, "mean": 1}, {"dtype": "uint8"}])
+@pytest.mark.parametrize("channels", ["rgb", "bgr"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_pixels_inverts_tensor(layout: str, channels: str, spec: dict[str, Any]) -> None:
     value = picture(9, 6)
-    for layout in ("nchw", "nhwc"):
-        spec = Preprocess(layout=layout, channels="bgr", scale=1 / 127.5, mean=1)  # type: ignore[arg-type]
-        preprocessor = Preprocessor(spec)
-        np.testing.assert_array_equal(preprocessor.pixels(preprocessor.tensor(Image.fromarray(value))), value)
+    preprocessor = Preprocessor(Preprocess(layout=layout, channels=channels, **spec))  # type: ignore[arg-type]
+    found = preprocessor.pixels(preprocessor.tensor(Image.fromarray(value)))
+    np.testing.assert_array_equal(found, value)
+    assert found.flags.c_contiguous
+
+
+@pytest.mark.parametrize("size", [None, (9, 6)])
+@pytest.mark.parametrize("channels", ["rgb", "bgr", "gray"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_a_picture_that_fits_is_taken_as_it_is(layout: str, channels: str, dtype: str, size: Any) -> None:
+    value = picture(9, 6)
+    preprocessor = Preprocessor(Preprocess(layout=layout, channels=channels, dtype=dtype, size=size))  # type: ignore[arg-type]
+    prepared = preprocessor(Item("a.jpg", value, {}))
+    image = Image.fromarray(value).convert("L" if channels == "gray" else "RGB")
+    np.testing.assert_array_equal(prepared.tensor, preprocessor.tensor(image))
+    assert (prepared.width, prepared.height, prepared.scale, prepared.offset) == (9, 6, (1, 1), (0, 0))
+    assert prepared.region == (0, 0, 9, 6)
+    assert not np.shares_memory(prepared.tensor, value)
+
+
+def test_gray_values_become_a_picture_of_three_channels() -> None:
+    found = Preprocessor(Preprocess(channels="gray")).pixels(np.array([[[1.0, 2.0]]], np.float32))
+    assert found.tolist() == [[[1, 1, 1], [2, 2, 2]]]
 
 
 def test_pixels_are_clipped() -> None:
@@ -197,7 +225,13 @@ def test_nms_of_nothing_and_of_empty_boxes() -> None:
 def decode(name: str, outputs: list[np.ndarray[Any, Any]], size: tuple[int, int]) -> list[Any]:
     prepared = prepare(picture(2 * size[0], 3 * size[1]), size=size)
     return detect_rows(
-        outputs, prepared, "ab".__getitem__, decoder=name, size=size, score_threshold=0.5, iou_threshold=0.45
+        outputs,
+        prepared,
+        "ab".__getitem__,
+        decoder=DECODERS[name],
+        given=Given(size),
+        threshold=0.5,
+        iou_threshold=0.45,
     )
 
 
@@ -233,12 +267,10 @@ def test_fastestdet() -> None:
     assert [row["ymin"], row["ymax"]] == pytest.approx([3 * (16 - 16), 3 * (16 + 16)])
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_ssd(swapped: bool) -> None:
+def test_ssd() -> None:
     scores = np.array([[0.1, 0.1, 0.8], [0.9, 0.05, 0.05]], np.float32)
     corners = np.array([[0.25, 0.5, 0.75, 1.0], [0, 0, 1, 1]], np.float32)
-    outputs = [corners, scores] if swapped else [scores, corners]
-    [row] = decode("ssd", outputs, (64, 64))
+    [row] = decode("ssd", [corners, scores], (64, 64))
     assert row == {
         "xmin": 32.0,
         "ymin": 96.0,
@@ -252,21 +284,31 @@ def test_ssd(swapped: bool) -> None:
 @pytest.mark.parametrize(
     ("shapes", "size", "found"),
     [
-        ([[1, 3549, 85]], (416, 416), {"yolox": 80, "yolox-decoded": 80, "yolov8": 81}),
-        ([[None, 8400, 6]], (640, 640), {"yolox": 1, "yolox-decoded": 1, "yolov8": 2, "end-to-end": ANY_CLASSES}),
+        ([[1, 3549, 85]], (416, 416), {"yolox": 80, "yolox-decoded": 80, "yolov6": 80, "yolov8": 81, "yolov8-obb": 80}),
+        (
+            [[None, 8400, 6]],
+            (640, 640),
+            {"yolox": 1, "yolox-decoded": 1, "yolov6": 1, "yolov8": 2, "yolov8-obb": 1, "end-to-end": ANY_CLASSES},
+        ),
         ([[1, 25200, 85]], (640, 640), {"yolov5": 80}),
-        ([[1, 84, 8400]], (640, 640), {"yolov8": 80}),
+        ([[1, 84, 8400]], (640, 640), {"yolov8": 80, "yolov8-obb": 79}),
         ([[1, 300, 6]], (640, 640), {"end-to-end": ANY_CLASSES}),
+        ([[1, 300, 84]], (640, 640), {"detr-joined": 80}),
         ([[1, 85, 22, 22]], (352, 352), {"fastestdet": 80}),
-        ([[1, 4420, 2], [1, 4420, 4]], (320, 240), {"ssd": 1}),
-        ([[1, 4420, 4], [1, 4420, 21]], (320, 240), {"ssd": 20}),
-        ([[1, 8400, 4], [1, 8400, 80]], (640, 640), {"ssd": 79, "yolonas": 80}),
+        ([[1, 4420, 2], [1, 4420, 4]], (320, 240), {"ssd": 1, "detr": 1, "detr-sigmoid": 2}),
+        ([[1, 4420, 4], [1, 4420, 21]], (320, 240), {"ssd": 20, "detr": 20, "detr-sigmoid": 21}),
+        ([[1, 8400, 4], [1, 8400, 80]], (640, 640), {"ssd": 79, "yolonas": 80, "detr": 79, "detr-sigmoid": 80}),
+        ([[1, 144, 80, 80], [1, 144, 20, 20], [1, 144, 40, 40]], (640, 640), {"yolov8-raw": 80}),
+        ([[1, 3, 80, 80, 85], [1, 3, 40, 40, 85], [1, 3, 20, 20, 85]], (640, 640), {"yolov5-raw": 80}),
+        ([[1, 116, 8400], [1, 32, 160, 160]], (640, 640), {"yolov8": 112, "yolov8-obb": 111, "yolov8-segment": 80}),
         ([[1, 1000]], (224, 224), {}),
         ([[1, 100, 4], [1, 200, 2]], (320, 240), {}),
     ],
 )
 def test_decoders_are_told_by_shapes(shapes: Any, size: Any, found: dict[str, int]) -> None:
-    assert {n: d.classes(shapes, size) for n, d in DECODERS.items() if d.classes(shapes, size)} == found
+    outputs = [Output(str(number), tuple(shape)) for number, shape in enumerate(shapes)]
+    told = {name: [match.classes for match in each.find(outputs, Given(size))] for name, each in DECODERS.items()}
+    assert {name: classes[0] for name, classes in told.items() if classes} == found
 
 
 # ---------------------------------------------------------------------------------- segment and restyle

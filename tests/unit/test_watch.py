@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 from tests.conftest import Ran
 
+from tally import demo
 from tally.database.tables import jobs, watch_objects
 from tally.errors import ModelNotFoundError, SourceNotFoundError, SpecError
 from tally.jobs.facade import Jobs
@@ -21,7 +22,7 @@ from tally.storage import open_store
 from tally.triggers import watch as watches
 from tally.triggers.watch import Watcher, WatchStore, fill
 
-STYLE = Path(__file__).parents[2] / "examples/style/model"
+STYLE = demo.model("strokes")
 TEMPLATE = {"source": ["{url}"], "model": str(STYLE), "out": "/out/{stem}_processed.mp4"}
 
 
@@ -321,6 +322,7 @@ def test_a_place_that_is_away_is_said_and_looked_at_again(tmp_path: Path) -> Non
     [
         ({"out": "/out/all.mp4"}, "names no object"),
         ({"source": ["/in/a.mp4"]}, "should be '{url}'"),
+        ({"alerts": ["failed"]}, "there is no webhook to send them to"),
         ({"out": "/out/{nme}"}, "did you mean 'name'"),
     ],
 )
@@ -359,7 +361,8 @@ def test_what_placeholders_stand_for() -> None:
 def test_a_model_that_is_not_there_is_refused_at_once(
     tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch, model: str, hint: str
 ) -> None:
-    monkeypatch.chdir(STYLE.parent)
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
     model = model.replace("s3://{bucket}", s3)
     with pytest.raises(ModelNotFoundError) as refused:
         Watched(str(tmp_path)).add(template=TEMPLATE | {"model": model})

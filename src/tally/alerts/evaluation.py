@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,6 +16,21 @@ from tally.database.tables import alerts, jobs
 from tally.errors import SourceNotFoundError, SpecError, TallyError, error_line
 from tally.text import storable
 
+_NO_WEBHOOK = "alerts: there is no webhook to send them to"
+_NO_ALERT = "webhook: there is no alert to send to it"
+
+
+def unpaired(fields: Mapping[str, Any]) -> list[str]:
+    """What a job that is kept to be run later has against it: rules without a webhook, or a webhook without rules.
+
+    Its address and the secret may be known only to the process that runs it, so they are looked at there.
+    """
+    if fields.get("alerts") and not fields.get("webhook"):
+        return [f"{_NO_WEBHOOK}; add webhook: https://..., or webhook: env:NAME"]
+    if fields.get("webhook") and not fields.get("alerts"):
+        return [f"{_NO_ALERT}; add a rule, such as alerts: [failed]"]
+    return []
+
 
 def check(alert_rules: Sequence[str], hook: str | None, columns: Collection[str] | None) -> None:
     """Whether alerts with these rules could be evaluated and sent. Raises SpecError with every problem.
@@ -25,10 +40,10 @@ def check(alert_rules: Sequence[str], hook: str | None, columns: Collection[str]
     problems: list[str] = []
     hint = None
     if alert_rules and hook is None:
-        problems.append("alerts: there is no webhook to send them to")
+        problems.append(_NO_WEBHOOK)
         hint = "Add --webhook https://..., or --webhook env:NAME to keep the address in the environment."
     if hook is not None and not alert_rules:
-        problems.append("webhook: there is no alert to send to it")
+        problems.append(_NO_ALERT)
         hint = "Add a rule, such as --alert 'anomalies > 0'."
     if columns is not None and "anomaly" not in columns:
         problems += [

@@ -12,7 +12,6 @@ import base64
 import binascii
 import hashlib
 import hmac
-import os
 import threading
 import time
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
 import tally
+from tally.config import variable
 from tally.errors import SpecError
 from tally.processes import withhold
 from tally.text import visible
@@ -75,7 +75,7 @@ def shown(webhook: str) -> str:
 def address(webhook: str) -> str:
     """The web address, from the environment if it is there. Raises SpecError."""
     name = webhook[4:] if webhook.startswith("env:") else None
-    found = webhook if name is None else os.environ.get(name, "").strip()
+    found = webhook if name is None else (variable(name) or "").strip()
     if name is not None and not found:
         raise SpecError(f"the webhook is {webhook}, and {name} is not set", hint=f"Set {name} to the web address.")
     try:
@@ -87,12 +87,12 @@ def address(webhook: str) -> str:
 
 def has_secret() -> bool:
     """Whether there is a key to sign with."""
-    return bool(os.environ.get(SECRET, "").strip())
+    return bool((variable(SECRET) or "").strip())
 
 
 def secret() -> bytes:
     """The key that bodies are signed with, from the environment. Raises SpecError."""
-    given = os.environ.get(SECRET, "").strip()
+    given = (variable(SECRET) or "").strip()
     hint = f"Make one, and give it to the receiver too: export {SECRET}={_PREFIX}$(openssl rand -base64 32)"
     if not given:
         raise SpecError(f"a webhook is signed, and {SECRET} is not set", hint=hint)

@@ -46,6 +46,18 @@ def literal_pairs(flag: str, assignments: Sequence[str], read: Collection[str] =
     return texts | pairs(flag, [f"{key}={texts[key]}" for key in texts if key in read])
 
 
+def text_pairs(flag: str, assignments: Sequence[str]) -> dict[str, str]:
+    """``KEY=VALUE`` pairs whose values are the text that was given. Raises SpecError for a key that is given twice."""
+    found: dict[str, str] = {}
+    problems: list[str] = []
+    for key, value in _split(flag, assignments, problems):
+        if found.setdefault(key, value) != value:
+            problems.append(f"{flag} {key}: is given twice, as {found[key]!r} and as {value!r}")
+    if problems:
+        raise SpecError(problems)
+    return found
+
+
 def _split(flag: str, assignments: Sequence[str], problems: list[str]) -> Iterator[tuple[str, str]]:
     for assignment in assignments:
         key, equals, value = assignment.partition("=")

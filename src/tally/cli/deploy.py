@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli import installation, values
-from tally.cli.console import literal_pairs, say
+from tally.cli import completion, installation, options, values
+from tally.cli.console import say, text_pairs
+from tally.cli.values import Choice
+from tally.storage import failure
 from tally.text import visible
 
 if TYPE_CHECKING:
@@ -35,12 +37,12 @@ def _environment(ctx: click.Context, parameter: click.Parameter, value: str | No
 
 
 @click.command(short_help="Keep a model online: here, on Kubernetes, on Azure.")
-@click.argument("model")
+@click.argument("model", shell_complete=completion.models)
 @click.option("--name", required=True, help="Of the endpoint: small letters, digits and '-'.")
 @click.option("--target", required=True, metavar="local|aci|kubernetes", help="Where it is to run.")
 @click.option(
     "--profile",
-    type=click.Choice(["dev-test", "production"]),
+    type=Choice(["dev-test", "production"]),
     help="One replica, or two and more with an autoscaler.  [default: dev-test]",
 )
 @click.option(
@@ -61,7 +63,8 @@ def _environment(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--max-delay", callback=values.delay, help="How long a batch may wait for more items.  [default: 5ms]")
 @click.option("--grpc-port", type=int, help="Where clients reach it over gRPC.  [default: no gRPC]")
 @click.option("--drain", callback=values.duration, help="For what is in work at the end.  [default: 30s]")
-@click.option("-t", "--task", help="As with 'tally score'.")
+@options.of_pictures
+@click.option("-t", "--task", shell_complete=completion.tasks, help="As with 'tally score'.")
 @click.option("--labels", help="As with 'tally score'; for containers in a bucket, on the web, or image:/path.")
 @click.option("--artifacts", help="As with 'tally score'; for containers in a bucket, or image:/path.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the model, e.g. top=5.")
@@ -126,7 +129,7 @@ def deploy(
     kind = targets.get(target)
     said = {name: value for name, value in given.items() if value is not None and value is not False and value != ()}
     if assigned:
-        said["variables"] = _variables(assigned)
+        said["variables"] = text_pairs("--variable", assigned)
     with installation.deployment(kind, made(kind.spec_type, target, said)) as deployment:
         plan = deployment.plan()
         build = _build(deployment, out or Path("FOLDER"), said)
@@ -145,15 +148,6 @@ def deploy(
             _apply(deployment, plan, wait=wait, timeout=timeout)
 
 
-def _variables(assigned: Sequence[str]) -> dict[str, str]:
-    from tally.errors import SpecError
-
-    found = literal_pairs("--variable", assigned)
-    if twice := [name for name, value in found.items() if isinstance(value, list)]:
-        raise SpecError([f"--variable: {name} is given more than once" for name in twice])
-    return found
-
-
 def _build(deployment: Target[Any], folder: Path, said: Mapping[str, Any]) -> Build | None:
     """How the image is made, where it is not there yet."""
     if not deployment.spec.environment.is_built:
@@ -169,7 +163,7 @@ def _apply(deployment: Target[Any], plan: Plan, *, wait: bool, timeout: float) -
     for note in plan.notes:
         say(note)
     changes = deployment.difference()
-    _show(changes)
+    show_changes(changes)
     if changes:
         deployment.apply(say)
     else:
@@ -180,7 +174,7 @@ def _apply(deployment: Target[Any], plan: Plan, *, wait: bool, timeout: float) -
         say(f"  {name}: {uri}")
 
 
-def _show(changes: Sequence[Change]) -> None:
+def show_changes(changes: Sequence[Change]) -> None:
     colours = {"+": "green", "-": "red"}
     for change in changes:
         say(f"{change.action} {change.what}")
@@ -189,7 +183,6 @@ def _show(changes: Sequence[Change]) -> None:
 
 
 def _write(plan: Plan, build: Build | None, folder: Path) -> None:
-    from tally.errors import StorageError
 
     if build is not None:
         build.write(folder)
@@ -197,7 +190,7 @@ def _write(plan: Plan, build: Build | None, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / plan.file).write_text(plan.text, "utf-8")
     except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror or error}") from None
+        raise failure("write", str(folder), error) from None
     say(f"wrote {folder / plan.file}")
 
 
@@ -223,6 +216,8 @@ def _words(said: Mapping[str, Any]) -> list[str]:
         match value:
             case True:
                 words.append(flag)
+            case (int(red), int(green), int(blue)):
+                words += [flag, f"#{red:02x}{green:02x}{blue:02x}"]
             case (int(least), int(most)):
                 words += [flag, str(least) if least == most else f"{least}..{most}"]
             case tuple():

@@ -10,9 +10,11 @@ from functools import partial
 import click
 
 from tally.cli.console import say
+from tally.cli.values import Choice
 from tally.errors import TallyError
 from tally.health import checks, services
 from tally.health.checks import Skip, Warn
+from tally.storage import unexpected
 from tally.text import visible
 
 LOCAL_SECONDS = 30.0
@@ -25,11 +27,12 @@ _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red", "-": "bright_black"}
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """remote: it mostly waits for something else, so it is begun before its turn."""
+    """remote: it mostly waits for something else, so it is begun before its turn. seconds: how long it may take."""
 
     name: str
     run: Callable[[], str]
     remote: bool = False
+    seconds: float | None = None
 
 
 def _checks(places: Sequence[str], *, write: bool, engine: str | None, address: str | None) -> list[Check]:
@@ -69,13 +72,15 @@ class _Running(threading.Thread):
             self._outcome = "-", str(skip)
         except TallyError as error:
             self._outcome = "FAIL", str(error)
+        except OSError as error:
+            self._outcome = "FAIL", str(unexpected(error))
         except Exception as error:
             self._outcome = "FAIL", f"{type(error).__name__}: {error}"
 
     def outcome(self) -> tuple[str, str]:
         """``ok``, ``warn``, ``FAIL`` or ``-``, and what is to be said of it."""
         # Checks that were begun together continue while the first of them is waited for.
-        limit = REMOTE_SECONDS if self._check.remote else LOCAL_SECONDS
+        limit = self._check.seconds or (REMOTE_SECONDS if self._check.remote else LOCAL_SECONDS)
         self.join(limit)
         return self._outcome or ("FAIL", f"no answer within {limit:g} s")
 
@@ -92,7 +97,7 @@ def _run(checks: Sequence[Check]) -> Iterator[tuple[str, str, str]]:
 @click.option("--write", is_flag=True, help="Write, read back and delete a small object at each PLACE.")
 @click.option(
     "--engine",
-    type=click.Choice(["local", "ray"]),
+    type=Choice(["local", "ray"]),
     help="With ray: fail if Ray is missing or its cluster does not answer.",
 )
 @click.option(
@@ -116,10 +121,15 @@ def doctor(places: tuple[str, ...], write: bool, engine: str | None, address: st
 
         say(Jobs().mend(mend))
         return 0
-    failed = False
     if address is not None:
         engine = "ray"
-    for name, outcome, text in _run(_checks(places, write=write, engine=engine, address=address)):
+    return report(_checks(places, write=write, engine=engine, address=address))
+
+
+def report(checks: Sequence[Check]) -> int:
+    """Run checks, and print what each finds as soon as it has; 1 if one failed."""
+    failed = False
+    for name, outcome, text in _run(checks):
         failed |= outcome == "FAIL"
         mark = click.style(f"{outcome:<5}", fg=_COLOURS[outcome])
         click.echo(f"{mark} {visible(name):<16} " + visible(text, lines=True).replace("\n", "\n" + " " * 21))

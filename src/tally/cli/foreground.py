@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from tally.jobs.store import JobRecord
 
 
+TOO_MANY_DEAD = 3
+"""The exit code of a job that is finished, with more dead items than ``--fail-on-dead`` allows."""
+
+
 def see_through(
     jobs: Jobs,
     job_id: str,
@@ -22,8 +26,12 @@ def see_through(
     retry_dead: bool = False,
     here: bool = False,
     engine: Engine | None = None,
+    fail_on_dead: float | None = None,
 ) -> int:
-    """Drive the job in the foreground, and say how it ended; the exit code. here: in this process in any case."""
+    """Drive the job in the foreground, and say how it ended; the exit code. here: in this process in any case.
+
+    fail_on_dead: the share of dead items above which a finished job is no success.
+    """
     from tally import terminal
 
     try:
@@ -37,6 +45,10 @@ def see_through(
     if record.state == "finished":
         if not quiet:
             say(summary(record), err=True)
+        if fail_on_dead is not None and record.dead > fail_on_dead * record.done:
+            allowed = f"{100 * fail_on_dead:.10g}%"
+            say(f"{record.dead:,} of {record.done:,} {record.unit} failed, over --fail-on-dead {allowed}", err=True)
+            return TOO_MANY_DEAD
         return 0
     if record.state == "interrupted":
         return _interrupted(record)

@@ -23,17 +23,19 @@ if TYPE_CHECKING:
     from tally.jobs.facade import Jobs
     from tally.jobs.spec import JobSpec
     from tally.models.registry import Registry
+    from tally.pipelines.facade import Pipelines
     from tally.server.auth.keys import KeyStore
     from tally.serving.deployments import DeploymentStore
     from tally.sources.queues.base import Queue
+    from tally.training.runs.store import RunStore
+    from tally.training.sweeps.store import SweepStore
     from tally.triggers.store import ScheduleStore
     from tally.triggers.watch import WatchStore
 
 _CLIENT = "tally.client"
 HERE_ONLY = (
+    "demo",
     "train",
-    "runs",
-    "sweep",
     "tensorboard",
     "up",
     "new",
@@ -174,6 +176,39 @@ def queue(url: str, opened: Callable[[str], Queue]) -> Queue:
 
         return RemoteQueue(client, url)
     return opened(url)
+
+
+def runs() -> RunStore:
+    """All trainings."""
+    if (client := _client()) is not None:
+        from tally.cli.remote_runs import RemoteRuns
+
+        return RemoteRuns(client)
+    from tally.training.runs.store import RunStore
+
+    return RunStore(_database())
+
+
+def sweeps() -> SweepStore:
+    """All sweeps."""
+    if (client := _client()) is not None:
+        from tally.cli.remote_runs import RemoteSweeps
+
+        return RemoteSweeps(client)
+    from tally.training.sweeps.store import SweepStore
+
+    return SweepStore(_database())
+
+
+def pipelines() -> Pipelines:
+    """All runs of pipelines."""
+    if (client := _client()) is not None:
+        from tally.cli.remote_runs import RemotePipelines
+
+        return RemotePipelines(client)
+    from tally.pipelines.facade import open_pipelines
+
+    return open_pipelines()
 
 
 @contextmanager

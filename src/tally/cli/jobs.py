@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tally.cli import installation
+from tally.cli import completion, installation
 from tally.cli.console import say, table
 from tally.cli.foreground import cost, duration, share
-from tally.cli.values import moment
+from tally.cli.values import Choice, fail_on_dead, moment
 from tally.jobs.states import ENDED, STATES
 from tally.masking import mask
 from tally.text import local_time, visible
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 CANCEL_SECONDS = 10.0
 """How long a command waits for what becomes of a job that was asked to cancel."""
+
+
+SOURCES = 5
+"""How many sources of a job are shown."""
 
 
 @click.group()
@@ -45,8 +50,8 @@ def jobs() -> None:
     show_default=True,
     help="How many, newest first.",
 )
-@click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")
-@click.option("--model", help="Only jobs with the model of this name.")
+@click.option("--state", type=Choice(STATES), help="Only jobs in this state.")
+@click.option("--model", shell_complete=completion.registered, help="Only jobs with the model of this name.")
 @click.option("--out", "place", help="Only jobs that write to this place.")
 @click.option("--text", help="Only jobs with this in their id, model, sources or output.")
 @click.option(
@@ -92,26 +97,33 @@ def _show(records: Sequence[JobRecord]) -> None:
 
 
 @jobs.command(short_help="Progress, timings, cost, error of a job.")
-@click.argument("job")
+@click.argument("job", shell_complete=completion.jobs)
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(job: str, as_json: bool) -> None:
     """Everything about a job: progress, timings per stage, cost, alerts, error, where the results are."""
     jobs = installation.jobs()
     record = jobs.get(job)
-    judged, pushes = jobs.alerts(record.id), jobs.pushes(record.id)
+    judged, pushes, parts = jobs.alerts(record.id), jobs.pushes(record.id), jobs.parts(record.id)
     if as_json:
-        more = {"alerts": [asdict(alert) for alert in judged], "pushes": None if pushes is None else asdict(pushes)}
+        more: dict[str, Any] = {
+            "alerts": [asdict(alert) for alert in judged],
+            "parts": [asdict(each) for each in parts],
+        }
+        more["pushes"] = None if pushes is None else asdict(pushes)
         say(_json(record, **more))
         return
-    pushed = [] if pushes is None else [("pushed", _pushed(pushes))]
-    for name, value in _facts(record) + pushed + [("alert", alert.describe()) for alert in judged]:
+    others = [] if pushes is None else [("pushed", _pushed(pushes))]
+    if parts:
+        states = Counter(each.state for each in parts)
+        others.append(("parts", f"{len(parts)}: " + ", ".join(f"{count} {state}" for state, count in states.items())))
+    for name, value in _facts(record) + others + [("alert", alert.describe()) for alert in judged]:
         say(f"{name:<12} {visible(value)}")
     if record.error:
         say(f"{'error':<12} " + record.error.replace("\n", "\n" + " " * 13))
 
 
 @jobs.command()
-@click.argument("job")
+@click.argument("job", shell_complete=completion.jobs)
 def watch(job: str) -> int:
     """Follow a job until it ends. Ctrl-C stops following, not the job."""
     from tally.jobs.events import Assumed, Event, Events, Progress, Waiting, Warned
@@ -139,7 +151,7 @@ def watch(job: str) -> int:
 
 
 @jobs.command(short_help="Stop handing out work, for a while.")
-@click.argument("job")
+@click.argument("job", shell_complete=completion.jobs)
 def pause(job: str) -> None:
     """Stop handing out work; running chunks are finished and saved. The model stays loaded."""
     record = installation.jobs().pause(job)
@@ -147,14 +159,15 @@ def pause(job: str) -> None:
 
 
 @jobs.command(short_help="Go on with a job that was stopped.")
-@click.argument("job")
-@click.option("--device", help="From now on: auto, cpu, cuda[:N] or tensorrt[:N].")
+@click.argument("job", shell_complete=completion.jobs)
+@click.option("--device", shell_complete=completion.devices, help="From now on: auto, cpu, cuda[:N] or tensorrt[:N].")
 @click.option("-w", "--workers", help="From now on: worker processes, 8 or 4..64.")
 @click.option("--timeout", type=float, help="From now on: seconds that one batch may take.")
 @click.option("--memory", help="From now on: memory that one worker may hold, e.g. 2GiB.")
 @click.option("--max-dead", help="From now on: share of failed items at which the job stops.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
-def resume(job: str, quiet: bool, **options: Any) -> int:
+@fail_on_dead
+def resume(job: str, quiet: bool, fail_on_dead: float | None, **options: Any) -> int:
     """Go on with a job that was paused, interrupted, killed or has failed; follow one that runs in a cluster.
 
     The options that are given are changed; those that would change the result cannot be.
@@ -167,11 +180,11 @@ def resume(job: str, quiet: bool, **options: Any) -> int:
     if record.alive and not jobs.runs_in_a_cluster(record):
         say(f"job {record.id} was told to continue; follow it with: tally jobs watch {record.id}")
         return 0
-    return see_through(jobs, record.id, quiet=quiet)
+    return see_through(jobs, record.id, quiet=quiet, fail_on_dead=fail_on_dead)
 
 
 @jobs.command(short_help="Stop a job for good.")
-@click.argument("job")
+@click.argument("job", shell_complete=completion.jobs)
 def cancel(job: str) -> None:
     """Stop a job for good, and remove what it had not finished writing."""
     jobs = installation.jobs()
@@ -199,10 +212,11 @@ def _put_down(jobs: Jobs, record: JobRecord) -> JobRecord:
 
 
 @jobs.command(short_help="Replay a job's dead items.")
-@click.argument("job")
+@click.argument("job", shell_complete=completion.jobs)
 @click.option("--dead", is_flag=True, required=True, help="Replay the dead items.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on the terminal.")
-def retry(job: str, dead: bool, quiet: bool) -> int:
+@fail_on_dead
+def retry(job: str, dead: bool, quiet: bool, fail_on_dead: float | None) -> int:
     """Replay a job's dead items, after their cause was mended; what succeeds joins the results."""
     from tally.cli.foreground import see_through
 
@@ -212,11 +226,11 @@ def retry(job: str, dead: bool, quiet: bool) -> int:
         more = "" if record.state in ENDED else f"; it is {record.state}, go on with: tally jobs resume {record.id}"
         say(f"job {record.id} has no dead items{more}")
         return 0
-    return see_through(jobs, record.id, quiet=quiet, retry_dead=dead)
+    return see_through(jobs, record.id, quiet=quiet, retry_dead=dead, fail_on_dead=fail_on_dead)
 
 
 @jobs.command(short_help="The items that failed, and why.")
-@click.argument("job")
+@click.argument("job", shell_complete=completion.jobs)
 @click.option(
     "-n", "--limit", type=click.IntRange(1, 1_000_000_000), default=100, show_default=True, help="How many at most."
 )
@@ -225,6 +239,8 @@ def dead(job: str, limit: int, as_json: bool) -> None:
     """The items that failed for good, each with its reason."""
     jobs = installation.jobs()
     record = jobs.get(job)
+    if not record.dead:
+        say(f"job {record.id} has no dead items" + ("" if record.state in ENDED else " so far"), err=True)
     for number, each in enumerate(jobs.dead(record.id)):
         if number == limit:
             say(f"... and {record.dead - limit:,} more (-n {record.dead})", err=True)
@@ -237,7 +253,7 @@ def dead(job: str, limit: int, as_json: bool) -> None:
 
 
 @jobs.command(short_help="The last lines that a job's processes wrote.")
-@click.argument("job")
+@click.argument("job", shell_complete=completion.jobs)
 @click.option("-n", "--lines", type=click.IntRange(1, 10_000), default=100, show_default=True, help="Of each, at most.")
 def log(job: str, lines: int) -> None:
     """What the coordinator wrote, where a server started it, and what workers printed: here, or at the server."""
@@ -252,7 +268,7 @@ def log(job: str, lines: int) -> None:
 
 
 @jobs.command(short_help="The alerts of a job, and what became of them.")
-@click.argument("job")
+@click.argument("job", shell_complete=completion.jobs)
 @click.option("--send", is_flag=True, help="Send undelivered alerts now, including those that were given up.")
 def alerts(job: str, send: bool) -> int:
     """The rules of a job that has ended, what was measured, and whether the webhook was told."""
@@ -268,7 +284,7 @@ def alerts(job: str, send: bool) -> int:
 
 
 @jobs.command()
-@click.argument("job")
+@click.argument("job", shell_complete=completion.jobs)
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def delete(job: str, dry_run: bool) -> None:
     """Forget a job. Finished results stay where they are; what was not finished is removed."""
@@ -298,7 +314,7 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
     facts = [
         ("job", record.id),
         ("state", record.state + asked),
-        ("source", ", ".join(record.spec["source"])),
+        ("source", _some(record.spec["source"])),
         ("model", model["name"] + kind),
         ("out", record.spec["out"]),
         ("items", f"{record.items:,}" + ("" if record.planned else " so far, still listing")),
@@ -308,6 +324,12 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
         ("time", f"{duration(seconds)}, {record.done / seconds if seconds else 0:,.1f} {record.unit}/s"),
         ("stages", f"{stages} (all workers; {usage.get('worker_seconds', 0.0):.2f} s busy)"),
     ]  # fmt: skip
+    if record.parent is not None:
+        facts.insert(1, ("part of", f"job {record.parent}"))
+    if part := ", ".join(
+        f"{name} {value}" for name in ("limit", "sample", "shard") if (value := record.spec.get(name))
+    ):
+        facts.insert(3, ("part", part))
     if options := record.spec.get("queue"):
         meta = {f"meta.{name}": place for name, place in options.get("meta", {}).items()}
         plain = {name: value for name, value in options.items() if name != "meta"}
@@ -331,6 +353,12 @@ def _facts(record: JobRecord) -> list[tuple[str, str]]:
         hopeless = record.planned and 0 < record.items == record.dead
         facts.append(("next", f"tally jobs retry {record.id} --dead" if hopeless else f"tally jobs resume {record.id}"))
     return facts
+
+
+def _some(places: Sequence[str]) -> str:
+    """The first of many places, and how many more there are."""
+    more = len(places) - SOURCES
+    return ", ".join(places[:SOURCES]) + (f" and {more:,} more (--json has all)" if more > 0 else "")
 
 
 def _pushed(pushes: Pushes) -> str:

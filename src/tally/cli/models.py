@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tally.cli import installation
+from tally.cli import completion, installation
 from tally.cli.console import pairs, say, table
 from tally.cli.values import names
 from tally.errors import ModelChangedError, ModelNotFoundError
@@ -26,10 +26,15 @@ def models() -> None:
 
 
 @models.command()
-@click.argument("name")
-@click.argument("model")
+@click.argument("name", shell_complete=completion.registered)
+@click.argument("model", shell_complete=completion.models)
 @click.option("--alias", help="Point this alias at the new version, e.g. production.")
-@click.option("-t", "--task", help="classify, detect, restyle, embed, segment or values; detected by default.")
+@click.option(
+    "-t",
+    "--task",
+    shell_complete=completion.tasks,
+    help="classify, detect, restyle, embed, segment or values; detected by default.",
+)
 @click.option("--labels", help="Names of the classes: a text file with one per line, or JSON.")
 @click.option("--artifacts", help="Folder with what a script loads (AZUREML_MODEL_DIR).")
 @click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="An option, e.g. preprocess.channels=bgr.")
@@ -133,7 +138,7 @@ def list_(as_json: bool) -> None:
 
 
 @models.command(short_help="A model's versions and aliases.")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.registered)
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(name: str, as_json: bool) -> None:
     """A model's versions with their metadata, and what its aliases pointed at."""
@@ -163,7 +168,7 @@ def show(name: str, as_json: bool) -> None:
 
 
 @models.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completion.registered)
 @click.argument("alias")
 @click.argument("version", type=int)
 def alias(name: str, alias: str, version: int) -> None:
@@ -173,7 +178,7 @@ def alias(name: str, alias: str, version: int) -> None:
 
 
 @models.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completion.registered)
 @click.argument("alias")
 def rollback(name: str, alias: str) -> None:
     """Point ALIAS back at the version before."""
@@ -182,7 +187,7 @@ def rollback(name: str, alias: str) -> None:
 
 
 @models.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completion.registered)
 @click.argument("alias")
 def unalias(name: str, alias: str) -> None:
     """Remove ALIAS; the version that it points at stays."""
@@ -191,20 +196,20 @@ def unalias(name: str, alias: str) -> None:
 
 
 @models.command(short_help="Remember something about a version.")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.registered)
 @click.argument("version", type=int)
 @click.argument("tags", nargs=-1, required=True, metavar="KEY=VALUE...")
 def tag(name: str, version: int, tags: tuple[str, ...]) -> None:
     """Tag VERSION of NAME; KEY= without a value takes a tag away."""
-    from tally.cli.console import literal_pairs
+    from tally.cli.console import text_pairs
 
-    given = {key: value or None for key, value in literal_pairs("KEY=VALUE", tags).items()}
+    given = {key: value or None for key, value in text_pairs("KEY=VALUE", tags).items()}
     found = installation.registry().tag(name, version, given)
     say(f"{found}: {_text(found.metadata.get('tags', {})) or 'no tags'}")
 
 
 @models.command(short_help="Compare content with its hash.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.registered)
 @click.argument("version", type=int, required=False)
 def verify(name: str | None, version: int | None) -> int:
     """Compare content with its hash: of one version, of all of NAME, or of everything.
@@ -234,7 +239,7 @@ def verify(name: str | None, version: int | None) -> int:
 
 
 @models.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completion.registered)
 @click.argument("version", type=int)
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def remove(name: str, version: int, yes: bool) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from tally.cli.console import say
-from tally.errors import OutputExistsError, SpecError, StorageError
+from tally.errors import OutputExistsError, SpecError
+from tally.storage import failure
 
 SCORER = '''\
 """{title}: try it with
@@ -212,7 +213,7 @@ def _write(path: Path, text: str) -> None:
     except FileExistsError:
         raise OutputExistsError(f"{path} is there already", hint="Choose another name, or remove it first.") from None
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+        raise failure("write", str(path), error) from error
 
 
 def _identifier(name: str) -> str:

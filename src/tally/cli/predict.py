@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
 from tally.cli import values
 from tally.cli.console import say
-from tally.errors import ServerAwayError
+from tally.network import is_loopback
 from tally.serving.settings import KEYS
 
 
@@ -34,7 +35,7 @@ def predict(
     """
     import httpx2
 
-    from tally.serving.requests import request_of
+    from tally.serving.requests import cannot_be_asked, request_of
 
     if out is not None and len(files) > 1:
         raise click.UsageError("--out takes one answer, and there are several files")
@@ -43,9 +44,15 @@ def predict(
         request = request_of(url, file, name=name)
         headers = dict(request.headers) | ({"Authorization": f"Bearer {endpoint_key}"} if endpoint_key else {})
         try:
-            answer = httpx2.post(request.url, content=request.body, headers=headers, timeout=timeout)
+            answer = httpx2.post(
+                request.url,
+                content=request.body,
+                headers=headers,
+                timeout=timeout,
+                trust_env=not is_loopback(urlsplit(request.url).hostname or ""),
+            )
         except httpx2.HTTPError as error:
-            raise ServerAwayError(f"{request.url} cannot be asked: {error}") from None
+            raise cannot_be_asked(request.url, error) from None
         failed += answer.status_code >= 400
         if out is not None and answer.status_code < 400:
             out.write_bytes(answer.content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -18,7 +19,7 @@ class Line:
         self._begun = time.monotonic()
         self._before = 0
         self._shown = 0.0
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def begin(self, done: int = 0) -> None:
         """The clock starts now; ``done`` were done before."""

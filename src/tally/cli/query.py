@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from tally.cli import installation
+from tally.cli import completion, installation
 from tally.cli.console import say
 from tally.storage import temporary
 from tally.text import visible
 
 
 @click.command()
-@click.argument("job")
+@click.argument("job", shell_complete=completion.jobs)
 @click.argument("sql")
 @click.option("--csv", "as_csv", is_flag=True, help="CSV, also on a terminal.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per row.")

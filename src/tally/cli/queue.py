@@ -10,6 +10,7 @@ import click
 
 from tally.cli import installation
 from tally.cli.console import say
+from tally.cli.values import Choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -92,7 +93,7 @@ def replay(url: str, limit: int) -> None:
 @click.option("--limit", type=click.IntRange(1, 1_000_000_000), help="Stop after so many.")
 @click.option(
     "--body",
-    type=click.Choice(("text", "url", "json", "pyliteral")),
+    type=Choice(("text", "url", "json", "pyliteral")),
     default="text",
     show_default=True,
     help="The key; its URL; or a dict with both, as JSON or as Python writes it.",
@@ -140,12 +141,8 @@ def _message(key: str, place: str, body: str) -> Message:
 
 
 def _opened(url: str) -> Queue:
-    from tally.errors import SpecError
-    from tally.masking import mask
-    from tally.sources.queues.factory import BROKERS, check, is_queue, open_queue
+    from tally.sources.queues.factory import check, open_queue
 
-    if not is_queue(url):
-        raise SpecError(f"{mask(url)} is no queue", hint=f"A queue's URL begins with {', '.join(BROKERS)}, and ://")
     check(url)
     return open_queue(url)
 

@@ -19,8 +19,8 @@ from tally.jobs.follow import Follower
 from tally.jobs.outbox import Pushes
 from tally.jobs.printed import Printed
 from tally.jobs.spec import JobSpec, absolute, is_in_home, settled
-from tally.jobs.states import State
-from tally.jobs.store import JobPage, JobRecord
+from tally.jobs.states import NOTHING_LEFT, State
+from tally.jobs.store import JobPage, JobRecord, Part
 from tally.models.mirror import fetched
 from tally.models.package import write_package
 from tally.models.reference import ModelRef
@@ -34,6 +34,7 @@ from tally.storage import temporary
 from tally.triggers.cron import Interval
 from tally.triggers.store import Run, Schedule, ScheduleStore
 from tally.triggers.watch import SEEN, Seen, Watch, WatchStore
+from tally.triggers.works.base import Work
 
 if TYPE_CHECKING:
     from tally.engines.base import Engine
@@ -45,14 +46,15 @@ def _not_here(self: object) -> NoReturn:
     raise TallyError("this works on the server's own machine only", hint="Give the command there, without --server.")
 
 
-_elsewhere: Any = property(_not_here)
+absent: Any = property(_not_here)
+"""In place of the database."""
 
 
 class RemoteJobs(Jobs):
     """The jobs of a server."""
 
     elsewhere = "on the server"
-    store = starts = _elsewhere
+    store = starts = absent
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -64,7 +66,7 @@ class RemoteJobs(Jobs):
         self,
         spec: JobSpec,
         *,
-        model: Scorer | type[Scorer] | None = None,
+        model: Scorer | type[Scorer] | Callable[[Any], Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
         waiting: str | None = None,
@@ -125,7 +127,7 @@ class RemoteJobs(Jobs):
         if record.alive:
             self._client.resume(record.id, **self._options)
         elif record.state in ("cancelled", "finished"):
-            raise JobStateError(f"job {record.id} is {record.state}")
+            raise JobStateError(f"job {record.id} is {record.state}", hint=NOTHING_LEFT[record.state])
         return record
 
     def change(self, job: str, **options: Any) -> JobRecord:
@@ -163,6 +165,9 @@ class RemoteJobs(Jobs):
 
     def pushes(self, job: str) -> Pushes | None:
         return self._look_up(job)[1].pushes
+
+    def parts(self, job: str) -> Sequence[Part]:
+        return self._look_up(job)[1].parts
 
     def at(self, place: str) -> JobRecord | None:
         found = [each for each in self._client.list(out=place).jobs if each.state != "cancelled"]
@@ -221,7 +226,7 @@ def _record(view: JobView) -> JobRecord:
 class RemoteRegistry(Registry):
     """The models of a server."""
 
-    engine = _elsewhere
+    engine = absent
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -277,7 +282,7 @@ class RemoteRegistry(Registry):
 class RemoteSchedules(ScheduleStore):
     """The schedules of a server."""
 
-    engine = _elsewhere
+    engine = absent
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -305,13 +310,13 @@ class RemoteSchedules(ScheduleStore):
         read: Callable[[], Mapping[str, Any]],
         *,
         file: str,
-        cron: str,
-        timezone: str,
-        overlap: str,
-        catch_up: str,
+        cron: str | None = None,
+        timezone: str | None = None,
+        overlap: str | None = None,
+        catch_up: str | None = None,
         since: str | None = None,
         replace: bool = False,
-        allow: Callable[[JobSpec], None] = lambda spec: None,
+        allow: Callable[[Work], None] = lambda work: None,
     ) -> Schedule:
         return self._client.add_schedule(
             name, read(), file=file, cron=cron, timezone=timezone, overlap=overlap, catch_up=catch_up, since=since,
@@ -328,7 +333,7 @@ class RemoteSchedules(ScheduleStore):
 class RemoteWatches(WatchStore):
     """The watches of a server."""
 
-    engine = _elsewhere
+    engine = absent
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -364,7 +369,7 @@ class RemoteWatches(WatchStore):
 class RemoteEndpoints(DeploymentStore):
     """The kept endpoints of a server."""
 
-    _engine = _elsewhere
+    _engine = absent
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -434,7 +439,7 @@ def _deployment(view: EndpointView) -> Deployment:
 class RemoteKeys(KeyStore):
     """The keys of a server."""
 
-    _engine = _elsewhere
+    _engine = absent
 
     def __init__(self, client: Client) -> None:
         self._client = client

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tally.cli import installation
 from tally.cli.console import say, table
 from tally.cli.foreground import duration
+from tally.cli.values import Choice
 from tally.text import local_time, visible
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def runs() -> None:
 
 @runs.command("list")
 @click.option("-n", "--limit", type=click.IntRange(1, 100_000), default=20, show_default=True, help="How many at most.")
-@click.option("--state", type=click.Choice(RUN_STATES), help="Only runs in this state.")
+@click.option("--state", type=Choice(RUN_STATES), help="Only runs in this state.")
 @click.option("--kind", help="Only runs of this kind: script, retrain, style, anomaly.")
 @click.option("--sweep", help="Only trials of this sweep.")
 @click.option("--text", help="Only runs with this in their id or name.")
@@ -39,9 +41,7 @@ def runs() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(as_json: bool, **wanted: Any) -> None:
     """List the newest runs. Filters combine: a run must match all of them."""
-    from tally.training.runs.store import open_runs
-
-    page = open_runs().list(**wanted)
+    page = installation.runs().list(**wanted)
     if as_json:
         for each in page.runs:
             say(json.dumps(each.to_dict()))
@@ -64,9 +64,7 @@ def list_(as_json: bool, **wanted: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(run: str, metric: str | None, as_json: bool) -> None:
     """Parameters, metrics, files, models, code, data, environment, cost and error of a run."""
-    from tally.training.runs.store import open_runs
-
-    store = open_runs()
+    store = installation.runs()
     record = store.get(run)
     if metric is not None:
         curve = store.values(record.id, [metric])[metric]
@@ -92,9 +90,8 @@ def compare(run: tuple[str, ...], sweep: str | None, metric: str | None, lowest:
     """What differs between runs: parameters, and the last value of each metric."""
     from tally.errors import SpecError
     from tally.training.runs.compare import best_first, differing
-    from tally.training.runs.store import open_runs
 
-    store = open_runs()
+    store = installation.runs()
     records = [store.get(each) for each in run]
     if sweep is not None:
         records += store.list(sweep=sweep, limit=10_000).runs
@@ -126,9 +123,9 @@ def compare(run: tuple[str, ...], sweep: str | None, metric: str | None, lowest:
 def reproduce(run: str, start: bool) -> int:
     """Print the command that gives the same, and what is different here from what it was then; --run runs it."""
     from tally.training.runs.reproduce import recipe
-    from tally.training.runs.store import open_runs
 
-    found = recipe(open_runs().get(run))
+    installation.check_here("runs reproduce")
+    found = recipe(installation.runs().get(run))
     for each in found.differences:
         say(f"not as it was: {each}", err=True)
     say(found.shown)
@@ -147,9 +144,9 @@ def mirror(run: tuple[str, ...], sweep: str | None, uri: str, experiment: str) -
     """
     from tally.errors import SpecError
     from tally.training.runs.mlflow_mirror import mirror as bring
-    from tally.training.runs.store import open_runs
 
-    store = open_runs()
+    installation.check_here("runs mirror")
+    store = installation.runs()
     records = [store.get(each) for each in run]
     if sweep is not None:
         records += store.list(sweep=sweep, limit=10_000).runs
@@ -165,37 +162,45 @@ def mirror(run: tuple[str, ...], sweep: str | None, uri: str, experiment: str) -
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def delete(run: str, keep_files: bool, dry_run: bool) -> None:
     """Forget a run, and remove its files where Tally has made their folder. Models that it registered stay."""
-    from tally.training.runs.store import open_runs
-    from tally.training.runs.tracking import is_own_folder, remove
-
-    store = open_runs()
+    store = installation.runs()
     record = store.get(run)
-    files = not keep_files and is_own_folder(record)
+    made = store.has_made(record)
+    files = made and not keep_files
     what = f"run {record.id}" + (f", and its files in {record.folder}" if files else "")
-    left = "" if files or not Path(record.folder).exists() else f"; its files stay in {record.folder}"
+    left = f"; its files stay in {record.folder}" if not files and (made or Path(record.folder).exists()) else ""
     if dry_run:
         say(f"would remove {what}{left}")
         return
-    remove(store, record, keep_files=keep_files)
+    store.remove(record, keep_files=keep_files)
     say(f"{what} is deleted{left}")
 
 
 @click.command(short_help="Look at runs in TensorBoard.")
 @click.argument("run", nargs=-1)
 @click.option("--sweep", help="All trials of this sweep.")
+@click.option("--text", help="Only runs with this in their id or name.")
 @click.option("-n", "--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="The newest runs.")
+@click.option("--follow", is_flag=True, help="Show runs that begin later, too.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where it listens.")
 @click.option("--port", type=click.IntRange(0, 65535), default=6006, show_default=True, help="0: any that is free.")
-def tensorboard(run: tuple[str, ...], sweep: str | None, limit: int, host: str, port: int) -> int:
+def tensorboard(
+    run: tuple[str, ...], sweep: str | None, text: str | None, limit: int, follow: bool, host: str, port: int
+) -> int:
     """Start TensorBoard with the event files of runs: of those that are named, of a sweep, or of the newest."""
-    from tally.training.runs.store import open_runs
+    from tally.errors import SpecError
     from tally.training.runs.tensorboard import show as show_runs
 
-    store = open_runs()
-    records = [store.get(each) for each in run]
-    if not records:
-        records = store.list(sweep=sweep, limit=limit).runs
-    return show_runs(records, host=host, port=port, say=lambda line: say(line, err=True))
+    store = installation.runs()
+    if run and follow:
+        raise SpecError("--follow shows runs that begin later: name none", hint="Leave the runs or --follow out.")
+
+    def newest() -> list[RunRecord]:
+        return store.list(sweep=sweep, text=text, limit=limit).runs
+
+    records = [store.get(each) for each in run] or newest()
+    return show_runs(
+        records, host=host, port=port, say=lambda line: say(line, err=True), later=newest if follow else None
+    )
 
 
 def _some(record: RunRecord) -> str:

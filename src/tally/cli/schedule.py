@@ -1,4 +1,4 @@
-"""``tally schedule``: jobs on time, and for times gone by."""
+"""``tally schedule``: jobs, trainings and pipelines on time, and for times gone by."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 
 from tally.cli import installation
 from tally.cli.console import say, table
+from tally.cli.values import Choice
 from tally.errors import JobNotFoundError, SpecError
 from tally.text import visible
 
@@ -27,42 +28,49 @@ _NEAR = 3 * 3600
 
 @click.group()
 def schedule() -> None:
-    """Run jobs on time: hourly, nightly, for days gone by.
+    """Run jobs, trainings, pipelines and clean-ups on time: hourly, nightly, for days gone by.
 
-    Each run scores one interval: the time from one tick of the schedule to the next.
+    Each run is for one interval: the time from one tick of the schedule to the next.
     """
 
 
-@schedule.command(short_help="Run a job file on time.")
+@schedule.command(short_help="Run a job, a training or a pipeline on time.")
 @click.argument("name")
 @click.argument("file")
-@click.option("--cron", required=True, help="Minute, hour, day, month, weekday: '0 * * * *' is every full hour.")
-@click.option("--timezone", default="UTC", show_default=True, help="Time zone of --cron, e.g. Europe/Berlin.")
+@click.option("--cron", help="Minute, hour, day, month, weekday: '0 * * * *' is every full hour.")
+@click.option("--timezone", help="Time zone of --cron, e.g. Europe/Berlin.  [default: UTC]")
 @click.option(
     "--overlap",
-    type=click.Choice(["queue", "skip", "parallel"]),
-    default="queue",
-    show_default=True,
-    help="What to do with a run that is due while the previous one is still running.",
+    type=Choice(["queue", "skip", "parallel"]),
+    help="What to do with a run that is due while the previous one is still running.  [default: queue]",
 )
 @click.option(
     "--catch-up",
-    type=click.Choice(["all", "latest", "none"]),
-    default="all",
-    show_default=True,
-    help="Which missed intervals to run later.",
+    type=Choice(["all", "latest", "none"]),
+    help="Which missed intervals to run later.  [default: all]",
 )
 @click.option(
     "--from", "since", metavar="TIME", help="Begin with the first interval from this time on.  [default: now]"
 )
 @click.option("--replace", is_flag=True, help="Change the schedule that has this name.")
 def add(
-    name: str, file: str, cron: str, timezone: str, overlap: str, catch_up: str, since: str | None, replace: bool
+    name: str,
+    file: str,
+    cron: str | None,
+    timezone: str | None,
+    overlap: str | None,
+    catch_up: str | None,
+    since: str | None,
+    replace: bool,
 ) -> None:
     """Run the job that the YAML FILE describes, whenever --cron says.
 
+    Or a training (train: anomaly, retrain, style, script; sweep: retrain, script), whose fields are the flags of its
+    command; or an Argo workflow, as it is or as 'pipeline: FILE' and the flags of tally pipeline run; or a clean-up
+    (clean: jobs, runs). A CronWorkflow says itself when it is run.
+
     Its values may hold {interval_start} and {interval_end}, with a format ({interval_start:%Y-%m-%d}) and in UTC
-    ({interval_start_utc:%H%M}); 'out' must contain one. The file is read once, now.
+    ({interval_start_utc:%H%M}); a job's 'out' must contain one. The file is read once, now.
 
     \b
     tally schedule add hourly job.yaml --cron '0 * * * *' --timezone Europe/Berlin
@@ -79,7 +87,9 @@ def add(
     following = clock.next(max(now, added.planned_until), 1)[0]
     say(f"schedule {name} runs next at {clock.text(following.end)}, for {clock.span(following)}")
     if late := len(clock.ending(added.planned_until, now)):
-        say(f"  intervals that are over already: {late:,}; catch-up is {catch_up}")
+        say(f"  intervals that are over already: {late:,}; catch-up is {added.catch_up}")
+    if added.paused:
+        say(f"  it is paused, as the file says; go on with: tally schedule resume {name}")
     say("  Something has to run it: tally up, or tally schedule run --forever", err=True)
 
 
@@ -87,6 +97,8 @@ def add(
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_(as_json: bool) -> None:
     """All schedules, with their next and last runs."""
+    from tally.triggers.works.kinds import does
+
     store = installation.schedules()
     schedules = store.all()
     if as_json:
@@ -103,14 +115,14 @@ def list_(as_json: bool) -> None:
         at = "paused" if each.paused else clock.text(_next(store, each, clock, 1)[0].end)
         shown = "-" if last is None else f"{last.state}: {clock.span(last.interval)}"
         counted = ", ".join(f"{counts[state]:,} {state}" for state in _STATES if counts.get(state))
-        rows.append((each.name, each.cron, each.timezone, at, shown, counted or "-"))
-    table(("NAME", "CRON", "ZONE", "NEXT RUN", "LAST INTERVAL", "RUNS"), rows)
+        rows.append((each.name, does(each.template), each.cron, each.timezone, at, shown, counted or "-"))
+    table(("NAME", "DOES", "CRON", "ZONE", "NEXT RUN", "LAST INTERVAL", "RUNS"), rows)
 
 
 def _json(schedule: Schedule, **more: Any) -> str:
-    from tally.jobs.spec import shown
+    from tally.triggers.works.kinds import told
 
-    return json.dumps(asdict(schedule) | more | {"template": shown(schedule.template)})
+    return json.dumps(asdict(schedule) | more | {"template": told(schedule.template)})
 
 
 _STATES = ("running", "pending", "failed", "skipped", "empty", "finished")
@@ -125,6 +137,7 @@ _STATES = ("running", "pending", "failed", "skipped", "empty", "finished")
 def show(name: str, limit: int, as_json: bool) -> None:
     """Everything about a schedule: its next times, its last runs, and what happens when the clock is set."""
     from tally.triggers.loop import log_of
+    from tally.triggers.works.kinds import told
 
     store = installation.schedules()
     found = store.get(name)
@@ -136,10 +149,8 @@ def show(name: str, limit: int, as_json: bool) -> None:
         return
     for label, value in (
         ("schedule", found.name + (" (paused)" if found.paused else "")),
-        ("job file", found.file),
-        ("source", ", ".join(_listed(found.template["source"]))),
-        ("model", found.template["model"]),
-        ("out", found.template["out"]),
+        ("file", found.file),
+        *((label, _told(value)) for label, value in told(found.template).items()),
         ("cron", f"{found.cron}   on the clock of {found.timezone}"),
         ("overlap", found.overlap),
         ("catch-up", found.catch_up),
@@ -152,8 +163,8 @@ def show(name: str, limit: int, as_json: bool) -> None:
     table(("NEXT RUN", "INTERVAL"), [(clock.text(each.end), clock.span(each)) for each in following])
     if runs:
         say()
-        rows = [(clock.span(r.interval), r.state, r.reason, *_job(r), _short(r.error)) for r in runs]
-        table(("INTERVAL", "STATE", "REASON", "JOB", "DONE", "ERROR"), rows)
+        rows = [(clock.span(r.interval), r.state, r.reason, *_done(r), _short(r.error)) for r in runs]
+        table(("INTERVAL", "STATE", "REASON", "BY", "DONE", "ERROR"), rows)
 
 
 @schedule.command()
@@ -185,8 +196,8 @@ def resume(names: tuple[str, ...]) -> None:
 def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
     """Run what is due, of all schedules or those named, and wait for it.
 
-    With --forever it keeps running until it is stopped: Ctrl-C or SIGTERM stops it cleanly, and running jobs save what
-    they have.
+    With --forever it keeps running until it is stopped: Ctrl-C or SIGTERM stops it cleanly, and what runs saves what it
+    has.
     Several may run at once, here and on other hosts with the same database: no interval is run twice.
     """
     from contextlib import nullcontext
@@ -220,12 +231,12 @@ def run(names: tuple[str, ...], forever: bool, failed: bool) -> int:
     return 1 if loop.failed else 0
 
 
-@schedule.command()
+@schedule.command(short_help="Forget a schedule; what it has run stays.")
 @click.argument("name")
 def remove(name: str) -> None:
-    """Forget a schedule and what it has run; jobs and results stay."""
+    """Forget a schedule and what it has run; jobs, trainings and results stay."""
     installation.schedules().remove(name)
-    say(f"schedule {name} is removed; its jobs and results stay")
+    say(f"schedule {name} is removed; its jobs, trainings and results stay")
 
 
 @schedule.command(short_help="Run intervals gone by.")
@@ -281,6 +292,8 @@ class _Report:
 
     def show(self) -> None:
         """What has ended since the last time."""
+        import tally.jobs.facade  # noqa: F401 - takes time, and there is some until the first run has ended
+
         counts = self._store.counts(self._name, within=self.within)
         if counts == self._counts:
             return
@@ -288,8 +301,10 @@ class _Report:
         for run in self._runs():
             if run.state in ("finished", "empty", "failed") and run.id not in self._ended:
                 self._ended.add(run.id)
-                job, done = _job(run)
-                what = f"{done} done (job {job})" if run.state == "finished" else str(run.error)
+                by, done = _done(run)
+                if by.startswith("job "):
+                    done = f"{done} done"
+                what = f"{done} ({by})" if run.state == "finished" else str(run.error)
                 count = f"[{len(self._ended):,}/{len(self._ids):,}]"
                 say(f"{count} {self._clock.span(run.interval)} {run.state}: {what}", err=True)
 
@@ -343,16 +358,20 @@ def _clock_change(clock: Cron, now: float) -> str | None:
     return f"on {clock.local(at):%Y-%m-%d} {before} becomes {clock.local(at):%H:%M %Z}; {runs}"
 
 
-def _job(run: Run) -> tuple[str, str]:
-    """The run's job, and how far it is."""
-    if run.job_id is None:
-        return "-", "-"
+def _done(run: Run) -> tuple[str, str]:
+    """What does the run, and how far it is or what came of it."""
+    if run.job_id is not None:
+        return str(run.by), _of_job(run.job_id)
+    return run.by or "-", _short(run.outcome) or "-"
+
+
+def _of_job(job: str) -> str:
     try:
-        record = installation.jobs().get(run.job_id)
+        record = installation.jobs().get(job)
     except JobNotFoundError:
-        return run.job_id, "deleted"
+        return "deleted"
     dead = f", {record.dead:,} failed" if record.dead else ""
-    return run.job_id, f"{record.done:,} {record.unit}{dead}"
+    return f"{record.done:,} {record.unit}{dead}"
 
 
 def _short(error: str | None) -> str:
@@ -360,5 +379,6 @@ def _short(error: str | None) -> str:
     return line if len(line) <= 100 else line[:97] + "..."
 
 
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [str(each) for each in value]
+def _told(value: Any) -> str:
+    """A field's value in a line."""
+    return value if isinstance(value, str) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tally.cli import values
+from tally.cli import completion, values
+from tally.cli import options as shared
 from tally.cli.console import pairs, say
 from tally.serving.settings import KEYS
 
-_NEEDS = "Serving needs more than scoring does: pip install 'tally-scoring[server]'"
-
 
 @click.command(short_help="Serve models online: HTTP and gRPC.")
-@click.argument("models", nargs=-1, required=True, metavar="[NAME=]MODEL|FILE.yaml...")
+@click.argument(
+    "models", shell_complete=completion.models, nargs=-1, required=True, metavar="[NAME=]MODEL|FILE.yaml..."
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--port", type=int, default=8080, show_default=True, help="Port to listen on; 0 for any that is free.")
 @click.option("--grpc-port", type=int, help="Port for gRPC; 0 for any that is free.  [default: no gRPC]")
@@ -50,7 +50,7 @@ _NEEDS = "Serving needs more than scoring does: pip install 'tally-scoring[serve
 )
 @click.option("--threads", type=int, default=1, show_default=True, help="Threads of numeric libraries in a replica.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda[:N] or tensorrt[:N].")
-@click.option("-t", "--task", help="As with 'tally score'.")
+@click.option("-t", "--task", shell_complete=completion.tasks, help="As with 'tally score'.")
 @click.option("--labels", help="As with 'tally score'.")
 @click.option("--artifacts", help="As with 'tally score'.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="An option of the model, e.g. top=5.")
@@ -59,6 +59,7 @@ _NEEDS = "Serving needs more than scoring does: pip install 'tally-scoring[serve
 @click.option(
     "--payload-share", default="100%", show_default=True, callback=values.share, help="How large that sample is."
 )
+@shared.of_pictures
 @click.option(
     "--keys", "key_file", type=click.Path(path_type=Path), help=f"A file with a key a line; or put one into {KEYS}."
 )
@@ -89,6 +90,7 @@ def serve(
     key_file: Path | None,
     certificate: Path | None,
     private_key: Path | None,
+    **pictures: Any,
 ) -> None:
     """Serve MODELs online, until a signal ends it.
 
@@ -100,15 +102,13 @@ def serve(
     With SIGHUP it looks up its models again, and serves what they are now.
     """
     from tally import logs
-    from tally.errors import SpecError
+    from tally.optional import needed
     from tally.serving import declared
     from tally.serving.settings import Limits, ModelSettings, ServeSettings
     from tally.storage import normalised
 
-    try:
+    with needed("serving needs", "server"):
         from tally.serving.server import serve as run
-    except ModuleNotFoundError as error:
-        raise SpecError(f"nothing can be served: {error}", hint=_NEEDS) from None
     options: dict[str, Any] = {"task": task, "labels": labels, "artifacts": artifacts, "trust": trust}
     options["settings"] = pairs("--set", assignments)
     limits = Limits(
@@ -122,6 +122,7 @@ def serve(
         device=device,
         payloads=None if payloads is None else normalised(payloads),
         payload_share=payload_share,
+        **{name: value for name, value in pictures.items() if value is not None},
     )
     wanted: list[ModelSettings] = []
     for text in models:
@@ -153,11 +154,14 @@ def _parts(text: str) -> tuple[str, str]:
 
 def _keys(file: Path | None) -> tuple[str, ...]:
     from tally.errors import SpecError
+    from tally.serving.keys import keys_now
 
-    texts = os.environ.get(KEYS, "").split(",")
+    texts: list[str] = [*keys_now()]
     if file is not None:
         try:
             texts += file.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(f"--keys: {file} cannot be read: {error}") from None
+            raise SpecError(
+                f"--keys: {file} cannot be read: {error}", hint="--keys names a text file, one key on each line."
+            ) from None
     return tuple(key for text in texts if (key := text.strip()))

@@ -10,6 +10,7 @@ import click
 
 from tally.cli.console import say
 from tally.cli.values import duration, share
+from tally.errors import SpecError
 
 
 @click.group()
@@ -95,3 +96,62 @@ def readings(
     )
     if labels is not None:
         say(f"wrote {labels}: which ones, and how")
+
+
+@simulate.command(short_help="Pictures of eight shapes, which the model tally:shapes tells apart.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A folder.")
+@click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="How many.")
+@click.option("--labels", type=click.Path(path_type=Path), help="Also write which shape each shows: a .csv file.")
+@click.option("--seed", default=7, show_default=True, help="The same seed, the same pictures.")
+def pictures(out: Path, count: int, labels: Path | None, seed: int) -> None:
+    """Pictures of eight drawn shapes, one in each JPEG: of any size, colour, angle and place, some lying on their side.
+
+    \b
+    tally simulate pictures --out pictures --count 200
+    tally score pictures --model tally:shapes --out predictions
+    """
+    from tally.demo.pictures import SHAPES, draw
+    from tally.storage import failure
+
+    try:
+        draw(out, count, seed, labels)
+    except OSError as error:
+        raise failure("write", str(error.filename or out), error) from error
+    say(f"{count} pictures of {len(SHAPES)} shapes in {out}")
+
+
+@simulate.command(short_help="A clip with sound.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A .mp4 file.")
+@click.option("--seconds", type=float, default=5.0, show_default=True, help="How long.")
+@click.option("--size", default="320x180", show_default=True, help="Width and height in pixels, even numbers.")
+@click.option("--fps", default="25", show_default=True, help="Frames per second: 25, or 30000/1001.")
+@click.option("--seed", default=7, show_default=True, help="The same seed, the same clip.")
+def clip(out: Path, seconds: float, size: str, fps: str, seed: int) -> None:
+    """A drawn clip with sound: a bay under a low sun, a balloon, a boat and birds.
+
+    \b
+    tally simulate clip --out clip.mp4
+    tally score clip.mp4 --model tally:strokes --out styled.mp4
+    """
+    from fractions import Fraction
+
+    from tally.demo.clip import draw_clip
+    from tally.storage import failure
+
+    try:
+        width, height = (int(side) for side in size.split("x"))
+        rate = Fraction(fps)
+    except (ValueError, ZeroDivisionError):
+        raise SpecError(f"--size {size} --fps {fps}: write them as --size 320x180 --fps 25") from None
+    if min(width, height) < 16 or width % 2 or height % 2:
+        raise SpecError(f"--size: width and height are even numbers from 16 on, not {size}")
+    if not (0 < seconds < float("inf")) or rate <= 0:
+        raise SpecError(f"--seconds and --fps: more than 0, not {seconds:g} and {fps}")
+    if out.suffix != ".mp4":
+        raise SpecError(f"--out: a name that ends in .mp4, not {out.name!r}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        count = draw_clip(out, seconds, (width, height), rate, seed)
+    except OSError as error:
+        raise failure("write", str(out), error) from error
+    say(f"{out}: {count} frames of {width}x{height}, {float(rate):g} per second, with sound")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from tally.cli.console import literal_pairs, say, table
+from tally.cli import installation
+from tally.cli.console import say, table, text_pairs
+from tally.cli.promoting import promoting, tell_verdict
 from tally.cli.train_retrain import described, driven
 from tally.cli.train_retrain import retrain as train_retrain
 from tally.cli.train_script import script as train_script
+from tally.cli.values import Choice, engine_name
 from tally.text import local_time, visible
 
 if TYPE_CHECKING:
@@ -25,11 +28,27 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 RETRAIN_METRICS = ("validation_cross_entropy", "validation_accuracy", "cross_entropy", "accuracy")
-"""Those of ``tally.training.sweeps.retrain``, which takes time to import; a test keeps them the same."""
+"""Those of ``tally.training.retrain.retraining``, which takes time to import; a test keeps them the same."""
 _NOT_SWEPT = frozenset(
-    ("resume", "register", "name", "out", "output_graph", "output_labels", "summaries_dir", "final_test")
+    (
+        "resume",
+        "register",
+        "alias",
+        "gate",
+        "name",
+        "engine",
+        "out",
+        "output_graph",
+        "output_labels",
+        "summaries_dir",
+        "final_test",
+        "fine_tune",
+    )
 ) | {"print_misclassified_test_images"}
 """Options of ``tally train retrain`` that a sweep does not take."""
+
+_NOT_OF_A_SCRIPT = frozenset(("script", "parameters", "name", "register", "alias", "gate", "resume"))
+"""Parameters of ``tally train script`` that a sweep has of its own, or does not take."""
 
 
 @click.group()
@@ -39,6 +58,15 @@ def sweep() -> None:
     Each trial is a run: see 'tally runs' and 'tally tensorboard --sweep SWEEP'. SWEEP is a sweep's id, or the beginning
     of it.
     """
+
+
+_engine = click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    callback=engine_name,
+    help="Who runs trials: local (this machine), ray (a cluster whose machines see the same files).",
+)
 
 
 def _common(command: F) -> F:
@@ -55,16 +83,17 @@ def _common(command: F) -> F:
             ),
             click.option("--trials", type=int, help="How many.  [default: 20; of a grid: all]"),
             click.option("--parallel", type=int, help="Trials at once.  [default: one for each core]"),
+            _engine,
             click.option(
                 "--sampler",
-                type=click.Choice(["tpe", "random", "grid"]),
+                type=Choice(["tpe", "random", "grid"]),
                 default="tpe",
                 show_default=True,
                 help="tpe learns from trials that have ended; grid: every combination.",
             ),
             click.option("--sweep-seed", default=1, show_default=True, help="The same seed, the same parameters."),
             click.option("--prune", is_flag=True, help="Stop trials that are worse than the median of others."),
-            click.option("--register-best", metavar="NAME", help="Register the best model under this name."),
+            promoting("--register-best"),
             click.option("--name", help="Name of the sweep.  [default: its id]"),
         )
     ):
@@ -74,7 +103,10 @@ def _common(command: F) -> F:
 
 def _with_options_of_script(command: click.Command) -> click.Command:
     """Add the argument and options of ``tally train script``."""
-    command.params += [each for each in train_script.params if each.name not in ("parameters", "name")]
+    argument = copy.copy(next(each for each in train_script.params if each.name == "script"))
+    argument.required = True
+    command.params += [argument]
+    command.params += [each for each in train_script.params if each.name not in _NOT_OF_A_SCRIPT]
     return command
 
 
@@ -95,7 +127,7 @@ def _with_options_of_retrain(command: click.Command) -> click.Command:
 @_common
 @click.option(
     "--metric",
-    type=click.Choice(RETRAIN_METRICS),
+    type=Choice(RETRAIN_METRICS),
     default=RETRAIN_METRICS[0],
     show_default=True,
     help="What trials are compared by.",
@@ -110,8 +142,8 @@ def retrain(
     device: str,
     sweep_seed: int,
     prune_after: int | None,
-    register_best: str | None,
     parallel: int | None,
+    engine: str,
     metric: str,
     **given: Any,
 ) -> None:
@@ -127,10 +159,12 @@ def retrain(
     """
     from tally.errors import SpecError
     from tally.jobs.stop import Stop
+    from tally.training.retrain.retraining import METRICS
     from tally.training.retrain.retraining import Watcher as Preparing
-    from tally.training.sweeps.retrain import METRICS, RetrainTrials
+    from tally.training.sweeps.retrain import RetrainTrials
     from tally.training.sweeps.sweep import Sweep
 
+    installation.check_here("sweep retrain")
     swept = {each.partition("=")[0].strip() for each in texts}
     problems = [
         f"--{each}: is swept with -p {each}=..., too"
@@ -142,7 +176,7 @@ def retrain(
         problems.append(f"--workers: at least 1, not {workers}")
     if problems:
         raise SpecError(problems)
-    own = {each: given.pop(each) for each in ("trials", "sampler", "prune", "name")}
+    own = {each: given.pop(each) for each in ("trials", "sampler", "prune", "name", "register", "alias", "gate")}
     nothing = {"out": None, "output_graph": None, "output_labels": None, "summaries_dir": None, "final_test": True}
     stop = Stop()
     training = RetrainTrials(
@@ -152,9 +186,9 @@ def retrain(
         prune_after = training.given.parameters.how_many_training_steps // 10
     wanted = Sweep(
         training=training, texts=texts, metric=metric, lowest=METRICS[metric], seed=sweep_seed,
-        prune_after=prune_after, register=register_best, **own,
+        prune_after=prune_after, **own,
     )  # fmt: skip
-    _run(wanted, stop, parallel=parallel)
+    _run(wanted, stop, parallel=parallel, engine=engine)
 
 
 @click.command(short_help="Your own training script.", context_settings={"allow_interspersed_args": True})
@@ -162,14 +196,20 @@ def retrain(
 @click.option("--metric", required=True, help="What trials are compared by: a name that the script logs.")
 @click.option("--lowest", is_flag=True, help="The lowest value is the best, as of a loss.")
 @click.option("--prune-after", default=0, show_default=True, help="No trial is pruned before this step.")
+@click.option(
+    "--checkpoints",
+    is_flag=True,
+    help="The script goes on from what it has left in outputs/: a trial that is lost does so in its run.",
+)
 def script(
     texts: tuple[str, ...],
     sweep_seed: int,
-    register_best: str | None,
     parallel: int | None,
+    engine: str,
     metric: str,
     lowest: bool,
     prune_after: int,
+    checkpoints: bool,
     script: Path,
     data: tuple[str, ...],
     **given: Any,
@@ -187,13 +227,14 @@ def script(
     from tally.training.sweeps.script import ScriptTrials
     from tally.training.sweeps.sweep import Sweep
 
-    own = {each: given.pop(each) for each in ("trials", "sampler", "prune", "name")}
-    training = ScriptTraining(script=script, data=literal_pairs("--data", data), **given)
+    installation.check_here("sweep script")
+    own = {each: given.pop(each) for each in ("trials", "sampler", "prune", "name", "register", "alias", "gate")}
+    training = ScriptTraining(script=script, data=text_pairs("--data", data), **given)
     wanted = Sweep(
-        training=ScriptTrials(training), texts=texts, metric=metric, lowest=lowest, seed=sweep_seed,
-        prune_after=prune_after, register=register_best, **{**own, "name": own["name"] or script.stem},
+        training=ScriptTrials(training, goes_on=checkpoints), texts=texts, metric=metric, lowest=lowest,
+        seed=sweep_seed, prune_after=prune_after, **{**own, "name": own["name"] or script.stem},
     )  # fmt: skip
-    _run(wanted, Stop(), parallel=parallel)
+    _run(wanted, Stop(), parallel=parallel, engine=engine)
 
 
 sweep.add_command(_with_options_of_retrain(retrain))
@@ -203,7 +244,8 @@ sweep.add_command(_with_options_of_script(script))
 @sweep.command(short_help="Go on with a sweep that was interrupted.")
 @click.argument("sweep_id", metavar="SWEEP")
 @click.option("--parallel", type=int, help="Trials at once.  [default: one for each core]")
-def resume(sweep_id: str, parallel: int | None) -> None:
+@_engine
+def resume(sweep_id: str, parallel: int | None, engine: str) -> None:
     """Go on with a sweep that was interrupted or killed, or has failed.
 
     Trials that have ended stay. Those that were running begin again with the same parameters, from their checkpoints.
@@ -211,40 +253,42 @@ def resume(sweep_id: str, parallel: int | None) -> None:
     from tally.jobs.stop import Stop
     from tally.training.retrain.retraining import Watcher as Preparing
     from tally.training.sweeps.kinds import restored
-    from tally.training.sweeps.store import open_sweeps
 
-    record = open_sweeps().get(sweep_id)
+    installation.check_here("sweep resume")
+    record = installation.sweeps().get(sweep_id)
     stop = Stop()
-    _run(restored(record, Preparing(say=_note, drive=driven(stop))), stop, parallel=parallel, resume=record.id)
+    _run(
+        restored(record, Preparing(say=_note, drive=driven(stop))),
+        stop,
+        parallel=parallel,
+        engine=engine,
+        resume=record.id,
+    )
 
 
 @sweep.command("list")
 @click.option("-n", "--limit", type=click.IntRange(1, 100_000), default=20, show_default=True, help="How many at most.")
+@click.option("--after", metavar="PAGE", help="Continue the list: the value printed at the end of the page before.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-def list_(limit: int, as_json: bool) -> None:
+def list_(limit: int, after: str | None, as_json: bool) -> None:
     """List the newest sweeps."""
-    from tally.training.sweeps.store import open_sweeps
-
-    store = open_sweeps()
-    found = store.list(limit)
+    found = installation.sweeps().list(after=after, limit=limit)
     if as_json:
         for each in found.sweeps:
             say(json.dumps(each.to_dict()))
     elif found.sweeps:
         rows = []
         for each in found.sweeps:
-            trials = store.trials(each.id)
-            best = next((trial for trial in trials if trial.number == each.best), None)
-            shown = "-" if best is None or best.value is None else f"{each.spec['metric']} {best.value:.4g}"
+            best = "-" if each.best_value is None else f"{each.spec['metric']} {each.best_value:.4g}"
             rows.append(
-                (each.id, each.state, each.kind, each.name, _counts(trials), shown, each.model or "-",
+                (each.id, each.state, each.kind, each.name, _counts(each), best, each.model or "-",
                  local_time(each.created_at))
             )  # fmt: skip
         table(("SWEEP", "STATE", "KIND", "NAME", "TRIALS", "BEST", "MODEL", "CREATED"), rows)
     else:
         say("no sweeps yet; begin one: tally sweep --help", err=True)
-    if found.more:
-        say(f"there are more: --limit {limit * 2}", err=True)
+    if found.next is not None:
+        say(f"there are more; the next page: --after {found.next}", err=True)
 
 
 @sweep.command(short_help="All that is known of a sweep, and its trials.")
@@ -253,11 +297,9 @@ def list_(limit: int, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(sweep_id: str, best: bool, as_json: bool) -> None:
     """A sweep's space, state and trials."""
-    from tally.training.sweeps.store import open_sweeps
-
-    store = open_sweeps()
+    store = installation.sweeps()
     record = store.get(sweep_id)
-    trials = store.trials(record.id)
+    trials = list(store.trials(record.id))
     if best:
         sign = 1 if record.spec["lowest"] else -1
         trials.sort(key=lambda each: (each.state != "finished", sign * (each.value or 0), each.number))
@@ -278,14 +320,35 @@ def show(sweep_id: str, best: bool, as_json: bool) -> None:
         table(("TRIAL", "STATE", *names, record.spec["metric"], "STEP", "RUN", "ERROR"), rows)
 
 
-def _run(wanted: Sweep, stop: Any, *, parallel: int | None, resume: str | None = None) -> None:
+@sweep.command(short_help="Forget a sweep, with its runs.")
+@click.argument("sweep_id", metavar="SWEEP")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def delete(sweep_id: str, dry_run: bool) -> None:
+    """Forget a sweep with the runs of its trials, and remove the folders that Tally has made for them. Models that
+    were registered stay."""
+    store = installation.sweeps()
+    record = store.get(sweep_id)
+    count = len(installation.runs().list(sweep=record.id, limit=100_000).runs)
+    made = store.has_made(record)
+    what = f"sweep {record.id}, with {count:,} runs" + (f" and its files in {record.folder}" if made else "")
+    left = f"; {record.model} stays" if record.model else ""
+    if dry_run:
+        say(f"would remove {what}{left}")
+        return
+    store.remove(record)
+    say(f"{what} is deleted{left}")
+
+
+def _run(wanted: Sweep, stop: Any, *, parallel: int | None, engine: str, resume: str | None = None) -> None:
     from tally.jobs.signals import stop_on_signals
     from tally.training.sweeps.sweep import sweep as run_sweep
 
     show = _Shown(wanted)
     try:
         with stop_on_signals(stop):
-            outcome = run_sweep(wanted, parallel=parallel, resume=resume, stop=stop, watcher=show.watcher())
+            outcome = run_sweep(
+                wanted, parallel=parallel, engine=engine, resume=resume, stop=stop, watcher=show.watcher()
+            )
     except KeyboardInterrupt:
         if show.sweep is not None:
             say(f"sweep {show.sweep} is put down; {show.done:,} of {show.count:,} trials have ended", err=True)
@@ -329,21 +392,20 @@ class _Shown:
 
 
 def _tell(outcome: Outcome, wanted: Sweep) -> None:
-    from tally.training.sweeps.store import open_sweeps
-
-    say(f"sweep {outcome.sweep}: {_counts(open_sweeps().trials(outcome.sweep))}", err=True)
+    say(f"sweep {outcome.sweep}: {_counts(installation.sweeps().get(outcome.sweep))}", err=True)
     best = outcome.trials[outcome.best]
     values = ", ".join(f"{name} {_shown(each)}" for name, each in best.parameters.items())
     say(f"best: trial {outcome.best}, {wanted.metric} {_shown(best.value)} ({values})")
     say(f"run {outcome.run}" + (f"; registered as {outcome.model}" if outcome.model else ""))
+    tell_verdict(outcome.verdict)
     say(f"  Look at it: tally runs show {outcome.run}", err=True)
     say(f"  Compare: tally runs compare --sweep {outcome.sweep} --metric {wanted.metric}"
         + (" --lowest" if wanted.lowest else ""), err=True)  # fmt: skip
 
 
-def _counts(trials: list[TrialRecord]) -> str:
-    states = [each.state for each in trials]
-    found = [f"{states.count(each):,} {each}" for each in ("finished", "pruned", "failed", "running") if each in states]
+def _counts(record: SweepRecord) -> str:
+    counts = record.counts
+    found = [f"{counts[each]:,} {each}" for each in ("finished", "pruned", "failed", "running") if each in counts]
     return ", ".join(found) or "none"
 
 
@@ -351,7 +413,9 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _facts(record: SweepRecord, trials: list[TrialRecord]) -> list[tuple[str, str]]:
+def _facts(record: SweepRecord, trials: Sequence[TrialRecord]) -> list[tuple[str, str]]:
+    from tally.training.sweeps.store import best_of
+
     spec = record.spec
     facts = [("sweep", record.id), ("name", record.name), ("kind", record.kind), ("state", record.state)]
     if record.error:
@@ -361,9 +425,9 @@ def _facts(record: SweepRecord, trials: list[TrialRecord]) -> list[tuple[str, st
     facts.append(("metric", f"{spec['metric']}, the {'lowest' if spec['lowest'] else 'highest'} is the best"))
     if spec["prune"]:
         facts.append(("pruning", f"from step {spec['prune_after']}"))
-    facts.append(("trials", _counts(trials)))
-    if record.best is not None:
-        facts.append(("best", f"trial {record.best}"))
+    facts.append(("trials", _counts(record)))
+    if (best := best_of(record, trials)) is not None:
+        facts.append(("best", f"trial {best.number}" + (" so far" if record.best is None else "")))
     if record.model:
         facts.append(("model", record.model))
     facts += [("created", local_time(record.created_at)), ("finished", local_time(record.finished_at))]

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tally.cli import options
 from tally.cli.console import literal_pairs, say
 from tally.cli.progress import Line
+from tally.cli.promoting import promoting, promotion_of, tell
 from tally.cli.train_labels import labels
 from tally.cli.train_retrain import retrain
 from tally.cli.train_script import script
-from tally.cli.values import duration, names, share
+from tally.cli.values import Choice, duration, names, share
 
 if TYPE_CHECKING:
     from tally.training.anomaly import training as anomalies
@@ -34,7 +36,7 @@ train.add_command(labels)
 
 @train.command(short_help="A style, from one picture.")
 @click.option("--style", required=True, type=click.Path(path_type=Path), help="The picture whose style is learnt.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the model package.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the model package.  [default: the run]")
 @click.option(
     "--content", type=click.Path(path_type=Path), help="Folder of photos to practise on.  [default: drawn pictures]"
 )
@@ -48,17 +50,19 @@ train.add_command(labels)
 @click.option("--strength", default=1.0, show_default=True, help="How strong the style is, compared with the content.")
 @click.option("--vgg", type=click.Path(path_type=Path), help="Weights of torchvision's vgg16 or vgg19, to judge with.")
 @click.option("--seed", default=1, show_default=True, help="The same seed, the same model.")
-@click.option("--name", help="Name in the registry.  [default: the name of the out folder]")
+@promoting("--name", default="the name of the out folder")
 def style(
     style: Path,
-    out: Path,
+    out: Path | None,
     content: Path | None,
     steps: int,
     size: int,
     strength: float,
     vgg: Path | None,
     seed: int,
-    name: str | None,
+    register: str | None,
+    alias: str | None,
+    gate: tuple[str, ...],
 ) -> None:
     """Train a network that restyles pictures and videos after one picture.
 
@@ -69,48 +73,41 @@ def style(
     tally train style --style waves.jpg --out models/waves
     tally score clip.mp4 --model models:/waves --out styled.mp4
     """
-    from tally.models.registry import open_registry, registry_name
-    from tally.models.resolve import resolve
+    from tally.training.runs.store import EVENTS
     from tally.training.runs.tracking import run
-    from tally.training.style.training import Training
+    from tally.training.style.training import METRICS, Training, train
 
-    name = registry_name(name or out.absolute().name)
+    promotion = promotion_of(register, out, alias, gate, metrics=METRICS)
     training = Training(
         style=style, out=out, content=content, steps=steps, size=size, strength=strength, vgg=vgg, seed=seed
     )
-    show = _Progress(training.events)
+    show = _Progress()
     given: dict[str, Any] = {"style": style.name, "content": content and content.name, "steps": steps, "size": size}
     given |= {"strength": strength, "vgg": vgg and vgg.name, "seed": seed}
     places = {"style": style, "content": content, "vgg": vgg}
     data = {each: place for each, place in places.items() if place is not None}
     try:
-        with run(name, given, kind="style", data=data) as tracked:
-
-            def log(step: Step) -> None:
-                show(step)
-                tracked.log({f"loss/{each}": loss for each, loss in step.losses.items()}, step=step.done)
-
-            trained = training.run(log)
-            show.end()
-            added = open_registry().add(name, resolve(out), metadata=trained | {"run": tracked.id})
-            tracked.registered(str(added))
+        with run(promotion.name, given, kind="style", data=data) as tracked:
+            show.events = training.events if out is not None else tracked.folder / EVENTS
+            promoted, package = train(training, tracked, promotion, listen=show)
     except KeyboardInterrupt:
         show.end()
         say(f"stopped after {show.done} of {steps} steps: no model was written", err=True)
         raise click.Abort from None
-    say(f"wrote {out} ({(out / training.file).stat().st_size / 1000:.0f} kB)")
-    say(f"{'is already' if added.existed else 'registered as'} {added}")
-    say(f"  Use it: tally score SOURCE --model {added} --out OUT", err=True)
+    finally:
+        show.end()
+    say(f"wrote {package} ({(package / training.file).stat().st_size / 1000:.0f} kB)")
+    tell(promoted)
 
 
 @train.command(short_help="Detectors of anomalies, one for each key of a table.")
 @click.argument("source", nargs=-1, required=True)
 @click.option("--by", required=True, callback=names, help="Columns that make a key, e.g. Device,Tag.")
 @click.option("--value", "values", required=True, callback=names, help="Columns of readings, e.g. Value.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the model package.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the model package.  [default: the run]")
 @click.option(
     "--kind",
-    type=click.Choice(["ocsvm", "isolation-forest"]),
+    type=Choice(["ocsvm", "isolation-forest"]),
     default="ocsvm",
     show_default=True,
     help="One-class SVMs, which are scored thousands at once, or isolation forests.",
@@ -125,9 +122,14 @@ def style(
     help="SVMs only: scale, auto or a number; higher follows the training data more closely.",
 )
 @click.option("--time", help="Column of timestamps.")
+@options.in_tables
 @click.option("--window", callback=duration, help="First gather readings over this time, e.g. 5m.")
 @click.option(
-    "--aggregate", callback=names, default="mean", show_default=True, help="Windows only: mean,min,max,last,count."
+    "--aggregate",
+    callback=names,
+    default="mean",
+    show_default=True,
+    help="Windows only: mean,max,std,median,p95 and others.",
 )
 @click.option("--where", help="Train only with the rows for which this SQL condition holds.")
 @click.option(
@@ -141,16 +143,18 @@ def style(
 )
 @click.option("-w", "--workers", type=int, help="Worker processes; one per core by default.")
 @click.option("--seed", default=1, show_default=True, help="The same seed, the same models.")
-@click.option("--name", help="Name in the registry.  [default: the name of the out folder]")
+@promoting("--name", default="the name of the out folder")
 def anomaly(
     source: tuple[str, ...],
-    out: Path,
+    out: Path | None,
     kind: Any,
     nu: float,
     gamma: str,
     max_rows: int,
     seed: int,
-    name: str | None,
+    register: str | None,
+    alias: str | None,
+    gate: tuple[str, ...],
     csv_options: tuple[str, ...],
     **given: Any,
 ) -> None:
@@ -165,12 +169,10 @@ def anomaly(
         --out models/pumps
     """
     from tally.jobs.spec import CSV_VALUES
-    from tally.models.registry import open_registry, registry_name
-    from tally.models.resolve import resolve
-    from tally.training.anomaly.training import Recipe, Training
+    from tally.training.anomaly.training import METRICS, Recipe, Training, train
     from tally.training.runs.tracking import run
 
-    name = registry_name(name or out.absolute().name)
+    promotion = promotion_of(register, out, alias, gate, metrics=METRICS)
     recipe = Recipe(kind=kind, nu=nu, gamma=_gamma(gamma), max_rows=max_rows, seed=seed)
     training = Training(
         sources=source, out=out, recipe=recipe, csv=literal_pairs("--csv", csv_options, CSV_VALUES), **given
@@ -179,29 +181,28 @@ def anomaly(
     asked = {each: value for each, value in given.items() if value not in (None, ())}
     asked |= {"kind": kind, "nu": nu, "gamma": recipe.gamma, "max_rows": max_rows, "seed": seed, "source": list(source)}
     try:
-        with run(name, asked, kind="anomaly") as tracked:
-            trained = training.run(show, lambda line: say(line, dim=True, err=True))
-            figures = trained.facts["metrics"]
-            tracked.log({each: value for each, value in figures.items() if isinstance(value, (int, float))})
-            added = open_registry().add(name, resolve(out), metadata=trained.facts | {"run": tracked.id})
-            tracked.registered(str(added))
+        with run(promotion.name, asked, kind="anomaly") as tracked:
+            trained, promoted, package = train(
+                training, tracked, promotion, listen=show, say=lambda line: say(line, dim=True, err=True)
+            )
     except KeyboardInterrupt:
         say(f"\nstopped after {show.done:,} keys: no model was written", err=True)
         raise click.Abort from None
     finally:
         show.end()
+    figures = trained.facts["metrics"]
     for key, reason in [*trained.failed.items()][:SHOWN]:
         say(f"no model for {key}: {reason}", err=True)
     if len(trained.failed) > SHOWN:
         say(f"... and for {len(trained.failed) - SHOWN:,} other keys", err=True)
     if figures["rows_left_out"]:
         say(f"{figures['rows_left_out']:,} rows without a value or with one that is not finite were left out", err=True)
+    size = (package / training.file).stat().st_size
     say(
-        f"wrote {out}: {figures['keys']:,} models from {figures['rows_used']:,} of {figures['rows']:,} rows, "
-        f"{figures['anomalous_share']:.2%} of them anomalous ({(out / training.file).stat().st_size / 1000:,.0f} kB)"
+        f"wrote {package}: {figures['keys']:,} models from {figures['rows_used']:,} of {figures['rows']:,} rows, "
+        f"{figures['anomalous_share']:.2%} of them anomalous ({size / 1000:,.0f} kB)"
     )
-    say(f"{'is already' if added.existed else 'registered as'} {added}")
-    say(f"  Use it: tally score SOURCE --model {added} --out OUT", err=True)
+    tell(promoted)
 
 
 def _gamma(text: str) -> Any:
@@ -216,13 +217,13 @@ def _gamma(text: str) -> Any:
 class _Progress(Line):
     """Shows the steps of a training."""
 
-    def __init__(self, events: Path) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._events = events
+        self.events: Path | None = None
 
     def __call__(self, step: Step) -> None:
         if not self.done:
-            say(f"watch it: tensorboard --logdir {self._events}", err=True)
+            say(f"watch it: tensorboard --logdir {self.events}", err=True)
         self.tell(step.done, step.of, "steps", ", ".join(f"{name} {loss:.3f}" for name, loss in step.losses.items()))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tally.cli.console import say
-from tally.cli.values import share
+from tally.cli.values import Choice, share
 
 if TYPE_CHECKING:
     from tally.training.labels.table import Labelled
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--test-set", "test_sets", nargs=2, multiple=True, metavar="LABELS IMAGES", help="The same for testing.")
 @click.option(
-    "--format", "form", required=True, type=click.Choice(("yolov3", "csv", "tfrecord", "yolov5")), help="What to write."
+    "--format",
+    "form",
+    required=True,
+    type=Choice(("yolov3", "csv", "tfrecord", "yolov5", "coco")),
+    help="What to write.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
 @click.option(
-    "--units", type=click.Choice(("fractions", "pixels")), default="fractions", show_default=True,
+    "--units", type=Choice(("fractions", "pixels")), default="fractions", show_default=True,
     help="What coordinates are.",
 )  # fmt: skip
 @click.option(
@@ -44,9 +48,10 @@ def labels(
     """Convert tables of labelled boxes into what a detector is trained from.
 
     A table has the columns image_url and label, a list of {label, topX, topY, bottomX, bottomY}, as Azure ML's data
-    labelling exports it, and may have label_confidence.
+    labelling exports it, and may have label_confidence. The results of a detector, a file or a folder, are one, too.
 
     \b
+    tally train labels --train-set boxes/ street/ --format coco --confidence 0.5 --out labelled/
     tally train labels --train-set labels.csv images/ --test-set test.csv images/ --format yolov5 --out dataset/
     """
     from tally.errors import SourceNotFoundError
@@ -57,7 +62,7 @@ def labels(
     for name, pairs in (("train", train_sets), ("test", test_sets)):
         found: list[Labelled] = []
         for table, images in pairs:
-            for place, there in ((table, Path(table).is_file()), (images, Path(images).is_dir())):
+            for place, there in ((table, Path(table).exists()), (images, Path(images).is_dir())):
                 if not there:
                     raise SourceNotFoundError(f"--{name}-set: there is no {place!r}")
             one = read(Path(table), Path(images), units=units, confidence=confidence, skip_missing=skip_missing)
@@ -72,6 +77,8 @@ def labels(
         if pairs:
             sets[name] = found
     classes = convert(sets, form, out)
+    if form == "yolov5" and "test" not in sets:
+        say("no --test-set: dataset.yaml has the pictures for training as val, too", err=True)
     counts = ", ".join(
         f"{len(pictures):,} pictures with {sum(len(each.boxes) for each in pictures):,} boxes to {name}"
         for name, pictures in sets.items()

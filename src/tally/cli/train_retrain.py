@@ -11,6 +11,8 @@ from click.core import ParameterSource
 
 from tally.cli.console import pairs, say
 from tally.cli.progress import Line
+from tally.cli.promoting import promoting, tell_verdict
+from tally.cli.values import engine_name
 
 if TYPE_CHECKING:
     from tally.jobs.facade import Jobs
@@ -24,7 +26,7 @@ _REPLACED = {
 }
 """Flags of TensorFlow's ``retrain.py`` that mean nothing here, and what to say instead."""
 
-_ON_RESUME = ("resume", "register", "workers", "device", "print_misclassified_test_images")
+_ON_RESUME = ("resume", "register", "alias", "gate", "workers", "device", "engine", "print_misclassified_test_images")
 """What may be said of a run that goes on: the rest is settled."""
 
 
@@ -35,12 +37,14 @@ def _refused(context: click.Context, parameter: click.Parameter, value: Any) -> 
 
 
 @click.command(short_help="A classifier's last layer, from pictures.")
-@click.option("--image_dir", type=click.Path(path_type=str), help="Folder with a folder of pictures for each label.")
-@click.option("--backbone", help="ONNX model that gives features: a file, a package or models:/NAME.")
+@click.option("--image_dir", help="Folder, here or in a bucket, with a folder of pictures for each label.")
+@click.option("--backbone", help="Network that gives features, of ONNX or PyTorch: a file, a package or models:/NAME.")
 @click.option("--cut", metavar="VALUE", help="Value in a classifier that is its features: what follows is cut off.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Option of the backbone.")
+@click.option("--trust", is_flag=True, help="Allow a backbone to run code that it carries.")
+@click.option("--fine-tune", is_flag=True, help="Train the whole backbone, not the last layer alone: PyTorch only.")
 @click.option("--resume", metavar="RUN", help="Go on with a run that was interrupted or killed.")
-@click.option("--register", metavar="NAME", help="Register the model under this name.")
+@promoting()
 @click.option("--name", help="Name of the run.  [default: its id]")
 @click.option("--how_many_training_steps", default=4000, show_default=True, help="Steps of training.")
 @click.option("--learning_rate", default=0.01, show_default=True, help="How far each step goes.")
@@ -77,17 +81,32 @@ def _refused(context: click.Context, parameter: click.Parameter, value: Any) -> 
 @click.option("--final_tensor_name", default="final_result", show_default=True, help="Name of the ONNX file's output.")
 @click.option("--architecture", callback=_refused, expose_value=False, hidden=True)
 @click.option("--model_dir", callback=_refused, expose_value=False, hidden=True)
-@click.option("-w", "--workers", type=int, help="Processes for the backbone; one per core by default.")
+@click.option(
+    "-w",
+    "--workers",
+    type=int,
+    help="Processes for the backbone; one per core by default, and one or one per GPU with --fine-tune.",
+)
 @click.option("--device", default="auto", show_default=True, help="Of the backbone: auto, cpu, cuda[:N].")
+@click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    callback=engine_name,
+    help="Who runs the backbone: local (this machine), ray (a cluster).",
+)
 @click.pass_context
 def retrain(
     context: click.Context,
     /,
     resume: str | None,
     register: str | None,
+    alias: str | None,
+    gate: tuple[str, ...],
     name: str | None,
     workers: int | None,
     device: str,
+    engine: str,
     print_misclassified_test_images: bool,
     **given: Any,
 ) -> None:
@@ -101,11 +120,21 @@ def retrain(
     tally train retrain --image_dir photos/ --backbone features.onnx --register pets
     tally score new/ --model models:/pets --out found.csv
     """
+    from tally.errors import SpecError
     from tally.jobs.signals import stop_on_signals
     from tally.jobs.stop import Stop
+    from tally.training.promotion import Promotion
     from tally.training.retrain import retraining
+    from tally.training.runs.store import RunStore
 
     problems = []
+    promotion = None
+    if resume is None:
+        try:
+            metrics = retraining.measures(final_test=given["final_test"])
+            promotion = Promotion.of(register, alias, gate, metrics=metrics)
+        except SpecError as error:
+            problems += error.problems
     if workers is not None and workers < 1:
         problems.append(f"--workers: at least 1, not {workers}")
     if resume is not None:
@@ -120,11 +149,13 @@ def retrain(
     else:
         problems += [f"--{each}: is needed" for each in ("image_dir", "backbone") if not given[each]]
     if problems:
-        from tally.errors import SpecError
-
         raise SpecError(problems)
     if resume is not None:
         resume, wanted = retraining.resumed(resume)
+        promotion = Promotion.of_kept(
+            Path(RunStore.open().get(resume).folder), register, alias, gate,
+            metrics=retraining.measures(final_test=wanted.final_test), say=lambda line: say(line, err=True),
+        )  # fmt: skip
     else:
         wanted = described(given)
     show = _Shown(wanted.parameters.how_many_training_steps)
@@ -132,7 +163,8 @@ def retrain(
     try:
         with stop_on_signals(stop):
             outcome = retraining.retrain(
-                wanted, register=register, resume=resume, name=name, workers=workers, device=device, stop=stop,
+                wanted, register=promotion, resume=resume, name=name, workers=workers, device=device, engine=engine,
+                stop=stop,
                 watcher=retraining.Watcher(
                     say=show.note, begun=show.begun, evaluated=show.evaluated, drive=driven(stop)
                 ),
@@ -239,5 +271,7 @@ def _tell(outcome: Outcome, wanted: Retraining, *, misclassified: bool) -> None:
             say(f"wrote {place}")
     model = outcome.model or str(wanted.out or outcome.package)
     say(f"registered as {outcome.model}" if outcome.model else f"wrote {outcome.package}")
+    if outcome.promoted is not None:
+        tell_verdict(outcome.promoted.verdict)
     say(f"  Use it: tally score SOURCE --model {model} --out OUT", err=True)
     sys.stdout.flush()

@@ -12,15 +12,23 @@ import click
 
 from tally.cli import installation
 from tally.cli.console import say, table
+from tally.cli.values import Choice
+from tally.config import settings, variable
 from tally.text import expanded, local_time
-
-_NEEDS = "The server needs more than scoring does: pip install 'tally-scoring[server]', and for accounts [server,oidc]"
 
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--port", type=int, default=8700, show_default=True, help="Port to listen on; 0 for any that is free.")
 @click.option("--parallel", type=int, default=2, show_default=True, help="Jobs that may run at once.")
+@click.option(
+    "--keep-warm",
+    type=float,
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long workers wait for the next job of the same model; 0 keeps none.",
+)
 @click.option(
     "--root",
     "roots",
@@ -52,7 +60,7 @@ _NEEDS = "The server needs more than scoring does: pip install 'tally-scoring[se
 @click.option("--github-url", metavar="URL", help="A GitHub Enterprise Server instead of github.com.")
 @click.option(
     "--log-format",
-    type=click.Choice(("text", "json")),
+    type=Choice(("text", "json")),
     envvar="TALLY_LOG_FORMAT",
     default="text",
     show_default=True,
@@ -62,6 +70,7 @@ def up(
     host: str,
     port: int,
     parallel: int,
+    keep_warm: float,
     roots: tuple[Path, ...],
     price_per_hour: float,
     currency: str,
@@ -89,35 +98,57 @@ def up(
     The first time, a key for an admin is made and printed once.
     """
     from tally import logs
-    from tally.errors import SpecError
     from tally.jobs.facade import open_jobs
+    from tally.optional import needed
 
-    try:
+    with needed("the server needs", "server"):
         from tally.server.serve import serve
         from tally.server.settings import GITHUB, GitHubSettings, OidcSettings, ServerSettings
-
-        with_github = bool(github_client_id or github_admin or github_operator or github_viewer or github_url)
+    with_github = bool(github_client_id or github_admin or github_operator or github_viewer or github_url)
+    with needed("logging in with accounts needs", "server,oidc"):
         for wanted, module in ((oidc_issuer is not None, "oidc"), (with_github, "github")):
             if wanted:
                 import_module(f"tally.server.auth.{module}")
-    except ModuleNotFoundError as error:
-        raise SpecError(f"the server cannot start: {error}", hint=_NEEDS) from None
     oidc = None
     if oidc_issuer is not None:
-        secret = os.environ.get("TALLY_OIDC_SECRET", "")
+        secret = variable("TALLY_OIDC_SECRET") or ""
         oidc = OidcSettings(oidc_issuer, oidc_client_id, secret, oidc_admin, oidc_operator, oidc_viewer)
     github = None
     if with_github:
-        secret, url = os.environ.get("TALLY_GITHUB_SECRET", ""), (github_url or GITHUB).rstrip("/")
+        secret, url = variable("TALLY_GITHUB_SECRET") or "", (github_url or GITHUB).rstrip("/")
         github = GitHubSettings(github_client_id, secret, url, github_admin, github_operator, github_viewer)
     folders = tuple(expanded(each).absolute() for each in roots)
     settings = ServerSettings(
-        host, port, parallel, folders, price_per_hour, currency, allow_hosts, max_upload << 20, schedules, oidc, github
+        host,
+        port,
+        parallel,
+        keep_warm,
+        folders,
+        price_per_hour,
+        currency,
+        allow_hosts,
+        max_upload << 20,
+        schedules,
+        oidc,
+        github,
     )
     os.environ[logs.FORMAT] = log_format  # what is started logs like that, too
     logs.log_to_stderr()
     jobs = open_jobs(wait=lambda line: say(line, err=True))
     return serve(jobs, settings, say=say)
+
+
+@click.command()
+def migrate() -> None:
+    """Bring the schema of the database up to date, and say which it has.
+
+    Every command that uses the database does so by itself; this one does nothing else.
+    """
+    from tally.database.connect import connect
+    from tally.database.migrate import HEAD
+
+    connect(settings().database).dispose()
+    say(f"the database has the schema {HEAD}")
 
 
 @click.group()
@@ -133,7 +164,7 @@ def keys() -> None:
 
 @keys.command(short_help="Make a key for NAME, and print it once.")
 @click.argument("name")
-@click.option("--role", type=click.Choice(("viewer", "operator", "admin")), default="viewer", show_default=True)
+@click.option("--role", type=Choice(("viewer", "operator", "admin")), default="viewer", show_default=True)
 @click.option("--days", type=float, help="Days until it expires; never by default.")
 def add(name: str, role: str, days: float | None) -> None:
     """Make a key for NAME, and print it: it cannot be shown again."""

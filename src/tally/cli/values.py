@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
+from typing import Any
 
 import click
 
-from tally.text import seconds
+from tally.text import did_you_mean, seconds
+
+
+class Choice(click.Choice[str]):
+    """One of several words; a mistyped one is told with the word that is most like it."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        said = super().get_invalid_choice_message(value, ctx).removesuffix(".")
+        return said + did_you_mean(str(value), self.choices)
 
 
 def moment(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -28,6 +37,16 @@ def moment(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 
 LONGEST = 10 * 366 * 86_400.0
 """Seconds: what is longer than ten years is a slip, and more than clocks can wait."""
+
+
+def engine_name(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The name of an engine that there is."""
+    from tally.engines.factory import checked
+
+    try:
+        return checked(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r}: {error}") from None
 
 
 def duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -56,6 +75,23 @@ def share(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
         raise click.BadParameter(f"{value!r} is not a share such as 0.001 or 0.1%", ctx, parameter) from None
 
 
+def fail_on_dead(command: Any) -> Any:
+    """The option of commands that see a job through."""
+    return click.option(
+        "--fail-on-dead",
+        metavar="SHARE",
+        callback=_share_of_one,
+        help="Exit with 3 if more than this share of the items failed: 1%, or 0 for any.",
+    )(command)
+
+
+def _share_of_one(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    found = share(ctx, parameter, value)
+    if found is not None and not 0 <= found <= 1:
+        raise click.BadParameter(f"{value!r} is not between 0 and 100%", ctx, parameter)
+    return found
+
+
 def names(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
     """Names with commas between them."""
     return tuple(part for each in (value or "").split(",") if (part := each.strip()))
@@ -81,3 +117,25 @@ def replicas(ctx: click.Context, parameter: click.Parameter, value: str | None) 
         return replicas_from(value)
     except ValueError:
         raise click.BadParameter(f"{value!r} is neither a number nor a range such as 0..4", ctx, parameter) from None
+
+
+def colour(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+    """Red, green and blue, from ``white``, ``#ffffff`` and the like."""
+    from tally.jobs.spec import colour as found
+
+    try:
+        return found(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} {error}") from None
+
+
+def millions(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """A number, which may be written as ``200M``."""
+    from tally.jobs.spec import millions as found
+
+    if value is None:
+        return None
+    try:
+        return int(found(value))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no number of pixels such as 200M") from None

@@ -6,21 +6,23 @@ Callers that can wait do so with :class:`tally.database.waiting.Patience`.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sqlite3
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
-from tally.config import make_private
+from tally.config import make_private, settings
 from tally.database.migrate import UnknownRevisionError, migrate
 from tally.errors import DatabaseAwayError, StorageError
 from tally.masking import mask
 
-_HINT = "Set TALLY_HOME (or TALLY_DATABASE) to a place that exists and can be written to."
+_HINT = "Set TALLY_HOME (or TALLY_DATABASE) to a place that can be written to; or make room there, if the disk is full."
 
 BUSY_SECONDS = 30.0
 """How long SQLite waits while another process writes."""
@@ -51,6 +53,16 @@ many clients, transaction to be retried."""
 _REFUSALS = ("authentication failed", "pg_hba.conf", "does not exist", "is not permitted to log in", "no password")
 """Parts of the messages of a server that refuses the login, which is not temporary."""
 
+_open: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
+"""What :func:`connect` made and somebody still has. Weakly: who drops one has its connections closed."""
+
+
+@atexit.register
+def _close() -> None:
+    """At the end of the process, SQLite tidies up its files where their last connection is closed."""
+    for engine in list(_open):
+        engine.dispose()
+
 
 def connect(url: str) -> sa.Engine:
     """An engine for ``url``, with the schema migrated to the newest revision.
@@ -65,7 +77,7 @@ def connect(url: str) -> sa.Engine:
         raise StorageError("the database's URL cannot be understood: it holds a zero byte (%00)", hint=_HINT)
     if parsed.drivername == "postgresql":  # SQLAlchemy would take psycopg2
         parsed = parsed.set(drivername="postgresql+psycopg")
-    shown = mask(parsed.render_as_string(hide_password=False))
+    shown = mask(url)
     sqlite = parsed.get_backend_name() == "sqlite"
     if sqlite and parsed.database and parsed.database != ":memory:":
         try:
@@ -83,11 +95,14 @@ def connect(url: str) -> sa.Engine:
         postgres = isinstance(error, ImportError) and parsed.drivername == "postgresql+psycopg"
         hint = "It needs a driver: pip install 'tally-scoring[postgres]'" if postgres else _HINT
         raise StorageError(f"cannot open the database {shown}: {error}", hint=hint) from error
+    _open.add(engine)
     try:
         if sqlite:
             _prepare_sqlite(engine)
         elif engine.driver == "psycopg":
             _prepare_postgres(engine)
+            if url == settings().database:
+                _follow_settings(engine)
         migrate(engine)
     except sa.exc.DBAPIError as error:
         engine.dispose()
@@ -98,7 +113,7 @@ def connect(url: str) -> sa.Engine:
                 reason=reason,
                 hint="Check that it runs and can be reached from here, or set TALLY_DATABASE to another.",
             ) from error
-        raise StorageError(f"cannot open the database {shown}: {reason}", hint=_HINT) from error
+        raise StorageError(f"cannot open the database {shown}: {reason}", hint=_hint(parsed, reason)) from error
     except UnknownRevisionError as error:
         engine.dispose()
         raise StorageError(
@@ -107,6 +122,15 @@ def connect(url: str) -> sa.Engine:
         ) from None
     _explain_errors(engine, shown)
     return engine
+
+
+def _hint(url: sa.URL, reason: str) -> str:
+    """What helps where a database was reached, or its file found, and it cannot be opened."""
+    if url.get_backend_name() == "sqlite":
+        return _HINT
+    if f'database "{url.database}" does not exist' in reason:
+        return f"Make it (createdb {url.database}), or correct TALLY_DATABASE; Tally makes its tables itself."
+    return "Correct TALLY_DATABASE: postgresql://USER:PASSWORD@HOST/DATABASE"
 
 
 def _options(url: sa.URL) -> dict[str, Any]:
@@ -165,6 +189,16 @@ def _prepare_postgres(engine: sa.Engine) -> None:
         connection.autocommit = True
         connection.execute(f"SET idle_in_transaction_session_timeout = {IDLE_SECONDS * 1000:.0f}")
         connection.autocommit = False
+
+
+def _follow_settings(engine: sa.Engine) -> None:
+    """Log in as the settings say when a connection is made: a password that is kept in a file may have been changed."""
+
+    @sa.event.listens_for(engine, "do_connect")
+    def log_in(dialect: sa.Dialect, record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
+        now = sa.make_url(settings().database)
+        login = {"user": now.username, "password": now.password}
+        options |= {name: value for name, value in login.items() if value is not None}
 
 
 def _prepare_sqlite(engine: sa.Engine) -> None:

@@ -12,6 +12,8 @@ import os
 import secrets
 import socket
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,8 +23,10 @@ from tally.database.clock import now
 
 Where = sa.ColumnElement[bool]
 
-RETURNED: dict[str, Any] = {"owner": None, "owner_host": None, "owner_pid": None, "lease_until": None}
+RETURNED: dict[str, Any] = dict.fromkeys(("owner", "owner_host", "owner_pid", "owner_started", "lease_until"))
 """The lease's columns in a row without an owner."""
+
+_HAS_PROC = Path("/proc/self/stat").exists()
 
 
 def lease_columns() -> list[sa.Column[Any]]:
@@ -31,6 +35,7 @@ def lease_columns() -> list[sa.Column[Any]]:
         sa.Column("owner", sa.String(32)),
         sa.Column("owner_host", sa.String(255)),
         sa.Column("owner_pid", sa.Integer),
+        sa.Column("owner_started", sa.Double),  # a busy machine gives the number to another process within seconds
         sa.Column("lease_until", sa.Double),
     ]
 
@@ -42,7 +47,11 @@ def new_token() -> str:
 
 def granted(token: str, seconds: float) -> dict[str, Any]:
     """The lease's columns in a row that this process works on."""
-    return {"owner": token, "owner_host": host(), "owner_pid": os.getpid(), "lease_until": now() + seconds}
+    pid = os.getpid()
+    return {
+        "owner": token, "owner_host": host(), "owner_pid": pid, "owner_started": _own_start(pid),
+        "lease_until": now() + seconds,
+    }  # fmt: skip
 
 
 def host() -> str:
@@ -69,28 +78,55 @@ def is_expired(table: sa.Table) -> Where:
 def is_lost(connection: sa.Connection, table: sa.Table, *rows: Where) -> Where:
     """As :func:`is_expired`, or the owner was a process on this host that has ended."""
     here = host()
-    owners = sa.select(table.c.owner_pid).distinct().where(*rows, table.c.owner_host == here)
-    gone = [pid for pid in connection.scalars(owners.where(table.c.owner_pid.is_not(None))) if not _exists(pid)]
-    on_this_host = sa.func.coalesce(table.c.owner_host, "") == here
-    return sa.or_(is_expired(table), sa.and_(on_this_host, sa.func.coalesce(table.c.owner_pid, -1).in_(gone)))
+    one = (table.c.owner_pid, table.c.owner_started)
+    owners = sa.select(*one).distinct().where(*rows, table.c.owner_host == here, table.c.owner_pid.is_not(None))
+    gone = [
+        sa.and_(table.c.owner_pid == pid, table.c.owner_started.is_not_distinct_from(since))
+        for pid, since in connection.execute(owners)
+        if not _lives(pid, since)
+    ]
+    # No NULL comes of it: what negates the condition means all other rows.
+    on_this_host = sa.and_(table.c.owner_host.is_not(None), table.c.owner_host == here, table.c.owner_pid.is_not(None))
+    return sa.or_(is_expired(table), sa.and_(on_this_host, sa.or_(sa.false(), *gone)))
 
 
 def is_held(row: Mapping[Any, Any]) -> bool:
     """The opposite of :func:`is_lost`, for a row that was selected with ``now() AS clock``."""
     if row["owner"] is None or row["lease_until"] is None or row["lease_until"] < row["clock"]:
         return False
-    return row["owner_host"] != host() or _exists(row["owner_pid"])
+    return row["owner_host"] != host() or _lives(row["owner_pid"], row["owner_started"])
 
 
-def _exists(pid: int) -> bool:
-    if pid == os.getpid():
-        return True
+def started(pid: int) -> float | None:
+    """When a living process of this host began: a number that no other process with the same id has.
+
+    None if there is none. A zombie is none: it is dead, and only nobody has asked for its end yet.
+    """
+    if _HAS_PROC:  # psutil's time moves with the clock; this one counts from the start of the system
+        try:
+            state, *fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        except OSError:
+            return None
+        return None if state in (b"Z", b"X") else float(fields[18])
     try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)  # dead, if nobody has asked for its end yet
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
     except psutil.NoSuchProcess:
-        return False
+        return None
     except psutil.AccessDenied:
-        return True
+        return 0.0
+
+
+@cache
+def _own_start(pid: int) -> float | None:
+    """When this process began, whose id that is: every change of a lease says it. A fork has another id."""
+    return started(pid)
+
+
+def _lives(pid: int, since: float | None) -> bool:
+    """since: when the owner began; None of one that an earlier version of Tally has noted."""
+    found = _own_start(pid) if pid == os.getpid() else started(pid)
+    return found is not None and (since is None or 0.0 in (found, since) or found == since)
 
 
 # -- changes -------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 from tally.database.lease import lease_columns
@@ -69,7 +70,13 @@ jobs = Table(
     # For finding jobs: the model's name; and lower-case id, model, sources and place. Later.
     Column("model_name", Text),
     Column("search", Text),
+    # Of a part of a split job: whose part it is, and which: number, and shard or between. Later.
+    Column("parent", String(32)),
+    Column("part", JSON),
     Index("jobs_by_place", "place", "created_at", "id"),
+    # Of parts only: SQLite would look for all other jobs in it, too, and then sort them. The migration says it of
+    # PostgreSQL, too; here, SQLAlchemy would import all that it knows of PostgreSQL into every process.
+    Index("jobs_by_parent", "parent", sqlite_where=text("parent IS NOT NULL")),
     Index("jobs_by_creation", "created_at", "id"),
 )
 
@@ -220,7 +227,7 @@ schedules = Table(
     "schedules",
     metadata,
     Column("name", String(128), primary_key=True),
-    # The fields of the job file, with absolute paths, and where the file was.
+    # The fields of the file (of a job, a training, a clean-up), with absolute paths, and where it was.
     Column("template", JSON, nullable=False),
     Column("file", Text, nullable=False),
     Column("cron", String(255), nullable=False),
@@ -245,7 +252,12 @@ schedule_runs = Table(
     # cron, catch-up or backfill
     Column("reason", String(16), nullable=False),
     Column("again", Integer, nullable=False),  # overwrites the results of an earlier run
+    # What does it: a job, or a training's run, or a sweep, or a pipeline's run; a clean-up has none.
     Column("job_id", String(32)),
+    Column("training_id", String(32)),  # later
+    Column("sweep_id", String(32)),  # later
+    Column("outcome", Text),  # later: what came of a training, a pipeline or a clean-up, or how it stands
+    Column("pipeline_id", String(32)),  # later
     Column("attempts", Integer, nullable=False),  # how often it was started
     Column("failures", Integer, nullable=False),  # how often it ended with an error
     Column("error", Text),
@@ -447,4 +459,75 @@ trials = Table(
     Column("value", Double),
     Column("step", BigInteger),
     Column("error", Text),
+)
+
+# Runs of Argo workflow files on this machine.
+pipeline_runs = Table(
+    "pipeline_runs",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("name", String(128), nullable=False),
+    Column("state", String(16), nullable=False),
+    # What its driver should do, other than go on: cancel.
+    Column("wanted", String(16)),
+    Column("error", Text),
+    Column("created_at", Double, nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("finished_at", Double),
+    # The process that drives it.
+    *lease_columns(),
+    # Where logs and artifacts are, on the owner's host.
+    Column("folder", Text, nullable=False),
+    # The workflow as it was given, with all that it refers to, its parameters, and how it is run.
+    Column("spec", JSON, nullable=False),
+    Column("parameters", JSON, nullable=False),
+    Index("pipeline_runs_by_creation", "created_at", "id"),
+)
+
+pipeline_nodes = Table(
+    "pipeline_nodes",
+    metadata,
+    Column("run_id", String(32), ForeignKey("pipeline_runs.id", ondelete="CASCADE"), primary_key=True),
+    # Of its name, which is the way to it from the top of the workflow.
+    Column("id", String(32), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("display", Text, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("template", Text, nullable=False),
+    # The id of the node that it is part of; empty for the first.
+    Column("parent", String(32), nullable=False),
+    # In the order in which they were begun.
+    Column("number", Integer, nullable=False),
+    Column("phase", String(16), nullable=False),
+    Column("message", Text),
+    Column("inputs", JSON, nullable=False),
+    Column("outputs", JSON, nullable=False),
+    Column("exit_code", Integer),
+    Column("started_at", Double),
+    Column("finished_at", Double),
+    # What a person gave to a step that waits for one; None until then.
+    Column("supplied", JSON),
+)
+
+# Mutexes and semaphores: which steps hold a place. One of a run that is interrupted keeps it.
+pipeline_locks = Table(
+    "pipeline_locks",
+    metadata,
+    Column("name", String(250), primary_key=True),
+    Column("place", Integer, primary_key=True, autoincrement=False),
+    Column("run_id", String(32), ForeignKey("pipeline_runs.id", ondelete="CASCADE"), nullable=False),
+    Column("node_id", String(32), nullable=False),
+)
+
+# Outputs of steps that are not done again: those that a workflow memoizes under a name and a key of its own, and those
+# of whole steps by the hash of command, inputs and code.
+pipeline_cache = Table(
+    "pipeline_cache",
+    metadata,
+    Column("cache", String(250), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("outputs", JSON, nullable=False),
+    Column("run_id", String(32), nullable=False),
+    Column("node_id", String(32), nullable=False),
+    Column("made_at", Double, nullable=False),
 )

@@ -6,14 +6,13 @@ import json
 import math
 import os
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tally.deploy import container
+from tally.deploy.azure import az
 from tally.deploy.base import Change, Plan, Say, Status, Target, dump
 from tally.deploy.quantities import amount
 from tally.deploy.spec import DeploymentSpec
@@ -29,7 +28,6 @@ GIGABYTE = 10**9
 _LOCATION = re.compile(r"[a-z][a-z0-9]+")
 _GROUP = re.compile(r"[\w().-]{0,89}[\w()-]")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECONDS = 600
 _PROMISES = (
     "profile dev-test: one replica and no autoscaler. Not promised: that it answers while it is restarted or moved; "
     "that it keeps up with more load. It speaks HTTP without TLS: keys and items can be read on the way"
@@ -112,7 +110,7 @@ class AciTarget(Target[AciSpec]):
             file = folder / "group.yaml"
             file.touch(mode=0o600)
             file.write_text(dump([self._group(self._secrets())]), "utf-8")
-            self._az("container", "create", *self._in_group, "--file", str(file))
+            az("container", "create", *self._in_group, "--file", str(file))
         say(f"applied container group {self.spec.name}")
 
     def wait(self, say: Say, timeout: float) -> None:
@@ -209,7 +207,7 @@ class AciTarget(Target[AciSpec]):
     def _show(self) -> dict[str, Any] | None:
         """The container group as it is, if there is one."""
         try:
-            told = self._az("container", "show", *self._in_group, "--name", self.spec.name)
+            told = az("container", "show", *self._in_group, "--name", self.spec.name)
         except DeployError as error:
             if "ResourceNotFound" in error.message:
                 return None
@@ -222,36 +220,11 @@ class AciTarget(Target[AciSpec]):
 
     def _log(self) -> str:
         try:
-            told = self._az("container", "logs", *self._in_group, "--name", self.spec.name)
+            told = az("container", "logs", *self._in_group, "--name", self.spec.name)
         except DeployError:
             return ""
         lines = told.splitlines()[-10:]
         return mask("\n    ".join([". Its last lines:", *lines])) if lines else ""
-
-    def _az(self, *words: str) -> str:
-        program = shutil.which("az")
-        if program is None:
-            raise SpecError(
-                "there is no 'az' on the PATH",
-                hint="Install the Azure CLI and log in (az login), or write the file: --out FOLDER",
-            )
-        what = " ".join(("az", *words[:2]))
-        try:
-            done = subprocess.run(
-                [program, *words, "--output", "json", "--only-show-errors"],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                stdin=subprocess.DEVNULL,
-                timeout=_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            raise DeployError(f"{what} has not answered for {_SECONDS} s") from None
-        if done.returncode:
-            said = " ".join(done.stderr.split())[-1000:] or f"exit code {done.returncode}"
-            hint = "Log in again: az login" if "az login" in said else None
-            raise DeployError(f"{what} failed: {said}", hint=hint)
-        return done.stdout
 
 
 def _probe(path: str, **timing: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tally.deploy.shipping import Shipped, shipped
 from tally.deploy.spec import DeploymentSpec
 
 S = TypeVar("S", bound=DeploymentSpec)
-Action = Literal["create", "change", "remove"]
+Action = Literal["create", "change", "replace", "remove"]
 Say = Callable[[str], None]
 
 

@@ -13,10 +13,14 @@ from tally.deploy.quantities import amount
 from tally.deploy.shipping import IN_IMAGE, PLACE, Shipped
 from tally.deploy.spec import DeploymentSpec
 from tally.errors import SpecError, StorageError
+from tally.media.images import MAX_PIXELS
 from tally.models.package import write_package
+from tally.storage import failure
+from tally.text import expanded
 
 CONTAINERFILE = "Containerfile"
-_PYTHON = "docker.io/library/python:3.12-slim"
+PYTHON = "docker.io/library/python:3.12-slim"
+"""The image that others begin with, deploy/Containerfile's as well."""
 _CONDA = "docker.io/condaforge/miniforge3:latest"
 _PREFIX = "/opt/environment"
 
@@ -31,6 +35,12 @@ def command(spec: DeploymentSpec, shipped: Shipped, *, port: int, grpc_port: int
         words += ["--max-batch", str(spec.max_batch)]
     if spec.max_delay is not None:
         words += ["--max-delay", _seconds(spec.max_delay)]
+    if spec.pages != "first":
+        words += ["--pages", spec.pages]
+    if spec.background is not None:
+        words += ["--background", "#{:02x}{:02x}{:02x}".format(*spec.background)]
+    if spec.max_pixels != MAX_PIXELS:
+        words += ["--max-pixels", str(spec.max_pixels)]
     if shipped.local is not None:
         return words + ["--trust"] * spec.trust  # its package there says the rest
     if spec.task is not None:
@@ -71,7 +81,7 @@ class Build:
         except StorageError:
             raise
         except OSError as error:
-            raise StorageError(f"cannot write to {folder}: {error.strerror or error}") from None
+            raise failure("write", str(folder), error) from None
 
 
 def build(spec: DeploymentSpec, shipped: Shipped, folder: Path, deploy: Sequence[str]) -> Build:
@@ -81,7 +91,7 @@ def build(spec: DeploymentSpec, shipped: Shipped, folder: Path, deploy: Sequence
     for its model and environment. Raises SpecError where the environment's file is not there.
     """
     environment = spec.environment
-    source = Path(environment.value).expanduser()
+    source = expanded(environment.value)
     if not source.is_file():
         raise SpecError(f"environment: there is no file {environment.value!r}", hint=f"--env {environment.form}:FILE")
     image = spec.container_image
@@ -103,7 +113,7 @@ def _containerfile(spec: DeploymentSpec, name: str, shipped: Shipped) -> str:
         wanted.append(shipped.requirement)
     if spec.environment.form == "pip":
         lines = [
-            f"FROM {_PYTHON}",
+            f"FROM {PYTHON}",
             f"COPY {name} /opt/tally/{name}",
             f"RUN pip install --no-cache-dir {shlex.join(wanted)} -r /opt/tally/{name}",
         ]

@@ -68,6 +68,9 @@ class LocalSpec(DeploymentSpec):
             "max_batch": self.max_batch,
             "max_delay": Limits().max_delay if self.max_delay is None else self.max_delay,
             "threads": max(1, math.floor(amount(self.cpu))),
+            "pages": self.pages,
+            "background": self.background,
+            "max_pixels": self.max_pixels,
         }
 
 
@@ -185,6 +188,9 @@ def _shown(spec: EndpointSpec) -> dict[str, Any]:
         "max_batch": spec.limits.max_batch,
         "max_delay": spec.limits.max_delay,
         "threads": spec.limits.threads,
+        "pages": spec.limits.pages,
+        "background": spec.limits.background and list(spec.limits.background),
+        "max_pixels": spec.limits.max_pixels,
         "port": spec.port,
         "grpc_port": spec.grpc_port,
         "drain": spec.drain,

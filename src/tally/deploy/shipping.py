@@ -14,7 +14,7 @@ from tally.errors import SpecError
 from tally.masking import has_secret
 from tally.models import kinds
 from tally.models.reference import ModelRef
-from tally.models.resolve import check_there, resolve
+from tally.models.resolve import BUNDLED, check_there, resolve
 from tally.storage import is_url
 
 REGISTERED = "models:/"
@@ -109,6 +109,9 @@ def _shipped_model(spec: DeploymentSpec) -> Shipped:
         return _in_image(model.removeprefix(IN_IMAGE))
     if model.startswith(REGISTERED):
         return _registered(model, spec)
+    if model.startswith(BUNDLED):
+        check_there(model)
+        return Shipped(model, f"{model}, which comes with Tally")
     if is_url(model) and not model.lower().startswith("file:"):
         if has_secret(model):
             raise _secret("model", model)

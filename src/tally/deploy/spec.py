@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 from tally.deploy.quantities import amount
 from tally.errors import SpecError
 from tally.masking import has_secret
+from tally.media.images import MAX_PIXELS
 from tally.models.reference import BATCH_LIMIT
 from tally.serving.settings import KEYS
 from tally.text import did_you_mean
@@ -24,11 +25,11 @@ SUBDOMAIN = re.compile(rf"(?=.{{1,253}}$){LABEL.pattern}(\.{LABEL.pattern})*")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 """Of Services the stricter kind of DNS label (RFC 1035) is asked."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_IMAGE = re.compile(
+IMAGE = re.compile(
     r"[a-z0-9]+([.-][a-z0-9]+)*(:\d+)?(/[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*)*(:\w[\w.-]{0,127})?(@sha256:[0-9a-f]{64})?",
     re.ASCII,
 )
-_SENSITIVE = re.compile(r"(?i)secret|passw|token|credential|connection_string|_key$|^key$")
+SENSITIVE = re.compile(r"(?i)secret|passw|token|credential|connection_string|_key$|^key$")
 
 LEAST_MEMORY = 128 << 20
 """Bytes below which not even Python and one model fit."""
@@ -76,8 +77,8 @@ class DeploymentSpec:
     name: of the endpoint: a DNS label, and part of its paths. model: as ``tally score --model`` takes it, or
     ``image:/path`` for one that the image holds. image: what an image is called that is built from ``environment``.
     replicas: (least, most); None: as the profile says. cpu, memory: Kubernetes quantities, of one replica. gpu: whole
-    ones. max_batch, max_delay, drain, task, labels, artifacts, settings, trust: as of ``tally serve``; settings are
-    ``KEY=VALUE``, and labels and artifacts may be ``image:/path``, too.
+    ones. max_batch, max_delay, drain, pages, background, max_pixels, task, labels, artifacts, settings, trust: as of
+    ``tally serve``; settings are ``KEY=VALUE``, and labels and artifacts may be ``image:/path``, too.
     grpc_port: where clients reach it over gRPC; None: not at all.
     variables: of the environment, in the clear. secrets: names, whose meaning the target says.
 
@@ -97,6 +98,9 @@ class DeploymentSpec:
     max_delay: float | None = None
     drain: float = 30.0
     grpc_port: int | None = None
+    pages: Literal["first", "all"] = "first"
+    background: tuple[int, int, int] | None = None
+    max_pixels: int = MAX_PIXELS
     task: str | None = None
     labels: str | None = None
     artifacts: str | None = None
@@ -126,6 +130,10 @@ class DeploymentSpec:
             yield f"max_delay: 0 to 60 seconds, not {self.max_delay}"
         if not 0 < self.drain <= MOST_DRAIN:
             yield f"drain: more than 0 and at most {MOST_DRAIN:g} seconds, not {self.drain:g}"
+        if self.pages not in ("first", "all"):
+            yield f"pages: first or all, not {self.pages!r}"
+        if self.max_pixels < 1:
+            yield f"max_pixels: 1 or more, not {self.max_pixels}"
         if self.grpc_port is not None and not self.least_port <= self.grpc_port <= 65535:
             yield f"grpc_port: {self.least_port} to 65535, not {self.grpc_port}"
         if self.grpc_port and self.grpc_port == self.http_port:
@@ -139,12 +147,12 @@ class DeploymentSpec:
         elif self.environment.is_built:
             if self.image is None:
                 yield f"image: what is built from {self.environment} needs a name: registry.example.com/NAME:TAG"
-            elif not _IMAGE.fullmatch(self.image):
+            elif not IMAGE.fullmatch(self.image):
                 yield f"image: {self.image!r} is no name of an image, such as registry.example.com/plastic:1"
         else:
             if self.image is not None:
                 yield f"image: the environment {self.environment} names the image already"
-            if not _IMAGE.fullmatch(self.environment.value):
+            if not IMAGE.fullmatch(self.environment.value):
                 yield f"environment: {self.environment.value!r} is no name of an image"
 
     def _size_problems(self) -> Iterator[str]:
@@ -172,7 +180,7 @@ class DeploymentSpec:
         for name, value in self.variables.items():
             if not _VARIABLE.fullmatch(name):
                 yield f"variables: {name!r} cannot be the name of a variable"
-            elif name == KEYS or _SENSITIVE.search(name) or has_secret(f"{name}={value}") or has_secret(value):
+            elif name == KEYS or SENSITIVE.search(name) or has_secret(f"{name}={value}") or has_secret(value):
                 yield f"variables: {name} is a secret, and would stand in the clear: give it with --secret"
 
     least_port: ClassVar[int] = 1

@@ -113,6 +113,11 @@ class Engine(ABC):
         """What the user should know while nothing happens: that there is no room for a worker, say."""
         return None
 
+    @property
+    def host(self) -> str | None:
+        """The address at which workers reach this machine, once they were started; None: they are on it."""
+        return None
+
     @abstractmethod
     def default_slots(self) -> int:
         """How many workers this engine starts when nobody says."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -59,6 +60,25 @@ def _share(process: psutil.Process) -> int:
         found = process.memory_full_info()
         return int(getattr(found, "pss", 0) or found.uss)
     return 0
+
+
+def kill_descendants(pid: int, seconds: float = 0.5) -> None:
+    """End the processes that a process has started. One look at them is not enough: who loses its parent meanwhile
+    has left one list, and is not in the other yet."""
+    deadline = time.monotonic() + seconds
+    while left := [each for each in descendants(pid) if _lives(each)]:
+        for each in left:
+            with suppress(psutil.Error):
+                each.kill()
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.002)
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def kill(pid: int, others: list[psutil.Process]) -> None:

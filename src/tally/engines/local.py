@@ -66,6 +66,7 @@ class _Slot(Slot):
         noted then. kill_at: when it is killed even if it has not written its stack.
     overdue: the worker was killed because its task did not stop in time.
     gone_since: when it was noticed that the process has ended.
+    told: which setup it was told to use last; 0 before its first task. unfit: it could not be set up anew.
     children: the processes that it had started when it was last looked at.
     """
 
@@ -90,6 +91,7 @@ class _Slot(Slot):
         self.clock = watchdog.Clock()
         self.overdue = False
         self.gone_since: float | None = None
+        self.told, self.unfit = 0, False
         self.children: list[psutil.Process] = []
         self._tasks = 0
         self._listener: threading.Thread | None = None
@@ -100,9 +102,11 @@ class _Slot(Slot):
         _ = self.pool.active
         self._workers_bell.close()
 
-    def schedule(self, task: Task, rung: Callable[[], None]) -> Future[Any]:
-        """Have the worker run the task. rung: called by a thread of the slot's when there may be reports."""
+    def schedule(self, task: Task, told: int, rung: Callable[[], None]) -> Future[Any]:
+        """Have the worker run the task. told: the number of the setup that it is for. rung: called by a thread of the
+        slot's when there may be reports."""
         self._tasks += 1
+        self.told = told
         self.flag_stop(False)
         self.inbox = None
         mailbox = backlog = None
@@ -114,7 +118,7 @@ class _Slot(Slot):
                 self._listener.start()
         outcome: Future[Any]
         try:
-            outcome = self.pool.schedule(worker.call, args=(task.packed, mailbox, backlog))
+            outcome = self.pool.schedule(worker.call, args=(task.packed, mailbox, backlog, told))
         except RuntimeError as error:  # its worker has just died
             outcome = Future()
             outcome.set_exception(BrokenProcessPool(str(error)))
@@ -184,6 +188,9 @@ class _Slot(Slot):
         process = self.context.worker
         if process is not None and process.pid is not None and not self.gone:
             self.children = family.descendants(process.pid)
+            with suppress(OSError):
+                os.kill(process.pid, signal.SIGSTOP)  # so that it starts no others, and orphans still come to it
+            family.kill_descendants(process.pid)
             process.kill()
 
     def _end_children(self, *, at_once: bool) -> None:
@@ -204,30 +211,36 @@ class _Slot(Slot):
             process.terminate()
             process.join(ENDING_SECONDS)
 
-    def discard(self, *, kill: bool) -> threading.Thread:
-        """End the pool in a thread of its own: that takes up to a few tenths of a second.
+    def discard(self, *, kill: bool) -> threading.Event:
+        """End the worker, in a thread of its own. The event is set when it and its children have ended.
 
         kill: at once; otherwise the worker may clean up first.
         """
+        ended = threading.Event()
 
         def end() -> None:
-            if not kill:
-                self._ask_to_end()
-            self.kill()
-            self._end_children(at_once=kill)
-            with suppress(OSError):
-                self.bell.shutdown(socket.SHUT_RDWR)  # ends the listener
-            if self._listener is not None:
-                self._listener.join()
-            self.bell.close()
-            self._workers_bell.close()
+            try:
+                if not kill:
+                    self._ask_to_end()
+                self.kill()
+                process = self.context.worker
+                if process is not None and process.pid is not None:  # else it could not be started
+                    process.join(ENDING_SECONDS)
+                self._end_children(at_once=kill)
+                with suppress(OSError):
+                    self.bell.shutdown(socket.SHUT_RDWR)  # ends the listener
+                if self._listener is not None:
+                    self._listener.join()
+                self.bell.close()
+                self._workers_bell.close()
+            finally:
+                ended.set()
             with suppress(Exception):  # a pool that broke may fail to stop; its process is dead already
                 self.pool.stop()  # type: ignore[no-untyped-call]
-                self.pool.join()
+                self.pool.join()  # its threads look around ten times a second
 
-        thread = threading.Thread(target=end, daemon=True, name="tally-slot-end")
-        thread.start()
-        return thread
+        threading.Thread(target=end, daemon=True, name="tally-slot-end").start()
+        return ended
 
 
 @dataclass(slots=True, eq=False)
@@ -251,8 +264,8 @@ class LocalEngine(SupervisedEngine[_Slot]):
         self._limits = Limits()
         self._log: Path | None = None
         self._modules: Sequence[str] = ()
-        self._made = 0
-        self._ending: list[threading.Thread] = []
+        self._made = self._told = 0
+        self._ending: list[threading.Event] = []
 
     def start(
         self,
@@ -281,6 +294,7 @@ class LocalEngine(SupervisedEngine[_Slot]):
     def _tell(self, setup: bytes, limits: Limits, log: Path | None) -> None:
         """Give the setup to all workers, present and future."""
         self._limits, self._log = limits, log
+        self._told += 1
         given = worker.Setup(setup, None if log is None else str(log))
         write_whole(self._folder / _SETUP, pickle.dumps(given), private=True)
 
@@ -341,11 +355,11 @@ class LocalEngine(SupervisedEngine[_Slot]):
 
     def _remove(self, slot: _Slot, *, kill: bool = True) -> None:
         self._slots.remove(slot)
-        self._ending = [thread for thread in self._ending if thread.is_alive()]
+        self._ending = [ended for ended in self._ending if not ended.is_set()]
         self._ending.append(slot.discard(kill=kill))
 
     def _give(self, slot: _Slot, task: Task) -> None:
-        outcome = slot.schedule(task, partial(self._events.put, ("reports", slot)))
+        outcome = slot.schedule(task, self._told, partial(self._events.put, ("reports", slot)))
         outcome.add_done_callback(partial(self._report, slot))
 
     def _report(self, slot: _Slot, outcome: Future[Any]) -> None:
@@ -373,7 +387,8 @@ class LocalEngine(SupervisedEngine[_Slot]):
             task.future.set_exception(self._explain(slot))
         else:
             task.deliver(task.future, *outcome.result())
-        if error is not None or slot.over_memory is not None or slot.exceeded is not None or slot.overdue:
+        lost = error is not None or slot.over_memory is not None or slot.exceeded is not None
+        if lost or slot.overdue or slot.unfit:
             self._remove(slot, kill=True)
         elif self._limits.items is not None and watchdog.read(slot.files.note).items >= self._limits.items:
             self._remove(slot, kill=False)
@@ -441,8 +456,12 @@ class LocalEngine(SupervisedEngine[_Slot]):
             if (task := slot.vacate()) is not None:
                 task.future.set_exception(WorkerCrashedError("the engine was stopped"))
             self._remove(slot, kill=kill)
-        for thread in self._ending:
-            thread.join()
+        self._wait_for_ends()
+
+    def _wait_for_ends(self) -> None:
+        """Until all that was removed has ended, and has written its last to the log."""
+        for ended in self._ending:
+            ended.wait()
         if self._log is not None:
             logs.bound(self._log)
 

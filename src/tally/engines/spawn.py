@@ -49,8 +49,9 @@ class _Popen(popen_spawn_posix.Popen):
             try:
                 inherited = [*self._fds, tracker, childs_input, childs_sentinel]
                 self._child = subprocess.Popen(
-                    command, pass_fds=inherited, env=environment(), restore_signals=False, start_new_session=True
-                )
+                    command, stdin=subprocess.DEVNULL, pass_fds=inherited, env=environment(),
+                    restore_signals=False, start_new_session=True,
+                )  # fmt: skip
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         except BaseException:

@@ -263,6 +263,9 @@ class SupervisedEngine(Engine, Generic[S]):
                     futures = [task.future] if task.future.set_running_or_notify_cancel() else []
                 case ("stop", _):
                     return
+                case ("rest", resting):
+                    futures = []
+                    resting.set()
                 case _:
                     futures = []
 

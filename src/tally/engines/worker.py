@@ -19,7 +19,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from multiprocessing import connection
+from multiprocessing import connection, util
 from pathlib import Path
 from socket import socket
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ _setup: Path
 _files: Files
 _output: tuple[int, int] | None = None
 _state: Any = None
-_ready = False
+_set_up_for = 0
 
 
 def begin(setup: Path, files: Files, bell: socket, threads: int, modules: Sequence[str]) -> None:
@@ -64,11 +64,18 @@ def begin(setup: Path, files: Files, bell: socket, threads: int, modules: Sequen
     # Numeric libraries take every core for themselves unless told otherwise, in each worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     _adopt_orphans()
-    watchdog.attach(files.note, files.trace)
-    task.attach(files.stop_flag, bell)
-    parent = multiprocessing.parent_process()
+    parent, folder = multiprocessing.parent_process(), files.note.parent
     if parent is not None:
-        threading.Thread(target=_leave_with, args=(parent, files.note.parent), daemon=True).start()
+        threading.Thread(target=_leave_with, args=(parent, folder), daemon=True).start()
+        # Who is idle then is told by its pipe, and may be faster than that thread.
+        util.Finalize(None, _end_as_orphan, args=(parent, folder), exitpriority=0)
+    try:
+        watchdog.attach(files.note, files.trace)
+        task.attach(files.stop_flag, bell)
+    except FileNotFoundError:
+        if parent is not None:
+            _end_as_orphan(parent, folder)  # another orphan has tidied up
+        raise
     _setup, _files = setup, files
     if setup.exists():
         _print_to(pickle.loads(setup.read_bytes()).log)  # noqa: S301 - from our own parent
@@ -108,7 +115,7 @@ def _print_to(log: str | None) -> None:
 
 
 def _set_up() -> Any:
-    """Do what the engine says that the worker needs once; what was printed before goes where the rest goes."""
+    """Do what the engine says that the worker needs for its tasks; what was printed early goes where the rest goes."""
     global _output
     given: Setup = pickle.loads(_setup.read_bytes())  # noqa: S301 - from our own parent
     if _output is not None:
@@ -119,32 +126,46 @@ def _set_up() -> Any:
         _print_to(given.log)
         if early := _files.early.read_bytes():
             os.write(2, early)
+    elif _set_up_for:
+        _print_to(given.log)
     function, arguments = pickle.loads(given.call)  # noqa: S301
     return function(*arguments)
 
 
 def _leave_with(parent: Any, folder: Path) -> None:
-    """An orphan must not continue writing: end as soon as the parent does, and tidy up after it."""
+    """An orphan must not continue writing: end as soon as the parent does."""
+    connection.wait([parent.sentinel])
+    _end_as_orphan(parent, folder)
+
+
+def _end_as_orphan(parent: Any, folder: Path) -> None:
+    """If the parent is gone: tidy up after it, and end with all that this process has started."""
     import shutil
 
     from tally.engines import family
 
-    connection.wait([parent.sentinel])
-    shutil.rmtree(folder, ignore_errors=True)
-    family.kill(os.getpid(), family.descendants(os.getpid()))  # and itself with them
-    os._exit(1)
+    if connection.wait([parent.sentinel], 0):
+        shutil.rmtree(folder, ignore_errors=True)
+        family.kill_descendants(os.getpid())
+        family.kill(os.getpid(), [])  # and itself with them
+        os._exit(1)
 
 
-def call(packed: bytes, mailbox: str | None, backlog: int | None) -> tuple[bool, bytes, str]:
-    """Run a task: ``(function, arguments)``, pickled. mailbox, backlog: for its reports.
+def nothing(state: Any) -> None:
+    """A task that only has a worker set up."""
+
+
+def call(packed: bytes, mailbox: str | None, backlog: int | None, told: int) -> tuple[bool, bytes, str]:
+    """Run a task: ``(function, arguments)``, pickled. mailbox, backlog: for its reports. told: counts the setups that
+    the engine was given; for another one, the worker is set up anew.
 
     Returns whether it went well, the pickled result or exception, and the latter's traceback as text.
     """
-    global _state, _ready
+    global _state, _set_up_for
     try:
-        if not _ready:
+        if told != _set_up_for:
             _state = _set_up()
-            _ready = True
+            _set_up_for = told
         function, arguments = pickle.loads(packed)  # noqa: S301
         task.begin(mailbox, backlog)
         return True, pickle.dumps(function(_state, *arguments)), ""

@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import pwd
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 from tally.errors import StorageError
+from tally.optional import install
 
 ROOM = 1 << 30
 """Free bytes below which a disk is worth a warning."""
@@ -21,12 +24,24 @@ ROOM = 1 << 30
 EXTRAS = {
     "postgres": ("psycopg",),
     "mariadb": ("pymysql",),
+    "mongodb": ("pymongo",),
     "ray": ("ray",),
     "sklearn": ("scikit-learn", "skops"),
-    "train": ("torch", "tensorboard"),
+    "torch": ("torch", "safetensors"),
+    "transformers": ("torch", "transformers", "huggingface_hub"),
+    "pictures": ("imagecodecs", "pillow-heif", "pydicom", "resvg-py"),
+    "keras": ("keras", "h5py"),
+    "litert": ("ai-edge-litert",),
+    "tensorflow": ("tensorflow",),
+    "train": ("torch", "safetensors", "onnxscript", "tensorboard"),
     "retrain": ("onnx", "tensorboard"),
     "sweep": ("optuna",),
     "mlflow": ("mlflow-skinny",),
+    "excel": ("openpyxl",),
+    "avro": ("fastavro",),
+    "xgboost": ("xgboost-cpu" if sys.platform == "linux" else "xgboost",),
+    "lightgbm": ("lightgbm",),
+    "catboost": ("catboost",),
     "rabbitmq": ("pika",),
     "redis": ("redis",),
     "sqs": ("boto3",),
@@ -37,6 +52,7 @@ EXTRAS = {
     "grpc": ("grpcio", "protobuf"),
     "oidc": ("authlib",),
     "kubernetes": ("lightkube",),
+    "notebook": ("jupyterlab", "matplotlib"),
     "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
 }
 """Optional dependencies by the name of the extra that brings them; a test keeps the names true. What only authors of
@@ -79,11 +95,6 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def install(extra: str) -> str:
-    """How to get an extra."""
-    return f"pip install 'tally-scoring[{extra}]'"
-
-
 def home() -> str:
     """Whether Tally's folder can be written to, and has room."""
     from tally.config import make_private, settings
@@ -102,9 +113,21 @@ def home() -> str:
             hint="Set TALLY_HOME to a folder that can be written to.",
         ) from None
     text = _room(folder, f"{folder} can be written to")
+    if (owner := folder.stat().st_uid) != os.geteuid():
+        raise Warn(
+            f"{text}; but it belongs to {_user(owner)}, and this is {_user(os.geteuid())}: each may be unable to use "
+            "what the other makes there. Set TALLY_HOME to a folder of your own"
+        )
     if readable:
         raise Warn(f"{text}; others may look into it, and it holds what you score: chmod go= {' '.join(readable)}")
     return text
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # as in containers
+        return f"user {number}"
 
 
 def temporary() -> str:

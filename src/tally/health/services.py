@@ -25,9 +25,11 @@ from urllib.request import getproxies, proxy_bypass
 
 from tally.config import make_private
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageError, TallyError
-from tally.health.checks import Skip, Warn, install, version_of
+from tally.health.checks import Skip, Warn, version_of
 from tally.masking import mask
-from tally.storage import Store, is_url, key_of, open_store
+from tally.optional import install
+from tally.storage import Store, is_url, is_web, key_of, open_store
+from tally.storage.buckets import s3_environment
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -166,7 +168,8 @@ def _schema(connection: sa.Connection) -> str:
 
 _SETTINGS = {
     "s3": (
-        *("AWS_ACCESS_KEY_ID", "AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SKIP_SIGNATURE"),
+        *("AWS_ACCESS_KEY_ID", "AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "S3_ENDPOINT"),
+        "AWS_SKIP_SIGNATURE",
         *("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"),
         "AWS_CONTAINER_CREDENTIALS_FULL_URI",
     ),
@@ -228,7 +231,7 @@ def _endpoint(kind: str) -> str:
     if kind == "s3":
         named = get("AWS_ENDPOINT_URL_S3") or get("AWS_ENDPOINT_URL") or get("AWS_ENDPOINT")
         region = get("AWS_REGION") or get("AWS_DEFAULT_REGION") or "us-east-1"
-        return named or f"https://s3.{region}.amazonaws.com"
+        return named or s3_environment()[0].get("endpoint") or f"https://s3.{region}.amazonaws.com"
     if kind == "az":
         if _is_set("AZURE_STORAGE_USE_EMULATOR"):
             return "http://127.0.0.1:10000"
@@ -244,6 +247,10 @@ def place(url: str, *, write: bool = False) -> str:
     """Whether a folder or bucket can be listed and read and, where that is asked for, written to."""
     store = open_store(url)
     shown = key_of(mask(url))
+    if is_web(url):
+        folder, _, name = url.rpartition("/")
+        open_store(folder).read_range(name, 0, 1)
+        return f"{shown} is a file of the web, and can be read"
     kind = url.partition("://")[0].lower() if is_url(url) else ""
     if (kind := _KINDS.get(kind, kind)) in _SETTINGS:
         _answers(_endpoint(kind))
@@ -335,7 +342,7 @@ def registry(*, write: bool) -> str:
     where = settings().registry
     if not is_url(where):
         folder = Path(where)
-        if not folder.exists():
+        if not os.path.exists(folder):  # noqa: PTH110 - False where it may not be looked at
             return f"{where}, which is not there yet: the first model that is added makes it"
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
             raise StorageError(f"{where} cannot be read and written", hint="See TALLY_REGISTRY.")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from tally.database.tables import chunks, dead_items
+from tally.jobs.packed import PackedChunk, as_json, pack
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 from tally.text import storable
@@ -24,19 +24,20 @@ from tally.text import storable
 IDS_PER_STATEMENT = 1000
 """Fewer than the parameters that either database allows in one statement."""
 
-_COMPRESSED_FROM = 1024
-"""Bytes from which a chunk's payload is compressed; for less, that takes longer than it is worth."""
-
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
     """A chunk as handed out: ``attempts`` counts this one too; ``losses`` counts lost workers."""
 
     id: int
-    chunk: Chunk
+    packed: PackedChunk
     attempts: int
     losses: int
     attempt: str
+
+    @property
+    def chunk(self) -> Chunk:
+        return self.packed.unpacked()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +81,9 @@ def attempt_id(first: int, chunk_id: int, nonce: str) -> str:
     return f"{first:012d}-{nonce}{chunk_id:x}"
 
 
-def pack(chunk: Chunk) -> bytes:
-    """A chunk's payload as stored."""
-    text = json.dumps(chunk.payload, separators=(",", ":")).encode("ascii")
-    return zlib.compress(text, 1) if len(text) >= _COMPRESSED_FROM else text
-
-
-def unpack(first: int, count: int, payload: bytes) -> Chunk:
-    """The chunk of a stored payload."""
-    text = payload if payload[:1] == b"{" else zlib.decompress(payload)
-    return Chunk(first, count, json.loads(text))
+def of(table: sa.Table, job_ids: Sequence[str]) -> sa.ColumnElement[bool]:
+    """Rows of these jobs, at least one. Of one, an index has them in order."""
+    return table.c.job_id == job_ids[0] if len(job_ids) == 1 else table.c.job_id.in_(job_ids)
 
 
 def batches(ids: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -145,7 +139,7 @@ def rewrite(connection: sa.Connection, job_id: str, change: Callable[[Chunk], Ch
     query = sa.select(chunks.c.id, chunks.c.first, chunks.c.count, chunks.c.payload)
     pending = query.where(chunks.c.job_id == job_id, chunks.c.state == "pending")
     for number, first, count, payload in connection.execute(pending).all():
-        chunk = unpack(first, count, payload)
+        chunk = PackedChunk(first, count, payload).unpacked()
         if (changed := change(chunk)) is not chunk:
             connection.execute(sa.update(chunks).where(chunks.c.id == number).values(payload=pack(changed)))
 
@@ -161,8 +155,8 @@ _HANDED_OUT = [chunks.c[name] for name in ("id", "first", "count", "payload", "a
 
 def _handed_out(row: Sequence[Any], nonce: str, before: int = 0) -> StoredChunk:
     number, first, count, payload, attempts, losses = row  # by name it takes several times as long
-    chunk = unpack(first, count, payload)
-    return StoredChunk(number, chunk, attempts + before, losses, attempt_id(first, number, nonce))
+    packed, attempt = PackedChunk(first, count, payload), attempt_id(first, number, nonce)
+    return StoredChunk(number, packed, attempts + before, losses, attempt)
 
 
 # -- what became of them -------------------------------------------------------------------------------
@@ -224,7 +218,8 @@ def _running(connection: sa.Connection, job_id: str, ids: Sequence[int]) -> set[
 
 
 def _written(output: Output) -> str:
-    return json.dumps({"files": output.files, "rows": output.rows, "bytes": output.bytes, "facts": output.facts})
+    fields = {"files": output.files, "rows": output.rows, "bytes": output.bytes, "facts": output.facts}
+    return as_json(fields).decode()
 
 
 # A commit holds thousands of rows. PostgreSQL is sent them as one JSON document: a statement for each row costs several

@@ -128,7 +128,7 @@ class _Driver:
                 + f"; the last that it printed:\n{self._cluster.log_tail(self._name) or '(nothing)'}",
                 hint=_same_database(),
             )
-        lost = self._name is not None
+        lost = self._name is not None and driven
         self._start(record)
         if lost:
             self._events.note("the coordinator was lost; another one continues")
@@ -150,10 +150,10 @@ class _Driver:
             command += " --dead"
         # A cluster that was started on this machine may have another Python first on its path.
         ours = shlex.quote(sys.executable)
+        self._name = name  # before it is sent: a cluster that is late with its answer may have begun it all the same
         self._cluster.submit(
             f'p={ours}; "$p" -P -c \'import tally\' 2>/dev/null || p=python; exec "$p" {command}', name, _environment()
         )
-        self._name = name
 
 
 def _over(record: JobRecord) -> bool:
@@ -167,7 +167,7 @@ def _environment() -> dict[str, str]:
 
     told = {SUBMITTED_BY: versions()}
     database = os.environ.get("TALLY_DATABASE")
-    if database is None or sa.make_url(database).get_backend_name() == "sqlite":
+    if sa.make_url(settings().database).get_backend_name() == "sqlite":
         told["TALLY_HOME"] = str(settings().home)
     if database is not None and not has_secret(database):
         told["TALLY_DATABASE"] = database

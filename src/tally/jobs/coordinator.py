@@ -55,6 +55,7 @@ from tally.jobs.events import (
 )
 from tally.jobs.intake import Intake
 from tally.jobs.lease_renewer import lease_renewer
+from tally.jobs.packed import PackedChunk
 from tally.jobs.plan import ChunkSizer, Planner
 from tally.jobs.policy import (
     LOADING_LOSSES,
@@ -79,6 +80,7 @@ from tally.jobs.tidy import undo_retry
 from tally.push.base import Receiver
 from tally.sinks.base import Output, Sink
 from tally.sources.base import STAGES, Chunk, Source
+from tally.sources.selection import Selection
 from tally.text import iso_time
 
 log = logging.getLogger("tally")
@@ -119,7 +121,7 @@ class _Turn:
     complete: bool = False
     done: list[Done] = field(default_factory=list)
     lost: list[Lost] = field(default_factory=list)
-    settled: dict[int, Chunk] = field(default_factory=dict)
+    settled: dict[int, PackedChunk] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.planned or self.complete or self.done or self.lost)
@@ -130,6 +132,9 @@ class Coordinator:
 
     workers: the least and the most slots of the engine; between them, there are as many as there is work for.
     receiver: gets all rows as they are committed.
+    selection: of the source's items; that of the spec by default.
+    complete: all is scored, and only the output is to be made: no worker is needed.
+    A part of a split job (:mod:`tally.jobs.split`) has too many dead items if the whole has, and makes no output.
     """
 
     def __init__(
@@ -147,6 +152,8 @@ class Coordinator:
         manifest: dict[str, Any],
         events: Events | None = None,
         receiver: Receiver | None = None,
+        selection: Selection | None = None,
+        complete: bool = False,
     ) -> None:
         self._store, self._lease, self._spec = store, lease, spec
         self._source, self._sink, self._engine = source, sink, engine
@@ -172,7 +179,8 @@ class Coordinator:
         self._pusher: Pusher | None = None
         if receiver is not None:
             self._pusher = Pusher(
-                store, lease, sink, receiver, columns=sink.describe().columns,
+                store, lease, sink, receiver, columns=sink.describe().columns, confirm=self._confirm,
+                whole=spec.push is not None and spec.push.when == "finished",
                 patience=self._patience, events=self._events, failed=lambda error: self._inbox.put(("unpushed", error)),
             )  # fmt: skip
         self._published_at = time.monotonic()
@@ -191,6 +199,8 @@ class Coordinator:
         self._remark: str | None = None
         self._confirmed_at = float("-inf")
         self._is_retry = record.is_retry
+        self._whole, self._is_part = record.parent or record.id, record.parent is not None
+        self._selection, self._complete = selection or spec.selection, complete
 
     def stop(self, *, now: bool = False) -> None:
         """Stop: let running chunks finish within a grace time, or, with ``now``, kill them. Any thread.
@@ -233,9 +243,10 @@ class Coordinator:
                 self._publish_settled()
             if self._pusher is not None:
                 self._pusher.start()
-            self._load()
-            self._plan()
-            self._loop()
+            if not self._complete:
+                self._load()
+                self._plan()
+                self._loop()
             return self._end()
         except OwnershipLostError:
             raise
@@ -285,6 +296,7 @@ class Coordinator:
             deliver=lambda chunk: self._inbox.put(("chunk", chunk)),
             ended=ended,
             ahead=max(16, min(self._most, MOST_AHEAD)),
+            selection=self._selection,
         )
         self._planner.start()
 
@@ -311,21 +323,21 @@ class Coordinator:
         return self._planned and not self._running and self._starved and self._state == "running"
 
     def _take_in(self, message: tuple[Any, ...], turn: _Turn) -> None:
-        match message:
+        match message:  # what comes most often is looked for first
+            case ("done", stored, attempt, future):
+                self._heard_at = time.monotonic()
+                self._settle(stored, attempt, future, turn)
+            case ("chunk", chunk):
+                turn.planned.append(chunk)
             case ("ready", future):
                 self._heard_at = time.monotonic()
                 self._loaded = self._greet(future)
             case ("prepared",):
                 self._prepared = True
-            case ("chunk", chunk):
-                turn.planned.append(chunk)
             case ("planned", None):
                 turn.complete = True
             case ("planned", error):
                 self._fail(error)
-            case ("done", stored, attempt, future):
-                self._heard_at = time.monotonic()
-                self._settle(stored, attempt, future, turn)
             case ("unpushed", error):
                 self._fail(error)
             case ("stop", now):
@@ -398,7 +410,7 @@ class Coordinator:
                 self._pusher.wake()
         if self._intake is not None:
             dead = {item.key: item.error for each in counted for item in each.dead}
-            self._intake.acknowledge([turn.settled[each.id] for each in counted], dead)
+            self._intake.acknowledge([turn.settled[each.id].unpacked() for each in counted], dead)
         if take:
             self._starved = len(taken) < take
             if len(taken) == take < room:
@@ -413,12 +425,12 @@ class Coordinator:
         dead = {each.key for done in turn.done for each in done.dead}
         found: dict[int, dict[str, Mapping[str, Any] | None]] = {}
         for done in turn.done:
-            chunk = turn.settled[done.id]
+            chunk = turn.settled[done.id].unpacked()
             keys, info = self._source.keys(chunk), self._source.info(chunk) or repeat(None)
             found[done.id] = {key: each for key, each in zip(keys, info, strict=False) if key not in dead}
         return found
 
-    def _tell(self, chunk: Chunk, done: Done) -> None:
+    def _tell(self, chunk: PackedChunk, done: Done) -> None:
         """Send the events of a committed chunk."""
         if not self._events:
             return
@@ -500,9 +512,9 @@ class Coordinator:
     def _hand_out(self, taken: Sequence[StoredChunk]) -> None:
         halved: list[Lost] = []
         for stored in taken:
-            unsettled = stored.attempts > UNSETTLED_ATTEMPTS and stored.chunk.count > 1
+            unsettled = stored.attempts > UNSETTLED_ATTEMPTS and stored.packed.count > 1
             if unsettled or self._is_too_large_a_share(stored):
-                halved.append(self._replaced(stored, self._retry.halves(stored.chunk.count, stored.losses)))
+                halved.append(self._replaced(stored, self._retry.halves(stored.packed.count, stored.losses)))
                 continue
             self._running[stored.id] = _Running(stored, time.monotonic())
             self._submit(stored, stored.attempt)
@@ -517,11 +529,11 @@ class Coordinator:
             self._planned
             and fresh
             and is_too_large_a_share(
-                stored.chunk.count,
+                stored.packed.count,
                 left=self._items - self._done,
                 slots=self._engine.slots,
                 batch_size=self._batch_size,
-                seconds=self._sizer.seconds(stored.chunk.count),
+                seconds=self._sizer.seconds(stored.packed.count),
             )
         )
 
@@ -533,7 +545,7 @@ class Coordinator:
         return Lost(stored.id, [(self._source.slice(chunk, part.start, part.stop), part.losses) for part in parts])
 
     def _submit(self, stored: StoredChunk, attempt: str) -> None:
-        future = self._engine.submit(worker.run_chunk, stored.chunk, attempt)
+        future = self._engine.submit(worker.run_chunk, stored.packed, attempt)
         self._running[stored.id].futures.append(future)
         future.add_done_callback(lambda done: self._inbox.put(("done", stored, attempt, done)))
 
@@ -549,10 +561,10 @@ class Coordinator:
             outcome: worker.Outcome = future.result()
             del self._running[stored.id]
             self._tell_assumed(outcome.assumed)
-            self._sizer.observe(stored.chunk.count, outcome.seconds)
+            self._sizer.observe(stored.packed.count, outcome.seconds)
             self._stragglers.observe(outcome.seconds)
             turn.done.append(self._done_from(stored, attempt, outcome))
-            turn.settled[stored.id] = stored.chunk
+            turn.settled[stored.id] = stored.packed
         elif running.futures:
             return  # another attempt is still at it
         else:
@@ -560,7 +572,7 @@ class Coordinator:
             if future.cancelled() or self._stop is not None:
                 return  # stays "running" in the store; goes back to pending when the job is released
             # The planner waits for a first measurement: this is one, if a poor one.
-            self._sizer.observe(stored.chunk.count, time.monotonic() - running.since)
+            self._sizer.observe(stored.packed.count, time.monotonic() - running.since)
             self._after_loss(stored, attempt, error, turn)
 
     def _tell_assumed(self, sentences: Sequence[str]) -> None:
@@ -576,7 +588,7 @@ class Coordinator:
             for each in outcome.dead
         ]
         usage = {**outcome.timings.as_dict(), "worker_seconds": outcome.seconds, "chunks": 1}
-        return Done(stored.id, attempt, stored.chunk.count, outcome.output, dead, usage)
+        return Done(stored.id, attempt, stored.packed.count, outcome.output, dead, usage)
 
     def _after_loss(self, stored: StoredChunk, attempt: str, error: BaseException, turn: _Turn) -> None:
         chunk = stored.chunk
@@ -594,7 +606,7 @@ class Coordinator:
                 key = self._source.keys(chunk)[0]
                 dead = Dead(key, "score", _reason(error, self._spec), self._source.alone(chunk, 0, key))
                 turn.done.append(Done(stored.id, attempt, 1, Output(), [dead], {"losses": 1}))
-                turn.settled[stored.id] = chunk
+                turn.settled[stored.id] = stored.packed
             case JobFails():
                 self._fail(error)
 
@@ -616,6 +628,8 @@ class Coordinator:
     def _obey(self, wanted: str) -> None:
         if wanted == "cancel":
             self._halt("cancelled", grace=0.0)
+        elif wanted == "stop":
+            self._halt("interrupted", grace=GRACE_SECONDS)
         elif (wanted == "pause") != (self._state == "paused") and self._stop is None:
             self._state = "paused" if wanted == "pause" else "running"
             self._accounted = time.monotonic()  # waiting costs nothing
@@ -642,21 +656,24 @@ class Coordinator:
     def _check_dead(self) -> None:
         if self._stop is not None:
             return
-        match self._dead_limit.reached(self._done, self._dead):
+        done, dead = self._done, self._dead
+        if self._is_part and dead:
+            done, dead = self._patience(lambda: self._store.share_of_dead(self._whole))
+        match self._dead_limit.reached(done, dead):
             case "strict":
                 self._fail(
                     JobError(
-                        f"stopped, as --strict asks: {self._dead:,} of the first {self._done:,} items failed; "
+                        f"stopped, as --strict asks: {dead:,} of the first {done:,} items failed; "
                         f"the first was {self._first_dead()}",
-                        hint=f"{_mend(self._lease.job_id)} Without --strict, the rest is scored.",
+                        hint=f"{_mend(self._whole)} Without --strict, the rest is scored.",
                     )
                 )
             case "share":
                 self._fail(
                     JobError(
-                        f"stopped early: {self._dead:,} of the first {self._done:,} items failed, over the limit of "
+                        f"stopped early: {dead:,} of the first {done:,} items failed, over the limit of "
                         f"{self._spec.max_dead:.0%}; the first was {self._first_dead()}",
-                        hint=f"{_mend(self._lease.job_id)} To go on regardless, raise --max-dead.",
+                        hint=f"{_mend(self._whole)} To go on regardless, raise --max-dead.",
                     )
                 )
 
@@ -670,27 +687,26 @@ class Coordinator:
             if self._is_retry:
                 self._patience(lambda: undo_retry(self._store, self._lease, self._sink))
                 return "finished"
-            self._sink.release()
+            if not self._is_part:
+                self._sink.release()
             self._release("cancelled")
             return "cancelled"
         self._check_dead()
-        if self._stop is None and 0 < self._done == self._dead:
-            self._fail(
-                JobError(
-                    f"all {self._done:,} items failed; the first was {self._first_dead()}",
-                    hint=_mend_all(self._lease.job_id),
-                )
-            )
+        if self._stop is None and 0 < self._done == self._dead and not self._is_part:
+            failed = "the only item failed:" if self._done == 1 else f"all {self._done:,} items failed; the first was"
+            self._fail(JobError(f"{failed} {self._first_dead()}", hint=_mend_all(self._whole)))
         if self._stop is None and self._pusher is not None:
             self._arrive(self._pusher)
         if self._stop is None:
             try:
-                manifest = self._finalize()
+                manifest = None if self._is_part else self._finalize()
             except (OwnershipLostError, DatabaseAwayError):
                 raise
             except Exception as error:
                 self._fail(error)
             else:
+                if self._is_part:
+                    self._account()
                 self._release("finished", manifest=manifest)
                 self._state = "finished"
                 self._events(self.progress())
@@ -714,7 +730,7 @@ class Coordinator:
         if self._stopping:
             self._halt("interrupted", grace=0.0)
         elif refused := self._patience(lambda: self._store.refused(self._lease.job_id)):
-            self._fail(refusal(refused, self._lease.job_id))
+            self._fail(refusal(refused, self._whole))
         elif self._spec.push is not None:
             self._events.note(f"all rows have arrived at {self._spec.push.shown}")
 
@@ -752,6 +768,7 @@ class Coordinator:
             ({"key": each.key, "stage": each.stage, "error": each.error} for each in dead),
             {
                 **self._manifest,
+                **({"source_read": facts} if (facts := self._source.facts()) else {}),
                 "assumed": record.assumed,
                 "warnings": record.remarks,
                 "job": record.id,
@@ -826,7 +843,7 @@ class Coordinator:
                 tries += 1
 
     def _first_dead(self) -> str:
-        for dead in self._streamed(lambda: self._store.dead(self._lease.job_id)):
+        for dead in self._streamed(lambda: self._store.dead(self._whole)):
             return f"{dead.key}: {dead.error.splitlines()[0]}"
         return "not recorded"
 

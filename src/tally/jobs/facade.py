@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,10 +23,11 @@ from tally.jobs.outbox import Pushes
 from tally.jobs.printed import Printed, printed_by
 from tally.jobs.run import drive
 from tally.jobs.spec import JobSpec, absolute, make
+from tally.jobs.split import InCluster, Launcher, Processes, Served, put_down
 from tally.jobs.starts import StartStore
-from tally.jobs.states import ENDED, State
+from tally.jobs.states import ENDED, NOTHING_LEFT, State
 from tally.jobs.stop import Stop
-from tally.jobs.store import JobPage, JobRecord, JobStore
+from tally.jobs.store import JobPage, JobRecord, JobStore, Part
 from tally.jobs.submit import submit, submit_failed
 from tally.sinks.base import Output, Sink
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from tally.engines.base import Engine
     from tally.jobs.assemble import Parts
-    from tally.scorers.base import Scorer
+    from tally.scorers.base import Scorer, Thumbnail
 
 
 class Jobs:
@@ -44,12 +45,16 @@ class Jobs:
     ``job`` is a job's id, the beginning of it, or the place that it writes to. Looking at jobs opens no model, runs
     no code of the user's and reads no source. Methods may be called from several threads. Each raises
     JobNotFoundError where there is no such job, DatabaseAwayError while the database does not answer.
+    A part of a split job can be looked at and run; what is changed is the whole.
+
+    served: the parts of split jobs are started by servers.
     """
 
     elsewhere = "in the cluster"
     """Where a job runs that is followed from here, in words."""
 
-    def __init__(self, store: JobStore | None = None) -> None:
+    def __init__(self, store: JobStore | None = None, *, served: bool = False) -> None:
+        self._served = served
         self.store = store if store is not None else JobStore(connect(settings().database))
         self.starts = StartStore(self.store.engine)
         self._assembled: dict[str, Parts] = {}
@@ -60,7 +65,7 @@ class Jobs:
         self,
         spec: JobSpec,
         *,
-        model: Scorer | type[Scorer] | None = None,
+        model: Scorer | type[Scorer] | Callable[[Any], Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
         waiting: str | None = None,
@@ -85,13 +90,13 @@ class Jobs:
 
     def ask_to_start(self, job: str, action: Literal["resume", "retry"], *, who: str = "") -> JobRecord:
         """Have a server continue the job, or replay its dead items. Raises JobStateError where that cannot be."""
-        record = self.get(job)
+        record = self._whole(job)
         if record.alive:
             if action == "retry":
                 raise JobStateError(f"job {record.id} is {record.state}", hint="Wait until it has ended.")
             return self.unpause(record.id)
         if record.state == "cancelled" or (record.state == "finished" and action == "resume"):
-            raise JobStateError(f"job {record.id} is {record.state}")
+            raise JobStateError(f"job {record.id} is {record.state}", hint=NOTHING_LEFT[record.state])
         if record.state != "waiting":
             self.starts.ask(record.id, action, who=who)
         return record
@@ -126,6 +131,8 @@ class Jobs:
         cluster = None if in_this_process else cluster_for(spec)
         if cluster is not None:
             return drive_in_cluster(self.store, record.id, cluster, events=events, stop=stop, retry_dead=retry_dead)
+        if spec.engine == "ray" and spec.split is not None and cluster_for(spec) is None:
+            raise SpecError("split: there is no cluster", hint="Name it: --address http://HEAD:8265")
         if spec.engine == "ray" and not in_this_process:
             events.note("Ray's rules lead to no cluster: one is started on this machine for as long as the job takes")
         return drive(
@@ -137,7 +144,14 @@ class Jobs:
             engine=engine if spec.engine == "local" else None,
             retry_dead=retry_dead,
             held=in_this_process,
+            launcher=self._launcher(spec),
         )
+
+    def _launcher(self, spec: JobSpec) -> Launcher:
+        """Who starts the parts of a split job."""
+        if (cluster := cluster_for(spec)) is not None:
+            return InCluster(self.store, cluster)
+        return Served(self.starts) if self._served else Processes()
 
     def see_through(
         self, job: str, *, events: Events | None = None, stop: Stop | None = None, engine: Engine | None = None
@@ -183,7 +197,7 @@ class Jobs:
 
     def pause(self, job: str) -> JobRecord:
         """Hand out nothing more until the job is resumed. Raises JobStateError unless it is running."""
-        record = self.get(job)
+        record = self._whole(job)
         if not record.alive:
             go_on = f"Go on with: tally jobs resume {record.id}"
             raise JobStateError(
@@ -194,7 +208,7 @@ class Jobs:
 
     def unpause(self, job: str) -> JobRecord:
         """Have the process that drives the job hand out again. If it is not ``alive``, :meth:`run` continues it."""
-        record = self.get(job)
+        record = self._whole(job)
         if record.alive:
             self.store.request(record.id, "run")
         return record
@@ -204,7 +218,7 @@ class Jobs:
 
         Raises SpecError for an option that does, or is wrong; JobStateError while another process drives the job.
         """
-        record = self.get(job)
+        record = self._whole(job)
         given = {name: value for name, value in options.items() if value is not None}
         if not given:
             return record
@@ -229,7 +243,7 @@ class Jobs:
         A job that is being retried is finished again, with the results that it had. Returns the job. It is ``alive``
         if a coordinator has it, which has been told, and stops soon.
         """
-        record = self.get(job)
+        record = self._whole(job)
         if record.state == "waiting" and self.store.give_up(record.id, "cancelled"):
             return self.store.get(record.id)
         if not record.alive and record.state not in ENDED and record.output:
@@ -245,6 +259,7 @@ class Jobs:
             tidy.undo_retry(self.store, lease, tidy.sink_of(record))
         elif lease is not None:
             try:
+                put_down(self.store, lease)
                 tidy.release(self.store, record)
             except BaseException:
                 self.store.request(record.id, "run")  # it was refused: who resumes the job does not cancel it
@@ -255,8 +270,9 @@ class Jobs:
 
     def delete(self, job: str) -> JobRecord:
         """Forget a job that nobody drives; finished results stay where they are, unfinished ones are removed."""
-        record = self.get(job)
+        record = self._whole(job)
         tidy.discard(self.store, record)
+        tidy.forget_given(self.store, record)
         return record
 
     def mend(self, place: str) -> str:
@@ -297,6 +313,17 @@ class Jobs:
 
     # -- looking -----------------------------------------------------------------------------------
 
+    def parts(self, job: str) -> Sequence[Part]:
+        """The parts of a split job that is not finished, in order; see :mod:`tally.jobs.split`."""
+        return [Part.of(each) for each in self.store.parts(self.get(job).id)]
+
+    def _whole(self, job: str) -> JobRecord:
+        """The job, to be changed. Raises JobStateError for a part of one."""
+        record = self.get(job)
+        if record.parent is not None:
+            raise JobStateError(f"job {record.id} is a part of job {record.parent}", hint=f"Name job {record.parent}.")
+        return record
+
     def get(self, job: str) -> JobRecord:
         """The job. Of several that wrote to one place, the newest that was not cancelled."""
         return self._found(job)
@@ -336,6 +363,11 @@ class Jobs:
             # Where a job still waits, nothing is there yet.
             if not named and job and (record := self._at(job, begun=begun)) is not None:
                 return record
+            if job and (gone := self.store.list(place=absolute(job), state="cancelled", limit=1).jobs):
+                raise JobNotFoundError(
+                    f"no job {job!r}: job {gone[0].id}, which was to write there, is cancelled",
+                    hint=f"See it with: tally jobs show {gone[0].id}",
+                ) from None
             raise
 
     def _at(self, place: str, *, begun: bool) -> JobRecord | None:
@@ -367,11 +399,13 @@ class Jobs:
         return self.store.outputs(self._found(job, begun=True).id)
 
     def sink(self, job: str) -> Sink:
-        """Where the job's results are. Raises JobStateError where they are gone, or are another job's."""
+        """Where the job's results are. Raises JobStateError where they are not, or not yet, or another's."""
         record = self._found(job, begun=True)
         sink = tidy.sink_of(record)
         holder = sink.holder()
         if holder != record.id:
+            if record.state in ("waiting", "created"):
+                raise JobStateError(f"job {record.id} has not begun: there are no results yet", hint="Ask again soon.")
             now = "are gone" if holder is None else f"were replaced by those of job {holder}"
             raise JobStateError(
                 f"the results of job {record.id} at {record.spec['out']} {now}",
@@ -392,6 +426,11 @@ class Jobs:
 
         job = self._found(job, begun=True).id
         return query(self.sink(job), self.outputs(job), sql, self.dead_table(job), limit=limit, memory=memory)
+
+    def thumbnails(self, job: str, keys: Collection[str]) -> Mapping[str, Thumbnail]:
+        """The small pictures that the job has kept of these items; none of those that it has not scored."""
+        job = self._found(job, begun=True).id
+        return self.sink(job).thumbnails_of(self.outputs(job), keys)
 
     def dead_table(self, job: str) -> pa.Table:
         """The dead items: ``key``, ``stage``, ``error``."""

@@ -15,7 +15,7 @@ from tally.jobs.stop import Stop
 from tally.jobs.store import JobRecord
 
 LOOK_SECONDS = 0.5
-"""Seconds between two looks at the job."""
+"""Seconds between two looks at the job, at most; of one that has just begun they are fewer."""
 
 
 class _Looked(Protocol):
@@ -42,7 +42,8 @@ class Follower:
 
         What is away (the database, the cluster) is waited for. Once ``stop`` is asked, returns the job as last seen.
         """
-        while not self._stop.wait(0 if self._first else LOOK_SECONDS):
+        began = time.monotonic()
+        while not self._stop.wait(0 if self._first else min(LOOK_SECONDS, 0.05 + (time.monotonic() - began) / 10)):
             self._first = False
             try:
                 record = self._store.get(self._shown.id)

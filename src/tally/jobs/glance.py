@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
 from tally.database.clock import now
 from tally.database.tables import chunks, dead_items
+from tally.jobs.chunks import of as of_jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,11 @@ class Pace:
     rates: tuple[float, ...]
 
 
-def cells(connection: sa.Connection, job_id: str, *, limit: int) -> list[Cell]:
-    """The job's chunks in the source's order, in at most ``limit`` cells of about as many chunks each."""
+def cells(connection: sa.Connection, job_ids: Sequence[str], *, limit: int) -> list[Cell]:
+    """The chunks in the source's order, in at most ``limit`` cells of about as many chunks each. job_ids: of a job, and
+    of its parts."""
     # The index has all that is asked for.
-    of = (chunks.c.job_id == job_id, chunks.c.state.in_(("pending", "running", "done")))
+    of = (of_jobs(chunks, job_ids), chunks.c.state.in_(("pending", "running", "done")))
     order = (chunks.c.first, chunks.c.id)
     each = sa.select(chunks.c.first, chunks.c.state, sa.func.ntile(limit).over(order_by=order).label("cell"))
     numbered = each.where(*of).subquery()
@@ -59,17 +62,17 @@ def cells(connection: sa.Connection, job_id: str, *, limit: int) -> list[Cell]:
         return found
     firsts = [cell.first for cell in found]
     dead, width = dead_items.c.first, 1 + firsts[-1] // (4 * limit)
-    some = sa.select(sa.func.min(dead)).where(dead_items.c.job_id == job_id, dead_items.c.retried.is_(None))
+    some = sa.select(sa.func.min(dead)).where(of_jobs(dead_items, job_ids), dead_items.c.retried.is_(None))
     for position in connection.scalars(some.group_by(sa.func.floor(dead / width))):
         place = max(0, bisect_right(firsts, position) - 1)
         found[place] = replace(found[place], dead=True)
     return found
 
 
-def pace(connection: sa.Connection, job_id: str, *, running: bool, limit: int) -> Pace | None:
+def pace(connection: sa.Connection, job_ids: Sequence[str], *, running: bool, limit: int) -> Pace | None:
     """How fast the job was, in at most ``limit`` stretches from its first results to its last, or until now where it
     is running. None while it has none."""
-    done = (chunks.c.job_id == job_id, chunks.c.state == "done", chunks.c.done_at.is_not(None))
+    done = (of_jobs(chunks, job_ids), chunks.c.state == "done", chunks.c.done_at.is_not(None))
     ends = sa.select(sa.func.min(chunks.c.done_at), sa.func.max(chunks.c.done_at), now()).where(*done)
     begin, end, clock = connection.execute(ends).one()
     if begin is None:

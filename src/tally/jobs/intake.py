@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from tally.database.waiting import Patience
+from tally.errors import TallyError, error_line
 from tally.jobs.events import Events
 from tally.jobs.store import JobStore
 from tally.sources.base import Chunk, Source
@@ -29,7 +30,7 @@ class Intake:
         self._unacknowledged: list[Chunk] = []
         self._dead: dict[str, str] = {}
         self._again_at = 0.0
-        self._failed: str | None = None
+        self._failed = False
 
     def admit(self, delivered: Sequence[Chunk], first: int) -> tuple[list[Chunk], list[list[str]]]:
         """The chunks that hold what is new, numbered on from ``first``, and the keys of each."""
@@ -72,14 +73,15 @@ class Intake:
             self._source.acknowledge(self._unacknowledged, self._dead)
         except Exception as error:  # the results are safe; the message would come again, and be known
             self._again_at = time.monotonic() + AGAIN_SECONDS
-            if self._failed is None:
-                self._events.waiting(f"what is done cannot be acknowledged: {error}; it is tried again")
-            self._failed = str(error)
+            if not self._failed:
+                told = error.message if isinstance(error, TallyError) else error_line(error)
+                self._events.waiting(f"what is done cannot be acknowledged: {told}; it is tried again")
+            self._failed = True
         else:
             self._unacknowledged, self._dead = [], {}
-            if self._failed is not None:
+            if self._failed:
                 self._events.waiting("acknowledgements are accepted again")
-            self._failed = None
+            self._failed = False
 
     def _cut(self, chunk: Chunk, chosen: Sequence[bool]) -> Iterator[Chunk]:
         for start, stop in _runs(chosen):

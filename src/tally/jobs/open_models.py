@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import suppress
 
+from tally.media.images import Decoding
 from tally.models.load import load
 from tally.models.reference import ModelRef
 from tally.scorers.base import Scorer
@@ -15,10 +16,10 @@ OPEN_MODELS = 8
 
 
 class OpenModels:
-    """device, batch_size: as the job says."""
+    """device, batch_size, decoding: as the job says."""
 
-    def __init__(self, device: str, batch_size: int | None) -> None:
-        self._device, self._batch_size = device, batch_size
+    def __init__(self, device: str, batch_size: int | None, decoding: Decoding) -> None:
+        self._device, self._batch_size, self._decoding = device, batch_size, decoding
         self._open: OrderedDict[tuple[str, int | None, str], Scorer] = OrderedDict()
 
     def get(self, ref: ModelRef) -> Scorer:
@@ -28,7 +29,7 @@ class OpenModels:
         if scorer is None:
             while len(self._open) >= OPEN_MODELS:  # before the next one takes memory, too
                 _close(self._open.popitem(last=False)[1])
-            scorer = configured(load(ref, self._device), batch_size=self._batch_size)
+            scorer = configured(load(ref, self._device), batch_size=self._batch_size, decoding=self._decoding)
             self._open[key] = scorer
         self._open.move_to_end(key)
         return scorer

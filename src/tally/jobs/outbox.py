@@ -77,9 +77,9 @@ def add(
         connection.execute(sa.insert(pushes), rows)
 
 
-def waiting(connection: sa.Connection, job_id: str, limit: int) -> list[Waiting]:
+def waiting(connection: sa.Connection, job_id: str, limit: int, after: int = 0) -> list[Waiting]:
     """See :meth:`JobStore.unpushed`."""
-    these = (pushes.c.job_id == job_id, pushes.c.refused.is_(None))
+    these = (pushes.c.job_id == job_id, pushes.c.refused.is_(None), pushes.c.id > after)
     query = sa.select(pushes).where(*these).order_by(pushes.c.id).limit(limit)
     return [
         Waiting(

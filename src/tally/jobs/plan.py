@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from tally.errors import JobError, TallyError, error_line
 from tally.sources.base import Chunk, ChunkLimit, Source
+from tally.sources.selection import Selection
 
 MAX_BYTES = 256 * 2**20
 FIRST_CHUNKS_PER_SLOT = 2
@@ -39,12 +40,13 @@ class ChunkSizer:
         self._largest = batch_size
         self._items = self._seconds = 0.0  # lately: what is older counts less
         self._longest = self._total = 0.0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._stopped = False
 
     def observe(self, items: int, seconds: float) -> None:
         """A worker took ``seconds`` for a chunk of ``items``."""
-        with self._changed:
+        with self._lock:
             self._observed += 1
             self._items = _MEMORY * self._items + items
             self._seconds = _MEMORY * self._seconds + max(seconds, 1e-4)
@@ -54,26 +56,26 @@ class ChunkSizer:
 
     def dropped(self, chunks: int) -> None:
         """So many chunks held nothing new: no worker is going to measure them, and nobody is to wait for that."""
-        with self._changed:
+        with self._lock:
             self._asked -= chunks
             self._changed.notify_all()
 
     def stop(self) -> None:
         """Let a waiting planner go."""
-        with self._changed:
+        with self._lock:
             self._stopped = True
             self._changed.notify_all()
 
     def seconds(self, items: int) -> float:
         """Seconds that a chunk of this many items should take; infinity if unknown."""
-        with self._changed:
+        with self._lock:
             return items * self._seconds / self._items if self._items else float("inf")
 
     def __call__(self) -> ChunkLimit:
         """After the first chunks, waits until something has been measured, or for :data:`PATIENCE_SECONDS`: if every
         worker is lost, nothing ever is, and chunks keep their first size, one at a time.
         """
-        with self._changed:
+        with self._lock:
             self._asked += 1
             if self._asked <= FIRST_CHUNKS_PER_SLOT * self._slots:
                 return ChunkLimit(self._batch, MAX_BYTES)
@@ -82,7 +84,8 @@ class ChunkSizer:
             items = max(min(wanted, self._largest * GROWTH, self._most), self._batch)
             items -= items % self._batch
             self._largest = max(self._largest, items)
-            return ChunkLimit(items, MAX_BYTES, self._seconds / self._items if self._items else math.inf)
+            seconds = self._seconds / self._items if self._items else math.inf
+            return ChunkLimit(items, MAX_BYTES, seconds, self._slots)
 
     def _may_go_on(self) -> bool:
         if self._stopped or self._asked <= FIRST_CHUNKS_PER_SLOT * self._slots:
@@ -94,7 +97,7 @@ class ChunkSizer:
 class Planner(threading.Thread):
     """Makes the source ready, lists it, and hands over chunks.
 
-    planned: there is nothing left to list. prepared: called once the source is ready.
+    selection: of its items. planned: there is nothing left to list. prepared: called once the source is ready.
     deliver: called in this thread with each new chunk, at most ``ahead`` of them before :meth:`taken` says
         that the earlier ones are stored: memory stays flat however fast the listing is.
     ended: called once, with None or the error that stopped planning.
@@ -112,9 +115,11 @@ class Planner(threading.Thread):
         deliver: Callable[[Chunk], None],
         ended: Callable[[Exception | None], None],
         ahead: int = 16,
+        selection: Selection | None = None,
     ) -> None:
         super().__init__(name="tally-planner", daemon=True)
         self._source, self._after, self._first, self._sizer = source, after, first, sizer
+        self._selection = selection or Selection()
         self._planned, self._prepared, self._deliver, self._ended = planned, prepared, deliver, ended
         self._room = threading.Semaphore(ahead)
         self._stopping = threading.Event()
@@ -136,7 +141,9 @@ class Planner(threading.Thread):
             self._prepared()
             if self._planned:
                 return
-            for chunk in self._source.plan(self._after, self._first, self._sizer):
+            given = self._after, self._first, self._sizer
+            chosen = self._selection.plan(self._source, *given) if self._selection else self._source.plan(*given)
+            for chunk in chosen:
                 self._room.acquire()
                 if self._stopping.is_set():
                     return

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tally.database.waiting import Patience, pause
 from tally.errors import OwnershipLostError, StorageAwayError, StorageError, TallyError
@@ -20,6 +20,8 @@ from tally.sinks.base import Sink
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+T = TypeVar("T")
 
 log = logging.getLogger("tally")
 
@@ -35,6 +37,8 @@ class Pusher:
     """Delivers what the store's outbox holds, oldest first, while the job runs. Thread-safe.
 
     columns: of the rows, without the key: column name to Arrow type name; None where they are not known before.
+    whole: deliver nothing before :meth:`drain`, and then everything at once. confirm: raises if the job is no longer
+    ours.
     failed: called, in the pusher's thread, with an error after which nothing can be pushed.
     """
 
@@ -46,12 +50,15 @@ class Pusher:
         receiver: Receiver,
         *,
         columns: Mapping[str, str] | None,
+        whole: bool = False,
+        confirm: Callable[[], None] = lambda: None,
         patience: Patience,
         events: Events,
         failed: Callable[[Exception], None],
     ) -> None:
         self._store, self._lease, self._sink, self._receiver = store, lease, sink, receiver
         self._columns, self._patience, self._events, self._failed = columns, patience, events, failed
+        self._whole, self._confirm, self._draining = whole, confirm, False
         self._checked = threading.Event()
         self._changed = threading.Condition()
         self._wanted = self._idle = self._stopping = self._begun = False
@@ -91,6 +98,7 @@ class Pusher:
         Raises what keeps it from arriving: StorageAwayError if the receiver has not answered for three minutes.
         """
         begun = time.monotonic()
+        self._draining = True
         self.wake()
         with self._changed:
             while not (self._idle or self._error or stopped()):
@@ -115,6 +123,10 @@ class Pusher:
         try:
             self._check()
             while self._next():
+                if self._whole:
+                    if self._draining:
+                        self._push_all()
+                    continue
                 for waiting in self._all():
                     self._push(waiting)
                     if self._stopping:
@@ -146,29 +158,51 @@ class Pusher:
             self._wanted = False
             return not self._stopping
 
-    def _all(self) -> Iterator[Waiting]:
-        while some := self._patience(lambda: self._store.unpushed(self._lease, limit=AT_ONCE)):
+    def _all(self, *, settling: bool = True) -> Iterator[Waiting]:
+        """What waits, oldest first. settling: whether each leaves before the next is asked for."""
+        after = 0
+        while some := self._patience(partial(self._store.unpushed, self._lease, limit=AT_ONCE, after=after)):
             yield from some
+            after = 0 if settling else some[-1].id
+
+    def _parcel(self, waiting: Waiting) -> Parcel:
+        return Parcel(waiting.name, waiting.keys, self._rows(waiting), waiting.info)
 
     def _push(self, waiting: Waiting) -> None:
-        rows = self._rows(waiting)
-        parcel = Parcel(waiting.name, waiting.keys, rows, waiting.info)
+        parcel = self._parcel(waiting)
+        refusals = self._tried(lambda: self._receiver.deliver(parcel, confirm=self._confirm))
+        if refusals is None:
+            return
+        refused = [
+            Refused(each.key, each.reason, _alone(parcel.rows, each.key), waiting.info.get(each.key))
+            for each in refusals
+        ]
+        for each in refusals:
+            log.warning("%s was refused where it was pushed: %s", each.key, each.reason)
+        self._patience(partial(self._store.pushed, self._lease, waiting.id, refused))
+
+    def _push_all(self) -> None:
+        def deliver() -> bool:
+            self._receiver.deliver_all(lambda: map(self._parcel, self._all(settling=False)), confirm=self._confirm)
+            return True
+
+        if next(self._all(), None) is not None and self._tried(deliver):
+            for waiting in self._all():
+                self._patience(partial(self._store.pushed, self._lease, waiting.id))
+
+    def _tried(self, deliver: Callable[[], T]) -> T | None:
+        """What it gives, after waiting for a receiver that does not answer; None if it was told to stop meanwhile."""
         tries = 0
         while not self._stopping:
             try:
-                refusals = self._receiver.deliver(parcel)
+                found = deliver()
             except StorageAwayError as error:
                 self._wait(error, tries)
                 tries += 1
                 continue
             self._is_back()
-            refused = [
-                Refused(each.key, each.reason, _alone(rows, each.key), waiting.info.get(each.key)) for each in refusals
-            ]
-            for each in refusals:
-                log.warning("%s was refused where it was pushed: %s", each.key, each.reason)
-            self._patience(partial(self._store.pushed, self._lease, waiting.id, refused))
-            return
+            return found
+        return None
 
     def _rows(self, waiting: Waiting) -> pa.Table:
         import pyarrow as pa

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from tally.database import lease as leases
 from tally.database.clock import now
-from tally.database.tables import starts
+from tally.database.tables import jobs, starts
 from tally.errors import OwnershipLostError
 from tally.text import storable
 
@@ -49,11 +49,13 @@ class StartStore:
         with self._engine.begin() as connection:
             insert(connection, job_id, action, who=who, overwrite=overwrite)
 
-    def claim(self) -> Start | None:
-        """The oldest start that nobody works on, for this process; None if there is none."""
+    def claim(self, *, parts: bool = False) -> Start | None:
+        """The oldest start that nobody works on, for this process; None if there is none. parts: of split jobs only."""
         token = leases.new_token()
         with self._engine.begin() as connection:
             free = leases.is_lost(connection, starts)
+            if parts:
+                free &= starts.c.job_id.in_(sa.select(jobs.c.id).where(jobs.c.parent.is_not(None)))
             query = sa.select(starts.c.job_id).where(free).order_by(starts.c.asked_at, starts.c.job_id).limit(1)
             job_id = connection.scalar(query.with_for_update(skip_locked=True))
             if job_id is None:
@@ -76,11 +78,12 @@ class StartStore:
         with self._engine.begin() as connection:
             connection.execute(sa.delete(starts).where(starts.c.job_id == job_id, starts.c.owner == token))
 
-    def put_back(self, job_id: str, token: str) -> Start | None:
-        """Let others start it. Returns it; None if it was settled, or somebody else has it."""
+    def put_back(self, job_id: str, token: str, *, counted: bool = True) -> Start | None:
+        """Let others start it. Returns it; None if it was settled, or somebody else has it. counted: it was a try."""
         with self._engine.begin() as connection:
             mine = starts.c.job_id == job_id
-            if not leases.release(connection, starts, mine, token=token):
+            values = {} if counted else {"attempts": starts.c.attempts - 1}
+            if not leases.release(connection, starts, mine, token=token, **values):
                 return None
             return _start(connection.execute(sa.select(starts).where(mine)).mappings().one())
 

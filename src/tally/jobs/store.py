@@ -15,20 +15,22 @@ import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import sqlalchemy as sa
 
 from tally.database import lease as leases
 from tally.database import tables
 from tally.database.clock import now
+from tally.database.foreign import is_database
 from tally.database.notify import notify
 from tally.database.tables import dead_items, jobs
 from tally.errors import JobNotFoundError, JobStateError, OwnershipLostError, SpecError
 from tally.jobs import chunks, glance, outbox, received_keys, starts
-from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce
+from tally.jobs.chunks import Dead, Done, Lost, StoredChunk, new_nonce, of
+from tally.jobs.packed import PackedChunk
 from tally.jobs.states import ENDED, STATES, Request
-from tally.push.target import Push, is_database
+from tally.push.target import Push
 from tally.sinks.base import Output
 from tally.sources.base import Chunk
 from tally.storage import normalised
@@ -55,6 +57,8 @@ class JobRecord:
     output: what the job writes: ``kind`` (rows, images, video), ``format``, ``columns`` (name to type, or None),
         ``unit`` of its items, ``place`` as in the spec, and what else the sink needs to be opened for reading.
     place: where it writes, without trailing slashes.
+    parent: of a part of a split job, the job that it is a part of; see :mod:`tally.jobs.split`. part: which it is:
+        its ``number``, and ``shard`` or ``between``.
     """
 
     id: str
@@ -84,6 +88,8 @@ class JobRecord:
     manifest: dict[str, Any] | None
     output: dict[str, Any]
     place: str
+    parent: str | None = None
+    part: dict[str, Any] | None = None
     alive: bool = False
 
     @property
@@ -111,6 +117,24 @@ class JobPage:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """How far one part of a split job is. host: that of its coordinator, or of the last one; numbers count items."""
+
+    number: int
+    state: str
+    host: str | None
+    items: int
+    done: int
+    dead: int
+
+    @classmethod
+    def of(cls, record: JobRecord) -> Self:
+        """What is shown of the part's row."""
+        number = (record.part or {}).get("number", 0)
+        return cls(number, record.state, record.owner_host, record.items, record.done, record.dead)
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """The right to drive a job: sent with every change."""
 
@@ -119,7 +143,11 @@ class Lease:
 
 
 class JobStore:
-    """Reads and changes jobs. Safe to use from several threads; holds no state but the engine."""
+    """Reads and changes jobs. Safe to use from several threads; holds no state but the engine.
+
+    A split job (:mod:`tally.jobs.split`) has parts, which are jobs that nobody finds but by their ids. What is asked of
+    its chunks and dead items is asked of its parts'. When they are finished, all they have becomes the job's own.
+    """
 
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
@@ -130,7 +158,7 @@ class JobStore:
         """The job by its id, or by the unambiguous beginning of it. Raises JobNotFoundError."""
         found: Sequence[sa.RowMapping] = []
         if job_id.isascii() and job_id.isprintable():  # a database may refuse to compare other characters
-            beginning = jobs.c.id.startswith(job_id, autoescape=True)
+            beginning = sa.and_(jobs.c.id.startswith(job_id, autoescape=True), _WHOLE)
             with self._read() as connection:
                 for asked in (jobs.c.id == job_id, beginning):  # SQLite looks at every job for the second
                     if found := connection.execute(self._select().where(asked).limit(3)).mappings().all():
@@ -187,9 +215,13 @@ class JobStore:
         return {place for place, paths in within.items() if any(map(is_written, paths))}
 
     def orphaned(self) -> list[JobRecord]:
-        """Running jobs without a coordinator: its lease has run out, or its process is gone. Oldest first."""
+        """Running jobs without a coordinator: its lease has run out, or its process is gone. Oldest first.
+
+        Of parts, those whose job is not stopped."""
+        whole = jobs.alias()
+        going = sa.select(whole.c.id).where(whole.c.state.in_(("running", "paused")))
         with self._read() as connection:
-            running = jobs.c.state == "running"
+            running = sa.and_(jobs.c.state == "running", sa.or_(_WHOLE, jobs.c.parent.in_(going)))
             query = self._select().where(running, leases.is_lost(connection, jobs, running))
             rows = connection.execute(query.order_by(jobs.c.created_at, jobs.c.id)).mappings()
             return [_record(row) for row in rows]
@@ -201,7 +233,7 @@ class JobStore:
         table = tables.chunks
         query = (
             sa.select(table.c.output)
-            .where(table.c.job_id == job_id, table.c.state == "done")
+            .where(self._of(table, job_id), table.c.state == "done")
             .order_by(table.c.first, table.c.id)
         )
         if generation is not None:
@@ -213,16 +245,17 @@ class JobStore:
 
     def dead(self, job_id: str) -> Iterator[Dead]:
         """Dead items in the source's order."""
-        those = (dead_items.c.job_id == job_id, dead_items.c.retried.is_(None))
+        those = (self._of(dead_items, job_id), dead_items.c.retried.is_(None))
         query = sa.select(dead_items).where(*those).order_by(dead_items.c.first, dead_items.c.id)
         with self._read(stream=True) as connection, connection.execute(query) as found:
             for row in found.mappings():
-                yield Dead(row["key"], row["stage"], row["error"], chunks.unpack(row["first"], 1, row["payload"]))
+                alone = PackedChunk(row["first"], 1, row["payload"]).unpacked()
+                yield Dead(row["key"], row["stage"], row["error"], alone)
 
     def counts(self, job_id: str) -> dict[str, int]:
         """Number of chunks per state."""
         table = tables.chunks
-        query = sa.select(table.c.state, sa.func.count()).where(table.c.job_id == job_id)
+        query = sa.select(table.c.state, sa.func.count()).where(self._of(table, job_id))
         with self._read() as connection:
             rows = connection.execute(query.group_by(table.c.state)).all()
         found = {str(row[0]): int(row[1]) for row in rows}
@@ -230,19 +263,23 @@ class JobStore:
 
     def cells(self, job_id: str, *, limit: int) -> list[glance.Cell]:
         """The chunks at a glance; see :func:`tally.jobs.glance.cells`."""
+        ids = self._ids(job_id)
         with self._read() as connection:
-            return glance.cells(connection, job_id, limit=limit)
+            return glance.cells(connection, ids, limit=limit)
 
     def pace(self, job_id: str, *, running: bool, limit: int) -> glance.Pace | None:
         """How fast the job was; see :func:`tally.jobs.glance.pace`."""
+        ids = self._ids(job_id)
         with self._read() as connection:
-            return glance.pace(connection, job_id, running=running, limit=limit)
+            return glance.pace(connection, ids, running=running, limit=limit)
 
     def counts_by_state(self) -> dict[str, int]:
         """How many jobs are in each state, as :class:`JobRecord` reports it."""
         with self._read() as connection:
-            running = jobs.c.state == "running"
-            rows = connection.execute(sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)).all()
+            running = sa.and_(jobs.c.state == "running", _WHOLE)
+            rows = connection.execute(
+                sa.select(jobs.c.state, sa.func.count()).where(_WHOLE).group_by(jobs.c.state)
+            ).all()
             counts = dict.fromkeys(STATES, 0) | {str(row[0]): int(row[1]) for row in rows}
             gone = sa.select(sa.func.count()).where(running, leases.is_lost(connection, jobs, running))
             lost = connection.scalar(gone) or 0
@@ -271,9 +308,11 @@ class JobStore:
         record = self.get(job_id)
         if not record.spec.get("push"):
             return None
+        ids = self._ids(record.id)
         with self._read() as connection:
-            waiting, refused = outbox.counts(connection, record.id)
-            first = outbox.refused(connection, record.id, 1)
+            each = [outbox.counts(connection, job) for job in ids]
+            waiting, refused = (sum(numbers) for numbers in zip(*each, strict=True))
+            first = [row for job in ids for row in outbox.refused(connection, job, 1)]
         scored = record.done - record.dead
         return outbox.Pushes(
             Push(**record.spec["push"]).shown, max(0, scored - waiting - refused), waiting, refused,
@@ -282,7 +321,7 @@ class JobStore:
 
     def reasons(self, job_id: str, keys: Sequence[str]) -> dict[str, str]:
         """Why those of the items with these keys are dead that are."""
-        query = sa.select(dead_items.c.key, dead_items.c.error).where(dead_items.c.job_id == job_id)
+        query = sa.select(dead_items.c.key, dead_items.c.error).where(self._of(dead_items, job_id))
         with self._read() as connection:
             found = {
                 row[0]: row[1] for row in connection.execute(query.where(dead_items.c.key.in_(map(storable, keys))))
@@ -400,10 +439,11 @@ class JobStore:
 
     def delete(self, job_id: str) -> None:
         """Forget the job and everything that belongs to it."""
+        ids = self._ids(job_id)
         with self.engine.begin() as connection:
             for table in (tables.chunks, dead_items, tables.received_keys, tables.pushes):
-                connection.execute(sa.delete(table).where(table.c.job_id == job_id))
-            connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+                connection.execute(sa.delete(table).where(table.c.job_id.in_(ids)))
+            connection.execute(sa.delete(jobs).where(jobs.c.id.in_(ids)))
 
     # -- the coordinator's changes -----------------------------------------------------------------
 
@@ -550,10 +590,10 @@ class JobStore:
             connection.execute(sa.update(jobs).where(jobs.c.id == lease.job_id).values(**changes))
         return generation
 
-    def unpushed(self, lease: Lease, *, limit: int) -> list[outbox.Waiting]:
-        """What waits to be pushed, oldest first, without what was refused."""
+    def unpushed(self, lease: Lease, *, limit: int, after: int = 0) -> list[outbox.Waiting]:
+        """What waits to be pushed, oldest first, without what was refused. after: the id of one that is known."""
         with self._read() as connection:
-            return outbox.waiting(connection, lease.job_id, limit)
+            return outbox.waiting(connection, lease.job_id, limit, after)
 
     def pushed(self, lease: Lease, number: int, refused: Sequence[outbox.Refused] = ()) -> None:
         """What waited has arrived, but for what was refused. May be repeated."""
@@ -690,7 +730,82 @@ class JobStore:
                 connection.execute(sa.delete(dead_items).where(dead_here, dead_items.c.retried.is_(None)))
                 connection.execute(sa.update(dead_items).where(dead_here).values(retried=None))
 
+    # -- split jobs --------------------------------------------------------------------------------
+
+    def parts(self, job_id: str) -> list[JobRecord]:
+        """The parts of a split job, in order; none of another job, or once they have become the job's own."""
+        with self._read() as connection:
+            rows = connection.execute(self._select().where(jobs.c.parent == job_id)).mappings()
+            return _in_order(rows)
+
+    def split(self, lease: Lease, parts: Sequence[dict[str, Any]], spec: dict[str, Any]) -> None:
+        """Give the job parts, unless it has some. parts: as :attr:`JobRecord.part`. spec: theirs."""
+        with self.engine.begin() as connection:
+            self._own(connection, lease)
+            if connection.scalar(sa.select(jobs.c.id).where(jobs.c.parent == lease.job_id).limit(1)) is not None:
+                return
+            it = jobs.c.id == lease.job_id
+            row = connection.execute(sa.select(jobs).where(it)).mappings().one()
+            same = {name: row[name] for name in ("model", "output", "place", "model_name")}
+            for part in parts:
+                own = {"fingerprint": "", "state": "created", "spec": spec, "parent": lease.job_id, "part": part}
+                connection.execute(sa.insert(jobs).values(**_new_row(new_id()) | same | own))
+
+    def gather(self, lease: Lease, *, seconds: float) -> list[JobRecord]:
+        """Have the job's row say how far its parts are, together; returns them. seconds: that it was driven.
+
+        It took no less than any of its parts: these go on while nobody drives it.
+        """
+        with self.engine.begin() as connection:
+            self._own(connection, lease)
+            rows = connection.execute(self._select().where(jobs.c.parent == lease.job_id)).mappings()
+            parts = _in_order(rows)
+            if parts:
+                numbers = ("items", "done", "dead", "rows", "bytes")
+                usage: dict[str, float] = {}
+                for each in parts:
+                    for name, number in each.usage.items():
+                        usage[name] = usage.get(name, 0) + number
+                changes = {name: sum(getattr(each, name) for each in parts) for name in numbers}
+                usage["seconds"] = max(seconds, *(each.usage.get("seconds", 0.0) for each in parts))
+                changes |= {"planned": int(all(each.planned for each in parts)), "usage": usage}
+                connection.execute(sa.update(jobs).where(jobs.c.id == lease.job_id).values(**changes))
+        return parts
+
+    def share_of_dead(self, job_id: str) -> tuple[int, int]:
+        """How many items of all parts of a split job are done, and how many of them dead."""
+        query = sa.select(sa.func.sum(jobs.c.done), sa.func.sum(jobs.c.dead)).where(jobs.c.parent == job_id)
+        with self._read() as connection:
+            done, dead = connection.execute(query).one()
+        return int(done or 0), int(dead or 0)
+
+    def join(self, lease: Lease) -> None:
+        """What the parts have becomes the job's own, in their order, and there are no parts any more.
+
+        From now on it is a job like any other. The numbers in its row are those of :meth:`gather`.
+        """
+        with self.engine.begin() as connection:
+            self._own(connection, lease)
+            first = 0
+            for part in _in_order(connection.execute(self._select().where(jobs.c.parent == lease.job_id)).mappings()):
+                for table in (tables.chunks, dead_items):
+                    theirs = sa.update(table).where(table.c.job_id == part.id)
+                    connection.execute(theirs.values(job_id=lease.job_id, first=table.c.first + first))
+                pushes = tables.pushes
+                connection.execute(sa.update(pushes).where(pushes.c.job_id == part.id).values(job_id=lease.job_id))
+                connection.execute(sa.delete(jobs).where(jobs.c.id == part.id))
+                first += part.items
+
     # -- inside transactions -----------------------------------------------------------------------
+
+    def _ids(self, job_id: str) -> list[str]:
+        """The ids of the job and of its parts."""
+        with self._read() as connection:
+            return [job_id, *connection.scalars(sa.select(jobs.c.id).where(jobs.c.parent == job_id))]
+
+    def _of(self, table: sa.Table, job_id: str) -> sa.ColumnElement[bool]:
+        """Rows of the job and of its parts."""
+        return of(table, self._ids(job_id))
 
     def _put_down(self, connection: sa.Connection, lease: Lease, error: str | None, values: dict[str, Any]) -> bool:
         """Give the lease back, and set ``values``. False, with nothing changed, if that was done already."""
@@ -719,7 +834,7 @@ class JobStore:
         return sa.select(jobs, now().label("clock"))
 
     def _newest_uncancelled(self, which: sa.ColumnElement[bool]) -> JobRecord | None:
-        query = self._select().where(which, jobs.c.state != "cancelled")
+        query = self._select().where(which, jobs.c.state != "cancelled", _WHOLE)
         with self._read() as connection:
             newest = query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(1)
             row = connection.execute(newest).mappings().first()
@@ -765,7 +880,7 @@ class JobStore:
             (since, jobs.c.created_at >= (since or 0.0)),
             (until, jobs.c.created_at < (until or 0.0)),
         )
-        query = self._select().where(*(condition for given, condition in conditions if given is not None))
+        query = self._select().where(_WHOLE, *(condition for given, condition in conditions if given is not None))
         if after is not None:
             query = query.where(sa.tuple_(jobs.c.created_at, jobs.c.id) < sa.tuple_(*_cursor(after)))
         query = query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit + 1)
@@ -796,6 +911,15 @@ _SMALL = [column for column in jobs.c if column.name not in ("spec", "model", "m
 def place_of(out: str) -> str:
     """A place as it is stored and looked for."""
     return storable(normalised(out))
+
+
+_WHOLE = jobs.c.parent.is_(None)
+"""Jobs that are no parts of others."""
+
+
+def _in_order(rows: Iterable[Mapping[Any, Any]]) -> list[JobRecord]:
+    """Parts of a job, in the order of what is theirs."""
+    return sorted(map(_record, rows), key=lambda each: (each.part or {}).get("number", 0))
 
 
 def _writes_to(place: str) -> sa.ColumnElement[bool]:

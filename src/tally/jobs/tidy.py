@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 from tally.config import settings
 from tally.errors import JobStateError, StorageError
+from tally.jobs.given import given_folder
 from tally.jobs.kept_log import kept_log_of
 from tally.jobs.store import JobRecord, JobStore, Lease
 from tally.sinks.base import OutputDescription, Sink
@@ -14,7 +18,7 @@ from tally.storage import normalised
 
 def discard(store: JobStore, record: JobRecord) -> None:
     """Forget a job that nobody drives, with everything that it has not finished writing."""
-    if record.alive:
+    if record.alive or any(part.alive for part in store.parts(record.id)):
         raise JobStateError(f"job {record.id} is {record.state}", hint=f"Stop it first: tally jobs cancel {record.id}")
     release(store, record)
     store.delete(record.id)
@@ -23,9 +27,17 @@ def discard(store: JobStore, record: JobRecord) -> None:
         log.unlink(missing_ok=True)
 
 
+def forget_given(store: JobStore, record: JobRecord) -> None:
+    """Remove the items that were given to a job which is forgotten, unless another job has the same."""
+    for place in record.spec.get("source") or ():
+        kept = Path(place).parent
+        if kept.parent == given_folder() and not store.list(text=str(kept), limit=1).jobs:
+            shutil.rmtree(kept, ignore_errors=True)
+
+
 def release(store: JobStore, record: JobRecord) -> None:
     """Remove what the job has not finished writing, unless its place is another job's by now."""
-    if record.state == "finished" or not record.output:
+    if record.state == "finished" or not record.output or record.parent is not None:
         return
     sink = sink_of(record)
     if sink.holder() != record.id:

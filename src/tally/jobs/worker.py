@@ -8,20 +8,24 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, NamedTuple
 
+from tally import garbage
 from tally.engines import watchdog
 from tally.errors import DatabaseAwayError, ItemError, ModelRefutedError, StorageAwayError, TallyError, error_line
+from tally.jobs import imported
 from tally.jobs.open_models import OpenModels
 from tally.jobs.reread import Reread, select
+from tally.media.images import Decoding
+from tally.models import kinds
 from tally.models.load import load
 from tally.models.reference import ModelRef
-from tally.scorers.base import Scorer
-from tally.scorers.run import Part, configured, score
+from tally.scorers.base import Result, Scorer, Thumbnailed
+from tally.scorers.run import Part, configured, memory_of, score
 from tally.sinks.base import Output, Sink, Writer
 from tally.sources.base import Batch, Chunk, Source, Timings
 from tally.storage import while_waiting
@@ -36,7 +40,8 @@ class Setup:
     """What a worker is given once, when it starts.
 
     batch_size: None leaves it to the scorer. timeout: seconds for one batch. overlay: results are drawn onto the
-    pictures that they are about.
+    pictures that they are about. thumbnails: pixels of the small pictures that are kept. decoding: how pictures are
+    decoded. empty_rows: an item without rows gets one, without the scorer's values.
     """
 
     model: ModelRef
@@ -46,6 +51,9 @@ class Setup:
     batch_size: int | None
     timeout: float
     overlay: bool = False
+    thumbnails: int | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+    empty_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +87,7 @@ class Worker:
     timeout: float
     description: str = field(default="")
     chosen: OpenModels | None = None
+    empty_rows: bool = False
 
     def scorer_of(self, chunk: Chunk) -> Scorer:
         """The chunk's scorer. Raises what keeps one from being loaded that its items have chosen."""
@@ -90,16 +99,55 @@ class Worker:
         return self.chosen.get(ref)
 
 
+class _Kept(NamedTuple):
+    """What this process was set up with. forget: see :func:`memory_of`; None of a model that serves one job only."""
+
+    given: Setup
+    worker: Worker
+    forget: Callable[[], None] | None
+
+
+_kept: _Kept | None = None
+
+
 def setup(given: Setup) -> Worker:
-    """Load the scorer. Raises ModelError if it cannot be used."""
+    """Load the scorer; or, in a process that has served a job, take the one that is loaded, as it was then.
+
+    Raises ModelError if it cannot be used, TallyError if this process cannot serve that job too.
+    """
+    global _kept
     watchdog.busy(0, 0, limit=STARTUP_SECONDS)
+    if _kept is not None:
+        return _again(_kept, given)
     while_waiting(watchdog.reset)  # time spent waiting for a store does not count against an item
-    scorer = configured(load(given.model, given.device), overlay=given.overlay, batch_size=given.batch_size)
+    loaded = load(given.model, given.device)
+    scorer = configured(
+        loaded,
+        overlay=given.overlay,
+        thumbnails=given.thumbnails,
+        batch_size=given.batch_size,
+        decoding=given.decoding,
+    )
     # Runs when the process is asked to end, not when it is killed.
     Finalize(None, scorer.close, exitpriority=1)
-    chosen = OpenModels(given.device, given.batch_size)
+    chosen = OpenModels(given.device, given.batch_size, given.decoding)
     Finalize(None, chosen.close, exitpriority=1)
-    return Worker(scorer, given.source, given.sink, given.timeout, scorer.describe(), chosen)
+    if not kinds.is_data(given.model):
+        Finalize(None, garbage.write_out, exitpriority=0)  # after these
+    worker = Worker(scorer, given.source, given.sink, given.timeout, scorer.describe(), chosen, given.empty_rows)
+    if watchdog.is_watched():
+        _kept = _Kept(given, worker, memory_of(scorer) if kinds.is_data(given.model) else None)
+    return worker
+
+
+def _again(kept: _Kept, given: Setup) -> Worker:
+    """For another job of the same model."""
+    if replace(given, source=kept.given.source, sink=kept.given.sink, timeout=kept.given.timeout) != kept.given:
+        raise TallyError("this worker has loaded something else")
+    if kept.forget is None or not imported.is_current():
+        raise TallyError("this worker is for one job only, or older than the code that it runs")
+    kept.forget()
+    return replace(kept.worker, source=given.source, sink=given.sink, timeout=given.timeout)
 
 
 def describe(worker: Worker) -> str:
@@ -158,7 +206,7 @@ def run_chunk(worker: Worker, chunk: Chunk, attempt: str) -> Outcome:
                 results = score(scorer, batch.values, len(batch.keys), anew)
                 scored = time.perf_counter()
                 timings.score += scored - start
-                record(_write(writer, batch, results))
+                record(_write(writer, batch, results, empty_rows=worker.empty_rows))
                 timings.write += time.perf_counter() - scored
             busy(batch.stop, batch.stop + size)
         # All items are scored: if the worker is lost while it closes the output, no item is to blame.
@@ -210,7 +258,7 @@ def _give_up_if_spent(errors: Iterable[str]) -> None:
         watchdog.give_up("the worker ran out of threads")
 
 
-def _write(writer: Writer, batch: Batch, parts: Sequence[Part]) -> list[tuple[int, ItemError]]:
+def _write(writer: Writer, batch: Batch, parts: Sequence[Part], *, empty_rows: bool) -> list[tuple[int, ItemError]]:
     """Hand the batch's results to the writer; returns position and error of each item that has none."""
     dead: list[tuple[int, ItemError]] = []
     start = 0
@@ -223,6 +271,8 @@ def _write(writer: Writer, batch: Batch, parts: Sequence[Part]) -> list[tuple[in
             at = [start + index for index in good] if len(parts) > 1 or part.errors else None
             keys, info = _select(batch.keys, at), _select(batch.info, at)
             results = _select(part.results, good if part.errors else None)
+            if empty_rows and not hasattr(results, "num_rows"):
+                results = [_with_a_row(result) for result in results]
             if hasattr(results, "num_rows"):
                 refused = writer.add_table(keys, results, info)
             elif hasattr(keys, "to_pylist"):
@@ -232,6 +282,14 @@ def _write(writer: Writer, batch: Batch, parts: Sequence[Part]) -> list[tuple[in
             dead += [(int(batch.positions[start + good[index]]), error) for index, error in refused]
         start += part.count
     return dead
+
+
+def _with_a_row(result: Result) -> Result:
+    """A result of no rows as one without values; any other as it is."""
+    if isinstance(result, Thumbnailed):
+        return replace(result, result=_with_a_row(result.result))
+    several = isinstance(result, Sequence) and not isinstance(result, str | bytes)
+    return [{}] if several and not result else result
 
 
 def _select(values: Any, indices: Sequence[int] | None) -> Any:

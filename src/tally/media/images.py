@@ -10,12 +10,14 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tally.errors import ItemError
-from tally.media.unsupported import unsupported
+from tally.media import rare
 
 # NumPy and Pillow are imported by the functions that need them: commands that look at jobs decode nothing.
 if TYPE_CHECKING:
@@ -24,6 +26,20 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 128_000_000
 """Larger pictures are refused by their header. Decoding one of this size takes about 1 GiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How pictures are decoded, as a job says it.
+
+    max_pixels: a picture with more, by its header, is refused. background: red, green, blue that transparent pictures
+    are laid on; None: transparency is dropped. pages: of a file with several pictures, the first or all.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    background: tuple[int, int, int] | None = None
+    pages: Literal["first", "all"] = "first"
+
 
 # Pillow lists these as readable, but they are stubs, or (EPS) run another program on the file's content.
 _UNUSABLE = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
@@ -37,7 +53,17 @@ _SIGNATURES = {
     b"MM\0*": "TIFF",
     b"8BPS": "PSD",
 }
+_OTHERS = {
+    b"pk\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "packed with gzip",
+    b"par1": "a Parquet file",
+    b"<!doctype": "a web page",
+    b"<html": "a web page",
+    b"version http": "a Git LFS pointer: fetch the content with 'git lfs pull'",
+}
+"""What files that have the name of a picture are instead, by their beginning in lower case."""
 _STRIP_PIXELS = 1 << 20
+_SMALL_QUALITY = 85
 
 _filter_lock = threading.Lock()
 
@@ -47,15 +73,21 @@ def decode(
     size: tuple[int, int] | None = None,
     *,
     max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] | None = None,
+    page: int | None = None,
     tell: Callable[[str], object] | None = None,
+    opened: PillowImage.Image | None = None,
 ) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], dict[str, int]]:
     """Decode one picture to upright RGB.
 
-    data: the file's content, in any format that Pillow reads; of several frames, the first.
+    data: the file's content, in any format that Pillow reads, or that the extra ``pictures`` brings.
+    page: which of several frames or pages; None: the first, and there being others is told.
+    background: what is transparent is laid on this colour; None: transparency is dropped, and told.
     size: (width, height) in pixels that the caller is going to resize to. A JPEG is then decoded at
         1/2, 1/4 or 1/8, as long as the result is at least twice that size in both directions.
     max_pixels: a picture with more, by its header, is not decoded.
     tell: called with a sentence if something of the picture is left out: further frames, or transparency.
+    opened: the same file, open at an earlier page: an animation is played from there, and not from its beginning.
 
     Returns a writable, C-contiguous ``uint8[height, width, 3]`` in RGB order, and ``width`` and
     ``height`` in pixels of the original, upright picture. EXIF orientation is applied, transparency is
@@ -74,9 +106,12 @@ def decode(
         Image.MAX_IMAGE_PIXELS = max_pixels // 2 + 1
     what = "image"
     try:
-        with Image.open(BytesIO(data), formats=_formats()) as image:
+        with Image.open(BytesIO(data), formats=_formats()) if opened is None else nullcontext(opened) as image:
             what = f"{image.format} image"
             _check(image, max_pixels)
+            if page is not None and page != image.tell():
+                image.seek(page)
+                _check(image, max_pixels)
             width, height = image.size
             if image.format in ("JPEG", "MPO"):
                 orientation = _orientation(image)
@@ -95,16 +130,18 @@ def decode(
                 pixels = _upright(image, _orientation(image))
                 width, height = pixels.size
                 if tell is not None:
-                    _tell_left_out(image, tell)
+                    _tell_left_out(image, tell, several=page is None, transparent=background is None)
+                if background is not None and _is_transparent(pixels):
+                    return _laid_on(pixels.convert("RGBA"), background), {"width": width, "height": height}
             return _rgb(pixels), {"width": width, "height": height}
     except ItemError:
         raise
     except UnidentifiedImageError:
-        message = _unidentified(data)
+        return _decode_rare(data, max_pixels, background, page, tell)
     except Image.DecompressionBombError as error:
         pixels_announced = re.search(r"\d+", str(error))
         amount = f"{int(pixels_announced[0]) / 1e6:.1f} million pixels" if pixels_announced else "the picture"
-        message = f"{amount} is over the limit of {max_pixels / 1e6:g} million"
+        message = f"{amount} is over the limit of {max_pixels / 1e6:g} million (max_pixels raises it)"
     except MemoryError:
         message = f"not enough memory to decode this {what}"
     except Exception as error:
@@ -112,13 +149,137 @@ def decode(
     raise ItemError(message, stage="decode")
 
 
+def each_page(
+    data: bytes,
+    size: tuple[int, int] | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] | None = None,
+    tell: Callable[[str], object] | None = None,
+) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.uint8]], dict[str, int]]]:
+    """Each picture of a file, in order, as :func:`decode` gives it. An animation is played once."""
+    count = pages(data)
+    with ExitStack() as stack:
+        opened = None
+        if count > 1:
+            from PIL import Image, UnidentifiedImageError
+
+            with suppress(UnidentifiedImageError):
+                opened = stack.enter_context(Image.open(BytesIO(data), formats=_formats()))
+            if opened is not None and opened.format not in _ANIMATED:
+                opened = None
+        for page in range(count):
+            yield decode(
+                data,
+                size,
+                max_pixels=max_pixels,
+                background=background,
+                page=page,
+                tell=tell,
+                opened=opened,
+            )
+
+
+def thumbnail(pixels: np.ndarray[Any, np.dtype[np.uint8]], side: int) -> bytes:
+    """A picture ``uint8[height, width, 3]`` as a small JPEG, whose longer side has so many pixels at most."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side), reducing_gap=1.0)  # Pillow's own choice takes half as long again, and shows as much
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=_SMALL_QUALITY)
+    return buffer.getvalue()
+
+
+def pages(data: bytes) -> int:
+    """How many pictures a file holds. Raises ItemError as :func:`decode`."""
+    _quiet()
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(BytesIO(data), formats=_formats()) as image:
+            return int(getattr(image, "n_frames", 1)) if image.format in (*_ANIMATED, "TIFF") else 1
+    except UnidentifiedImageError:
+        return _rare(data).pages
+    except Exception as error:
+        raise ItemError(_explain(error, "image", len(data)), stage="decode") from None
+
+
+def _rare(data: bytes) -> rare.Rare:
+    """The picture, of a kind that Pillow cannot read. Raises ItemError for what is none, or has no reader here."""
+    try:
+        found = rare.find(data)
+    except Exception as error:
+        raise ItemError(_explain(error, "image", len(data)), stage="decode") from None
+    if found is None:
+        raise ItemError(_unidentified(data), stage="decode")
+    if found.module is not None and not rare.installed(found.module):
+        raise ItemError(
+            f"{found.name} is not supported without more libraries: pip install 'tally-scoring[pictures]', or convert "
+            "it to a PNG or JPEG of 8 bits first",
+            stage="decode",
+        )
+    if found.read is None:
+        raise ItemError(f"{found.name} is not supported: convert it to a PNG or JPEG of 8 bits first", stage="decode")
+    return found
+
+
+def _decode_rare(
+    data: bytes,
+    max_pixels: int,
+    background: tuple[int, int, int] | None,
+    page: int | None,
+    tell: Callable[[str], object] | None,
+) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], dict[str, int]]:
+    import numpy as np
+    from PIL import Image
+
+    found = _rare(data)
+    assert found.read is not None
+    if found.size is None:
+        raise ItemError(f"damaged {found.name} image: its header does not tell its size", stage="decode")
+    page_read = found.first if page is None else page
+    _refuse_large(*(found.sizes[page_read] if found.sizes else found.size), max_pixels)
+    try:
+        values, most, alpha = found.read(page_read)
+    except MemoryError:
+        raise ItemError(f"not enough memory to decode this {found.name} image", stage="decode") from None
+    except Exception as error:
+        raise ItemError(_explain(error, f"{found.name} image", len(data)), stage="decode") from None
+    values = values[:, :, np.newaxis] if values.ndim == 2 else values
+    bands = values.shape[2]
+    clear = alpha and bands in (2, 4) and bool((values[:, :, -1] < most).any())
+    if tell is not None:
+        if found.pages > 1 and page is None:
+            tell(_SEVERAL)
+        if clear and background is None:
+            tell(_TRANSPARENT)
+        if bands > 4 or (bands in (2, 4) and not alpha):
+            tell("some pictures have more bands than red, green and blue: the first three are scored")
+    low, high = 0.0, most
+    if high is None:
+        finite = values[np.isfinite(values)]
+        low, high = _range_of(float(finite.min(initial=0)), float(finite.max(initial=0)))
+    if values.dtype != np.uint8 or high != 255:
+        values = _scale(values, low, high)
+    height, width = values.shape[:2]
+    info = {"width": width, "height": height}
+    if clear and background is not None:
+        mode = Image.fromarray(np.ascontiguousarray(values), "RGBA" if bands == 4 else "LA").convert("RGBA")
+        return _laid_on(mode, background), info
+    colour = values[:, :, :3] if bands >= 3 else values[:, :, :1]
+    return np.ascontiguousarray(np.broadcast_to(colour, (height, width, 3))), info
+
+
 @cache
 def suffixes() -> frozenset[str]:
-    """File name suffixes of pictures, lower case, with the dot."""
+    """File name suffixes of pictures, lower case, with the dot. Those that nothing reads here count: such a file is
+    named as not supported, and not passed over."""
     from PIL import Image
 
     usable = set(_formats())
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in usable)
+    common = (suffix for suffix, kind in Image.registered_extensions().items() if kind in usable)
+    return frozenset([*common, *rare.SUFFIXES])
 
 
 @cache
@@ -158,7 +319,8 @@ def _refuse_large(width: int, height: int, max_pixels: int) -> None:
     pixels = width * height
     if pixels > max_pixels:
         raise ItemError(
-            f"{width}x{height} = {pixels / 1e6:.1f} million pixels is over the limit of {max_pixels / 1e6:g} million",
+            f"{width}x{height} = {pixels / 1e6:.1f} million pixels is over the limit of {max_pixels / 1e6:g} million "
+            "(max_pixels raises it)",
             stage="decode",
         )
 
@@ -201,9 +363,7 @@ def _rgb(image: PillowImage.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
             low, high = 0, 65535
         return _pixels(image, lambda strip: _scale(strip, low, high))
     if mode == "F":
-        low, high = _extremes(image)
-        if low >= 0 and high <= 255:
-            low, high = 0, 1 if high <= 1 else 255
+        low, high = _range_of(*_extremes(image))
         return _pixels(image, lambda strip: _scale(strip, low, high))
     if mode == "LAB":
         from PIL import ImageCms
@@ -217,16 +377,43 @@ def _rgb(image: PillowImage.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return _pixels(image.convert("RGB"))
 
 
-def _tell_left_out(image: PillowImage.Image, tell: Callable[[str], object]) -> None:
+def _range_of(low: float, high: float) -> tuple[float, float]:
+    """What becomes black, and white, of floats between these."""
+    return (0, 1 if high <= 1 else 255) if low >= 0 and high <= 255 else (low, high)
+
+
+_SEVERAL = "some files hold several pictures (frames or pages): the first of each is scored (--pages all scores each)"
+_TRANSPARENT = (
+    "some pictures are partly transparent: transparency is dropped, and what is stored beneath it is scored "
+    "(--background white lays them on white)"
+)
+
+
+def _laid_on(image: PillowImage.Image, colour: tuple[int, int, int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A picture with opacity, over a colour."""
+    import numpy as np
+
+    out = np.empty((image.height, image.width, 3), np.uint8)
+    for top, strip in _strips(image):
+        opaque = strip[:, :, 3:].astype(np.float32) / 255
+        out[top : top + len(strip)] = np.rint(strip[:, :, :3] * opaque + np.array(colour, np.float32) * (1 - opaque))
+    return out
+
+
+def _tell_left_out(
+    image: PillowImage.Image, tell: Callable[[str], object], *, several: bool, transparent: bool
+) -> None:
     """Say what :func:`decode` leaves out of a picture that was loaded. The image goes to no other frame."""
+    if transparent and _is_transparent(image):
+        tell(_TRANSPARENT)
+    if not several:
+        return
     if image.format == "TIFF":
         several = bool(getattr(getattr(image, "tag_v2", None), "next", 0))
     else:
         several = image.format in _ANIMATED and bool(getattr(image, "is_animated", False))
     if several:
-        tell("some files hold several pictures (frames or pages): the first of each is scored")
-    if _is_transparent(image):
-        tell("some pictures are partly transparent: transparency is dropped, and what is stored beneath it is scored")
+        tell(_SEVERAL)
 
 
 def _is_transparent(image: PillowImage.Image) -> bool:
@@ -285,12 +472,13 @@ def _scale(samples: np.ndarray[Any, Any], low: float, high: float) -> np.ndarray
 
 
 def _unidentified(data: bytes) -> str:
-    if (known := unsupported(data)) is not None:
-        return known
     start = data[:12]
     for signature, kind in _SIGNATURES.items():
         if start.startswith(signature):
             return f"damaged {kind} image: its header cannot be read (the file has {len(data):,} bytes)"
+    for signature, kind in _OTHERS.items():
+        if start.lower().startswith(signature):
+            return f"not an image, but {kind} (starts with {start!r})"
     return f"not an image: cannot identify the format (starts with {start!r})"
 
 

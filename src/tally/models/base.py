@@ -39,6 +39,8 @@ class Traits:
     extra: what pip installs for it (``tally-scoring[sklearn]``).
     runs_code: opening a model may run code that the model carries, which takes the user's trust.
     pickles: those of ``claims`` that are pickles, and refused unopened without trust.
+    weights: those of ``claims`` that may hold weights alone; of pickles among them, only these are read.
+    forms: what its models are by their content (:mod:`tally.models.contents`), under names that no kind claims.
     entry: it is code, which ``tally.yaml`` names under ``entry:``, not under ``file:``.
     form: how its models are given besides.
     scores: False for what is kept as a model, and scores nothing.
@@ -49,6 +51,8 @@ class Traits:
     extra: str | None = None
     runs_code: bool = False
     pickles: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
     entry: bool = False
     form: Form | None = None
     scores: bool = True

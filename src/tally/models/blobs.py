@@ -179,7 +179,7 @@ class BucketBlobs(BlobStore):
         store = self._store(digest)
         if store.exists(mirror.CONTENTS):
             raise self._changed(digest, name)
-        raise ModelNotFoundError(f"{name}: its content is missing or incomplete at {store.url}")
+        raise ModelNotFoundError(f"{name}: its content is missing or incomplete at {store.url}", hint=_repair(name))
 
     def _changed(self, digest: str, name: str) -> ModelChangedError:
         return ModelChangedError(f"{name}: {_CHANGED}: {self.address(digest)}", hint=_repair(name))

@@ -44,7 +44,10 @@ def download(url: str) -> Path:
     except ValueError as error:
         raise SpecError(f"{url!r} is no URL: {error}") from None
     if parts.scheme != "https":
-        raise SpecError(f"models come from https:// URLs, not {parts.scheme}://: {url}")
+        raise SpecError(
+            f"models come from https:// URLs, not {parts.scheme}://: {url}",
+            hint="Download it by other means, and name the file.",
+        )
     name = unquote(parts.path).rpartition("/")[2]
     if (claimed := kinds.claiming(name)) is None or name in claimed.markers:
         suffixes = ", ".join(filter(is_suffix, kinds.claims()))
@@ -139,7 +142,9 @@ def folder(url: str, names: Sequence[str] | None = None) -> Path:
     if names is None:
         names = [entry.name for entry in open_store(place).list() if counts(entry.name)]
         if not names:
-            raise SpecError(f"there is no folder {url!r}, or nothing in it")
+            raise SpecError(
+                f"there is no folder {url!r}, or nothing in it", hint="tally doctor URL says what a store answers."
+            )
     return _fetched(place, names)
 
 

@@ -21,17 +21,19 @@ def inspected_before(
     *,
     trusted: bool,
     distributions: Sequence[str],
+    files: Sequence[str] = (),
     inspect: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
     """What ``inspect`` returned for the same content and options, or returns now.
 
-    distributions: those whose versions matter, beside Tally's.
+    distributions: those whose versions matter, beside Tally's. files: those of the model in its folder, where it is
+    more than one.
     """
     versions = []
     for name in ("tally-scoring", *distributions):
         with suppress(metadata.PackageNotFoundError):
             versions.append(metadata.version(name))
-    facts = [versions, str(path), content_hash(path.parent, (path.name,)), dict(options), trusted]
+    facts = [versions, str(path), content_hash(path.parent, files or (path.name,)), dict(options), trusted]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     kept = cache_folder() / "inspected" / f"{digest}.json"
     with suppress(OSError, ValueError):

@@ -17,6 +17,8 @@ from typing import NamedTuple
 from tally import extensions
 from tally.errors import ModelLoadError, SpecError
 from tally.models.base import Flag, Form, Kind, Traits, is_suffix
+from tally.models.contents import content_of
+from tally.models.reference import ModelRef
 
 GROUP = "tally.scorers"
 """The entry points of other packages' kinds."""
@@ -30,7 +32,7 @@ class _Line(NamedTuple):
     libraries: tuple[str, ...] = ()
 
 
-_SKLEARN, _MLFLOW = "tally-scoring[sklearn]", "tally-scoring[mlflow]"
+_SKLEARN, _MLFLOW, _TORCH = "tally-scoring[sklearn]", "tally-scoring[mlflow]", "tally-scoring[torch]"
 
 BUILT_IN: Mapping[str, _Line] = {
     # Of kinds that claim the same names, the first that recognises the file is taken.
@@ -50,13 +52,63 @@ BUILT_IN: Mapping[str, _Line] = {
             extra=_SKLEARN,
             runs_code=True,
             pickles=(".joblib", ".pkl", ".pickle"),
+            forms=("pickle",),
         ),
         ("sklearn", "skops.io"),
+    ),
+    "xgboost": _Line(
+        "tally.scorers.tabular.boosters.xgboost:XgboostKind",
+        Traits(claims=(".ubj",), flags=("labels",), extra="tally-scoring[xgboost]", forms=("xgboost",)),
+        ("xgboost",),
+    ),
+    "lightgbm": _Line(
+        "tally.scorers.tabular.boosters.lightgbm:LightgbmKind",
+        Traits(claims=(".lgb",), flags=("labels",), extra="tally-scoring[lightgbm]", forms=("lightgbm",)),
+        ("lightgbm",),
+    ),
+    "catboost": _Line(
+        "tally.scorers.tabular.boosters.catboost:CatboostKind",
+        Traits(claims=(".cbm",), flags=("labels",), extra="tally-scoring[catboost]", forms=("catboost",)),
+        ("catboost",),
     ),
     "pyfunc": _Line(
         "tally.scorers.tabular.pyfunc:PyfuncKind",
         Traits(claims=("MLmodel",), extra=_MLFLOW, runs_code=True),
         ("mlflow.pyfunc",),
+    ),
+    "torch": _Line(
+        "tally.scorers.torch.kind:TorchKind",
+        Traits(
+            claims=(".pt2", ".safetensors", ".pt", ".pth", ".th"),
+            flags=("task", "labels"),
+            extra=_TORCH,
+            runs_code=True,
+            weights=(".safetensors", ".pt", ".pth", ".th"),
+        ),
+        ("torch",),
+    ),
+    "transformers": _Line(
+        "tally.scorers.transformers.kind:TransformersKind",
+        Traits(claims=("config.json",), flags=("task", "labels"), extra="tally-scoring[transformers]"),
+        ("torch", "transformers"),
+    ),
+    "keras": _Line(
+        "tally.scorers.keras.models:KerasKind",
+        Traits(
+            claims=(".keras", ".h5", ".hdf5"),
+            flags=("task", "labels"),
+            extra="tally-scoring[keras]",
+            runs_code=True,
+            forms=("keras",),
+        ),
+    ),
+    "litert": _Line(
+        "tally.scorers.keras.litert:LitertKind",
+        Traits(claims=(".tflite",), flags=("task", "labels"), extra="tally-scoring[litert]", forms=("tflite",)),
+    ),
+    "savedmodel": _Line(
+        "tally.scorers.keras.savedmodel:SavedModelKind",
+        Traits(claims=("saved_model.pb",), flags=("task", "labels"), extra="tally-scoring[tensorflow]", runs_code=True),
     ),
     "packed": _Line(
         "tally.scorers.per_key.packed:PackedKind",
@@ -106,9 +158,9 @@ def _built_in(name: str) -> Kind:
     return kind
 
 
-def install_hint(name: str) -> str:
-    """How to install what a kind of ours needs."""
-    return f"Install it with: pip install '{BUILT_IN[name].traits.extra}'"
+def extra_of(name: str) -> str:
+    """The extra that brings what a kind of ours needs: ``sklearn``."""
+    return (BUILT_IN[name].traits.extra or "").removeprefix("tally-scoring[").rstrip("]")
 
 
 def names() -> list[str]:
@@ -139,7 +191,8 @@ def table() -> Iterator[tuple[str, Traits]]:
 
 
 def of_file(path: Path, wanted: str | None = None) -> Kind | None:
-    """The kind of a file: the first that claims its name and recognises it; None if none does.
+    """The kind of a file: the first that claims its name and recognises it, or, where none claims the name, that whose
+    models have such a content. None if there is none.
 
     wanted: the kind that is taken if it does so too. Raises ModelLoadError for a file that is damaged.
     """
@@ -148,7 +201,14 @@ def of_file(path: Path, wanted: str | None = None) -> Kind | None:
     for name, traits in table():
         if traits.claims_name(path.name) and (kind := get(name)).recognises(path):
             return kind
-    return None
+    if claiming(path.name) is not None or (found := _of_content(path)) is None:
+        return None
+    return get(found)
+
+
+def _of_content(path: Path) -> str | None:
+    content = content_of(path) if path.is_file() else None
+    return None if content is None else next((name for name, traits in table() if content.form in traits.forms), None)
 
 
 def modules_for(name: str) -> tuple[str, ...]:
@@ -162,9 +222,24 @@ def of_form(form: Form) -> Kind:
     return next(get(name) for name, line in BUILT_IN.items() if line.traits.form == form)
 
 
+def is_data(ref: ModelRef) -> bool:
+    """Whether nothing of the model runs but what comes with Tally and the model's framework: neither code that it
+    carries, nor a script, nor a kind of another package."""
+    line = BUILT_IN.get(ref.kind)
+    return line is not None and not ref.trusted and not line.traits.entry and line.traits.form in (None, "template")
+
+
 def claiming(name: str) -> Traits | None:
     """The traits of the first kind that claims a file's name."""
     return next((traits for _, traits in table() if traits.claims_name(name)), None)
+
+
+def claiming_file(path: Path) -> Traits | None:
+    """The traits of the first kind that claims a file by its name; where none does, of the kind of such a content."""
+    claimed = claiming(path.name)
+    if claimed is None and (found := _of_content(path)) is not None:
+        return get(found).traits
+    return claimed
 
 
 def of_name(name: str) -> Kind | None:
@@ -175,6 +250,11 @@ def of_name(name: str) -> Kind | None:
 def markers() -> Iterator[str]:
     """The files that make a folder a model."""
     return (marker for _, traits in table() for marker in traits.markers)
+
+
+def marker_in(folder: Path) -> str | None:
+    """The file that makes a folder a model, as its kind has it."""
+    return next((each for each in markers() if (folder / each).is_file() and of_file(folder / each) is not None), None)
 
 
 def taking(flag: Flag) -> list[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tally.errors import SpecError
 
+_FORM = "Write a text file in UTF-8 with one label on each line, in the order of the model's classes."
+
 
 def read_labels(path: Path) -> list[str]:
     """The class names in a file: a text file with one on each line, up to the first empty line; or a list,
@@ -15,14 +17,14 @@ def read_labels(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
     except OSError as error:
-        raise SpecError(f"labels: {path} cannot be read ({error.strerror or error})") from None
+        raise SpecError(f"labels: {path} cannot be read ({error.strerror or error})", hint=_FORM) from None
     except UnicodeDecodeError:
-        raise SpecError(f"labels: {path} is not text in UTF-8") from None
+        raise SpecError(f"labels: {path} is not text in UTF-8", hint=_FORM) from None
     if not text.startswith(("{", "[")):
         lines = [line.strip() for line in text.splitlines()]
         names = lines[: lines.index("")] if "" in lines else lines
         if not text:
-            raise SpecError(f"labels: {path} is empty")
+            raise SpecError(f"labels: {path} is empty", hint=_FORM)
         return names
     try:
         value = json.loads(text)
@@ -30,13 +32,13 @@ def read_labels(path: Path) -> list[str]:
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise SpecError(f"labels: {path} is neither JSON nor one name on each line") from None
+            raise SpecError(f"labels: {path} is neither JSON nor one name on each line", hint=_FORM) from None
     if isinstance(value, dict):
         try:
             value = {int(index): str(label) for index, label in value.items()}
             return [value[i] for i in range(len(value))]
         except (KeyError, ValueError, TypeError):
-            raise SpecError(f"labels: {path} must map the indices 0, 1, 2 ... to names") from None
+            raise SpecError(f"labels: {path} must map the indices 0, 1, 2 ... to names", hint=_FORM) from None
     if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
-        raise SpecError(f"labels: {path} must hold a list of names")
+        raise SpecError(f"labels: {path} must hold a list of names", hint=_FORM)
     return value

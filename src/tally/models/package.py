@@ -16,7 +16,7 @@ from tally.models import kinds
 from tally.models.hashing import content_files
 from tally.models.labels import read_labels
 from tally.models.reference import BATCH_LIMIT, ModelRef
-from tally.text import did_you_mean
+from tally.text import did_you_mean, finding
 
 
 class Package(BaseModel):
@@ -51,9 +51,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = plain_yaml.load(text)
     except ValueError as error:
-        raise SpecError(f"{path} is not valid YAML: {error}") from None
+        raise SpecError(f"{path} is not valid YAML: {error}", hint=plain_yaml.HINT) from None
     if not isinstance(values, dict):
-        raise SpecError(f"{path} must hold fields (name: value), not {type(values).__name__}")
+        raise SpecError(
+            f"{path} must hold fields (name: value), not {type(values).__name__}",
+            hint="'tally new package NAME' writes one that works, with all options.",
+        )
     return values
 
 
@@ -88,10 +91,10 @@ def read_package(path: Path) -> Package:
     labels = options.get("labels") if isinstance(options, dict) else None
     if isinstance(labels, str) and not is_inside(path.parent, path.parent / labels):
         problems.append(f"options.labels: {labels!r} lies outside the package")
-    known = kinds.names()
-    unknown = isinstance(kind, str) and kind not in known and not did_you_mean(kind, known)
-    if unknown and all(each.startswith(("kind:", "file:")) for each in problems):
-        kinds.get(str(kind))  # raises that no installed package brings it: the rest follows from that
+    if problems and isinstance(kind, str) and all(each.startswith(("kind:", "file:")) for each in problems):
+        known = kinds.names()  # which looks at every installed package
+        if kind not in known and not did_you_mean(kind, known):
+            kinds.get(kind)  # raises that no installed package brings it: the rest follows from that
     if problems:
         raise SpecError([f"{path}: {problem}" for problem in problems])
     return package
@@ -107,7 +110,7 @@ def _misplaced(folder: Path, name: str, value: str) -> list[str]:
         elif ":" in value:
             return []  # module:Class
     if name in ("file", "entry"):
-        claimed = kinds.claiming(place)
+        claimed = kinds.claiming_file(folder / place)
         if claimed is None or claimed.entry != (name == "entry"):
             return [f"{name}: {value!r} does not end in {' or '.join(kinds.claims(entry=name == 'entry'))}"]
     if os.path.isabs(place) or os.path.normpath(place).startswith(".."):  # noqa: PTH117 - links of a model are followed
@@ -131,8 +134,17 @@ def problems_of(error: ValidationError, known: Sequence[str]) -> list[str]:
         if each["type"] == "extra_forbidden":
             found.append(f"{where}: there is no such field{did_you_mean(where, known)}")
         else:
-            found.append(f"{where}: {each['msg'][0].lower()}{each['msg'][1:]} (given: {each['input']!r})")
+            found.append(f"{where}: {finding(each)}")
     return found
+
+
+def problems_in(model: type[BaseModel], options: Mapping[str, Any]) -> list[str]:
+    """One line for each thing that is wrong with options that a model of pydantic's describes."""
+    try:
+        model.model_validate(dict(options))
+    except ValidationError as error:
+        return problems_of(error, list(model.model_fields))
+    return []
 
 
 def write_package(ref: ModelRef, folder: Path) -> None:

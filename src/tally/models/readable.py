@@ -11,16 +11,16 @@ from typing import BinaryIO
 from tally.errors import ModelLoadError, UntrustedModelError
 from tally.models import kinds
 
-PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".th")
-"""Suffixes of files that are taken for pickles where no kind of model says otherwise."""
-
 
 def check_whole(path: Path) -> None:
     """Raises ModelLoadError for an ONNX or skops file that is cut off or damaged, as far as that is seen without
     opening it: lengths of ONNX's outermost fields, checksums of what skops packs."""
     kind = path.suffix.lower()
     if (kind == ".onnx" and not _fields_fill(path)) or (kind == ".skops" and not _checksums_hold(path)):
-        raise ModelLoadError(f"{path.parent.name}/{path.name} cannot be opened: it is damaged or cut off")
+        raise ModelLoadError(
+            f"{path.parent.name}/{path.name} cannot be opened: it is damaged or cut off",
+            hint="Was it copied or downloaded completely?",
+        )
 
 
 def _checksums_hold(path: Path) -> bool:
@@ -87,17 +87,19 @@ def check_readable(path: Path, *, trusted: bool) -> None:
             hint="Fetch the content with 'git lfs pull' in the repository that it comes from.",
         )
     suffix, claimed = path.suffix.lower(), kinds.claiming(path.name)
-    pickles = PICKLES if claimed is None else claimed.pickles
+    pickles = () if claimed is None else claimed.pickles
+    if claimed is not None and suffix in claimed.weights:
+        return
     # Pickles begin with the byte 0x80 and the number of their protocol.
     if suffix not in pickles and not head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return
+    if claimed is not None and not claimed.runs_code:
+        raise ModelLoadError(
+            f"{path} is a pickle of a kind that cannot be scored, trusted or not",
+            hint=f"Export the model to ONNX, or open it in a script's init(). Supported are {kinds.supported()}.",
+        )
     if not trusted:
         raise UntrustedModelError(
             f"{path} is a pickle: opening it runs whatever code it carries",
             hint="If you know who made it, give --trust. Better: save it with skops, or export it to ONNX.",
-        )
-    if claimed is None or not claimed.runs_code:
-        raise ModelLoadError(
-            f"{path}: pickles of this kind cannot be scored, not even trusted ones",
-            hint=f"Supported are {kinds.supported()}. Export the model to ONNX, or open it in a script's init().",
         )

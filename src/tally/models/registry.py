@@ -154,7 +154,7 @@ class Registry:
         """
         _check_name("name", name)
         if alias is not None:
-            _check_alias(alias)
+            check_alias(alias)
         ref = fetched(model)
         digest, size = self._store(ref)
         facts = {**(metadata or {}), _ADDED_ON: platform.node()}
@@ -221,7 +221,7 @@ class Registry:
 
     def alias(self, name: str, alias: str, version: int, *, who: str | None = None) -> ModelVersion:
         """Make ``alias`` point at a version from now on."""
-        _check_alias(alias)
+        check_alias(alias)
         found = self._version(name, version)
         for _ in range(_RETRIES):
             try:
@@ -549,7 +549,7 @@ def _check_name(what: str, name: str) -> None:
         )
 
 
-def _check_alias(alias: str) -> None:
+def check_alias(alias: str) -> None:
     _check_name("alias", alias)
     if alias.isdigit():
         raise SpecError(f"the alias {alias!r} is a number, as versions are", hint="Choose a word: staging, production.")

@@ -17,9 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tally import demo
 from tally.errors import ModelLoadError, ModelNotFoundError, SpecError, UntrustedModelError
-from tally.models import kinds
+from tally.models import hub, kinds
 from tally.models.base import Candidate, Flag, Form, Kind, ModelRequest
+from tally.models.contents import content_of
 from tally.models.mirror import at_mirror, errors_name
 from tally.models.package import read_package, sidecar
 from tally.models.readable import check_readable
@@ -34,11 +36,13 @@ if TYPE_CHECKING:
 _PLACEHOLDER = re.compile(r"\{[^{}]+\}")
 _IMPORTABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+BUNDLED = "tally:"
+"""Before the name of a model that comes with Tally: see :mod:`tally.demo`."""
 _FLAGS: tuple[Flag, ...] = ("task", "labels", "artifacts")
 
 
 def resolve(
-    model: str | Path | Scorer | type[Scorer],
+    model: str | Path | Scorer | type[Scorer] | Callable[[Any], Any],
     *,
     task: str | None = None,
     labels: str | Path | None = None,
@@ -50,9 +54,10 @@ def resolve(
     """Find a model, check it without scoring anything, and name it by its content.
 
     model: a file of one of the :mod:`~tally.models.kinds` of model, a folder with ``tally.yaml`` or one that a
-        framework made, ``package.module:Class``, ``models:/name``, ``models:/name/3``, ``models:/name@alias``, a file
-        or folder in a bucket, an ``https://`` URL that ends in ``#sha256=...``, or a Scorer (an object or a class);
-        with ``by``, columns of a table, also one file for each key, ``models/{column}.skops``.
+        framework made, ``package.module:Class``, ``models:/name``, ``models:/name/3``, ``models:/name@alias``,
+        ``tally:shapes``, ``hf:org/name@revision``, a file or folder in a bucket, an ``https://`` URL that ends in
+        ``#sha256=...``, a Scorer (an object or a class), or a function; with ``by``, columns of a table, also one file
+        for each key, ``models/{column}.skops``.
     labels, artifacts: paths, or URLs in a bucket; artifacts may also be ``models:/name``.
     settings: options that override what the package declares; keys may be dotted
         (``{"preprocess.channels": "bgr"}``).
@@ -66,7 +71,7 @@ def resolve(
     if request.labels is not None and not Path(request.labels).is_file():
         raise SpecError(f"there is no file {request.labels!r}", hint="--labels names a text file, one label per line.")
     if not isinstance(model, (str, Path)):
-        name = (model if isinstance(model, type) else type(model)).__name__
+        name = getattr(model, "__name__", type(model).__name__)
         return _resolved(kinds.of_form("object"), Candidate(f"the object {name}", name, value=model), request)
     return _from_text(str(model), request)
 
@@ -83,6 +88,10 @@ def check_there(model: str) -> None:
         from tally.models.registry import open_registry
 
         open_registry().get(model)
+    elif model.startswith(BUNDLED):
+        _bundled(model)
+    elif model.startswith(hub.PREFIX):
+        hub.parsed(model)
     elif _URL.match(model):
         from tally.models import download
         from tally.storage import local_of
@@ -118,6 +127,13 @@ def _from_text(text: str, request: ModelRequest) -> ModelRef:
         return _in_form("route", text, "a model that messages choose", request)
     if text.startswith("models:/"):
         return _from_registry(text, request)
+    if text.startswith(BUNDLED):
+        return _from_path(_bundled(text), request)
+    if text.startswith(hub.PREFIX):
+        folder, commit = hub.fetched(text)
+        ref = _from_path(folder, request)
+        said = () if text.endswith(commit) else (f"{text} is now at commit {commit} (name it with @ to stay there)",)
+        return replace(ref, assumed=(*said, *ref.assumed))
     if _URL.match(text):
         return _from_url(text, request)
     path = _absolute(text)
@@ -134,6 +150,16 @@ def _from_text(text: str, request: ModelRequest) -> ModelRef:
     elif _IMPORTABLE.fullmatch(text):
         return _in_form("class", text, f"the class {text}", request)
     raise _not_found(text, path)
+
+
+def _bundled(text: str) -> Path:
+    name = text.removeprefix(BUNDLED)
+    try:
+        return demo.model(name)
+    except KeyError:
+        raise ModelNotFoundError(
+            f"no model {name!r} comes with Tally; there are {', '.join(BUNDLED + each for each in demo.MODELS)}"
+        ) from None
 
 
 def _local_file(place: str | Path | None) -> str | None:
@@ -214,10 +240,9 @@ def _from_folder(folder: Path, request: ModelRequest) -> ModelRef:
     described = folder / "tally.yaml"
     if described.is_file():
         return _from_package(described, request)
-    for marker in kinds.markers():
-        if (folder / marker).is_file():
-            found = _from_file(Candidate(f"the model {folder.name}", marker, folder, files=(".",)), request)
-            return replace(found, name=folder.name)
+    if (marker := kinds.marker_in(folder)) is not None:
+        found = _from_file(Candidate(f"the model {folder.name}", marker, folder, files=(".",)), request)
+        return replace(found, name=folder.name)
     models = sorted(each.name for each in folder.iterdir() if kinds.claiming(each.name) is not None)[:3]
     raise ModelLoadError(
         f"{folder} is a folder without a tally.yaml",
@@ -254,10 +279,12 @@ def _from_package(described: Path, request: ModelRequest) -> ModelRef:
 def _from_file(found: Candidate, request: ModelRequest, wanted: str | None = None) -> ModelRef:
     kind = kinds.of_file(found.path, wanted)
     if kind is None:
-        suffix = found.path.suffix.lower()
+        suffix, content = found.path.suffix.lower(), content_of(found.path)
+        supported = f"Supported are {kinds.supported()}. Packages that add other kinds must be installed here."
+        what = f"this is {content.name}, and " if content is not None else ""
         raise ModelLoadError(
-            f"{found.path}: {suffix + ' files' if suffix else 'files without a suffix'} cannot be scored",
-            hint=f"Supported are {kinds.supported()}. Packages that add other kinds must be installed here.",
+            f"{found.path}: {what}{suffix + ' files' if suffix else 'files without a suffix'} cannot be scored",
+            hint=f"{content.hint} {supported}" if content is not None else supported,
         )
     return _resolved(kind, found, request)
 

@@ -21,6 +21,7 @@ PATIENCE_SECONDS = 600.0
 SLOWEST = 20_000
 """A download may take PATIENCE_SECONDS, and a second more for each so many bytes that have come."""
 _BLOCK = 1 << 20
+_OTHERWISE = "Check the address and the connection; or download it by other means, and name the file."
 _ROOM = 64 * 2**20
 """Bytes that are left free on the disk."""
 
@@ -64,7 +65,8 @@ def fetch(url: str, target: Path) -> str:
                 if time.monotonic() - began > PATIENCE_SECONDS + received / SLOWEST:
                     raise StorageError(
                         f"cannot download {url}: it comes too slowly, {received:,} bytes in "
-                        f"{time.monotonic() - began:,.0f} s"
+                        f"{time.monotonic() - began:,.0f} s",
+                        hint=_OTHERWISE,
                     )
                 if expected is None:
                     _check_room(url, target, len(block))
@@ -75,11 +77,13 @@ def fetch(url: str, target: Path) -> str:
     except urllib.error.URLError as error:
         reason = getattr(error, "reason", error)
         why = reason.strerror if isinstance(reason, network.PrivateAddressError) else reason
-        raise ModelNotFoundError(f"cannot download {url}: {why}") from error
+        raise ModelNotFoundError(f"cannot download {url}: {why}", hint=_OTHERWISE) from error
     except http.client.HTTPException as error:
         raise _incomplete(url, received, None) from error
     except TimeoutError as error:
-        raise StorageError(f"cannot download {url}: nothing was heard for {SILENCE_SECONDS} s") from error
+        raise StorageError(
+            f"cannot download {url}: nothing was heard for {SILENCE_SECONDS} s", hint=_OTHERWISE
+        ) from error
     except OSError as error:
         raise StorageError(f"cannot download {url} to {target.parent}: {error}") from error
     if expected is not None and received != expected:

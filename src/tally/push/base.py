@@ -7,7 +7,7 @@ each item its key, by which a receiver recognises what it has.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +52,23 @@ class Receiver(ABC):
         """
 
     @abstractmethod
-    def deliver(self, parcel: Parcel) -> list[Refusal]:
+    def deliver(self, parcel: Parcel, *, confirm: Callable[[], None] = lambda: None) -> list[Refusal]:
         """Deliver a parcel; may be repeated. Returns the items that were refused: all others have arrived.
 
+        confirm: called before others can see the rows, where that can be told; raises if the job is no longer ours.
         Raises StorageAwayError where the receiver does not answer, or not now; StorageError where it takes nothing at
         all: there is no such table, say, or the key is not accepted.
         """
+
+    def deliver_all(
+        self, parcels: Callable[[], Iterable[Parcel]], *, confirm: Callable[[], None] = lambda: None
+    ) -> None:
+        """Deliver all parcels of a job so that others see all of their rows at once, or none; may be repeated.
+
+        parcels: gives them, from the first on, each time it is called. Raises as :meth:`deliver`, and StorageError if
+        one item is refused. Only where :class:`Push` says that it is possible.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:

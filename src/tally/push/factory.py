@@ -1,12 +1,22 @@
-"""The receiver that ``push`` names."""
+"""The receiver that ``push`` names. A new kind of database is one file and one line here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
+from tally.database import foreign
+from tally.errors import SpecError
 from tally.push.base import Receiver
 from tally.push.target import Push
+
+RECEIVERS = {
+    **dict.fromkeys(foreign.DRIVERS, "tally.push.upsert"),
+    "duckdb": "tally.push.duckdb",
+    **dict.fromkeys(foreign.DOCUMENTS, "tally.push.mongodb"),
+}
+"""By the scheme of URLs, the file that has ``open_receiver(push, facts)``."""
 
 
 def open_receiver(push: Push, facts: Mapping[str, Any]) -> Receiver:
@@ -15,6 +25,10 @@ def open_receiver(push: Push, facts: Mapping[str, Any]) -> Receiver:
         from tally.push.post import WebReceiver
 
         return WebReceiver(push, facts)
-    from tally.push.upsert import TableReceiver
-
-    return TableReceiver(push)
+    scheme = foreign.scheme_of(push.address())
+    if scheme is None:
+        raise SpecError("push: the database's URL cannot be understood")
+    if (problem := push.misfit(scheme)) is not None:
+        raise SpecError(f"push: {problem}")
+    made: Receiver = import_module(RECEIVERS[scheme]).open_receiver(push, facts)
+    return made

@@ -6,19 +6,18 @@ with: see :mod:`tally.alerts.webhook`.
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from itertools import repeat
 from typing import Any
 
 from tally.alerts import webhook
 from tally.errors import SpecError, StorageAwayError, StorageError
-from tally.push.base import KEY, Parcel, Receiver, Refusal
+from tally.push.base import Parcel, Receiver, Refusal
+from tally.push.bodies import Rows, by_key, filled
 from tally.push.target import Push
-from tally.sinks.columns import json_text, rows_of
+from tally.sinks.columns import json_text
 
 CONNECTIONS = 8
 """Requests that are under way at once."""
@@ -27,7 +26,6 @@ _ITEM_STATUSES = (400, 409, 413, 422)
 """What is wrong with the item, and not with the sender, the address or the moment."""
 _LATER = (408, 425, 429)
 _LONGEST_PAUSE = 60.0
-_NAME = re.compile(r"\{([^{}]+)\}")
 _TEXT_SHOWN = 300
 
 
@@ -45,10 +43,11 @@ class WebReceiver(Receiver):
         self._body = push.body
         self._threads = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="tally-push")
 
-    def deliver(self, parcel: Parcel) -> list[Refusal]:
+    def deliver(self, parcel: Parcel, *, confirm: Callable[[], None] = lambda: None) -> list[Refusal]:
         """See :meth:`Receiver.deliver`."""
         groups = list(self._groups(parcel))
         names = [f"{parcel.name}-{n}" for n in range(len(groups))]
+        confirm()
         found = self._threads.map(self._send, names, groups, repeat(parcel.info))
         return [refusal for each in found for refusal in each]
 
@@ -56,22 +55,18 @@ class WebReceiver(Receiver):
         """See :meth:`Receiver.close`."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _groups(self, parcel: Parcel) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    def _groups(self, parcel: Parcel) -> Iterator[Mapping[str, Rows]]:
         """The rows by key, as many items at a time as go into one request."""
-        by_key: dict[str, list[dict[str, Any]]] = {key: [] for key in parcel.keys}
-        for row in rows_of(parcel.rows):
-            by_key.setdefault(row.pop(KEY), []).append(row)
-        keys, size = list(by_key), self._push.items
+        rows = by_key(parcel)
+        keys, size = list(rows), self._push.items
         for begin in range(0, len(keys), size):
-            yield {key: by_key[key] for key in keys[begin : begin + size]}
+            yield {key: rows[key] for key in keys[begin : begin + size]}
 
-    def _send(
-        self, name: str, group: Mapping[str, list[dict[str, Any]]], info: Mapping[str, Mapping[str, Any]]
-    ) -> list[Refusal]:
+    def _send(self, name: str, group: Mapping[str, Rows], info: Mapping[str, Mapping[str, Any]]) -> list[Refusal]:
         refusals, bodies = [], {}
         for key, rows in group.items():
             try:
-                bodies[key] = self._filled(key, rows, info.get(key, {}))
+                bodies[key] = filled(self._body, self._facts, key, rows, info.get(key, {}))
             except SpecError as error:
                 refusals.append(Refusal(key, error.message))
         if not bodies:
@@ -86,21 +81,6 @@ class WebReceiver(Receiver):
         for n, key in enumerate(bodies):
             refusals += self._send(f"{name}-{n}", {key: group[key]}, info)
         return refusals
-
-    def _filled(self, key: str, rows: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> Any:
-        """The body for one item. info: what is told of it once, and not in each row."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        rows = [{name: value for name, value in row.items() if name not in info} for row in rows]
-        known = {**info, **({"version": info["model_version"]} if "model_version" in info else {})}
-        values = {**(rows[0] if rows else {}), **self._facts, **known, "key": key, "rows": rows, "now": now}
-
-        def value(name: str) -> Any:
-            if name not in values and rows:
-                raise SpecError(f"the body names {{{name}}}, and there are {', '.join(values)}")
-            return values.get(name)
-
-        template = {"key": "{key}", **{each: f"{{{each}}}" for each in info}, "rows": "{rows}"}
-        return fill(template if self._body is None else self._body, value)
 
     def _post(self, name: str, body: bytes) -> str | None:
         """None if it was accepted; else why the item was refused."""
@@ -122,20 +102,3 @@ class WebReceiver(Receiver):
             f"{webhook.shown(self._address)} takes no rows: it {said}{why}",
             hint="Check the address and the headers of 'push', then resume the job.",
         )
-
-
-def fill(template: Any, value: Any) -> Any:
-    """The template with ``{name}`` replaced by ``value(name)``. Text that is one name becomes the value itself."""
-    if isinstance(template, Mapping):
-        return {name: fill(each, value) for name, each in template.items()}
-    if isinstance(template, list):
-        return [fill(each, value) for each in template]
-    if not isinstance(template, str):
-        return template
-    if whole := _NAME.fullmatch(template):
-        return value(whole[1])
-    return _NAME.sub(lambda found: _as_text(value(found[1])), template)
-
-
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json_text(value)

@@ -1,7 +1,7 @@
 """Puts rows into a table of PostgreSQL, SQLite or MariaDB.
 
-What the table holds of an item is replaced by its new rows, in one transaction for each parcel: so each row is there
-once, however often a parcel is delivered. The table is made if there is none.
+What the table holds of an item is replaced by its new rows, in one transaction for each parcel, or for all: so each row
+is there once, however often a parcel is delivered. The table is made if there is none.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql
 
-from tally import network
-from tally.errors import SpecError, StorageAwayError, StorageError
+from tally.database import foreign
+from tally.errors import StorageAwayError, StorageError
 from tally.masking import mask
+from tally.push import copying
 from tally.push.base import KEY, Parcel, Receiver, Refusal
-from tally.push.target import DATABASES, Push
+from tally.push.rows import NUMBER, numbers, twice, with_a_type
+from tally.push.target import Push
 from tally.sinks.columns import json_text, rows_of
-
-NUMBER = "item_row"
-"""The column that numbers the rows of one item, from 0."""
 
 LONGEST_KEY = 700
 """Characters: MariaDB indexes no more."""
@@ -36,18 +36,8 @@ _TRIES = 5
 _TRIES_OF_ITEMS = 3
 """How often, where the table's constraints are against it: that may be for another one's rows, or for good."""
 
-_EXTRAS = {"postgresql": "postgres", "mysql": "mariadb", "mariadb": "mariadb"}
-
-
 _SYSTEM_COLUMNS = {"postgresql": frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})}
 """Columns that every table has, so that none of these names can be made: the boxes of detectors have two of them."""
-
-_SHUT_OUT = re.compile(
-    r'(database|role) ".*" does not exist|authentication failed|no pg_hba\.conf entry|no password supplied', re.DOTALL
-)
-"""How PostgreSQL refuses a connection for good. Its driver has no code for that, only the server's own words."""
-_SHUT_OUT_CODES = (1044, 1045, 1049, 1698)
-"""How MariaDB and MySQL do: access denied, no such database."""
 
 _CHECKS = ((4025,), (3819,))
 """MariaDB's and MySQL's codes for a constraint that is not met; their driver takes them for operational errors."""
@@ -57,6 +47,11 @@ class _ItemsRefusedError(Exception):
     """The database does not take these values."""
 
 
+def open_receiver(push: Push, facts: Mapping[str, Any]) -> Receiver:
+    """See :mod:`tally.push.factory`."""
+    return TableReceiver(push)
+
+
 class TableReceiver(Receiver):
     """Raises SpecError if its database cannot be meant, or its driver is not installed."""
 
@@ -64,45 +59,10 @@ class TableReceiver(Receiver):
         assert push.table is not None
         self._name = push.table
         address = push.address()
-        try:
-            url = sa.make_url(address)
-        except (sa.exc.ArgumentError, ValueError):
-            raise SpecError("push: the database's URL cannot be understood") from None
-        if url.drivername not in DATABASES:
-            raise SpecError(f"push: {url.drivername}:// is no database that rows can go into")
-        self._shown = f"{mask(url.render_as_string(hide_password=True))}#{self._name}"
-        try:
-            self._engine = sa.create_engine(url.set(drivername=DATABASES[url.drivername]), pool_pre_ping=True)
-        except ImportError:
-            extra = _EXTRAS.get(url.drivername, "postgres")
-            raise SpecError(
-                f"push: {url.drivername}:// needs a driver", hint=f"pip install 'tally-scoring[{extra}]'"
-            ) from None
-        sa.event.listen(self._engine, "do_connect", self._connected)
-        if (exactly := _SESSIONS.get(self._engine.dialect.name)) is not None:
-            sa.event.listen(self._engine, "connect", exactly)
+        self._engine = foreign.engine(address, "push")
+        self._shown = f"{foreign.shown(address)}#{self._name}"
         self._table: sa.Table | None = None
-        self._begun = False
-
-    def _connected(self, dialect: sa.Dialect, record: Any, args: Any, options: dict[str, Any]) -> Any:
-        """A connection to an address that was checked, where not all may be connected to; None leaves it to SQLAlchemy.
-
-        Raises StorageError, StorageAwayError.
-        """
-        host = options.get("host")
-        if host is None or network.is_allowed(host):
-            return None
-        try:
-            if dialect.name == "postgresql":
-                options["hostaddr"] = network.addresses(host, int(options.get("port", 5432)))[0]
-                return None
-            made = dialect.loaded_dbapi.connect(**options, defer_connect=True)
-            made.connect(network.create_connection((made.host, made.port), made.connect_timeout))
-        except network.PrivateAddressError as error:
-            raise StorageError(f"{self._shown} may not be connected to: {error.strerror}") from None
-        except OSError as error:
-            raise StorageAwayError(f"{self._shown} does not answer: {error}") from None
-        return made
+        self._begun = self._made = False
 
     def check(self, schema: pa.Schema | None, *, begun: bool) -> None:
         """See :meth:`Receiver.check`."""
@@ -118,16 +78,40 @@ class TableReceiver(Receiver):
             self._check_columns(self._table, schema)
             _shaped(schema.empty_table(), self._table, self._shown, self._engine.dialect.name)
 
-    def deliver(self, parcel: Parcel) -> list[Refusal]:
+    def deliver(self, parcel: Parcel, *, confirm: Callable[[], None] = lambda: None) -> list[Refusal]:
         """See :meth:`Receiver.deliver`."""
-        refusals = [Refusal(key, f"a key of over {LONGEST_KEY} characters") for key in parcel.keys if _is_long(key)]
-        keys = [key for key in parcel.keys if not _is_long(key)]
-        given = self._named(parcel.rows)
-        table = self._fitting(given.schema)
-        rows = [row for row in self._rows(given, table) if not _is_long(row[KEY])]
-        refusals += self._replace(table, keys, rows)
+        refusals: list[Refusal] = []
+        keys = parcel.keys
+        if max(map(len, keys), default=0) > LONGEST_KEY:
+            refusals = [Refusal(key, _LONG) for key in keys if _is_long(key)]
+            keys = [key for key in keys if not _is_long(key)]
+        table, rows = self._fitted(parcel.rows, alters=True)
+        refusals += self._replace(table, keys, rows, confirm)
         self._begun = True
         return refusals
+
+    def deliver_all(
+        self, parcels: Callable[[], Iterable[Parcel]], *, confirm: Callable[[], None] = lambda: None
+    ) -> None:
+        """See :meth:`Receiver.deliver_all`."""
+
+        def change(connection: sa.Connection) -> None:
+            for parcel in parcels():
+                if long := next(filter(_is_long, parcel.keys), None):
+                    raise _ItemsRefusedError(f"{long[:80]}...: {_LONG}")
+                # Another connection would wait for this one, which has written to the table.
+                table, rows = self._fitted(parcel.rows, alters=False)
+                _put(connection, table, parcel.keys, rows)
+            confirm()
+
+        try:
+            self._transaction(change)
+        except _ItemsRefusedError as error:
+            raise StorageError(
+                f"{self._shown} refuses an item, so that none of them is there: {error}",
+                hint="Mend the cause, then resume the job.",
+            ) from None
+        self._begun = True
 
     def close(self) -> None:
         """See :meth:`Receiver.close`."""
@@ -140,10 +124,28 @@ class TableReceiver(Receiver):
         taken = _SYSTEM_COLUMNS.get(self._engine.dialect.name, frozenset())
         return rows.rename_columns([f"{name}_" if name in taken else name for name in rows.column_names])
 
-    def _replace(self, table: sa.Table, keys: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Refusal]:
+    def _fitted(self, rows: pa.Table, *, alters: bool) -> tuple[sa.Table, pa.Table]:
+        """The table, and rows that fit its columns, numbered if it has a column for that."""
+        given = with_a_type(self._named(rows))
+        table = self._fitting(given.schema, alters=alters)
+        shaped = _shaped(given, table, self._shown, self._engine.dialect.name)
+        if (longest := pc.max(pc.utf8_length(shaped[KEY])).as_py()) is not None and longest > LONGEST_KEY:
+            shaped = shaped.filter(pc.less_equal(pc.utf8_length(shaped[KEY]), LONGEST_KEY))
+        if NUMBER in table.columns:
+            shaped = shaped.add_column(1, NUMBER, numbers(shaped[KEY]))
+        return table, shaped
+
+    def _replace(
+        self, table: sa.Table, keys: Sequence[str], rows: pa.Table, confirm: Callable[[], None]
+    ) -> list[Refusal]:
         """Replace what the table holds of these items. An item that the database refuses costs itself alone."""
+
+        def change(connection: sa.Connection) -> None:
+            _put(connection, table, keys, rows)
+            confirm()
+
         try:
-            self._transaction(lambda connection: _put(connection, table, keys, rows))
+            self._transaction(change)
         except _ItemsRefusedError as error:
             if len(keys) <= 1:
                 return [Refusal(key, str(error)) for key in keys]
@@ -151,7 +153,9 @@ class TableReceiver(Receiver):
             return [
                 refusal
                 for some in (keys[:half], keys[half:])
-                for refusal in self._replace(table, some, [row for row in rows if row[KEY] in set(some)])
+                for refusal in self._replace(
+                    table, some, rows.filter(pc.is_in(rows[KEY], pa.array(some, rows[KEY].type))), confirm
+                )
             ]
         return []
 
@@ -166,7 +170,7 @@ class TableReceiver(Receiver):
             except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
                 if _is_altered(error):
                     raise self._unfit(error) from None
-                if _is_shut_out(error):
+                if error.orig is not None and foreign.is_shut_out(error.orig):
                     raise StorageError(
                         f"{self._shown} does not let us in: {_reason(error)}",
                         hint="Check the database's name, the user and the password, then resume the job.",
@@ -190,44 +194,51 @@ class TableReceiver(Receiver):
         self._table = None  # it may have been changed
         return StorageError(f"{self._shown} takes no rows: {_reason(error)}", hint="Mend that, then resume the job.")
 
-    def _rows(self, given: pa.Table, table: sa.Table) -> Iterator[dict[str, Any]]:
-        numbers: dict[str, int] = {}
-        plain = [(column.name, _plain_for(column, self._engine.dialect.name)) for column in table.columns]
-        names = set(given.column_names)
-        for row in rows_of(_shaped(given, table, self._shown, self._engine.dialect.name)):
-            number = numbers[row[KEY]] = numbers.get(row[KEY], -1) + 1
-            made = {name: convert(row[name]) for name, convert in plain if name in names}
-            yield {**made, NUMBER: number} if NUMBER in table.columns else made
-
     # -- the table -----------------------------------------------------------------------------------------------
 
-    def _fitting(self, schema: pa.Schema) -> sa.Table:
-        """The table, with a column for each of these. Raises StorageError if it is another kind of table."""
+    def _fitting(self, schema: pa.Schema, *, alters: bool) -> sa.Table:
+        """The table, with a column for each of these. Raises StorageError if it is another kind of table.
+
+        alters: whether a table that was made here gets columns of which it was not known before what they hold.
+        """
         if self._table is None:
             found: list[sa.Table] = []
             self._transaction(lambda connection: found.append(self._opened(connection, schema)))
             self._table = found[0]
+        if alters and self._made and (missing := self._missing(self._table, schema)):
+
+            def add(connection: sa.Connection) -> None:
+                for field in missing:
+                    connection.execution_options(no_parameters=True).exec_driver_sql(self._added(field))
+
+            self._transaction(add)
+            self._table = None
+            return self._fitting(schema, alters=False)
         self._check_columns(self._table, schema)
         return self._table
 
     def _check_columns(self, table: sa.Table, schema: pa.Schema) -> None:
-        missing = [field for field in schema if field.name not in table.columns]
-        if missing:
-            lines = "; ".join(
-                f"ALTER TABLE {self._quoted(self._name)} ADD COLUMN {self._quoted(field.name)} "
-                f"{_sql_type(field.type, field.name).compile(self._engine.dialect)}"
-                for field in missing
-            )
+        if missing := self._missing(table, schema):
+            lines = "; ".join(map(self._added, missing))
             self._table = None
             raise StorageError(
                 f"{self._shown} lacks {', '.join(repr(field.name) for field in missing)}",
                 hint=f"Add what is missing, then resume the job: {lines}",
             )
 
+    def _missing(self, table: sa.Table, schema: pa.Schema) -> list[pa.Field]:
+        return [field for field in schema if field.name not in table.columns]
+
+    def _added(self, field: pa.Field) -> str:
+        return (
+            f"ALTER TABLE {self._quoted(self._name)} ADD COLUMN {self._quoted(field.name)} "
+            f"{_sql_type(field.type, field.name).compile(self._engine.dialect)}"
+        )
+
     def _check_names(self, schema: pa.Schema) -> None:
-        if twice := _twice(schema.names, [NUMBER]):
+        if name := twice(schema.names):
             raise StorageError(
-                f"{self._shown}: the results have a column {twice!r}, which databases do not tell from another one",
+                f"{self._shown}: the results have a column {name!r}, which databases do not tell from another one",
                 hint="Rename it, or leave it out.",
             )
 
@@ -247,6 +258,7 @@ class TableReceiver(Receiver):
             schema=schema_name or None,
         )
         made.create(connection, checkfirst=True)
+        self._made = True
         found = self._found(connection)
         assert found is not None
         return found
@@ -275,16 +287,6 @@ class TableReceiver(Receiver):
 
     def _quoted(self, name: str) -> str:
         return self._engine.dialect.identifier_preparer.quote(name)
-
-
-def _twice(names: Sequence[str], more: Sequence[str]) -> str | None:
-    """A name that differs from another one in capitals only, or is one of Tally's own."""
-    seen = {name.casefold() for name in more}
-    for name in names:
-        if name.casefold() in seen:
-            return name
-        seen.add(name.casefold())
-    return None
 
 
 _KEY_TYPE = sa.Text().with_variant(
@@ -357,7 +359,8 @@ def _shaped(given: pa.Table, table: sa.Table, shown: str, dialect: str) -> pa.Ta
         if not pa.types.is_null(array.type) and (why := _misfit(array, wanted, dialect)):
             raise StorageError(
                 f"{shown}: column {name!r} is {wanted} there, and the results hold {why}",
-                hint="Change its type in the table, then resume the job.",
+                hint="Change its type in the table, then resume the job. Columns that a scorer declares have one type "
+                "from the start.",
             )
         arrays.append(array)
     return pa.table(arrays, names=given.column_names)
@@ -382,10 +385,8 @@ def _misfit(array: pa.ChunkedArray, wanted: sa.types.TypeEngine[Any], dialect: s
         if dialect != "sqlite" and digits is not None and digits < 6 and not _whole_seconds(array):
             return "fractions of seconds"
     if isinstance(wanted, sa.String) and wanted.length is not None and types.is_string(kind):
-        import pyarrow.compute as pc
-
-        if (pc.max(pc.utf8_length(array)).as_py() or 0) > wanted.length:
-            return "longer text"
+        longest = pc.max(pc.utf8_length(array)).as_py() or 0
+        return "longer text" if longest > wanted.length else None
     return None
 
 
@@ -406,8 +407,13 @@ def _plain_for(column: sa.Column[Any], dialect: str) -> Callable[[Any], Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, (list, dict, tuple)):
             return json_text(value)
-        if isinstance(value, float) and bare and math.isnan(value):
-            return None  # neither SQLite nor MariaDB knows NaN
+        if isinstance(value, float) and bare and not math.isfinite(value):
+            if math.isnan(value):
+                return None  # neither SQLite nor MariaDB knows NaN
+            if dialect != "sqlite":
+                raise ValueError(f"column {column.name!r} holds {value}, and {dialect} has no infinity")
+        if isinstance(value, str) and isinstance(column.type, (sa.DateTime, sa.Date)):
+            raise ValueError(f"column {column.name!r} holds {value}, which is beyond the years 1 to 9999")
         if bare and getattr(value, "tzinfo", None) is not None:
             return value.astimezone(UTC).replace(tzinfo=None)
         if isinstance(column.type, sa.String) and value is not None and not isinstance(value, str):
@@ -417,13 +423,42 @@ def _plain_for(column: sa.Column[Any], dialect: str) -> Callable[[Any], Any]:
     return plain
 
 
-def _put(connection: sa.Connection, table: sa.Table, keys: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+def _put(connection: sa.Connection, table: sa.Table, keys: Sequence[str], rows: pa.Table) -> None:
+    """Put rows of these items in the place of those that the table holds of them."""
+    if connection.dialect.name != "postgresql":
+        _remove(connection, table, keys)
+        if rows.num_rows:
+            plain = {name: _plain_for(table.columns[name], connection.dialect.name) for name in rows.column_names}
+            try:
+                made = [{name: plain[name](value) for name, value in row.items()} for row in rows_of(rows)]
+            except (ValueError, OverflowError) as error:
+                raise _ItemsRefusedError(str(error)) from None
+            connection.execute(sa.insert(table), made)
+        return
+    if [column.name for column in table.primary_key] == [KEY, NUMBER] and rows.num_rows:
+        single = rows.num_rows == len(keys) and not pc.max(rows[NUMBER]).as_py()
+        empty = set() if single else set(keys) - set(rows[KEY].to_pylist())
+        # Most rows are new. An item that is there already has a first row, as ours has, and these two collide.
+        try:
+            with connection.begin_nested():
+                copying.copy(connection, table, rows)
+                _remove(connection, table, list(empty))
+            return
+        except sa.exc.IntegrityError:
+            pass
+    _remove(connection, table, keys)
+    if rows.num_rows:
+        copying.copy(connection, table, rows)
+
+
+def _remove(connection: sa.Connection, table: sa.Table, keys: Sequence[str]) -> None:
     exactly = _EXACT.get(connection.dialect.name)
     column = table.c[KEY].collate(exactly) if exactly else table.c[KEY]
     for begin in range(0, len(keys), _KEYS_AT_ONCE):
         connection.execute(sa.delete(table).where(column.in_(keys[begin : begin + _KEYS_AT_ONCE])))
-    if rows:
-        connection.execute(sa.insert(table), list(rows))
+
+
+_LONG = f"a key of over {LONGEST_KEY} characters"
 
 
 def _is_long(key: str) -> bool:
@@ -435,12 +470,6 @@ def _is_altered(error: sa.exc.DBAPIError) -> bool:
     return re.match(r"no such (table|column)|table .* has no column", str(error.orig)) is not None
 
 
-def _is_shut_out(error: sa.exc.DBAPIError) -> bool:
-    """Whether the server answers, and refuses to connect us: waiting would not help."""
-    told = getattr(error.orig, "args", ())
-    return told[:1] in [(code,) for code in _SHUT_OUT_CODES] or _SHUT_OUT.search(str(error.orig)) is not None
-
-
 def _reason(error: sa.exc.SQLAlchemyError) -> str:
     cause = getattr(error, "orig", None) or error
     return mask(" ".join(str(cause).split()))
@@ -448,20 +477,3 @@ def _reason(error: sa.exc.SQLAlchemyError) -> str:
 
 _EXACT = {"sqlite": "BINARY", "mysql": "utf8mb4_bin", "mariadb": "utf8mb4_bin"}
 """Collations by which keys that differ in capitals differ, whatever the column's own is."""
-
-
-def _in_utc(connection: Any, record: Any) -> None:
-    """Have PostgreSQL keep times as they are, whatever the zone of the session would be."""
-    with connection.cursor() as cursor:
-        cursor.execute("SET TIME ZONE 'UTC'")
-    connection.commit()
-
-
-def _strictly(connection: Any, record: Any) -> None:
-    """Have MariaDB refuse what it would otherwise cut."""
-    with connection.cursor() as cursor:
-        cursor.execute("SET SESSION sql_mode = 'TRADITIONAL', time_zone = '+00:00'")
-
-
-_SESSIONS = {"postgresql": _in_utc, "mysql": _strictly, "mariadb": _strictly}
-"""What a new connection is told first."""

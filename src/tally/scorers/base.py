@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
+
+from tally.media.images import Decoding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,9 +30,33 @@ frame: as image, decoded from a video. table: a ``pyarrow.Table`` of all rows of
 """
 
 Row: TypeAlias = Mapping[str, Any]
-Result: TypeAlias = "Row | Sequence[Row] | np.ndarray[Any, Any] | Exception"
+Result: TypeAlias = "Row | Sequence[Row] | np.ndarray[Any, Any] | Pictured | Thumbnailed | Exception"
 """One item's result: a row, several rows (or none), an image ``uint8[h, w, 3]`` or ``uint8[h, w]``, or an exception,
 which makes that item dead and no other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pictured:
+    """An image, and the rows that it shows."""
+
+    picture: np.ndarray[Any, Any]
+    rows: Sequence[Row]
+
+
+class Thumbnail(NamedTuple):
+    """A small picture of an item, as JPEG, and the width and height in pixels of the original, upright one."""
+
+    jpeg: bytes
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Thumbnailed:
+    """A result, and a small picture of the item that it is of; of jobs that keep such pictures."""
+
+    result: Result
+    thumbnail: Thumbnail
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +92,14 @@ class Item:
 class Window:
     """Readings are aggregated over ``seconds`` each before they are scored; ``time`` is their column of timestamps.
 
-    aggregate: what is made of each column (mean, min, max, last), and count, the number of readings.
+    aggregate: what is made of each column (mean, min, max, last, std, median, p95), and count, the number of readings.
+    timezone: whose days they are, if they are days; None: those of UTC.
     """
 
     time: str
     seconds: float
     aggregate: tuple[str, ...] = ("mean",)
+    timezone: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +149,7 @@ class Scorer:
     assumed: one plain sentence for each thing that was taken for granted and came out only when the model was loaded or
         scored. The user is warned, and the job keeps it.
     classes: names of all classes in the model's order, known once it is loaded, where it tells classes apart.
+    decoding: how pictures are decoded, where that is said.
     all_classes: set by an endpoint whose client wants the scores of all ``classes``: results are then
         ``{"scores": [...]}``, in their order.
 
@@ -137,6 +166,7 @@ class Scorer:
     window: Window | None = None
     assumed: Sequence[str] = ()
     classes: Sequence[str] | None = None
+    decoding: Decoding = Decoding()
     all_classes: bool = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:

@@ -25,6 +25,8 @@ from tally.errors import (
     is_interrupt,
     raised_at,
 )
+from tally.media import images
+from tally.media.images import Decoding
 from tally.scorers import declared
 from tally.scorers.base import Item, Result, Scorer, TableResult
 from tally.storage import file_name, temporary
@@ -61,19 +63,57 @@ class Part:
         return found
 
 
-def configured(scorer: Scorer, *, overlay: bool = False, batch_size: int | None = None) -> Scorer:
-    """The scorer as a job or an endpoint asks for it. overlay: its rows are drawn onto the pictures.
+def configured(
+    scorer: Scorer,
+    *,
+    overlay: bool = False,
+    thumbnails: int | None = None,
+    batch_size: int | None = None,
+    decoding: Decoding | None = None,
+) -> Scorer:
+    """The scorer as a job or an endpoint asks for it. overlay: its rows are drawn onto the pictures. thumbnails: a
+    small picture of each item comes with its result, of so many pixels. decoding: how pictures are decoded.
 
-    Raises ModelLoadError if it declares what no scorer may, SpecError if its results cannot be drawn.
+    Raises ModelLoadError if it declares what no scorer may, SpecError if its results cannot be drawn, or it gives no
+    rows for several pictures of a file.
     """
     declared.check(scorer)
     if overlay:
         from tally.scorers.vision.overlay import Overlay
 
         scorer = Overlay(scorer)
+    if thumbnails is not None:
+        from tally.scorers.vision.thumbnails import Thumbnails
+
+        scorer = Thumbnails(scorer, thumbnails)
     if batch_size is not None:
         scorer.batch_size = batch_size
+    if decoding is not None and decoding.pages == "all":
+        from tally.scorers.vision.pages import Pages
+
+        scorer = Pages(scorer)
+    if decoding is not None:
+        scorer.decoding = decoding
     return scorer
+
+
+def memory_of(scorer: Scorer) -> Callable[[], None]:
+    """What has the scorer forget all that items show it from now on.
+
+    For scorers of Tally's own, which keep that in plain attributes: how many values still have to bear out what the
+    model was taken for, what was assumed, whether softmax is applied.
+    """
+    around = getattr(scorer, "scorer", None)  # of one that is around another
+    inner = None if around is None else memory_of(around)
+    before = dict(vars(scorer))
+
+    def forget() -> None:
+        vars(scorer).clear()
+        vars(scorer).update(before)
+        if inner is not None:
+            inner()
+
+    return forget
 
 
 def run(scorer: Scorer, items: Sequence[Any] | pa.Table) -> list[Result]:
@@ -293,9 +333,16 @@ def _fitting(scorer: Scorer, item: Item) -> Item:
     value, wanted = item.value, scorer.input
     if wanted in ("image", "frame"):
         if isinstance(value, (bytes, bytearray, memoryview)):
-            from tally.media import images  # with NumPy, which scorers of other values may not need
-
-            picture, info = images.decode(bytes(value), scorer.size, tell=scorer.assume)
+            decoding = scorer.decoding
+            if decoding.pages == "all":
+                return item  # it goes through them itself
+            picture, info = images.decode(
+                bytes(value),
+                scorer.size,
+                max_pixels=decoding.max_pixels,
+                background=decoding.background,
+                tell=scorer.assume,
+            )
             return Item(item.key, picture, {**info, **item.info})
         fits = hasattr(value, "shape") and value.dtype == "uint8" and len(value.shape) == 3 and value.shape[2] == 3
         takes = "a picture: a file's content, or uint8[height, width, 3]"

@@ -16,22 +16,25 @@ from fastapi import APIRouter, FastAPI
 import tally
 from tally.alerts.delivery import delivering
 from tally.jobs.facade import Jobs
+from tally.jobs.pictures import MAX_BYTES
 from tally.server import errors, health, metrics
 from tally.server.api import endpoints as endpoints_api
 from tally.server.api import figures, models, queues, schedules, uploads, watches
 from tally.server.api import jobs as jobs_api
 from tally.server.api import keys as keys_api
+from tally.server.api import pipelines as pipelines_api
 from tally.server.api import results as results_api
 from tally.server.api import runs as runs_api
+from tally.server.api import sweeps as sweeps_api
 from tally.server.aside import Aside
 from tally.server.auth.audit import AuditLog
 from tally.server.auth.guard import Guard
 from tally.server.auth.keys import KeyStore
 from tally.server.auth.throttle import Throttle
 from tally.server.feed import Feed
-from tally.server.gallery import MAX_BYTES, Gallery
+from tally.server.gallery import Gallery
 from tally.server.machine import Machine
-from tally.server.middleware import MAX_BODY, Audited, BodyLimit, Ending, SecurityHeaders
+from tally.server.middleware import MAX_BODY, Audited, BodyLimit, Ending, InHand, SecurityHeaders
 from tally.server.pages import accounts
 from tally.server.pages import routes as pages
 from tally.server.pages.labels import Labels
@@ -61,11 +64,11 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     """The application over the database of ``jobs``."""
     engine = jobs.store.engine
     audit = AuditLog(engine)
-    supervisor = Supervisor(jobs, parallel=settings.parallel)
+    supervisor = Supervisor(jobs, parallel=settings.parallel, keep_warm=settings.keep_warm)
     watcher = Watcher(jobs, taken=supervisor.wake)
     loop = Loop(ScheduleStore(engine), say=log.info)
     endpoints = Endpoints(DeploymentStore(engine))
-    feed, aside = Feed(), Aside()
+    feed, aside, in_hand = Feed(), Aside(), InHand()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -85,6 +88,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
                 yield
         finally:
             await feed.close()
+            await in_hand.ended()
             watcher.stop()
             loop.stop()
             supervisor.stop()
@@ -113,7 +117,7 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     errors.install(app)
     api = APIRouter(prefix="/api/v1")
     parts = (jobs_api, results_api, models, endpoints_api, schedules, watches, queues, uploads, figures, keys_api)
-    for each in (*parts, runs_api):
+    for each in (*parts, runs_api, sweeps_api, pipelines_api):
         api.include_router(each.router)
     app.include_router(api)
     app.include_router(health.router)
@@ -136,6 +140,6 @@ def create_app(jobs: Jobs, settings: ServerSettings) -> FastAPI:
     limits = dict.fromkeys(("/api/v1/uploads", "/jobs/new", "/models"), settings.max_upload + MAX_BODY)
     app.add_middleware(BodyLimit, limits=limits | {"/endpoints/try": MAX_BYTES + MAX_BODY})
     app.add_middleware(Audited, audit=audit)
-    app.add_middleware(Ending)
+    app.add_middleware(Ending, in_hand=in_hand)
     app.add_middleware(SecurityHeaders)
     return app

@@ -6,61 +6,47 @@ Thumbnails are made in a process beside the server's, with its bounds: a picture
 from __future__ import annotations
 
 import json
-import mimetypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from tally.errors import ItemError, SourceNotFoundError, SpecError
+from tally.errors import SourceNotFoundError, SpecError, TallyError
 from tally.jobs.facade import Jobs
+from tally.jobs.pictures import (
+    MAX_BOXES,
+    Ask,
+    Row,
+    drawable,
+    find,
+    is_media,
+    items_of,
+    kept_thumbnail,
+    read_thumbnail,
+)
 from tally.jobs.store import JobRecord
 from tally.server.aside import Aside
 from tally.server.places import check_places
 from tally.server.results import Results
-from tally.sources.locations import compile_glob, locate
-from tally.sql import sql_name, sql_text
-from tally.storage import Store, is_url, open_store
+from tally.sinks.base import Output, OutputDescription
+from tally.sinks.factory import reopen
+from tally.sql import sql_text
+from tally.storage import Store, open_store
 
 PER_PAGE = 12
 SIZES = (320, 1280)
 """Pixels of the longer side of a thumbnail, and of a picture to look at closely."""
-MAX_BOXES = 20
-MAX_PIXELS = 50_000_000
-MAX_BYTES = 64 << 20
 SECONDS = 10.0
+AS_FOUND = "*"
+"""In place of the rows that a thumbnail's address carries: what the results say, which is too long for an address."""
 _MOST_ROWS = 1000
-_DRAWN = ("label", "score", "share", "xmin", "ymin", "xmax", "ymax")
-
-
-class Row(BaseModel):
-    """What is drawn onto a thumbnail: a box in pixels of the original, or a label."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-    label: str | None = None
-    score: float | None = None
-    share: float | None = None
-    xmin: float | None = None
-    ymin: float | None = None
-    xmax: float | None = None
-    ymax: float | None = None
-
+_LONGEST = 4000
+"""Characters of the rows in an address."""
 
 _ROWS = TypeAdapter(list[Row])
-
-
-def drawable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What of the rows is drawn, those with the highest scores first; of those that are something else, nothing."""
-    found = []
-    for row in rows:
-        try:
-            found.append(Row.model_validate(dict(row)).model_dump(exclude_none=True))
-        except ValidationError:
-            continue
-    return sorted(filter(None, found), key=lambda row: -(row.get("score") or 0))[:MAX_BOXES]
 
 
 def rows_from(text: str) -> list[Row]:
@@ -73,13 +59,14 @@ def rows_from(text: str) -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One item. rows: what its result says. before: whether the item itself can be shown. after: the name of the file
-    that was made of it, if the job makes files."""
+    """One item. rows: what its result says, but for masks. before: whether the item itself can be shown. after: the
+    name of the file that was made of it, if the job makes files. masked: whether its rows have masks, maybe."""
 
     key: str
     rows: list[dict[str, Any]]
     before: bool
     after: str | None = None
+    masked: bool = False
 
     @property
     def says(self) -> str:
@@ -90,8 +77,9 @@ class Shown:
 
     @property
     def drawn(self) -> str:
-        """What is drawn onto its picture, as JSON."""
-        return json.dumps(drawable(self.rows), separators=(",", ":"))
+        """What is drawn onto its picture, as JSON, or :data:`AS_FOUND`."""
+        text = "" if self.masked else json.dumps(drawable(self.rows), separators=(",", ":"))
+        return text if text and len(text) <= _LONGEST else AS_FOUND
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,83 +103,110 @@ class Gallery:
         if record.output.get("kind") == "video":
             return _videos(record, number)
         columns = self._results.query(job, "from results limit 0", limit=0).columns
-        where = f"where label::varchar = {sql_text(label)}" if label is not None and "label" in columns else ""
-        chosen = f"select key from results {where} group by key order by key limit {PER_PAGE + 1}"  # noqa: S608
-        chosen += f" offset {(number - 1) * PER_PAGE}"
-        names = ", ".join(map(sql_name, ["key", *(each for each in (*_DRAWN, "file") if each in columns)]))
-        found = self._results.query(
-            job,
-            f"with chosen as ({chosen}) select {names} from results where key in (from chosen) order by key",  # noqa: S608
-            limit=_MOST_ROWS,
-        ).rows
-        by_key: dict[str, list[dict[str, Any]]] = {}
-        for row in found:
-            by_key.setdefault(row.pop("key"), []).append(row)
+        found = items_of(
+            self._asked(job),
+            limit=PER_PAGE + 1,
+            offset=(number - 1) * PER_PAGE,
+            where=f"label::varchar = {sql_text(label)}" if label is not None and "label" in columns else None,
+            rows=_MOST_ROWS,
+            without=["mask"],
+        )
         makes = record.output.get("kind") == "images" and record.manifest is not None
+        kept = self._kept(record, _kept_keys, list(found)) if _keeps(record) else ()
         items = [
-            Shown(key, rows, _is(key, "image"), rows[0].get("file") if makes else None) for key, rows in by_key.items()
+            Shown(
+                key,
+                rows,
+                key in kept or is_media(key, "image"),
+                rows[0].get("file") if makes else None,
+                "mask" in columns,
+            )
+            for key, rows in found.items()
         ]
         shown = [each for each in items[:PER_PAGE] if each.before or each.after]
         if items and not shown:
             return None
         return Page(shown, len(items) > PER_PAGE)
 
-    def item(self, job: str, key: str, *, size: int, rows: Sequence[Row] = ()) -> bytes:
-        """The item's picture with the rows drawn onto it, as JPEG. Raises ItemError, SourceNotFoundError, SpecError."""
+    def _asked(self, job: str) -> Ask:
+        def ask(sql: str, limit: int) -> tuple[Collection[str], list[dict[str, Any]]]:
+            found = self._results.query(job, sql, limit=limit)
+            return found.columns, found.rows
+
+        return ask
+
+    def item(self, job: str, key: str, *, size: int, rows: str = "[]") -> bytes:
+        """The item's picture with the rows drawn onto it, as JPEG. rows: as :attr:`Shown.drawn`.
+
+        Raises ItemError, SourceNotFoundError, SpecError.
+        """
         record = self._jobs.store.get(job)
-        if not _is(key, "image"):
+        named, keeps = is_media(key, "image"), _keeps(record)
+        if not (named or keeps):
             raise SourceNotFoundError(f"{key!r} is no picture")
-        given = [row.model_dump(exclude_none=True) for row in rows]
-        return self._made(_item, record.spec["source"], self._roots, key, size, given)
+        if rows == AS_FOUND:
+            mine = items_of(self._asked(job), limit=1, where=f"key = {sql_text(key)}", rows=_MOST_ROWS)
+            given = drawable(mine.get(key, ()))
+        else:
+            given = [row.model_dump(exclude_none=True) for row in rows_from(rows)]
+
+        def original() -> bytes:
+            made: bytes = self._made(_item, record.spec["source"], self._roots, key, size, given)
+            return made
+
+        if not keeps:
+            return original()
+        if named and size > SIZES[0]:  # to look at closely, if it is still where it was
+            with suppress(TallyError):
+                return original()
+        small: bytes | None = self._kept(record, _kept_item, key, size, given)
+        return original() if small is None else small
 
     def made(self, job: str, file: str, *, size: int) -> bytes:
         """The picture that the job made, smaller, as JPEG. Raises as :meth:`item`."""
         record = self._jobs.store.get(job)
-        if record.output.get("kind") != "images" or not _is(file, "image"):
+        if record.output.get("kind") != "images" or not is_media(file, "image"):
             raise SourceNotFoundError(f"{file!r} is no picture")
-        return self._made(_file, self._jobs.sink(record.id).place, file, size)
+        made: bytes = self._made(_file, self._jobs.sink(record.id).place, file, size)
+        return made
 
     def video(self, job: str, key: str) -> tuple[Store, str]:
         """Where the video is that the job has made another of. Raises SourceNotFoundError, SpecError."""
         record = self._jobs.store.get(job)
-        if key not in {file.get("key") for file in (record.manifest or {}).get("files", ())} or not _is(key, "video"):
+        if key not in {file.get("key") for file in (record.manifest or {}).get("files", ())} or not is_media(
+            key, "video"
+        ):
             raise SourceNotFoundError(f"job {job} has made no video of {key!r}")
         return _find(record.spec["source"], self._roots, key)
 
-    def _made(self, function: Any, *args: Any) -> bytes:
-        made: bytes = self._aside.call(function, *args, seconds=SECONDS, what="the thumbnail")
-        return made
+    def _kept(self, record: JobRecord, function: Any, *args: Any) -> Any:
+        """What a function makes of the thumbnails that the job has kept."""
+        self._jobs.sink(record.id)  # says where its results have gone
+        return self._made(function, record.output, list(self._jobs.outputs(record.id)), *args)
+
+    def _made(self, function: Any, *args: Any) -> Any:
+        return self._aside.call(function, *args, seconds=SECONDS, what="the thumbnail")
+
+
+def _keeps(record: JobRecord) -> bool:
+    """Whether the job keeps thumbnails."""
+    return bool((record.output.get("options") or {}).get("thumbnails"))
 
 
 def _videos(record: JobRecord, number: int) -> Page:
     files = (record.manifest or {}).get("files", ())
     begin = (number - 1) * PER_PAGE
     items = [
-        Shown(key, [], _is(key, "video"), str(each["path"]))
+        Shown(key, [], is_media(key, "video"), str(each["path"]))
         for each in files[begin : begin + PER_PAGE]
         if (key := str(each.get("key") or each["path"]))
     ]
     return Page(items, len(files) > begin + PER_PAGE, videos=True)
 
 
-def _is(name: str, kind: str) -> bool:
-    return (mimetypes.guess_type(name)[0] or "").startswith(f"{kind}/")
-
-
 def _find(sources: Sequence[str], roots: Sequence[Path], key: str) -> tuple[Store, str]:
-    """Where the item with that key is. Raises SourceNotFoundError where there is none, SpecError outside of roots."""
-    for location in locate(sources):
-        name = key.removeprefix(location.prefix)
-        if not key.startswith(location.prefix) or (location.names and name not in location.names):
-            continue
-        if location.pattern is not None and not compile_glob(location.pattern).fullmatch(name):
-            continue
-        if not is_url(location.root):
-            check_places([("source", location.within + name)], roots)
-        store = open_store(location.root)
-        if store.exists(name):
-            return store, name
-    raise SourceNotFoundError(f"{key!r} is not there any more")
+    """See :func:`tally.jobs.pictures.find`. Raises SpecError outside of roots, too."""
+    return find(sources, key, check=lambda path: check_places([("source", path)], roots))
 
 
 # -- in a process beside the server's ----------------------------------------------------------------------------------
@@ -199,37 +214,22 @@ def _find(sources: Sequence[str], roots: Sequence[Path], key: str) -> tuple[Stor
 
 def _item(sources: Sequence[str], roots: Sequence[Path], key: str, size: int, rows: list[dict[str, Any]]) -> bytes:
     store, name = _find(sources, roots, key)
-    return _thumbnail(store, name, size, rows)
+    return read_thumbnail(store, name, size, rows)
+
+
+def _kept_keys(output: dict[str, Any], outputs: Sequence[Output], keys: Sequence[str]) -> set[str]:
+    return set(reopen(OutputDescription.from_json(output)).thumbnails_of(outputs, keys))
+
+
+def _kept_item(
+    output: dict[str, Any], outputs: Sequence[Output], key: str, size: int, rows: list[dict[str, Any]]
+) -> bytes | None:
+    found = reopen(OutputDescription.from_json(output)).thumbnails_of(outputs, [key])
+    return kept_thumbnail(found[key], size, rows) if key in found else None
 
 
 def _file(place: str, file: str, size: int) -> bytes:
     store = open_store(place)
     if store.is_local and not Path(place, file).resolve().is_relative_to(Path(place).resolve()):
         raise SourceNotFoundError(f"{file!r} is a link that leads out of the output")
-    return _thumbnail(store, file, size, [])
-
-
-def _thumbnail(store: Store, name: str, size: int, rows: list[dict[str, Any]]) -> bytes:
-    if (length := store.size(name)) > MAX_BYTES:
-        raise ItemError(f"the file has {length:,} bytes: too many to show", stage="decode")
-    return thumbnail(store.read(name), size, rows)
-
-
-def thumbnail(content: bytes, size: int, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A picture whose longer side has so many pixels at most, with the rows drawn onto it, as JPEG.
-
-    rows: boxes in pixels of the original, or labels. Raises ItemError. For a process beside the server's.
-    """
-    import numpy as np
-    from PIL import Image
-
-    from tally.media.images import decode
-    from tally.scorers.vision.overlay import draw
-    from tally.sinks.files import encode
-
-    pixels, info = decode(content, (size // 2, size // 2), max_pixels=MAX_PIXELS)
-    image = Image.fromarray(pixels)
-    image.thumbnail((size, size))
-    small = np.asarray(image)
-    height, width = small.shape[:2]
-    return encode(draw(small, rows, scale=(width / info["width"], height / info["height"])), "jpg")
+    return read_thumbnail(store, file, size)

@@ -18,6 +18,7 @@ from tally.database.lease import host
 from tally.engines.spawn import workers_of
 from tally.jobs.facade import Jobs
 from tally.jobs.store import JobRecord
+from tally.server.supervisor import Supervisor
 from tally.sources.base import STAGES
 
 router = APIRouter(tags=["health"])
@@ -29,17 +30,19 @@ MOST_JOBS = 1000
 class _State(Collector):
     """What the store knows at this moment."""
 
-    def __init__(self, jobs: Jobs, coordinators: int) -> None:
-        self._jobs, self._coordinators = jobs, coordinators
+    def __init__(self, jobs: Jobs, supervisor: Supervisor) -> None:
+        self._jobs, self._supervisor = jobs, supervisor
 
     def collect(self) -> Iterator[Metric]:
         states = GaugeMetricFamily("tally_jobs", "Jobs by state.", labels=["state"])
         for state, count in self._jobs.store.counts_by_state().items():
             states.add_metric([state], count)
         yield states
-        yield GaugeMetricFamily(
-            "tally_coordinators", "Coordinators that this server has started.", value=self._coordinators
-        )
+        for name, text, value in (
+            ("", "Coordinators of this server that have a job.", self._supervisor.running),
+            ("_resting", "Those that wait, with their workers, for the next one.", self._supervisor.resting),
+        ):
+            yield GaugeMetricFamily(f"tally_coordinators{name}", text, value=value)
         yield from _of_jobs(self._jobs.list(state="running", limit=MOST_JOBS).jobs)
 
 
@@ -80,5 +83,5 @@ def _of_jobs(running: Iterable[JobRecord]) -> Iterator[Metric]:
 def metrics(request: Request) -> Response:
     """What Prometheus reads."""
     registry = CollectorRegistry()
-    registry.register(_State(request.app.state.jobs, request.app.state.supervisor.running))
+    registry.register(_State(request.app.state.jobs, request.app.state.supervisor))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,7 +23,7 @@ MAX_BODY = 1 << 20
 """Bytes of a request's body; uploads have a limit of their own."""
 
 ENDING_SECONDS = 5.0
-"""After which it may be worth asking again, of a server that ends."""
+"""After which it may be worth asking again, of a server that ends; nor does it wait longer for what it has in hand."""
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
@@ -60,14 +61,41 @@ class SecurityHeaders:
         await self._app(scope, receive, with_headers if scope["type"] == "http" else send)
 
 
+class InHand:
+    """The requests that are being answered. A server that has told them to end waits for them before its process ends:
+    their answers, and the lines that they write to the audit log, would be lost."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self._none.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self._none.set()
+
+    async def ended(self) -> None:
+        """When none is left, or ENDING_SECONDS have passed."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._none.wait(), ENDING_SECONDS)
+
+
 class Ending:
     """Answers what is still in hand when the server has waited for long enough, and ends: 503. An answer that has begun
     is broken off, so that nobody takes it for whole."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, *, in_hand: InHand) -> None:
+        self._app, self._in_hand = app, in_hand
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         begun = False
 
         async def noting(message: Message) -> None:
@@ -75,12 +103,13 @@ class Ending:
             begun = True
             await send(message)
 
-        try:
-            await self._app(scope, receive, noting)
-        except asyncio.CancelledError:
-            if begun or scope["type"] != "http":
-                raise
-            await answer(RefusedError(503, "the server ends", retry_after=ENDING_SECONDS))(scope, receive, send)
+        with self._in_hand:
+            try:
+                await self._app(scope, receive, noting)
+            except asyncio.CancelledError:
+                if begun:
+                    raise
+                await answer(RefusedError(503, "the server ends", retry_after=ENDING_SECONDS))(scope, receive, send)
 
 
 class NoCancelled(logging.Filter):

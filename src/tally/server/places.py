@@ -6,23 +6,26 @@ What is named here is looked up again when it is used, and checked again: see :m
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
+from tally.database import foreign
 from tally.errors import RefusedError, SpecError
 from tally.jobs.spec import JobSpec, outputs_folder
 from tally.masking import mask
 from tally.models import kinds
 from tally.models.base import is_suffix
 from tally.network import is_allowed, refusal
-from tally.push.target import is_database
 from tally.server.auth.roles import Principal
 from tally.server.uploads import uploads_folder
 from tally.sources.queues.factory import is_of_its_service
+from tally.sources.sql.factory import parted
 from tally.storage import is_url
 from tally.text import expanded
+from tally.triggers.works.base import Work
 
 _PORTS = {
     "http": 80,
@@ -34,11 +37,11 @@ _PORTS = {
     "kafka": 9092,
     "kafkas": 9093,
 }
-_PORTS |= {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mariadb": 3306}
+_PORTS |= {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mariadb": 3306, "mongodb": 27017, "mongodb+srv": 27017}
 """URLs that name a host. Others name what is reached with the credentials of the server's environment."""
 _CLOUD_QUEUES = ("azure-queue", "servicebus")
 """They are reached with the credentials of the server's environment, at a host that their URL may name."""
-_OF_DATABASES = ("charset", "connect_timeout", "sslmode")
+_OF_DATABASES = ("charset", "connect_timeout", "sslmode", "replicaSet", "retryWrites", "ssl", "tls")
 """Options in URLs of databases: others name hosts, sockets and files of the server."""
 _UPLOADED = ("source", "labels", "upload")
 """What may be an upload: data. What runs may not, or whoever uploads could run code."""
@@ -59,6 +62,24 @@ def check(spec: JobSpec, roots: Sequence[Path], who: Principal) -> None:
     check_code(who, spec.model, artifacts=spec.artifacts, trust=spec.trust)
 
 
+def check_kind(kind: type[Work], who: Principal) -> None:
+    """Raises RefusedError where only an admin may have this scheduled, and ``who`` is none."""
+    if kind.only_admins is not None and not who.may("admin"):
+        raise RefusedError(403, f"{kind.only_admins}, which only an admin may have done", hint="Ask an admin for it.")
+
+
+def check_work(work: Work, roots: Sequence[Path], who: Principal) -> None:
+    """As :func:`check`, of what a schedule is to do."""
+    if (job := work.job) is not None:
+        check(job, roots, who)
+        return
+    named = list(work.named())
+    check_places(named, roots)
+    for name, place in named:
+        if name == "model":
+            check_code(who, place, artifacts=None, trust=False)
+
+
 def check_code(who: Principal, model: str, *, artifacts: str | None, trust: bool) -> None:
     """Raises RefusedError where a model from elsewhere may hold code, and ``who`` sends the request is no admin.
 
@@ -74,7 +95,7 @@ def check_code(who: Principal, model: str, *, artifacts: str | None, trust: bool
 
 
 _OF_ADMINS = "Ask an admin to register the model, or to put it under a root."
-_CODE = (".py", ".pyc", ".so", ".dylib", ".pkl", ".pickle", ".joblib")
+_CODE = (".py", ".pyc", ".so", ".dylib", ".pkl", ".pickle", ".joblib", ".pt2", ".pt", ".pth", ".th")
 
 
 def is_code(name: str) -> bool:
@@ -113,8 +134,8 @@ def _hints(problems: Sequence[str], roots: Sequence[Path]) -> Iterable[str]:
 
 
 def _places(spec: JobSpec) -> Iterable[tuple[str, str]]:
-    yield from (("source", each) for each in spec.source)
-    for name in ("model", "out", "labels", "artifacts", "webhook", "address"):
+    yield from (("source", each) for each in spec.source)  # a list of items is one
+    for name in ("base", "model", "out", "labels", "artifacts", "webhook", "address"):
         place = getattr(spec, name)
         if place:
             yield name, str(place)
@@ -126,16 +147,16 @@ def _places(spec: JobSpec) -> Iterable[tuple[str, str]]:
 
 
 def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
-    if name == "model" and place.startswith("models:/"):
+    if name == "model" and place.startswith(("models:/", "tally:", "hf:")):
         return None
-    if name in ("webhook", "push") and place.startswith("env:"):  # it would be sent to whom the request names
+    if name in ("webhook", "push", "source") and place.startswith("env:"):  # it would be sent to whom the request names
         return f"{name}: {place!r} names a variable of the server's own environment"
     try:
         scheme = urlsplit(place).scheme.lower()
     except ValueError as error:
         return f"{name}: {place!r} is no URL: {error}"
-    if scheme == "sqlite":
-        place = place.partition("#")[0].removeprefix("sqlite:///")
+    if scheme in foreign.FILES:
+        place = foreign.file_of(place)
     elif scheme in _PORTS:
         return _host_refusal(name, place)
     elif scheme in _CLOUD_QUEUES:
@@ -166,8 +187,10 @@ def _refusal(name: str, place: str, roots: Sequence[Path]) -> str | None:
 
 
 def _host_refusal(name: str, url: str) -> str | None:
-    scheme, netloc, _, query, _ = urlsplit(url)
-    if is_database(url) and (others := sorted({each for each, _ in parse_qsl(query, True)} - set(_OF_DATABASES))):
+    scheme, netloc, _, query, _ = urlsplit(parted(url)[0])
+    if foreign.is_database(url) and (
+        others := sorted({each for each, _ in parse_qsl(query, True)} - set(_OF_DATABASES))
+    ):
         return f"{name}: {url!r} has the option {others[0]!r}, and requests may give {', '.join(_OF_DATABASES)}"
     for server in netloc.rpartition("@")[2].split(","):  # Kafka's URLs name several
         parts = urlsplit(f"//{server}")
@@ -177,8 +200,12 @@ def _host_refusal(name: str, url: str) -> str | None:
             return f"{name}: {url!r} has no valid port"
         if not host:
             return f"{name}: {url!r} names no host"
-        if scheme.lower().startswith("kafka") and not is_allowed(host):
+        if scheme.lower().startswith(("kafka", "mongodb")) and not is_allowed(host):
             return f"{name}: the host {host!r} would say where else to connect, so it has to be one that is allowed"
         if (why := refusal(host, port)) is not None:
             return f"{name}: the host {why}"
+        if scheme.lower().startswith("postgres") and "PGPASSWORD" in os.environ and not is_allowed(host):
+            return (
+                f"{name}: the host {host!r} would be sent the server's PGPASSWORD, so it has to be one that is allowed"
+            )
     return None

@@ -126,7 +126,8 @@ class Results:
             folder, _, last = description.place.rpartition("/")
             name = f"{last}.manifest.json"
         store = open_store(folder or "/")
-        listed = [*manifest.get("files", ()), *([dead] if (dead := manifest.get("dead_file")) else [])]
+        listed = [*manifest.get("files", ()), *manifest.get("thumbnails", ())]
+        listed += [dead] if (dead := manifest.get("dead_file")) else []
         names = {str(each["path"]): int(each.get("bytes", -1)) for each in listed}
         if (log := manifest.get("log_file")) is not None:
             names[log["path"]] = store.size(log["path"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,9 +9,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tally.errors import SpecError
+from tally.network import is_loopback
 from tally.server.auth.roles import Role
 
 DEFAULT_PORT = 8700
+MOST_WARM = 86_400.0
 GITHUB = "https://github.com"
 _ACCOUNT = re.compile(r"@?[A-Za-z0-9][A-Za-z0-9_-]{0,38}")
 
@@ -115,7 +116,8 @@ class GitHubSettings:
 class ServerSettings:
     """How the server runs.
 
-    host, port: where it listens. parallel: jobs that may run at once.
+    host, port: where it listens. parallel: jobs that may run at once. keep_warm: seconds for which the workers of a
+        job that has finished are kept for the next one of the same model; 0 keeps none.
     roots: folders under which local paths in requests must lie. Without any, requests may name buckets and models of
         the registry only.
     price_per_hour: of one running worker; currency: what that is counted in.
@@ -126,6 +128,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     parallel: int = 2
+    keep_warm: float = 60.0
     roots: tuple[Path, ...] = ()
     price_per_hour: float = 0.0
     currency: str = "USD"
@@ -141,6 +144,8 @@ class ServerSettings:
             problems.append(f"--port must be between 0 and 65535, not {self.port}")
         if self.parallel < 1:
             problems.append(f"--parallel must be at least 1, not {self.parallel}")
+        if not 0 <= self.keep_warm <= MOST_WARM:
+            problems.append(f"--keep-warm must be between 0 and {MOST_WARM:g} seconds, not {self.keep_warm:g}")
         if self.max_upload < 1:
             problems.append("--max-upload must be at least 1")
         if self.price_per_hour < 0:
@@ -156,7 +161,7 @@ class ServerSettings:
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        return _is_loopback(self.host)
+        return is_loopback(self.host)
 
 
 def _highest(
@@ -172,16 +177,7 @@ def _is_safe(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return bool(parts.hostname) and (
-            parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
+            parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
         )
-    except ValueError:
-        return False
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

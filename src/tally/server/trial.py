@@ -10,7 +10,6 @@ import base64
 import http.client
 import ipaddress
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +17,11 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
+from tally.config import variable
 from tally.errors import EndpointError, SpecError, TallyError
+from tally.jobs.pictures import MAX_BYTES, drawable, thumbnail
 from tally.server.aside import Aside
-from tally.server.gallery import MAX_BYTES, SECONDS, drawable, thumbnail
+from tally.server.gallery import SECONDS
 from tally.serving.deployments import Deployment
 from tally.serving.settings import KEYS
 from tally.text import visible
@@ -73,7 +74,7 @@ def try_out(found: Deployment, name: str, content: bytes, aside: Aside) -> Trial
 def _ask(found: Deployment, name: str, content: bytes) -> tuple[int, Mapping[str, str], bytes]:
     host, port = _address(found)
     headers = {"Content-Type": _KINDS.get(PurePath(name).suffix.lower(), "application/octet-stream")}
-    if key := os.environ.get(KEYS, "").partition(",")[0].strip():
+    if key := (variable(KEYS) or "").partition(",")[0].strip():
         headers["Authorization"] = f"Bearer {key}"
     connection = http.client.HTTPConnection(host, port, timeout=found.spec.limits.timeout + 5)
     try:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from tally.errors import SpecError
-from tally.jobs.spec import Task, absolute, beside
+from tally.jobs.spec import Byte, Task, absolute, beside, colour, millions
 from tally.models.package import problems_of, read_yaml
 from tally.models.resolve import resolve
 from tally.serving.settings import Limits, ModelSettings, replicas_from
@@ -24,6 +24,7 @@ _SERVER = ("host", "port", "grpc_port", "max_body", "drain", "keys", "certificat
 
 Whole = Annotated[int, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1)]
+Background = Annotated[tuple[Byte, Byte, Byte] | None, BeforeValidator(colour)]
 
 
 class Declared(BaseModel):
@@ -31,7 +32,7 @@ class Declared(BaseModel):
 
     model: as ``tally score --model`` takes it. name: what clients call it; by default, as the model itself is called.
     task, labels, artifacts, settings, trust: as in a job file. The rest are :class:`Limits`, with durations such as
-    ``5ms``, replicas such as ``2`` or ``0..4``, and a share such as ``1%``.
+    ``5ms``, replicas such as ``2`` or ``0..4``, and a share such as ``1%``; background and max_pixels as in a job file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -54,6 +55,9 @@ class Declared(BaseModel):
     device: Text | None = None
     payloads: Text | None = None
     payload_share: float | None = None
+    pages: Literal["first", "all"] | None = None
+    background: Background = None
+    max_pixels: Annotated[int | None, BeforeValidator(millions), Field(ge=1)] = None
 
     @field_validator("replicas", mode="before")
     @classmethod
@@ -152,8 +156,8 @@ def _problems(error: ValidationError) -> list[str]:
     types = {each["type"] for each in error.errors()}
     if "model_type" in types:
         return ["should have fields such as model and replicas"]
-    found = [each.replace("value error, ", "") for each in problems_of(error, [*Declared.model_fields])]
-    return [each for each in found if not each.startswith("model: field required")] + ["model: is needed"] * (
+    found = problems_of(error, [*Declared.model_fields])
+    return [each for each in found if not each.startswith("model: field required")] + ["no model is given"] * (
         "missing" in types
     )
 

@@ -13,15 +13,17 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from tally import garbage
 from tally.config import settings
 from tally.database.connect import connect
 from tally.errors import EndpointNotFoundError, OwnershipLostError, TallyError, error_line
 from tally.serving.deployments import LEASE_SECONDS, Deployment, DeploymentStore, EndpointSpec
 from tally.serving.endpoint import Endpoint, label_of
+from tally.serving.keys import keys_now
 from tally.serving.pool import facts
 from tally.serving.protocols.base import RequestError, Route
 from tally.serving.server import ModelServer, run
-from tally.serving.settings import KEYS, ModelSettings, ServeSettings
+from tally.serving.settings import ModelSettings, ServeSettings
 
 log = logging.getLogger("tally")
 
@@ -34,9 +36,8 @@ class DeployedServer(ModelServer):
 
     def __init__(self, deployment: Deployment, token: str, store: DeploymentStore) -> None:
         spec = deployment.spec
-        keys = tuple(key for text in os.environ.get(KEYS, "").split(",") if (key := text.strip()))
         listening = ServeSettings(
-            (), host=spec.host, port=spec.port, grpc_port=spec.grpc_port, keys=keys, max_body=spec.max_body,
+            (), host=spec.host, port=spec.port, grpc_port=spec.grpc_port, keys=keys_now(), max_body=spec.max_body,
             drain=spec.drain,
         )  # fmt: skip
         super().__init__(listening, log.info)
@@ -211,4 +212,4 @@ def main(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    garbage.leave(main(sys.argv[1]))

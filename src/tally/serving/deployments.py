@@ -95,6 +95,8 @@ class EndpointSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> EndpointSpec:
         limits = dict(values["limits"])
         limits["replicas"] = tuple(limits["replicas"])
+        if limits.get("background") is not None:
+            limits["background"] = tuple(limits["background"])
         versions = {
             number: Version(each["model"], ModelRef.from_dict(each["ref"]), each["options"])
             for number, each in values["versions"].items()

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import httptools
 import uvloop
 
-from tally.serving.requests import EndpointRequest
+from tally.serving.requests import EndpointRequest, cannot_be_asked
 
 LIMIT_SECONDS = 1.5
 """How long the generator's own limit is measured."""
@@ -169,6 +169,15 @@ def _at_rate(begin: float, number: int, concurrency: int, rate: float) -> Iterab
         at += concurrency / rate
 
 
+async def _reach(request: EndpointRequest, timeout: float) -> None:
+    """Raises ServerAwayError unless a connection can be made."""
+    try:
+        async with asyncio.timeout(timeout):
+            (await _Load(request, None, timeout).connect()).close()
+    except OSError as error:  # TimeoutError is one
+        raise cannot_be_asked(request.url, error) from None
+
+
 async def _run(
     request: EndpointRequest, key: str | None, concurrency: int, seconds: float, rate: float | None, timeout: float
 ) -> LoadReport:
@@ -199,7 +208,9 @@ def load(
 
     rate: requests a second; by default, as many as are answered. timeout: seconds to wait for one answer.
     own_limit: measure what the generator can reach, too.
+    Raises ServerAwayError where nobody listens.
     """
+    uvloop.run(_reach(request, timeout))
     limit = measure_limit(request, concurrency) if own_limit else None
     report = uvloop.run(_run(request, key, concurrency, seconds, rate, timeout))
     report.limit = limit

@@ -23,6 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -483,6 +484,7 @@ class Pool:
             "max_delay": self.limits.max_delay,
             "threads": self.limits.threads,
             "payloads": self.limits.payloads,
+            "decoding": asdict(self.limits.decoding),
         }
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:

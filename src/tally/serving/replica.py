@@ -116,15 +116,19 @@ def main() -> None:
 
 def _opened(given: dict[str, Any], connection: Connection) -> tuple[Any, Any]:
     """The scorer, loaded and warm, and its data plane."""
+    from tally.errors import SpecError
+    from tally.media.images import Decoding
     from tally.models.load import load
     from tally.models.reference import ModelRef
     from tally.scorers import run
     from tally.serving.dataplane import DataPlane
     from tally.serving.warm import warm
 
-    scorer = run.configured(load(ModelRef.from_dict(given["model"]), given["device"]))
-    if given["max_batch"] is not None:
-        scorer.batch_size = given["max_batch"]
+    decoding = Decoding(**given["decoding"])
+    scorer = load(ModelRef.from_dict(given["model"]), given["device"])
+    if scorer.input not in ("image", "frame") and decoding != Decoding():
+        raise SpecError(f"pages, background, max_pixels: are for pictures, and the model is given {scorer.input}")
+    scorer = run.configured(scorer, batch_size=given["max_batch"], decoding=decoding)
     warm(scorer)
 
     payloads = None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from tally.errors import SpecError
+from tally.errors import ServerAwayError, SpecError
 
 TABLES = (".json", ".csv")
 """Files of rows."""
@@ -38,7 +38,11 @@ def request_of(url: str, file: Path, *, name: str | None = None) -> EndpointRequ
     name: of the input, where the protocol has names; by default ``image``, or of rows their columns'.
     Raises SpecError for a URL or a file that cannot be used.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise SpecError(f"{url!r} is no URL: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise SpecError(f"{url!r} is no http:// or https:// URL of an endpoint")
     try:
@@ -112,3 +116,11 @@ def _number(text: str) -> Any:
         return float(text)
     except (TypeError, ValueError):
         return text
+
+
+def cannot_be_asked(url: str, error: Exception) -> ServerAwayError:
+    """The error for an endpoint that nobody answers for."""
+    return ServerAwayError(
+        f"{url} cannot be asked: {str(error) or 'no answer in time'}",
+        hint="'tally serve MODEL' starts one, and says its address; 'tally endpoints list' shows kept ones.",
+    )

@@ -11,8 +11,6 @@ import asyncio
 import contextlib
 import ctypes
 import errno
-import hashlib
-import hmac
 import json
 import logging
 import resource
@@ -32,9 +30,11 @@ from tally import garbage
 from tally.errors import SpecError, StorageError, TallyError
 from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
+from tally.optional import needed
 from tally.serving import protocols
 from tally.serving.endpoint import Endpoint, label_of
 from tally.serving.http import Connection, Exchange, Server
+from tally.serving.keys import Keys
 from tally.serving.messages import Answer
 from tally.serving.metrics import Metrics
 from tally.serving.pool import Pending, Pool, facts
@@ -64,8 +64,7 @@ class ModelServer:
         self.metrics = Metrics()
         self.endpoints: dict[str, Endpoint] = {}
         self._http = Server(self._handle, settings.max_body)
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
-        self._known: set[str] = set()
+        self._keys = Keys(settings.keys)
         self._routes: dict[str, Route | None] = {}
         self._protocols = [protocols.get(name) for name in protocols.PROTOCOLS]
         self._stop = asyncio.Event()
@@ -387,16 +386,8 @@ class ModelServer:
 
     def check_key(self, route: Route, given: str | None) -> None:
         """Raises RequestError where the route needs a key, and what the Authorization header gives is none."""
-        if not self._keys or route.operation in _OPEN or given in self._known:
-            return
-        given = given or ""
-        kind, _, key = given.partition(" ")
-        if kind.lower() != "bearer" or not key:
-            raise RequestError(401, "a key is needed: Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
-        digest = hashlib.sha256(key.strip().encode()).digest()
-        if not any(hmac.compare_digest(digest, each) for each in self._keys):
-            raise RequestError(401, "this key is not valid", **{"WWW-Authenticate": "Bearer"})
-        self._known.add(given)
+        if route.operation not in _OPEN:
+            self._keys.check(given)
 
 
 def _text(header: bytes | None) -> str | None:
@@ -408,12 +399,8 @@ _OPEN = frozenset({"health", "live", "ready"})
 
 
 def _grpc_server(models: ModelServer) -> GrpcServer:
-    try:
+    with needed("serving over gRPC needs", "server,grpc"):
         from tally.serving.grpc import GrpcServer
-    except ModuleNotFoundError as error:
-        raise SpecError(
-            f"nothing can be served over gRPC: {error}", hint="pip install 'tally-scoring[server,grpc]'"
-        ) from None
     return GrpcServer(models)
 
 

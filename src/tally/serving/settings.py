@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tally.errors import SpecError
+from tally.media.images import MAX_PIXELS, Decoding
 from tally.models.reference import BATCH_LIMIT
 
 KEYS = "TALLY_ENDPOINT_KEY"
@@ -31,7 +32,8 @@ class Limits:
     max_queue: requests that may wait for a replica. timeout: seconds from a request's arrival to its answer.
     idle: seconds without a request after which surplus replicas end. load_timeout: seconds that loading may take.
     threads: of numeric libraries, in each replica. payloads: a folder or a bucket for a sample of requests with their
-    answers; payload_share: how large a sample, of 1.
+    answers; payload_share: how large a sample, of 1. pages, background, max_pixels: of pictures, as
+    :class:`tally.media.images.Decoding` says.
     """
 
     replicas: tuple[int, int] = (1, 1)
@@ -45,6 +47,14 @@ class Limits:
     device: str = "auto"
     payloads: str | None = None
     payload_share: float = 1.0
+    pages: Literal["first", "all"] = "first"
+    background: tuple[int, int, int] | None = None
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def decoding(self) -> Decoding:
+        """How pictures are decoded."""
+        return Decoding(self.max_pixels, self.background, self.pages)
 
     def problems(self) -> list[str]:
         """One line for each thing that is wrong."""
@@ -60,6 +70,8 @@ class Limits:
             (0 < self.timeout <= 86_400, f"timeout: more than 0 and at most 86,400 seconds, not {self.timeout}"),
             (self.idle > 0, f"idle: more than 0 seconds, not {self.idle}"),
             (0 <= self.payload_share <= 1, f"payload_share: 0 to 1, not {self.payload_share}"),
+            (self.pages in ("first", "all"), f"pages: first or all, not {self.pages!r}"),
+            (self.max_pixels >= 1, f"max_pixels: 1 or more, not {self.max_pixels}"),
             (self.threads >= 1, f"threads: 1 or more, not {self.threads}"),
         )
         return [text for right, text in checks if not right]

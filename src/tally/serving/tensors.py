@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tally.scorers.base import Item, Result, Scorer
+from tally.scorers.base import Item, Pictured, Result, Scorer
 from tally.serving import values
 from tally.serving.metadata import ITEM_INPUT
 from tally.serving.protocols.base import RequestError, Work, check_all, check_order, column_names
@@ -113,6 +113,9 @@ def tensors_of(results: Sequence[Result], scorer: Scorer, work: Work) -> list[Te
     check_all(results, "row" if scorer.input == "table" else "item")
     if results and all(values.is_picture(result) for result in results):
         return [_pictures(results, work)]
+    if results and all(isinstance(result, Pictured) for result in results):
+        rows = tensors_of([result.rows for result in results], scorer, work)  # type: ignore[union-attr]
+        return [_pictures([result.picture for result in results], work), *rows]  # type: ignore[union-attr]
     columns = values.columns_of(results, scorer.columns)
     kinds = scorer.columns or {}
     tensors = [column_tensor(name, column, kinds.get(name)) for name, column in columns.items()]

@@ -9,17 +9,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tally.scorers.base import Result
+from tally.scorers.base import Pictured, Result
 from tally.scorers.scripts.answers import plain
 
 
 def json_value(result: Result) -> Any:
-    """A result as JSON has it: a row as an object, rows as a list of objects, a picture as base64 of a PNG.
+    """A result as JSON has it: a row as an object, rows as a list of objects, a picture as base64 of a PNG; a picture
+    with rows as an object of both.
 
     NaN and infinity become null, bytes base64, dates ISO 8601.
     """
     if is_picture(result):
         return base64.b64encode(png(result)).decode()
+    if isinstance(result, Pictured):
+        return {"picture": json_value(result.picture), "rows": json_value(result.rows)}
     return finite(plain(result))
 
 

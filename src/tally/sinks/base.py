@@ -16,13 +16,13 @@ A merged output (``out.csv``) has ``out.csv.tally/`` for the first, and ``out.cs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tally.errors import ItemError, SpecError
-from tally.scorers.base import Result
+from tally.scorers.base import Result, Thumbnail
 from tally.sources.base import Chunk, Source
 
 if TYPE_CHECKING:
@@ -73,6 +73,10 @@ class Output:
     rows: int = 0
     bytes: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+THUMBNAILS = "thumbnails"
+"""The one of :attr:`Output.facts` that lists what an attempt has staged of thumbnails: names, rows and bytes."""
 
 
 class Writer(ABC):
@@ -229,6 +233,11 @@ class Sink(ABC):
 
         If the output is finished, remove what they have staged since. Otherwise, finalizing will.
         """
+
+    def thumbnails_of(self, outputs: Iterable[Output], keys: Collection[str]) -> Mapping[str, Thumbnail]:
+        """The small pictures of these items, by key: of those that have one, and whose results are published or among
+        ``outputs``. Raises StorageError, SourceNotFoundError."""
+        return {}
 
     def staged_rows(self, output: Output) -> Iterator[pa.Table]:
         """The rows of a committed output that is not published yet, ``key`` first. Raises SpecError if it has none."""

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tally.arrays import plain_array
 from tally.errors import ItemError, SpecError, error_line
 from tally.scorers.base import Result
-from tally.sinks.arrays import plain_array
 from tally.storage import key_of
 
 KEY = "key"
@@ -689,9 +689,21 @@ def _has(kind: pa.DataType, test: Callable[[pa.DataType], bool]) -> bool:
 
 
 def rows_of(table: Any) -> list[dict[str, Any]]:
-    """The rows of a table as Python's values. Times with nanoseconds, which Python has none for, are text."""
-    columns = [_values(_without_nanoseconds(column)) for column in table.columns]
+    """The rows of a table as Python's values. Times that Python has none for are text: with nanoseconds, and beyond
+    the years 1 to 9999."""
+    columns = [_python_values(_without_nanoseconds(column)) for column in table.columns]
     return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _python_values(column: Any) -> list[Any]:
+    try:
+        return _values(column)
+    except (OverflowError, ValueError):
+        if len(column) > 1:
+            half = len(column) // 2
+            return [*_python_values(column[:half]), *_python_values(column[half:])]
+        nested = pa.types.is_nested(column.type)
+        return _values(_for_python(column)) if nested else column.cast(pa.string()).to_pylist()
 
 
 def _without_nanoseconds(column: Any) -> Any:

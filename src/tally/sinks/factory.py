@@ -17,7 +17,7 @@ from tally.errors import SpecError
 from tally.sinks.base import OutputDescription, Sink
 from tally.sinks.formats import PICTURES, ROWS, VIDEOS
 from tally.sinks.layout import OutputLayout
-from tally.storage import foreign_scheme, is_url, key_of, local_of, normalised
+from tally.storage import foreign_scheme, is_url, is_web, key_of, local_of, normalised
 
 GROUP = "tally.sinks"
 """The entry points of other packages' sinks."""
@@ -52,6 +52,7 @@ def sink_for(
     crf: float | None = None,
     audio: bool = True,
     escape_formulas: bool = False,
+    thumbnails: bool = False,
 ) -> Sink:
     """The sink for what the user wrote after ``--out``. Nothing is created or contacted yet.
 
@@ -62,7 +63,7 @@ def sink_for(
     format: ``parquet``, ``csv`` or ``jsonl`` for rows, ``jpg``, ``png`` or ``webp`` for pictures, ``mp4``, ``mov``,
     ``mkv`` or ``webm`` for video. None means that of the file's suffix, else Parquet or MP4; for pictures, that of each
     item's name.
-    escape_formulas: of CSV; see :class:`RowsSink`.
+    escape_formulas: of CSV; thumbnails: of rows and pictures; see :class:`RowsSink`.
     codec, crf: of video; see :class:`Encoding` and :meth:`VideoSink.check`. audio: whether to keep sound.
     Raises SpecError if these do not fit together.
     """
@@ -71,9 +72,21 @@ def sink_for(
     options: dict[str, Any] = {"codec": codec, "crf": crf, "audio": audio} if output == "video" else {}
     if escape_formulas:
         options["escape_formulas"] = True
+    if thumbnails:
+        options["thumbnails"] = True
     described = OutputDescription(kind, normalised(out), False, wanted, columns, order, options)
     if (scheme := foreign_scheme(out)) is not None and (factory := _foreign(scheme)) is not None:
+        if thumbnails:
+            raise SpecError(
+                f"thumbnails: are files beside results, and {out} is not kept as files",
+                hint="Give a folder, or the URL of one in a bucket.",
+            )
         return extensions.call(GROUP, scheme, factory, described)
+    if is_web(out):
+        raise SpecError(
+            f"out: results are not written to the web: {out}",
+            hint="Write to a folder, or to a bucket: s3://, gs:// or az://. --push sends rows to a web address.",
+        )
     path = local_of(out) if out.startswith("file://") else out
     if key_of(path) != path:
         raise SpecError(f"the output {key_of(path)!r} is not valid UTF-8", hint="Choose a name that is.")
@@ -131,13 +144,15 @@ def _rows(description: OutputDescription) -> Sink:
         description.columns,
         description.order,
         escape_formulas=description.options.get("escape_formulas", False),
+        thumbnails=description.options.get("thumbnails", False),
     )
 
 
 def _pictures(description: OutputDescription) -> Sink:
     from tally.sinks.files import FilesSink
 
-    return FilesSink(_layout(description), description.format, description.columns)
+    thumbnails = description.options.get("thumbnails", False)
+    return FilesSink(_layout(description), description.format, description.columns, thumbnails=thumbnails)
 
 
 def _video(description: OutputDescription) -> Sink:

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tally.errors import ItemError
-from tally.scorers.base import Result
+from tally.scorers.base import Pictured, Result
 from tally.sinks.base import Output, OutputDescription, Writer
 from tally.sinks.formats import PICTURES
 from tally.sinks.layout import File, OutputLayout, attempt_of
 from tally.sinks.rows import RowsSink
-from tally.sources.base import Chunk
 from tally.storage import TEMPORARY
 
 if TYPE_CHECKING:
@@ -39,28 +38,34 @@ _MOVES = 8
 
 
 class FilesSink(RowsSink):
-    """Takes arrays ``uint8[height, width, 3]`` (RGB) or ``uint8[height, width]`` (label maps, masks).
+    """Takes arrays ``uint8[height, width, 3]`` (RGB) or ``uint8[height, width]`` (label maps, masks), also with rows.
 
     pictures: ``jpg``, ``png`` or ``webp`` for all pictures. None takes the format of the key's suffix, or PNG if it has
     none. Arrays of two dimensions are always PNG: labels do not survive a lossy format.
-    columns: those of the source, as in ``Source.columns``.
-    The final folder holds the pictures and ``part-00000.parquet``, with ``key``, the source's columns, and
-    ``file, width, height, bytes``.
+    columns: those of the source, as in ``Source.columns``, and those of rows. thumbnails: as for :class:`RowsSink`.
+    The final folder holds the pictures and ``part-00000.parquet``, with ``key``, these columns, and
+    ``file, width, height, bytes``: a row for each that came with a picture, one for a picture without any.
     """
 
     def __init__(
-        self, layout: OutputLayout, pictures: str | None = None, columns: Mapping[str, str] | None = None
+        self,
+        layout: OutputLayout,
+        pictures: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        *,
+        thumbnails: bool = False,
     ) -> None:
-        super().__init__(layout, "parquet", {**(columns or {}), **_COLUMNS})
+        super().__init__(layout, "parquet", {**(columns or {}), **_COLUMNS}, thumbnails=thumbnails)
         self.pictures = pictures
 
     def describe(self) -> OutputDescription:
         """See :meth:`Sink.describe`."""
-        return OutputDescription("images", str(self.layout), False, self.pictures, self.columns)
+        return OutputDescription(
+            "images", str(self.layout), False, self.pictures, self.columns, options=self._options()
+        )
 
-    def open(self, attempt: str, chunk: Chunk) -> Writer:
-        """See :meth:`Sink.open`."""
-        return PictureWriter(self.layout, attempt, super().open(attempt, chunk), self.pictures)
+    def _writer(self, attempt: str) -> Writer:
+        return PictureWriter(self.layout, attempt, super()._writer(attempt), self.pictures, self.columns or {})
 
     def assemble(
         self, outputs: Sequence[Output], dead: Iterable[dict[str, Any]], earlier: dict[str, Any] | None
@@ -87,7 +92,7 @@ class FilesSink(RowsSink):
         def moves() -> Iterator[tuple[str, str]]:
             for name in staged:
                 folder = layout.attempts + attempt_of(name.removeprefix(layout.staging))
-                for file in layout.table(name, ["file"])["file"].to_pylist():
+                for file in _files(layout, name):
                     yield f"{folder}/{file}", renamed.get((name, file), file)
 
         todo = moves()
@@ -105,12 +110,12 @@ class FilesSink(RowsSink):
         from tally.sinks import merge
 
         def files(name: str) -> list[str]:
-            return list(self.layout.table(name, ["file"])["file"].to_pylist())
+            return _files(self.layout, name)
 
         def hashes(name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
             return np.fromiter((hash(anywhere(file)) for file in files(name)), np.int64)
 
-        found = [*merge.ahead(hashes, [*kept, *staged])]
+        found = [*merge.ahead(self.layout, hashes, [*kept, *staged])]
         values, counts = np.unique(np.concatenate([np.empty(0, np.int64), *found]), return_counts=True)
         doubtful = set(values[counts > 1].tolist())
         if not doubtful:
@@ -124,7 +129,8 @@ class FilesSink(RowsSink):
 
         for name in staged:
             rows = self.layout.table(name, ["key", "file"])
-            for key, file in zip(rows["key"].to_pylist(), rows["file"].to_pylist(), strict=True):
+            pairs = dict.fromkeys(zip(rows["key"].to_pylist(), rows["file"].to_pylist(), strict=True))
+            for key, file in pairs:
                 if (plain := anywhere(file)) in taken:
                     renamed[name, file] = free(marked(file, key), key, is_taken)
                     taken.add(anywhere(renamed[name, file]))
@@ -142,17 +148,25 @@ class FilesSink(RowsSink):
         for file in manifest["files"]:
             for name in (file["path"], layout.final + file["path"]):
                 if layout.store.exists(name):
-                    yield from layout.table(name, ["file"])["file"].to_pylist()
+                    yield from _files(layout, name)
                     break
         yield from super().listed(manifest)
+
+
+def _files(layout: OutputLayout, name: str) -> list[str]:
+    """The pictures that a part lists, each once."""
+    return list(dict.fromkeys(layout.table(name, ["file"])["file"].to_pylist()))
 
 
 class PictureWriter(Writer):
     """Encodes and writes each picture at once; only the list of pictures waits for the end."""
 
-    def __init__(self, layout: OutputLayout, attempt: str, rows: Writer, pictures: str | None) -> None:
+    def __init__(
+        self, layout: OutputLayout, attempt: str, rows: Writer, pictures: str | None, columns: Mapping[str, str]
+    ) -> None:
         self._store, self._folder = layout.store, layout.attempts + attempt
         self._rows, self._pictures = rows, pictures
+        self._columns = columns.keys() - _COLUMNS.keys()
         self._names: set[str] = set()
         self._bytes = 0
 
@@ -178,7 +192,10 @@ class PictureWriter(Writer):
             written.append(key)
             height, width = array.shape[:2]
             given = {} if info is None else info[index]
-            rows.append({**given, "file": name, "width": width, "height": height, "bytes": len(data)})
+            listed = {**given, "file": name, "width": width, "height": height, "bytes": len(data)}
+            told = result.rows if isinstance(result, Pictured) else ()
+            kept = [{name: row[name] for name in self._columns & row.keys()} for row in told]
+            rows.append([{**each, **listed} for each in kept if each] or listed)
         if written:
             self._rows.add(written, rows)
         return failed
@@ -195,7 +212,9 @@ class PictureWriter(Writer):
 
 
 def picture(result: object) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The result as ``uint8[h, w, 3]`` or ``uint8[h, w]``. Raises ItemError if it is something else."""
+    """The result's picture, ``uint8[h, w, 3]`` or ``uint8[h, w]``. Raises ItemError if there is none."""
+    if isinstance(result, Pictured):
+        result = result.picture
     if not isinstance(result, np.ndarray):
         raise ItemError(
             f"the scorer returned {type(result).__name__}, and this output holds pictures",

@@ -70,6 +70,11 @@ class OutputLayout:
         """The name of the list of dead items. Readers of whole folders skip names that begin with ``_``."""
         return f"{self.merged.rpartition('.')[0]}.dead.{suffix}" if self.merged else f"_dead.{suffix}"
 
+    def thumbnails(self, number: int) -> str:
+        """The name of a final file of thumbnails, in a folder of their own."""
+        folder = f"{self.merged.rpartition('.')[0]}.thumbnails" if self.merged else "_thumbnails"
+        return f"{folder}/part-{number:05d}.parquet"
+
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file, or None if it is not there."""
         try:
@@ -185,7 +190,7 @@ class OutputLayout:
         self.store.remove_folder(self.staging)
 
 
-def staged_name(attempt: str, number: int = 0, suffix: str = "parquet") -> str:
+def staged_name(attempt: str, number: int | str = 0, suffix: str = "parquet") -> str:
     """The name of an attempt's file of results, relative to the staging folder."""
     return f"attempts/{attempt}+{number}.{suffix}" if number else f"attempts/{attempt}.{suffix}"
 

@@ -17,10 +17,11 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tally.arrays import no_rows
 from tally.sinks import columns
 from tally.sinks.columns import KEY
 from tally.sinks.layout import File, OutputLayout
-from tally.sql import distinct_names, sql_name, sql_text
+from tally.sql import distinct_names, hide_progress, sql_name, sql_text
 from tally.storage import failure, temporary
 
 PART_ROWS = 1_000_000
@@ -29,8 +30,12 @@ PART_BYTES = 128 * 1024**2
 
 _GROUP_ROWS = 128 * 1024
 _GROUP_BYTES = 32 * 1024**2
-_AHEAD = 4
+_AHEAD, _AHEAD_IN_BUCKETS = 4, 16
+"""Files that are read at once. In a bucket, most of their time is waiting."""
 _SMALL = 8
+_SORT_HERE = 128 * 1024**2
+"""Bytes of rows that are sorted as they are; more of them are sorted by DuckDB, which may take as much memory as the
+next number says."""
 _SORT_BYTES = 1024**3
 _JSON_DIGITS = 15
 """The digits of a decimal number that readers of JSON keep."""
@@ -48,7 +53,7 @@ def schema(layout: OutputLayout, names: Iterable[str], first: Iterable[pa.Schema
         with layout.parquet(name) as file:
             return file.schema_arrow
 
-    return columns.unify(chain(first, ahead(one, names)))
+    return columns.unify(chain(first, ahead(layout, one, names)))
 
 
 def stream(tables: Iterable[pa.Table], target: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -57,14 +62,15 @@ def stream(tables: Iterable[pa.Table], target: pa.Schema) -> Iterator[pa.RecordB
         yield from columns.conform(table, target).to_batches()
 
 
-def ahead(read: Callable[[str], Any], names: Iterable[str]) -> Iterator[Any]:
-    """The results of ``read`` for each name, in order. Threads read a few of them ahead."""
+def ahead(layout: OutputLayout, read: Callable[[str], Any], names: Iterable[str]) -> Iterator[Any]:
+    """The results of ``read`` for each name, in order. Threads read a few of the layout's files ahead."""
     pending: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(_AHEAD, thread_name_prefix="tally-merge") as pool:
+    most = _AHEAD if layout.store.is_local else _AHEAD_IN_BUCKETS
+    with ThreadPoolExecutor(most, thread_name_prefix="tally-merge") as pool:
         try:
             for name in names:
                 pending.append(pool.submit(read, name))
-                if len(pending) >= _AHEAD:
+                if len(pending) >= most:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -98,8 +104,68 @@ def publishable(rows: int, size: int) -> bool:
     return rows >= PART_ROWS // _SMALL or size >= PART_BYTES // _SMALL
 
 
+def parts(
+    layout: OutputLayout,
+    staged: Iterable[tuple[str, int, int]],
+    first: int,
+    target: pa.Schema,
+    named: Callable[[int], str],
+    *,
+    group_rows: int | None = None,
+) -> tuple[list[File], dict[str, str]]:
+    """Make parts of staged Parquet files: large ones stay as they are, and smaller ones between them are combined.
+
+    staged: their names, rows and bytes. first: the number of the first part. named: the name of the part of a number.
+    group_rows: rows of a row group, at most, of what is combined.
+    Returns the parts, and the names of staged files by the parts that they will be moved to.
+    """
+    files: list[File] = []
+    moves: dict[str, str] = {}
+    small: list[str] = []
+
+    def put_together() -> None:
+        if not small:
+            return
+        for part in cut(stream(ahead(layout, layout.table, small), target)):
+            name = named(first + len(files))
+            files.append(write_file(layout, name, part, target, "parquet", group_rows=group_rows))
+        small.clear()
+
+    for name, rows, size in staged:
+        if not publishable(rows, size):
+            small.append(layout.staging + name)
+            continue
+        put_together()
+        part = named(first + len(files))
+        moves[part] = name
+        files.append({"path": part, "rows": rows, "bytes": size})
+    put_together()
+    return files, moves
+
+
 def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBatch]:
-    """The rows sorted by an integer column, without that column. What does not fit into memory goes to disk."""
+    """The rows sorted by an integer column, without that column. What is too much for memory goes to disk."""
+    rest = iter(batches)
+    held: list[pa.RecordBatch] = []
+    size = 0
+    for batch in rest:
+        held.append(batch)
+        size += batch.nbytes
+        if size > _SORT_HERE:
+            return _ordered_on_disk(chain(held, rest), given, by)
+    return _ordered_here(pa.Table.from_batches(held, given), by)
+
+
+def _ordered_here(table: pa.Table, by: str) -> Iterator[pa.RecordBatch]:
+    from pyarrow import compute  # slow to import, and few jobs need it
+
+    order = compute.sort_indices(table.column(by))  # stable, rows without a number last
+    rows = table.drop_columns([by]).combine_chunks()
+    for start in range(0, len(order), _GROUP_ROWS):
+        yield from rows.take(order.slice(start, _GROUP_ROWS)).to_batches()
+
+
+def _ordered_on_disk(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBatch]:
     import duckdb
 
     target = pa.schema([field for field in given if field.name != by])
@@ -118,7 +184,8 @@ def ordered(batches: Batches, given: pa.Schema, by: str) -> Iterator[pa.RecordBa
     found: Any
     with temporary.folder("sort") as folder, duckdb.connect(":memory:") as connection:
         connection.execute(f"SET memory_limit = '{_SORT_BYTES}B'; SET temp_directory = {sql_text(folder)}")
-        connection.execute("SET enable_progress_bar = false; SET TimeZone = 'UTC'")
+        hide_progress(connection)
+        connection.execute("SET TimeZone = 'UTC'")
         connection.register("batches", pa.RecordBatchReader.from_batches(plain, prepared()))
         found = connection.sql(f"SELECT {kept} FROM batches ORDER BY {sql_name(names[position])}")  # noqa: S608
         for batch in found.to_arrow_reader(_GROUP_ROWS):
@@ -131,10 +198,21 @@ def _counted(kind: pa.DataType) -> pa.DataType:
     return pa.int64() if pa.types.is_timestamp(kind) or pa.types.is_duration(kind) else kind
 
 
-def write_file(layout: OutputLayout, name: str, batches: Batches, target: pa.Schema, suffix: str) -> File:
-    """Write rows as one final file."""
+def write_file(
+    layout: OutputLayout,
+    name: str,
+    batches: Batches,
+    target: pa.Schema,
+    suffix: str,
+    *,
+    group_rows: int | None = None,
+) -> File:
+    """Write rows as one final file. group_rows: of Parquet, rows of a row group at most."""
     with layout.create(name) as path:
-        rows = _write(path, batches, target, suffix)
+        if suffix == "parquet":
+            rows = _write_parquet(path, batches, target, group_rows)
+        else:
+            rows = write_text(path, batches, target, suffix)
         size = path.stat().st_size
     return {"path": name, "rows": rows, "bytes": size}
 
@@ -153,7 +231,7 @@ def extend(
         else:
             shutil.copyfile(source, path)
         added = path.with_name(f"{path.name}.added")
-        rows = _write(added, batches, target, suffix, header=False)
+        rows = write_text(added, batches, target, suffix, header=False)
         with path.open("ab") as whole, added.open("rb") as tail:
             shutil.copyfileobj(tail, whole, 1024**2)
         added.unlink()
@@ -188,13 +266,7 @@ def cut(batches: Batches) -> Iterator[Iterator[pa.RecordBatch]]:
         yield part()
 
 
-def _write(path: Path, batches: Batches, target: pa.Schema, suffix: str, *, header: bool = True) -> int:
-    if suffix == "parquet":
-        return _write_parquet(path, batches, target)
-    return write_text(path, batches, target, suffix, header=header)
-
-
-def _write_parquet(path: Path, batches: Batches, target: pa.Schema) -> int:
+def _write_parquet(path: Path, batches: Batches, target: pa.Schema, group_rows: int | None) -> int:
     rows = pending_rows = pending_bytes = 0
     pending: list[pa.RecordBatch] = []
     with parquet_writer(path, target) as writer:
@@ -203,10 +275,10 @@ def _write_parquet(path: Path, batches: Batches, target: pa.Schema) -> int:
             pending_rows += batch.num_rows
             pending_bytes += batch.nbytes
             if pending_rows >= _GROUP_ROWS or pending_bytes >= _GROUP_BYTES:
-                writer.write_table(pa.Table.from_batches(pending, target), row_group_size=pending_rows)
+                writer.write_table(pa.Table.from_batches(pending, target), row_group_size=group_rows or pending_rows)
                 rows, pending, pending_rows, pending_bytes = rows + pending_rows, [], 0, 0
         if pending_rows:
-            writer.write_table(pa.Table.from_batches(pending, target), row_group_size=pending_rows)
+            writer.write_table(pa.Table.from_batches(pending, target), row_group_size=group_rows or pending_rows)
     return rows + pending_rows
 
 
@@ -237,7 +309,7 @@ def write_text(path: Path, batches: Batches, target: pa.Schema, suffix: str, *, 
             raised.append(error)
             raise
 
-    plain = _textual(pa.RecordBatch.from_pylist([], schema=target), suffix, called).schema
+    plain = _textual(no_rows(target), suffix, called).schema
     with text_connection() as connection:
         connection.register("batches", pa.RecordBatchReader.from_batches(plain, prepared()))
         try:

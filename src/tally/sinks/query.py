@@ -16,7 +16,7 @@ from tally.errors import SpecError, StorageError
 from tally.sinks.base import Output, Sink
 from tally.sinks.columns import KEY, is_fine_interval, printable, replaced, schema_of, type_named
 from tally.sinks.merge import CSV, plain_path
-from tally.sql import json_place, sql_name, sql_text
+from tally.sql import hide_progress, json_place, sql_name, sql_text
 from tally.storage import failure, is_url, open_store, temporary
 
 Dead: TypeAlias = "pa.Table | Iterable[Mapping[str, Any]]"
@@ -69,7 +69,7 @@ def _query(
         if memory is not None:
             connection.execute(f"SET memory_limit = {sql_text(memory)}")
         connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")
-        connection.execute("SET enable_progress_bar = false")  # a long query would draw it into a server's log
+        hide_progress(connection)
         connection.execute("SET enable_external_file_cache = false")  # a file may be replaced between two queries
         connection.execute(f"SET python_enable_replacements = false; SET allowed_paths = {_list(paths)}")
         connection.execute("SET enable_external_access = false")
@@ -201,6 +201,10 @@ def _sql_names(names: Sequence[str]) -> dict[str, str]:
     return called
 
 
+_NAMES = {"count_star()": "count"}
+"""Columns that DuckDB names as it calls a function inside."""
+
+
 def _answer(connection: duckdb.DuckDBPyConnection, sql: str, limit: int | None) -> pa.Table:
     try:
         statements = connection.extract_statements(sql)
@@ -218,7 +222,7 @@ def _answer(connection: duckdb.DuckDBPyConnection, sql: str, limit: int | None) 
         raise failure("read", "the results", error) from None
     except duckdb.Error as error:
         raise _wrong(connection, error) from None
-    return found.rename_columns(_each_once(found.column_names))
+    return found.rename_columns(_each_once([_NAMES.get(name, name) for name in found.column_names]))
 
 
 def _beside_reading(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from tally.errors import ItemError, SpecError
-from tally.scorers.base import Result
-from tally.sinks.base import Output, OutputDescription, Writer
+from tally.errors import ItemError, SourceNotFoundError, SpecError
+from tally.scorers.base import Result, Thumbnail
+from tally.sinks.base import THUMBNAILS, Output, OutputDescription, Writer
 from tally.sinks.layout import File, OutputLayout, staged_name
 from tally.sinks.staging import StagedSink
 from tally.sources.base import Chunk
@@ -28,6 +28,7 @@ class RowsSink(StagedSink):
     columns: column name to Arrow type name, as a scorer declares them; None infers the types.
     order: the column that a merged file is sorted by, and that is not written. See :class:`Source`.
     escape_formulas: of CSV, whether text that a spreadsheet would take for a formula gets an apostrophe before it.
+    thumbnails: whether results come with small pictures of their items (see :class:`Thumbnailed`), which are kept.
     Raises SpecError if ``columns`` are wrong.
     """
 
@@ -39,23 +40,37 @@ class RowsSink(StagedSink):
         order: str | None = None,
         *,
         escape_formulas: bool = False,
+        thumbnails: bool = False,
     ) -> None:
         super().__init__(layout, format)
         self.order = order
         self.escape_formulas = escape_formulas
+        self.thumbnails = thumbnails
         self.columns = None if columns is None else {n: kind for n, kind in columns.items() if n != order}
         if columns is not None:
             self._schema()
 
     def describe(self) -> OutputDescription:
         """See :meth:`Sink.describe`."""
-        options = {"escape_formulas": True} if self.escape_formulas else {}
         return OutputDescription(
-            "rows", str(self.layout), bool(self.layout.merged), self.format, self.columns, self.order, options
+            "rows", str(self.layout), bool(self.layout.merged), self.format, self.columns, self.order, self._options()
         )
+
+    def _options(self) -> dict[str, bool]:
+        """Those that are asked for."""
+        return {name: True for name in ("escape_formulas", "thumbnails") if getattr(self, name)}
 
     def open(self, attempt: str, chunk: Chunk) -> Writer:
         """See :meth:`Sink.open`."""
+        writer = self._writer(attempt)
+        if not self.thumbnails:
+            return writer
+        from tally.sinks.thumbnails import ThumbnailWriter
+
+        return ThumbnailWriter(self.layout, attempt, writer)
+
+    def _writer(self, attempt: str) -> Writer:
+        """The writer of one attempt's results, without thumbnails."""
         left_out = None if self._sorts else self.order
         return RowsWriter(self.layout, attempt, self._schema(), left_out, textual=self.format != "parquet")
 
@@ -64,6 +79,27 @@ class RowsSink(StagedSink):
         for name in output.files:
             table = self.layout.table(self.layout.staging + name)
             yield table.drop_columns(self.order) if self._sorts and self.order in table.column_names else table
+
+    def thumbnails_of(self, outputs: Iterable[Output], keys: Collection[str]) -> Mapping[str, Thumbnail]:
+        """See :meth:`Sink.thumbnails_of`."""
+        if not self.thumbnails:
+            return {}
+        from tally.sinks import thumbnails
+
+        def names() -> list[str]:
+            final = [file["path"] for file in (self.manifest() or {}).get("thumbnails", ())]
+            if not self.claimed:
+                return final
+            return [
+                *final,
+                *self.still_staged(final, (name for each in outputs for name, *_ in each.facts.get(THUMBNAILS, ()))),
+            ]
+
+        outputs = list(outputs)
+        try:
+            return thumbnails.read(self.layout, names(), keys)
+        except SourceNotFoundError:  # published between looking and reading: they lie elsewhere now
+            return thumbnails.read(self.layout, names(), keys)
 
     @property
     def _sorts(self) -> bool:
@@ -105,6 +141,11 @@ class RowsSink(StagedSink):
             files = [*kept, *merge.write(layout, written, target, self.format, len(kept), empty=not kept)]
         else:
             files, moves = self._parts(outputs, kept, target)
+        if self.thumbnails:
+            from tally.sinks import thumbnails
+
+            pictures, moved = thumbnails.assemble(layout, outputs, (earlier or {}).get("thumbnails", ()))
+            moves |= moved
         dead_file = write_dead(layout, dead, self.format, self._written)
         notes = [f"column {name!r} held values of different types and was written as text" for name in unified.mixed]
         return {
@@ -112,6 +153,7 @@ class RowsSink(StagedSink):
             "format": self.format,
             "schema": {field.name: columns.name_of(field.type) for field in target},
             "files": files,
+            **({"thumbnails": pictures} if self.thumbnails else {}),
             "moves": moves,
             "dead_file": dead_file,
             "counts": {
@@ -142,34 +184,20 @@ class RowsSink(StagedSink):
     def _parts(
         self, outputs: Sequence[Output], kept: list[File], target: pa.Schema
     ) -> tuple[list[File], dict[str, str]]:
-        """Make parts of Parquet: large staged files stay as they are, and smaller ones between them are combined.
-
-        Returns all parts, and the names of staged files by the parts that they will be moved to.
-        """
+        """Make parts of Parquet. See :func:`merge.parts`; there is one without rows if there are none."""
         from tally.sinks import merge
 
-        layout, files, moves = self.layout, list(kept), {}
-        small: list[str] = []
+        def staged() -> Iterator[tuple[str, int, int]]:
+            for output in outputs:
+                sizes = output.facts.get("parts") or [[output.rows, output.bytes]] * len(output.files)
+                for name, (rows, size) in zip(output.files, sizes, strict=True):
+                    yield name, rows, size
 
-        def put_together(*, empty: bool = False) -> None:
-            batches = merge.stream(self._tables(small, kept), target)
-            files.extend(merge.write(layout, batches, target, self.format, len(files), empty=empty))
-            small.clear()
-
-        for output in outputs:
-            sizes = output.facts.get("parts") or [[output.rows, output.bytes]] * len(output.files)
-            for name, (rows, size) in zip(output.files, sizes, strict=True):
-                if not merge.publishable(rows, size):
-                    small.append(layout.staging + name)
-                    continue
-                if small:
-                    put_together()
-                part = layout.part(len(files), self.format)
-                moves[part] = name
-                files.append({"path": part, "rows": rows, "bytes": size})
-        if small or not files:
-            put_together(empty=not files)
-        return files, moves
+        layout, first = self.layout, len(kept)
+        files, moves = merge.parts(layout, staged(), first, target, lambda number: layout.part(number, self.format))
+        if not kept and not files:
+            files = merge.write(layout, (), target, self.format, 0, empty=True)
+        return [*kept, *files], moves
 
     def _move_files(self, plan: dict[str, Any], outputs: Sequence[Output]) -> None:
         for part, name in plan.get("moves", {}).items():
@@ -180,7 +208,7 @@ class RowsSink(StagedSink):
         """The rows of the staged files, in order. kept: files of earlier generations."""
         from tally.sinks import merge
 
-        return merge.ahead(self.layout.table, staged)
+        return merge.ahead(self.layout, self.layout.table, staged)
 
 
 class RowsWriter(Writer):
@@ -339,6 +367,7 @@ def write_dead(
     """Write the list of dead items, if there are any. written: makes of rows what is written."""
     import pyarrow as pa
 
+    from tally.arrays import texts_of
     from tally.sinks.columns import printable, schema_of
     from tally.sinks.merge import write_file
 
@@ -349,7 +378,7 @@ def write_dead(
         rows = iter(dead)
         while held := [row for _, row in zip(range(_DEAD_ROWS), rows, strict=False)]:
             texts = [[printable(str(row[name])) for row in held] for name in target.names]
-            yield pa.RecordBatch.from_arrays([pa.array(column, pa.string()) for column in texts], schema=target)
+            yield pa.RecordBatch.from_arrays([*map(texts_of, texts)], schema=target)
 
     stream = written(batches())
     first = next(stream, None)

@@ -26,7 +26,7 @@ from itertools import islice
 from typing import Any
 
 from tally.errors import OutputExistsError, StorageError, TallyError
-from tally.sinks.base import Output, Sink
+from tally.sinks.base import THUMBNAILS, Output, Sink
 from tally.sinks.layout import File, OutputLayout
 from tally.storage import key_of
 
@@ -173,7 +173,7 @@ class StagedSink(Sink):
                 "layout": 1,
                 **self._assembled(outputs, dead, earlier),
                 **self._with_log(),
-                "staged": [name for output in outputs for name in output.files],
+                "staged": [name for output in outputs for name in _staged(output)],
             }
             layout.confirm()
             layout.write_json(layout.plan, plan)
@@ -204,7 +204,7 @@ class StagedSink(Sink):
         try:
             return self.assemble(outputs, dead, earlier)
         except (OSError, TallyError):
-            names = (self.layout.staging + name for output in outputs for name in output.files)
+            names = (self.layout.staging + name for output in outputs for name in _staged(output))
             gone = [name for name in names if not self.layout.store.exists(name)]
             if not gone:
                 raise
@@ -266,15 +266,23 @@ class StagedSink(Sink):
             running = layout.store.exists(layout.final + layout.merged)
         if not running or (final and self.format != "parquet"):
             return self.format, [layout.address(name) for name in final]
+        staged = self.still_staged(final, (name for output in outputs for name in output.files))
+        return "parquet", [layout.address(name) for name in (*final, *staged)]
+
+    def still_staged(self, final: Sequence[str], names: Iterable[str]) -> list[str]:
+        """Where staged files of those names are now, which may be their places in the output already, or gone.
+
+        final: files that are published.
+        """
+        layout = self.layout
         there = {entry.name for entry in layout.store.list(layout.attempts, sizes=False)}
         moved = {name: part for part, name in ((layout.read_json(layout.plan) or {}).get("moves") or {}).items()}
-        staged = [
-            moved[name] if name in moved and layout.store.exists(moved[name]) else layout.staging + name
-            for output in outputs
-            for name in output.files
-        ]
         there |= set(moved.values()) - set(final)
-        return "parquet", [layout.address(name) for name in (*final, *(name for name in staged if name in there))]
+        now = (
+            moved[name] if name in moved and layout.store.exists(moved[name]) else layout.staging + name
+            for name in names
+        )
+        return [name for name in now if name in there]
 
     # -- claiming -----------------------------------------------------------------------------------
 
@@ -332,7 +340,8 @@ class StagedSink(Sink):
         """The files in the output, without Tally's own marks."""
         layout = self.layout
         if layout.merged:
-            return (name for name in (layout.merged, *self._dead_names(), layout.log) if layout.store.exists(name))
+            names = (layout.merged, *self._dead_names(), layout.log, layout.thumbnails(0))
+            return (name for name in names if layout.store.exists(name))
         own = {layout.manifest, layout.success}
         staging = layout.staging.rstrip("/")
         entries = layout.store.list(enter=lambda folder: folder.rstrip("/") != staging, sizes=False)
@@ -356,7 +365,12 @@ class StagedSink(Sink):
 
 def _files_of(manifest: dict[str, Any]) -> list[str]:
     beside: list[File | None] = [manifest["dead_file"], manifest.get("log_file")]
-    return [file["path"] for file in (*manifest["files"], *beside) if file]
+    return [file["path"] for file in (*manifest["files"], *manifest.get("thumbnails", ()), *beside) if file]
+
+
+def _staged(output: Output) -> list[str]:
+    """All files that belong to an output, relative to the staging folder."""
+    return [*output.files, *(name for name, _, _ in output.facts.get(THUMBNAILS, ()))]
 
 
 def _files(count: int) -> str:

@@ -27,7 +27,7 @@ from tally.models.reference import ModelRef
 from tally.scorers.base import Input, Scorer
 
 Unit: TypeAlias = Literal["items", "frames", "rows"]
-Media: TypeAlias = Literal["image", "video", "table"]
+Media: TypeAlias = Literal["image", "video", "table", "archive"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,14 @@ class Chunk:
 class ChunkLimit:
     """The most that the next chunk may hold. ``items`` is a multiple of the scorer's batch size.
 
-    seconds: how long a worker takes for one item, lately; infinity if that is not known.
+    seconds: how long a worker takes for one item, lately; infinity if that is not known. slots: how many workers share
+    the job.
     """
 
     items: int
     bytes: int
     seconds: float = math.inf
+    slots: int = 1
 
 
 @dataclass(slots=True)
@@ -157,6 +159,25 @@ class Source(ABC):
         Raises SourceNotFoundError when there is nothing at all to score.
         """
 
+    def indivisible(self) -> str | None:
+        """Why the source cannot be shared out among several coordinators, in words that follow "and"; None if it can.
+
+        Each of them plans a part: by :meth:`between` where there are :meth:`cuts`, else all of it, from which it keeps
+        a share (:class:`tally.sources.selection.Selection`).
+        """
+        return None if self.bounded else "the source has no end"
+
+    def cuts(self, count: int) -> list[str] | None:
+        """At most ``count - 1`` names, ascending, between which there is about the same to do; see :meth:`between`.
+
+        None: what lies between two names cannot be planned alone.
+        """
+        return None
+
+    def between(self, after: str | None, until: str | None) -> Source:
+        """The same source without the names up to ``after``, and those beyond ``until``. It may hold nothing."""
+        raise NotImplementedError
+
     @abstractmethod
     def read(self, chunk: Chunk, scorer: Scorer, timings: Timings) -> Iterator[Batch]:
         """Read, decode and prepare the chunk's items, in order, ahead of the consumer.
@@ -178,6 +199,18 @@ class Source(ABC):
     @abstractmethod
     def slice(self, chunk: Chunk, start: int, stop: int) -> Chunk:
         """The part of the chunk at positions ``start <= p < stop``."""
+
+    def choose(self, chunk: Chunk, positions: Sequence[int]) -> list[Chunk]:
+        """The items at these positions, ascending and at least one, in few chunks; all have the chunk's cursor.
+
+        Ordinals are those that the items have in the chunk.
+        """
+        starts = [n for n, each in enumerate(positions) if n == 0 or each != positions[n - 1] + 1]
+        stops = [*starts[1:], len(positions)]
+        return [
+            self.slice(chunk, positions[start], positions[stop - 1] + 1)
+            for start, stop in zip(starts, stops, strict=True)
+        ]
 
     def alone(self, chunk: Chunk, position: int, key: str) -> Chunk:
         """One item, which is dead, by its position and its key.
@@ -203,6 +236,10 @@ class Source(ABC):
     def remark(self) -> str | None:
         """After planning: one line that the user should see (files passed over, say)."""
         return None
+
+    def facts(self) -> Mapping[str, Any]:
+        """What the manifest says of how the source was read, besides its name; JSON-able. Asked after planning."""
+        return {}
 
     def model(self, chunk: Chunk) -> ModelRef | None:
         """The model that scores the chunk, where its items choose it; None: that of the job."""

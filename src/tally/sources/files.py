@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from typing import Any, ClassVar
 
 from tally.errors import SpecError
 from tally.scorers.base import Input, Scorer
-from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
-from tally.sources.listing import Kind, Listing, nothing
+from tally.sources.base import Batch, Chunk, ChunkLimit, Timings
+from tally.sources.listing import Kind, ListedSource, Listing, nothing
 from tally.sources.locations import Location
 from tally.sources.reading import (
     AHEAD,
     LOCAL_THREADS,
     REMOTE_THREADS,
     WORTH_LOOKING,
-    Reader,
+    FileReader,
     read_ahead,
     read_paths,
 )
@@ -31,7 +32,7 @@ _COMBINE = 4096
 
 
 @dataclass(frozen=True)
-class FileSource(Source):
+class FileSource(ListedSource):
     """Files as images, bytes or paths. Make it with :meth:`describe`; small, immutable, picklable."""
 
     accepts: ClassVar = frozenset[Input]({"image", "bytes", "path"})
@@ -57,13 +58,15 @@ class FileSource(Source):
         A file that several of the locations hold is taken once. Keys are paths relative to the folder, to
         the part of the glob before its first wildcard, or to the common folder of several locations.
 
-        Raises SourceNotFoundError if one of the locations is missing or gives nothing, StorageError if it
+        A missing path among several is an item that cannot be read.
+
+        Raises SourceNotFoundError if the only location is missing, or one of them gives nothing, StorageError if it
         cannot be read, SpecError if files cannot be given as ``input``.
         """
         if input not in cls.accepts:
             raise SpecError(f"files can be scored as image, bytes or path, not as {input}")
         kind: Kind | None = "image" if input == "image" else None
-        return cls(Listing.of(uris, kind, without=without, sizes=input != "path"), input)
+        return cls(Listing.of(uris, kind, without=without, sizes=input != "path", missing=True), input)
 
     @property
     def locations(self) -> tuple[Location, ...]:
@@ -75,34 +78,34 @@ class FileSource(Source):
         began, last = (0, None) if after is None else _parse_cursor(after)
         found = after is not None
         for index in range(began, len(self.locations)):
-            entries = self.listing.entries(index, last if index == began else None)
             store = open_store(self.locations[index].root)
             free = self.listing.sizes or not store.is_local  # marks come with the names
             names: list[str] = []
             marks: list[str] = []
             total = 0
             bound: ChunkLimit | None = None
-            for name, size, mark in entries:
-                if bound is None:
-                    bound = limit()
-                if names and total + size > bound.bytes:
-                    yield _chunk(index, first, names, marks)
-                    first += len(names)
-                    names, marks, total = [], [], 0
-                    bound = limit()
-                names.append(name)
-                if free or bound.seconds >= WORTH_LOOKING:
-                    marks.append(mark or _mark_of(store, name))
-                total += size
-                if len(names) >= bound.items:
-                    yield _chunk(index, first, names, marks)
-                    first += len(names)
-                    names, marks, total, bound = [], [], 0, None
+            for page in self.listing.pages(index, last if index == began else None):
                 found = True
+                at = 0
+                while at < len(page):
+                    if bound is None:
+                        bound = limit()
+                    sizes = page.sizes[at : at + bound.items - len(names)]
+                    stop = at + _fitting(sizes, bound.bytes - total, first=not names)
+                    names += page.names[at:stop]
+                    if free or bound.seconds >= WORTH_LOOKING:
+                        known = zip(page.names[at:stop], page.marks[at:stop], strict=True)
+                        marks += [mark or _mark_of(store, name) for name, mark in known]
+                    total += sum(page.sizes[at:stop])
+                    if stop < at + len(sizes) or len(names) >= bound.items:
+                        yield _chunk(index, first, names, marks)
+                        first += len(names)
+                        names, marks, total, bound = [], [], 0, None
+                    at = stop
             if names:
                 yield _chunk(index, first, names, marks)
                 first += len(names)
-        if not found:
+        if not (found or self.listing.is_part):
             raise nothing(self.locations[0], self.listing.passed, self.listing.kind)
 
     def ahead(self, batch_size: int) -> int:
@@ -116,6 +119,13 @@ class FileSource(Source):
         if "marks" in payload:
             payload["marks"] = payload["marks"][start:stop]
         return Chunk(chunk.first + start, len(payload["names"]), payload, chunk.cursor)
+
+    def choose(self, chunk: Chunk, positions: Sequence[int]) -> list[Chunk]:
+        """See :meth:`Source.choose`."""
+        payload = dict(chunk.payload)
+        for name in payload.keys() & {"names", "marks"}:
+            payload[name] = [payload[name][at] for at in positions]
+        return [Chunk(chunk.first + positions[0], len(positions), payload, chunk.cursor)]
 
     def combine(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """See :meth:`Source.combine`. Files are their own items: what is there by now is scored."""
@@ -150,7 +160,7 @@ class FileSource(Source):
         local = store.is_local
         if self.input == "path" and local and type(scorer).prepare is Scorer.prepare:
             return read_paths(location, store, names, keys, marks, scorer.batch_size)
-        reader = Reader(location, store, names, keys, marks or [""] * len(names), self.input, scorer)
+        reader = FileReader(location, store, names, keys, marks or [""] * len(names), self.input, scorer)
         return read_ahead(reader, scorer.batch_size, LOCAL_THREADS if local else REMOTE_THREADS, timings)
 
 
@@ -161,6 +171,13 @@ def _chunk(index: int, first: int, names: list[str], marks: list[str]) -> Chunk:
     if marks:
         payload["marks"] = marks
     return Chunk(first, len(names), payload, json.dumps([index, packed[-1]]))
+
+
+def _fitting(sizes: Sequence[int], room: int, *, first: bool) -> int:
+    """How many files of these sizes fit into the room of a chunk, in bytes; at least one if it is the chunk's first."""
+    if sum(sizes) <= room:
+        return len(sizes)
+    return max(sum(1 for _ in takewhile(room.__ge__, accumulate(sizes))), int(first))
 
 
 def _mark_of(store: Store, name: str) -> str:

@@ -18,6 +18,7 @@ from tally.storage import (
     folder_away,
     folder_identity,
     is_url,
+    is_web,
     key_of,
     local_of,
     open_store,
@@ -42,7 +43,10 @@ class Location:
     identity: tuple[str, int | None] | None = field(default=None, compare=False)
 
     def check_root(self) -> None:
-        """Raises StorageAwayError if the root is not the folder that was found first: its disk is unmounted, say."""
+        """Raises StorageAwayError if the root is not the folder that was found first: its disk is unmounted, say.
+
+        Raises StorageError if it may not be read.
+        """
         if self.identity is None:
             return
         machine, number = self.identity
@@ -61,10 +65,12 @@ def _machine() -> str:
 
 
 def _can_be_listed(folder: str) -> bool:
-    """Whether the folder answers: attributes alone may come from a cache."""
+    """Whether the folder answers: attributes alone may come from a cache. Raises StorageError if it may not be read."""
     try:
         with os.scandir(folder) as entries:
             next(entries, None)
+    except PermissionError as error:
+        raise failure("list", folder, error) from None
     except OSError as error:
         return error.errno in (errno.EMFILE, errno.ENFILE)  # this process's fault, not the folder's
     return True
@@ -102,12 +108,69 @@ def not_hidden(folder: str) -> bool:
 _MAGIC = re.compile(r"[*?\[]")
 
 
-def locate(uris: Sequence[str]) -> tuple[Location, ...]:
-    """The locations that the uris name; single files of one folder are one location."""
+def locate(uris: Sequence[str], *, missing: bool = False) -> tuple[Location, ...]:
+    """The locations that the uris name; single files of one folder are one location.
+
+    missing: a path that is not there is located as a file, unless it is the only one, or none is there.
+    """
+    found: list[Location] = []
+    lost: list[SourceNotFoundError] = []
+    for uri in uris:
+        try:
+            found += _locate_all(uri)
+        except SourceNotFoundError as error:
+            if not missing or (location := _as_file(uri)) is None:
+                raise
+            lost.append(error)
+            found.append(location)
+    if lost and len(lost) == len(found):
+        raise lost[0]
     return tuple(
         location if is_url(location.root) else replace(location, identity=(_machine(), folder_identity(location.root)))
-        for location in _with_prefixes(_merge_files([_locate(uri) for uri in uris]))
+        for location in _with_prefixes(_merge_files(found))
     )
+
+
+def _as_file(uri: str) -> Location | None:
+    """Where a file would be, if the uri names one: no glob, no count, and no folder by its end."""
+    if _MAGIC.search(uri) or _NUMBERS.search(uri) or uri.endswith("/"):
+        return None
+    if is_url(uri) and not uri.lower().startswith("file://"):
+        root, _, name = uri.rpartition("/")
+        return Location(root, names=(name,))
+    path = Path(os.path.abspath(local_of(uri) if is_url(uri) else os.path.expanduser(uri)))  # noqa: PTH100, PTH111
+    folder = next(each for each in path.parents if each.is_dir())
+    return Location(str(folder), names=(str(path.relative_to(folder)),))
+
+
+_NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MOST_NUMBERED = 1_000_000
+
+
+def _locate_all(uri: str) -> list[Location]:
+    """The locations that a path or URL names: several single files where it counts (``shard-{000..099}.tar``)."""
+    if _NUMBERS.search(uri) is None or (not is_url(uri) and Path(uri).exists()):
+        return [_locate(uri)]
+    path = uri if is_url(uri) else os.path.abspath(os.path.expanduser(uri))  # noqa: PTH100, PTH111
+    folder, _, last = path.rpartition("/")
+    before, first, final, after = (_NUMBERS.split(last, maxsplit=1) + [""] * 3)[:4]
+    if _NUMBERS.search(folder) or _NUMBERS.search(after) or _MAGIC.search(last):
+        raise SpecError(
+            f"{uri!r} counts in the name of a folder, twice, or beside a wildcard",
+            hint="Numbers in braces count once, in the name of a file: shards/shard-{000000..000999}.tar",
+        )
+    if not 0 <= int(final) - int(first) < _MOST_NUMBERED:
+        raise SpecError(f"{uri!r} counts down, or beyond {_MOST_NUMBERED:,} files")
+    width = len(first) if first.startswith("0") else 0
+    names = [f"{before}{number:0{width}}{after}" for number in range(int(first), int(final) + 1)]
+    if is_web(folder):  # what is there is not listed
+        return [Location(folder, names=(name,)) for name in names]
+    place = _locate(folder or "/")
+    there = {entry.name for entry in open_store(place.root).list(enter=lambda _: False, sizes=False)}
+    if missing := [name for name in names if name not in there]:
+        rest = f", nor {len(missing) - 1:,} more of the {len(names):,} files of {last}" if len(missing) > 1 else ""
+        raise SourceNotFoundError(f"there is no {key_of(place.within + missing[0])}{rest}")
+    return [Location(place.root, names=(name,)) for name in names]
 
 
 def _locate(uri: str) -> Location:
@@ -116,7 +179,7 @@ def _locate(uri: str) -> Location:
         return _locate_remote(uri)
     given = local_of(uri) if is_url(uri) else os.path.expanduser(uri)  # noqa: PTH111
     if not given or "\0" in given:
-        raise SpecError(f"{uri!r} names no file or folder")
+        raise SpecError(f"{uri!r} names no file or folder", hint="Is a variable of your shell or script empty?")
     path = os.path.abspath(given)  # noqa: PTH100  # symbolic links stay as the user knows them
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116
@@ -147,6 +210,14 @@ def _locate_remote(uri: str) -> Location:
     # Checks the kind of URL, and that it carries no secrets.
     open_store(uri)
     scheme, _, rest = uri.partition("://")
+    if is_web(uri):
+        folder, _, last = rest.rpartition("/")
+        root = f"{scheme.lower()}://{folder or rest}"
+        if not (folder and last) or "*" in last:
+            open_store(root).list()  # says that there is no such thing
+        if not open_store(root).exists(last):
+            raise SourceNotFoundError(f"there is no file {uri}", hint="Names are case-sensitive on most web servers.")
+        return Location(root, names=(last,))
     bucket, _, name = rest.partition("/")
     bucket = f"{scheme.lower()}://{bucket}"
     whole = name.strip("/")

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -36,29 +37,23 @@ _RUN_ITEMS = 32
 """The most items that a thread takes at once. Handing over one by one costs more than reading small files."""
 
 
-class Reader:
+class Reader(ABC):
     """Reads, decodes and prepares the items of one chunk; called from several threads."""
 
-    def __init__(
-        self,
-        location: Location,
-        store: Store,
-        names: Sequence[str],
-        keys: Sequence[str],
-        marks: Sequence[str],
-        input: Input,  # noqa: A002
-        scorer: Scorer,
-    ) -> None:
+    def __init__(self, keys: Sequence[str], scorer: Scorer) -> None:
         self.keys = keys
         self.closed = False
-        self._location, self._store, self._names, self._marks = location, store, names, marks
-        self._input, self._scorer = input, scorer
+        self._scorer = scorer
         self._folder: Path | None = None
 
+    @abstractmethod
+    def fetch(self, position: int) -> Any:
+        """What the scorer's ``input`` says of the item at a position (of pictures, the file's content). Raises
+        ItemError; StorageAwayError."""
+
+    @abstractmethod
     def open(self) -> None:
-        """Make the folder for downloads, if remote files are given as paths. :meth:`close` removes it."""
-        if self._input == "path" and not self._store.is_local:
-            self._folder = temporary.make("items")
+        """Make ready what :meth:`fetch` needs."""
 
     def run(self, start: int, stop: int) -> tuple[list[Any], float, float, int]:
         """Values (or the ItemError) of a run of positions, seconds of reading and of decoding, bytes held."""
@@ -70,9 +65,9 @@ class Reader:
                 break
             began = time.perf_counter()
             try:
-                value: Any = self._fetch(position)
+                value: Any = self.fetch(position)
                 read = time.perf_counter()
-                value = prepare(self._scorer, Item(self.keys[position], value))
+                value = prepare(self._scorer, self.item(position, value))
             except ItemError as error:
                 value = error.bare()
                 read = time.perf_counter()
@@ -82,7 +77,61 @@ class Reader:
             decoding += time.perf_counter() - read
         return values, reading, decoding, held
 
-    def _fetch(self, position: int) -> Any:
+    def item(self, position: int, value: Any) -> Item:
+        """What the scorer is given of what was fetched. Raises ItemError."""
+        return Item(self.keys[position], value)
+
+    def settle(self, batch: Batch) -> None:
+        """The consumer is done with a batch: check that files that it was given the paths of are what they were, and
+        remove downloads. Raises SourceChangedError."""
+        if self._folder is not None:
+            for position in range(batch.start, batch.stop):
+                shutil.rmtree(Path(self._folder, str(position)), ignore_errors=True)
+
+    def close(self) -> None:
+        if self._folder is not None:
+            temporary.remove(self._folder)
+
+    def handed(self, position: int, content: bytes) -> bytes | Path:
+        """Content that was read, as the scorer wants it: itself, or a file that :meth:`settle` removes."""
+        if self._folder is None:
+            return content
+        target = self._target(position, self.keys[position])
+        target.write_bytes(content)
+        return target
+
+    def _target(self, position: int, name: str) -> Path:
+        """Where an item is downloaded to, under a name of its own."""
+        assert self._folder is not None
+        target = Path(self._folder, str(position), file_name(name))
+        target.parent.mkdir()
+        return target
+
+
+class FileReader(Reader):
+    """Reads files of one store."""
+
+    def __init__(
+        self,
+        location: Location,
+        store: Store,
+        names: Sequence[str],
+        keys: Sequence[str],
+        marks: Sequence[str],
+        input: Input,  # noqa: A002
+        scorer: Scorer,
+    ) -> None:
+        super().__init__(keys, scorer)
+        self._location, self._store, self._names, self._marks = location, store, names, marks
+        self._input = input
+
+    def open(self) -> None:
+        """Make the folder for downloads, if remote files are given as paths. :meth:`close` removes it."""
+        if self._input == "path" and not self._store.is_local:
+            self._folder = temporary.make("items")
+
+    def fetch(self, position: int) -> Any:
+        """See :meth:`Reader.fetch`."""
         name, mark = self._names[position], self._marks[position]
         try:
             if self._store.is_local and not mark:
@@ -91,8 +140,7 @@ class Reader:
                 return self._store.read(name, mark=mark)
             if self._folder is None:
                 return self._store.local_path(name, mark=mark)
-            target = Path(self._folder, str(position), file_name(name))
-            target.parent.mkdir()
+            target = self._target(position, name)
             self._store.download(name, target, mark=mark)
             return target
         except StorageAwayError:
@@ -104,17 +152,10 @@ class Reader:
             raise ItemError(error_line(error), stage="read") from None
 
     def settle(self, batch: Batch) -> None:
-        """The consumer is done with a batch: check that files that it was given the paths of are what they were, and
-        remove downloads. Raises SourceChangedError."""
+        """See :meth:`Reader.settle`."""
         if self._input == "path" and self._folder is None:
             check_after(self._location, self._store, self._names, self._marks, batch.positions)
-        if self._folder is not None:
-            for position in range(batch.start, batch.stop):
-                shutil.rmtree(Path(self._folder, str(position)), ignore_errors=True)
-
-    def close(self) -> None:
-        if self._folder is not None:
-            temporary.remove(self._folder)
+        super().settle(batch)
 
 
 _Run = tuple[int, int, "Future[tuple[list[Any], float, float, int]]"]

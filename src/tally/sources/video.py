@@ -17,18 +17,18 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from itertools import chain
 from typing import Any, ClassVar
 
 from tally.errors import ItemError, SourceNotFoundError, StorageAwayError, TallyError
 from tally.media.video.decode import decode
 from tally.media.video.frame import FrameInfo
 from tally.media.video.metadata import Video, pack, unpack
-from tally.media.video.probe import Key, Prober, Timeline
+from tally.media.video.probe import DEINTERLACED, INTERLACED, Key, Prober, Timeline
 from tally.scorers.base import Input, Item, Scorer
 from tally.scorers.run import prepare
-from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
-from tally.sources.listing import Listing, nothing
+from tally.sources.base import Batch, Chunk, ChunkLimit, Timings
+from tally.sources.listing import ListedSource, Listing, nothing
 from tally.sources.locations import Location
 from tally.sources.reading import AHEAD, AHEAD_BYTES
 from tally.storage import key_of, name_from_json, name_to_json, open_store
@@ -38,6 +38,8 @@ _SNAP = 0.6
 _MISSING = 4096
 """The most missing frames in one chunk."""
 _COMBINE = 512
+_LEAST = 4
+"""The last chunks of a video are smaller than others, and at least a part of so many."""
 _AFTER_GAPS = -1
 """The frame in a cursor that stands behind a video's gaps, and before its frames."""
 _NEAR = 64
@@ -45,11 +47,13 @@ _NEAR = 64
 
 
 @dataclass(frozen=True)
-class VideoSource(Source):
+class VideoSource(ListedSource):
     """Frames of videos as images. Make it with :meth:`describe`; small, immutable, picklable.
 
     every: take frames 0, every, 2 * every ... of each video.
-    size: (width, height) in pixels, upright, that frames are scaled to; None: as they are.
+    size, fit: (width, height) in pixels, upright, that frames are scaled to, and how: see :meth:`Video.scaled`. None:
+        as they are.
+    deinterlace: interlaced frames show one moment.
     peculiar: what was found in planning that a user should know, and the keys of the videos that it is true of.
     """
 
@@ -61,6 +65,8 @@ class VideoSource(Source):
     listing: Listing
     every: int = 1
     size: tuple[int, int] | None = None
+    fit: str = "stretch"
+    deinterlace: bool = False
     peculiar: dict[str, list[str]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -74,6 +80,8 @@ class VideoSource(Source):
         *,
         every: int = 1,
         size: tuple[int, int] | None = None,
+        fit: str = "stretch",
+        deinterlace: bool = False,
         without: str | None = None,
     ) -> VideoSource:
         """The source of all videos at ``uris``: folders, files and globs, paths or URLs.
@@ -83,7 +91,13 @@ class VideoSource(Source):
         Raises SourceNotFoundError if one of the locations is missing or gives no video, StorageError if it cannot
         be read.
         """
-        return cls(Listing.of(uris, "video", without=without, sizes=False), every, size)
+        return cls(Listing.of(uris, "video", without=without, sizes=False), every, size, fit, deinterlace)
+
+    def indivisible(self) -> str | None:
+        """See :meth:`Source.indivisible`. A video is decoded by one."""
+        if len(self.listing.locations) > 1:
+            return "videos are shared out between the names of one folder or glob"
+        return None if self.several() else "it is one video, which is not cut"
 
     # -- planning ----------------------------------------------------------------------------------
 
@@ -108,7 +122,7 @@ class VideoSource(Source):
                     found = True
         finally:
             prober.close()
-        if not found:
+        if not (found or self.listing.is_part):
             raise nothing(self.listing.locations[0], self.listing.passed, self.listing.kind)
 
     def _video(
@@ -131,6 +145,7 @@ class VideoSource(Source):
         try:
             open_store(location.root).check_mark(name, mark)
             timeline = prober(key, location.root, name)
+            scaled = self._scaled(timeline.video)
         except StorageAwayError:
             raise
         except TallyError as error:
@@ -141,8 +156,9 @@ class VideoSource(Source):
             yield Chunk(first, 1, payload, cursor(None))
             return
         for remark in timeline.remarks:
-            self.peculiar.setdefault(remark, []).append(key)
-        timeline = replace(timeline, video=self._scaled(timeline.video))
+            told = DEINTERLACED if remark == INTERLACED and self.deinterlace else remark
+            self.peculiar.setdefault(told, []).append(key)
+        timeline = replace(timeline, video=scaled)
         if timeline.gaps and start == 0:
             text = "pictures are missing before this frame, it is not known how many: the file is damaged there"
             payload = {"key": key, "failed": text, "gaps": [*timeline.gaps]}
@@ -151,7 +167,7 @@ class VideoSource(Source):
         start = max(start, 0)
         numbers = range(start, len(timeline.ticks), self.every)
         while numbers:
-            count = self._cut(numbers, limit().items, timeline.keys)
+            count = self._cut(numbers, _share(limit(), len(numbers)), timeline.keys)
             taken, numbers = numbers[:count], numbers[count:]
             more = numbers[0] if numbers else len(timeline.ticks) if _ends_early(timeline) else None
             yield Chunk(first, count, self._payload(timeline, taken), cursor(more))
@@ -201,13 +217,8 @@ class VideoSource(Source):
         }
 
     def _scaled(self, video: Video) -> Video:
-        video = replace(video, rate=video.rate / self.every)
-        if self.size is None or self.size == (video.width, video.height):
-            return video
-        width, height = self.size
-        stretch = Fraction(video.width, width) / Fraction(video.height, height)
-        aspect = video.aspect / stretch if video.turns % 2 else video.aspect * stretch
-        return replace(video, width=width, height=height, aspect=aspect)
+        video = replace(video, rate=video.rate / self.every, deinterlaced=self.deinterlace)
+        return video if self.size is None else video.scaled(self.size, self.fit)
 
     def several(self) -> bool:
         return self.listing.several()
@@ -244,6 +255,17 @@ class VideoSource(Source):
             begin = max(0, bisect_right(known, numbers[0]) - 2)
             payload["keys"] = payload["keys"][begin : bisect_right(known, numbers[-1])]
         return Chunk(chunk.first + start, stop - start, payload, chunk.cursor)
+
+    def choose(self, chunk: Chunk, positions: Sequence[int]) -> list[Chunk]:
+        """See :meth:`Source.choose`."""
+        whole = self.slice(chunk, positions[0], positions[-1] + 1)
+        payload = dict(whole.payload)
+        for name in payload.keys() & {"numbers", "ticks", "packets"}:
+            values = unpack(payload[name])
+            payload[name] = pack([values[at - positions[0]] for at in positions])
+        if "gaps" in payload:
+            payload["gaps"] = [payload["gaps"][at - positions[0]] for at in positions]
+        return [Chunk(whole.first, len(positions), payload, chunk.cursor)]
 
     def combine(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         combined: list[Chunk] = []
@@ -295,6 +317,8 @@ class VideoSource(Source):
                     batch.values.append(value)
                     batch.positions.append(position)
                     batch.info.append(infos[position])
+                if batch.stop == chunk.count:
+                    ahead.finish()
                 timings.decode += ahead.decoding - decoding
                 decoding = ahead.decoding
                 yield batch
@@ -329,6 +353,10 @@ class _Ahead(threading.Thread):
             raise value.error
         return value
 
+    def finish(self) -> None:
+        """All frames were taken. Raises SourceChangedError if the video is not what they were planned from."""
+        assert self.next() is _END
+
     def stop(self) -> None:
         """Stop working; returns when nothing runs any more."""
         self._stopping.set()
@@ -339,7 +367,7 @@ class _Ahead(threading.Thread):
 
     def run(self) -> None:
         try:
-            for value in self._frames():
+            for value in chain(self._frames(), [_END]):
                 self._values.put(value)
                 if self._stopping.is_set():
                     return
@@ -388,11 +416,22 @@ class _Ahead(threading.Thread):
         return prepare(self._scorer, Item(self._keys[position], picture, info))
 
 
+_END = object()
+"""Follows the last value."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Failure:
     """What ended the thread."""
 
     error: BaseException
+
+
+def _share(limit: ChunkLimit, left: int) -> int:
+    """How many of a video's last frames a chunk may hold: less and less, so that all workers end at about one time."""
+    if limit.slots == 1:
+        return limit.items
+    return max(1, min(limit.items, max(limit.items // _LEAST, left // (2 * limit.slots))))
 
 
 def _between(positions: Sequence[int], first: int, last: int) -> Sequence[int]:

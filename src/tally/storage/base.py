@@ -7,7 +7,9 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain, compress
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -19,6 +21,9 @@ from tally.text import visible
 KINDS = ("s3", "s3a", "gs", "az", "abfs", "abfss", "memory")
 """URL schemes of object stores. ``memory`` lives in this process, for tests."""
 
+WEB = ("http", "https")
+"""URL schemes of files of the web, which are read and not written."""
+
 TEMPORARY = ".tally-tmp-"
 """How the names of files begin while they are written; no listing shows them."""
 
@@ -26,6 +31,8 @@ _NEXT = {
     errno.ENOSPC: "Make room there, or choose another place.",
     errno.EDQUOT: "Make room there, or choose another place.",
     errno.EROFS: "Choose a place that can be written to.",
+    errno.EACCES: "The user that runs Tally has to have a right to it: 'ls -ld' shows whose it is.",
+    errno.EPERM: "The user that runs Tally has to have a right to it: 'ls -ld' shows whose it is.",
 }
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -53,6 +60,9 @@ CREDENTIALS = {
     "(or AZURE_STORAGE_SAS_KEY, or AZURE_CLIENT_ID and its companions)",
     "gs": "credentials come from GOOGLE_APPLICATION_CREDENTIALS",
 }
+CREDENTIALS |= dict.fromkeys(
+    WEB, "download it, and name the copy; a list may name pictures and files with what lets one in: --items LIST"
+)
 CREDENTIALS |= {"s3a": CREDENTIALS["s3"], "abfs": CREDENTIALS["az"], "abfss": CREDENTIALS["az"]}
 
 
@@ -63,6 +73,40 @@ class Entry(NamedTuple):
     name: str
     size: int
     mark: str = ""
+
+
+PAGE = 1000
+"""Objects on a page of a listing, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Objects that follow each other in a listing, column by column: of a million names, an object for each costs more
+    than finding them. Iterates over :class:`Entry`."""
+
+    names: list[str]
+    sizes: list[int]
+    marks: list[str]
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> Page:
+        found = [*entries]
+        return cls([each.name for each in found], [each.size for each in found], [each.mark for each in found])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return map(Entry, self.names, self.sizes, self.marks)
+
+    def where(self, taken: Iterable[object]) -> Page:
+        """Those for which ``taken``, of the same length, is true."""
+        chosen = [*map(bool, taken)]
+        if all(chosen):
+            return self
+        return Page(
+            list(compress(self.names, chosen)), list(compress(self.sizes, chosen)), list(compress(self.marks, chosen))
+        )
 
 
 class Store(ABC):
@@ -80,7 +124,7 @@ class Store(ABC):
         """The place itself, without secrets: an absolute path, or a URL. :func:`open_store` takes it."""
 
     @abstractmethod
-    def list(
+    def pages(
         self,
         prefix: str = "",
         after: str | None = None,
@@ -88,8 +132,8 @@ class Store(ABC):
         enter: Callable[[str], bool] | None = None,
         sizes: bool = True,
         marks: bool = False,
-    ) -> Iterator[Entry]:
-        """Every object under the folder ``prefix``, in ascending order of the whole name, lazily.
+    ) -> Iterator[Page]:
+        """Every object under the folder ``prefix``, in ascending order of the whole name, lazily; no page is empty.
 
         after: only names greater than this one (whether or not it exists).
         enter: told the name of each folder below ``prefix``; False leaves the folder out.
@@ -99,6 +143,18 @@ class Store(ABC):
         Raises StorageError naming the folder that cannot be read, StorageAwayError if the store's own folder is another
         one before all is listed.
         """
+
+    def list(
+        self,
+        prefix: str = "",
+        after: str | None = None,
+        *,
+        enter: Callable[[str], bool] | None = None,
+        sizes: bool = True,
+        marks: bool = False,
+    ) -> Iterator[Entry]:
+        """The same as :meth:`pages`, one by one."""
+        return chain.from_iterable(self.pages(prefix, after, enter=enter, sizes=sizes, marks=marks))
 
     @abstractmethod
     def read(self, name: str, *, mark: str = "") -> bytes:
@@ -126,6 +182,10 @@ class Store(ABC):
         system (its inode). Empty where the store keeps none.
         """
         return self.size(name), ""
+
+    def gives_parts(self, name: str) -> bool:
+        """Whether :meth:`read_range` fetches no more than is asked for; False once it has fetched the whole object."""
+        return True
 
     def check_mark(self, name: str, mark: str) -> None:
         """Raises SourceChangedError if the object's mark is not ``mark``, SourceNotFoundError if it is gone.
@@ -182,6 +242,11 @@ class Store(ABC):
     def download(self, name: str, target: Path, *, mark: str = "") -> None:
         """Write the object's content to a local file, a part at a time. mark: as for :meth:`read`."""
 
+    @property
+    def seeks(self) -> bool:
+        """Whether listing the names beyond one costs nothing for those before it."""
+        return False
+
     def folders(self) -> set[str]:
         """The names of the folders at the top; of an object store, those that hold something."""
         return {entry.name.split("/", 1)[0] for entry in self.list(sizes=False) if "/" in entry.name}
@@ -204,7 +269,15 @@ class Store(ABC):
 
 def is_url(place: str) -> bool:
     """Whether a place is given as a URL and not as a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+    return _URL.match(place) is not None
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_web(place: str) -> bool:
+    """Whether a place is a URL of the web."""
+    return place.partition("://")[0].lower() in WEB and is_url(place)
 
 
 def local_of(url: str) -> str:
@@ -278,6 +351,12 @@ def failure(doing: str, place: str, error: BaseException, *, hint: str | None = 
     raised = kind(f"cannot {doing} {_shown(place)}: {reason}", hint=hint or _NEXT.get(number or 0))
     raised.errno = number
     return raised
+
+
+def unexpected(error: OSError) -> StorageError:
+    """The StorageError for an error of the operating system where nobody expected one."""
+    place = error.filename if error.filename is not None else "a file"
+    return failure("read or write", os.fsdecode(place) if isinstance(place, (str, bytes)) else str(place), error)
 
 
 CHANGED_HINT = (

@@ -8,8 +8,6 @@ that were cut. All that is retried here may safely be carried out twice; :meth:`
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import random
 import re
@@ -18,30 +16,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from tally.config import make_private
+from tally.config import credentials
 from tally.errors import OutputExistsError, SourceNotFoundError, StorageAwayError, StorageError
 from tally.storage import s3_listing, temporary
 from tally.storage.base import (
     CREDENTIALS,
-    TEMPORARY,
+    PAGE,
     Entry,
+    Page,
     Store,
-    cache_folder,
     changed,
     failure,
-    file_name,
     key_of,
     tell_of_pause,
 )
-from tally.storage.publish import whole
+from tally.storage.kept import kept
 
 if TYPE_CHECKING:
     import obstore
@@ -51,6 +47,9 @@ T = TypeVar("T")
 
 # An endpoint given as http:// (a server on the same machine, say) is meant to be unencrypted.
 _ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+_PREFIXES = {"s3": "AWS_", "s3a": "AWS_", "gs": "GOOGLE_"}
+"""How variables with credentials begin, by scheme, where they are not Azure's."""
+_FALSE = ("0", "false", "no", "off")
 _ALLOWED = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
 
 _CONNECT_TIMEOUT = timedelta(seconds=10)
@@ -77,12 +76,9 @@ _PART = 16 * 1024**2
 _PARTS_AT_ONCE = 4
 _MOST_PARTS = 9_000
 
-_LIST_PAGE = 1000
 _DELETE_PAGE = 1000
 _DELETIONS_AT_ONCE = 16
 _WRITER = "tallywriter"
-_LOCK = ".lock"
-"""Beside a cached object; held while it is downloaded."""
 
 _clients: dict[tuple[int, str, bool], obstore.store.ObjectStore] = {}
 _clients_lock = threading.Lock()
@@ -91,6 +87,32 @@ _reached: set[str] = set()
 
 class _AgainError(Exception):
     """The request has to be repeated."""
+
+
+def s3_security() -> tuple[bool, bool]:
+    """Whether ``S3_USE_HTTPS`` wants connections encrypted, and ``S3_VERIFY_SSL`` certificates that are trusted."""
+    secure, verify = (os.environ.get(name, "").lower() not in _FALSE for name in ("S3_USE_HTTPS", "S3_VERIFY_SSL"))
+    return secure, verify
+
+
+def s3_endpoint(endpoint: str, *, secure: bool) -> dict[str, Any]:
+    """The options of a store at another service than Amazon's. endpoint: host and port, or a URL."""
+    url = endpoint if "://" in endpoint else f"http{'s' if secure else ''}://{endpoint}"
+    return {"endpoint": url, "virtual_hosted_style_request": False}
+
+
+def s3_environment() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a store and of its client that ``S3_ENDPOINT`` (host and port), ``S3_USE_HTTPS`` and
+    ``S3_VERIFY_SSL`` say, as TensorFlow reads them. An endpoint of ``AWS_...`` comes first."""
+    secure, verify = s3_security()
+    client: dict[str, Any] = {} if verify else {"allow_invalid_certificates": True}
+    given = os.environ.get("S3_ENDPOINT", "")
+    if not given or any(os.environ.get(name) for name in _ENDPOINTS if name.startswith("AWS")):
+        return {}, client
+    options = s3_endpoint(given, secure=secure)
+    if options["endpoint"].startswith("http://"):
+        client["allow_http"] = True
+    return options, client
 
 
 class ObjectStore(Store):
@@ -110,6 +132,10 @@ class ObjectStore(Store):
     @property
     def url(self) -> str:
         return f"{self._place}/{self._base}".rstrip("/")
+
+    @property
+    def seeks(self) -> bool:
+        return self._scheme in ("s3", "s3a", "gs", "memory")
 
     @property
     def _place(self) -> str:
@@ -134,18 +160,29 @@ class ObjectStore(Store):
             return MemoryStore()
         plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
         plain |= any(os.environ.get(name, "").lower() in ("1", "true") for name in _ALLOWED)
+        named, client = s3_environment() if self._scheme in ("s3", "s3a") else ({}, {})
         try:
             return from_url(
                 self._place,
+                config=cast(Any, named | credentials(_PREFIXES.get(self._scheme, "AZURE_"))),
                 retry_config=cast(Any, _RETRY),
-                client_options={
-                    "connect_timeout": _CONNECT_TIMEOUT,
-                    "read_timeout": silence,
-                    "timeout": _WHOLE,
-                    "allow_http": plain,
-                },
+                client_options=cast(
+                    Any,
+                    {
+                        "connect_timeout": _CONNECT_TIMEOUT,
+                        "read_timeout": silence,
+                        "timeout": _WHOLE,
+                        "allow_http": plain,
+                        **client,
+                    },
+                ),
             )
         except Exception as error:
+            if "Account must be specified" in str(error):
+                raise StorageError(
+                    f"cannot open {self._place}: no account of Azure is named",
+                    hint=f"Set AZURE_STORAGE_ACCOUNT_NAME; or write abfs://{self._bucket}@ACCOUNT.dfs.core.windows.net/...",
+                ) from None
             raise failure("open", self._place, error, hint=CREDENTIALS.get(self._scheme)) from None
 
     def _again(self, doing: str, name: str, call: Callable[[], T]) -> T:
@@ -186,13 +223,15 @@ class ObjectStore(Store):
             return StorageError(f"cannot {doing} {place}: no credentials were found in the environment", hint=hint)
         elif told.status is None and _is_passing(error):
             hint = f"Is the service reachable from here? An address of its own is given by {_ADDRESS[self._scheme]}."
+        elif _UNTRUSTED.search(str(error)):
+            hint = "For a service of your own that speaks S3: S3_VERIFY_SSL=false does without trust."
         elif told.status is not None and told.status not in (401, 403):
             hint = None
         tried = "" if patience is None or not patience.tries else f" (tried for {patience.seconds:.0f} s)"
         kind = StorageAwayError if _is_passing(error) or told.code in _LOCKED_OUT else StorageError
         return kind(f"cannot {doing} {place}: {told.reason}{tried}", hint=hint)
 
-    def list(
+    def pages(
         self,
         prefix: str = "",
         after: str | None = None,
@@ -200,41 +239,59 @@ class ObjectStore(Store):
         enter: Callable[[str], bool] | None = None,
         sizes: bool = True,  # they come with the names, and so do marks
         marks: bool = False,
-    ) -> Iterator[Entry]:
+    ) -> Iterator[Page]:
         folder = prefix.strip("/")
         under = f"{folder}/" if folder else ""
         entered, entering = under, True
         last = ""
         # A folder made in a web console is an empty object "a/", reported as "a" among its content.
         held: Entry | None = None
-        for entry in self._listed(folder, after):
-            name = entry.name
-            if after is not None and name <= after:
+        for page in self._listed(folder, after):
+            names = page.names
+            above = names[0][: names[0].rfind("/") + 1]
+            if (
+                held is None
+                and names[0] > last
+                and (after is None or names[0] > after)
+                and 0 not in page.sizes
+                and (enter is None or (above == entered and _in_one_folder(names, above)))
+                and names == sorted(names)
+            ):  # nothing to look at one by one
+                last = names[-1]
+                if entering:
+                    yield page
                 continue
-            if name < last:
+            found: list[Entry] = []
+            for entry in page:
+                name = entry.name
+                if after is not None and name <= after:
+                    continue
+                if name < last:
+                    if entry.size == 0:
+                        continue
+                    raise StorageError(
+                        f"{self.url} lists its objects out of order ({name!r} after {last!r})",
+                        hint="hierarchical namespaces and S3 directory buckets do that",
+                    )
+                last = name
+                if held is not None:
+                    if not name.startswith(held.name + "/") and not self._is_marker(held.name):
+                        found.append(held)
+                    held = None
+                if enter is not None:
+                    above = name[: name.rfind("/") + 1]
+                    if above != entered:
+                        entered, entering = above, _all_entered(above, len(under), enter)
+                    if not entering:
+                        continue
                 if entry.size == 0:
-                    continue
-                raise StorageError(
-                    f"{self.url} lists its objects out of order ({name!r} after {last!r})",
-                    hint="hierarchical namespaces and S3 directory buckets do that",
-                )
-            last = name
-            if held is not None:
-                if not name.startswith(held.name + "/") and not self._is_marker(held.name):
-                    yield held
-                held = None
-            if enter is not None:
-                above = name[: name.rfind("/") + 1]
-                if above != entered:
-                    entered, entering = above, _all_entered(above, len(under), enter)
-                if not entering:
-                    continue
-            if entry.size == 0:
-                held = entry
-            else:
-                yield entry
+                    held = entry
+                else:
+                    found.append(entry)
+            if found:
+                yield Page.of(found)
         if held is not None and not self._is_marker(held.name):
-            yield held
+            yield Page.of([held])
 
     def _is_marker(self, name: str) -> bool:
         """Whether an empty object, listed as ``a`` with nothing in it, is really ``a/``: a folder made in a console."""
@@ -247,7 +304,7 @@ class ObjectStore(Store):
         except StorageError:  # a name that cannot be used: reading it will say so
             return False
 
-    def _listed(self, folder: str, after: str | None) -> Iterator[Entry]:
+    def _listed(self, folder: str, after: str | None) -> Iterator[Page]:
         """The service's listing beyond a name. If it breaks off, it is resumed where it was."""
         import obstore
         from obstore.exceptions import InvalidPathError
@@ -257,30 +314,41 @@ class ObjectStore(Store):
         offset = None if after is None else self._base + after
         patience = _Patience(self._place)
         pages: Iterator[Any] | None = None
+        coming: Future[Any] | None = None
         done = ""
-        while True:
-            try:
-                if pages is None:
-                    pages = iter(obstore.list(self._client(), where, offset=offset, chunk_size=_LIST_PAGE))
-                page = next(pages, None)
-            except InvalidPathError as error:
-                if self._scheme not in ("s3", "s3a"):
-                    raise self._failure("list", folder, error) from None
-                pages = self._raw_pages(folder, offset)
-                continue
-            except Exception as error:
-                if not patience.wait(error):
-                    raise self._failure("list", folder, error, patience) from None
-                pages, done = None, offset or ""
-                continue
-            _reached.add(self._place)
-            if page is None:
-                return
-            patience = _Patience(self._place)
-            for meta in page:
-                offset = meta["path"]
-                if offset > done and len(offset) > cut:  # not the marker of the listed folder itself
-                    yield Entry(offset[cut:], meta["size"], _mark(meta))
+        given = 0
+        pool = ThreadPoolExecutor(1, thread_name_prefix="tally-list")
+        try:
+            while True:
+                try:
+                    if pages is None:
+                        pages = iter(obstore.list(self._client(), where, offset=offset, chunk_size=PAGE))
+                    page, coming = next(pages, None) if coming is None else coming.result(), None
+                except InvalidPathError as error:
+                    if self._scheme not in ("s3", "s3a"):
+                        raise self._failure("list", folder, error) from None
+                    pages, coming = self._raw_pages(folder, offset), None
+                    continue
+                except Exception as error:
+                    if not patience.wait(error):
+                        raise self._failure("list", folder, error, patience) from None
+                    pages, coming, done = None, None, offset or ""
+                    continue
+                _reached.add(self._place)
+                if page is None:
+                    return
+                patience = _Patience(self._place)
+                if given:  # whoever comes for a second page wants the third, too: it comes while this one is used
+                    coming = pool.submit(next, pages, None)
+                # Not the marker of the listed folder itself.
+                found = [meta for meta in page if meta["path"] > done and len(meta["path"]) > cut]
+                if found:
+                    offset = found[-1]["path"]
+                    names = [meta["path"][cut:] for meta in found]
+                    yield Page(names, [meta["size"] for meta in found], list(map(_mark, found)))
+                    given += 1
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _raw_pages(self, folder: str, after: str | None) -> Iterator[Any]:
         """The listing's pages with names that cannot be used too: reading them says so. Markers of folders are left
@@ -468,24 +536,12 @@ class ObjectStore(Store):
         meta = self._head(name)
         self._expect(name, meta, mark)
         version = [str(meta.get(key)) for key in ("e_tag", "version", "last_modified", "size")]
-        digest = hashlib.sha256("\0".join([self.url, name, *version]).encode()).hexdigest()[:32]
-        target = cache_folder() / "objects" / digest / file_name(name)
-        if _holds(target, meta["size"]):
-            return target
-        try:
-            make_private(target.parent)
-            _sweep(target.parent.parent)
-            with _locked(target.parent / _LOCK):
-                # Another process may have been faster.
-                if not _holds(target, meta["size"]):
-                    self._fetch(name, target, _mark(meta))
-        except OSError as error:
-            raise error if isinstance(error, StorageError) else failure("write", str(target), error) from None
-        return target
-
-    def _fetch(self, name: str, target: Path, mark: str) -> None:
-        with whole(target) as part:
-            self.download(name, Path(part), mark=mark)
+        return kept(
+            [self.url, name, *version],
+            name,
+            int(meta["size"]),
+            lambda target: self.download(name, target, mark=_mark(meta)),
+        )
 
 
 class _Patience:
@@ -520,6 +576,7 @@ _STATUS = re.compile(r"status code: (\d{3})([^:]*)|\(code: (\d{3})\)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _MESSAGE = re.compile(r"<Message>((?:(?!RequestId:)[^<])*)")
 _CONNECTING = re.compile(r"kind: Connect\b|tcp connect error|dns error")
+_UNTRUSTED = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _METADATA = re.compile(r"169\.254\.169\.254|metadata\.google\.internal|fd00:ec2::254")
 _BEYOND = re.compile(r"status code: 416|Wanted range starting at")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
@@ -551,6 +608,8 @@ class _Told:
                 reason += (
                     f" ({code[1]}: {message[1].strip().rstrip('.')})" if message and message[1] else f" ({code[1]})"
                 )
+        elif untrusted := _UNTRUSTED.search(str(error)):
+            reason = f"its certificate is not to be trusted ({untrusted[1]})"
         elif "HTTP error" in self.text:
             url = re.search(r"https?://[^/\s]+", self.text)
             reason = f"the connection to {url[0] if url else 'the service'} failed, or nothing was heard from it"
@@ -572,36 +631,17 @@ def _is_passing(error: Exception) -> bool:
         return True
     if told.status is not None:
         return told.status in (408, 429) or (told.status >= 500 and told.status != 501)
-    return "HTTP error" in told.text
-
-
-def _holds(path: Path, size: int) -> bool:
-    """Whether a download is complete."""
-    try:
-        return path.stat().st_size == size
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Held by one thread of one process of this machine."""
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _sweep(objects: Path) -> None:
-    """Remove what killed processes had downloaded a part of."""
-    for part in objects.glob(f"*/{TEMPORARY}*"):
-        with suppress(OSError), (part.parent / _LOCK).open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another process may be downloading it
-            part.unlink()
+    return "HTTP error" in told.text and not _UNTRUSTED.search(str(error))
 
 
 def _mark(meta: Mapping[str, Any]) -> str:
     """What changes with an object's content. Listings write an ETag without quotes, in some services."""
     return str(meta.get("e_tag") or meta["last_modified"]).strip('"')
+
+
+def _in_one_folder(names: Sequence[str], folder: str) -> bool:
+    """Whether names in ascending order all lie in a folder ("a/b/"), and none of them deeper."""
+    return names[-1].startswith(folder) and "".join(names).count("/") == len(names) * folder.count("/")
 
 
 def _all_entered(folder: str, start: int, enter: Callable[[str], bool]) -> bool:

@@ -10,16 +10,16 @@ import os
 import shutil
 import stat
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, ClassVar, cast
 
 from tally.errors import SourceNotFoundError, StorageAwayError, StorageError
-from tally.storage.base import TEMPORARY, Entry, Store, changed, failure, file_mark, key_of
+from tally.storage.base import PAGE, TEMPORARY, Page, Store, changed, failure, file_mark, key_of
 from tally.storage.publish import make_folder, remove_empty, sync_folder, whole
+from tally.storage.sorted_names import RUN, SortedNames
 
 _DELETIONS = 20
 _DELETION_PAUSE = 0.1
@@ -46,7 +46,7 @@ class LocalStore(Store):
     def url(self) -> str:
         return self._root
 
-    def list(
+    def pages(
         self,
         prefix: str = "",
         after: str | None = None,
@@ -54,42 +54,56 @@ class LocalStore(Store):
         enter: Callable[[str], bool] | None = None,
         sizes: bool = True,
         marks: bool = False,
-    ) -> Iterator[Entry]:
+    ) -> Iterator[Page]:
         folder = prefix.strip("/") + "/" if prefix.strip("/") else ""
-        root = self._prefix
         identity = folder_identity(self._root)
         recent = time.time_ns() - _COARSE_STEP_NS
+        length = 1  # who wants the first only does not wait for a thousand to be looked at
         # One level per folder on the way to the current file. A folder's name ends in "/" among its
         # siblings, which makes the walk ascend by whole name: "a-b" < "a.txt" < "a/1" < "ab".
         levels = [(folder, self._children(folder, after, enter, identity))]
         while levels:
-            folder, children = levels[-1]
-            for child in children:
-                name = folder + child
-                if child[-1] == "/":
+            folder, runs = levels[-1]
+            for run in runs:
+                if isinstance(run, str):
+                    name = folder + run
                     levels.append((name, self._children(name, after, enter, identity)))
                     break
-                size, mark = -1, ""
-                if sizes:
-                    try:
-                        status = os.stat(root + name)
-                        if marks:
-                            mark = (
-                                _settled_mark(root + name, status) if status.st_mtime_ns > recent else file_mark(status)
-                            )
-                        size = status.st_size
-                    except OSError:
-                        size = 0  # a broken link, or removed meanwhile: reading it will say so
-                yield Entry(name, size, mark)
+                at = 0
+                while at < len(run):
+                    names = run[at : at + length]
+                    if folder:
+                        names = [folder + name for name in names]
+                    at += length
+                    length = min(2 * length, PAGE)
+                    yield self._page(names, recent, sizes=sizes, marks=marks)
             else:
                 levels.pop()
 
+    def _page(self, names: list[str], recent: int, *, sizes: bool, marks: bool) -> Page:
+        """recent: files that were changed later may still be written at this moment."""
+        page = Page(names, [-1] * len(names), [""] * len(names))
+        if sizes:
+            root = self._prefix
+            for number, name in enumerate(names):
+                try:
+                    status = os.stat(root + name)
+                    if marks:
+                        settled = status.st_mtime_ns <= recent
+                        page.marks[number] = file_mark(status) if settled else _settled_mark(root + name, status)
+                    page.sizes[number] = status.st_size
+                except OSError:
+                    page.sizes[number] = 0  # a broken link, or removed meanwhile: reading it will say so
+        return page
+
     def _children(
         self, folder: str, after: str | None, enter: Callable[[str], bool] | None, identity: int | None
-    ) -> Iterator[str]:
-        """The names in a folder beyond ``after``, sorted; those of folders end in "/". identity: of the store's own."""
+    ) -> Iterator[str | list[str]]:
+        """What is in a folder beyond ``after``, sorted: the names of folders, which end in "/", and between them the
+        names of files, as many as follow each other. identity: of the store's own folder."""
         place = self._prefix + folder
-        names = []
+        found, names = SortedNames(), list[str]()
+        folders = False
         try:
             with os.scandir(place) as entries:
                 for entry in entries:
@@ -103,24 +117,39 @@ class LocalStore(Store):
                                 entry.is_symlink() and self._circular(folder, name)
                             ):
                                 names.append(name + "/")
+                                folders = True
                         elif entry.is_symlink() and not os.path.exists(place + name):
                             names.append(name)
                     except OSError:
                         names.append(name)
+                    if len(names) == RUN:
+                        found.add(names)
+                        names = []
         except (FileNotFoundError, NotADirectoryError):
             if identity is not None and folder_identity(self._root) != identity:
                 raise folder_away(self._root) from None
-            return iter(())
+            return
         except OSError as error:
             raise failure("list", place, error) from None
-        names.sort()
-        if after is None or not after.startswith(folder):
-            return iter(() if after is not None and folder < after else names)
-        rest = after[len(folder) :]
-        start = bisect_right(names, rest)
-        if start and names[start - 1][-1] == "/" and rest.startswith(names[start - 1]):
-            start -= 1  # the folder in which ``after`` is
-        return islice(names, start, None)
+        found.add(names)
+        first = ""
+        if after is not None:
+            if after.startswith(folder):
+                first = after[len(folder) :]
+            elif folder < after:
+                return
+        inner, slash, _ = first.partition("/")
+        for block in found.blocks():
+            # The folder that "after" lies in has more.
+            at = bisect_left(block, inner + slash) if slash else bisect_right(block, first)
+            if folders:
+                for end in [number for number in range(at, len(block)) if block[number][-1] == "/"]:
+                    if at < end:
+                        yield block[at:end]
+                    yield block[end]
+                    at = end + 1
+            if at < len(block):
+                yield block[at:]
 
     def _circular(self, folder: str, name: str) -> bool:
         """Whether a linked folder contains one of the folders that led to it."""

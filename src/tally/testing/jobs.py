@@ -255,10 +255,12 @@ class JobStoreContract:
         assert found is not None
         assert found.id == "many1234"
         store.list(limit=20)
+        store.parts("many7")
         sa.event.remove(store.engine, "before_cursor_execute", explain)
-        by_place, by_creation = plans
+        by_place, by_creation, by_parent = plans
         assert "jobs_by_place" in by_place
         assert "jobs_by_creation" in by_creation
+        assert "jobs_by_parent" in by_parent
         for plan in plans:
             assert "Sort" not in plan
             assert "TEMP B-TREE" not in plan
@@ -373,10 +375,14 @@ class JobStoreContract:
         record = store.create(fingerprint="f", spec={}, model={}, output={"place": "out"}, hold=60)
         assert (store.get(record.id).state, store.get(record.id).alive) == ("created", True)
         with store.engine.begin() as connection:  # as another process sees it
-            connection.execute(sa.update(jobs).where(jobs.c.id == record.id).values(owner_pid=os.getppid()))
+            connection.execute(
+                sa.update(jobs).where(jobs.c.id == record.id).values(owner_pid=os.getppid(), owner_started=None)
+            )
         assert store.acquire(record.id, seconds=60) is None
         with store.engine.begin() as connection:
-            connection.execute(sa.update(jobs).where(jobs.c.id == record.id).values(owner_pid=os.getpid()))
+            connection.execute(
+                sa.update(jobs).where(jobs.c.id == record.id).values(owner_pid=os.getpid(), owner_started=None)
+            )
         assert store.acquire(record.id, seconds=60) is not None
         assert store.acquire(record.id, seconds=60) is None
 
@@ -1083,6 +1089,110 @@ class JobStoreContract:
         assert running.begin + 4 * running.seconds > 1e9, "it reaches up to now"
         assert running.per == 60.0
         assert sum(running.rates) * running.seconds / running.per == pytest.approx(40)
+
+    # -- split jobs --------------------------------------------------------------------------------
+
+    def test_parts_are_their_jobs(self, store: JobStore, lease: Lease, create: Callable[..., JobRecord]) -> None:
+        spec = {"out": "/of/the/parts", "alerts": []}
+        store.split(lease, [{"number": 1, "between": [None, "m"]}, {"number": 2, "between": ["m", None]}], spec)
+        store.split(lease, [{"number": 1, "shard": "1/1"}], spec)  # again, after a crash: they stay as they are
+        one, two = store.parts(lease.job_id)
+        whole = store.get(lease.job_id)
+        assert [each.part for each in (one, two)] == [
+            {"number": 1, "between": [None, "m"]}, {"number": 2, "between": ["m", None]}
+        ]  # fmt: skip
+        assert {(each.parent, each.state, each.place, each.fingerprint) for each in (one, two)} == {
+            (whole.id, "created", whole.place, "")
+        }
+        assert one.spec == spec
+        assert one.output == whole.output
+        # Nobody finds them but by their ids.
+        assert [each.id for each in store.newest()] == [whole.id]
+        assert store.at(STRANGE) == whole
+        assert store.counts_by_state() == {**dict.fromkeys(store.counts_by_state(), 0), "running": 1}
+        assert store.get(one.id) == one
+        with pytest.raises(JobNotFoundError):
+            store.get(one.id[:9])
+        assert store.parts(create("other", place="/elsewhere").id) == []
+
+    def test_a_split_job_has_what_its_parts_have(self, store: JobStore, lease: Lease) -> None:
+        store.split(lease, [{"number": 1}, {"number": 2}, {"number": 3}], {"out": "x"})
+        one, two, three = (_acquired(store, part.id) for part in store.parts(lease.job_id))
+        _, taken = store.commit(one, planned=[chunk(0, 4), chunk(4, 4)], complete=True, take=2)
+        store.commit(one, done=[done(taken[0], score=1.0), done(taken[1], 1, score=1.0)])
+        _, taken = store.commit(two, planned=[chunk(0, 3, name="other")], complete=True, take=1)
+        store.commit(two, done=[done(taken[0], 0, 2, score=0.5)])
+        store.commit(three, planned=[chunk(0, 2, name="last")], take=1)
+        store.remark(two, "odd")
+
+        parts = store.gather(lease, seconds=7.0)
+        record = store.get(lease.job_id)
+        assert [each.remarks for each in parts] == [[], ["odd"], []]
+        assert (record.items, record.done, record.dead, record.rows, record.bytes) == (13, 11, 3, 8, 1100)
+        assert not record.planned
+        assert record.usage == {"score": 2.5, "seconds": 7.0}
+        assert store.gather(lease, seconds=7.0) == parts
+        assert store.get(lease.job_id) == record  # however often it is added up
+        assert store.share_of_dead(lease.job_id) == (11, 3)
+        assert store.counts(lease.job_id) == {"pending": 0, "running": 1, "done": 3}
+        assert sorted(each.key for each in store.dead(lease.job_id)) == ["key-0", "key-2", "key-5"]
+        assert len(list(store.outputs(lease.job_id))) == 3
+        assert sum(cell.chunks for cell in store.cells(lease.job_id, limit=10)) == 4
+        pace = store.pace(lease.job_id, running=True, limit=10)
+        assert pace is not None
+        assert sum(pace.rates) > 0
+        assert set(store.reasons(lease.job_id, ["key-5", "key-3"])) == {"key-5"}
+
+        store.commit(three, complete=True, usage={"seconds": 9.0})
+        with store.engine.connect() as connection:
+            left = connection.execute(sa.select(chunks.c.id, chunks.c.attempt).where(chunks.c.state == "running")).one()
+        store.commit(three, done=[Done(left.id, "late", 2, Output(["late.parquet"], 2, 200), [], {})])
+        for part in (one, two, three):
+            store.release(part, "finished")
+        store.gather(lease, seconds=8.0)
+        assert store.get(lease.job_id).usage["seconds"] == 9.0  # as long as a part, which went on alone
+        outputs, dead = list(store.outputs(lease.job_id)), [each.key for each in store.dead(lease.job_id)]
+        store.join(lease)
+        store.join(lease)  # again, after a crash
+        assert store.parts(lease.job_id) == []
+        joined = store.get(lease.job_id)
+        assert (joined.items, joined.done, joined.dead, joined.planned) == (13, 13, 3, True)
+        assert store.counts(lease.job_id) == {"pending": 0, "running": 0, "done": 4}
+        assert sorted(map(str, store.outputs(lease.job_id))) == sorted(map(str, outputs))
+        # In the order of the parts, whose items follow each other.
+        assert [output.rows for output in store.outputs(lease.job_id)] == [4, 3, 1, 2]
+        assert [(each.key, each.chunk.first) for each in store.dead(lease.job_id)] == [
+            ("key-5", 5), ("key-0", 8), ("key-2", 10)
+        ]  # fmt: skip
+        assert sorted(dead) == ["key-0", "key-2", "key-5"]
+        store.release(lease, "finished", manifest={"generation": 0})
+        with store.engine.connect() as connection:
+            assert set(connection.scalars(sa.select(chunks.c.job_id))) == {lease.job_id}
+
+    def test_parts_without_coordinator_are_orphans_while_their_job_goes_on(self, store: JobStore, lease: Lease) -> None:
+        store.split(lease, [{"number": 1}, {"number": 2}], {"out": "x"})
+        one, two = (_acquired(store, part.id) for part in store.parts(lease.job_id))
+        expire(store, one.job_id)
+        assert [each.id for each in store.orphaned()] == [one.job_id]
+        expire(store, lease.job_id)
+        assert {each.id for each in store.orphaned()} == {one.job_id, lease.job_id}
+        store.release(lease, "interrupted")
+        assert store.orphaned() == []
+        store.confirm(two)
+
+    def test_a_split_job_is_deleted_with_its_parts(
+        self, store: JobStore, lease: Lease, create: Callable[..., JobRecord]
+    ) -> None:
+        other = create("other", place="/elsewhere").id
+        store.split(lease, [{"number": 1}], {"out": "x"})
+        part = _acquired(store, store.parts(lease.job_id)[0].id)
+        _, taken = store.commit(part, planned=[chunk(0, 4)], complete=True, take=1)
+        store.commit(part, done=[done(taken[0], 1)])
+        store.delete(lease.job_id)
+        assert [each.id for each in store.newest()] == [other]
+        assert everything(store)[1:] == [[]] * len(everything(store)[1:])
+        with pytest.raises(OwnershipLostError):
+            store.commit(part, complete=True)
 
 
 def _age(store: JobStore, *ids: str) -> None:

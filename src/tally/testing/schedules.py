@@ -130,7 +130,7 @@ class ScheduleStoreContract:
     def test_a_schedule_at_work_is_not_removed(self, store: ScheduleStore) -> None:
         plan(store, add(store), hours(0, 1))
         run = claim(store)
-        store.assign(run.id, token(run), "abc")
+        store.assign(run.id, token(run), job_id="abc")
         with pytest.raises(JobStateError, match="is running its interval of 2026-01-01 01:00 CET") as refused:
             store.remove("hourly")
         assert "tally jobs cancel abc" in str(refused.value)
@@ -254,7 +254,7 @@ class ScheduleStoreContract:
     def test_a_run_whose_lease_ran_out_is_taken_over(self, store: ScheduleStore) -> None:
         plan(store, add(store), hours(0, 2))
         first = claim(store)
-        store.assign(first.id, token(first), "job")
+        store.assign(first.id, token(first), job_id="job")
         expire(store, first)
         second = claim(store)
         assert (second.id, second.attempts, second.job_id) == (first.id, 2, "job")
@@ -275,7 +275,7 @@ class ScheduleStoreContract:
         for change in (
             lambda: store.begin(first.id, token(first)),
             lambda: store.renew(first.id, token(first)),
-            lambda: store.assign(first.id, token(first), "other"),
+            lambda: store.assign(first.id, token(first), job_id="other"),
             lambda: store.finish(first.id, token(first)),
             lambda: store.fail(first.id, token(first), "no"),
             lambda: store.put_back(first.id, token(first), counted=False),

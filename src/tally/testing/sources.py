@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from tally.errors import SourceNotFoundError
 from tally.scorers.base import Item, Scorer
 from tally.sources.base import Chunk, ChunkLimit, Source, Timings
+from tally.sources.selection import Selection
 
 
 class Recorder(Scorer):
@@ -82,7 +84,7 @@ class SourceContract:
     def test_it_says_what_it_is(self, source: Source, input: Any) -> None:  # noqa: A002
         assert input in source.accepts
         assert source.unit in ("items", "frames", "rows")
-        assert source.media in (None, "image", "video", "table")
+        assert source.media in (None, "image", "video", "table", "archive")
         assert source.bounded
 
     def test_acknowledging_and_closing_change_nothing(self, source: Source, keys: list[str]) -> None:
@@ -174,6 +176,40 @@ class SourceContract:
         assert list(source.keys(part)) == keys[1:4]
         assert [key for batch in source.read(part, scorer, Timings()) for key in listed(batch.keys)] == keys[1:4]
         assert list(source.keys(source.slice(part, 1, 2))) == keys[2:3]
+
+    def test_chosen_items_are_chunks(self, source: Source, chunk: Chunk, scorer: Recorder) -> None:
+        keys = list(source.keys(chunk))
+        parts = source.choose(chunk, [0, 2, 3])
+        assert [key for part in parts for key in source.keys(part)] == [keys[0], *keys[2:4]]
+        assert sum(part.count for part in parts) == 3
+        assert {part.cursor for part in parts} == {chunk.cursor}
+        parts = [Chunk(part.first, part.count, json.loads(json.dumps(part.payload)), part.cursor) for part in parts]
+        batches = [batch for part in parts for batch in source.read(part, scorer, Timings())]
+        assert [key for batch in batches for key in listed(batch.keys)] == [keys[0], *keys[2:4]]
+
+    @pytest.mark.parametrize("selection", [Selection(sample=3), Selection(shard=(2, 2)), Selection(3, 0.9, (1, 2))])
+    def test_a_part_is_the_same_in_any_chunks(self, source: Source, keys: list[str], selection: Selection) -> None:
+        def planned(items: int, after: Chunk | None = None) -> list[Chunk]:
+            cursor, first = (None, 0) if after is None else (after.cursor, after.first + after.count)
+            return list(selection.plan(source, cursor, first, lambda: ChunkLimit(items, 1 << 40)))
+
+        def named(chunks: Sequence[Chunk]) -> list[str]:
+            return [key for chunk in chunks for key in source.keys(chunk)]
+
+        try:
+            whole = named(planned(1000))
+        except SourceNotFoundError:
+            return
+        assert whole == [key for key in keys if key in set(whole)]
+        assert selection.limit is None or len(whole) <= selection.limit
+        assert selection.sample != 3 or len(whole) == 3
+        for items in (1, 2):
+            chunks = planned(items)
+            assert named(chunks) == whole
+            assert all(chunk.count <= items for chunk in chunks)
+            for at, chunk in enumerate(chunks):
+                assert chunk.first == sum(each.count for each in chunks[:at])
+                assert named(planned(3, chunk)) == named(chunks[at + 1 :])
 
     def test_keys_are_a_sequence(self, source: Source, chunk: Chunk) -> None:
         keys = source.keys(chunk)

@@ -43,6 +43,18 @@ def setup(*args: Any) -> State:
     return State(args, os.getpid())
 
 
+def setup_anew(*args: Any) -> State:
+    """A worker that can be set up any number of times, but not with ``refuse`` if it was before. Its arguments are
+    those of all times, the last first."""
+    if "refuse" in args and _set_up:
+        raise ValueError("not once more")
+    _set_up.append(args)
+    return setup(*reversed(_set_up))
+
+
+_set_up: list[tuple[Any, ...]] = []
+
+
 def setup_with_farewell(path: str) -> State:
     """Leave a file at ``path`` when the worker ends in order."""
     Finalize(None, Path(path).touch, exitpriority=1)
@@ -95,6 +107,15 @@ def checksum(state: State, data: bytes) -> tuple[int, int]:
     return len(data), zlib.crc32(data)
 
 
+def hold(state: State, mib: int) -> int:
+    """Keep so much memory for as long as the worker lives; returns its process id."""
+    _held.append(b"\x5a" * (mib << 20))
+    return os.getpid()
+
+
+_held: list[bytes] = []
+
+
 def say(state: State, word: str) -> None:
     """From Python, which may hold it back, and from below it."""
     print(f"{word} printed")
@@ -124,6 +145,12 @@ def start_children(state: State, address: tuple[str, int], mib: int = 0) -> int:
     subprocess.Popen([sys.executable, "-c", f"held = b'1' * ({mib} << 20); {meet}"])
     subprocess.run([sys.executable, "-c", away], check=True)
     return wait_at(state, address)
+
+
+def leave_a_child(state: State) -> str:
+    """Start a process that ends only if it is ended; returns this process's id and its."""
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    return f"{os.getpid()} {child.pid}"
 
 
 # Reporting and stopping -----------------------------------------------------------------------------

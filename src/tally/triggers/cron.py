@@ -25,6 +25,8 @@ from cronsim import CronSim, CronSimError
 from tally.errors import SpecError
 from tally.text import did_you_mean
 
+GRACE_SECONDS = 60.0
+"""A tick that is noticed later than this was missed: catch-up decides about it."""
 _DAY = 86_400
 _SPANS = (_DAY, 8 * _DAY, 70 * _DAY, 1500 * _DAY, 30_000 * _DAY)
 """Seconds in which to look for a neighbouring tick, in turn. 29 February on a Monday comes every 28 or 40 years."""

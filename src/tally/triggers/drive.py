@@ -1,22 +1,20 @@
 """One run of a schedule, in a process of its own: ``python -m tally.triggers.drive RUN TOKEN``.
 
-It starts the interval's job, or finds the one that an earlier process started, sees it through, and notes its outcome.
+It starts what the interval is for, or finds what an earlier process started, sees it through, and notes its outcome.
 It has the run's lease itself, so it continues if the loop that started it is killed. It waits while the database is
-away.
+away. Here, and in its children, models are opened and users' code runs; never in the loop's process.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from contextlib import suppress
 from functools import partial
 
+from tally import garbage
 from tally.database.renewer import LeaseRenewer
 from tally.database.waiting import Patience
 from tally.errors import (
-    JobExistsError,
-    JobNotFoundError,
     ModelChangedError,
     ModelNotFoundError,
     OwnershipLostError,
@@ -27,14 +25,10 @@ from tally.errors import (
     error_line,
 )
 from tally.jobs.facade import Jobs
-from tally.jobs.prestart import prestarted
-from tally.jobs.signals import stop_on_signals
-from tally.jobs.spec import JobSpec
-from tally.jobs.stop import Stop
-from tally.jobs.store import JobRecord
 from tally.logs import log_to_stderr
 from tally.triggers.store import LEASE_SECONDS, Run, ScheduleStore
 from tally.triggers.template import fill
+from tally.triggers.works.base import Ended, Taken
 
 log = logging.getLogger("tally")
 
@@ -47,10 +41,10 @@ def drive(jobs: Jobs, run_id: int, token: str) -> Run:
     store, patiently = ScheduleStore(jobs.store.engine), Patience(what="the run")
     run = patiently(lambda: store.begin(run_id, token))
     renew = partial(store.renew, run_id, token)
-    # If the lease is lost, the job continues here, and the process that has the run by then follows it.
+    # If the lease is lost, the work continues here, and the process that has the run by then follows it.
     with LeaseRenewer(renew, every=LEASE_SECONDS / 6, what=f"run {run_id}", patience=patiently):
         try:
-            state = _see_through(jobs, store, run, token, patiently)
+            ended = _see_through(jobs, store, run, token, patiently)
         except OwnershipLostError:
             raise
         except SourceNotFoundError as error:
@@ -63,48 +57,28 @@ def drive(jobs: Jobs, run_id: int, token: str) -> Run:
             for_good = isinstance(error, _FOR_GOOD)
             patiently(lambda: store.fail(run_id, token, text, for_good=for_good))
         else:
-            if state == "finished":
-                patiently(lambda: store.finish(run_id, token))
-            elif state == "cancelled":
+            if ended.state == "finished":
+                patiently(lambda: store.finish(run_id, token, outcome=ended.outcome))
+            elif ended.state == "failed":
+                patiently(lambda: store.fail(run_id, token, str(ended.outcome), for_good=True))
+            elif ended.state == "cancelled":
                 patiently(lambda: store.fail(run_id, token, "its job was cancelled", for_good=True))
             else:
                 patiently(lambda: store.put_back(run_id, token, counted=False))
     return patiently(lambda: store.run(run_id))
 
 
-def _see_through(jobs: Jobs, store: ScheduleStore, run: Run, token: str, patiently: Patience) -> str:
-    """Drive the run's job, or follow it while another process drives it; returns the state that it ends in."""
-    spec = patiently(lambda: _spec(jobs, store, run))
-    stop = Stop()
-    with prestarted(spec) as engine, stop_on_signals(stop):
-        record = patiently(lambda: _job(jobs, store, run, spec, token))
-        return jobs.see_through(record.id, engine=engine, stop=stop).state
-
-
-def _spec(jobs: Jobs, store: ScheduleStore, run: Run) -> JobSpec:
-    """That of the job which the run has; of a new run, what the schedule says now."""
-    if run.job_id is not None:
-        with suppress(JobNotFoundError):
-            return JobSpec(**jobs.get(run.job_id).spec)
-    schedule = store.get(run.schedule)
-    return fill(schedule.template, run.interval, schedule.clock())
-
-
-def _job(jobs: Jobs, store: ScheduleStore, run: Run, spec: JobSpec, token: str) -> JobRecord:
-    """The job of the interval: the one that this run started, an earlier one with the same spec, or a new one."""
-    if run.job_id is not None:
-        with suppress(JobNotFoundError):
-            return jobs.get(run.job_id)
-    try:
-        record = jobs.submit(spec, resume=True, overwrite=run.again)
-    except JobExistsError as error:
-        record = jobs.get(error.job_id)
-    except SourceNotFoundError as error:
-        if spec.alerts:
-            store.assign(run.id, token, jobs.submit_failed(spec, error).id)
-        raise
-    store.assign(run.id, token, record.id)
-    return record
+def _see_through(jobs: Jobs, store: ScheduleStore, run: Run, token: str, patiently: Patience) -> Ended:
+    """Do what the schedule says for the run's interval, or what is left of it."""
+    schedule = patiently(lambda: store.get(run.schedule))
+    clock = schedule.clock()
+    work = fill(schedule.template, run.interval, clock)
+    taken = Taken(
+        run=run, span=clock.span(run.interval), jobs=jobs, assign=partial(store.assign, run.id, token),
+        note=partial(store.note, run.id, token),
+        patiently=patiently,
+    )  # fmt: skip
+    return work.see_through(taken)
 
 
 def main() -> int:
@@ -121,4 +95,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    garbage.leave(main())

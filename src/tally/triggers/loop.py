@@ -17,15 +17,13 @@ from tally.config import settings
 from tally.database.waiting import Patience
 from tally.errors import DatabaseAwayError, OwnershipLostError, SpecError
 from tally.jobs.children import Children
-from tally.triggers.cron import Cron, Interval
+from tally.triggers.cron import GRACE_SECONDS, Cron, Interval
 from tally.triggers.store import Run, Schedule, ScheduleStore
 
 log = logging.getLogger("tally")
 
 LOOK_SECONDS = 2.0
 """Seconds between two looks at what other processes have changed."""
-GRACE_SECONDS = 60.0
-"""A tick that is noticed later than this was missed: catch-up decides about it."""
 _MISSED_SHOWN = 1000
 """Missed intervals, at most, that are noted at a time."""
 
@@ -67,7 +65,7 @@ class Loop:
         return self._stops > 0
 
     def stop(self) -> None:
-        """Start no more runs; running jobs save what they have. Called twice, it kills them."""
+        """Start no more runs; what runs saves what it has. Called twice, it kills them."""
         self._stops += 1
         self._wake.set()
 
@@ -165,10 +163,10 @@ class Loop:
                 run = self._store.run(child.id)
                 self.failed += run.state == "failed"
                 what = self._clock(self._store.get(run.schedule)).span(run.interval)
-                job = f" (job {run.job_id})" if run.job_id else ""
+                job = f" ({run.by})" if run.by else ""
                 ended = {"pending": "continues later", "running": "continues in another process"}
                 line = f"{run.schedule}: {what} {ended.get(run.state, run.state)}{job}"
-                self._say(f"{line}: {run.error}" if run.error else line)
+                self._say(f"{line}: {more}" if (more := run.error or run.outcome) else line)
             self._children.forget(child)  # last: if the database is away, the next turn tries again
 
     def _end(self) -> None:

@@ -21,11 +21,10 @@ from tally.database.clock import now
 from tally.database.tables import schedule_runs as runs
 from tally.database.tables import schedules
 from tally.errors import JobStateError, OwnershipLostError, SpecError, TriggerNotFoundError
-from tally.jobs.spec import JobSpec
-from tally.models.resolve import check_there
 from tally.text import did_you_mean, storable
 from tally.triggers import template
 from tally.triggers.cron import Cron, Interval
+from tally.triggers.works.base import Work
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What a schedule may be called."""
@@ -43,8 +42,8 @@ _LANES = ("cron", "backfill")
 """Backfills and scheduled runs do not wait for each other."""
 _ROWS = 500
 _RESET: dict[str, Any] = {
-    "state": "pending", "job_id": None, "attempts": 0, "failures": 0, "error": None, "next_at": None,
-    "started_at": None, "finished_at": None,
+    "state": "pending", "job_id": None, "training_id": None, "sweep_id": None, "pipeline_id": None, "outcome": None,
+    "attempts": 0, "failures": 0, "error": None, "next_at": None, "started_at": None, "finished_at": None,
 }  # fmt: skip
 """The columns of a run that is to start over, because a user asked for it."""
 
@@ -74,6 +73,8 @@ class Run:
     """One interval of a schedule, and its state. Times are seconds since the epoch.
 
     reason: cron (on time), catch-up or backfill. again: it overwrites the results of an earlier run.
+    job_id, training_id, sweep_id, pipeline_id: what does it: a job, a training's run (see ``tally runs``), a sweep or a
+    run of a pipeline. outcome: what came of it, or how it stands, in a sentence; not of a job.
     attempts: how often it was started; failures: how often it ended with an error.
     token: of the lease, if the run has just been claimed; None otherwise.
     """
@@ -86,9 +87,13 @@ class Run:
     reason: str
     again: bool
     job_id: str | None
+    training_id: str | None
+    sweep_id: str | None
+    pipeline_id: str | None
     attempts: int
     failures: int
     error: str | None
+    outcome: str | None
     created_at: float
     next_at: float | None
     started_at: float | None
@@ -98,6 +103,13 @@ class Run:
     @property
     def interval(self) -> Interval:
         return Interval(self.interval_start, self.interval_end)
+
+    @property
+    def by(self) -> str | None:
+        """What does it, in words: ``job ID``, ``run ID``, ``sweep ID`` or ``pipeline ID``."""
+        known = (("job", self.job_id), ("run", self.training_id), ("sweep", self.sweep_id),
+                 ("pipeline", self.pipeline_id))  # fmt: skip
+        return next((f"{what} {each}" for what, each in known if each), None)
 
 
 class ScheduleStore:
@@ -202,18 +214,19 @@ class ScheduleStore:
         read: Callable[[], Mapping[str, Any]],
         *,
         file: str,
-        cron: str,
-        timezone: str,
-        overlap: str,
-        catch_up: str,
+        cron: str | None = None,
+        timezone: str | None = None,
+        overlap: str | None = None,
+        catch_up: str | None = None,
         since: str | None = None,
         replace: bool = False,
-        allow: Callable[[JobSpec], None] = lambda spec: None,
+        allow: Callable[[Work], None] = lambda work: None,
     ) -> Schedule:
         """As :meth:`add`, from what a user wrote. Raises SpecError with every problem, ModelNotFoundError.
 
-        read: returns the fields of the job file. since: a time on the zone's clock. allow: raises SpecError for a job,
-        that of the next interval, which this user may not start.
+        read: returns the fields of the file. What is None is what the file says itself, if it does; otherwise it is
+        UTC, ``queue`` and ``all``. since: a time on the zone's clock. allow: raises SpecError for what is done in the
+        next interval, where this user may not have it done.
         """
         problems: list[str] = []
         hints: list[str | None] = []
@@ -227,25 +240,36 @@ class ScheduleStore:
                 hints.append(error.hint)
 
         clock, begin, fields, at = None, None, None, self.clock()
+        asked = {"cron": cron, "timezone": timezone, "overlap": overlap, "catch_up": catch_up}
+        when: dict[str, Any] = {name: each for name, each in asked.items() if each is not None}
         if not NAME.fullmatch(name):
             problems.append(f"name: {name!r} is not made of letters, digits, '.', '_' and '-'")
         with collected():
-            clock = Cron(cron, timezone)
-            begin = clock.after(clock.moment(since, "--from") - 1) if since else None
-        with collected():
             fields = read()
+        with collected():
+            if fields is not None:
+                when = {**template.timing(fields, when), **when}
+            if "cron" not in when:
+                raise SpecError("cron: is needed: '0 * * * *' is every full hour")
+            clock = Cron(when["cron"], when.get("timezone", "UTC"))
+            begin = clock.after(clock.moment(since, "--from") - 1) if since else None
         if fields is not None:
             problems += template.check(fields, clock, at)
+        work = None
         if clock is not None and fields is not None and not problems:
             with collected():
-                allow(template.fill(fields, clock.next(at, 1)[0], clock))
-        if problems or clock is None or fields is None:
+                work = template.fill(fields, clock.next(at, 1)[0], clock)
+                allow(work)
+        if problems or clock is None or fields is None or work is None:
             raise SpecError(problems, hint="\n  ".join(hint for hint in hints if hint) or None)
-        check_there(str(fields["model"]))
-        return self.add(
-            name, template=fields, file=file, cron=clock, overlap=overlap, catch_up=catch_up, since=begin,
-            replace=replace,
+        if work.job is not None or template.is_the_same(fields):
+            work.check_there()
+        work.check_named()
+        added = self.add(
+            name, template=fields, file=file, cron=clock, overlap=when.get("overlap", "queue"),
+            catch_up=when.get("catch_up", "all"), since=begin, replace=replace,
         )  # fmt: skip
+        return self.pause(added.name, when["paused"]) if "paused" in when else added
 
     def pause(self, name: str, paused: bool) -> Schedule:
         """Start no more runs, or start them again; what is running continues."""
@@ -254,7 +278,7 @@ class ScheduleStore:
         return self.get(name)
 
     def remove(self, name: str) -> None:
-        """Delete the schedule and its runs; jobs and results stay. Raises JobStateError while one is running."""
+        """Delete the schedule and its runs; jobs, trainings and results stay. Raises JobStateError while one runs."""
         schedule = self.get(name)
         with self.engine.begin() as connection:
             self._lock(connection, name)
@@ -263,9 +287,10 @@ class ScheduleStore:
             )
             for row in rows.mappings():
                 if lease.is_held(row):
+                    cancel = f"Stop it first: tally jobs cancel {row['job_id']}" if row["job_id"] else None
                     raise JobStateError(
                         f"schedule {name!r} is running its interval of {schedule.clock().text(row['interval_start'])}",
-                        hint=f"Stop it first: tally jobs cancel {row['job_id']}" if row["job_id"] else None,
+                        hint=cancel or "Wait for its end, or stop what runs schedules first.",
                     )
             connection.execute(sa.delete(runs).where(runs.c.schedule == name))
             connection.execute(sa.delete(schedules).where(schedules.c.name == name))
@@ -397,13 +422,27 @@ class ScheduleStore:
         """Extend the lease. Raises OwnershipLostError."""
         self._change(run_id, token, **lease.granted(token, LEASE_SECONDS))
 
-    def assign(self, run_id: int, token: str, job_id: str) -> None:
-        """Note which job does the run. Raises OwnershipLostError."""
-        self._change(run_id, token, job_id=job_id)
+    def assign(
+        self,
+        run_id: int,
+        token: str,
+        *,
+        job_id: str | None = None,
+        training_id: str | None = None,
+        sweep_id: str | None = None,
+        pipeline_id: str | None = None,
+    ) -> None:
+        """Note what does the run: a job, a training's run, a sweep, a pipeline. Raises OwnershipLostError."""
+        self._change(run_id, token, job_id=job_id, training_id=training_id, sweep_id=sweep_id, pipeline_id=pipeline_id)
 
-    def finish(self, run_id: int, token: str) -> None:
+    def note(self, run_id: int, token: str, outcome: str | None) -> None:
+        """Say how the run stands, in a sentence. Raises OwnershipLostError."""
+        self._change(run_id, token, outcome=None if outcome is None else storable(outcome))
+
+    def finish(self, run_id: int, token: str, *, outcome: str | None = None) -> None:
         """The interval is done. Raises OwnershipLostError."""
-        self._change(run_id, token, **_free("finished"), error=None, finished_at=now())
+        outcome = None if outcome is None else storable(outcome)
+        self._change(run_id, token, **_free("finished"), error=None, outcome=outcome, finished_at=now())
 
     def leave_empty(self, run_id: int, token: str, why: str) -> None:
         """The interval is done: there was nothing to score in it. Raises OwnershipLostError."""

@@ -1,27 +1,30 @@
-"""The job of a schedule: a job file with placeholders for the interval of each run.
+"""What a schedule does: the file of a job, a training, a pipeline or a clean-up, with placeholders for each interval.
 
 ``{interval_start}`` and ``{interval_end}`` are the interval's times on the clock of the schedule's zone; with ``_utc``
 appended, on UTC's. They are written in ISO 8601 with the offset, or in a format of ``strftime``:
-``{interval_start:%Y/%m/%d}``. Other braces mean nothing here: ``{Device}`` belongs to the job.
+``{interval_start:%Y/%m/%d}``. Other braces mean nothing here: ``{Device}`` belongs to a job.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC
+from pathlib import Path
 from typing import Any
 
 from tally.errors import SpecError
-from tally.jobs.spec import JobSpec, make, settled
-from tally.jobs.spec import read as read_spec
-from tally.masking import has_secret, mask
+from tally.jobs.spec import load
 from tally.text import did_you_mean
 from tally.triggers.cron import Cron, Interval
+from tally.triggers.works.base import Work
+from tally.triggers.works.kinds import kind_of
 
 NAMES = ("interval_start", "interval_end", "interval_start_utc", "interval_end_utc")
 
 _PLACEHOLDER = re.compile(r"\{(interval\w*)(?::([^{}]*))?\}")
+_ARGO = re.compile(r"""^(?:\s*\{)?\s*["']?apiVersion["']?\s*:\s*["']?argoproj\.io/""", re.MULTILINE)
+_MOST_LOOKED_AT = 1 << 20
 _DAY = 86_400
 _DISTANCES = (0, 0.5, 1, 7, 28, 29, 30, 31, 365, 366)
 """Days after which a format that omits something, such as the year, repeats itself."""
@@ -29,50 +32,83 @@ _NEIGHBOURS = 50
 
 
 def read(path: str) -> dict[str, Any]:
-    """The fields of a job file, with absolute paths, as the file may go away. Raises SpecError or StorageError."""
+    """The fields of a file, with absolute paths, as the file may go away. Raises SpecError or StorageError."""
     try:
-        return settled(read_spec(path))
+        fields = {"pipeline": Path(path).name} if _is_argo(path) else load(path, "file")
+        return settled(fields, Path(path).resolve().parent)
     except SpecError as error:
         if "{'interval" in error.message:
             error.hint = "In YAML a value that begins with a brace needs quotes: '{interval_start}'"
         raise
 
 
-def fill(fields: Mapping[str, Any], interval: Interval, cron: Cron) -> JobSpec:
-    """The job for this interval. Raises SpecError with every problem."""
-    return make(**{name: _fill(value, interval, cron) for name, value in fields.items()})
+def settled(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The fields of a file in this folder as they are kept. Raises SpecError."""
+    return kind_of(fields).read(fields, folder)
+
+
+def timing(fields: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """What the file itself says of when it is run, but for what is given otherwise. Raises SpecError."""
+    return kind_of(fields).timing(fields, given)
+
+
+def fill(fields: Mapping[str, Any], interval: Interval, cron: Cron) -> Work:
+    """What is to be done for this interval. Raises SpecError with every problem."""
+    kind = kind_of(fields)
+    return kind.make(
+        {name: value if name in kind.verbatim else _fill(value, interval, cron) for name, value in fields.items()}
+    )
+
+
+def is_the_same(fields: Mapping[str, Any]) -> bool:
+    """Whether all intervals' are: no placeholder is in it."""
+    return not any(True for _ in _placeholders(_open(fields)))
+
+
+def _open(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields in which placeholders may stand."""
+    return {name: value for name, value in fields.items() if name not in kind_of(fields).verbatim}
+
+
+def _is_argo(path: str) -> bool:
+    """Whether a file holds documents of Argo's."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _ARGO.search(file.read(_MOST_LOOKED_AT)) is not None
+    except (OSError, UnicodeDecodeError):
+        return False  # which who reads it tells
 
 
 def check(fields: Mapping[str, Any], cron: Cron | None, moment: float) -> list[str]:
     """Every problem of runs after ``moment`` that can be found without running one.
 
-    cron: None where it is not known; then only the placeholders are checked.
+    cron: None where it is not known; then it is not checked whether intervals are told apart.
     """
     problems = [
         f"{field}: there is no placeholder {name!r}{did_you_mean(name, NAMES)}"
-        for field, name in _placeholders(fields)
+        for field, name in _placeholders(_open(fields))
         if name not in NAMES
     ]
-    if has_secret(model := str(fields.get("model", ""))):
-        problems.append(
-            f"model: {mask(model)} carries credentials, which would be kept with the schedule; register the model "
-            "(tally models add NAME URL), and name it: models:/NAME"
-        )
-    if problems or cron is None:
-        return problems
-    sample, *others = _sample(cron, moment)
+    kind = kind_of(fields)
+    problems += kind.refusals(fields)
+    clock = cron or Cron("0 * * * *", "UTC")
+    sample, *others = _sample(clock, moment)
     try:
-        fill(fields, sample, cron)
-        places = {_fill(fields["out"], sample, cron): sample}
+        fill(fields, sample, clock)
     except SpecError as error:
-        return error.problems
-    if not any(field == "out" for field, _ in _placeholders(fields)):
+        problems += error.problems
+    if problems or cron is None or (name := kind.distinct) is None:
+        return problems
+    if not any(field == name for field, _ in _placeholders(fields)):
         needs = "put {interval_start} into it, for example as {interval_start:%Y-%m-%dT%H%M}"
-        return [f"out: names no interval ({fields['out']}): each run would write where the one before it did; {needs}"]
+        return [
+            f"{name}: names no interval ({fields[name]}): each run would write where the one before it did; {needs}"
+        ]
+    places = {_fill(fields[name], sample, cron): sample}
     for interval in others:
-        place = _fill(fields["out"], interval, cron)
+        place = _fill(fields[name], interval, cron)
         if (earlier := places.setdefault(place, interval)) != interval:
-            return [f"out: two intervals would write to {place}: {_clash(earlier, interval, cron)}"]
+            return [f"{name}: two intervals would write to {place}: {_clash(earlier, interval, cron)}"]
     return []
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from tally.alerts.evaluation import unpaired
 from tally.database.clock import now
 from tally.database.tables import jobs, watch_objects, watches
 from tally.errors import (
@@ -127,7 +128,7 @@ def check(fields: Mapping[str, Any]) -> list[str]:
         problems.append(f"out: names no object ({fields.get('out')}): put {{name}} or {{stem}} into it")
     if not problems and list(fields.get("source", ())) != [_URL]:
         problems.append("source: should be '{url}', the object that has come")
-    return problems
+    return problems + unpaired(fields)
 
 
 def fill(fields: Mapping[str, Any], root: str, name: str) -> JobSpec:

@@ -10,11 +10,12 @@ import tally
 
 class SlowRows(tally.Scorer):
     input = "table"
-    features = ("Value",)
 
-    def __init__(self):
+    def __init__(self, feature="Value"):
+        self.features = (feature,)
         self.columns = {"double": "float64"}
 
     def score(self, batch):
         time.sleep(float(os.environ.get("PACE", "0")))
-        return batch.select(["Value"]).set_column(0, "double", pc.multiply(batch["Value"], 2.0))
+        [feature] = self.features
+        return batch.select([feature]).set_column(0, "double", pc.multiply(batch[feature], 2.0))

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from tally.deploy.kubernetes.cluster import Cluster, ForbiddenError, Object
 from tally.deploy.kubernetes.manifests import Manifest
 from tally.deploy.kubernetes.spec import KubernetesSpec
 from tally.deploy.quantities import amount, shown_bytes
+from tally.kubernetes import Cluster, ForbiddenError, Object
 from tally.serving.settings import KEYS
 
 LEAST_CORES = 12
@@ -40,8 +40,8 @@ def secret_problems(cluster: Cluster, spec: KubernetesSpec) -> Iterator[str]:
 
 def room_problems(cluster: Cluster, spec: KubernetesSpec) -> Iterator[str]:
     """Why the cluster is too small for production. Raises ForbiddenError where its nodes may not be seen."""
-    nodes = [node for node in cluster.list("Node") if _takes_pods(node)]
-    have = [_amounts(node.get("status", {}).get("allocatable", {})) for node in nodes]
+    nodes = [node for node in cluster.list("Node") if takes_pods(node)]
+    have = [amounts(node.get("status", {}).get("allocatable", {})) for node in nodes]
     one = _one(spec)
     least, _ = spec.bounds
     cores = _sum(have, "cpu")
@@ -53,10 +53,10 @@ def room_problems(cluster: Cluster, spec: KubernetesSpec) -> Iterator[str]:
     for resource, needed in one.items():
         total = _sum(have, resource)
         if total < needed * least:
-            all_need = _shown(resource, needed * least)
-            yield f"{least} replicas need {all_need}, and the cluster has {_shown(resource, total)}"
+            all_need = shown(resource, needed * least)
+            yield f"{least} replicas need {all_need}, and the cluster has {shown(resource, total)}"
         elif not any(node.get(resource, 0) >= needed for node in have):
-            yield f"a replica needs {_shown(resource, needed)}, and no node has so much"
+            yield f"a replica needs {shown(resource, needed)}, and no node has so much"
 
 
 def quota_problems(cluster: Cluster, spec: KubernetesSpec, live: Object | None) -> Iterator[str]:
@@ -81,8 +81,8 @@ def quota_problems(cluster: Cluster, spec: KubernetesSpec, live: Object | None) 
     except ForbiddenError:
         return  # the rollout tells
     for quota in quotas:
-        hard = _amounts(quota.get("status", {}).get("hard") or quota.get("spec", {}).get("hard") or {})
-        used = _amounts(quota.get("status", {}).get("used") or {})
+        hard = amounts(quota.get("status", {}).get("hard") or quota.get("spec", {}).get("hard") or {})
+        used = amounts(quota.get("status", {}).get("used") or {})
         name = quota["metadata"]["name"]
         if "limits.cpu" in hard:
             yield (
@@ -95,8 +95,8 @@ def quota_problems(cluster: Cluster, spec: KubernetesSpec, live: Object | None) 
             free = hard[resource] - used.get(resource, Decimal(0)) + used_by_it.get(resource, Decimal(0))
             if each * (least + 1) > free:
                 yield (
-                    f"the quota {name} has {_shown(resource, max(free, Decimal(0)))} of {resource} left, and {least} "
-                    f"replicas, with one more during an update, need {_shown(resource, each * (least + 1))}"
+                    f"the quota {name} has {shown(resource, max(free, Decimal(0)))} of {resource} left, and {least} "
+                    f"replicas, with one more during an update, need {shown(resource, each * (least + 1))}"
                 )
 
 
@@ -114,17 +114,17 @@ def _used_by(live: Manifest | None) -> dict[str, Decimal]:
     found = {"pods": count}
     for each in live["spec"]["template"]["spec"]["containers"]:
         resources = each.get("resources", {})
-        for resource, value in _amounts(resources.get("requests") or {}).items():
+        for resource, value in amounts(resources.get("requests") or {}).items():
             for name in (resource, f"requests.{resource}"):
                 found[name] = found.get(name, Decimal(0)) + value * count
-        for resource, value in _amounts(resources.get("limits") or {}).items():
+        for resource, value in amounts(resources.get("limits") or {}).items():
             name = f"limits.{resource}"
             found[name] = found.get(name, Decimal(0)) + value * count
     return found
 
 
-def _takes_pods(node: Object) -> bool:
-    """Whether the scheduler gives a node pods that say nothing of where they are to run."""
+def takes_pods(node: Object, *, tolerated: Sequence[str] = ()) -> bool:
+    """Whether the scheduler gives a node pods that say nothing of where they are to run, and tolerate these taints."""
     spec = node.get("spec", {})
     taints: Sequence[Mapping[str, Any]] = spec.get("taints") or ()
     ready = any(
@@ -132,11 +132,12 @@ def _takes_pods(node: Object) -> bool:
         for each in node.get("status", {}).get("conditions", ())
     )
     # Nodes with GPUs often have a taint of that name, which the cluster's admission lets pods with GPUs tolerate.
-    kept = [each for each in taints if each.get("effect") != "PreferNoSchedule" and each.get("key") != "nvidia.com/gpu"]
+    mild = ("nvidia.com/gpu", *tolerated)
+    kept = [each for each in taints if each.get("effect") != "PreferNoSchedule" and each.get("key") not in mild]
     return ready and not spec.get("unschedulable") and not kept
 
 
-def _amounts(given: Mapping[str, Any]) -> dict[str, Decimal]:
+def amounts(given: Mapping[str, Any]) -> dict[str, Decimal]:
     found = {}
     for resource, text in given.items():
         try:
@@ -150,7 +151,7 @@ def _sum(amounts: Sequence[Mapping[str, Decimal]], resource: str) -> Decimal:
     return sum((each.get(resource, Decimal(0)) for each in amounts), Decimal(0))
 
 
-def _shown(resource: str, value: Decimal) -> str:
+def shown(resource: str, value: Decimal) -> str:
     if resource.endswith("memory"):
         return shown_bytes(value)
     if resource.endswith("cpu"):

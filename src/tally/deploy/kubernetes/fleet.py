@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from tally.deploy.base import Fleet, Status
 from tally.deploy.kubernetes import rollout
-from tally.deploy.kubernetes.cluster import Cluster, Object
 from tally.deploy.kubernetes.manifests import LABELS, MANAGED, MODEL, PROFILE, VERSION, is_ours, selector
 from tally.errors import DeployError
+from tally.kubernetes import Cluster, Object
 from tally.text import did_you_mean
 
 _MADE = (

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tally.config import SECRETS
 from tally.deploy import container
 from tally.deploy.kubernetes.spec import KubernetesSpec
 from tally.deploy.shipping import Shipped
@@ -23,6 +24,8 @@ USER = 10001
 WORK = "/work"
 """The working directory: the only place besides /tmp that can be written to."""
 TMP = "/tmp"  # noqa: S108
+KEYS_PLACE = "/run/secrets/tally"
+"""Where the clients' keys are, as a file."""
 SETTLE = 5
 """Seconds in which a pod that is to end still takes connections, until all that send some know it."""
 GRACE = 10
@@ -111,7 +114,15 @@ def _pod(spec: KubernetesSpec, shipped: Shipped) -> Manifest:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [_container(spec, shipped)],
-        "volumes": [{"name": "work", "emptyDir": {}}, {"name": "tmp", "emptyDir": {}}],
+        "volumes": [
+            {"name": "work", "emptyDir": {}},
+            {"name": "tmp", "emptyDir": {}},
+            # As a file, not a variable: keys that are changed count without a restart.
+            {
+                "name": "keys",
+                "secret": {"secretName": spec.keys_from, "defaultMode": 0o440, "items": [{"key": KEYS, "path": KEYS}]},
+            },
+        ],
     }
     if spec.service_account is not None:
         pod["serviceAccountName"] = spec.service_account
@@ -138,6 +149,7 @@ def _container(spec: KubernetesSpec, shipped: Shipped) -> Manifest:
         "USER": "tally",
         "TALLY_HOME": f"{WORK}/.tally",
         "TALLY_CACHE": f"{WORK}/.cache",
+        SECRETS: KEYS_PLACE,
         **spec.variables,
     }
     found: Manifest = {
@@ -145,10 +157,7 @@ def _container(spec: KubernetesSpec, shipped: Shipped) -> Manifest:
         "image": spec.container_image,
         "command": container.command(spec, shipped, port=PORT, grpc_port=None if spec.grpc_port is None else GRPC_PORT),
         "workingDir": WORK,
-        "env": [
-            *({"name": name, "value": value} for name, value in variables.items()),
-            {"name": KEYS, "valueFrom": {"secretKeyRef": {"name": spec.keys_from, "key": KEYS}}},
-        ],
+        "env": [{"name": name, "value": value} for name, value in variables.items()],
         "ports": [
             {"name": name, "containerPort": port, "protocol": "TCP"}
             for name, port in (("http", PORT), ("grpc", GRPC_PORT))
@@ -169,7 +178,11 @@ def _container(spec: KubernetesSpec, shipped: Shipped) -> Manifest:
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": [{"name": "work", "mountPath": WORK}, {"name": "tmp", "mountPath": TMP}],
+        "volumeMounts": [
+            {"name": "work", "mountPath": WORK},
+            {"name": "tmp", "mountPath": TMP},
+            {"name": "keys", "mountPath": KEYS_PLACE, "readOnly": True},
+        ],
     }
     if spec.secrets:
         found["envFrom"] = [{"secretRef": {"name": each}} for each in spec.secrets]

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tally.deploy.kubernetes.cluster import Cluster, Object
 from tally.deploy.kubernetes.manifests import selector
+from tally.kubernetes import Cluster, Object
 
 _REVISION = "deployment.kubernetes.io/revision"
 _HASH = "pod-template-hash"
@@ -62,7 +62,7 @@ def progress(cluster: Cluster, name: str, least: int) -> Progress | None:
     obstacles: list[str] = []
     pods = _newest(cluster, deployment)
     for pod in pods:
-        for final, text in _troubles(cluster, pod):
+        for final, text in troubles(cluster, pod):
             (failures if final else obstacles).append(f"{pod['metadata']['name']}: {text}")
     for each in status.get("conditions", ()):
         if each["type"] == "ReplicaFailure" and each["status"] == "True" and not pods:
@@ -103,7 +103,7 @@ def _newest(cluster: Cluster, deployment: Object) -> list[Object]:
     ]
 
 
-def _troubles(cluster: Cluster, pod: Object) -> Iterator[tuple[bool, str]]:
+def troubles(cluster: Cluster, pod: Object) -> Iterator[tuple[bool, str]]:
     """What keeps a pod from being ready, and whether that is final."""
     status: Object = pod.get("status") or {}
     for each in status.get("conditions") or ():

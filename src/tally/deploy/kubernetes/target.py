@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tally.deploy.base import Change, Plan, Say, Status, Target, dump
+from tally.deploy.base import Change, Plan, Say, Status, Target
 from tally.deploy.kubernetes.manifests import MANAGED, Manifest, is_ours, manifests, selector
 from tally.deploy.kubernetes.spec import KubernetesSpec
-from tally.errors import DeployError, SpecError
+from tally.errors import DeployError
 from tally.masking import mask
+from tally.optional import needed
 
 if TYPE_CHECKING:
-    from tally.deploy.kubernetes.cluster import Cluster
+    from tally.kubernetes import Cluster
 
 PAUSE = 1.0
 """Seconds between two looks at a rollout."""
 _OPTIONAL = ("PodDisruptionBudget", "HorizontalPodAutoscaler", "HTTPRoute", "Ingress")
 """What an endpoint had once, and may not have any more."""
-_VOLATILE = ("managedFields", "resourceVersion", "uid", "generation", "creationTimestamp", "selfLink")
-_UNTOLD = ("deployment.kubernetes.io/revision", "kubectl.kubernetes.io/last-applied-configuration")
 _NEEDS = "Kubernetes needs more than scoring does: pip install 'tally-scoring[kubernetes]'"
 
 
@@ -37,10 +34,8 @@ class KubernetesTarget(Target[KubernetesSpec]):
     @cached_property
     def cluster(self) -> Cluster:
         """Connected to when it is first used."""
-        try:
-            from tally.deploy.kubernetes.cluster import Cluster
-        except ModuleNotFoundError as error:
-            raise SpecError(f"nothing can be deployed: {error}", hint=self.needs) from None
+        with needed("deploying to Kubernetes needs", "kubernetes"):
+            from tally.kubernetes import Cluster
         return Cluster(self.spec.context, self.spec.namespace)
 
     def close(self) -> None:
@@ -70,7 +65,7 @@ class KubernetesTarget(Target[KubernetesSpec]):
 
     def wait(self, say: Say, timeout: float) -> None:
         from tally.deploy.kubernetes import rollout
-        from tally.deploy.kubernetes.cluster import AwayError
+        from tally.kubernetes import AwayError
 
         until, told = time.monotonic() + timeout, ""
         least, _ = self.spec.bounds
@@ -156,7 +151,7 @@ class KubernetesTarget(Target[KubernetesSpec]):
             raise DeployError(_listed(wrong), hint="Nothing was applied. --unchecked applies it all the same.")
 
     def _check_namespace(self) -> None:
-        from tally.deploy.kubernetes.cluster import ForbiddenError
+        from tally.kubernetes import ForbiddenError
 
         try:
             if self.cluster.get("Namespace", self.cluster.namespace) is None:
@@ -166,7 +161,7 @@ class KubernetesTarget(Target[KubernetesSpec]):
 
     def _room_problems(self) -> list[str]:
         from tally.deploy.kubernetes import checks
-        from tally.deploy.kubernetes.cluster import ForbiddenError
+        from tally.kubernetes import ForbiddenError
 
         try:
             return list(checks.room_problems(self.cluster, self.spec))
@@ -175,6 +170,8 @@ class KubernetesTarget(Target[KubernetesSpec]):
 
     def _change(self, manifest: Manifest) -> Change | None:
         """What applying a manifest would change, as the cluster itself says."""
+        from tally.deploy.kubernetes import difference
+
         live = self.cluster.get(manifest["kind"], self.spec.name)
         what = f"{manifest['kind']} {self.spec.name}"
         if live is not None and not is_ours(live):
@@ -182,23 +179,12 @@ class KubernetesTarget(Target[KubernetesSpec]):
                 f"the namespace {self.cluster.namespace} has a {what} that Tally did not make",
                 hint="Nothing was applied. Give the endpoint another name.",
             )
-        after = self._put(manifest, dry_run=True)
-        if live is None:
-            return Change("create", what)
-        lines = difflib.unified_diff(_lines(live), _lines(after), "now", "then", lineterm="", n=2)
-        told = [mask(each) for each in lines]
-        return Change("change", what, told[2:]) if told else None
+        return difference.change(what, live, self._put(manifest, dry_run=True))
 
     def _put(self, manifest: Manifest, *, dry_run: bool = False) -> Manifest:
-        from tally.deploy.kubernetes.cluster import ConflictError
+        from tally.deploy.kubernetes import difference
 
-        try:
-            return self.cluster.apply(manifest, dry_run=dry_run, force=self.spec.force)
-        except ConflictError as error:
-            # A number of replicas is given only where nobody else is to say it: no autoscaler, and no scaling by hand.
-            if set(error.fields) != {".spec.replicas"}:
-                raise
-            return self.cluster.apply(manifest, dry_run=dry_run, force=True)
+        return difference.put(self.cluster, manifest, dry_run=dry_run, force=self.spec.force)
 
     def _gateway_address(self, gateway: str) -> str:
         """Where a Gateway listens, as far as it is known yet."""
@@ -248,16 +234,3 @@ class KubernetesTarget(Target[KubernetesSpec]):
 
 def _listed(lines: Sequence[str]) -> str:
     return lines[0] if len(lines) == 1 else "\n".join(f"- {each}" for each in lines)
-
-
-def _lines(found: Manifest) -> list[str]:
-    """An object as lines of YAML, without what changes by itself."""
-    shown = copy.deepcopy({key: value for key, value in found.items() if key != "status"})
-    metadata = shown["metadata"]
-    for each in _VOLATILE:
-        metadata.pop(each, None)
-    if annotations := {key: each for key, each in (metadata.get("annotations") or {}).items() if key not in _UNTOLD}:
-        metadata["annotations"] = annotations
-    else:
-        metadata.pop("annotations", None)
-    return dump([shown], sort=True).splitlines()[1:]

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from tally.errors import ClusterLostError, SpecError, TallyError
 from tally.masking import mask
+from tally.optional import needed
 
 ANSWER_SECONDS = 10.0
 """How long the cluster may take to answer a request."""
@@ -218,14 +219,9 @@ def _access_denied(address: str, error: Exception) -> TallyError:
 
 def require() -> None:
     """Raises SpecError unless Ray is installed, with what clusters need."""
-    try:
+    with needed("engine: ray needs", "ray"):
         import ray.job_submission  # noqa: F401
         import requests  # noqa: F401
-    except ImportError as error:
-        raise SpecError(
-            f"engine: ray needs Ray, which is not installed here ({error.name} is missing)",
-            hint="pip install 'tally-scoring[ray]'",
-        ) from None
 
 
 def versions() -> str:

@@ -16,6 +16,8 @@ from tally.masking import mask
 
 STORE_BYTES = 200 * 2**20
 """Size of the object store of a Ray that is started here; items do not go through it."""
+START_SECONDS = 120
+"""How long a Ray that is started here may take: it does on a busy machine."""
 ENDING_SECONDS = 10.0
 """How long a disconnection is waited for."""
 DISCONNECT_SECONDS = 120.0
@@ -67,6 +69,7 @@ def _initialize(ray: Any) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     # For a Ray that is started here: its workers get the same priority as those of a local engine.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", str(START_SECONDS))
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if main else None
     try:
@@ -81,9 +84,12 @@ def _initialize(ray: Any) -> None:
             f"the Ray cluster {mask(address) or 'of this machine'} does not answer: {error}",
             hint="Is its head running? Without RAY_ADDRESS, and after 'ray stop', a Ray is started for the job.",
         ) from error
-    except RuntimeError as error:
+    except Exception as error:  # Ray has no kind of its own for what goes wrong at its start
         if "ersion mismatch" not in str(error):
-            raise TallyError(f"Ray cannot be started: {error}") from error
+            raise TallyError(
+                f"Ray cannot be started: {error}",
+                hint="If this machine is busy, try again; ray status tells of a cluster.",
+            ) from error
         raise TallyError(
             f"this process and the Ray cluster have different versions: {error}",
             hint="Install the cluster's versions of Python and Ray where the job is started.",

@@ -117,6 +117,11 @@ class RayEngine(SupervisedEngine[_Slot]):
         threading.Thread(target=self._watch_head, args=(head, self._ended), name="tally-ray-head", daemon=True).start()
         self._launch(slots)
 
+    @property
+    def host(self) -> str | None:
+        self._connect()
+        return str(self._ray.util.get_node_ip_address())
+
     def default_slots(self) -> int:
         """As many as the cluster's nodes have room for now; at least one."""
         self._connect()

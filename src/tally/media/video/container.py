@@ -46,6 +46,7 @@ _downloads: dict[_Object, Path] = {}
 _HINTS = {
     "moov atom not found": "The end of the file is missing: it was cut off while it was recorded or copied.",
     "EBML header parsing failed": "It is no Matroska or WebM file, or its beginning is damaged.",
+    "Error when loading first segment": "It is a playlist, which names other files: name the video itself.",
 }
 
 
@@ -224,6 +225,8 @@ def _opened(file: Any, size: int, format: str | None) -> InputContainer:  # noqa
     try:
         # Some cameras write titles in legacy encodings; the pictures are fine.
         options = {} if format is None else {"probesize": "32", "analyzeduration": "0"}
+        if not isinstance(file, str):  # nor does FFmpeg connect to where a playlist from elsewhere leads
+            options["protocol_whitelist"] = ""
         container: InputContainer = av.open(file, "r", format=format, options=options, metadata_errors="ignore")
         return container
     except (av.FFmpegError, ValueError) as error:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tally.errors import ItemError
-from tally.media.video.colour import UNSPECIFIED, matrix_for, range_for
+from tally.media.video.colour import UNSPECIFIED, matrix_for, range_for, scored
 from tally.media.video.container import error_text
 from tally.media.video.metadata import Video
 
@@ -117,10 +117,12 @@ class Encoder:
 
     def __init__(self, encoding: Encoding, video: Video, size: tuple[int, int]) -> None:
         import av
-        from av.video.reformatter import VideoReformatter
+        from av.video.reformatter import Interpolation, VideoReformatter
 
         self._video, self._encoding = video, encoding
         self._reformatter = VideoReformatter()
+        # Without accurate rounding, everything gets a little darker.
+        self._interpolation = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
         width, height = reversed(size) if video.turns % 2 else size
         self.note: str | None = None
         self._pad = (0, 0)
@@ -140,33 +142,44 @@ class Encoder:
             )
         self._ticks: list[int] = []
         self._packets: list[Any] = []
+        self._base = self._stream.codec_context.time_base
+        self._new_frame()
 
     def add(self, picture: np.ndarray[Any, np.dtype[np.uint8]], tick: int) -> None:
         """Encode a picture, ``uint8[h, w, 3]`` RGB or ``uint8[h, w]``, upright, to be shown at ``tick``."""
-        import av
-        from av.video.reformatter import Interpolation
-
         if picture.ndim == 2:
             picture = np.repeat(picture[:, :, None], 3, axis=2)
         if self._video.turns:
             picture = np.rot90(picture, -self._video.turns)
         if any(self._pad):
             picture = np.pad(picture, ((0, self._pad[1]), (0, self._pad[0]), (0, 0)), mode="edge")
+        self._pixels[...] = picture
         frame = self._reformatter.reformat(
-            av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24"),
+            self._given,
             format=self._format,
             dst_colorspace=self._matrix,
             src_color_range=_FULL_RANGE,
             dst_color_range=self._range,
-            interpolation=Interpolation.BICUBIC
-            | Interpolation.ACCURATE_RND,  # otherwise everything gets a little darker
+            interpolation=self._interpolation,
             threads=1,
         )
         context = self._stream.codec_context
         frame.colorspace, frame.color_range = context.colorspace, context.color_range
-        frame.pts, frame.time_base = len(self._ticks), context.time_base
+        frame.pts, frame.time_base = len(self._ticks), self._base
         self._ticks.append(tick)
         self._packets += self._stream.encode(frame)
+        if frame is self._given:  # the encoder may still look at it
+            self._new_frame()
+
+    def _new_frame(self) -> None:
+        """A frame in RGB; ``self._pixels`` is its memory."""
+        import av
+
+        width, height = self._stream.width, self._stream.height
+        self._given = av.VideoFrame(width, height, "rgb24")
+        plane: Any = self._given.planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
+        self._pixels = rows[:, : 3 * width].reshape(height, width, 3)
 
     def close(self) -> bytes:
         """The segment as a file's content. Its times are relative to the first frame's."""
@@ -200,7 +213,7 @@ class Encoder:
             options |= {"qp_i": f"{quality:g}", "qp_p": f"{quality:g}"}
         rate = self._rate()
         stream: VideoStream = self._container.add_stream(codec, rate=rate, options=options)  # type: ignore[assignment]
-        context, colour = stream.codec_context, self._video.colour
+        context, colour = stream.codec_context, scored(self._video.colour)
         stream.width, stream.height = width, height
         stream.pix_fmt = self._format = _pixel_format(codec)
         context.time_base, context.framerate = 1 / rate, rate

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tally.errors import ItemError, JobError, SourceChangedError, StorageAwayError, StorageError
+from tally.media.video import webp
 from tally.media.video.container import Input, error_text, open_video
 from tally.media.video.encode import FORMATS, decoding_times, delay
-from tally.media.video.metadata import Video
-from tally.media.video.tracks import Timed, Track, describe_stream, tracks
+from tally.media.video.metadata import PICTURES, Video
+from tally.media.video.tracks import Timed, Track, describe_stream, plain, seconds, tracks
 from tally.storage import key_of, open_store
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 _MOV = ("mp4", "mov")
+_SILENT = (PICTURES, webp.CODEC)  # they hold nothing but pictures
 _ASPECT = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")  # these codecs store the shape of pixels
 _TIMESCALE = 2**31 - 1  # the maximum of MP4
 # Metadata of the file, not of its content.
@@ -65,7 +67,7 @@ def join(target: Path, kind: str, video: Video, segments: Sequence[Segment], *, 
     groups = _groups(segments, video)
     fine = _subticks(groups)
     with ExitStack() as stack:
-        reading = _source(stack, video, notes, needed=audio)
+        reading = None if video.codec in _SILENT else _source(stack, video, notes, needed=audio)
         source = reading.container if reading is not None else None
         options = _options(kind, video.time_base.denominator * fine, source)
         out = stack.enter_context(av.open(str(target), "w", format=FORMATS[kind], container_options=options))
@@ -113,11 +115,12 @@ def _groups(segments: Sequence[Segment], video: Video) -> list[_Group]:
         with _open(segment) as container:
             context = container.streams.video[0].codec_context
             sizes.add((context.width, context.height))
+            scale = plain(container.streams.video[0].time_base / video.time_base)  # type: ignore[operator]
             if context.extradata:
                 headers.setdefault(bytes(context.extradata), segment.path)
             for packet in _demux(container):
                 assert packet.pts is not None
-                tick = round(packet.pts * packet.time_base / video.time_base)
+                tick = round(packet.pts * scale)
                 if packet.is_keyframe:
                     found.append(_Group(tick, index, []))
                 if len(found) == begin:
@@ -178,7 +181,7 @@ def _pictures(
                 packet.pts, packet.dts = next(times)
                 packet.time_base, packet.duration = base, ends[packet.pts] - packet.pts
                 packet.stream = stream
-                yield float(packet.dts * base), packet
+                yield seconds(packet.dts, base), packet
             if last[group.segment] == position:
                 container.close()
                 del opened[group.segment]

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+from tally.errors import ItemError
 from tally.storage import name_from_json, name_to_json
+
+_MAX_PIXELS = 2**27
+
+PICTURES = "pictures"
+"""The codec of a video that is kept as numbered pictures; its name is their pattern."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,9 @@ class Video:
     matrix: the display matrix (``AV_PKT_DATA_DISPLAYMATRIX``, nine numbers), empty if there is none.
     aspect: the sample aspect ratio of stored pixels, before the frame is turned upright.
     end: until when the last scored frame is shown, in ticks.
+    placed: where the whole picture lies in the scored one, upright: left, top, width and height in pixels, beyond its
+        edges where it is cut off; empty where it fills it.
+    deinterlaced: whether frames that hold the lines of two moments are scored with those of the first alone.
     joints: where recordings follow one another, each with a clock of its own: the ticks to add to the times of each one
         but the first.
     """
@@ -58,6 +67,8 @@ class Video:
     end: int
     mark: str = ""
     joints: tuple[int, ...] = ()
+    placed: tuple[int, ...] = ()
+    deinterlaced: bool = False
 
     @property
     def turns(self) -> int:
@@ -68,6 +79,35 @@ class Video:
         if abs(a) >= abs(b):
             return 0 if a >= 0 else 2
         return 3 if b > 0 else 1
+
+    def scaled(self, size: tuple[int, int], fit: str = "stretch") -> Video:
+        """The same video with frames of another size: (width, height); -1 for one of them keeps their shape.
+
+        fit: ``stretch`` keeps the shape on the screen by that of the pixels; ``contain`` (black bars beside) and
+        ``cover`` (the rest is cut off) by where the picture lies, with square pixels.
+        Raises ItemError if that is more than 128 million pixels.
+        """
+        width, height = size
+        if width < 0:
+            width = _even(Fraction(height * self.width, self.height))
+        elif height < 0:
+            height = _even(Fraction(width * self.height, self.width))
+        if width * height > _MAX_PIXELS:
+            raise ItemError(f"its frames would be {width}x{height}, more than 128 million pixels", stage="decode")
+        if -1 in size or (width, height) == (self.width, self.height):
+            return replace(self, width=width, height=height)
+        if fit == "stretch":
+            stretch = Fraction(self.width, width) / Fraction(self.height, height)
+            aspect = self.aspect / stretch if self.turns % 2 else self.aspect * stretch
+            return replace(self, width=width, height=height, aspect=aspect)
+        shape = Fraction(self.width, self.height) * (1 / self.aspect if self.turns % 2 else self.aspect)
+        narrow = shape < Fraction(width, height)
+        if narrow == (fit == "contain"):
+            inner = max(1, round(height * shape)), height
+        else:
+            inner = width, max(1, round(width / shape))
+        place = (width - inner[0]) // 2, (height - inner[1]) // 2, *inner
+        return replace(self, width=width, height=height, aspect=Fraction(1), placed=place)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON; :meth:`from_json` is its inverse."""
@@ -90,6 +130,8 @@ class Video:
             "end": self.end,
             "mark": self.mark,
             "joints": list(self.joints),
+            "placed": list(self.placed),
+            "deinterlaced": self.deinterlaced,
         }
 
     @classmethod
@@ -106,8 +148,14 @@ class Video:
                 "aspect": Fraction(*data["aspect"]),
                 "colour": Colour(*data["colour"]),
                 "joints": tuple(data.get("joints", ())),
+                "placed": tuple(data.get("placed", ())),
             }
         )
+
+
+def _even(side: Fraction) -> int:
+    """The even number that is nearest, for codecs that hold no others."""
+    return max(2, 2 * round(side / 2))
 
 
 def _pair(value: Fraction) -> list[int]:

@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tally import processes
 from tally.errors import ItemError, SourceChangedError, StorageAwayError, StorageError, TallyError
+from tally.media.video import animations, webp
 from tally.media.video.avi import CHUNK_HEADER, Entry, intact_until, moved_index, ordinals
 from tally.media.video.clock import Clock
+from tally.media.video.colour import HDR
 from tally.media.video.container import Input, error_text, open_video, video_stream
 from tally.media.video.metadata import Colour, Video, pack, unpack
 from tally.media.video.promise import Reader, promised
@@ -60,8 +62,13 @@ _ADDITION: Final = "matroska_block_additional"
 _USUAL = 50
 """So many gaps between the last frames tell what is usual."""
 _SLOWEST = Fraction(1, 1001)
-_HDR = frozenset({16, 18})
-"""Perceptual quantizer and hybrid log-gamma (``AVColorTransferCharacteristic``)."""
+INTERLACED = (
+    "interlaced: each frame is scored as it is stored, with the lines of two moments; --deinterlace takes those of one"
+)
+DEINTERLACED = "interlaced: each frame is scored with the lines of its first moment, and those between are made of them"
+"""What is said of such videos."""
+_WHOLE = "fetched whole, once for each machine: its server does not give parts of it"
+_TRANSPARENT = "partly transparent: transparency is dropped"
 
 
 class Key(NamedTuple):
@@ -156,8 +163,13 @@ def probe(
     """
     store = open_store(root)
     size, mark = known = known or store.marked(name)
+    reader: Reader = lambda start, length: store.read_range(name, start, length, mark=mark)  # noqa: E731
+    if (animated := webp.animation(reader, size)) is not None:
+        content = store.read(name, mark=mark)
+        return _of_animation(animated, content, key=key, root=root, name=name, size=size, mark=mark)
     with _messages() as messages, open_video(root, name, known, on_fetched) as opened:
         container, stream = opened.container, video_stream(opened.container)
+        format_name = container.format.name
         index = [Entry(entry.pos, entry.size) for entry in stream.index_entries]  # reading adds to it
         read = _demux(opened, stream)
         packets, picture = read.packets, read.picture
@@ -165,18 +177,10 @@ def probe(
         if not packets:
             raise ItemError(f"it holds no video packets{f' ({read.problem})' if read.problem else ''}", stage="read")
         if not (picture or (stream.codec_context.width and stream.codec_context.height)):
-            hint = (
-                "FFmpeg reads no animated WebP: make a GIF or a video of it."
-                if "webp" in container.format.name
-                else None
-            )
-            raise ItemError(
-                "none of its pictures can be decoded, and it does not say their size", stage="read", hint=hint
-            )
+            raise ItemError("none of its pictures can be decoded, and it does not say their size", stage="read")
         untimed = _is_untimed(container, stream, packets)
-        reader: Reader = lambda start, length: store.read_range(name, start, length, mark=mark)  # noqa: E731
         whole = promised(container.format.name, reader)
-        cut = read.problem or _cut(container, read) or _short(size, whole)
+        cut = read.problem or _cut(container, read) or _short(size, whole) or animations.cut(format_name, reader, size)
         if cut is not None and packets[-1].damaged and len(packets) > 1:
             packets.pop()  # the file ends in it
         found = _found(stream, index, packets, reader, size, whole) if container.format.name == "avi" else None
@@ -184,13 +188,22 @@ def probe(
             packets = found.packets
             cut = None if found.numbers else found.broken or cut
         lost = _lost(container, stream, packets, cut is not None) if found is None or found.broken else found.lost
+        if (listed := animations.listed(format_name, reader)) is not None:
+            lost = max(0, listed - len(packets))
+        if format_name in animations.FORMATS:  # whatever it says of the others, they change the ones before them
+            packets = [each._replace(key=each.position == 0) for each in packets]
+        # All that is promised is there, however long its last pictures are shown.
+        listed_all = "mp4" in format_name.split(",") and len(index) >= len(packets)
+        whole_file = whole is not None and size >= whole
+        complete = (listed_all or whole_file) and cut is None and not lost and not skipped
         video = _metadata(container, stream, picture, key=key, root=root, name=name, size=size, mark=mark)
         video = replace(video, joints=_joints(read, video.time_base))
         holes: list[int] = []
         damaged = _damaged(container, packets)
         remarks = _remarks(stream, read)
+        if not store.gives_parts(name):
+            remarks.append(_WHOLE)
         depth = stream.codec_context.reorder_depth
-        format_name = container.format.name
     rank = None
     if untimed:
         with open_video(root, name, known, on_fetched) as opened:
@@ -208,7 +221,9 @@ def probe(
     known_keys = {packet.position for packet in packets if packet.key}
     damaged = sorted({*damaged, *(hole for hole in holes if hole not in known_keys)})
     timeline = _timeline(video, packets, rank, seekable=found is None or not found.numbers)
-    timeline, dropped = _without_doubtful(timeline, depth if lost or cut is not None else None)
+    dropped = 0
+    if not complete:
+        timeline, dropped = _without_doubtful(timeline, depth if lost or cut is not None else None)
     if dropped and not lost:
         cut = cut or "the pictures before the last ones are missing: it is cut off"
     lost = lost and lost + dropped
@@ -219,6 +234,31 @@ def probe(
         lost = len(found.times) - len(timeline.ticks)
     cut = None if lost and (found is None or not found.broken) else cut
     return replace(timeline, lost=lost, cut=cut, damaged=damaged, gaps=gaps, remarks=remarks)
+
+
+def _of_animation(found: webp.Animation, content: bytes, **names: Any) -> Timeline:
+    if not found.ticks:
+        raise ItemError("it is an animation without a frame" + (f": {found.cut}" if found.cut else ""), stage="read")
+    video = Video(
+        **names,
+        stream=0,
+        codec=webp.CODEC,
+        time_base=found.time_base,
+        start=0,
+        rate=_UNKNOWN_RATE,
+        width=found.width,
+        height=found.height,
+        matrix=(),
+        aspect=Fraction(1),
+        colour=Colour(),
+        end=found.end,
+    )
+    remarks = [_TRANSPARENT] if webp.is_transparent(content) else []
+    packets = list(range(len(found.ticks)))
+    keys = [Key(0, 0, None, None)]
+    return Timeline(
+        replace(video, rate=_rate(found.ticks, video)), found.ticks, packets, keys, cut=found.cut, remarks=remarks
+    )
 
 
 # -- reading packets -----------------------------------------------------------------------------------
@@ -488,13 +528,16 @@ def _remarks(stream: VideoStream, read: _Read) -> list[str]:
     found = []
     picture = read.picture
     if picture is not None and picture.interlaced_frame:
-        found.append("interlaced: each frame is scored as it is stored, with the lines of two moments")
-    if picture is not None and int(picture.color_trc) in _HDR:
-        found.append("HDR: its brightness is scored as it is stored, and a video that is written has 8 bits")
+        found.append(INTERLACED)
+    if picture is not None and int(picture.color_trc) in HDR:
+        found.append(
+            "HDR: its brightness and colours are brought down to those of other videos (BT.709); "
+            "a video that is written is no HDR"
+        )
     if (read.additions and stream.metadata.get("alpha_mode") == "1") or (
         picture is not None and _is_transparent(picture)
     ):
-        found.append("partly transparent: transparency is dropped")
+        found.append(_TRANSPARENT)
     others = {size for size in read.sizes if picture is not None and size != (picture.width, picture.height)}
     if others and picture is not None:
         listed = ", ".join(f"{width}x{height}" for width, height in sorted(others))
@@ -658,6 +701,9 @@ def _filled(times: Sequence[int | None], tick: Fraction) -> list[int]:
         return [round(index * tick) for index in range(len(times))]
     filled = [values[0] - round((known[0] - index) * tick) for index in range(known[0])]
     for (index, value), (following, next_value) in pairwise(zip(known, values, strict=True)):
+        if following == index + 1:
+            filled.append(value)
+            continue
         step = Fraction(next_value - value, following - index)
         filled += [value + round(each * step) for each in range(following - index)]
     return filled + [values[-1] + round(each * tick) for each in range(len(times) - known[-1])]

@@ -22,7 +22,25 @@ _SOUND = {"mp4": "aac", "mov": "aac", "mkv": "aac", "webm": "libopus"}
 _BITS_PER_CHANNEL = 96_000
 # Longer gaps become silence; shorter ones are rounding by the container.
 _RESAMPLER = {"async": "1", "min_hard_comp": "0.05"}
+_TEXT = {"mp4": "mov_text", "mov": "mov_text", "mkv": "subrip", "webm": "webvtt"}
+_STYLES = b"""[Script Info]\r
+ScriptType: v4.00+\r
+PlayResX: 384\r
+PlayResY: 288\r
+\r
+[V4+ Styles]\r
+Format: Name, Fontname, Fontsize, PrimaryColour, SecondaryColour, OutlineColour, BackColour, Bold, Italic, Underline, \
+StrikeOut, ScaleX, ScaleY, Spacing, Angle, BorderStyle, Outline, Shadow, Alignment, MarginL, MarginR, MarginV, \
+Encoding\r
+Style: Default,Arial,16,&Hffffff,&Hffffff,&H0,&H0,0,0,0,0,100,100,0,0,1,1,0,2,10,10,10,1\r
+\r
+[Events]\r
+Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text\r
+"""
+"""What FFmpeg's encoders of subtitles have to know, in its own form: white letters at the bottom."""
 _TAGS = ("language", "title", "handler_name")
+
+_MILLISECOND = Fraction(1, 1000)
 
 Timed: TypeAlias = "tuple[float, Packet[Any]]"
 """A packet, and the second at which it is to be decoded."""
@@ -58,6 +76,9 @@ def tracks(
             notes.append(f"{name} was left out")
         elif _can_hold(stream, kind):
             found.append(Copied(stream, out, video, notes))
+        elif stream.type == "subtitle" and _is_text(stream):
+            found.append(Texts(stream, out, _TEXT[kind], video, notes))
+            notes.append(f"{name} was converted to {_TEXT[kind]}: .{kind} files cannot hold it")
         elif stream.type == "subtitle":
             notes.append(f"{name} was left out: .{kind} files cannot hold it")
         elif not stream.codec_context.sample_rate:
@@ -66,6 +87,16 @@ def tracks(
             found.append(Converted(stream, out, _SOUND[kind], video, notes))
             notes.append(f"{name} was converted to {_codec(found[-1].stream)}: .{kind} files cannot hold it")
     return found
+
+
+def seconds(ticks: int, base: Fraction) -> float:
+    """``float(ticks * base)``, in a tenth of the time."""
+    return ticks * base.numerator / base.denominator
+
+
+def plain(value: Fraction) -> Any:
+    """The same number, as an ``int`` where it is whole: those are ten times as fast."""
+    return value.numerator if value.denominator == 1 else value
 
 
 def describe_stream(stream: Any, original: Any) -> None:
@@ -106,6 +137,8 @@ class Track(ABC):
 
     def take(self, packet: Packet[Any]) -> Iterator[Timed]:
         """The packets to write for a packet of the source."""
+        if len(self._joints) == 1:
+            return self._take(packet)
         self._clock.is_set_back(packet)
         ahead = self._joints[min(self._clock.part, len(self._joints) - 1)]
         if ahead and packet.pts is not None:
@@ -122,10 +155,11 @@ class Track(ABC):
         """The packets that are left to write."""
         return iter(())
 
-    def _timed(self, packet: Packet[Any]) -> Timed:
+    def _timed(self, packet: Packet[Any], base: Fraction) -> Timed:
+        """base: of the packet's times."""
         assert packet.dts is not None
         packet.stream = self.stream
-        return float(packet.dts * packet.time_base), packet
+        return seconds(packet.dts, base), packet
 
 
 class Copied(Track):
@@ -141,6 +175,7 @@ class Copied(Track):
         rate = context.sample_rate if source.type == "audio" else 0
         self._samples = context.frame_size if rate and source.time_base != Fraction(1, rate) else 0
         self._base = Fraction(1, rate) if self._samples else source.time_base
+        self._scale, self._late = (plain(each / self._base) for each in (source.time_base, self._shift))
         self._next: int | None = None
         self._last: int | None = None
         # MP4 may cut the last packet short, which the packet itself does not say.
@@ -153,8 +188,8 @@ class Copied(Track):
             return
         tick = self._next
         if given is not None:
-            exact = (given * packet.time_base - self._shift) / self._base
-            if not self._samples or tick is None or abs(exact - tick) > packet.time_base / self._base:
+            exact = given * self._scale - self._late
+            if not self._samples or tick is None or abs(exact - tick) > self._scale:
                 tick = round(exact)
         assert tick is not None
         if self._last is not None and tick <= self._last:
@@ -165,7 +200,7 @@ class Copied(Track):
             packet.duration = min(packet.duration, self._end - tick)
         packet.time_base = self._base
         self._next = tick + (packet.duration or 1)
-        yield self._timed(packet)
+        yield self._timed(packet, self._base)
 
 
 class Converted(Track):
@@ -218,7 +253,48 @@ class Converted(Track):
             for packet in self.stream.encode(frame):
                 late = round(self._shift / packet.time_base)
                 packet.pts, packet.dts = packet.pts - late, packet.dts - late
-                yield self._timed(packet)
+                yield self._timed(packet, packet.time_base)
+
+
+class Texts(Track):
+    """Subtitles of letters in another form: bold and italics stay, other styles are those of players."""
+
+    def __init__(self, source: Any, out: OutputContainer, codec: str, video: Video, notes: list[str]) -> None:
+        stream: Any = out.add_stream(codec)
+        super().__init__(source, stream, video, notes)
+        context = stream.codec_context
+        context.subtitle_header = _STYLES
+        stream.time_base = context.time_base = _MILLISECOND
+        self._failed = False
+        self._last = -1
+
+    def _take(self, packet: Packet[Any]) -> Iterator[Timed]:
+        import av
+
+        if not packet.size or packet.pts is None:
+            return
+        try:
+            given = self.source.codec_context.decode2(packet)
+            if given is None or not len(given):
+                return  # the end of the one before, where they are not overlapping
+            coded = self.stream.codec_context.encode_subtitle(given)
+        except (av.FFmpegError, ValueError) as error:
+            if not self._failed:
+                self._notes.append(f"subtitle stream {self.source.index} is damaged: {error_text(error)}")
+            self._failed = True
+            return
+        start = round((packet.pts * packet.time_base - self._shift) / _MILLISECOND)
+        coded.pts = coded.dts = self._last = max(start, self._last + 1)
+        coded.duration = round((packet.duration or 0) * packet.time_base / _MILLISECOND)
+        coded.time_base = _MILLISECOND
+        yield self._timed(coded, _MILLISECOND)
+
+
+def _is_text(stream: Any) -> bool:
+    """Whether subtitles are letters, and not pictures of them."""
+    from av.codec.codec import Properties
+
+    return bool(stream.codec_context.codec.properties & Properties.TEXT_SUB.value)
 
 
 def _layout(codec: str, rate: int, layout: Any) -> str:

@@ -11,16 +11,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tally.errors import ModelLoadError, ModelNotFoundError
+from tally.errors import ItemError, ModelLoadError, ModelNotFoundError
+from tally.models.contents import content_of
 from tally.models.hashing import content_hash
+from tally.scorers.runtime import CPU_PIXELS, Runtime
 
 
 def open_session(
-    path: Path, providers: Sequence[Any], *, threads: int = 1, optimise: bool = True, arena: bool = True
+    path: Path, providers: Sequence[Any], *, threads: int = 1, optimise: bool = True, pattern: bool = True
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` that is quiet and leaves idle cores alone.
 
-    arena: keep the memory of a run for the next; with pictures of all sizes it would only grow.
+    pattern: remember where a run of these shapes had its values; with shapes of all kinds it would only grow.
     Raises ModelNotFoundError, or ModelLoadError with what is wrong with the file.
     """
     import onnxruntime
@@ -31,7 +33,7 @@ def open_session(
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    settings.enable_cpu_mem_arena = settings.enable_mem_pattern = arena
+    settings.enable_mem_pattern = pattern
     if not optimise:
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -110,15 +112,6 @@ def external_data(path: Path) -> list[str]:
     return [name for name in external_names(path) if (path.parent / name).is_file()]
 
 
-_FORMATS = (
-    (b"\x80", "a Python pickle", "Pickles run code when they are opened. Export the model to ONNX instead."),
-    (b"PK\x03\x04", "a ZIP archive (PyTorch and Keras save those)", "Export the model to ONNX first."),
-    (b"\x89HDF", "an HDF5 file (Keras)", "Convert it with tf2onnx first."),
-    (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
-    (b"<", "a web page or XML", "The download probably failed: fetch the model's file itself."),
-)
-
-
 def _head(path: Path) -> bytes:
     """The file's first bytes; refuses what can be told from them."""
     try:
@@ -135,11 +128,9 @@ def _head(path: Path) -> bytes:
             f"{path}: this is a Git LFS pointer of {path.stat().st_size} bytes, not the model",
             hint="Run `git lfs pull` in its repository, or download the model's file itself.",
         )
-    if head[4:8] == b"TFL3":
-        raise ModelLoadError(f"{path}: this is a TensorFlow Lite model", hint="Convert it with tf2onnx first.")
-    for magic, name, hint in _FORMATS:
-        if head.startswith(magic):
-            raise ModelLoadError(f"{path}: this is {name}, not an ONNX model", hint=hint)
+    content = content_of(path)
+    if content is not None:
+        raise ModelLoadError(f"{path}: this is {content.name}, not an ONNX model", hint=content.hint)
     return head
 
 
@@ -216,3 +207,66 @@ def choose_providers(device: str, available: Sequence[str]) -> list[Any]:
         )
     chosen = gpu if kind == "tensorrt" else gpu[:1]
     return [*((name, {"device_id": index}) for name in chosen), "CPUExecutionProvider"]
+
+
+_SHORT_NAMES = {
+    "CPUExecutionProvider": "CPU",
+    "CUDAExecutionProvider": "CUDA",
+    "TensorrtExecutionProvider": "TensorRT",
+}
+
+
+class OnnxRuntime(Runtime):
+    """An open session: as a :class:`~tally.scorers.runtime.Runtime`.
+
+    alike: whether all inputs have the same shapes. The memory of a run is kept for the next one: where they vary, only
+    for one of the same shapes.
+    """
+
+    def __init__(self, session: Any, threads: int, *, alike: bool = True) -> None:
+        import onnxruntime
+
+        self._session = session
+        self._alike, self._shapes = alike, [()]
+        self._giving_back = onnxruntime.RunOptions()
+        self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self.nodes = [Node.of(each) for each in session.get_inputs()]
+        self.inputs = [each.name for each in self.nodes]
+        self.outputs = [each.name for each in session.get_outputs()]
+        self.provider: str = session.get_providers()[0]
+        self.where = _SHORT_NAMES.get(self.provider, self.provider)
+        if self.where == "CPU":
+            self.pixels = CPU_PIXELS
+            self.where += f" ({threads} thread{'s' if threads > 1 else ''})"
+
+    @classmethod
+    def best(cls, path: Path, device: str, *, threads: int = 1, alike: bool = True) -> OnnxRuntime:
+        """On the device, or for ``auto`` on the best one that starts. Raises ModelNotFoundError, ModelLoadError."""
+        import onnxruntime
+
+        providers = choose_providers(device, onnxruntime.get_available_providers())
+        wants_gpu = len(providers) > 1
+        if wants_gpu and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()
+        try:
+            found = cls(open_session(path, providers, threads=threads, pattern=alike), threads, alike=alike)
+        except ModelLoadError:
+            if not wants_gpu or device != "auto":
+                raise
+            session = open_session(path, providers[-1:], threads=threads, pattern=alike)
+            return cls(session, threads, alike=alike)
+        if wants_gpu and found.provider == "CPUExecutionProvider" and device != "auto":
+            raise ModelLoadError(
+                f"device {device} was asked for, but ONNX Runtime could not start it",
+                hint="Check the driver with nvidia-smi and that the CUDA and cuDNN libraries are installed.",
+            )
+        return found
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[Any]:
+        shapes = [value.shape for value in inputs.values()]
+        known, self._shapes = self._alike or shapes == self._shapes, shapes
+        try:
+            found: list[Any] = self._session.run(list(outputs), dict(inputs), None if known else self._giving_back)
+        except Exception as error:
+            raise ItemError(plain_reason(str(error)) if str(error) else type(error).__name__) from None
+        return found

@@ -43,6 +43,8 @@ def written(values: pa.Array) -> pa.Array:
     import pyarrow as pa
     from pyarrow import compute
 
+    from tally.arrays import scalar_of
+
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if pa.types.is_string(values.type):
@@ -52,8 +54,10 @@ def written(values: pa.Array) -> pa.Array:
     text = values.cast(pa.string())
     if pa.types.is_floating(values.type):
         values = values.cast(pa.float64())
-        whole = compute.and_(compute.equal(values, compute.floor(values)), compute.less(compute.abs(values), 2.0**53))
-        digits = compute.if_else(whole, values, 0.0).cast(pa.int64()).cast(pa.string())
+        whole = compute.and_(
+            compute.equal(values, compute.floor(values)), compute.less(compute.abs(values), scalar_of(2.0**53))
+        )
+        digits = compute.if_else(whole, values, scalar_of(0.0)).cast(pa.int64()).cast(pa.string())
         text = compute.if_else(whole, digits, text)
     return text
 
@@ -139,9 +143,9 @@ class KeyIndex:
         unknown = np.zeros(len(total), bool)
         for column, values in zip(columns, self._values, strict=True):
             encoded = column.dictionary_encode()
-            codes = compute.fill_null(compute.index_in(written(encoded.dictionary), values, skip_nulls=True), -1)
-            of_value = np.append(codes.to_numpy().astype(np.int64), -1)
-            code = of_value[compute.fill_null(encoded.indices, len(of_value) - 1).to_numpy()]
+            codes = compute.index_in(written(encoded.dictionary), values, skip_nulls=True)
+            of_value = np.append(_filled(codes, -1).astype(np.int64), -1)
+            code = of_value[_filled(encoded.indices, len(of_value) - 1)]
             total = total * len(values) + code
             unknown |= code < 0
         total[unknown] = -1
@@ -230,11 +234,20 @@ class ModelPerKey(Scorer):
             start += part.count
 
 
+def _filled(numbers: pa.Int32Array, number: int) -> Any:
+    """``int32[n]`` with a number in the place of null."""
+    from tally.arrays import numbers_of, scalar_of
+
+    return numbers_of(numbers.fill_null(scalar_of(number, numbers.type)))
+
+
 def _decide(
     svms: BatchedSvms, model: Integers, table: pa.Table, rows: Integers, errors: dict[int, Exception]
 ) -> pa.Table:
     """What batched SVMs say about rows. What goes wrong is added to ``errors``, under the numbers in ``rows``."""
     import pyarrow as pa
+
+    from tally.arrays import array_of
 
     if not tables.is_numeric(table):
         kinds = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
@@ -248,7 +261,7 @@ def _decide(
             overflow = ItemError("values are too large for the model's arithmetic")
             errors |= {int(rows[row]): reasons.get(row, overflow) for row in wrong.tolist()}
     # libsvm calls what lies on the boundary an anomaly.
-    return pa.table({"anomaly": ~(score > 0), "score": score})
+    return pa.table({"anomaly": array_of(~(score > 0)), "score": array_of(score)})
 
 
 def _taken(table: pa.Table, rows: Integers) -> pa.Table:

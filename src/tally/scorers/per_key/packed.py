@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from tally.errors import ModelLoadError, SpecError, StorageError, TallyError, UntrustedModelError
+from tally.errors import ModelLoadError, SpecError, TallyError, UntrustedModelError
 from tally.models.base import Kind
 from tally.models.reference import ModelRef
 from tally.scorers.base import Scorer, Window
@@ -31,7 +31,7 @@ from tally.scorers.per_key.batched_svms import KERNELS, BatchedSvms, Integers, S
 from tally.scorers.per_key.keys import DETECTOR, KeyIndex, ModelPerKey, columns_differ, key_of, shown, whole
 from tally.scorers.tabular import tables
 from tally.scorers.tabular.sklearn import open_estimator, scorer_of
-from tally.storage import publish
+from tally.storage import failure, publish
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -114,7 +114,7 @@ def write(
     except TallyError:
         raise
     except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror or error}") from error
+        raise failure("write", str(folder), error) from error
     return written
 
 
@@ -345,6 +345,8 @@ class PackedScorer(ModelPerKey):
 
     def load(self, artifacts: Path, device: str) -> None:
         """Read the models. Raises ModelLoadError."""
+        from tally.arrays import truths_of
+
         path = artifacts / Path(self.options.path).name
         table = _read(path, [*self.options.by, *_RESERVED])
         try:
@@ -353,7 +355,7 @@ class PackedScorer(ModelPerKey):
                 raise ModelLoadError(f"{path}: {shown(self.by, twice)} has two models")
             self._contents = whole(table.column("content"))
             svms = whole(table.column("svm"))
-            valid = np.asarray(svms.is_valid())
+            valid = truths_of(svms.is_valid())
             self._places = np.where(valid, np.cumsum(valid) - 1, -1)
             self._svms = BatchedSvms(_unpacked(svms.drop_null())) if valid.any() else None
         except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -421,7 +423,8 @@ def _read(path: Path, columns: Sequence[str]) -> pa.Table:
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(path, columns=list(columns), partitioning=None)
+        with parquet.ParquetFile(path) as file:  # read_table() would import pyarrow.dataset, which takes long
+            return file.read(list(columns))
     except (pa.ArrowException, OSError) as error:
         raise ModelLoadError(
             f"{path} cannot be read: {error}", hint="Was it copied or downloaded completely?"
@@ -430,24 +433,26 @@ def _read(path: Path, columns: Sequence[str]) -> pa.Table:
 
 def _unpacked(svms: pa.StructArray) -> Svms:
     """Structs as arrays, without looking at models one by one. Raises ValueError if they do not fit together."""
-    import pyarrow as pa
     from pyarrow import compute
 
+    from tally.arrays import numbers_of, scalar_of, texts_of
+
     def flat(name: str) -> Any:
-        return svms.field(name).flatten().to_numpy(zero_copy_only=False)
+        return numbers_of(svms.field(name).flatten())
 
     models = len(svms)
-    counts = compute.list_value_length(svms.field("coefs")).to_numpy(zero_copy_only=False)
-    widths = compute.list_value_length(svms.field("mean")).to_numpy(zero_copy_only=False)
+    counts = numbers_of(compute.list_value_length(svms.field("coefs")))
+    widths = numbers_of(compute.list_value_length(svms.field("mean")))
     features = int(widths[0])
     for name, lengths in (("mean", features), ("scale", features), ("vectors", counts * features)):
-        if (compute.list_value_length(svms.field(name)).to_numpy(zero_copy_only=False) != lengths).any():
+        if (numbers_of(compute.list_value_length(svms.field(name))) != lengths).any():
             raise ValueError(f"{name} is not as long as it should be")
-    kernel = compute.index_in(svms.field("kernel"), pa.array(KERNELS)).fill_null(-1)
+    kernel = compute.index_in(svms.field("kernel"), texts_of(KERNELS))
+    kernel = kernel.fill_null(scalar_of(-1, kernel.type))
     return Svms(
-        kernel=kernel.to_numpy().astype(np.int64),
-        degree=svms.field("degree").to_numpy(zero_copy_only=False).astype(np.int64),
-        **{name: svms.field(name).to_numpy(zero_copy_only=False) for name in _NUMBERS},
+        kernel=numbers_of(kernel).astype(np.int64),
+        degree=numbers_of(svms.field("degree")).astype(np.int64),
+        **{name: numbers_of(svms.field(name)) for name in _NUMBERS},
         mean=flat("mean").reshape(models, features),
         scale=flat("scale").reshape(models, features),
         vectors=flat("vectors").reshape(-1, features),

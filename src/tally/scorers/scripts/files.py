@@ -34,9 +34,9 @@ class FilesKind(Kind):
 def is_no_model(place: Path) -> bool:
     """Whether it is no model that is opened without running what it carries: a pickle, weights, a folder of such."""
     if place.is_dir():
-        return not any((place / each).is_file() for each in ("tally.yaml", *kinds.markers()))
+        return not (place / "tally.yaml").is_file() and kinds.marker_in(place) is None
     traits = kinds.claiming(place.name)
-    return traits is None or place.name.lower().endswith(traits.pickles)
+    return traits is None or not traits.scores or place.name.lower().endswith((*traits.pickles, *traits.weights))
 
 
 @contextmanager
@@ -45,6 +45,8 @@ def as_package(place: Path) -> Iterator[Path]:
 
     Its files are links, if the file system allows that.
     """
+    if place.name in ("", ".."):
+        place = place.resolve()
     with tempfile.TemporaryDirectory(prefix="tally-") as made:
         folder = Path(made)
         if place.is_dir():

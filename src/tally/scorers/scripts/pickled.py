@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import CodeType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import cloudpickle
 
@@ -18,22 +20,59 @@ from tally.models import kinds
 from tally.models.base import Candidate, Kind, ModelRequest, covering
 from tally.models.hashing import check_content, content_hash
 from tally.models.reference import ModelRef
-from tally.scorers.base import Scorer
+from tally.scorers.base import Input, Results, Scorer
 from tally.scorers.scripts.classes import check_options, not_a_package
 from tally.storage.publish import write_whole
 
 PICKLED = "scorer.pkl"
 
 
+class Function(Scorer):
+    """A function of a batch. The settings beside it declare what the attributes of a Scorer's class declare."""
+
+    def __init__(
+        self,
+        function: Callable[[Any], Results],
+        *,
+        input: Input = "image",  # noqa: A002  # the scorer's word
+        output: Literal["rows", "image"] = "rows",
+        size: Sequence[int] | None = None,
+        columns: Mapping[str, str] | None = None,
+        features: int | Sequence[str] | None = None,
+    ) -> None:
+        self._function, self.input, self.output = function, input, output
+        self.size = None if size is None else (int(size[0]), int(size[1]))
+        self.columns, self.features = columns, features
+
+    def score(self, batch: Any) -> Results:
+        return self._function(batch)
+
+
 class ObjectKind(Kind):
-    """A Scorer of the calling program, object or class: workers get it in its pickled form, from a private file."""
+    """A Scorer of the calling program, object or class, or a function: workers get it pickled, from a private file."""
 
     def resolve(self, found: Candidate, request: ModelRequest) -> ModelRef:
-        model = found.value
+        if inspect.isroutine(found.value) or isinstance(found.value, functools.partial):
+            return self._function(found.value, request)
+        return self._scorer(found.value, request)
+
+    def _function(self, function: Any, request: ModelRequest) -> ModelRef:
+        """The function's scorer, which has the function's name."""
+        name = named(function)
+        settings = check_options(Function, {**request.settings, "function": function}, name)
+        size = {"batch_size": settings.pop("batch_size")} if "batch_size" in settings else {}
+        ref = self._scorer(Function(**settings), replace(request, settings=size))
+        guessed = (
+            f"{name} was taken for a function of a list of pictures: settings={{'input': 'bytes'}}, 'path' or 'table' "
+            "gives it something else"
+        )
+        return replace(ref, name=name, assumed=() if "input" in settings else (guessed,))
+
+    def _scorer(self, model: Any, request: ModelRequest) -> ModelRef:
         kind = model if isinstance(model, type) else type(model)
         if not issubclass(kind, Scorer):
             raise SpecError(
-                f"a model is a path, a name or a tally.Scorer, not {model!r}",
+                f"a model is a path, a name, a tally.Scorer or a function of a batch, not {model!r}",
                 hint=f"Supported paths are {kinds.supported()}.",
             )
         if isinstance(model, type):
@@ -72,6 +111,14 @@ class ObjectKind(Kind):
 
     def package(self, ref: ModelRef) -> dict[str, Any]:
         raise not_a_package(ref, "a Python object")
+
+
+def named(model: object) -> str:
+    """What a Scorer, object or class, or a function is called."""
+    if isinstance(model, functools.partial):
+        return named(model.func)
+    own = model if isinstance(model, type) or inspect.isroutine(model) else type(model)
+    return own.__name__.strip("<>")
 
 
 def store(model: object, name: str) -> Path:

@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -78,10 +79,14 @@ class Outline:
         return "run" in self.names or "init" in self.names
 
 
+_parsing = threading.Lock()
+"""Python 3.11 counts the depth of all threads' syntax trees together: two at once fail with a SystemError."""
+
+
 def outline(path: Path) -> Outline:
     """Raises ModelLoadError if the file is not valid Python."""
     try:
-        with warnings.catch_warnings():
+        with _parsing, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the script's own style
             tree = ast.parse(path.read_bytes(), str(path))
     except SyntaxError as error:
@@ -185,6 +190,11 @@ def explained(path: Path, doing: str) -> Iterator[None]:
             hint = f"Install {error.name.split('.')[0]!r} into the environment that runs Tally ({sys.prefix})."
         elif isinstance(error, FileNotFoundError) and doing == "init()":
             hint = f"AZUREML_MODEL_DIR was {os.environ.get('AZUREML_MODEL_DIR')!r}; --artifacts sets it."
+        elif isinstance(error, SystemExit):
+            hint = (
+                f"The script ended itself, as argparse does that misses an argument: it was given {sys.argv[1:]}; "
+                "--set 'arguments=[--name, value]' gives others. The job's log has what it printed: tally jobs log JOB"
+            )
         place = raised_at(error, str(path)) or path.name
         raise ModelLoadError(f"{path}: {doing} failed: {error_line(error)} ({place})", hint=hint) from error
 

@@ -16,6 +16,7 @@ from tally.errors import ItemError, ModelLoadError, ModelNotFoundError, SpecErro
 from tally.models import kinds
 from tally.models.base import Kind
 from tally.models.reference import ModelRef
+from tally.optional import needed
 from tally.scorers.base import Results, Scorer
 from tally.scorers.tabular import tables
 
@@ -88,14 +89,8 @@ def _opened(folder: Path, trusted: bool) -> Any:
         )
     _check_described(folder)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # scoring calls nobody up
-    try:
-        with _quiet():
-            import mlflow.pyfunc
-    except ImportError as error:
-        raise ModelLoadError(
-            f"{folder} cannot be opened: mlflow is not installed ({error})",
-            hint=kinds.install_hint("pyfunc"),
-        ) from None
+    with needed(f"{folder} needs", kinds.extra_of("pyfunc"), ModelLoadError), _quiet():
+        import mlflow.pyfunc
     try:
         with _quiet():
             return mlflow.pyfunc.load_model(str(folder), suppress_warnings=True)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from tally.errors import ModelLoadError, ModelNotFoundError, SpecError, UntrustedModelError
-from tally.models import kinds
 from tally.models.base import Kind as ModelKind
 from tally.models.inspected import inspected_before
 from tally.models.reference import ModelRef
+from tally.optional import needed
 from tally.scorers.base import Results, Scorer
 from tally.scorers.tabular import tables
 from tally.scorers.tabular.trees import TYPES, UncheckedTreeError, check_trees
@@ -103,7 +103,7 @@ def _opened(source: Path | bytes, kind: Format, trusted: bool, name: str) -> tup
                 raise ModelLoadError(
                     f"{name} was saved with another version of scikit-learn, which had a module {error.name}; here is "
                     f"{sklearn.__version__}",
-                    hint="Install the version that it was saved with, or save it again with this one.",
+                    hint=_TOO_OLD,
                 ) from None
             raise ModelLoadError(
                 f"{name} needs the module {error.name}, which is not installed",
@@ -117,13 +117,10 @@ def _opened(source: Path | bytes, kind: Format, trusted: bool, name: str) -> tup
 def _require(module: str, name: str) -> None:
     from importlib.util import find_spec
 
-    for each in ("sklearn", module):
-        if find_spec(each) is None:
-            package = {"sklearn": "scikit-learn"}.get(each, each)
-            raise ModelLoadError(
-                f"{name} cannot be opened: {package} is not installed",
-                hint=kinds.install_hint("sklearn"),
-            )
+    with needed(f"{name} needs", "sklearn", ModelLoadError):
+        for each in ("sklearn", module):
+            if find_spec(each) is None:
+                raise ModuleNotFoundError(name=each)
 
 
 def _skops(source: Path | bytes, trusted: bool, name: str) -> Any:
@@ -150,6 +147,13 @@ def _skops(source: Path | bytes, trusted: bool, name: str) -> Any:
             f"{name} holds what cannot be checked: {error}", hint="If you know who made it, give --trust."
         ) from None
     return found
+
+
+_TOO_OLD = (
+    "A version of scikit-learn opens what it has saved itself, and few others. Fit the model again with the version "
+    "that is here; or, where the version is installed that saved it, export it to ONNX with skl2onnx."
+)
+"""No file helps that the old version writes anew: this one opens it no better."""
 
 
 def _versions(caught: Sequence[warnings.WarningMessage]) -> str | None:
@@ -180,7 +184,7 @@ def _unreadable(error: Exception, kind: Format, name: str, caught: Sequence[warn
     made = f"; it was saved with scikit-learn {version}, and this is {sklearn.__version__}" if version else ""
     return ModelLoadError(
         f"{name} cannot be opened as a {kind} file: {type(error).__name__}{': ' if reason else ''}{reason}{made}",
-        hint=f"Open it with scikit-learn {version} and save it anew with skops.io.dump(), or export it to ONNX."
+        hint=_TOO_OLD
         if version
         else "Was it copied or downloaded completely, and saved with a version of scikit-learn like this one "
         f"({sklearn.__version__})?",
@@ -228,11 +232,8 @@ def inspect(path: Path, options: Mapping[str, Any], *, trusted: bool) -> dict[st
     the user should know. Raises SpecError with every problem, ModelNotFoundError, ModelLoadError,
     UntrustedModelError.
     """
-    problems = _Given.problems_in(options)
-    file_format = FORMATS.get(path.suffix.lower())
-    if file_format is None:
-        problems.append(f"{path.name}: a scikit-learn model is a file that ends in {', '.join(FORMATS)}")
-    if problems or file_format is None:
+    file_format = FORMATS.get(path.suffix.lower(), "joblib")  # pickles of any name; joblib reads plain ones too
+    if problems := _Given.problems_in(options):
         raise SpecError([f"{path.name}: {each}" for each in problems])
     given = _Given.model_validate(dict(options))
     model, assumed = _opened(path, file_format, trusted, str(path))
@@ -457,8 +458,7 @@ class SklearnScorer(Scorer):
         if len(errors) == count:
             return tables.results(None, errors, count)
         if errors:
-            good = np.ones(count, bool)
-            good[list(errors)] = False
+            good = tables.without(errors, count)
             values, table = (None, table.filter(good)) if values is None else (values[good], table)
         if values is not None:
             given = _given(values, self.options.names)
@@ -529,15 +529,16 @@ def _classes(model: Any) -> tables.Array | None:
 
 def _labels(model: Any, classes: tables.Array, given: Any) -> dict[str, Any]:
     """The predicted class as text, and its probability if the model gives one."""
-    import pyarrow as pa
     from sklearn.ensemble._forest import ForestClassifier
+
+    from tally.arrays import array_of, texts_of
 
     shares = np.asarray(model.predict_proba(given)) if hasattr(model, "predict_proba") else None
     if shares is not None and isinstance(model, ForestClassifier):
         chosen = shares.argmax(axis=1)  # as its predict(), which is twice the work
     else:
         chosen = np.searchsorted(classes, model.predict(given))
-    found = {"label": pa.array([str(each) for each in classes.tolist()]).take(pa.array(chosen))}
+    found = {"label": texts_of([str(each) for each in classes.tolist()]).take(array_of(chosen))}
     if shares is not None:
         found["score"] = tables.column(shares[np.arange(len(chosen)), chosen].astype(np.float64))
     return found

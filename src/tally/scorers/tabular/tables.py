@@ -5,7 +5,7 @@ Tables are ``pyarrow.Table``. A *matrix* is ``float64[rows, features]``, C-conti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tally.errors import ItemError, ModelLoadError, SpecError
 from tally.models.reference import BATCH_LIMIT
+from tally.optional import needed
 from tally.scorers.base import Results, TableResult
 
 if TYPE_CHECKING:
@@ -52,13 +53,9 @@ class TableOptions(BaseModel):
     @classmethod
     def problems_in(cls, options: Mapping[str, Any]) -> list[str]:
         """One line for each thing that is wrong with options."""
-        from tally.models.package import problems_of
+        from tally.models.package import problems_in
 
-        try:
-            cls.model_validate(dict(options))
-        except ValidationError as error:
-            return problems_of(error, list(cls.model_fields))
-        return []
+        return problems_in(cls, options)
 
 
 def check_count(features: Sequence[str], count: int | None, model: str) -> None:
@@ -112,25 +109,22 @@ def matrix(table: pa.Table) -> Array:
     """A numeric table as ``float64[rows, columns]``; null becomes NaN."""
     import pyarrow as pa
 
+    from tally.arrays import numbers_of
+
     values = np.empty((table.num_rows, table.num_columns))
     for index, column in enumerate(table.columns):
         if pa.types.is_boolean(column.type):
             column = column.cast(pa.uint8())
         # float32 has no safe way from all of int64, float64 has for what is told apart in practice
-        values[:, index] = column.cast(pa.float64(), safe=False).to_numpy()
+        values[:, index] = numbers_of(column.cast(pa.float64(), safe=False))
     return values
 
 
 def frame(table: pa.Table) -> Any:
     """A table as a ``pandas.DataFrame``. Text is of dtype object, where null is None; numbers with nulls are float64,
     where null is NaN."""
-    try:
+    with needed("the model takes a DataFrame, and needs", "sklearn", ModelLoadError):
         import pandas
-    except ImportError:
-        raise ModelLoadError(
-            "the model takes a DataFrame, but pandas is not installed",
-            hint="Install it with: pip install pandas",
-        ) from None
     columns = {place: _series(values) for place, values in enumerate(table.columns)}
     found = pandas.DataFrame(columns, index=pandas.RangeIndex(table.num_rows))
     found.columns = pandas.Index(table.column_names)
@@ -180,6 +174,8 @@ def beyond_type(table: pa.Table, kinds: Sequence[str]) -> dict[int, ItemError]:
     """
     import pyarrow as pa
 
+    from tally.arrays import numbers_of
+
     errors: dict[int, ItemError] = {}
     for name, column, kind in zip(table.column_names, table.columns, kinds, strict=False):
         wanted = np.dtype(kind)
@@ -190,7 +186,7 @@ def beyond_type(table: pa.Table, kinds: Sequence[str]) -> dict[int, ItemError]:
             continue
         low, high = (0, 1) if wanted.kind == "b" else (np.iinfo(wanted).min, np.iinfo(wanted).max)
         if pa.types.is_integer(column.type) and not column.null_count:
-            numbers = column.to_numpy()
+            numbers = numbers_of(column)
             bad = (numbers < low) | (numbers > high)
         else:
             numbers = matrix(pa.table([column], names=[name]))[:, 0]
@@ -231,6 +227,8 @@ def column(values: Any) -> pa.Array:
     """One value for each row, ``[n]``, ``[n, 1]`` or ``[n, k]`` (lists), as an Arrow array; text stays text."""
     import pyarrow as pa
 
+    from tally.arrays import array_of, texts_of
+
     values = np.asarray(values)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
@@ -238,8 +236,12 @@ def column(values: Any) -> pa.Array:
         width = int(np.prod(values.shape[1:]))
         inner = column(values.reshape(-1))
         return pa.ListArray.from_arrays(np.arange(len(values) + 1, dtype=np.int32) * np.int32(width), inner)
-    if values.dtype.kind in "OUS":
-        return pa.array([_text(each) for each in values.tolist()] if values.dtype.kind != "O" else values.tolist())
+    if values.dtype.kind in "biuf":
+        return array_of(values)
+    if values.dtype.kind in "US":
+        return texts_of([_text(each) for each in values.tolist()])
+    if values.dtype.kind == "O":
+        return pa.array(values.tolist())
     return pa.array(np.ascontiguousarray(values))
 
 
@@ -292,6 +294,13 @@ def type_names(table: pa.Table) -> dict[str, str]:
     return {field.name: name(field.type) for field in table.schema}
 
 
+def without(errors: Collection[int], count: int) -> Array:
+    """Which of so many rows, ``bool[count]``, are not among those that have errors."""
+    good = np.ones(count, bool)
+    good[list(errors)] = False
+    return good
+
+
 def results(
     rows: pa.Table | None,
     errors: Mapping[int, Exception],
@@ -306,15 +315,16 @@ def results(
     """
     import pyarrow as pa
 
+    from tally.arrays import numbers_of
+
     if rows is None:
         return [errors[position] for position in range(count)]
-    good = np.ones(count, bool)
-    good[list(errors)] = False
+    good = without(errors, count)
     errors = dict(errors)
     positions: Array | None = None
     for name in checked:
         if name in rows.column_names and pa.types.is_floating(rows.schema.field(name).type):
-            wrong = np.isnan(rows.column(name).to_numpy())
+            wrong = np.isnan(numbers_of(rows.column(name)))
             if wrong.any():
                 positions = np.flatnonzero(good) if positions is None else positions
                 for position in positions[wrong].tolist():

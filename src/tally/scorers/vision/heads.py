@@ -3,7 +3,7 @@
 Names, shapes and metadata leave the heads that fit (:func:`candidates`). Where these are several, the values of one
 picture are asked (:func:`verdict`). Exactly one has to remain: what fits nothing, or two things, is refused.
 
-Heads that are known and cannot be decoded stand in the table too, so that their outputs are not taken for others.
+What is known and cannot be used stands in the table too, so that its outputs are not taken for others.
 """
 
 from __future__ import annotations
@@ -11,32 +11,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 
 from tally.errors import SpecError
-from tally.scorers.vision.detection import ANY_CLASSES, DECODERS, Decoder, against_oriented, outside
-from tally.scorers.vision.preprocess import Array, Size
+from tally.scorers.vision.detection.base import ANY_CLASSES, Decoder, Dims, Given, Output, outside, show
+from tally.scorers.vision.detection.decoders import DECODERS
+from tally.scorers.vision.preprocess import MADE_UP_SIZE, Array, Size
 
 Task = Literal["classify", "detect", "restyle", "embed", "segment", "values"]
-Dims: TypeAlias = tuple[int | None, ...]
-"""A shape, batch axis included; None where it varies. No axes at all where nothing is known of it."""
-
 FRACTIONS = (1, 2, 4, 8)
 """A mask is as large as the model's input, or so many times smaller."""
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One output of a model. kind: ``float``, ``integer`` or ``other`` (text, maps)."""
-
-    name: str
-    dims: Dims
-    kind: Literal["float", "integer", "other"] = "float"
-
-    def __str__(self) -> str:
-        return f"{self.name} {show(self.dims)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +33,7 @@ class Facts:
     labels: how many names of classes there are. background: the first of them is the background's.
     task, decoder: as the user says. logits, independent: the user says that values are not probabilities yet;
         that they are to be kept as they are.
+    keypoints, anchors, alone: see :class:`~tally.scorers.vision.detection.base.Given`.
     """
 
     outputs: tuple[Output, ...]
@@ -59,15 +46,24 @@ class Facts:
     decoder: str | None = None
     logits: bool = False
     independent: bool = False
+    keypoints: tuple[int, int] | None = None
+    anchors: tuple[tuple[float, ...], ...] | None = None
+    alone: bool = False
+
+    def given(self, classes: int | None) -> Given:
+        """What decoders are told; the size of made-up pictures where the model takes any."""
+        return Given(self.size or MADE_UP_SIZE, classes, self.keypoints, self.anchors, self.alone)
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A head that fits. outputs: those that it takes. classes: None where the shapes do not tell."""
+    """A head that fits. outputs: those that it takes, in its order. classes: None where the shapes do not tell.
+    keypoints: of each box."""
 
     head: Head
     outputs: tuple[Output, ...]
     classes: int | None = None
+    keypoints: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         classes = ""
@@ -83,7 +79,8 @@ class Head:
     task, decoder: None where nothing decodes it. find: where it may be in a model, and with how many classes.
     against: the outputs of one picture, and the model → what in the values speaks against it, or None.
     words: what the names of such outputs contain; a head whose words are found goes before others for these outputs.
-    like: the tasks that it would be taken for, by whoever says one: nothing decodes it.
+    like: other tasks that it would be taken for, by whoever says one.
+    named: names tell it beyond doubt, and it goes before all others.
     asked: it is a guess for nobody: the user has to say the task.
     """
 
@@ -94,6 +91,7 @@ class Head:
     decoder: str | None = None
     words: str | None = None
     like: tuple[Task, ...] = ()
+    named: bool = False
     asked: bool = False
 
     @property
@@ -102,12 +100,6 @@ class Head:
         if self.decoder is not None:
             return f"--task detect --set decoder={self.decoder}"
         return f"--task {self.task}"
-
-
-def show(dims: Sequence[int | None]) -> str:
-    if not dims:
-        return "unknown shape"
-    return "[" + ", ".join("any" if n is None else str(n) for n in dims) + "]"
 
 
 # ----------------------------------------------------------------------------------------- what shapes say
@@ -199,16 +191,6 @@ def _map(facts: Facts) -> Iterator[Fit]:
             yield Fit(_HEADS["a map of depth, distance or the like"], (output,))
 
 
-def _instances(facts: Facts) -> Iterator[Fit]:
-    """Boxes with coefficients, and the prototypes of masks that these combine."""
-    if len(facts.outputs) != 2 or facts.size is None:
-        return
-    for boxes, prototypes in (facts.outputs, facts.outputs[::-1]):
-        families = [DECODERS[name].classes([boxes.dims], facts.size) for name in ("yolov8", "yolov5", "end-to-end")]
-        if len(prototypes.dims) == 4 and (any(families) or (len(boxes.dims) == 3 and boxes.dims[2] == 38)):
-            yield Fit(_HEADS["masks of single objects (YOLO)"], facts.outputs)
-
-
 def _restyle(facts: Facts) -> Iterator[Fit]:
     for output in facts.outputs:
         dims = output.dims
@@ -235,43 +217,13 @@ def _is_picture(plane: Dims, size: Size | None) -> bool:
 
 def _boxes(name: str, decoder: Decoder) -> Callable[[Facts], Iterator[Fit]]:
     def find(facts: Facts) -> Iterator[Fit]:
-        if facts.size is None:
+        if facts.size is None and not decoder.any_size:
             return
-        used = facts.outputs if decoder.outputs > 1 or len(facts.outputs) == 1 else ()
-        classes = decoder.classes([output.dims for output in used], facts.size)
-        if classes is not None and all(output.kind == "float" for output in used):
-            yield Fit(_HEADS[name], used, None if classes == ANY_CLASSES else classes)
+        for match in decoder.find(facts.outputs, facts.given(facts.labels)):
+            classes = None if match.classes == ANY_CLASSES else match.classes
+            yield Fit(_HEADS[name], match.outputs, classes, match.keypoints)
 
     return find
-
-
-def _named(head: str, *words: str) -> Callable[[Facts], Iterator[Fit]]:
-    """Outputs that are told by their names: one for each of the words, and no shape needed."""
-
-    def find(facts: Facts) -> Iterator[Fit]:
-        names = [output.name for output in facts.outputs]
-        if len(names) == len(words) and all(any(re.search(word, name) for name in names) for word in words):
-            yield Fit(_HEADS[head], facts.outputs)
-
-    return find
-
-
-def _rows_of_seven(facts: Facts) -> Iterator[Fit]:
-    if len(facts.outputs) == 1 and len(facts.outputs[0].dims) == 2 and facts.outputs[0].dims[1] == 7:
-        yield Fit(_HEADS["YOLOv7's rows of 7"], facts.outputs)
-
-
-def _oriented(facts: Facts) -> Iterator[Fit]:
-    if facts.size is None or len(facts.outputs) != 1 or facts.outputs[0].kind != "float":
-        return
-    classes = DECODERS["yolov8"].classes([facts.outputs[0].dims], facts.size)
-    if classes is not None and classes > 1:
-        yield Fit(_HEADS["oriented boxes (YOLO OBB)"], facts.outputs, classes - 1)
-
-
-def _ultralytics(facts: Facts) -> Iterator[Fit]:
-    if (facts.metadata or {}).get("task") in ("segment", "pose", "obb"):
-        yield Fit(_HEADS["ultralytics"], facts.outputs)
 
 
 # ----------------------------------------------------------------------------------------- what values say
@@ -285,6 +237,9 @@ def _against_classify(outputs: Sequence[Array], facts: Facts) -> str | None:
     values = outputs[0].reshape(-1)
     if values.size > 16 and values.dtype.kind == "f" and values.min() < 0 and abs(float((values**2).sum()) - 1) < 1e-3:
         return "the values are a vector of length 1: an embedding"
+    sevens, given = DECODERS["yolov7-end-to-end"], facts.given(None)
+    if values.size == 7 and not sevens.against([values], given) and len(sevens.decode([values], given, 0.25).scores):
+        return "the values are a picture's number, a box, its class and its score"
     return None
 
 
@@ -323,30 +278,26 @@ def _against_picture(outputs: Sequence[Array], facts: Facts) -> str | None:
     return f"values lie between {low:.4g} and {high:.4g}: a picture's are in 0..1, -1..1 or 0..255"
 
 
-def _against_seven(outputs: Sequence[Array], facts: Facts) -> str | None:
-    row = outputs[0].reshape(-1)[:7]
-    if row.size < 7:
-        return None
-    number, x0, y0, x1, y1, kind, score = row.tolist()
-    boxes = number == 0 and kind == int(kind) and 0 <= score <= 1 and x0 <= x1 and y0 <= y1 and max(x1, y1) > 1.5
-    return None if boxes else "the values are no picture's number, corners, class and score"
+def _decoding(name: str, decoder: Decoder) -> Head:
+    like = _TASKS if decoder.named or decoder.gives == "segment" else ("classify",) if decoder.single else ()
+    return Head(
+        name,
+        "detect",
+        _boxes(name, decoder),
+        _nothing,
+        decoder=name,
+        words=decoder.words,
+        like=like,
+        named=decoder.named,
+    )
 
 
-def _against_oriented(outputs: Sequence[Array], facts: Facts) -> str | None:
-    assert facts.size is not None
-    return against_oriented(outputs[0][0], facts.size)
-
-
-def _against_boxes(decoder: Decoder) -> Callable[[Sequence[Array], Facts], str | None]:
-    def against(outputs: Sequence[Array], facts: Facts) -> str | None:
-        assert facts.size is not None
-        return decoder.against(outputs, facts.size)
-
-    return against
-
-
-_TASKS: tuple[Task, ...] = ("classify", "detect", "segment")
+_TASKS: tuple[Task, ...] = ("classify", "segment", "restyle")
 _MAP_WORDS = r"depth|disp|distance|normal|flow|heat|density"
+BY_YOURSELF = """Or read them yourself, with a scorer of your own (docs: write-a-scorer), --model mine.py:
+    class Mine(tally.Scorer):
+        def load(self, artifacts, device): self.session = onnxruntime.InferenceSession("model.onnx")
+        def score(self, batch): return [{"label": ..., "score": ...} for picture in batch]"""
 _FEATURES = r"feature|hidden|embed|backbone"
 _AUXILIARY = r"(?i)aux|hidden|attention"
 
@@ -356,30 +307,11 @@ _HEADS: dict[str, Head] = {
         Head("classify", "classify", _classify, _against_classify),
         Head("values", "values", _values, _nothing),
         Head("embed", "embed", _embed, _nothing, words=r"feature|embed|pool", asked=True),
-        *(
-            Head(name, "detect", _boxes(name, each), _against_boxes(each), decoder=name, words=each.words)
-            for name, each in DECODERS.items()
-        ),
+        *(_decoding(name, each) for name, each in DECODERS.items()),
         Head("segment", "segment", _segment, _against_segment, words=r"logit|seg|mask|class|prob|^out$"),
         Head("foreground", "segment", _foreground, _against_foreground),
         Head("restyle", "restyle", _restyle, _against_picture, words=r"image|styl|picture|super|denois|restor"),
         Head("a map of depth, distance or the like", None, _map, _nothing, words=_MAP_WORDS),
-        Head("DETR's boxes", None, _named("DETR's boxes", "logits", "boxes"), _nothing, words=r"pred_boxes|logits",
-             like=_TASKS),
-        Head("TensorFlow's object detection", None,
-             _named("TensorFlow's object detection", "detection_boxes", "detection_scores", "detection_classes", "num"),
-             _nothing, words="detection", like=_TASKS),
-        Head("TorchVision's detection", None, _named("TorchVision's detection", "boxes", "labels", "scores"), _nothing,
-             words="boxes|labels|scores", like=_TASKS),
-        Head("boxes after built-in suppression", None,
-             _named("boxes after built-in suppression", "num", "boxes", "scores", "classes"), _nothing, words="det",
-             like=_TASKS),
-        Head("MMDetection's boxes", None, _named("MMDetection's boxes", "dets", "labels"), _nothing, words="dets",
-             like=_TASKS),
-        Head("YOLOv7's rows of 7", None, _rows_of_seven, _against_seven, like=("classify", "detect")),
-        Head("oriented boxes (YOLO OBB)", None, _oriented, _against_oriented, like=("detect",)),
-        Head("masks of single objects (YOLO)", None, _instances, _nothing, words=".", like=_TASKS),
-        Head("ultralytics", None, _ultralytics, _nothing, words=".", like=_TASKS),
     )
 }  # fmt: skip
 """The heads, by their names."""
@@ -390,10 +322,14 @@ _HEADS: dict[str, Head] = {
 
 def candidates(facts: Facts) -> list[Fit]:
     """The heads that fit names, shapes and metadata, whatever the number of labels."""
-    if facts.task in ("embed", "values") and len(facts.outputs) == 1:  # whatever it is
+    if facts.task in ("embed", "values") and [each.kind != "other" for each in facts.outputs] == [
+        True
+    ]:  # whatever it is
         alone = facts.task == "values" and _vector(facts.outputs[0].dims) == (True, 1)
         return [Fit(_HEADS[facts.task], facts.outputs, 1 if alone else None)]
     found = [fit for head in _HEADS.values() for fit in head.find(facts)]
+    if facts.task not in ("embed", "values"):
+        found = [fit for fit in found if fit.head.named] or found
     if facts.task is not None:
         found = [fit for fit in found if fit.head.task == facts.task or facts.task in fit.head.like]
         if facts.task == "embed":
@@ -402,9 +338,8 @@ def candidates(facts: Facts) -> list[Fit]:
         found = [fit for fit in found if not fit.head.asked or _named_so(fit)]
     if facts.decoder is not None:
         found = [fit for fit in found if fit.head.decoder == facts.decoder]
-    said = (facts.metadata or {}).get("task")
-    if said in ("detect", "classify") and any(fit.head.task == said for fit in found):
-        found = [fit for fit in found if fit.head.task == said]
+    else:
+        found = _as_metadata_say(found, facts)
     if any(len(fit.outputs) == len(facts.outputs) > 1 for fit in found):  # what explains all of them goes first
         found = [fit for fit in found if len(fit.outputs) == len(facts.outputs)]
     named = [fit.outputs for fit in found if _named_so(fit)]
@@ -412,10 +347,31 @@ def candidates(facts: Facts) -> list[Fit]:
     return _first_of_alike(found)
 
 
+_GIVES = ("detect", "classify", "segment", "pose", "obb")
+"""The tasks that metadata may say, as Ultralytics calls them."""
+
+
+def _as_metadata_say(found: list[Fit], facts: Facts) -> list[Fit]:
+    """Those that do what the file says of itself; all where it says nothing of the kind. Boxes of what it says
+    to give more than boxes would be half of the truth."""
+    said = (facts.metadata or {}).get("task")
+    if said not in _GIVES:
+        return found
+    fitting = [
+        fit for fit in found if said == (DECODERS[fit.head.decoder].gives if fit.head.decoder else fit.head.task)
+    ]
+    return fitting or [fit for fit in found if fit.head.task != "detect" or said in ("detect", "classify")]
+
+
 def _of_labels(found: Sequence[Fit], facts: Facts) -> list[Fit]:
     """Those that have as many classes as there are labels, or all if none has; and what cannot be decoded."""
-    fitting = [fit for fit in found if fit.head.task is None or _has_labels(fit, facts)]
-    return fitting if any(fit.head.task is not None for fit in fitting) else [*found]
+    fitting = [fit for fit in found if not _is_meant(fit, facts) or _has_labels(fit, facts)]
+    return fitting if any(_is_meant(fit, facts) for fit in fitting) else [*found]
+
+
+def _is_meant(fit: Fit, facts: Facts) -> bool:
+    """Whether it can be decoded, and is what the user says."""
+    return fit.head.task is not None and facts.task in (None, fit.head.task)
 
 
 def _has_labels(fit: Fit, facts: Facts) -> bool:
@@ -460,20 +416,18 @@ def verdict(facts: Facts, probe: Callable[[], Mapping[str, Array] | None]) -> tu
             found = candidates(facts)
     refuted: list[str] = []
     if values is not None and len(found) > 1:
-        remaining = []
-        for fit in found:
-            against = objection(fit, [values[output.name] for output in fit.outputs], facts)
-            if against is None:
-                remaining.append(fit)
-            else:
-                refuted.append(f"not {fit.head.name}: {against}")
-        found = remaining
+        for asked in (objection, _unlikely):
+            against = [asked(fit, [values[output.name] for output in fit.outputs], facts) for fit in found]
+            remaining = [fit for fit, why in zip(found, against, strict=True) if not why]
+            if len(found) > 1 and (remaining or asked is objection):
+                refuted += [f"not {fit.head.name}: {why}" for fit, why in zip(found, against, strict=True) if why]
+                found = remaining
     kept = _of_labels(found, facts)
-    if len(kept) == 1 and kept[0].head.task is not None:
+    if len(kept) == 1 and _is_meant(kept[0], facts):
         if (rivals := _rivals(kept[0], found)) and not _gives_boxes(kept[0], values, facts):
             raise _of_labels_alone(kept[0], rivals, facts)
         return kept[0], values is not None
-    unknown = [fit for fit in kept if fit.head.task is None]
+    unknown = [fit for fit in kept if not _is_meant(fit, facts)]
     if unknown and (len(unknown) == len(kept) or (values is not None and not any(fit.head.decoder for fit in kept))):
         raise _undecodable(unknown, facts)
     raise _several(kept, facts) if kept else _nothing_fits(facts, refuted)
@@ -489,8 +443,8 @@ def _gives_boxes(fit: Fit, values: Mapping[str, Array] | None, facts: Facts) -> 
     if values is None or fit.head.decoder is None or facts.size is None:
         return False
     decoder = DECODERS[fit.head.decoder]
-    outputs = [values[output.name][0] for output in fit.outputs]
-    return len(decoder.decode(outputs, facts.size, decoder.score_threshold).scores) > 0
+    outputs = _of_one(fit, [values[output.name] for output in fit.outputs], facts)
+    return len(decoder.decode(outputs, facts.given(fit.classes), decoder.threshold).scores) > 0
 
 
 def _looked(facts: Facts) -> str:
@@ -515,17 +469,21 @@ def _of_labels_alone(fit: Fit, rivals: Sequence[Fit], facts: Facts) -> SpecError
 
 
 def _undecodable(found: Sequence[Fit], facts: Facts) -> SpecError:
-    kind = (facts.metadata or {}).get("task") if found[0].head.name == "ultralytics" else found[0].head.name
+    first = found[0].head
+    if first.task is None:
+        cannot, say = ", which Tally cannot use", ""
+    else:
+        cannot, say = f": boxes, not what {facts.task} gives", f"Say {first.said}, or "
     return SpecError(
-        f"task: the outputs {_looked(facts)} look like those of {kind}, which Tally cannot decode",
-        hint="Export the model with a head that it can (docs: detect), write a scorer for it, or say "
-        f"{_as_they_are(facts)}",
+        f"task: the outputs {_looked(facts)} look like those of {first.name}{cannot}",
+        hint=f"{say or 'Say '}{_as_they_are(facts)}.\n  {BY_YOURSELF}",
     )
 
 
 def _as_they_are(facts: Facts) -> str:
     """How the user says that an output is to be kept, whatever it is."""
-    output = f" --set outputs={facts.outputs[0].name}" if len(facts.outputs) > 1 else ""
+    name = next((each.name for each in facts.outputs if each.kind != "other"), facts.outputs[0].name)
+    output = f" --set outputs={name}" if len(facts.outputs) > 1 else ""
     return f"--task values{output} for the numbers as they are"
 
 
@@ -544,9 +502,12 @@ def _nothing_fits(facts: Facts, refuted: Sequence[str]) -> SpecError:
     said = []
     if wanted is not None:
         others = candidates(replace(facts, task=None, decoder=None))
-        doubtful = {task for fit in others if not fit.head.decoder for task in fit.head.like} - {"detect"}
+        doubtful = {task for fit in others for task in fit.head.like}
         said = [_how(fit, facts, exactly=False) for fit in others if fit.head.task not in (None, "values", *doubtful)]
-    hint = f"Say {', or '.join([*dict.fromkeys(said), _as_they_are(facts)])}"
+    hint = f"Say {', or '.join([*dict.fromkeys(said), _as_they_are(facts)])}.\n  {BY_YOURSELF}"
+    if wanted in (None, "detect"):
+        besides = "" if wanted else ", ".join(["", *(head.name for head in _HEADS.values() if head.decoder is None)])
+        hint = f"Looked for boxes of {', '.join(DECODERS)}{besides}.\n  {hint}"
     if wanted == "classify" and facts.labels != 2 and any(_vector(each.dims) == (True, 1) for each in facts.outputs):
         hint = f"For one number that tells two classes apart, give 2 labels. {hint}"
     return SpecError(problems, hint=hint)
@@ -565,7 +526,8 @@ def _several(found: Sequence[Fit], facts: Facts) -> SpecError:
             if not facts.labels and len({fit.classes for fit in found if fit.head.task}) > 1
             else ""
         )
-        + (f". If it is {' or '.join(unknown)}, Tally cannot decode it: none of these is right" if unknown else ""),
+        + (f". If it is {' or '.join(unknown)}, none of these is right" if unknown else "")
+        + f".\n  {BY_YOURSELF}",
     )
 
 
@@ -580,19 +542,38 @@ def _measured(output: Output, values: Mapping[str, Array]) -> Output:
 
 def objection(fit: Fit, values: Sequence[Array], facts: Facts) -> str | None:
     """What the values of one picture, batch axis included, say against the head; None: nothing does."""
+    if not _is_single(fit):
+        for each in values:
+            if fit.head.task is not None and (each.ndim == 0 or len(each) != 1):
+                return f"an output of shape {list(each.shape)} for one picture"
     if any(not each.size for each in values):
-        return None
-    for each in values:
-        if fit.head.task is not None and (each.ndim == 0 or len(each) != 1):
-            return f"an output of shape {list(each.shape)} for one picture"
-    return fit.head.against([each if fit.head.task is None else each[0] for each in values], facts)
+        return None  # no boxes at all
+    outputs = _of_one(fit, values, facts)
+    if fit.head.decoder is not None:
+        return DECODERS[fit.head.decoder].against(outputs, facts.given(fit.classes))
+    return fit.head.against(outputs, facts)
+
+
+def _unlikely(fit: Fit, values: Sequence[Array], facts: Facts) -> str | None:
+    """What the values of one picture have that the head hardly gives."""
+    asked = DECODERS[fit.head.decoder].unlikely if fit.head.decoder is not None else None
+    return asked(_of_one(fit, values, facts), facts.given(fit.classes)) if asked is not None else None
+
+
+def _is_single(fit: Fit) -> bool:
+    return fit.head.decoder is not None and DECODERS[fit.head.decoder].single
+
+
+def _of_one(fit: Fit, values: Sequence[Array], facts: Facts) -> list[Array]:
+    """Outputs of one picture without the axis for pictures."""
+    return [each if _is_single(fit) or fit.head.task is None else each[0] for each in values]
 
 
 def evident(fit: Fit, values: Sequence[Array], facts: Facts) -> bool:
     """Whether the values of one picture, batch axis included, could have spoken against the head."""
-    if fit.head.decoder is None or (asked := DECODERS[fit.head.decoder].evident) is None or facts.size is None:
+    if fit.head.decoder is None or (asked := DECODERS[fit.head.decoder].evident) is None:
         return True
-    return asked([each[0] for each in values], facts.size)
+    return asked(_of_one(fit, values, facts), facts.given(fit.classes))
 
 
 def fit_of(task: Task, decoder: str, facts: Facts, classes: int | None) -> Fit:

@@ -35,17 +35,28 @@ def probabilities(scores: Array, *, softmax: bool) -> Array:
     return values
 
 
-def classify_rows(scores: Array, name: Callable[[int], str], *, top: int, softmax: bool) -> Row | list[Row]:
-    """The best class as ``label, index, score``; the best ``top`` ones, with their ``rank`` from 1, when
-    that is more than one. Equal scores are ranked by index."""
+def classify_rows(
+    scores: Array, name: Callable[[int], str], *, top: int | None, softmax: bool, threshold: float | None = None
+) -> Row | list[Row]:
+    """The best class as ``label, index, score``; where ``top`` is not 1, the best ones (None: all), with their ``rank``
+    from 1. Equal scores are ranked by index.
+
+    threshold: only classes that score more. Of one score for two classes, which are not independent, the second is it
+    above, and otherwise the first.
+    """
     values = probabilities(scores, softmax=softmax)
+    if scores.size == 1 and threshold is not None:
+        order = [int(values[1] > threshold)]
+    elif top == 1:
+        order = [int(values.argmax())]
+    else:
+        order = np.argsort(-values, kind="stable").tolist()
+    if scores.size > 1 and threshold is not None:
+        order = [i for i in order if values[i] > threshold]
+    rows: list[Row] = [{"label": name(i), "index": i, "score": float(values[i])} for i in order[:top]]
     if top == 1:
-        best = int(values.argmax())
-        return {"label": name(best), "index": best, "score": float(values[best])}
-    order = np.argsort(-values, kind="stable")[:top].tolist()
-    return [
-        {"label": name(i), "index": i, "score": float(values[i]), "rank": rank} for rank, i in enumerate(order, start=1)
-    ]
+        return rows[0] if rows else []
+    return [{**row, "rank": rank} for rank, row in enumerate(rows, start=1)]
 
 
 def label_map(output: Array, spatial: tuple[int, int], *, channels_last: bool, logits: bool = False) -> Array:

@@ -8,14 +8,15 @@ import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from numbers import Real
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tally.errors import ItemError, SpecError
-from tally.scorers.base import Item, Result, Results, Row, Scorer
+from tally.scorers.base import Item, Pictured, Result, Results, Row, Scorer
+from tally.scorers.vision.around import Around
+from tally.scorers.vision.detection.rows import mask_of
 from tally.text import storable
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
@@ -38,12 +39,14 @@ class Shown(NamedTuple):
     scale: tuple[float, float]
 
 
-class Overlay(Scorer):
-    """Gives the picture ``uint8[h, w, 3]`` with the rows of another scorer drawn onto it.
+class Overlay(Around):
+    """Gives the picture ``uint8[h, w, 3]`` with the rows of another scorer drawn onto it, and the rows.
 
     A row with a box (pixels of the original; what lies outside is cut off, a box that is NaN or inverted is
-    left out) becomes a frame with ``label`` and ``score`` on a tag. Other rows with a label are listed at the
-    top left, with ``score`` or ``share``. No rows leave the picture as it is; any other row makes the item dead.
+    left out) becomes a frame with ``label`` and ``score`` on a tag: the quadrangle of its ``corners`` where it has
+    them, its ``mask`` tinted, its ``keypoints`` dots, as far as ``keypoint_scores`` say that they are there. Other rows
+    with a label are listed at the top left, with ``score`` or ``share``. No rows leave the picture as it is; any other
+    row makes the item dead.
     The font is Pillow's, which has no accents (left out) and only Latin letters (others are empty squares).
     Raises SpecError for a scorer whose results cannot be drawn.
     """
@@ -61,27 +64,8 @@ class Overlay(Scorer):
             )
         if scorer.columns is not None and not _drawable(scorer.columns):
             raise SpecError(f"overlay: {name} gives only {', '.join(scorer.columns)}", hint=_DRAWABLE)
-        self.scorer = scorer
-        self.input = scorer.input
-
-    @property
-    def assumed(self) -> Sequence[str]:  # type: ignore[override]
-        return self.scorer.assumed
-
-    def assume(self, sentence: str) -> None:
-        """See :meth:`Scorer.assume`."""
-        self.scorer.assume(sentence)
-
-    @property
-    def batch_size(self) -> int:
-        return self.scorer.batch_size
-
-    @batch_size.setter
-    def batch_size(self, size: int) -> None:
-        self.scorer.batch_size = size
-
-    def load(self, artifacts: Path, device: str) -> None:
-        self.scorer.load(artifacts, device)
+        super().__init__(scorer)
+        self.columns = scorer.columns
 
     def prepare(self, item: Item) -> Shown:
         height, width = item.value.shape[:2]
@@ -97,22 +81,19 @@ class Overlay(Scorer):
     def describe(self) -> str:
         return f"{self.scorer.describe()}, drawn onto the picture"
 
-    def close(self) -> None:
-        self.scorer.close()
-
 
 def _drawable(row: Mapping[str, Any]) -> bool:
     return "label" in row or all(corner in row for corner in _CORNERS)
 
 
-def _drawn(shown: Shown, result: Result) -> Array | Exception:
+def _drawn(shown: Shown, result: Result) -> Pictured | Exception:
     if isinstance(result, Exception):
         return result
     rows = [result] if isinstance(result, Mapping) else result
     if not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) and _drawable(row) for row in rows):
         return ItemError(f"{shown.key}: overlay: the result has neither boxes nor labels", hint=_DRAWABLE)
     try:
-        return _draw_onto(shown.picture, rows, shown.scale)
+        return Pictured(_draw_onto(shown.picture, rows, shown.scale), rows)
     except (TypeError, ValueError) as error:
         return ItemError(f"{shown.key}: overlay: a row cannot be drawn: {error}")
 
@@ -145,8 +126,12 @@ def _draw_onto(canvas: Array, rows: Sequence[Row], scale: tuple[float, float]) -
             continue
         left, top = np.clip(np.rint(low), 0, (width - 1, height - 1)).astype(int).tolist()
         right, bottom = np.clip(np.rint(high), (left + 1, top + 1), (width, height)).astype(int).tolist()
+        if row.get("mask"):
+            _tint(canvas, mask_of(row["mask"], round(width / scale[0]), round(height / scale[1])), colour_of(label))
+        if row.get("corners") or row.get("keypoints"):
+            _draw_points(canvas, row, colour_of(label), line, scale)
         inside = canvas[top:bottom, left:right]
-        for edge in (inside[:line], inside[-line:], inside[:, :line], inside[:, -line:]):
+        for edge in () if row.get("corners") else (inside[:line], inside[-line:], inside[:, :line], inside[:, -line:]):
             edge[...] = colour_of(label)
         above = top - len(tag) if top >= len(tag) else top  # inside where there is no room above
         tags.append((max(0, min(left, width - tag.shape[1])), max(0, min(above, height - len(tag))), tag))
@@ -154,6 +139,32 @@ def _draw_onto(canvas: Array, rows: Sequence[Row], scale: tuple[float, float]) -
         place = canvas[top : top + len(tag), left : left + tag.shape[1]]
         place[...] = tag[: place.shape[0], : place.shape[1]]
     return canvas
+
+
+def _tint(canvas: Array, mask: Any, colour: tuple[int, int, int]) -> None:
+    """Colours a picture where a mask of any size is set."""
+    height, width = canvas.shape[:2]
+    rows = (np.arange(height) * mask.shape[0] // height)[:, None]
+    here = mask[rows, np.arange(width) * mask.shape[1] // width]
+    canvas[here] = canvas[here] // 2 + np.array(colour, np.uint8) // 2
+
+
+_FAINT = 0.5
+"""Keypoints that score less are not drawn: they are hidden, or not there."""
+
+
+def _draw_points(canvas: Array, row: Row, colour: tuple[int, int, int], line: int, scale: tuple[float, float]) -> None:
+    """A row's quadrangle and keypoints."""
+    image = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(image)
+    if row.get("corners"):
+        corners = np.reshape(row["corners"], (4, 2)) * scale
+        pen.polygon([(float(x), float(y)) for x, y in corners], outline=colour, width=line)
+    points = np.reshape(row.get("keypoints") or (), (-1, 2)) * scale
+    for (x, y), score in zip(points, row.get("keypoint_scores") or [1.0] * len(points), strict=True):
+        if score >= _FAINT:
+            pen.circle((float(x), float(y)), 2 * line, fill=colour, outline=(255, 255, 255))
+    canvas[...] = np.asarray(image)
 
 
 @lru_cache(maxsize=1024)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from tally.jobs.spec import Byte
 from tally.models.reference import BATCH_LIMIT, ModelRef
 from tally.models.resolve import registered, resolve
 from tally.server.api.jobs import AllJobs
@@ -58,6 +59,9 @@ MaxQueue = Annotated[int, Field(ge=1, le=1_000_000)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Device = Annotated[str, Field(max_length=100)]
 Payloads = Annotated[str | None, Field(max_length=4000)]
+Pages = Literal["first", "all"]
+Background = Annotated[tuple[Byte, Byte, Byte] | None, Field(description="Red, green and blue.")]
+MaxPixels = Annotated[int, Field(ge=1, le=1 << 40)]
 
 
 class _Strict(BaseModel):
@@ -99,6 +103,9 @@ class NewEndpoint(Model):
     device: Device = _DEFAULTS.device
     payloads: Payloads = None
     payload_share: Share = _DEFAULTS.payload_share
+    pages: Pages = _DEFAULTS.pages
+    background: Background = None
+    max_pixels: MaxPixels = _DEFAULTS.max_pixels
 
 
 class NextVersion(Model):
@@ -121,10 +128,13 @@ class NextVersion(Model):
     device: Device | None = None
     payloads: Payloads = None
     payload_share: Share | None = None
+    pages: Pages | None = None
+    background: Background = None
+    max_pixels: MaxPixels | None = None
 
     def changed(self, spec: EndpointSpec, version: Version) -> EndpointSpec:
         """The spec with the version, and with what is said besides. Raises SpecError."""
-        nullable = ("grpc_port", "max_batch", "payloads")  # where null says something
+        nullable = ("grpc_port", "max_batch", "payloads", "background")  # where null says something
         given = {
             name: value
             for name in self.model_fields_set

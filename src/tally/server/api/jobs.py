@@ -99,7 +99,8 @@ def start_job(
 def get_job(who: Viewer, jobs: AllJobs, job: JobId) -> JobDetail:
     """Everything about a job."""
     record = jobs.store.get(job)
-    return JobDetail.of(record, starting=jobs.starts.is_waiting(record.id), pushes=jobs.store.pushes(record.id))
+    starting, pushes = jobs.starts.is_waiting(record.id), jobs.store.pushes(record.id)
+    return JobDetail.of(record, starting=starting, pushes=pushes, parts=jobs.parts(record.id))
 
 
 @router.get(

@@ -12,7 +12,6 @@ from tally.server.auth.guard import Admin, Viewer
 from tally.server.errors import answers
 from tally.server.once import OnceRoute
 from tally.training.runs.store import RunState, RunStore
-from tally.training.runs.tracking import remove
 
 router = APIRouter(
     prefix="/runs", tags=["runs"], route_class=OnceRoute, responses=answers(400, 401, 403, 404, 409, 422, 429, 503)
@@ -48,7 +47,8 @@ def list_runs(
 @router.get("/{run}")
 def show_run(who: Viewer, store: Runs, run: RunId) -> RunDetail:
     """All that is known of a run."""
-    return RunDetail.of(store.get(run))
+    record = store.get(run)
+    return RunDetail.of_one(record, has_made=store.has_made(record))
 
 
 @router.get("/{run}/values")
@@ -65,6 +65,6 @@ def run_values(
 
 
 @router.delete("/{run}", status_code=204)
-def delete_run(who: Admin, store: Runs, run: RunId) -> None:
+def delete_run(who: Admin, store: Runs, run: RunId, keep_files: bool = False) -> None:
     """Forget a run that nobody trains, with its files if Tally has made their folder. Its models stay."""
-    remove(store, store.get(run))
+    store.remove(store.get(run), keep_files=keep_files)

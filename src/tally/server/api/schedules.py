@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Path as InPath
 from pydantic import BaseModel, Field
 
 from tally.errors import JobStateError
-from tally.jobs.spec import shown
-from tally.server.api.jobs import AllJobs, given_fields
+from tally.server.api.jobs import AllJobs
 from tally.server.api.views import ScheduleDetail
 from tally.server.auth.guard import Admin, Operator, Viewer
 from tally.server.auth.roles import Principal
 from tally.server.errors import answers
 from tally.server.once import OnceRoute
-from tally.server.places import check as check_places
+from tally.server.places import check_kind, check_work
+from tally.triggers import template
 from tally.triggers.store import NAME, Run, Schedule, ScheduleStore
+from tally.triggers.works.kinds import kind_of, told
 
 router = APIRouter(
     prefix="/schedules",
@@ -29,15 +32,19 @@ router = APIRouter(
 
 
 class NewSchedule(BaseModel):
-    """A schedule to add. job: the fields of a job file. since: begin with the first interval from this time on, which
-    is one on the zone's clock."""
+    """A schedule to add. job: the fields of a file of a job, a training, a pipeline or a clean-up.
+
+    cron is needed, but of a CronWorkflow, which says itself when it is run; timezone is UTC otherwise, overlap
+    ``queue`` and catch_up ``all``. since: begin with the first interval from this time on, which is one on the zone's
+    clock.
+    """
 
     name: str = Field(pattern=f"^{NAME.pattern}$")
     job: dict[str, Any]
-    cron: str = Field(min_length=1, max_length=255, examples=["0 * * * *"])
-    timezone: str = Field("UTC", min_length=1, max_length=128)
-    overlap: Literal["queue", "skip", "parallel"] = "queue"
-    catch_up: Literal["all", "latest", "none"] = "all"
+    cron: str | None = Field(None, min_length=1, max_length=255, examples=["0 * * * *"])
+    timezone: str | None = Field(None, min_length=1, max_length=128)
+    overlap: Literal["queue", "skip", "parallel"] | None = None
+    catch_up: Literal["all", "latest", "none"] | None = None
     since: str | None = Field(None, max_length=100)
     replace: bool = False
     file: str = Field("", max_length=4000, description="Where the job file was, for people.")
@@ -48,7 +55,7 @@ def _store(jobs: AllJobs) -> ScheduleStore:
 
 
 Schedules = Annotated[ScheduleStore, Depends(_store)]
-Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$")]
+Name = Annotated[str, InPath(pattern=f"^{NAME.pattern}$")]
 
 
 @router.get("")
@@ -59,16 +66,27 @@ def list_schedules(who: Viewer, store: Schedules) -> list[ScheduleDetail]:
 
 @router.post("", status_code=201)
 def add_schedule(request: Request, who: Operator, store: Schedules, wanted: NewSchedule) -> Schedule:
-    """Run a job on time. Its values may hold ``{interval_start}`` and ``{interval_end}``; ``out`` must."""
-    return define(request, who, store, lambda: given_fields(wanted.job), **wanted.model_dump(exclude={"job"}))
+    """Run a job, a training, a pipeline or a clean-up on time.
+
+    Its values may hold ``{interval_start}`` and ``{interval_end}``; a job's ``out`` must.
+    """
+    return define(request, who, store, lambda: wanted.job, **wanted.model_dump(exclude={"job"}))
 
 
 def define(
     request: Request, who: Principal, store: ScheduleStore, read: Callable[[], dict[str, Any]], **wanted: Any
 ) -> Schedule:
-    """Add a schedule whose jobs may name what requests may name. read, wanted: as of :meth:`ScheduleStore.define`."""
+    """Add a schedule that may name what requests may name. read: the fields as they were sent. wanted: as of
+    :meth:`ScheduleStore.define`."""
     roots = request.app.state.settings.roots
-    return _masked(store.define(read=read, allow=lambda spec: check_places(spec, roots, who), **wanted))
+
+    def allowed() -> dict[str, Any]:
+        fields = read()
+        check_kind(kind_of(fields), who)  # before any file is read
+        return template.settled(fields, Path.cwd())
+
+    added = store.define(read=allowed, allow=lambda work: check_work(work, roots, who), **wanted)
+    return _masked(added)
 
 
 @router.get("/{name}")
@@ -110,7 +128,7 @@ def run_now(
 
 @router.delete("/{name}", status_code=204)
 def remove_schedule(who: Admin, store: Schedules, name: Name) -> None:
-    """Forget a schedule and its runs; jobs and results stay."""
+    """Forget a schedule and what it has run; jobs, trainings and results stay."""
     store.remove(store.get(name).name)
 
 
@@ -126,4 +144,4 @@ def _detail(store: ScheduleStore, found: Schedule, *, following: int, runs: int)
 
 
 def _masked(found: Schedule) -> Schedule:
-    return replace(found, template=shown(found.template))
+    return replace(found, template=told(found.template))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Self
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,16 +12,23 @@ from tally.jobs.chunks import Dead
 from tally.jobs.outbox import Pushes
 from tally.jobs.spec import shown
 from tally.jobs.states import State
-from tally.jobs.store import JobRecord
+from tally.jobs.store import JobRecord, Part
 from tally.masking import mask
+from tally.pipelines.store import Node, Phase
+from tally.pipelines.store import RunRecord as PipelineRecord
+from tally.pipelines.store import RunState as PipelineState
 from tally.server.auth.roles import Role
 from tally.serving.deployments import Deployment, EndpointSpec
 from tally.serving.settings import Limits
 from tally.sources.queues.base import Message
 from tally.training.runs.store import RunRecord, RunState
+from tally.training.sweeps.store import SweepRecord, SweepState, TrialRecord, TrialState
 from tally.triggers.cron import Interval
 from tally.triggers.store import Run, Schedule
 from tally.triggers.watch import Seen, Watch
+
+if TYPE_CHECKING:
+    from tally.pipelines.facade import Question
 
 
 class View(BaseModel):
@@ -81,6 +89,11 @@ class RunDetail(RunView):
     code: dict[str, Any]
     environment: dict[str, Any]
     data: dict[str, Any]
+    has_made: bool = Field(description="Whether its folder is on the server's machine and would go with it.")
+
+    @classmethod
+    def of_one(cls, record: RunRecord, *, has_made: bool) -> Self:
+        return cls(**cls._fields(record), has_made=has_made)
 
 
 class RunList(View):
@@ -88,6 +101,179 @@ class RunList(View):
 
     runs: list[RunView]
     next: str | None
+
+
+class SweepView(View):
+    """A sweep. state: interrupted if its process was lost."""
+
+    id: str
+    name: str
+    kind: str = Field(description="What its trials train: retrain, script.")
+    state: SweepState
+    alive: bool = Field(description="Whether a process drives it now.")
+    error: str | None
+    created_at: float
+    started_at: float = Field(description="When it was begun or resumed last.")
+    finished_at: float | None
+    folder: str = Field(description="Where its files are, on the machine that drives it.")
+    spec: dict[str, Any] = Field(description="All that it was given: texts (the space), metric, lowest, sampler ...")
+    best: int | None = Field(description="The number of its best trial, once it is finished.")
+    best_value: float | None
+    model: str | None = Field(description="The version that was registered.")
+    counts: dict[str, int] = Field(description="Its trials by state.")
+
+    @classmethod
+    def of(cls, record: SweepRecord) -> Self:
+        return cls(**cls._fields(record))
+
+    @staticmethod
+    def _fields(record: SweepRecord) -> dict[str, Any]:
+        return record.to_dict() | {"spec": shown(record.spec)}
+
+
+class TrialView(View):
+    """A trial. run_id: its run. value, step: its result, or where it was pruned. attempts: how often it was begun."""
+
+    number: int
+    state: TrialState
+    attempts: int
+    run_id: str
+    parameters: dict[str, Any]
+    value: float | None
+    step: int | None
+    error: str | None
+
+
+class SweepDetail(SweepView):
+    """A sweep with its trials, by number."""
+
+    trials: list[TrialView]
+    has_made: bool = Field(description="Whether its folder is on the server's machine and would go with it.")
+
+    @classmethod
+    def of_one(cls, record: SweepRecord, trials: Sequence[TrialRecord], *, has_made: bool) -> Self:
+        shown_trials = [TrialView(**each.to_dict()) for each in trials]
+        return cls(**cls._fields(record), trials=shown_trials, has_made=has_made)
+
+
+class SweepList(View):
+    """A page of sweeps, newest first. next: where the following page begins."""
+
+    sweeps: list[SweepView]
+    next: str | None
+
+
+class PipelineView(View):
+    """A run of a pipeline. state: interrupted if its process was lost; waiting if only a person keeps it waiting."""
+
+    id: str
+    name: str
+    state: PipelineState
+    wanted: str | None = Field(description="What its process is told to do: cancel.")
+    alive: bool = Field(description="Whether a process drives it now.")
+    error: str | None
+    created_at: float
+    started_at: float
+    finished_at: float | None
+    owner_host: str | None = Field(description="The machine that drives it, or drove it last.")
+    folder: str = Field(description="Where its logs and artifacts are, on that machine.")
+    parameters: dict[str, str]
+
+    @classmethod
+    def of(cls, record: PipelineRecord) -> Self:
+        return cls(**cls._fields(record))
+
+    @staticmethod
+    def _fields(record: PipelineRecord) -> dict[str, Any]:
+        return record.to_dict() | {"parameters": shown(record.parameters)}
+
+
+class NodeView(View):
+    """A node of a run: a step, an attempt at one, a group. parent: the id of what it is part of; empty for the first.
+
+    kind: Pod, Steps, StepGroup, DAG, TaskGroup, Retry, Suspend, HTTP, Resource, Skipped. outputs: parameters,
+    artifacts, result. supplied: what a person gave to a step that waited.
+    """
+
+    id: str
+    name: str
+    display: str
+    kind: str
+    template: str
+    parent: str
+    number: int = Field(description="In the order in which they were begun.")
+    phase: Phase
+    message: str | None
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    exit_code: int | None
+    started_at: float | None
+    finished_at: float | None
+    supplied: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, node: Node) -> Self:
+        return cls(**shown(node.to_dict()))
+
+
+class WantedValue(View):
+    """A value that a step waits for. choices: empty if any is allowed. needed: it has no default.
+
+    suggested: what a form holds at first.
+    """
+
+    name: str
+    choices: list[str]
+    needed: bool
+    suggested: str
+    description: str
+
+
+class QuestionView(View):
+    """A step that waits for a person. node: its id."""
+
+    node: str
+    display: str
+    wanted: list[WantedValue]
+
+    @classmethod
+    def of(cls, question: Question) -> Self:
+        wanted = [WantedValue(**asdict(each)) for each in question.wanted]
+        return cls(node=question.node.id, display=question.node.display, wanted=wanted)
+
+
+class PipelineDetail(PipelineView):
+    """A run of a pipeline with its nodes, and what waits for a person."""
+
+    nodes: list[NodeView]
+    questions: list[QuestionView]
+    has_made: bool = Field(description="Whether its logs and artifacts are on the server's machine.")
+
+    @classmethod
+    def of_one(
+        cls, record: PipelineRecord, nodes: Sequence[Node], questions: Sequence[Question], *, has_made: bool
+    ) -> Self:
+        return cls(
+            **cls._fields(record),
+            nodes=[NodeView.of(each) for each in nodes],
+            questions=[QuestionView.of(each) for each in questions],
+            has_made=has_made,
+        )
+
+
+class PipelineList(View):
+    """A page of runs of pipelines, newest first. next: where the following page begins."""
+
+    runs: list[PipelineView]
+    next: str | None
+
+
+class StepLog(View):
+    """The last lines that a step has printed, with secrets masked. node: its id."""
+
+    node: str
+    display: str
+    lines: list[str]
 
 
 class CurveView(View):
@@ -181,15 +367,18 @@ class JobDetail(JobView):
     driver: str | None = Field(description="The host whose process drives it, or drove it last.")
     manifest: dict[str, Any] | None = Field(description="What was published, without the files.")
     pushes: Pushes | None = Field(description="How far what is pushed has come, in items; null if nothing is.")
+    parts: list[Part] = Field([], description="Of a job that several coordinators share out, until it is finished.")
 
     @classmethod
-    def of(cls, record: JobRecord, *, starting: bool = False, pushes: Pushes | None = None) -> Self:
+    def of(
+        cls, record: JobRecord, *, starting: bool = False, pushes: Pushes | None = None, parts: Sequence[Part] = ()
+    ) -> Self:
         spec = {name: value for name, value in shown(record.spec).items() if name != "webhook"}
         columns = record.output.get("columns")
         manifest = record.manifest and {name: value for name, value in record.manifest.items() if name != "files"}
         return cls(
             **JobView.of(record, starting=starting).model_dump(), spec=spec, columns=columns, wanted=record.wanted,
-            driver=record.owner_host, manifest=manifest, pushes=pushes,
+            driver=record.owner_host, manifest=manifest, pushes=pushes, parts=list(parts),
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tally.training.runs.store import Curve, RunRecord
+from tally.training.runs.store import Curve
 
 WIDE, TALL = 600, 200
 """Of a figure of curves, without its margins."""
@@ -83,43 +83,54 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
+class Across:
+    """One run across the axes. name: of it. path: for SVG. kind: best, or as its caller says."""
+
+    name: str
+    path: str
+    colour: int
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
 class Parallel:
-    """Runs as lines across the axes. lines: run, path, its colour, whether it is the best."""
+    """Runs as lines across the axes."""
 
     axes: Sequence[Axis]
-    lines: Sequence[tuple[RunRecord, str, int, bool]]
+    lines: Sequence[Across]
 
 
-def parallel(
-    records: Sequence[RunRecord], parameters: Sequence[str], metrics: Sequence[str], best: str | None
-) -> Parallel | None:
-    """The runs across these parameters and metrics; None where there are fewer than two axes. best: the id of a run."""
-    columns: list[tuple[str, bool, list[Any]]] = [
-        (name, False, [each.parameters.get(name) for each in records]) for name in parameters
-    ]
-    columns += [
-        (name, True, [each.metrics[name].last if name in each.metrics else None for each in records])
-        for name in metrics
-    ]
-    columns = [each for each in columns if any(_drawable(value) for value in each[2])]
-    if len(columns) < 2:
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The values of a parameter or a metric, one for each run; None where a run has none."""
+
+    name: str
+    values: Sequence[Any]
+    is_metric: bool = False
+
+
+def parallel(runs: Sequence[tuple[str, str]], columns: Sequence[Column]) -> Parallel | None:
+    """The runs (name, kind) across these columns; None where there are fewer than two axes. kind: "best" is drawn
+    above the others."""
+    drawn = [each for each in columns if any(_drawable(value) for value in each.values)]
+    if len(drawn) < 2:
         return None
     axes, places = [], []
-    for number, (name, is_metric, values) in enumerate(columns):
-        at = AXES_WIDE * number / (len(columns) - 1)
-        ticks, logarithmic, found = _axis(values)
-        axes.append(Axis(name, at, ticks, logarithmic, is_metric))
+    for number, column in enumerate(drawn):
+        at = AXES_WIDE * number / (len(drawn) - 1)
+        ticks, logarithmic, found = _axis(column.values)
+        axes.append(Axis(column.name, at, ticks, logarithmic, column.is_metric))
         places.append([None if place is None else (at, place) for place in found])
     lines = []
-    for number, record in enumerate(records):
+    for number, (name, kind) in enumerate(runs):
         path, joined = [], False
-        for column in places:
-            point = column[number]
+        for points in places:
+            point = points[number]
             if point is not None:
                 path.append(f"{'L' if joined else 'M'}{point[0]:.1f},{point[1]:.1f}")
             joined = point is not None
-        lines.append((record, " ".join(path), number % COLOURS, record.id == best))
-    return Parallel(axes, sorted(lines, key=lambda line: line[3]))  # the best is drawn last, above the others
+        lines.append(Across(name, " ".join(path), number % COLOURS, kind))
+    return Parallel(axes, sorted(lines, key=lambda line: line.kind == "best"))
 
 
 def _drawable(value: Any) -> bool:

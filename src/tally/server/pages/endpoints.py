@@ -14,15 +14,14 @@ from pydantic import BaseModel, ValidationError
 
 from tally.errors import EndpointNotFoundError, SpecError, TallyError
 from tally.jobs.facade import Jobs
+from tally.jobs.pictures import MAX_BYTES
 from tally.server.api import endpoints
 from tally.server.api.endpoints import Deployments, Finder, Name
 from tally.server.api.jobs import AllJobs, feed_of
 from tally.server.api.models import open_registry
 from tally.server.api.views import EndpointView, RecentFigures
-from tally.server.auth.guard import COOKIE, Admin, GuardedRoute, Operator, Viewer
-from tally.server.auth.keys import csrf_token
+from tally.server.auth.guard import Admin, GuardedRoute, Operator, Viewer
 from tally.server.feed import Feed
-from tally.server.gallery import MAX_BYTES
 from tally.server.pages.render import changed, form_page, page, render, stream
 from tally.server.trial import Trial, try_out
 from tally.serving.deployments import PORT, DeploymentStore
@@ -101,9 +100,8 @@ async def endpoint_live(
         except EndpointNotFoundError:
             return None
 
-    csrf = csrf_token(request.cookies.get(COOKIE, ""))
     async for each in stream(
-        request, feed, f"endpoint:{name}", look, "_endpoint.html", gone="This endpoint was deleted.", who=who, csrf=csrf
+        request, feed, f"endpoint:{name}", look, "_endpoint.html", gone="This endpoint was deleted."
     ):
         yield each
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BeforeValidator
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -30,11 +31,10 @@ from tally.server.api.models import all_models, open_registry
 from tally.server.api.results import send_file
 from tally.server.api.uploads import keep
 from tally.server.api.views import DeadItem, JobDetail, JobView, Rows
-from tally.server.auth.guard import COOKIE, GuardedRoute, Operator, Viewer
-from tally.server.auth.keys import csrf_token
+from tally.server.auth.guard import GuardedRoute, Operator, Viewer
 from tally.server.auth.roles import Principal
 from tally.server.feed import Feed, seldom
-from tally.server.gallery import Gallery, rows_from
+from tally.server.gallery import Gallery
 from tally.server.middleware import POLICY_OF_FILES
 from tally.server.pages.asked import filled, with_more
 from tally.server.pages.labels import Labels
@@ -164,18 +164,8 @@ async def job_live(
         except JobNotFoundError:
             return None
 
-    csrf = csrf_token(request.cookies.get(COOKIE, ""))
-    async for each in stream(
-        request,
-        feed,
-        f"page:{job_id}",
-        look,
-        "_job.html",
-        gone="This job was deleted.",
-        price=price,
-        who=who,
-        csrf=csrf,
-    ):
+    topic = f"page:{job_id}"
+    async for each in stream(request, feed, topic, look, "_job.html", gone="This job was deleted.", price=price):
         yield each
 
 
@@ -192,7 +182,7 @@ def _job(jobs: Jobs, job_id: str, glance: dict[str, Any]) -> dict[str, Any]:
     """What changes about a job while it runs."""
     view = JobView.of(jobs.store.get(job_id))
     dead = [DeadItem.of(each) for each in itertools.islice(jobs.dead(job_id), SHOWN_DEAD)] if view.dead else []
-    return {"job": view, "dead": dead, "ended": view.state in ENDED, **glance}
+    return {"job": view, "dead": dead, "ended": view.state in ENDED, "parts": jobs.parts(job_id), **glance}
 
 
 @router.post("/jobs/{job}/{action}")
@@ -214,11 +204,11 @@ def change_job(request: Request, who: Operator, jobs: AllJobs, job: JobId, actio
 def job_rows(request: Request, who: Viewer, jobs: AllJobs, job: JobId, sql: Sql = "") -> Response:
     record, results = jobs.store.get(job), request.app.state.results
     asked = sql.strip() or USUAL
+    again = record.id if asked == USUAL and not _settled(record) else None
     try:
         rows = results.query(record.id, asked, limit=SHOWN_ROWS)
-    except TallyError as error:
-        return HTMLResponse(render("_message.html", text=str(error), problem=True))
-    again = record.id if asked == USUAL and not _settled(record) else None
+    except TallyError as error:  # of a job that is just beginning, it passes
+        return HTMLResponse(render("_rows.html", problem=str(error), again=again))
     return HTMLResponse(render("_rows.html", rows=rows, again=again))
 
 
@@ -316,7 +306,7 @@ def job_picture(
     key: Annotated[str, Query(max_length=4000)] = "",
     file: Annotated[str, Query(max_length=4000)] = "",
     rows: Annotated[str, Query(max_length=20_000)] = "[]",
-    size: Literal[320, 1280] = 320,
+    size: Annotated[Literal[320, 1280], BeforeValidator(int)] = 320,
 ) -> Response:
     """A picture, made small: the item ``key`` with ``rows`` drawn onto it, or the ``file`` that was made of one.
 
@@ -327,7 +317,7 @@ def job_picture(
         if file:
             data = gallery.made(job, file, size=size)
         else:
-            data = gallery.item(job, key, size=size, rows=rows_from(rows))
+            data = gallery.item(job, key, size=size, rows=rows)
     except TallyError as error:
         return Response(render("_nothing.svg", text=error.message), media_type="image/svg+xml")
     headers = {"Cache-Control": "private, max-age=600", "Content-Security-Policy": POLICY_OF_FILES}

@@ -21,6 +21,7 @@ from tally.server.auth.keys import csrf_token
 from tally.server.auth.roles import ROLES, Principal
 from tally.server.feed import Feed
 from tally.server.pages import format as formats
+from tally.triggers.works.kinds import does
 
 FOLDER = Path(__file__).parent
 _templates = Environment(
@@ -31,6 +32,7 @@ _templates = Environment(
     lstrip_blocks=True,
 )
 _templates.globals |= {"version": version.shown(), "states": STATES, "roles": ROLES, "tasks": get_args(Task)}
+_templates.globals["does"] = does
 _templates.filters |= formats.FILTERS
 
 
@@ -41,10 +43,14 @@ def render(name: str, **values: Any) -> str:
 
 def page(request: Request, name: str, *, status: int = 200, **values: Any) -> HTMLResponse:
     """A whole page."""
-    cookie = request.cookies.get(COOKIE, "")
-    who: Principal | None = getattr(request.state, "principal", None)
-    text = render(name, who=who, csrf=csrf_token(cookie), path=request.url.path, **values)
+    text = render(name, **_asked_by(request), path=request.url.path, **values)
     return HTMLResponse(text, status_code=status)
+
+
+def _asked_by(request: Request) -> dict[str, Any]:
+    """Who asks, as templates know it, and the token of their forms."""
+    who: Principal | None = getattr(request.state, "principal", None)
+    return {"who": who, "csrf": csrf_token(request.cookies.get(COOKIE, ""))}
 
 
 def form_page(
@@ -125,6 +131,7 @@ async def stream(
             return ServerSentEvent(raw_data=render("_message.html", text=gone, problem=True))
         return ServerSentEvent(raw_data=render(template, now=state, **values))
 
+    values = _asked_by(request) | values
     may_see = still_signed_in(request)
     async for each in feed.stream(topic, look, event, is_last=lambda state: state is None, may_see=may_see):
         yield each

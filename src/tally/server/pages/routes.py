@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, FastAPI, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -38,7 +38,7 @@ from tally.server.auth.keys import SESSION_SECONDS
 from tally.server.auth.roles import Principal, Role
 from tally.server.feed import Feed, seldom
 from tally.server.machine import Machine
-from tally.server.pages import endpoints, job, runs, triggers
+from tally.server.pages import endpoints, job, pipelines, runs, sweeps, triggers
 from tally.server.pages.render import (
     FOLDER,
     Changes,
@@ -103,7 +103,7 @@ def log_out(request: Request, who: Viewer) -> Response:
 def same_origin(request: Request) -> None:
     """Raises RefusedError unless the request comes from a page of this server."""
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
         raise RefusedError(403, f"requests from {origin} are not taken here")
 
 
@@ -273,6 +273,8 @@ def install(app: FastAPI) -> None:
     app.include_router(triggers.router)
     app.include_router(endpoints.router)
     app.include_router(runs.router)
+    app.include_router(sweeps.router)
+    app.include_router(pipelines.router)
     for kind in (TallyError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _for_browsers(app.exception_handlers[kind]))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,18 +12,18 @@ from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from tally.errors import RunNotFoundError, SourceNotFoundError, TallyError
+from tally.jobs.pictures import MAX_BYTES
 from tally.jobs.printed import tail
 from tally.server.api.jobs import feed_of
 from tally.server.api.runs import RunId, Runs
 from tally.server.auth.guard import Admin, GuardedRoute, Viewer
 from tally.server.feed import Feed, seldom
-from tally.server.gallery import MAX_BYTES
 from tally.server.middleware import POLICY_OF_FILES
-from tally.server.pages.curves import AXES_TALL, AXES_WIDE, TALL, WIDE, figure, parallel, shown
-from tally.server.pages.render import page, stream
+from tally.server.pages.curves import AXES_TALL, AXES_WIDE, TALL, WIDE, Column, Parallel, figure, parallel, shown
+from tally.server.pages.render import page, price_of, stream
 from tally.training.runs.compare import best_first, differing
 from tally.training.runs.store import RUN_STATES, Curve, RunRecord, RunStore
-from tally.training.runs.tracking import artifacts, is_own_folder, logged_pictures, remove
+from tally.training.runs.tracking import artifacts, logged_pictures
 from tally.training.scripts.script import OUTPUT
 
 router = APIRouter(include_in_schema=False, route_class=GuardedRoute)
@@ -36,7 +36,7 @@ POINTS = 300
 FIGURES, FILES, PICTURES, COMPARED = 24, 100, 24, 200
 """The most curves, files and pictures on a run's page, and runs that are compared."""
 LOG_LINES = 100
-_SIZES = {"wide": WIDE, "tall": TALL, "axes_wide": AXES_WIDE, "axes_tall": AXES_TALL}
+SIZES = {"wide": WIDE, "tall": TALL, "axes_wide": AXES_WIDE, "axes_tall": AXES_TALL}
 
 
 @router.get("/runs", response_class=HTMLResponse)
@@ -88,14 +88,15 @@ def compare_page(
     return page(
         request, "compare_runs.html", records=records, parameters=parameters, metrics=metrics, best=best,
         asked={"run": run, "sweep": sweep, "metric": metric, "lowest": lowest}, problem=problem,
-        drawing=parallel(records, parameters, drawn, best), figure=figure(metric, curves) if curves else None, **_SIZES,
+        drawing=_across(records, parameters, drawn, best), figure=figure(metric, curves) if curves else None, **SIZES,
     )  # fmt: skip
 
 
 @router.get("/runs/{run}", response_class=HTMLResponse)
 def run_page(request: Request, who: Viewer, store: Runs, run: RunId) -> HTMLResponse:
     record = store.get(run)
-    return page(request, "run.html", now=_shown(record, store.values(record.id, most=POINTS)), **_SIZES)
+    now = _shown(store, record, store.values(record.id, most=POINTS))
+    return page(request, "run.html", now=now, price=price_of(request), **SIZES)
 
 
 @router.get("/runs/{run}/live", response_class=EventSourceResponse)
@@ -104,7 +105,8 @@ async def run_live(
 ) -> AsyncIterator[ServerSentEvent]:
     run_id = (await run_in_threadpool(store.get, run)).id
     look = seldom(_Watched(store, run_id), seconds=LOOK_SECONDS)
-    async for each in stream(request, feed, f"run:{run_id}", look, "_run.html", gone="This run was deleted.", **_SIZES):
+    values = {"price": price_of(request), **SIZES}
+    async for each in stream(request, feed, f"run:{run_id}", look, "_run.html", gone="This run was deleted.", **values):
         yield each
 
 
@@ -114,7 +116,7 @@ def run_picture(
 ) -> Response:
     """A picture that was logged. Raises SourceNotFoundError."""
     record = store.get(run)
-    found = _pictures(record).get(name, {}).get(step)
+    found = _pictures(store, record).get(name, {}).get(step)
     if found is None or found.is_symlink() or not found.is_file() or found.stat().st_size > MAX_BYTES:
         raise SourceNotFoundError(f"run {record.id} has no picture {name!r} of step {step} on this machine")
     headers = {"Cache-Control": "private, max-age=600", "Content-Security-Policy": POLICY_OF_FILES}
@@ -123,8 +125,21 @@ def run_picture(
 
 @router.post("/runs/{run}/remove")
 def remove_run(who: Admin, store: Runs, run: RunId) -> Response:
-    remove(store, store.get(run))
+    store.remove(store.get(run))
     return RedirectResponse("/runs", status_code=303)
+
+
+def _across(
+    records: Sequence[RunRecord], parameters: Sequence[str], metrics: Sequence[str], best: str | None
+) -> Parallel | None:
+    columns = [Column(name, [each.parameters.get(name) for each in records]) for name in parameters]
+    columns += [
+        Column(name, [each.metrics[name].last if name in each.metrics else None for each in records], is_metric=True)
+        for name in metrics
+    ]
+    return parallel(
+        [(f"{each.name} {each.id}", "best" if each.id == best else each.state) for each in records], columns
+    )
 
 
 class _Watched:
@@ -143,16 +158,16 @@ class _Watched:
                 self._metrics = record.metrics
         except RunNotFoundError:
             return None
-        return _shown(record, self._curves)
+        return _shown(self._store, record, self._curves)
 
 
-def _shown(record: RunRecord, curves: dict[str, Curve]) -> dict[str, Any]:
+def _shown(store: RunStore, record: RunRecord, curves: dict[str, Curve]) -> dict[str, Any]:
     """A run as its page shows it."""
     figures, further = shown({n: c for n, c in curves.items() if len(c.steps) > 1}, most=FIGURES)
     folder = Path(record.folder)
-    here = is_own_folder(record)  # what lies elsewhere is not shown
+    here = store.has_made(record)  # what lies elsewhere is not shown
     files = artifacts(folder)[: FILES + 1] if here else []
-    pictures = [(name, step) for name, steps in _pictures(record).items() for step in sorted(steps)]
+    pictures = [(name, step) for name, steps in _pictures(store, record).items() for step in sorted(steps)]
     return {
         "run": record,
         "figures": figures,
@@ -166,5 +181,5 @@ def _shown(record: RunRecord, curves: dict[str, Curve]) -> dict[str, Any]:
     }
 
 
-def _pictures(record: RunRecord) -> dict[str, dict[int, Path]]:
-    return logged_pictures(Path(record.folder)) if is_own_folder(record) else {}
+def _pictures(store: RunStore, record: RunRecord) -> dict[str, dict[int, Path]]:
+    return logged_pictures(Path(record.folder)) if store.has_made(record) else {}

@@ -18,7 +18,7 @@ from tally.jobs.spec import parsed
 from tally.jobs.states import ENDED
 from tally.masking import mask
 from tally.server.api import queues, schedules, watches
-from tally.server.api.jobs import AllJobs, JobId, given_fields
+from tally.server.api.jobs import AllJobs, JobId
 from tally.server.api.views import MessageView
 from tally.server.auth.guard import Admin, GuardedRoute, Operator, Viewer
 from tally.server.pages.asked import scheduled
@@ -102,7 +102,7 @@ def add_schedule(
     }  # fmt: skip
     try:
         added = schedules.define(
-            request, who, ScheduleStore(jobs.store.engine), lambda: given_fields(parsed(job)), file="", **given
+            request, who, ScheduleStore(jobs.store.engine), lambda: parsed(job, "what it does"), file="", **given
         )
     except SpecError as error:
         return _schedule_form(request, {**given, "job": job}, error)

@@ -17,7 +17,6 @@ import base64
 import binascii
 import json
 import logging
-import os
 import re
 import threading
 import time
@@ -38,9 +37,10 @@ from azure.core.exceptions import (
 from azure.identity import DefaultAzureCredential
 from azure.storage.queue import ExponentialRetry, QueueClient
 
+from tally.config import variable
 from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, StorageError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
+from tally.sources.queues.base import AWAY, REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
 
 log = logging.getLogger("tally")
 
@@ -57,6 +57,11 @@ _THREADS = 8
 _FIRST_POLL, _LONGEST_POLL = 0.05, 0.5
 _LEFT = ("MessageNotFound", "PopReceiptMismatch")
 """What the service says of a message that this consumer does not have any more."""
+_COPY = "Copy it from the account's access keys: DefaultEndpointsProtocol=https;AccountName=...;AccountKey=..."
+_CREDENTIALS = (
+    f"Check {CONNECTION}, AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_KEY. Without them, the identity that is "
+    "signed in needs the role Storage Queue Data Contributor."
+)
 _WRITABLE = re.compile("[\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]*")
 """What comes out of XML as it went in."""
 
@@ -81,16 +86,17 @@ def open_queue(url: str) -> Queue:
 def _client(url: str, account: str, name: str) -> QueueClient:
     retry = ExponentialRetry(initial_backoff=1, increment_base=2, retry_total=2, random_jitter_range=1)
     options: dict[str, Any] = {"retry_policy": retry, "connection_timeout": 5, "read_timeout": 30}
-    if given := os.environ.get(CONNECTION):
+    if given := variable(CONNECTION):
         try:
             client = QueueClient.from_connection_string(given, name, **options)
         except ValueError as error:
-            raise SpecError(f"{CONNECTION} is no connection string: {error}") from None
+            raise SpecError(f"{CONNECTION} is no connection string: {error}", hint=_COPY) from None
         if client.account_name != account:
-            raise SpecError(f"{mask(url)} is of the account {account}, and {CONNECTION} of {client.account_name}")
+            other = f"{mask(url)} is of the account {account}, and {CONNECTION} of {client.account_name}"
+            raise SpecError(other, hint=f"Write the other account into one of them, or unset {CONNECTION}.")
         return client
     host = urlsplit(url).netloc if "." in urlsplit(url).netloc else f"{account}.queue.core.windows.net"
-    credential = os.environ.get("AZURE_STORAGE_ACCOUNT_KEY") or os.environ.get("AZURE_STORAGE_SAS_KEY")
+    credential = variable("AZURE_STORAGE_ACCOUNT_KEY") or variable("AZURE_STORAGE_SAS_KEY")
     return QueueClient(f"https://{host}", name, credential or DefaultAzureCredential(), **options)
 
 
@@ -252,16 +258,17 @@ class AzureQueue(PolledQueue):
         except ResourceExistsError:
             raise
         except (ServiceRequestError, ServiceResponseError, DecodeError) as error:
-            raise StorageAwayError(f"{self._shown} does not answer: {error}") from None
+            raise StorageAwayError(f"{self._shown} does not answer: {error}", hint=AWAY) from None
         except HttpResponseError as error:
             if _code(error) == "QueueNotFound":
                 hint = "Make it first, or mend its name or account."
                 raise SourceNotFoundError(f"{self._shown}: there is no such queue", hint=hint) from None
             status = error.status_code or 500
             kind = StorageAwayError if status >= 500 or status in (408, 429) else StorageError
-            raise kind(f"{self._shown} refuses: {_code(error) or error.reason or status}") from None
+            told = f"{self._shown} refuses: {_code(error) or error.reason or status}"
+            raise kind(told, hint=_CREDENTIALS if kind is StorageError else None) from None
         except AzureError as error:
-            raise StorageError(f"{self._shown} cannot be asked: {error}") from None
+            raise StorageError(f"{self._shown} cannot be asked: {error}", hint=_CREDENTIALS) from None
 
     # -- bodies ------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ threads.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -24,8 +25,13 @@ from urllib.parse import parse_qsl, urlsplit
 from tally.errors import SpecError, StorageAwayError, StorageError
 from tally.masking import mask
 
+log = logging.getLogger("tally")
+
 REASON = "tally-reason"
 """The header (or property) of a dead message that says why it is dead."""
+
+AWAY = "Check that the broker runs, and that its host and port can be reached from here. Jobs wait for it."
+"""The next step where a broker does not answer."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 
@@ -107,13 +113,30 @@ class Queue(ABC):
         """Give back what is not settled, and release connections. Idempotent."""
 
 
+class Outage:
+    """Says once that a broker is away, and once that it is back: who waits has to know what for."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def begins(self, away: StorageAwayError) -> None:
+        if not self._said:
+            log.warning("%s; it is tried again\n  %s", away.message.rstrip("."), away.hint or AWAY)
+        self._said = True
+
+    def ends(self) -> None:
+        if self._said:
+            log.warning("the broker answers again")
+        self._said = False
+
+
 class PolledQueue(Queue):
     """A queue that is asked for messages. Between attempts to reach a broker that is away there are pauses."""
 
     def __init__(self) -> None:
         self._closed = threading.Event()
         self._polling = threading.Lock()
-        self._away, self._again_at = pauses(), 0.0
+        self._away, self._again_at, self._outage = pauses(), 0.0, Outage()
 
     @abstractmethod
     def _poll(self, most: int, seconds: float) -> list[Message]:
@@ -146,9 +169,12 @@ class PolledQueue(Queue):
         try:
             with self._polling:
                 found = [] if self._closed.is_set() else self._poll(most, seconds)
-        except StorageAwayError:
+        except StorageAwayError as away:
+            if not self._closed.is_set():
+                self._outage.begins(away)
             self._again_at = time.monotonic() + next(self._away)
             return []
+        self._outage.ends()
         self._away = pauses()
         return found
 

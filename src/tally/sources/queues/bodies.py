@@ -26,15 +26,22 @@ from urllib.parse import unquote, unquote_plus, urlsplit
 
 from tally.errors import ItemError, SpecError
 from tally.sources.queues.base import Message
-from tally.storage import is_url
+from tally.storage import is_url, is_web
 from tally.text import storable
 
 Form: TypeAlias = Literal["auto", "text", "json", "pyliteral", "content"]
 
 FORMS: tuple[Form, ...] = get_args(Form)
 
+HOW_TO_READ = (
+    f"--queue body=FORM says what messages are ({', '.join(FORMS)}), key=PATH or template= where the name is. "
+    "'tally queue replay' puts dead ones back."
+)
+"""The next step where a message cannot be read."""
+
 MAX_ITEMS = 10_000
 """Items that one message may name."""
+_PATHS = "--queue meta.NAME=body:PATH says where a value is, with a number for one element of a list."
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _BLOB_CREATED = "Microsoft.Storage.BlobCreated"
 _AZURE_HOST = re.compile(r"(?P<account>[a-z0-9]+)\.blob\.[a-z.]+")
@@ -87,7 +94,7 @@ class BodyReader:
             event = _event(text)
             if event is None and _is_object(text):
                 why = "it is JSON, and no event that is known"
-                raise self._unreadable(message, why, hint="queue: {body: json, key: PATH}, where the name is")
+                raise self._unreadable(message, why, hint="--queue body=json --queue key=PATH, where the name is")
             if event is None:
                 yield text.strip()
             else:
@@ -136,11 +143,14 @@ class BodyReader:
         if not self._kept(message, name) or "\n" in name:
             raise self._unreadable(message, "it holds no name of one item")
         if name[:7].lower() == "file://":  # who may send messages may not thereby read this machine's files
-            raise self._unreadable(message, f"{name!r} is a file of this machine", hint="queue: {base: /its/folder}")
+            raise self._unreadable(message, f"{name!r} is a file of this machine", hint="--queue base=/its/folder")
+        if is_web(name):  # nor have anything asked for that this machine reaches
+            raise self._unreadable(message, f"{name!r} is of the web", hint="--queue base=https://its/folder")
         if is_url(name):
             return Named(name, name)
         if self.base is None:
-            raise self._unreadable(message, f"{name!r} is no URL, and the job says no base", hint="queue: {base: ...}")
+            hint = "--queue base=FOLDER says where names are: s3://bucket/images"
+            raise self._unreadable(message, f"{name!r} is no URL, and the job says no base", hint=hint)
         if any(part in ("", ".", "..") for part in name.split("/")):
             raise self._unreadable(message, f"{name!r} leads out of {self.base}")
         return Named(name, f"{self.base.rstrip('/')}/{name}")
@@ -153,7 +163,8 @@ class BodyReader:
 
     def _unreadable(self, message: Message, why: str, *, hint: str | None = None) -> ItemError:
         shown = message.body[:80].decode("utf-8", "replace")
-        return ItemError(f"the message {shown!r} cannot be read as {self.form}: {why}", stage="read", hint=hint)
+        what = f"the message {shown!r} cannot be read as {self.form}: {why}"
+        return ItemError(what, stage="read", hint=hint or HOW_TO_READ)
 
 
 def _walk(value: Any, path: Sequence[str]) -> Iterator[Any]:
@@ -178,12 +189,13 @@ def one_value(value: Any, path: str) -> str | None:
     if not found:
         return None
     if len(found) > 1 or not isinstance(found[0], (str, int, float)):
-        what = f"{len(found)} values" if len(found) > 1 else type(found[0]).__name__
-        raise ItemError(f"{path!r} should be one text or number in the message, and is {what}", stage="read")
+        kind = f"{len(found)} values" if len(found) > 1 else type(found[0]).__name__
+        what = f"{path!r} should be one text or number in the message, and is {kind}"
+        raise ItemError(what, stage="read", hint=_PATHS)
     try:
         return found[0] if isinstance(found[0], str) else json.dumps(found[0])
     except ValueError as error:  # a number of thousands of digits
-        raise ItemError(f"{path!r} is no number that can be kept: {error}", stage="read") from None
+        raise ItemError(f"{path!r} is no number that can be kept: {error}", stage="read", hint=_PATHS) from None
 
 
 # -- events that stores send -------------------------------------------------------------------------------------------
@@ -254,4 +266,6 @@ def _azure(url: str) -> str:
     try:
         return f"az:/{unquote(parts.path, errors='strict')}"
     except UnicodeDecodeError:
-        raise ItemError(f"{parts.path.lstrip('/')[:80]!r} is no name in UTF-8", stage="read") from None
+        raise ItemError(
+            f"{parts.path.lstrip('/')[:80]!r} is no name in UTF-8", stage="read", hint="Give the blob another name."
+        ) from None

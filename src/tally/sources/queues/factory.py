@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from tally.errors import SpecError
 from tally.masking import mask
+from tally.optional import needed
 
 if TYPE_CHECKING:
     from tally.sources.queues.base import Queue
@@ -37,6 +38,10 @@ BROKERS = {
     "kafkas": _Line("tally.sources.queues.kafka", "kafka"),
 }
 """By the scheme of URLs."""
+
+LOGIN = f"Check the user in the URL, the password in {PASSWORD}, and what that user may do there."
+"""The next step where a broker that has users refuses."""
+_HELP = "'tally queue --help' shows how such URLs are written."
 
 _AZURE = r"(windows\.net|chinacloudapi\.cn|usgovcloudapi\.net)"
 _HOSTS = {
@@ -69,7 +74,10 @@ def _line(url: str) -> _Line | None:
 
 
 def check(url: str) -> None:
-    """Raises SpecError where the URL carries a password, which a job would keep, or its client is not installed."""
+    """Raises SpecError for a URL that is not a queue's, for a password in it, which a job would keep, and for a client
+    that is not installed."""
+    if not is_queue(url):
+        raise SpecError(f"{mask(url)} is no queue", hint=f"A queue's URL begins with {', '.join(BROKERS)}, and ://")
     if urlsplit(url).password is not None:
         raise SpecError(
             f"{mask(url)} carries a password, which would be kept with the job",
@@ -85,15 +93,12 @@ def open_queue(url: str) -> Queue:
     except SpecError:
         raise
     except ValueError as error:  # a port that is no number, say
-        raise SpecError(f"{mask(url)} is no URL of a queue: {error}") from None
+        raise SpecError(f"{mask(url)} is no URL of a queue: {error}", hint=_HELP) from None
 
 
 def _adapter(url: str) -> Callable[[str], Queue]:
     line = _line(url)
     assert line is not None, "is_queue"
-    try:
+    with needed(f"{mask(url)} needs", line.extra):
         make: Callable[[str], Queue] = import_module(line.module).open_queue
-    except ModuleNotFoundError as error:
-        hint = f"pip install 'tally-scoring[{line.extra}]'"
-        raise SpecError(f"{mask(url)} needs {error.name}, which is not installed", hint=hint) from None
     return make

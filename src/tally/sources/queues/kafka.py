@@ -15,11 +15,11 @@ were replayed.
 
 from __future__ import annotations
 
-import os
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, TypeVar
@@ -28,10 +28,13 @@ from urllib.parse import unquote, urlsplit
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka import Message as Record
 
+from tally.config import variable
 from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, StorageError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
-from tally.sources.queues.factory import PASSWORD
+from tally.sources.queues.base import AWAY, REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
+from tally.sources.queues.factory import LOGIN, PASSWORD
+
+log = logging.getLogger("tally")
 
 LOCK_SECONDS = 30.0
 ANSWER_SECONDS = 30.0
@@ -68,7 +71,7 @@ def open_queue(url: str) -> Queue:
         "log_level": 0,
     }
     if user:
-        password = os.environ.get(PASSWORD)
+        password = variable(PASSWORD)
         if not password:
             raise SpecError(f"{mask(url)} names a user", hint=f"Put the password into the environment: {PASSWORD}")
         settings |= {"sasl.mechanism": "PLAIN", "sasl.username": unquote(user), "sasl.password": password}
@@ -227,12 +230,21 @@ class KafkaQueue(PolledQueue):
         pass  # what is not committed comes again
 
     def _release(self) -> None:
+        leaving = threading.Thread(target=self._leave_group, name="tally-queue-leaves", daemon=True)
+        leaving.start()
+        leaving.join(ANSWER_SECONDS)
+        if leaving.is_alive():
+            log.warning("%s does not let this consumer go: others take over once its lock has run out", self._shown)
+        elif self._producer is not None:
+            self._producer.flush(ANSWER_SECONDS)
+
+    def _leave_group(self) -> None:
+        """May take for ever: in the midst of a rebalance, a client waits for a broker that need not answer."""
         with self._lock:
             if self._consumer is not None:
-                self._ask(self._consumer.close)
+                with suppress(StorageError):  # the lock runs out
+                    self._ask(self._consumer.close)
                 self._consumer = None
-            if self._producer is not None:
-                self._producer.flush(ANSWER_SECONDS)
 
     # -- partitions --------------------------------------------------------------------------------
 
@@ -307,7 +319,7 @@ class KafkaQueue(PolledQueue):
         deadline = time.monotonic() + ANSWER_SECONDS
         while open_ and len(found) < most:
             if time.monotonic() > deadline:
-                raise StorageAwayError(f"{self._shown} does not answer")
+                raise StorageAwayError(f"{self._shown} does not answer", hint=AWAY)
             for record in self._ask(lambda: reader.consume(most - len(found), 0.2)):
                 if record.error() is not None:
                     continue
@@ -355,7 +367,7 @@ class KafkaQueue(PolledQueue):
         if failed:
             raise self._refused(failed[0])
         if len(written) < len(messages):
-            raise StorageAwayError(f"{self._shown} does not answer")
+            raise StorageAwayError(f"{self._shown} does not answer", hint=AWAY)
 
     def _ask(self, what: Callable[[], T]) -> T:
         try:
@@ -372,8 +384,9 @@ class KafkaQueue(PolledQueue):
             hint = "Make it first, or mend its name."
             return SourceNotFoundError(f"{self._shown}: there is no such topic", hint=hint)
         if error.code() in _REFUSALS:
-            return StorageError(f"{self._shown} refuses: {error.str()}")
-        return StorageAwayError(f"{self._shown} does not answer: {error.str()}")
+            hint = "Send smaller messages." if error.code() == KafkaError.MSG_SIZE_TOO_LARGE else LOGIN
+            return StorageError(f"{self._shown} refuses: {error.str()}", hint=hint)
+        return StorageAwayError(f"{self._shown} does not answer: {error.str()}", hint=AWAY)
 
 
 _REFUSALS = (

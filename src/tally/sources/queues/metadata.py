@@ -37,7 +37,8 @@ class Metadata:
             kind, colon, rest = str(place).partition(":")
             taken = name in _OF_RESULTS and name not in self.choosing
             if not name.strip() or taken or any(each in name for each in "{}|"):
-                problems.append(f"queue: meta has {name!r}, which cannot be the name of a column here")
+                why = "results have it for something else" if taken else "it is empty, or has one of { } |"
+                problems.append(f"queue: meta has {name!r}, which cannot be the name of a column here: {why}")
             if not (place in _OF_MESSAGE or (colon and rest and kind in ("header", "body"))):
                 problems.append(
                     f"queue: meta.{name} should be header:NAME, body:PATH, id or time, not {str(place)[:100]!r}"
@@ -72,7 +73,8 @@ class Metadata:
                 found = message.id if kind == "id" else message.time
             if found is not None and (len(found) > LONGEST or found != storable(found)):
                 what = f"over {LONGEST:,} characters long" if len(found) > LONGEST else "no text that can be kept"
-                raise ItemError(f"the message's {name!r} ({place}) is {what}: {found[:40]!r}", stage="read")
+                hint = f"Leave out --queue meta.{name}, or have the sender send less."
+                raise ItemError(f"the message's {name!r} ({place}) is {what}: {found[:40]!r}", stage="read", hint=hint)
             return found
 
         return value

@@ -10,7 +10,6 @@ queues, never in none.
 from __future__ import annotations
 
 import copy
-import os
 import queue
 import threading
 import time
@@ -25,10 +24,11 @@ import pika
 import pika.exceptions
 
 from tally import network
+from tally.config import variable
 from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, TallyError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, Queue, iso_time, pauses
-from tally.sources.queues.factory import PASSWORD
+from tally.sources.queues.base import AWAY, REASON, Depth, Message, Outage, Queue, iso_time, pauses
+from tally.sources.queues.factory import LOGIN, PASSWORD
 
 PREFETCH = 2000
 ANSWER_SECONDS = 30.0
@@ -44,7 +44,7 @@ def open_queue(url: str) -> Queue:
     vhost, _, name = parts.path.removeprefix("/").rpartition("/")
     if not name or not parts.hostname:
         raise SpecError(f"{mask(url)} names no queue", hint="Write amqp://HOST/VHOST/QUEUE, or amqp://HOST/QUEUE.")
-    password = os.environ.get(PASSWORD)
+    password = variable(PASSWORD)
     if parts.username and not password:
         raise SpecError(f"{mask(url)} names a user", hint=f"Put the password into the environment: {PASSWORD}")
     # pika takes no user without a password.
@@ -209,18 +209,27 @@ class RabbitQueue(Queue):
             raise
         except TimeoutError:
             answer.cancel()
-            raise StorageAwayError(f"{self._shown} does not answer") from None
+            raise StorageAwayError(f"{self._shown} does not answer", hint=AWAY) from None
         except BROKEN as error:
-            raise StorageAwayError(f"{self._shown} does not answer: {_reason(error)}") from None
+            raise self._away(error) from None
+
+    def _away(self, error: BaseException) -> StorageAwayError:
+        reason = _reason(error)
+        if "ACCESS_REFUSED" in reason or "NOT_ALLOWED" in reason:
+            return StorageAwayError(f"{self._shown} refuses: {reason}", hint=LOGIN)
+        return StorageAwayError(f"{self._shown} does not answer: {reason}", hint=AWAY)
 
     def _run(self) -> None:
-        attempts = pauses()
+        attempts, outage = pauses(), Outage()
         while not self._closed.is_set():
             try:
                 with pika.BlockingConnection(_checked(self._parameters)) as connection:
                     attempts = pauses()
+                    outage.ends()
                     self._serve(connection)
             except BROKEN as error:
+                if self._wanted:
+                    outage.begins(self._away(error))
                 self._refuse(error)
                 self._closed.wait(next(attempts))
         self._refuse(StorageAwayError(f"{self._shown} is closed"))

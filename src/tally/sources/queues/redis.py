@@ -11,7 +11,6 @@ Redis keeps what it has promised only as well as it is configured to: see ``appe
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import socket
 import time
@@ -21,14 +20,15 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import redis
+from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
 
 from tally import network
-from tally.errors import SpecError, StorageAwayError
+from tally.config import variable
+from tally.errors import SpecError, StorageAwayError, StorageError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
-from tally.sources.queues.factory import PASSWORD
+from tally.sources.queues.base import AWAY, REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
+from tally.sources.queues.factory import LOGIN, PASSWORD
 
 LOCK_SECONDS = 60.0
 ANSWER_SECONDS = 30.0
@@ -36,6 +36,7 @@ BODY = b"body"
 _POLL_SECONDS = 0.05
 _AT_ONCE = 100
 """Messages of a list that are asked for with one request, at most."""
+_KINDS = "?kind=list after the URL says that it is a list; without that, it is a stream."
 _NOBODY = "nobody"
 """The consumer of a stream that has what was given back."""
 
@@ -54,7 +55,7 @@ def open_queue(url: str) -> Queue:
     lock = lock_of(url, options, LOCK_SECONDS)
     client = redis.Redis.from_url(
         f"{parts.scheme}://{parts.netloc}/{database}",
-        password=os.environ.get(PASSWORD),
+        password=variable(PASSWORD),
         socket_timeout=ANSWER_SECONDS,
         socket_connect_timeout=5,
     )
@@ -96,10 +97,14 @@ class _RedisQueue(PolledQueue):
     def _ask(self, what: Callable[[], T]) -> T:
         try:
             return what()
+        except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
+            raise StorageError(f"{self._shown} refuses: {error}", hint=LOGIN) from None
         except (RedisConnectionError, redis.TimeoutError, OSError) as error:
-            raise StorageAwayError(f"{self._shown} does not answer: {error}") from None
+            raise StorageAwayError(f"{self._shown} does not answer: {error}", hint=AWAY) from None
         except RedisError as error:
-            raise StorageAwayError(f"{self._shown} refuses: {error}") from None
+            if "WRONGTYPE" in str(error):
+                raise StorageError(f"{self._shown} refuses: {error}", hint=_KINDS) from None
+            raise StorageAwayError(f"{self._shown} refuses: {error}", hint="A job waits until it does not.") from None
         except Exception:
             if self._closed.is_set():  # by another thread, while this one waited for an answer
                 raise StorageAwayError(f"{self._shown} is closed") from None

@@ -88,7 +88,8 @@ class Router:
         except BaseException as error:  # a framework that looks into a model may raise anything
             if is_interrupt(error):
                 raise
-            return ItemError(f"{uri} cannot be used: {error_line(error)}", stage="read")
+            hint = f"Score one item with it by a job of its own: --model {uri} --limit 1"
+            return ItemError(f"{uri} cannot be used: {error_line(error)}", stage="read", hint=hint)
 
     def _resolved(self, version: ModelVersion) -> ModelRef:
         from tally.models import kinds
@@ -104,11 +105,14 @@ class Router:
         ref = resolve(str(version), trust=self._routing.trusted)
         scorer = create(ref)
         if scorer.input not in self._routing.accepts:
-            raise ItemError(f"{version} takes {scorer.input}, and messages name pictures and files", stage="read")
+            what = f"{version} takes {scorer.input}, and messages name pictures and files"
+            raise ItemError(what, stage="read", hint="Have messages choose a model of pictures.")
         if scorer.output != "rows":
-            raise ItemError(f"{version} gives pictures, and where messages choose the model, results are rows")
+            what = f"{version} gives pictures, and where messages choose the model, results are rows"
+            raise ItemError(what, stage="read", hint="Score it by a job of its own.")
         if twice := sorted({*self._routing.columns} & {*(scorer.columns or ())}):
-            raise ItemError(f"{version} gives a column {twice[0]!r}, and so does the job", stage="read")
+            hint = f"Give {twice[0]!r} another name, in the model or in --queue meta.NAME."
+            raise ItemError(f"{version} gives a column {twice[0]!r}, and so does the job", stage="read", hint=hint)
         return ref
 
 

@@ -11,7 +11,6 @@ many messages there are: who asks looks at them all.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 import time
@@ -46,9 +45,10 @@ from azure.servicebus.exceptions import (
     ServiceBusError,
 )
 
+from tally.config import variable
 from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, StorageError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, iso_time
+from tally.sources.queues.base import AWAY, REASON, Depth, Message, PolledQueue, Queue, iso_time
 
 # The client logs what it raises, with tracebacks, which would be printed where nobody has set up logging.
 logging.getLogger("azure.servicebus").addHandler(logging.NullHandler())
@@ -69,6 +69,10 @@ _LONGEST_REASON = 4096
 _DEAD_REASON = "tally"
 """In the property DeadLetterReason, whose values are kinds of failures; what failed is in the other property."""
 _REASON, _DESCRIPTION = "DeadLetterReason", "DeadLetterErrorDescription"
+_RIGHTS = (
+    f"Check {CONNECTION}, or the roles of the identity that is signed in: Azure Service Bus Data Receiver, and Data "
+    "Sender for inject and replay. The queue has to be without sessions."
+)
 _LEFT = (MessageAlreadySettled, MessageLockLostError, MessageNotFoundError)
 """What says that this consumer does not have a message any more."""
 _REFUSALS = (ServiceBusAuthenticationError, ServiceBusAuthorizationError, MessagingEntityDisabledError)
@@ -100,14 +104,16 @@ def _client(url: str) -> ServiceBusClient:
     host = parts.hostname or ""
     host = host if "." in host else f"{host}.servicebus.windows.net"
     options: dict[str, Any] = {"retry_total": 1, "retry_backoff_factor": 0.2, "try_timeout": ANSWER_SECONDS}
-    if given := os.environ.get(CONNECTION):
+    if given := variable(CONNECTION):
         try:
             theirs = urlsplit(f"//{parse_connection_string(given).fully_qualified_namespace}")
             client = ServiceBusClient.from_connection_string(given, **options)
         except ValueError as error:
-            raise SpecError(f"{CONNECTION} is no connection string: {error}") from None
+            hint = "Copy it from the namespace's access policies: Endpoint=sb://...;SharedAccessKeyName=...;SharedAccessKey=..."
+            raise SpecError(f"{CONNECTION} is no connection string: {error}", hint=hint) from None
         if (theirs.hostname, theirs.port or 443) != (host, parts.port or 443):
-            raise SpecError(f"{mask(url)} is of {host}, and {CONNECTION} of {theirs.hostname}")
+            other = f"{mask(url)} is of {host}, and {CONNECTION} of {theirs.hostname}"
+            raise SpecError(other, hint=f"Write the other namespace into one of them, or unset {CONNECTION}.")
         return client
     if not re.fullmatch(_CLOUDS, host):
         hint = f"Put its connection string into the environment: {CONNECTION}"
@@ -254,15 +260,15 @@ class ServiceBusQueue(PolledQueue):
             hint = "Make it first, or mend its name or namespace."
             raise SourceNotFoundError(f"{self._shown}: there is no such queue", hint=hint) from None
         except MessageSizeExceededError as error:
-            raise StorageError(f"{self._shown} refuses a message: {error}") from None
+            raise StorageError(f"{self._shown} refuses a message: {error}", hint="Send less in one message.") from None
         except (ServiceBusError, ClientAuthenticationError) as error:
             inner = getattr(error, "inner_exception", None)
             refused = isinstance(error, _REFUSALS) or "amqp:not-allowed" in str(error)
             if refused or isinstance(error, ClientAuthenticationError) or isinstance(inner, ClientAuthenticationError):
-                raise StorageError(f"{self._shown} refuses: {error}") from None
+                raise StorageError(f"{self._shown} refuses: {error}", hint=_RIGHTS) from None
             vague = any(each in str(error) for each in _VAGUE)
             away = f"{self._shown} does not answer: {error}"
-            raise StorageAwayError(away, hint="Is there such a queue?" if vague else None) from None
+            raise StorageAwayError(away, hint="Is there such a queue?" if vague else AWAY) from None
         except ValueError as error:  # it is closed, or the connection string is of another queue
             kind = StorageAwayError if self._closed.is_set() else SpecError
             raise kind(f"{self._shown}: {error}") from None

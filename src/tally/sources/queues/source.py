@@ -19,13 +19,13 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tally.errors import DatabaseAwayError, ItemError, SpecError, StorageAwayError, error_line
+from tally.errors import DatabaseAwayError, ItemError, JobError, SpecError, StorageAwayError, error_line
 from tally.models.reference import ModelRef
 from tally.models.route import Route
 from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.queues.base import Message, Queue
-from tally.sources.queues.bodies import FORMS, BodyReader, Named
+from tally.sources.queues.bodies import FORMS, HOW_TO_READ, BodyReader, Named
 from tally.sources.queues.factory import check, open_queue
 from tally.sources.queues.metadata import Metadata
 from tally.sources.queues.routing import Router, Routing
@@ -108,6 +108,7 @@ class QueueSource(Source):
         self._in_hand: dict[str, list[_Delivery]] = {}
         """By key, the deliveries that name it."""
         self._messages, self._late = 0, False
+        self._unreadable, self._first_unreadable = 0, ""
 
     @classmethod
     def describe(
@@ -129,7 +130,8 @@ class QueueSource(Source):
         Raises SpecError with what is wrong with them.
         """
         if input not in cls.accepts:
-            raise SpecError(f"messages name pictures and files, and the model is given {input}")
+            hint = "Rows are read from files of tables and from databases; for messages, choose a model of pictures."
+            raise SpecError(f"messages name pictures and files, and the model is given {input}", hint=hint)
         unknown = sorted(options.keys() - _OPTIONS)
         problems = [f"queue: there is no option {name!r}{did_you_mean(name, _OPTIONS)}" for name in unknown]
         form, prefetch = options.get("body", "auto"), options.get("prefetch", PREFETCH)
@@ -186,6 +188,11 @@ class QueueSource(Source):
                 idle = 0.0 if received or self._messages else idle + WAIT_SECONDS
                 if self._until_empty and idle >= IDLE_SECONDS:
                     if _is_empty(queue):
+                        if self._unreadable and not first:
+                            raise JobError(
+                                f"none of {self._unreadable:,} messages could be read: {self._first_unreadable}",
+                                hint=HOW_TO_READ,
+                            )
                         return
                     idle = 0.0
                 continue
@@ -221,6 +228,13 @@ class QueueSource(Source):
                 else:
                     del self._in_hand[key]
 
+    def remark(self) -> str | None:
+        """See :meth:`Source.remark`."""
+        if not self._unreadable:
+            return None
+        count = f"{self._unreadable:,} messages" if self._unreadable > 1 else "a message"
+        return f"{count} could not be read, and went to the dead of the queue; the first: {self._first_unreadable}"
+
     def close(self) -> None:
         """See :meth:`Source.close`."""
         self._closed.set()
@@ -246,6 +260,8 @@ class QueueSource(Source):
             except ItemError as error:
                 log.warning("%s", error)
                 unreadable.append((message, str(error)))
+                self._unreadable += 1
+                self._first_unreadable = self._first_unreadable or error.message
                 continue
             with self._lock:
                 delivery = _Delivery(message, {each.item.key for each in found})
@@ -269,7 +285,8 @@ class QueueSource(Source):
             items, meta = self._reader.items(message), self._metadata.kept(message)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             # Nobody has thought of what this message holds: it costs itself, and not the job.
-            raise ItemError(f"the message {message.body[:80]!r} cannot be read: {error_line(error)}") from None
+            what = f"the message {message.body[:80]!r} cannot be read: {error_line(error)}"
+            raise ItemError(what, stage="read", hint=HOW_TO_READ) from None
         if self._router is None:
             return [_Taken(item, message, item.key, meta) for item in items]
         name, model = self._choose(self._router, message)

@@ -29,7 +29,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from tally.errors import SourceNotFoundError, SpecError, StorageAwayError, StorageError
 from tally.masking import mask
-from tally.sources.queues.base import REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
+from tally.sources.queues.base import AWAY, REASON, Depth, Message, PolledQueue, Queue, iso_time, lock_of, options_of
 
 LOCK_SECONDS = 60.0
 GROUP = "MessageGroupId"
@@ -45,6 +45,10 @@ _LOOKS_A_SECOND = 20
 """Messages that are looked at in a second, at least: those that were first have to stay hidden until the last."""
 _ASK_SECONDS = 1
 """An answer without messages that was not waited for says nothing: SQS asks some of its servers only."""
+_CREDENTIALS = (
+    "Check the credentials that boto3 finds (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), and what "
+    "they may do with this queue."
+)
 _LEFT = ("ReceiptHandleIsInvalid", "InvalidParameterValue", "AWS.SimpleQueueService.MessageNotInflight")
 """What SQS says of a message that this consumer does not have any more."""
 _BUSY = ("RequestThrottled", "ThrottlingException", "Throttling", "OverLimit", "KmsThrottled")
@@ -222,7 +226,7 @@ class SqsQueue(PolledQueue):
         try:
             return what()
         except (BotoConnectionError, HTTPClientError) as error:
-            raise StorageAwayError(f"{self._shown} does not answer: {error}") from None
+            raise StorageAwayError(f"{self._shown} does not answer: {error}", hint=AWAY) from None
         except ClientError as error:
             code = error.response["Error"]["Code"]
             if code.rpartition(".")[2] in ("NonExistentQueue", "QueueDoesNotExist"):
@@ -230,9 +234,9 @@ class SqsQueue(PolledQueue):
                 raise SourceNotFoundError(f"{self._shown}: there is no such queue", hint=hint) from None
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
             kind = StorageAwayError if status >= 500 or code in _BUSY else StorageError
-            raise kind(f"{self._shown} refuses: {error}") from None
+            raise kind(f"{self._shown} refuses: {error}", hint=_CREDENTIALS if kind is StorageError else None) from None
         except BotoCoreError as error:
-            raise StorageError(f"{self._shown} cannot be asked: {error}") from None
+            raise StorageError(f"{self._shown} cannot be asked: {error}", hint=_CREDENTIALS) from None
 
 
 def _few(entries: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -258,7 +262,8 @@ def _entry(message: Message, *, fifo: bool) -> dict[str, Any]:
     try:
         body = message.body.decode()
     except UnicodeDecodeError:
-        raise SpecError("SQS carries messages of text only") from None
+        hint = "Send the item's name or URL; or the content as text, in base64."
+        raise SpecError("SQS carries messages of text only", hint=hint) from None
     headers = {name: value for name, value in message.headers.items() if name != GROUP and value}
     attributes = {name: {"DataType": "String", "StringValue": value} for name, value in headers.items()}
     entry: dict[str, Any] = {"MessageBody": body, "MessageAttributes": attributes}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tally.errors import ItemError, SourceChangedError, SourceNotFoundError, StorageAwayError, TallyError
 from tally.sources.base import Batch
+from tally.sources.tables.damage import DAMAGED
 from tally.sources.tables.formats import plain_type
 from tally.sources.tables.parquet import DECODED, Stream
 from tally.sources.tables.row_ranges import RowRange, file_of, length
@@ -33,7 +34,7 @@ class Reader:
         self._source, self._row_ranges, self._size = source, row_ranges, size
         query = source.query
         self._values = list(dict.fromkeys([*source.by, *source.features]))
-        self._info = list(source.columns)
+        self._info = {name: source.query.selection.origin.get(name, name) for name in source.columns}
         self._types = dict(query.selection.inputs)
         self._stream: tuple[Any, Stream] | None = None
         self._window = _Window(0, size)
@@ -85,7 +86,7 @@ class Reader:
         if self._stream is None or self._stream[0] != file_of(row_range):
             self._close()
             file = self._source.open_rows(row_range)
-            columns = list(dict.fromkeys([*self._values, *self._info, *self._source.key_columns(row_range)]))
+            columns = list(dict.fromkeys([*self._values, *self._info.values(), *self._source.key_columns(row_range)]))
             called = self._source.called(row_range)
             columns = [called.get(name, name) for name in columns]
             self._stream = (file_of(row_range), Stream(file, columns, max(DECODED, self._size)))
@@ -149,7 +150,8 @@ class _Window:
     def room(self) -> int:
         return self.start + self.size - self.at
 
-    def batch(self, values: Sequence[str], info: Sequence[str]) -> Batch:
+    def batch(self, values: Sequence[str], info: Mapping[str, str]) -> Batch:
+        """The batch. info: the columns that results carry: their names there, and in the table."""
         batch = Batch(self.start, self.start + self.size, dead=self.dead)
         if not self.tables:
             return batch
@@ -160,7 +162,7 @@ class _Window:
         batch.keys = self.keys[0] if len(self.keys) == 1 else pa.concat_arrays(self.keys)
         batch.positions = np.concatenate([np.arange(*run, dtype=np.int64) for run in self.runs])
         batch.values = table.select(values)
-        batch.info = table.select(info) if info else None
+        batch.info = table.select(list(info.values())).rename_columns(list(info)) if info else None
         return batch
 
 
@@ -192,7 +194,7 @@ def _unreadable(row_range: RowRange, error: BaseException) -> ItemError:
     if isinstance(error, TallyError):
         return ItemError(error.message, stage="read", hint=error.hint)
     reason = " ".join(str(error).split()) or "it ends too early"
-    return ItemError(f"{key_of(name_from_json(row_range[2]))} cannot be read: {reason}", stage="read")
+    return ItemError(f"{key_of(name_from_json(row_range[2]))} cannot be read: {reason}", stage="read", hint=DAMAGED)
 
 
 class Ahead(threading.Thread):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from tally.errors import StorageError
+from tally.sources.tables.damage import damaged
 from tally.sources.tables.type_inference import SAMPLE_ROWS, Kinds, Notation, Text, infer, unlike
 from tally.sql import distinct_names, sql_name, sql_text
 from tally.text import did_you_mean
@@ -152,7 +153,7 @@ def look(path: Path, name: str, options: Mapping[str, Any]) -> Dialect | None:
         with open_plain(path) as file:
             head = file.read(_HEAD_BYTES)
     except (OSError, EOFError, ValueError) as error:
-        raise StorageError(f"cannot read {name}: {error}") from None
+        raise damaged(name, error, "it is damaged") from None
     if kind := next((kind for mark, kind in _MAGIC if head.startswith(mark)), None):
         raise StorageError(f"{name} is {kind} by its content, not text", hint=_AS_WHAT_IT_IS)
     bom = next((encoding for mark, encoding in _BOMS if head.startswith(mark)), None)
@@ -409,6 +410,37 @@ def relation(path: Path, dialect: Dialect, types: Mapping[str, str]) -> str:
     if notation.dateformat:
         parts.append(f"dateformat = {sql_text(notation.dateformat)}")
     return f"read_csv({', '.join(parts)})"
+
+
+def check_thousands(connection: Any, path: Path, dialect: Dialect, types: Mapping[str, str], name: str) -> None:
+    """Raises StorageError if a column of numbers has one with the mark of thousands elsewhere: ``1.5`` would be 15.
+
+    name: what to call the file in messages.
+    """
+    mark, decimal = dialect.notation.thousands, dialect.notation.decimal
+    numbers = [each for each in dialect.names if types.get(each) in ("BIGINT", "DOUBLE")]
+    if not mark or not numbers:
+        return
+    called = distinct_names(dialect.names)
+    grouped = sql_text(
+        rf"\s*[-+]?\d{{1,3}}({re.escape(mark)}\d{{2,3}})*{re.escape(mark)}\d{{3}}({re.escape(decimal)}.*)?\s*"
+    )
+    asked = []
+    for each in numbers:
+        text = sql_name(called[each])
+        plain = f"replace(replace({text}, {sql_text(mark)}, ''), {sql_text(decimal)}, '.')"
+        asked.append(
+            f"first({text}) FILTER (WHERE contains({text}, {sql_text(mark)}) "
+            f"AND TRY_CAST({plain} AS DOUBLE) IS NOT NULL AND NOT regexp_full_match({text}, {grouped}))"
+        )
+    found = connection.execute(f"SELECT {', '.join(asked)} FROM {relation(path, dialect, {})}").fetchone()  # noqa: S608
+    forget_faults(connection)
+    for each, value in zip(numbers, found, strict=True):
+        if value is not None:
+            raise StorageError(
+                f"{name}: column {each!r} holds {value!r}, where {mark!r} does not stand between thousands",
+                hint=f"Mend it, or leave out csv thousands={mark}; csv types={{{each}: VARCHAR}} takes it as text",
+            )
 
 
 def infer_types(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from tally.errors import SourceNotFoundError, SpecError, StorageError
-from tally.storage import Store, failure, key_of
+from tally.sources.tables.damage import damaged
+from tally.sources.tables.packed import PACKED
+from tally.storage import Store, key_of
 from tally.storage.ranges import Seekable
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-Format = Literal["parquet", "csv", "jsonl", "arrow"]
+Format = Literal["parquet", "csv", "jsonl", "json", "excel", "arrow", "orc", "avro"]
 
 SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
@@ -28,24 +30,31 @@ SUFFIXES: dict[str, Format] = {
     ".arrow": "arrow",
     ".feather": "arrow",
     ".ipc": "arrow",
-    ".csv.gz": "csv",
-    ".tsv.gz": "csv",
-    ".psv.gz": "csv",
-    ".jsonl.gz": "jsonl",
-    ".ndjson.gz": "jsonl",
+    ".orc": "orc",
+    ".avro": "avro",
 }
-"""Format by a file name's suffix, lower case, with the dot."""
+SUFFIXES |= {
+    f"{suffix}{packed}": kind for suffix, kind in SUFFIXES.items() if kind in ("csv", "jsonl") for packed in PACKED
+}
+"""Format by a file name's suffix, lower case, with the dot: what folders give."""
 
-_SPREADSHEETS = frozenset({".xls", ".xlsx", ".xlsm", ".xlsb", ".ods", ".numbers"})
-_ARCHIVES = frozenset({".zip", ".7z", ".tar", ".rar", ".tgz", ".bz2", ".xz", ".zst"})
+_NAMED: dict[str, Format] = {".json": "json", ".xlsx": "excel", ".xlsm": "excel"}
+_NAMED |= {f".json{packed}": "json" for packed in PACKED}
+"""As :data:`SUFFIXES`, of files that folders have for other things, too: they have to be named."""
+
+TEXT: frozenset[Format] = frozenset({"csv", "jsonl", "json", "excel"})
+"""Formats whose columns' types are found out from their values."""
+
+_SPREADSHEETS = frozenset({".xls", ".xlsb", ".ods", ".numbers"})
+_ARCHIVES = frozenset({".gz", ".zip", ".7z", ".tar", ".rar", ".tgz", ".bz2", ".xz", ".zst"})
 
 
 def format_of(name: str) -> Format | None:
-    """The format of a file by its name (``.csv.gz`` and ``.jsonl.gz`` too), or None."""
+    """The format of a file by its name (``.csv.gz`` and ``.jsonl.zst`` too), or None."""
     stem, suffix = os.path.splitext(name.lower())  # noqa: PTH122
-    if suffix == ".gz":
+    if suffix in PACKED:
         suffix = os.path.splitext(stem)[1] + suffix  # noqa: PTH122
-    return SUFFIXES.get(suffix)
+    return SUFFIXES.get(suffix) or _NAMED.get(suffix)
 
 
 def known_format(name: str, *, csv: bool) -> Format:
@@ -61,7 +70,9 @@ def known_format(name: str, *, csv: bool) -> Format:
     if suffix in _SPREADSHEETS:
         raise SpecError(f"{shown} is a spreadsheet, which is not read; save its sheet as CSV")
     if suffix in _ARCHIVES:
-        raise SpecError(f"{shown} is packed; unpack it first (gzip alone is read, as in readings.csv.gz)")
+        raise SpecError(
+            f"{shown} is packed, and its name does not tell what it holds; call it so (readings.csv.zip), or unpack it"
+        )
     if csv:
         return "csv"
     raise SpecError(
@@ -133,10 +144,13 @@ def _decimal(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
     return pa.decimal128(digits, scale) if digits <= 38 else None
 
 
-def unify(schemas: Sequence[tuple[str, pa.Schema]]) -> tuple[pa.Schema, list[str]]:
+def unify(
+    schemas: Sequence[tuple[str, pa.Schema]], needs: Callable[[str], bool] = lambda _: True
+) -> tuple[pa.Schema, list[str]]:
     """One schema for files that must have the same columns by name, and the problems found.
 
-    schemas: name of each file, and its schema with plain types.
+    schemas: name of each file, and its schema with plain types. needs: whether a column is needed; files may differ in
+    the others, and of these only those are in the schema that all files have.
     """
     import pyarrow as pa
 
@@ -146,9 +160,9 @@ def unify(schemas: Sequence[tuple[str, pa.Schema]]) -> tuple[pa.Schema, list[str
     problems: list[str] = []
     clashing: set[str] = set()
     for name, schema in schemas[1:]:
-        if missing := [each for each in first.names if each not in schema.names]:
+        if missing := [each for each in first.names if each not in schema.names and needs(each)]:
             problems.append(f"{name} lacks {_listed(missing)}, which {reference} has")
-        if extra := [each for each in schema.names if each not in kinds]:
+        if extra := [each for each in schema.names if each not in first.names and needs(each)]:
             problems.append(f"{name} has {_listed(extra)}, which {reference} lacks")
         for column, kind in zip(schema.names, schema.types, strict=True):
             if column not in kinds or column in clashing:
@@ -156,10 +170,14 @@ def unify(schemas: Sequence[tuple[str, pa.Schema]]) -> tuple[pa.Schema, list[str
             common = common_type(kinds[column], kind)
             if common is None:
                 clashing.add(column)
+                if not needs(column):
+                    continue
                 problems.append(f"column {column!r} is {kinds[column]} in {origin[column]} and {kind} in {name}")
             elif common != kinds[column]:
                 kinds[column], origin[column] = common, name
-    return pa.schema(list(kinds.items())), problems
+    lacking = {each for each in kinds if not needs(each) and any(each not in schema.names for _, schema in schemas)}
+    lacking |= {each for each in clashing if not needs(each)}
+    return pa.schema([(name, kind) for name, kind in kinds.items() if name not in lacking]), problems
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:
@@ -211,13 +229,7 @@ def open_parquet(store: Store, name: str, *, mark: str = "") -> pq.ParquetFile:
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, StorageError):
             raise
-        raise failure("read", f"{store.url}/{name}", _first_line(error, "it is no Parquet file")) from None
-
-
-def arrow_schema(store: Store, name: str) -> pa.Schema:
-    """The schema of an Arrow IPC file or stream. Raises StorageError."""
-    with open_arrow(store, name) as reader:
-        return reader.schema
+        raise damaged(f"{store.url}/{name}", error, "it is no Parquet file") from None
 
 
 def open_arrow(store: Store, name: str) -> pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader:
@@ -232,12 +244,4 @@ def open_arrow(store: Store, name: str) -> pa.ipc.RecordBatchStreamReader | pa.i
         opened = pa.OSFile(os.fspath(path)) if path.stat().st_size else pa.BufferReader(b"")
         return pa.ipc.open_file(opened) if seekable else pa.ipc.open_stream(opened)
     except (pa.ArrowException, OSError) as error:
-        raise failure("read", f"{store.url}/{name}", _first_line(error, "it is no Arrow file")) from None
-
-
-def _first_line(error: BaseException, what: str) -> BaseException:
-    """The error as one line that says first, in plain words, what is wrong. System errors stay as they are."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error
-    text = str(error).split("\n", 1)[0].strip().rstrip(".")
-    return ValueError(f"{what} ({text})")
+        raise damaged(f"{store.url}/{name}", error, "it is no Arrow file") from None

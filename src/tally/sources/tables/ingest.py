@@ -20,10 +20,14 @@ import psutil
 
 from tally.errors import StorageError
 from tally.sources.tables import delimited, jsonlines
-from tally.sources.tables.formats import Format, in_parquet, open_arrow, plain_type
-from tally.sources.tables.select import ORDER, Selection, TableRequest
+from tally.sources.tables.damage import DAMAGED, unreadable
+from tally.sources.tables.formats import TEXT, Format, in_parquet, plain_type
+from tally.sources.tables.packed import plain_text
+from tally.sources.tables.paths import values
+from tally.sources.tables.select import ORDER, UNITS, Selection, TableRequest, quantile
+from tally.sources.tables.stored import open_stored
 from tally.sources.tables.type_inference import INFERRED, LOOKED_AT, Kinds
-from tally.sql import distinct_names, sql_name, sql_text
+from tally.sql import distinct_names, hide_progress, sql_name, sql_text
 from tally.storage import Store, failure, temporary
 from tally.text import did_you_mean
 
@@ -37,23 +41,36 @@ _MEMORY = 4 * 1024**3
 """Bytes of memory for DuckDB. It spills the rest to disk."""
 _GROUP_ROWS = 122_880
 _BATCH_ROWS = 65_536
+WORDS: dict[Format, str] = {"csv": "line", "jsonl": "line", "json": "object", "excel": "row"}
+"""What the lines of the text that is read were in the file."""
 _ORIGIN = "make_timestamp(2000, 1, 3, 0, 0, 0)"
 """A Monday: windows of days and weeks begin at midnight, windows of weeks on Mondays."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """What to make of the files. types: DuckDB's, of the columns of CSV and JSON Lines."""
+    """What to make of the files. types: DuckDB's, of the columns of text.
+
+    paths: DuckDB's types of the columns that stand in the files' paths, as far as they are needed; pattern: see
+    :mod:`tally.sources.tables.paths`.
+    """
 
     request: TableRequest
     selection: Selection
     csv: Mapping[str, Any] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
+    paths: Mapping[str, str] = field(default_factory=dict, repr=False)
+    pattern: str | None = field(default=None, repr=False)
+
+    def described(self) -> str:
+        """What identifies it. What earlier versions did not know is left out where it is not asked for."""
+        more = (dict(self.paths), self.pattern, self.request.unit, self.request.zone, dict(self.request.called))
+        return repr(self) + (repr(more) if any(more) else "")
 
     @property
     def sorts(self) -> bool:
         """Whether all files become one, instead of one each."""
-        return bool(self.request.by or self.request.where or self.request.window is not None)
+        return bool(self.request.by or self.request.where or self.request.window is not None or self.paths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +86,10 @@ class TableFile:
     mark: str
     rows: int | None = None
 
+    @property
+    def url(self) -> str:
+        return f"{self.store.url}/{self.name}"
+
 
 @dataclass(frozen=True)
 class Made:
@@ -78,7 +99,8 @@ class Made:
     ``windows``. files: key and number of rows of each file. tables: name and number of rows of each work file. bad:
     number of lines that could not be read. keys: number of keys. timeless: rows without a time, which are in no window.
     versions: of each file, as its store marks it. healthy: for the number of each file with lines that could not be
-    read, a digest of its other lines.
+    read, a digest of its other lines. read: of a database, what the manifest says of how it was read. unit: of
+    times that are numbers since 1970.
     """
 
     kind: str
@@ -89,6 +111,8 @@ class Made:
     timeless: int = 0
     versions: list[str] = field(default_factory=list)
     healthy: dict[str, str] = field(default_factory=dict)
+    read: dict[str, Any] = field(default_factory=dict)
+    unit: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -108,11 +132,12 @@ def make(inputs: Iterable[TableFile], query: Query, folder: Path) -> Made:
     tables: list[tuple[Path, int]] = []
     with temporary.folder("tables") as links, connect(spill) as connection:
         try:
+            inputs = list(inputs)
             files, tables, healthy = _convert(connection, inputs, query, folder, Path(links))
             if not query.sorts:
                 made = Made("files", files, [(path.name, rows) for path, rows in tables], _count(folder / BAD))
             else:
-                made = _arrange(connection, query, files, tables, folder, Path(links))
+                made = _arrange(connection, query, inputs, files, tables, folder, Path(links))
             return replace(made, healthy=healthy)
         except duckdb.Error as error:
             if "Invalid string encoding" in str(error):
@@ -157,7 +182,8 @@ def connect(spill: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
         config["temp_directory"] = str(spill)
     with duckdb.connect(":memory:", config=config) as connection:
         limit = min(psutil.virtual_memory().total // 4, _MEMORY)
-        connection.execute(f"SET memory_limit = '{limit}B'; SET TimeZone = 'UTC'; SET enable_progress_bar = false")
+        connection.execute(f"SET memory_limit = '{limit}B'; SET TimeZone = 'UTC'")
+        hide_progress(connection)
         connection.execute("SET autoinstall_known_extensions = false; SET autoload_known_extensions = false")
         yield connection
 
@@ -190,16 +216,16 @@ def _convert(
             target = folder / f"{number:06d}.parquet"
             if each.format == "parquet":
                 table, rows = path, _count(path) if each.rows is None else each.rows
-            elif each.format == "arrow":
-                table, rows = target, _from_arrow(each, query, target)
+            elif each.format not in TEXT:
+                table, rows = target, _from_stored(each, query, target)
             else:
-                packed = ".gz" if path.suffix.lower() == ".gz" else ""
-                plain = link(path, links, number, f".text{packed}")
+                plain = plain_text(path, each.key, each.format, links, number)
                 bring = _from_csv if each.format == "csv" else _from_jsonl
                 try:
-                    lines = bad.add(number, each.key, bring(connection, plain, each, query, target, links, number))
+                    faults = bring(connection, plain, each, query, target, links, number)
+                    lines = bad.add(number, f"{each.key} {WORDS[each.format]}", faults)
                 except duckdb.Error as error:
-                    raise failure("read", each.key, _first_line(error)) from None
+                    raise unreadable(each.key, error) from None
                 if lines:
                     healthy[str(number)] = delimited.digest_without(plain, lines)
                 table, rows = target, _count(target) if target.exists() else 0
@@ -210,7 +236,9 @@ def _convert(
 
 def _columns(query: Query) -> list[str]:
     """The columns that are converted: all of them if there is a condition, which may name any."""
-    return list(query.types) if query.request.where is not None else list(query.selection.inputs)
+    if query.request.where is not None:
+        return list(query.types)
+    return [name for name in query.selection.inputs if name not in query.paths]
 
 
 def _from_csv(
@@ -233,6 +261,7 @@ def _from_csv(
 
     def copy(path: Path) -> Iterable[delimited.Fault]:
         delimited.forget_faults(connection)
+        delimited.check_thousands(connection, path, dialect, types, each.key)
         if number >= LOOKED_AT:
             _check_types(delimited.infer_types(connection, path, dialect, lambda *_: True)[0], query, each.key)
         _copy(connection, f"SELECT {chosen} FROM {delimited.relation(path, dialect, types)}", target)  # noqa: S608
@@ -246,14 +275,15 @@ def _from_jsonl(
 ) -> Iterable[delimited.Fault]:
     types = {name: query.types[name] for name in _columns(query)}
     if number >= LOOKED_AT:
-        _check_types(jsonlines.infer_types(connection, path, lambda *_: True), query, each.key)
+        _check_types(jsonlines.infer_types(connection, path, lambda *_: True)[0], query, each.key)
     _copy(connection, jsonlines.rows(path, types), target)
-    return jsonlines.faults(connection, path, types, each.key, _count(target))
+    return jsonlines.faults(connection, path, types, f"{each.key}, {WORDS[each.format]}", _count(target))
 
 
 def _check_types(found: Mapping[str, Kinds], query: Query, key: str) -> None:
     """Raises StorageError if kept columns of a file, whose types were not inferred, hold what their types do not."""
-    for name in dict.fromkeys([*query.selection.info, *query.request.by]):
+    kept = [query.selection.origin.get(name, name) for name in query.selection.info]
+    for name in dict.fromkeys([*kept, *query.request.by]):
         kind, kinds = query.types.get(name), found.get(name, Kinds())
         fits = {"DOUBLE": ("BIGINT", "DOUBLE"), "TIMESTAMP": ("DATE", "TIMESTAMP")}.get(str(kind), (kind,))
         if kinds and kind in INFERRED and kind != "VARCHAR" and kinds.exact not in fits:
@@ -263,19 +293,19 @@ def _check_types(found: Mapping[str, Kinds], query: Query, key: str) -> None:
             )
 
 
-def _from_arrow(each: TableFile, query: Query, target: Path) -> int:
+def _from_stored(each: TableFile, query: Query, target: Path) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with open_arrow(each.store, each.name) as reader:
-        names = reader.schema.names if query.request.where is not None else list(query.selection.inputs)
+    with open_stored(each.format, each.store, each.name) as reader:
+        names = reader.schema.names if query.request.where is not None else _columns(query) or reader.schema.names[:1]
         if missing := [name for name in names if name not in reader.schema.names]:
-            raise StorageError(f"{each.key} lacks the column {missing[0]!r}")
+            raise StorageError(f"{each.key} lacks the column {missing[0]!r}", hint=f"Other files have it. {DAMAGED}")
         schema = pa.schema([(name, in_parquet(plain_type(reader.schema.field(name).type))) for name in names])
         called = list(distinct_names(names).values())
         rows = 0
         with pq.ParquetWriter(target, pa.schema(list(zip(called, schema.types, strict=True)))) as writer:
-            for batch in _batches(reader):
+            for batch in reader.batches:
                 table = pa.Table.from_batches([batch]).select(names)
                 arrays = [_cast(column, field, each.key) for column, field in zip(table.columns, schema, strict=True)]
                 writer.write_table(pa.Table.from_arrays(arrays, called), row_group_size=_GROUP_ROWS)
@@ -289,15 +319,8 @@ def _cast(column: Any, field: pa.Field, key: str) -> Any:
     try:
         return column.cast(field.type)
     except pa.ArrowInvalid as error:
-        raise StorageError(f"{key}, column {field.name!r}: {_first_line(error)}") from None
-
-
-def _batches(reader: Any) -> Iterator[pa.RecordBatch]:
-    if hasattr(reader, "num_record_batches"):
-        for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
-    else:
-        yield from reader
+        what = f"{key}, column {field.name!r}: {_first_line(error)}"
+        raise StorageError(what, hint="Write the column as another type, or leave it out.") from None
 
 
 # -- selected, aggregated, grouped --------------------------------------------------------------------
@@ -306,6 +329,7 @@ def _batches(reader: Any) -> Iterator[pa.RecordBatch]:
 def _arrange(
     connection: Any,
     query: Query,
+    inputs: Sequence[TableFile],
     files: list[tuple[str, int]],
     tables: Sequence[tuple[Path, int]],
     folder: Path,
@@ -315,16 +339,22 @@ def _arrange(
     request = query.request
     bad = _count(folder / BAD)
     kind = "rows" if request.window is None else "windows"
-    offsets, paths = [], []
+    offsets, paths, in_paths = [], [], []
     total = 0
     for number, (path, rows) in enumerate(tables):
         if rows:
+            in_paths.append(values(inputs[number].url, query.pattern) if query.paths else {})
             paths.append(link(path, links, number, ".rows.parquet"))
             offsets.append(total)
         total += rows
     if not paths:
         return Made(kind, files, [], bad)
     connection.execute(f"SET VARIABLE offsets = {offsets}::BIGINT[]")
+    more = ""
+    for at, (name, type_) in enumerate(query.paths.items()):
+        texts = ", ".join("NULL" if each[name] is None else sql_text(str(each[name])) for each in in_paths)
+        connection.execute(f"SET VARIABLE path_{at} = [{texts}]::VARCHAR[]")
+        more += f", getvariable('path_{at}')[file_index::BIGINT + 1]::{type_} AS {sql_name(name)}"
     # A condition is the user's SQL: it must not read other files.
     listed = ", ".join(sql_text(path) for path in paths)
     allowed = ", ".join(sql_text(os.path.realpath(path)) for path in paths)
@@ -335,16 +365,18 @@ def _arrange(
     where = f"WHERE (\n{request.where}\n)" if request.where is not None else ""
     source = (
         f"(SELECT *, file_row_number + getvariable('offsets')[file_index::BIGINT + 1] AS {ORDER} "  # noqa: S608
-        f"FROM (SELECT *, file_index FROM read_parquet([{listed}], union_by_name = true, file_row_number = true)) "
+        f"FROM (SELECT *, file_index{more} "
+        f"FROM read_parquet([{listed}], union_by_name = true, file_row_number = true)) "
         f"{where})"
     )
-    timeless = 0
+    timeless, unit = 0, None
     if request.window is None:
         _copy(connection, _rows_of(query, source), folder / ROWS)
     else:
         assert request.time is not None
-        _copy(connection, _windows_of(query, source), folder / ROWS)
-        missing = f"SELECT count(*) FROM {source} WHERE {sql_name(request.time)} IS NULL"  # noqa: S608
+        unit = _unit_of(connection, query, source)
+        _copy(connection, _windows_of(query, source, unit), folder / ROWS)
+        missing = f"SELECT count(*) FROM {source} WHERE {_time_of(query)} IS NULL"  # noqa: S608
         timeless = int(connection.execute(missing).fetchone()[0])
     for path, _ in tables:
         if path.parent == folder:
@@ -359,7 +391,7 @@ def _arrange(
             folder / KEYS,
         )
         keys = _count(folder / KEYS)
-    return Made(kind, files, [(ROWS, _count(folder / ROWS))], bad, keys, timeless)
+    return Made(kind, files, [(ROWS, _count(folder / ROWS))], bad, keys, timeless, unit=unit)
 
 
 def _rows_of(query: Query, source: str) -> str:
@@ -368,28 +400,83 @@ def _rows_of(query: Query, source: str) -> str:
     return f"SELECT {columns} FROM {source} ORDER BY {by}{ORDER}"  # noqa: S608
 
 
-def _windows_of(query: Query, source: str) -> str:
-    request, time = query.request, sql_name(query.request.time or "")
+def _unit_of(connection: Any, query: Query, source: str) -> str | None:
+    """The unit of times that are numbers since 1970; None of others.
+
+    Raises StorageError if it is not given, and the values do not all fit one.
+    """
+    request = query.request
+    if query.selection.number is None:
+        return None
+    if request.unit is not None:
+        return request.unit
+    time = f"({_time_of(query)})"
+    low, high = connection.execute(f"SELECT min({time}), max({time}) FROM {source}").fetchone()  # noqa: S608
+    if low is None:
+        return "s"
+    for unit, per_second in UNITS.items():
+        if _SINCE * per_second <= low and high <= _UNTIL * per_second:
+            return unit
+    raise StorageError(
+        f"time: {request.time!r} holds numbers from {low} to {high}, which are no times between 1990 and 2100 in "
+        "one of the units s, ms, us and ns since 1970",
+        hint="Say which unit it is, as in --time-unit ms, or pass over what is no time with --where.",
+    )
+
+
+def _time_of(query: Query) -> str:
+    """The times, as SQL; NaN is none."""
+    time = sql_name(query.request.time or "")
+    return _without_nan(time, query.selection.number)
+
+
+def _without_nan(value: str, kind: pa.DataType | None) -> str:
+    """A number as SQL, NULL where it is NaN: as missing as no value at all."""
+    # Of these, DuckDB takes a file's statistics, which leave NaN out, for a proof that there is none.
+    if str(kind) == "halffloat":
+        return f"CASE WHEN isfinite({value}) OR isinf({value}) THEN {value} END"
+    return f"CASE WHEN isnan({value}) THEN NULL ELSE {value} END" if str(kind) in ("double", "float") else value
+
+
+_SINCE, _UNTIL = 631_152_000, 4_102_444_800
+"""1990 and 2100, in seconds since 1970: times of which the unit is told by their values."""
+
+
+def _windows_of(query: Query, source: str, unit: str | None) -> str:
+    request, time, called = query.request, f"({_time_of(query)})", sql_name(query.request.time or "")
     by = "".join(f"{sql_name(name)}, " for name in request.by)
     zoned = "TIMESTAMPTZ" if "tz=" in str(query.selection.inputs[query.request.time or ""]) else "TIMESTAMP"
-    plain = f"{time}::{zoned}::TIMESTAMP"
-    begin = f"time_bucket(to_microseconds({request.window}), {plain}, {_ORIGIN})"
+    moment = f"{time}::{zoned}"
+    if unit is not None:
+        # Fractions of a microsecond are cut off downwards, so that no reading moves into a later window.
+        scaled = {"s": f"{time} * 1000000", "ms": f"{time} * 1000", "us": time, "ns": f"{time} / 1000"}[unit]
+        if str(query.selection.number).startswith(("int", "uint")):
+            scaled = {"ns": f"{time}::HUGEINT // 1000"}.get(unit, scaled.replace(time, f"{time}::HUGEINT"))
+        moment = f"make_timestamptz(floor({scaled})::BIGINT)"
+    plain = f"{moment}::TIMESTAMP"
+    local = plain if request.zone is None else f"timezone({sql_text(request.zone)}, {moment})"
+    begin = f"time_bucket(to_microseconds({request.window}), {local}, {_ORIGIN})"
     # Ordered by time, and by position in the input where times are equal.
     latest = f"epoch_us({plain})::HUGEINT * 1000000000000 + {ORDER}"
     made = []
     for name, (column, how) in query.selection.aggregates.items():
-        value = sql_name(column)
-        if str(query.selection.inputs.get(column)) in ("double", "float", "halffloat"):
-            value = f"CASE WHEN isnan({value}) THEN NULL ELSE {value} END"  # as missing as no value at all
-        expression = {
+        value = _without_nan(sql_name(column), query.selection.inputs.get(column))
+        expressions = {
             "mean": f"avg({value}::DOUBLE)",
             "min": f"min({value})",
             "max": f"max({value})",
             "last": f"arg_max({value}, {latest})",
             "count": "count(*)",
-        }[how]
+            # DuckDB's own stops the whole query at an infinite number.
+            "std": f"CASE WHEN bool_or(isinf({value}::DOUBLE)) THEN 'nan'::DOUBLE "
+            f"ELSE stddev_samp({value}::DOUBLE) FILTER (WHERE isfinite({value}::DOUBLE)) END",
+            "median": f"quantile_cont({value}::DOUBLE, 0.5)",
+        }
+        share = quantile(how)
+        expression = expressions[how] if share is None else f"quantile_cont({value}::DOUBLE, {share})"
         made.append(f"{expression} AS {sql_name(name)}")
-    chosen = ", ".join([f"({begin})::{zoned} AS {time}", *made])
+    begins = f"({begin})::{zoned}" if request.zone is None else f"timezone({sql_text(request.zone)}, {begin})"
+    chosen = ", ".join([f"{begins} AS {called}", *made])
     # By number: a name that result and input share would mean the input's column.
     groups = ", ".join(str(index + 1) for index in range(len(request.by) + 1))
     return f"SELECT {by}{chosen} FROM {source} WHERE {time} IS NOT NULL GROUP BY {groups} ORDER BY {groups}"  # noqa: S608
@@ -438,7 +525,7 @@ class _Bad:
             self._writer.close()
 
     def add(self, file: int, key: str, faults: Iterable[delimited.Fault]) -> list[int]:
-        """Write the faults of one file. Returns the numbers of their lines."""
+        """Write the faults of one file. key: the beginning of their keys. Returns the numbers of their lines."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -448,7 +535,7 @@ class _Bad:
             lines.append(fault.line)
             pending.append(
                 {
-                    "file": file, "before": fault.before, "line": fault.line, "key": f"{key} line {fault.line}",
+                    "file": file, "before": fault.before, "line": fault.line, "key": f"{key} {fault.line}",
                     "error": fault.message,
                 }
             )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tally.sources.tables.delimited import Fault, converted, forget_faults
-from tally.sources.tables.type_inference import SAMPLE_ROWS, Kinds, Notation, Text, infer
+from tally.sources.tables.type_inference import SAMPLE_ROWS, Kinds, Notation, Text, infer, unlike
 from tally.sql import distinct_names, json_place, sql_name, sql_text
 
 _LINE_BYTES = 16 << 20
@@ -38,9 +38,12 @@ def _values(relation: str, names: Sequence[str]) -> str:
     return f"(SELECT *, CASE WHEN {_OBJECT} THEN json_extract_string(text, {_paths(names)}) END AS v FROM {relation})"  # noqa: S608
 
 
-def infer_types(connection: Any, path: Path, closely: Callable[[str, Kinds], bool]) -> dict[str, Kinds]:
+def infer_types(
+    connection: Any, path: Path, closely: Callable[[str, Kinds], bool]
+) -> tuple[dict[str, Kinds], dict[str, str]]:
     """The file's columns, in order of first appearance, with the kinds of their values.
 
+    And of columns of text, most of whose values are something else, the first value that makes them so.
     closely: whether all values of a column have to be looked at, given those of the first rows.
     """
     connection.execute(
@@ -53,16 +56,18 @@ def infer_types(connection: Any, path: Path, closely: Callable[[str, Kinds], boo
     ordered = f"SELECT name FROM ({named}) GROUP BY name ORDER BY min(record), min(place)"  # noqa: S608
     names = [row[0] for row in connection.execute(ordered).fetchall()]
     found = _kinds(connection, "sample", names, {})
+    odd = _odd(connection, "sample", names, found)
     connection.execute("DROP TABLE sample")
     if count < SAMPLE_ROWS:
-        return found
+        return found, odd
     every = f"SELECT DISTINCT unnest(json_keys(text)) FROM {_lines(path)} WHERE {_OBJECT}"  # noqa: S608
     later = sorted(row[0] for row in connection.execute(every).fetchall() if row[0] not in found)
     found |= dict.fromkeys(later, Kinds())
     looked = {name: kinds for name, kinds in found.items() if closely(name, kinds)}
     found |= _kinds(connection, _lines(path), list(looked), {name: kinds.usual for name, kinds in looked.items()})
+    odd |= _odd(connection, _lines(path), [name for name in looked if name not in odd], found)
     forget_faults(connection)
-    return found
+    return found, odd
 
 
 def _kinds(
@@ -70,11 +75,20 @@ def _kinds(
 ) -> dict[str, Kinds]:
     if not names:
         return {}
+    return infer(connection, *_typed(relation, names), Notation(), expected=expected)
+
+
+def _odd(connection: Any, relation: str, names: Sequence[str], kinds: Mapping[str, Kinds]) -> dict[str, str]:
+    mixed = [name for name in names if kinds[name] and kinds[name].exact == "VARCHAR" and kinds[name].mostly]
+    return unlike(connection, *_typed(relation, mixed), kinds, Notation()) if mixed else {}
+
+
+def _typed(relation: str, names: Sequence[str]) -> tuple[str, dict[str, Text]]:
+    """The lines with their columns' values and types, and the columns."""
     typed = f"(SELECT *, json_type(text, {_paths(names)}) AS t FROM {_values(relation, names)} WHERE v IS NOT NULL)"  # noqa: S608
-    columns = {
+    return typed, {
         name: Text(f"v[{at}]", f"CASE WHEN t[{at}] IN {_PLAIN} THEN v[{at}] END") for at, name in enumerate(names, 1)
     }
-    return infer(connection, typed, columns, Notation(), expected=expected)
 
 
 def rows(path: Path, types: Mapping[str, str]) -> str:
@@ -85,8 +99,9 @@ def rows(path: Path, types: Mapping[str, str]) -> str:
     return f"SELECT {columns} FROM {_values(_lines(path), list(types))} WHERE {_good(types)} ORDER BY record"  # noqa: S608
 
 
-def faults(connection: Any, path: Path, types: Mapping[str, str], name: str, good: int) -> Iterator[Fault]:
-    """The lines that are not objects, or hold values of a wrong type. good: the number of the file's other lines."""
+def faults(connection: Any, path: Path, types: Mapping[str, str], lines: str, good: int) -> Iterator[Fault]:
+    """The lines that are not objects, or hold values of a wrong type. good: the number of the file's other lines.
+    lines: what to call them in messages, before their number."""
     [records] = connection.execute(f"SELECT count(*) FROM {_lines(path)}").fetchone()  # noqa: S608
     if records == good:
         return
@@ -105,9 +120,9 @@ def faults(connection: Any, path: Path, types: Mapping[str, str], name: str, goo
     forget_faults(connection)
     for index, (line, record, reason) in enumerate(found):
         if reason is None or reason["column"] is None:
-            message = f"{name}, line {line}, column 1: not a JSON object"
+            message = f"{lines} {line}, column 1: not a JSON object"
         else:
-            message = f"{name}, line {line}, column {reason['column']}: {converted(reason['value'], reason['kind'])}"
+            message = f"{lines} {line}, column {reason['column']}: {converted(reason['value'], reason['kind'])}"
         yield Fault(line, record - 1 - index, message)
 
 

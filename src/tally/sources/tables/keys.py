@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tally.arrays import array_of, numbers_of, scalar_of, texts_of
 from tally.sources.tables.ingest import BAD
 
 if TYPE_CHECKING:
@@ -74,19 +75,25 @@ def _strings(cells: np.ndarray[Any, Any]) -> pa.StringArray:
     return pa.StringArray.from_buffers(rows, pa.py_buffer(ends), pa.py_buffer(cells))
 
 
+def plain_text(column: pa.ChunkedArray | pa.Array) -> pa.StringArray:
+    """The column's values as text."""
+    found = column.cast(pa.string())
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+
+
 def joined(columns: Sequence[pa.ChunkedArray | pa.Array]) -> pa.StringArray:
     """The columns' values as text, joined by ``/``; a slash within a text is written ``%2F``."""
     texts = [_text(column) for column in columns]
-    found = texts[0] if len(texts) == 1 else pc.binary_join_element_wise(*texts, "/")
+    found = texts[0] if len(texts) == 1 else pc.binary_join_element_wise(*texts, scalar_of("/"))
     return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
 
 
 def _text(column: Any) -> Any:
     text = column.cast(pa.string())
     if not pa.types.is_string(column.type):
-        return text.fill_null("null")
+        return text.fill_null(scalar_of("null"))
     text = pc.replace_substring(pc.replace_substring(text, "%", "%25"), "/", "%2F")
-    return text.fill_null("null")
+    return text.fill_null(scalar_of("null"))
 
 
 def times(column: Any, window: int) -> Any:
@@ -94,7 +101,7 @@ def times(column: Any, window: int) -> Any:
     zoned = column.type.tz is not None
     unit = "us" if window % 1_000_000 else "s"
     text = pc.replace_substring(column.cast(pa.timestamp("us")).cast(pa.timestamp(unit)).cast(pa.string()), " ", "T")
-    return pc.binary_join_element_wise(text, "Z", "") if zoned else text
+    return pc.binary_join_element_wise(text, scalar_of("Z"), scalar_of("")) if zoned else text
 
 
 class Rows:
@@ -114,7 +121,7 @@ class Rows:
             return {}
         with self._work.parquet(BAD) as file:
             table = file.read(["file", "before"])
-        files, before = (table[name].to_numpy() for name in ("file", "before"))
+        files, before = (numbers_of(table[name]) for name in ("file", "before"))
         return {int(number): before[files == number] for number in np.unique(files)}
 
     def of_file(self, file: int, start: int, count: int) -> pa.StringArray:
@@ -133,10 +140,10 @@ class Rows:
         for file, lost in self._lost.items():
             of = files == file
             numbers[of] += np.searchsorted(lost, rows[of], "right")
-        texts = pa.array(numbers).cast(pa.string())
+        texts = array_of(numbers).cast(pa.string())
         first = files[0] if len(files) else 0
         if (files == first).all():
-            return pc.binary_join_element_wise(f"{self._files[first][0]}#", texts, "")
+            return pc.binary_join_element_wise(scalar_of(f"{self._files[first][0]}#"), texts, scalar_of(""))
         known, which = np.unique(files, return_inverse=True)
-        names = pa.array([f"{self._files[file][0]}#" for file in known], pa.string())
-        return pc.binary_join_element_wise(names.take(pa.array(which)), texts, "")
+        names = texts_of([f"{self._files[file][0]}#" for file in known])
+        return pc.binary_join_element_wise(names.take(array_of(which)), texts, scalar_of(""))

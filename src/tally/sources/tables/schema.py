@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from tally.errors import SourceNotFoundError, StorageError
 from tally.sources.tables import delimited, jsonlines
-from tally.sources.tables.formats import arrow_schema, open_parquet, plain_type, unify
-from tally.sources.tables.ingest import TableFile, connect, link
+from tally.sources.tables.damage import NO_ROWS, TWICE, unreadable
+from tally.sources.tables.formats import TEXT, open_parquet, plain_type, unify
+from tally.sources.tables.ingest import TableFile, connect
+from tally.sources.tables.packed import plain_text
 from tally.sources.tables.select import TableRequest
+from tally.sources.tables.stored import open_stored
 from tally.sources.tables.type_inference import LOOKED_AT, Kinds, arrow_type
 from tally.storage import temporary
 from tally.text import did_you_mean
@@ -42,6 +45,16 @@ class Found:
     assumed: tuple[str, ...] = ()
     metadata: dict[tuple[int, str], pq.FileMetaData] = field(default_factory=dict)
     odd: Mapping[str, str] = field(default_factory=dict)
+
+    def with_paths(self, columns: Mapping[str, str]) -> Found:
+        """With the columns that stand in the files' paths, and their DuckDB types."""
+        import pyarrow as pa
+
+        if not columns:
+            return self
+        with connect() as connection:
+            added = [pa.field(name, arrow_type(connection, kind)) for name, kind in columns.items()]
+        return replace(self, schema=pa.schema([*self.schema, *added]))
 
     def alike(self) -> list[str]:
         """Problems with names that differ only in capitals, which DuckDB does not tell apart."""
@@ -91,8 +104,8 @@ def inspect(inputs: Sequence[TableFile], request: TableRequest, csv: Mapping[str
     """The schema of all files. Raises StorageError if one cannot be read, SourceNotFoundError if all are empty."""
     import pyarrow as pa
 
-    binary = [each for each in inputs if each.format in ("parquet", "arrow")]
-    texts = [each for each in inputs if each.format in ("csv", "jsonl")]
+    binary = [each for each in inputs if each.format not in TEXT]
+    texts = [each for each in inputs if each.format in TEXT]
     schemas: list[tuple[str, pa.Schema]] = []
     metadata: dict[tuple[int, str], pq.FileMetaData] = {}
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="tally-footer") as pool:
@@ -115,8 +128,9 @@ def inspect(inputs: Sequence[TableFile], request: TableRequest, csv: Mapping[str
             schemas.append((seen.key, pa.schema([(name, kinds[name]) for name in names])))
     if not schemas:
         named = ", ".join(each.key for each in inputs[:3])
-        raise SourceNotFoundError(f"nothing to score: {named} {'is' if len(inputs) == 1 else 'are'} empty")
-    schema, differing = unify(schemas)
+        what = f"nothing to score: {named} {'is' if len(inputs) == 1 else 'are'} empty"
+        raise SourceNotFoundError(what, hint=NO_ROWS)
+    schema, differing = unify(schemas, partial(_needs, request))
     differing += _rounded(
         schema, schemas, {each.key: metadata.get((each.location, each.name)) for each in inputs}, request
     )
@@ -183,14 +197,15 @@ def _schema(each: TableFile) -> tuple[pa.Schema, pq.FileMetaData | None]:
     import pyarrow as pa
 
     meta = None
-    if each.format == "arrow":
-        schema = arrow_schema(each.store, each.name)
+    if each.format != "parquet":
+        with open_stored(each.format, each.store, each.name) as stored:
+            schema = stored.schema
     else:
         with open_parquet(each.store, each.name) as file:
             schema, meta = file.schema_arrow, file.metadata
     if len(set(schema.names)) < len(schema.names):
         twice = next(name for name in schema.names if schema.names.count(name) > 1)
-        raise StorageError(f"{each.key} has two columns of the name {twice!r}")
+        raise StorageError(f"{each.key} has two columns of the name {twice!r}", hint=TWICE)
     return pa.schema([(item.name, plain_type(item.type)) for item in schema]), meta
 
 
@@ -209,18 +224,18 @@ def _look_at(texts: Sequence[TableFile], request: TableRequest, csv: Mapping[str
                 continue
             before = len(looked)
             path = each.store.local_path(each.name)
-            packed = ".gz" if path.suffix.lower() == ".gz" else ""
-            plain = link(path, Path(folder), number, f".text{packed}")
+            plain = plain_text(path, each.key, each.format, Path(folder), number)
             try:
-                if each.format == "jsonl":
-                    if kinds := jsonlines.infer_types(connection, plain, closely):
-                        looked.append(_Looked(each.key, kinds, {}))
+                if each.format != "csv":
+                    kinds, odd = jsonlines.infer_types(connection, plain, closely)
+                    if kinds:
+                        looked.append(_Looked(each.key, kinds, odd))
                 elif (dialect := delimited.look(plain, each.key, csv)) is not None:
                     text = delimited.readable(plain, dialect, Path(folder), each.key)
                     see = partial(_seen, connection, dialect, each.key, closely)
                     looked.append(delimited.evenly(see, text, dialect, Path(folder)))
             except duckdb.Error as error:
-                raise StorageError(f"cannot read {each.key}: {str(error).strip().splitlines()[0]}") from None
+                raise unreadable(each.key, error) from None
             if len(_KNOWN) >= _MOST_KNOWN:
                 _KNOWN.clear()
             _KNOWN[known] = looked[before:]
@@ -246,8 +261,17 @@ def _closely(request: TableRequest, name: str, kinds: Kinds) -> bool:
     return kinds.exact == "BIGINT" or request.where is not None or request.features is None or _is_kept(name, request)
 
 
+def _needs(request: TableRequest, name: str) -> bool:
+    """Whether a column is needed, as far as it is known before the columns are."""
+    if not isinstance(request.features, tuple) or _is_kept(name, request):
+        return True
+    made_of = request.window is not None and any(each.startswith(f"{name}_") for each in request.features)
+    return name in request.features or made_of
+
+
 def _is_kept(name: str, request: TableRequest) -> bool:
-    return name in request.keep or "*" in request.keep or name in request.by or name == request.time
+    kept = (*request.keep, *request.by, *request.exact_features)
+    return name in kept or "*" in request.keep or name == request.time
 
 
 def _settle(
@@ -286,6 +310,8 @@ def _type(name: str, kinds: Kinds, request: TableRequest) -> str:
     kind = kinds.exact if kept else kinds.rounded
     if name in request.by:
         return kind
+    if name in request.exact_features:
+        return kind if name in request.keep or "*" in request.keep else "VARCHAR"
     named = not isinstance(request.features, int) and name in (request.features or ())
     if not kinds:
         return "DOUBLE" if named else kind  # no value at all: the columns that a model names hold numbers
@@ -300,14 +326,23 @@ def _type(name: str, kinds: Kinds, request: TableRequest) -> str:
 def _odd(looked: Sequence[_Looked], types: Mapping[str, str], request: TableRequest) -> dict[str, str]:
     """What to tell of columns that are text for the sake of some values, or of how they are written: by column."""
     told: dict[str, str] = {}
+    for name in types:
+        held = sum((each.kinds[name] for each in looked if name in each.kinds), Kinds())
+        if held.differs_in_zones and (name == request.time or _is_kept(name, request)):
+            told[name] = f"{name} is text, as some of its times have a zone, and others have none"
     for each in looked:
         for name, value in each.odd.items():
             used = request.features is None or isinstance(request.features, int) or name in request.features
             if types.get(name) != "VARCHAR" or name in told or not (used or _is_kept(name, request)):
                 continue
+            if name in request.exact_features:
+                continue
             kind = each.kinds[name].mostly
             numbers = each.kinds[name].numbers
-            helps = delimited.advice(value, kind) if kind else _written(value, numbers=numbers)
+            if each.dialect is None:  # JSON says what is text
+                helps = None
+            else:
+                helps = delimited.advice(value, kind) if kind else _written(value, numbers=numbers)
             if helps is None and kind is not None:
                 code = re.fullmatch(r"[-+]?0[0-9]+", value)
                 helps = f"csv types={{{name}: {kind}}} " + (

@@ -1,4 +1,4 @@
-"""Items that are rows of tables: Parquet, CSV, JSON Lines and Arrow, in one file or many.
+"""Items that are rows of tables: Parquet, CSV, JSON, Excel, Arrow, ORC and Avro, in one file or many.
 
 Parquet is read in place. Other formats, and rows that are selected, grouped by key or aggregated over windows, are
 first converted to work files (:mod:`tally.sources.tables.ingest`) and read from there, by any process that sees them.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -23,18 +22,20 @@ from tally.errors import SourceNotFoundError, SpecError
 from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import Listing, nothing
-from tally.sources.tables import delimited, versioned
+from tally.sources.tables import delimited, paths, versioned
 from tally.sources.tables.batches import READY, Ahead, Reader, plain
-from tally.sources.tables.formats import known_format, open_parquet
+from tally.sources.tables.damage import NO_ROWS
+from tally.sources.tables.formats import TEXT, known_format, open_parquet
 from tally.sources.tables.ingest import BAD, COUNT, FIRST, KEYS, ROWS, Made, Query, TableFile, make
 from tally.sources.tables.mending import Positions, found_again, kept
+from tally.sources.tables.packed import plain_text
 from tally.sources.tables.parquet import DECODED, Footer, Stream, footer_of
 from tally.sources.tables.row_ranges import MOST, Packer, RowRange, append, file_of, length, part
 from tally.sources.tables.schema import inspect
 from tally.sources.tables.select import ORDER, TableRequest, select
 from tally.sources.tables.work_files import WorkFiles, WorkFolder
 from tally.sql import distinct_names
-from tally.storage import Store, changed, key_of, name_from_json, name_to_json, open_store
+from tally.storage import Store, changed, key_of, name_from_json, name_to_json, open_store, temporary
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from tally.sources.tables.keys import Rows
 
 _COMBINE = 65_536
+_KEYS_AT_ONCE = 4096
+
+_UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 
 _OF_WINDOWS = "windows are not retried: mend the line and score again with --overwrite"
 _LOOKED_UP = ("_work", "_index", "_rows", "_called", "_positions")
@@ -85,9 +89,13 @@ class TableSource(Source):
         time: str | None = None,
         window: float | None = None,
         aggregate: Sequence[str] = ("mean",),
+        time_unit: str | None = None,
+        timezone: str | None = None,
+        path_columns: str | None = None,
         csv: Mapping[str, Any] | None = None,
         missing_reason: MissingReason | None = None,
         without: str | None = None,
+        exact: bool = False,
     ) -> TableSource:
         """The source of all rows of the tables at ``uris``: folders, files and globs, paths or URLs.
 
@@ -100,25 +108,22 @@ class TableSource(Source):
         window: seconds; readings are aggregated over windows of this length, which begin at multiples of it from
         Monday, 2000-01-03 00:00 (UTC, or the time zone of the column). Nulls are ignored. A window without readings
         gives no row, and a row without a time is in no window.
+        time_unit: of times that are numbers since 1970: s, ms, us or ns; by default the one that all values fit.
+        timezone: whose days the windows are, if they are days. path_columns: a pattern of columns at the end of paths,
+        such as ``{Device}_{Tag}.csv``; folders such as ``Device=7`` give columns by themselves.
         csv: see :data:`tally.sources.tables.delimited.OPTIONS`.
         missing_reason: tells why there is no model for a key, if there is none. All its rows are then one dead item.
-        without: the job's own output, as for files.
+        without: the job's own output, as for files. exact: features of text files are read as they are written,
+        zeros in front and all digits.
 
         Raises SpecError with every problem, SourceNotFoundError if one of the locations is missing or gives no table,
         StorageError if a file cannot be read.
         """
         listing = Listing.of(uris, "table", without=without)
         options = delimited.complete(csv or {})
-        request = TableRequest(
-            features if features is None or isinstance(features, int) else tuple(features),
-            tuple(by),
-            tuple(keep),
-            where,
-            time,
-            None if window is None else round(window * 1_000_000),
-            tuple(aggregate),
-        )
-        problems = delimited.check_options(options)
+        request = TableRequest.of(features, by, keep, where, time, window, aggregate, time_unit, timezone)
+        request = replace(request, exact=exact)
+        problems = delimited.check_options(options) + ([] if path_columns is None else paths.check(path_columns))
         inputs = list(_inputs(listing, options, problems))
         if problems:
             raise SpecError(problems)
@@ -129,20 +134,26 @@ class TableSource(Source):
         found = inspect(inputs, request, options)
         if found.problems:
             raise SpecError(found.problems)
-        selection, problems = select(found.schema, request)
-        if by or where or window:
+        in_paths, problems, partitions = paths.columns([each.url for each in inputs], path_columns)
+        in_paths = {name: kind for name, kind in in_paths.items() if name not in found.schema.names}
+        found = found.with_paths(in_paths)
+        selection, more = select(found.schema, request, paths=in_paths)
+        problems += more
+        needed = {name: kind for name, kind in in_paths.items() if where is not None or name in selection.inputs}
+        in_place = in_place and not needed
+        if by or where or window or needed:
             problems += found.alike()
         if where is not None:
             problems += found.check_where(where)
-        partitions = _partitions(inputs)
         told = [*found.odd.values(), *partitions]
         if problems:
             raise SpecError(problems, hint="; ".join(told) or None)
-        query = Query(request, selection, options, found.types)
+        types = {name: kind for name, kind in found.types.items() if name in found.schema.names}
+        query = Query(request, selection, options, types, needed, path_columns if needed else None)
         source = cls(listing, query, (*found.assumed, *told), in_place, None, missing_reason)
         marks = {(each.location, each.name): each.mark for each in inputs}
-        needed = source._needed()
-        footers = {file: (marks[file], footer_of(meta, needed)) for file, meta in found.metadata.items()}
+        read = source._needed()
+        footers = {file: (marks[file], footer_of(meta, read)) for file, meta in found.metadata.items()}
         return replace(source, footers=footers)
 
     def located(self, work: str | None) -> TableSource:
@@ -153,6 +164,11 @@ class TableSource(Source):
                 hint="Write to a folder, or give Parquet files, without by, where and window.",
             )
         return replace(self, scratch=work)
+
+    def indivisible(self) -> str | None:
+        """See :meth:`Source.indivisible`."""
+        gathered = self.by or self.query.request.window is not None
+        return "its rows are gathered by key or window first, all of them by one coordinator" if gathered else None
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -187,6 +203,7 @@ class TableSource(Source):
         """
         if self.in_place:
             return
+        self.listing.passed.clear()
         inputs = [self._known(each) for each in _inputs(self.listing, self.query.csv, [])]
         WorkFolder(self._scratch()).ensure(fingerprint(inputs, self.query), lambda folder: self._make(inputs, folder))
         self._look_again()
@@ -261,7 +278,8 @@ class TableSource(Source):
     # -- planning ----------------------------------------------------------------------------------
 
     def plan(self, after: str | None, first: int, limit: Callable[[], ChunkLimit]) -> Iterator[Chunk]:
-        self.listing.passed.clear()
+        if self.in_place:
+            self.listing.passed.clear()
         packer = Packer(first, limit)
         cursor = None if after is None else json.loads(after)
         if self.in_place:
@@ -281,13 +299,17 @@ class TableSource(Source):
         shown = ", ".join(map(key_of, self.listing.uris[:3]))
         if self.query.request.where is not None:
             return SourceNotFoundError(
-                f"nothing to score: no row of {shown} meets the condition {self.query.request.where!r}"
+                f"nothing to score: no row of {shown} meets the condition {self.query.request.where!r}",
+                hint="Compare its values with those of the table.",
             )
         if self.query.request.window is not None and not self.in_place and self._work.made.timeless:
-            return SourceNotFoundError(f"nothing to score: no row of {shown} has a time")
+            return SourceNotFoundError(
+                f"nothing to score: no row of {shown} has a time",
+                hint="--time names the column of timestamps; --time-unit says what its numbers are.",
+            )
         if next(iter(self.listing.entries(0)), None) is None and len(self.listing.locations) == 1:
             return nothing(location, self.listing.passed, self.listing.kind)
-        return SourceNotFoundError(f"nothing to score: {shown} holds no rows")
+        return SourceNotFoundError(f"nothing to score: {shown} holds no rows", hint=NO_ROWS)
 
     def _plan_files(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
         began, last, row, *planned = (0, None, 0) if cursor is None else cursor
@@ -335,28 +357,33 @@ class TableSource(Source):
         """Chunks of whole keys, as far as they fit."""
         if cursor is not None and cursor[0] != "keys":
             return
-        ordinal, inside = (0, 0) if cursor is None else cursor[1:]
+        began, inside = (0, 0) if cursor is None else cursor[1:]
         rows = self._work.made.tables[0][1]
         with self._work.parquet(ROWS) as file:
             weight = footer_of(file.metadata, self._needed()).weight
-        firsts, counts = (self._index[name].to_pylist() for name in (FIRST, COUNT))
-        while ordinal < len(firsts):
-            reason = self._reason(ordinal) if self.missing_reason is not None and not inside else None
+        for ordinal, key in enumerate(self._keys_from(began), began):
+            first, count = key.pop(FIRST), key.pop(COUNT)
+            reason = self._reason(key, count) if not inside else None
             if reason is not None:
                 yield from packer.make_room(1, 0)
                 packer.add(["key", ordinal, reason], 1, 0, ["keys", ordinal + 1, 0])
             else:
-                yield from packer.make_room(counts[ordinal] - inside, weight)
-                while inside < counts[ordinal]:
-                    taken = min(packer.room(weight), counts[ordinal] - inside)
+                yield from packer.make_room(count - inside, weight)
+                while inside < count:
+                    taken = min(packer.room(weight), count - inside)
                     if not taken:
                         yield from packer.flush()
                         continue
-                    start = firsts[ordinal] + inside
+                    start = first + inside
                     inside += taken
-                    after = ["keys", ordinal, inside] if inside < counts[ordinal] else ["keys", ordinal + 1, 0]
+                    after = ["keys", ordinal, inside] if inside < count else ["keys", ordinal + 1, 0]
                     packer.add(["rows", -1, ROWS, start, start + taken, rows], taken, weight, after)
-            ordinal, inside = ordinal + 1, 0
+            inside = 0
+
+    def _keys_from(self, ordinal: int) -> Iterator[dict[str, Any]]:
+        """The keys from one on: each one's values by column, with its first row and its number of rows."""
+        for batch in self._index.slice(ordinal).to_batches(max_chunksize=_KEYS_AT_ONCE):
+            yield from batch.to_pylist()
 
     def _plan_bad(self, packer: Packer, cursor: Any) -> Iterator[Chunk]:
         at = cursor[1] if cursor is not None and cursor[0] == "bad" else 0
@@ -368,18 +395,19 @@ class TableSource(Source):
             packer.add(["bad", at, at + taken], taken, 0, ["bad", at + taken])
             at += taken
 
-    def _reason(self, ordinal: int) -> str | None:
-        """Why the key has no model, and how many rows that concerns."""
-        assert self.missing_reason is not None
-        reason = self.missing_reason(self.key_values(ordinal))
-        rows = self._index[COUNT][ordinal].as_py()
+    def _reason(self, key: Mapping[str, Any], rows: int) -> str | None:
+        """Why the key has no model, and how many rows that concerns; None if it has one, or needs none."""
+        reason = None if self.missing_reason is None else self.missing_reason(key)
         return None if reason is None else f"{reason} ({'1 row' if rows == 1 else f'{rows:,} rows'})"
 
     def _needed(self) -> set[str]:
-        return {*self.by, *self.features, *self.columns}
+        origin = self.query.selection.origin
+        return {*self.by, *self.features, *(origin.get(name, name) for name in self.columns)}
 
     def remark(self) -> str | None:
         said = [self.listing.remark(), *self.assumed]
+        if not self.in_place and self._work.made.unit and self.query.request.unit is None:
+            said.append(f"{self.query.request.time} is taken for {_UNITS[self._work.made.unit]} since 1970, UTC")
         if not self.in_place and self._work.made.timeless:
             lost = self._work.made.timeless
             said.append(f"{'1 row is' if lost == 1 else f'{lost:,} rows are'} in no window: without a time")
@@ -401,6 +429,16 @@ class TableSource(Source):
             at += count
         return Chunk(chunk.first + start, stop - start, {"pieces": row_ranges}, chunk.cursor)
 
+    def choose(self, chunk: Chunk, positions: Sequence[int]) -> list[Chunk]:
+        """See :meth:`Source.choose`."""
+        chosen: list[Chunk] = []
+        runs = super().choose(chunk, positions)
+        for start in range(0, len(runs), MOST):
+            group = runs[start : start + MOST]
+            pieces = [row_range for run in group for row_range in run.payload["pieces"]]
+            chosen.append(Chunk(group[0].first, sum(run.count for run in group), {"pieces": pieces}, chunk.cursor))
+        return chosen
+
     def alone(self, chunk: Chunk, position: int, key: str) -> Chunk:
         """See :meth:`Source.alone`."""
         item = self.slice(chunk, position, position + 1)
@@ -415,17 +453,23 @@ class TableSource(Source):
         return Positions(self._work)
 
     def _digest(self, number: int, lines: Collection[int]) -> str:
-        """Of the lines of a file that is CSV or JSON Lines, but for some; empty for another."""
+        """Of the lines of a file that is text, but for some; empty for another."""
         for file, each in enumerate(_inputs(self.listing, self.query.csv, [])):
-            if file == number and each.format in ("csv", "jsonl"):
-                return delimited.digest_without(each.store.local_path(each.name), lines)
+            if file == number and each.format in TEXT:
+                with temporary.folder("text") as folder:
+                    path = each.store.local_path(each.name)
+                    return delimited.digest_without(plain_text(path, each.key, each.format, folder, file), lines)
         return ""
 
     def combine(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """See :meth:`Source.combine`. A key that has a model by now becomes its rows."""
         if not self.in_place:
-            keys = [self.key_values(ordinal) for ordinal in range(self._work.made.keys)]
+            keys = self._index.select(list(self.by)).to_pylist() if self._work.made.keys else []
             chunks = found_again(chunks, self._positions, keys, self._digest)
+        return self._combined(chunks)
+
+    def _combined(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Dead items, where they are now, in few chunks."""
         combined: list[Chunk] = []
         row_ranges: list[RowRange] = []
         count = first = 0
@@ -457,10 +501,10 @@ class TableSource(Source):
     def _revived(self, row_range: RowRange) -> RowRange:
         if row_range[0] != "key" or self.missing_reason is None:
             return row_range
-        reason = self._reason(row_range[1])
+        row = self._index.slice(row_range[1], 1).to_pylist()[0]
+        reason = self._reason({name: row[name] for name in self.by}, row[COUNT])
         if reason is not None:
             return ["key", row_range[1], reason]
-        row = self._index.slice(row_range[1], 1).to_pylist()[0]
         return ["rows", -1, ROWS, row[FIRST], row[FIRST] + row[COUNT], self._work.made.tables[0][1]]
 
     # -- reading -----------------------------------------------------------------------------------
@@ -533,6 +577,7 @@ class TableSource(Source):
 
     def keys_of(self, row_range: RowRange, start: int, rows: Any, count: int) -> pa.StringArray:
         """The keys of ``count`` rows of a range's file from row ``start`` on. rows: their :meth:`key_columns`."""
+        from tally.arrays import numbers_of
         from tally.sources.tables.keys import joined, numbered, times
 
         location, name = row_range[1], name_from_json(row_range[2])
@@ -542,7 +587,7 @@ class TableSource(Source):
         if made.kind == "files":
             return self._rows.of_file(int(name.removesuffix(".parquet")), start, count)
         if made.kind == "rows":
-            return self._rows.at(rows[ORDER].to_numpy())
+            return self._rows.at(numbers_of(rows[ORDER]))
         time = self.query.request.time or ""
         return joined([*(rows[each] for each in self.by), times(rows[time], self.query.request.window or 0)])
 
@@ -576,21 +621,10 @@ def _inputs(listing: Listing, csv: Mapping[str, Any], problems: list[str]) -> It
                 problems += error.problems
 
 
-def _partitions(inputs: Sequence[TableFile]) -> list[str]:
-    """What to tell of columns that stand in the names of folders, as in ``Device=a/part-0.parquet``."""
-    folders = (folder for each in inputs for folder in each.name.split("/")[:-1])
-    names = dict.fromkeys(folder.partition("=")[0] for folder in folders if re.fullmatch(r"\w+=.+", folder))
-    if not names:
-        return []
-    what = "is no column" if len(names) == 1 else "are no columns"
-    how = "COPY (FROM read_parquet('FOLDER/**/*.parquet', hive_partitioning = true)) TO 'rows.parquet'"
-    return [f"{', '.join(names)} in the names of folders {what}; DuckDB makes them some: {how}"]
-
-
 def fingerprint(inputs: Sequence[TableFile], query: Query) -> str:
     """Identifies the files' contents and what is made of them."""
     # With the names of earlier versions, whose jobs may still be resumed.
-    described = repr(query).replace("request=TableRequest(", "wanted=Wanted(", 1)
+    described = query.described().replace("request=TableRequest(", "wanted=Wanted(", 1)
     digest = hashlib.sha256(described.encode())
     for each in inputs:
         digest.update(json.dumps([each.key, each.store.version(each.name)]).encode())

@@ -91,8 +91,15 @@ class Kinds:
         return self._type("BIGINT", "DOUBLE", "NUMBER")
 
     @property
+    def differs_in_zones(self) -> bool:
+        """Whether some times have a zone, and others have none: it is not known when those were."""
+        return bool(self.counts.get("TIMESTAMPTZ")) and any(self.counts.get(each) for each in _ALIKE["TIMESTAMP"])
+
+    @property
     def mostly(self) -> str | None:
-        """DOUBLE, TIMESTAMP or TIMESTAMPTZ if most values are such."""
+        """DOUBLE, TIMESTAMP or TIMESTAMPTZ if most values are such. Times with a zone are none of those without."""
+        if self.differs_in_zones:
+            return None
         total = sum(self.counts.values())
         least = max(min(MOSTLY * total, total - FEW), total / 2 + 0.5)
         for kind, alike in _ALIKE.items():

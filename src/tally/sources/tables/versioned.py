@@ -1,4 +1,4 @@
-"""Folders of Parquet files that belong to a table with versions (Delta, Iceberg, Hudi), and are not the table.
+"""Folders of files that belong to a table with versions (Delta, Iceberg, Hudi), and are not the table.
 
 Which of the files hold its rows, and which of their rows still count, only its log says. That is not read.
 """
@@ -20,6 +20,8 @@ _LOGS = (
     ("Hudi", ".hoodie", ".properties"),
 )
 """The kind of table, the folder that shows it, and how a name in it ends."""
+_STORED = ("parquet", "orc", "avro")
+"""What the rows of such tables are kept as; Iceberg's as any of these."""
 _MOST = 64
 """The most folders that are looked into, in each location."""
 
@@ -27,7 +29,7 @@ _MOST = 64
 def check(listing: Listing, inputs: Sequence[TableFile]) -> None:
     """Raises SpecError if a location would take the loose files of a table with versions."""
     for index, location in enumerate(listing.locations):
-        names = [each.name for each in inputs if each.location == index and each.format == "parquet"]
+        names = [each.name for each in inputs if each.location == index and each.format in _STORED]
         if location.names or not names:  # files named one by one are meant
             continue
         folders = dict.fromkeys(str(folder) for name in names for folder in reversed(PurePosixPath(name).parents))
@@ -47,7 +49,7 @@ def _check(store: Store, folder: str, *logs: tuple[str, str, str]) -> None:
             scan = {"Delta": "delta_scan", "Iceberg": "iceberg_scan"}.get(kind)
             how = f", with DuckDB: COPY (FROM {scan}('{place}')) TO 'rows.parquet'" if scan else ""
             raise SpecError(
-                f"{place} is a {kind} table, which is not read: its Parquet files hold rows of earlier versions too",
+                f"{place} is a table of {kind}, which is not read: its files hold rows of earlier versions too",
                 hint=f"Write the rows that it holds now into a file{how}; then score that. "
                 "Files that are named one by one are scored as they are.",
             )

@@ -123,12 +123,13 @@ class WorkFolder:
 
 
 class WorkFiles:
-    """Work files that exist."""
+    """Work files that exist. folder: the name of theirs, which no others have."""
 
     def __init__(self, store: Store, folder: str, made: Made, fingerprint: str) -> None:
         self.made, self.fingerprint = made, fingerprint
-        self._store, self._folder = store, folder
+        self.folder = folder
+        self._store = store
 
     def parquet(self, name: str) -> pq.ParquetFile:
         """Open one of them. Raises StorageError."""
-        return open_parquet(self._store, f"{self._folder}/{name}")
+        return open_parquet(self._store, f"{self.folder}/{name}")

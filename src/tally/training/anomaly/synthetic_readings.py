@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tally.errors import OutputExistsError, SpecError, StorageError
+from tally.errors import OutputExistsError, SpecError
+from tally.storage import failure
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -128,7 +129,7 @@ class Readings:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
-            raise StorageError(f"cannot write {self.out}: {error.strerror or error}") from error
+            raise failure("write", str(self.out), error) from error
         return counts
 
     def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:

@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from time import monotonic
@@ -20,9 +20,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from tally.database import foreign
 from tally.engines.base import Engine, Limits
-from tally.errors import ModelError, OutputExistsError, SpecError, StorageError, WorkerError
+from tally.errors import (
+    ModelError,
+    OutputExistsError,
+    SourceNotFoundError,
+    SpecError,
+    StorageError,
+    WorkerError,
+)
+from tally.masking import mask
+from tally.models.registry import open_registry
+from tally.models.resolve import resolve
+from tally.optional import needed
 from tally.scorers.base import Window
+from tally.sources.sql.factory import is_sql, parted
+from tally.storage import failure
+from tally.training.promotion import Promoted, Promotion
+from tally.training.runs.store import PACKAGE
+from tally.training.runs.tracking import Run, emptied
 
 if TYPE_CHECKING:
     from tally.scorers.per_key.packed import Model
@@ -30,6 +47,10 @@ if TYPE_CHECKING:
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
+METRICS = (
+    "keys", "rows", "rows_left_out", "rows_used", "rows_anomalous", "keys_failed", "anomalous_share", "seconds",
+)  # fmt: skip
+"""What a training measures."""
 MIN_ROWS = 10
 """Usable rows that a key needs."""
 TASK_ROWS, TASK_KEYS = 200_000, 64
@@ -142,19 +163,24 @@ class Trained:
 class Training:
     """A training. Raises SpecError with every problem, OutputExistsError.
 
-    sources: files of readings, globs, folders, URLs. by: the columns of the key. values: the columns to train with.
-    out: folder of the package, which must not exist. time, window, aggregate: readings are aggregated over ``window``
-    seconds first. where: a condition in SQL. csv: how to read CSV. workers: processes; None: one for each core.
+    sources: files of readings, globs, folders, URLs; or one database, with a table (``#TABLE``) or ``?query=``.
+    by: the columns of the key. values: the columns to train with. out: folder of the package, which must not exist;
+    None: that of the run (:func:`train`). time, window, aggregate: readings are aggregated over ``window`` seconds
+    first. time_unit, timezone, path_columns: as of :meth:`tally.sources.tables.source.TableSource.describe`. where: a
+    condition in SQL. csv: how to read CSV. workers: processes; None: one for each core.
     """
 
     sources: tuple[str, ...]
     by: tuple[str, ...]
     values: tuple[str, ...]
-    out: Path
+    out: Path | None = None
     recipe: Recipe = field(default_factory=Recipe)
     time: str | None = None
+    time_unit: str | None = None
+    timezone: str | None = None
     window: float | None = None
     aggregate: tuple[str, ...] = ("mean",)
+    path_columns: str | None = None
     where: str | None = None
     csv: Mapping[str, Any] = field(default_factory=dict)
     workers: int | None = None
@@ -168,12 +194,30 @@ class Training:
             problems.append(f"--value: {', '.join(both)} is a column of --by too")
         if self.window is not None and self.time is None:
             problems.append("--window: needs the column of timestamps, --time")
+        if self.time_unit not in (None, "s", "ms", "us", "ns"):
+            problems.append(f"--time-unit: s, ms, us or ns, not {self.time_unit!r}")
         if self.workers is not None and self.workers < 1:
             problems.append(f"--workers: at least 1, not {self.workers}")
+        problems += self._problems_of_databases()
         if problems:
             raise SpecError([each.replace("--values", "--value") for each in problems])
-        if self.out.exists():
+        if self.out is not None and self.out.exists():
             raise OutputExistsError(f"{self.out} is there already", hint="Choose another folder, or remove it first.")
+
+    def _problems_of_databases(self) -> list[str]:
+        databases = [each for each in self.sources if is_sql(each)]
+        problems = []
+        if databases and len(self.sources) > 1:
+            problems.append(f"source: {mask(databases[0])} is a database, and there are others: give it alone")
+        if databases:
+            given = [name for name in ("csv", "path-columns") if getattr(self, name.replace("-", "_"))]
+            problems += [f"--{name}: is for files, and the source is a database" for name in given]
+        for each in databases:
+            try:
+                foreign.check(parted(each)[0].partition("#")[0])
+            except ValueError as error:
+                problems.append(f"source: {error}")
+        return problems
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -188,41 +232,53 @@ class Training:
     ) -> Trained:
         """Train, and write the package.
 
-        Raises ModelError if no key could be trained, SpecError and StorageError from the source.
+        Raises ModelError if no key could be trained, SourceNotFoundError where there are no rows at all, SpecError and
+        StorageError from the source.
         """
+        assert self.out is not None
         _check_library()
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
         except OSError as error:
-            raise StorageError(f"cannot write {self.out}: {error.strerror}") from error
+            raise failure("write", str(self.out), error) from error
         try:
-            return self._run(partial, listen, say)
+            return self._run(self.out, partial, listen, say)
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
-            raise StorageError(f"cannot write {self.out}: {error.strerror or error}") from error
+            raise failure("write", str(self.out), error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _run(self, partial: Path, listen: Callable[[Step], None], say: Callable[[str], None]) -> Trained:
+    def _run(self, out: Path, partial: Path, listen: Callable[[Step], None], say: Callable[[str], None]) -> Trained:
         from tally.engines.local import LocalEngine
         from tally.scorers.per_key.keys import key_of
         from tally.scorers.per_key.packed import write
+        from tally.sources.sql.source import SqlSource
         from tally.sources.tables.source import TableSource
 
         begun = monotonic()
-        source = TableSource.describe(
-            self.sources,
-            features=self.features,
-            by=self.by,
-            where=self.where,
-            time=self.time,
-            window=self.window,
-            aggregate=self.aggregate,
-            csv=self.csv,
-            without=str(partial.absolute()),
-        ).located(str((partial / "rows").absolute()))
+        asked: dict[str, Any] = {
+            "features": self.features,
+            "by": self.by,
+            "where": self.where,
+            "time": self.time,
+            "time_unit": self.time_unit,
+            "timezone": self.timezone,
+            "window": self.window,
+            "aggregate": self.aggregate,
+        }
+        if is_sql(self.sources[0]):
+            source: TableSource = SqlSource.of(*parted(self.sources[0]), **asked)
+        else:
+            files: dict[str, Any] = {
+                "csv": self.csv,
+                "path_columns": self.path_columns,
+                "without": str(partial.absolute()),
+            }
+            source = TableSource.describe(self.sources, **asked, **files)
+        source = source.located(str((partial / "rows").absolute()))
         totals = {"keys": 0, "rows": 0, "rows_left_out": 0, "rows_used": 0, "rows_anomalous": 0}
         engine = LocalEngine()
         slots = self.workers or engine.default_slots()
@@ -236,6 +292,10 @@ class Training:
             if remark := source.remark():
                 say(remark)
             groups = [Group(*each) for each in source.groups()]
+            if not groups:
+                raise SourceNotFoundError(
+                    "there are no rows to train with" + (f" for which {self.where} holds" if self.where else "")
+                )
             keyless = [group for group in groups if key_of(self.by, group.key) is None]
             failed = {str(group): "null makes no key" for group in keyless}
             totals["rows"] = sum(group.rows for group in keyless)
@@ -246,11 +306,13 @@ class Training:
                 shown = "".join(f"\n  {key}: {reason}" for key, reason in islice(failed.items(), 5))
                 raise ModelError(f"none of {len(groups):,} keys could be trained{shown}")
             package = partial / "package"
-            window = None if self.window is None else Window(self.time or "", self.window, self.aggregate)
-            write(package, chain([one], models), by=self.by, features=self.features, window=window, name=self.out.name)
+            window = (
+                None if self.window is None else Window(self.time or "", self.window, self.aggregate, self.timezone)
+            )
+            write(package, chain([one], models), by=self.by, features=self.features, window=window, name=out.name)
         finally:
             engine.stop(kill=True)
-        package.rename(self.out)
+        package.rename(out)
         return self._trained(totals, failed, monotonic() - begun)
 
     def _models(
@@ -302,6 +364,29 @@ class Training:
             },
         }
         return Trained(facts, failed)
+
+
+def train(
+    training: Training,
+    run: Run,
+    promotion: Promotion,
+    *,
+    listen: Callable[[Step], None] = lambda step: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Trained, Promoted, Path]:
+    """Train as a run, and register the package, whose folder is the last that is returned.
+
+    May be repeated in a run whose process was killed.
+    """
+    if training.out is None:
+        training = replace(training, out=emptied(run.folder / PACKAGE))
+    trained, out = training.run(listen, say), training.out
+    assert out is not None
+    figures = trained.facts["metrics"]
+    run.log({name: value for name, value in figures.items() if isinstance(value, (int, float))}, step=0)
+    facts = trained.facts | {"run": run.id}
+    promoted = promotion.conclude(run, lambda name: open_registry().add(name, resolve(out), metadata=facts))
+    return trained, promoted, out
 
 
 # -- in the workers ----------------------------------------------------------------------------------
@@ -432,9 +517,5 @@ def _outcome(engine: Engine, task: Sequence[Group], future: Future[list[Fitted]]
 
 
 def _check_library() -> None:
-    try:
+    with needed("training needs", "sklearn", ModelError):
         import sklearn.svm  # noqa: F401
-    except ImportError:
-        raise ModelError(
-            "training needs scikit-learn, which is not installed", hint="pip install 'tally-scoring[sklearn]'"
-        ) from None

@@ -1,13 +1,14 @@
-"""The formats that detectors are trained from: YOLOv3's lists, CSV, TensorFlow's records, YOLOv5's folders.
+"""The formats that detectors are trained from: YOLOv3's lists, CSV, TensorFlow's records, YOLOv5's folders, COCO's.
 
 Each takes the pictures for training and for testing, and writes a new folder. Classes are numbered in the order of
-their names: from 0 for YOLO, from 1 in label maps.
+their names: from 0 for YOLO, from 1 in label maps and for COCO.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from tally import plain_yaml
-from tally.errors import OutputExistsError, RunError, SpecError, StorageError
+from tally.errors import OutputExistsError, RunError, SpecError
+from tally.optional import needed
 from tally.scorers.scripts.files import link_or_copy
+from tally.storage import failure
 from tally.training.labels.table import Labelled
 
 Sets = Mapping[str, Sequence[Labelled]]
@@ -40,7 +43,7 @@ def convert(sets: Sets, form: str, out: Path) -> list[str]:
         FORMATS[form](sets, classes, partial, out)
         partial.rename(out)
     except OSError as error:
-        raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
+        raise failure("write", str(out), error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return classes
@@ -91,12 +94,8 @@ _ENCODED = {".jpg": b"jpeg", ".jpeg": b"jpeg", ".png": b"png", ".gif": b"gif", "
 def _tfrecord(sets: Sets, classes: Sequence[str], folder: Path, out: Path) -> None:
     """``train.record``, ``test.record``: TensorFlow's examples, as its object detection reads them; and
     ``labelmap.pbtxt``. Raises SpecError for pictures that TensorFlow does not decode, RunError without TensorBoard."""
-    try:
+    with needed("writing records needs", "retrain", RunError):
         from tensorboard.summary.writer.record_writer import RecordWriter
-    except ImportError:
-        raise RunError(
-            "records are written with tensorboard, which is not installed", hint="pip install 'tally-scoring[train]'"
-        ) from None
     for name, pictures in sets.items():
         with (folder / f"{name}.record").open("wb") as file:
             writer = RecordWriter(file)
@@ -208,10 +207,43 @@ def _yolov5(sets: Sets, classes: Sequence[str], folder: Path, out: Path) -> None
     (folder / "dataset.yaml").write_text(plain_yaml.dump(described), "utf-8")
 
 
+def _coco(sets: Sets, classes: Sequence[str], folder: Path, out: Path) -> None:
+    """``train.json``, ``test.json``: images, annotations with ``bbox`` (left, top, width, height), categories.
+    Names of files are relative to the pictures' common folder."""
+    for name, pictures in sets.items():
+        common = Path(os.path.commonpath([each.picture.absolute().parent for each in pictures]))
+        boxes = [(number, box) for number, each in enumerate(pictures, 1) for box in each.boxes]
+        made = {
+            "images": [
+                {
+                    "id": number,
+                    "file_name": each.picture.absolute().relative_to(common).as_posix(),
+                    "width": each.width,
+                    "height": each.height,
+                }
+                for number, each in enumerate(pictures, 1)
+            ],
+            "annotations": [
+                {
+                    "id": number,
+                    "image_id": image,
+                    "category_id": classes.index(b.label) + 1,
+                    "bbox": [round(side, 2) for side in (b.xmin, b.ymin, b.xmax - b.xmin, b.ymax - b.ymin)],
+                    "area": round((b.xmax - b.xmin) * (b.ymax - b.ymin), 2),
+                    "iscrowd": 0,
+                }
+                for number, (image, b) in enumerate(boxes, 1)
+            ],
+            "categories": [{"id": number, "name": label} for number, label in enumerate(classes, 1)],
+        }
+        (folder / f"{name}.json").write_text(json.dumps(made), "utf-8")
+
+
 FORMATS: dict[str, Callable[[Sets, Sequence[str], Path, Path], None]] = {
     "yolov3": _yolov3,
     "csv": _csv,
     "tfrecord": _tfrecord,
     "yolov5": _yolov5,
+    "coco": _coco,
 }
 """The formats by name."""

@@ -3,6 +3,8 @@
 Columns: ``image_url``, whose end names the picture; ``label``, a list (or its text, as Python or JSON writes it) of
 boxes ``{label, topX, topY, bottomX, bottomY}``; and ``label_confidence``, if there is one, a list of numbers
 from 0 to 1.
+
+Or a detector's results, as a job writes them: a row a box, ``key, xmin, ymin, xmax, ymax, label, score``, in pixels.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ SHOWN = 5
 """Problems that are told, at most."""
 _NAMES = ("label", "type")
 _CORNERS = ("topX", "topY", "bottomX", "bottomY")
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
+"""The same in a detector's results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,8 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class LabelTable:
-    """A table that was read. empty: boxes without area, left out. unsure: boxes below the confidence, left out.
-    missing: pictures that are not there, left out."""
+    """A table that was read. empty: boxes without area, in whole pixels, left out. unsure: boxes below the
+    confidence, left out. missing: pictures that are not there, left out."""
 
     pictures: Sequence[Labelled]
     empty: int
@@ -65,7 +69,7 @@ class LabelTable:
 def read(
     table: Path, images: Path, *, units: Units = "fractions", confidence: float = 0.0, skip_missing: bool = False
 ) -> LabelTable:
-    """Read a table (CSV, TSV, Parquet, JSON Lines) of the pictures below ``images``.
+    """Read a table (CSV, TSV, Parquet, JSON Lines, or the folder of a job's results) of the pictures below ``images``.
 
     confidence: boxes below it are left out. skip_missing: leave out pictures that are not there; else that is an error.
     Raises SpecError with the first problems, by row.
@@ -75,7 +79,10 @@ def read(
     empty = unsure = 0
     missing: list[str] = []
     there = _Pictures(images)
-    for number, row in enumerate(_rows(table), 1):
+    rows = _rows(table)
+    if rows[0].keys() >= _RESULT:
+        rows, units = _by_picture(rows), "pixels"
+    for number, row in enumerate(rows, 1):
         try:
             picture = there.find(str(row["image_url"]))
             if picture is None:
@@ -111,15 +118,39 @@ def read(
     return LabelTable(found, empty, unsure, missing)
 
 
+_RESULT = {"key", *_SIDES, "label"}
+"""Columns of a detector's results."""
+
+
+def _by_picture(boxes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of boxes as rows of pictures."""
+    pictures: dict[str, dict[str, Any]] = {}
+    for box in boxes:
+        row = pictures.setdefault(box["key"], {"image_url": box["key"], "label": [], "label_confidence": []})
+        if all(box[name] in (None, "") for name in ("label", *_SIDES)):
+            continue  # nothing was found in it
+        sides = zip(_CORNERS, _SIDES, strict=True)
+        row["label"].append({"label": box["label"], **{name: box[side] for name, side in sides}})
+        row["label_confidence"].append(box.get("score") or 1.0)
+    return list(pictures.values())
+
+
 def _rows(table: Path) -> list[dict[str, Any]]:
     import csv
 
     suffix = table.suffix.lower()
     try:
-        if suffix in (".csv", ".tsv"):
+        if table.is_dir():
+            import pyarrow.parquet as pq
+
+            parts = json.loads((table / "_manifest.json").read_text("utf-8"))["files"]
+            rows: list[dict[str, Any]] = [
+                row for part in parts for row in pq.read_table(table / part["path"]).to_pylist()
+            ]
+        elif suffix in (".csv", ".tsv"):
             csv.field_size_limit(1 << 30)
             with table.open(newline="", encoding="utf-8-sig") as file:
-                rows: list[dict[str, Any]] = list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
+                rows = list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
         elif suffix in (".jsonl", ".ndjson"):
             rows = [json.loads(line) for line in table.read_text("utf-8").splitlines() if line.strip()]
         elif suffix == ".parquet":
@@ -127,16 +158,21 @@ def _rows(table: Path) -> list[dict[str, Any]]:
 
             rows = pq.read_table(table).to_pylist()
         else:
-            raise SpecError(f"{table} is no table of labels", hint="It ends in .csv, .tsv, .parquet or .jsonl.")
+            raise SpecError(
+                f"{table} is no table of labels",
+                hint="It ends in .csv, .tsv, .parquet or .jsonl, or is a job's folder.",
+            )
     except (OSError, ValueError, csv.Error) as error:
         if isinstance(error, SpecError):
             raise
         raise SpecError(f"{table} cannot be read: {error}") from None
-    wrong = [name for name in ("image_url", "label") if rows and name not in rows[0]]
+    needed = () if rows and rows[0].keys() >= _RESULT else ("image_url", "label")
+    wrong = [name for name in needed if rows and name not in rows[0]]
     if wrong or not rows:
         raise SpecError(
             f"{table} has no column {' and no column '.join(wrong)}" if wrong else f"{table} has no rows",
-            hint="A table of labels has the columns image_url and label, and may have label_confidence.",
+            hint="A table of labels has the columns image_url and label, and may have label_confidence; results of a "
+            "detector have key, xmin, ymin, xmax, ymax and label.",
         )
     return rows
 
@@ -212,6 +248,13 @@ def _box(given: Any, width: int, height: int, units: Units) -> Box | None:
                 "say --units pixels if that is what they are"
             )
         x1, x2, y1, y2 = x1 * width, x2 * width, y1 * height, y2 * height
+    elif 0 < max(x1, x2, y1, y2) <= 1:
+        raise ValueError(
+            f"a box reaches to {max(x1, x2):g}, {max(y1, y2):g}, which is one pixel at most; leave out --units pixels "
+            "if these are fractions of the picture"
+        )
     xmin, xmax = (min(max(each, 0.0), float(width)) for each in sorted((x1, x2)))
     ymin, ymax = (min(max(each, 0.0), float(height)) for each in sorted((y1, y2)))
-    return Box(str(label), xmin, ymin, xmax, ymax) if xmin < xmax and ymin < ymax else None
+    # In whole pixels, as most formats have them: what is smaller would be written as a box of nothing.
+    there = round(xmin) < round(xmax) and round(ymin) < round(ymax)
+    return Box(str(label), xmin, ymin, xmax, ymax) if there else None

@@ -32,15 +32,19 @@ from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
 from tally.scorers.base import Scorer
 from tally.storage.publish import write_whole
+from tally.text import expanded
 from tally.training.retrain.cut import cut, last_layer_input
 from tally.training.retrain.dataset import Dataset
+from tally.training.retrain.exported import exported, prepared_as
 
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
 
 AT_ONCE = 20_000
 """Pictures of one job: what it has made is in the cache before the next begins."""
-_MAGIC, _UNREADABLE = b"tally-bottleneck-1\n", b"tally-unreadable-1\n"
-"""What an entry of the cache begins with. A SHA-256 of what follows it comes next."""
+_MAGIC, _UNREADABLE = b"tally-bottleneck-2\n", b"tally-unreadable-2\n"
+"""What an entry of the cache begins with. A SHA-256 comes next, of backbone, picture and what follows."""
+_BEFORE = (b"tally-bottleneck-1\n", b"tally-unreadable-1\n")
+"""The same of earlier versions, whose entries did not say of what they are."""
 _THREADS = 8
 """That read pictures to hash them."""
 _RELEVANT = ("task", "preprocess", "outputs")
@@ -55,44 +59,64 @@ class Backbone:
     """A model whose output for a picture is a vector of features.
 
     name: as the user calls it. model: what is scored, as ``--model`` takes it. settings: options of the model. task of
-    the reference: ``embed``.
+    the reference: ``embed``. network: that of PyTorch which it was exported from.
     """
 
     name: str
     model: str
     ref: ModelRef
     settings: Mapping[str, Any] = field(default_factory=dict)
+    network: ModelRef | None = None
 
     @classmethod
     def of(
-        cls, model: str, options: Mapping[str, Any] | None = None, *, at: str | None = None, root: Path | None = None
+        cls,
+        model: str,
+        options: Mapping[str, Any] | None = None,
+        *,
+        at: str | None = None,
+        root: Path | None = None,
+        trust: bool = False,
     ) -> Backbone:
         """The backbone that a file, a package, ``models:/NAME`` or a URL names.
 
         Pictures are squashed to its size, as TensorFlow's ``retrain.py`` does, unless its package or ``options`` say
         otherwise.
         at: the value in a classifier that is its features: what comes after it is cut off. root: of the cache, where
-        the file without it is kept. options: of the model, keys may be dotted.
+        the file without it is kept, and that of a network of PyTorch. options: of the model, keys may be dotted.
+        trust: code that the model carries may run.
 
         Raises what :func:`tally.models.resolve.resolve` raises; ModelError for a model that is none: it tells classes
         apart already, or is no ONNX model.
         """
         name, given = model, dict(options or {})
-        ref = resolve(model, task="embed", settings=given)
+        ref, network = resolve(model, task="embed", settings=given, trust=trust), None
+        if ref.kind == "torch":
+            if at is not None:
+                raise SpecError(f"--cut: {name} is a network of PyTorch: save it without its last layer")
+            network, given = ref, prepared_as(ref)
+            model = str(exported(ref, _root(root) / "backbones"))
+            ref = resolve(model, task="embed", settings=given)
         if at is not None and ref.kind == "onnx":
             given = {"preprocess": ref.options["preprocess"] | {"resize": _declared(ref)}}
             model = str(cut(ref, at, _root(root) / "backbones"))
             ref = resolve(model, task="embed", settings=given)
         if ref.kind != "onnx" or ref.options.get("task") != "embed":
             raise ModelError(
-                f"--backbone: {model} is a model of kind {ref.kind}, and a backbone is an ONNX model of pictures",
+                f"--backbone: {model} is a model of kind {ref.kind}, and a backbone is a model of pictures, of ONNX or "
+                "PyTorch",
                 hint="Export the network without its last layer to ONNX.",
             )
         if _declared(ref) is None:
             given["preprocess.resize"] = "squash"
             ref = resolve(model, task="embed", settings=given)
-        _refuse_classes(name, ref)
-        return cls(name, model, ref, given)
+        _refuse_classes(name, ref, cuttable=network is None)
+        return cls(name, model, ref, given, network)
+
+    @property
+    def hash(self) -> str:
+        """Of what the user gave."""
+        return (self.network or self.ref).hash
 
     @property
     def key(self) -> str:
@@ -110,11 +134,14 @@ def _declared(ref: ModelRef) -> str | None:
 
 
 def _root(root: Path | None) -> Path:
-    return (root or settings().home / "bottlenecks").expanduser().absolute()
+    return expanded(root or settings().home / "bottlenecks").absolute()
 
 
-def _refuse_classes(model: str, ref: ModelRef) -> None:
-    """Raises ModelError where the vector looks like the scores of classes: a softmax is what remains of a picture."""
+def _refuse_classes(model: str, ref: ModelRef, *, cuttable: bool) -> None:
+    """Raises ModelError where the vector looks like the scores of classes: a softmax is what remains of a picture.
+
+    cuttable: its last layer may be cut off.
+    """
     from tally.models.load import load
     from tally.scorers.base import Item
     from tally.scorers.vision.preprocess import made_up_pictures
@@ -137,7 +164,7 @@ def _refuse_classes(model: str, ref: ModelRef) -> None:
     # In units of 1/256 those that are small are 0.
     rounded = all((each == np.rint(each)).all() and each.sum() <= 280 for each in vectors)
     if positive and (fractions or rounded):
-        last = last_layer_input(ref)
+        last = last_layer_input(ref) if cuttable else None
         raise ModelError(
             f"--backbone: {model} gives {vectors[0].size} probabilities of classes, and a backbone gives the features "
             "before its last layer",
@@ -160,7 +187,7 @@ class Bottlenecks:
     """features: ``float32[pictures, features]``, in the order of the data set's pictures.
 
     hashes: SHA-256 of each picture's content. computed: by the backbone in this call; the others, ``cached``, came from
-    the cache. damaged: entries of the cache that were damaged, and computed again.
+    the cache. damaged: entries of the cache that were damaged, or another picture's, and computed again.
     """
 
     features: Matrix
@@ -183,7 +210,7 @@ class Cache:
         """The bottleneck ``float32[features]`` of a picture by its hash, or why it cannot be read; None if there is
         neither, or this was found by another version.
 
-        Raises ValueError if its entry is damaged.
+        Raises ValueError if its entry is damaged, or another picture's.
         """
         try:
             content = self._path(picture).read_bytes()
@@ -192,7 +219,9 @@ class Cache:
         except OSError as error:
             raise StorageError(f"the cache of bottlenecks cannot be read: {error}") from error
         magic, digest, data = content[: len(_MAGIC)], content[len(_MAGIC) :][:32], content[len(_MAGIC) + 32 :]
-        if magic not in (_MAGIC, _UNREADABLE) or not data or hashlib.sha256(data).digest() != digest:
+        if magic in _BEFORE:
+            return None
+        if magic not in (_MAGIC, _UNREADABLE) or not data or self._digest(picture, data) != digest:
             raise ValueError(picture)
         if magic == _UNREADABLE:
             version, _, reason = data.decode().partition("\n")
@@ -208,9 +237,12 @@ class Cache:
         path = self._path(picture)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, magic + hashlib.sha256(data).digest() + data)
+            write_whole(path, magic + self._digest(picture, data) + data)
         except OSError as error:
             raise StorageError(f"the cache of bottlenecks cannot be written: {error}") from error
+
+    def _digest(self, picture: str, data: bytes) -> bytes:
+        return hashlib.sha256(f"{self.folder.name}\n{picture}\n".encode() + data).digest()
 
     def _path(self, picture: str) -> Path:
         return self.folder / picture[:2] / f"{picture}.bottleneck"
@@ -241,12 +273,14 @@ def compute(
     root: Path | None = None,
     workers: int | None = None,
     device: str = "auto",
+    engine: str = "local",
     drive: Drive | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Dataset, Bottlenecks]:
     """The bottlenecks of a data set's pictures: from the cache, and the others by a scoring job.
 
-    root: of the cache; None: ``bottlenecks`` in Tally's home. workers: of the job; None: one for each core.
+    root: of the cache; None: ``bottlenecks`` in Tally's home. workers: of the job; None: one for each core. engine:
+    who runs them, see :mod:`tally.engines.factory`.
     drive: who runs the job, and shows it; None: nobody sees it.
 
     Returns the data set without the pictures that cannot be read, which its remarks name, and its bottlenecks. They are
@@ -275,7 +309,7 @@ def compute(
             names = list(missing)
             for start in range(0, len(names), AT_ONCE):
                 some = {name: missing[name] for name in names[start : start + AT_ONCE]}
-                made = _scored(cache, backbone, some, workers=workers, device=device, drive=drive)
+                made = _scored(cache, backbone, some, workers=workers, device=device, engine=engine, drive=drive)
                 known |= made
                 computed += sum(not isinstance(each, str) for each in made.values())
     elif where:
@@ -329,6 +363,7 @@ def _scored(
     *,
     workers: int | None,
     device: str,
+    engine: str,
     drive: Drive | None,
 ) -> dict[str, Matrix | str]:
     """Score pictures, given by the hash of their content, with a job, and put its rows into the cache.
@@ -357,6 +392,7 @@ def _scored(
         settings=dict(backbone.settings),
         workers=workers,
         device=device,
+        engine=engine,
         # Alone, as what some models make of a picture depends on how many are scored with it, in the last digit.
         batch_size=1 if _on_cpu(device) else None,
         max_dead=1.0,
@@ -366,25 +402,36 @@ def _scored(
         shutil.rmtree(out, ignore_errors=True)  # of a job that the database has lost
     if record is None or not (record.alive or record.state == "finished"):
         record = jobs.submit(spec, resume=True)
+    hint = None
     if record.state != "finished":
-        record = (drive or _quietly)(jobs, record.id)
+        try:
+            record = (drive or _quietly)(jobs, record.id)
+        except JobError as error:
+            record, hint = jobs.get(record.id), error.hint
+            if record.state != "failed":
+                raise
     if record.state in ("interrupted", "paused"):
         raise KeyboardInterrupt
-    if record.state != "finished":
-        raise JobError(
-            f"the job {record.id} that computes bottlenecks is {record.state}: {record.error or 'no reason'}"
-        )
-    rows = jobs.results(record.id)
-    vectors = rows["embedding"].combine_chunks()
+    all_dead = list(jobs.dead(record.id))
+    # A job of which nothing comes has failed. These pictures may be a few of many, the others of which are there.
+    unreadable = len(all_dead) == len(pictures) and all(each.stage in ("read", "decode") for each in all_dead)
+    if record.state != "finished" and not unreadable:
+        reason = record.error or "no reason"
+        for dead in all_dead[:1]:
+            reason = reason.replace(dead.key, str(pictures[dead.key.partition(".")[0]]))
+        raise JobError(f"the job {record.id} that computes bottlenecks is {record.state}: {reason}", hint=hint)
     made: dict[str, Matrix | str] = {}
-    flat = np.asarray(vectors.flatten(), np.float32)
-    ends = np.asarray(vectors.offsets)
-    ends = ends - ends[0]
-    for at, key in enumerate(rows["key"].to_pylist()):
-        name = key.partition(".")[0]
-        cache.write(name, row := flat[ends[at] : ends[at + 1]])
-        made[name] = row
-    for dead in jobs.dead(record.id):
+    if not unreadable:
+        rows = jobs.results(record.id)
+        vectors = rows["embedding"].combine_chunks()
+        flat = np.asarray(vectors.flatten(), np.float32)
+        ends = np.asarray(vectors.offsets)
+        ends = ends - ends[0]
+        for at, key in enumerate(rows["key"].to_pylist()):
+            name = key.partition(".")[0]
+            cache.write(name, row := flat[ends[at] : ends[at + 1]])
+            made[name] = row
+    for dead in all_dead:
         name = dead.key.partition(".")[0]
         made[name] = reason = dead.error.removeprefix(f"{dead.key}: ")
         if dead.stage == "decode":  # which follows from the content alone

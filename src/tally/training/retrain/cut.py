@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tally.errors import ModelError, StorageError
+from tally.errors import ModelError
 from tally.models.reference import ModelRef
+from tally.storage import failure
 from tally.text import did_you_mean
 
 LARGEST = 1_800_000_000
@@ -65,7 +66,7 @@ def cut(ref: ModelRef, at: str, folder: Path) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise StorageError(f"cannot write {place}: {error.strerror or error}") from error
+        raise failure("write", str(place), error) from error
     return place
 
 
@@ -110,15 +111,23 @@ def _up_to(ref: ModelRef, at: str) -> Any:
         del field[:]
         field.extend(kept)
     del graph.value_info[:]
+    average(graph)
+    return model
+
+
+def average(graph: Any) -> None:
+    """Have a graph whose output is a map of features give their averages over the picture."""
+    import onnx
+
+    [output] = graph.output
     dims = output.type.tensor_type.shape.dim
     if len(dims) == 4 and any(not each.HasField("dim_value") or each.dim_value != 1 for each in dims[2:]):
         # The layout is that of Conv, whose output or input it is.
-        pooled = f"{at}/average"
-        graph.node.append(onnx.helper.make_node("GlobalAveragePool", [at], [pooled]))
-        graph.output[0].name = pooled
-        for each in graph.output[0].type.tensor_type.shape.dim[2:]:
+        pooled = f"{output.name}/average"
+        graph.node.append(onnx.helper.make_node("GlobalAveragePool", [output.name], [pooled]))
+        output.name = pooled
+        for each in dims[2:]:
             each.dim_value = 1
-    return model
 
 
 def _copy(message: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 from tally.errors import SourceNotFoundError, SpecError, StorageError
 from tally.media.images import suffixes
-from tally.text import visible
+from tally.text import expanded, visible
 
 Part = Literal["training", "validation", "testing"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -115,7 +115,7 @@ def read(
         )
     if problems:
         raise SpecError(problems)
-    root = image_dir.expanduser().absolute()
+    root = expanded(image_dir).absolute()
     if not root.is_dir():
         raise SourceNotFoundError(f"--image_dir: there is no folder {str(image_dir)!r}")
     labelled, given, remarks = _label_folders(root)

@@ -32,7 +32,7 @@ TASK = 10
 """Pictures in one task. It must not depend on the number of workers."""
 ATTEMPTS = 3
 """How often a task is tried whose worker is lost."""
-_PURPOSE = 10
+PURPOSE = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +211,7 @@ def _bottlenecks(worker: _Worker, step: int, start: int, paths: Sequence[Path]) 
     """``float32[pictures, features]``; ``start``: place of the first of them in the step's batch."""
     found = []
     for place, path in enumerate(paths, start):
-        rng = np.random.default_rng([worker.seed, _PURPOSE, step, place])
+        rng = np.random.default_rng([worker.seed, PURPOSE, step, place])
         try:
             content = path.read_bytes()
         except OSError as error:

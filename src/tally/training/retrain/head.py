@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from tally.errors import ModelError
+from tally.errors import ModelError, StorageError
+from tally.optional import needed
 from tally.training.retrain.examples import Examples, Indices, Matrix, Parameters
 from tally.training.retrain.sampling import Drawn, Sampler
 
@@ -55,7 +57,10 @@ class Batch:
 
     @classmethod
     def of(cls, head: Head, features: Matrix, labels: Indices) -> Batch:
-        logits = head.logits(features)
+        return cls.from_logits(head.logits(features), labels)
+
+    @classmethod
+    def from_logits(cls, logits: Matrix, labels: Indices) -> Batch:
         shifted = logits - logits.max(axis=1, keepdims=True)
         powers = np.exp(shifted)
         sums = powers.sum(axis=1, keepdims=True)
@@ -101,6 +106,15 @@ class State:
     waited: int = 0
 
     def to_bytes(self) -> bytes:
+        return packed(self.arrays())
+
+    @classmethod
+    def from_file(cls, path: Path) -> State:
+        """Raises ModelError if it is damaged."""
+        return cls.from_arrays(unpacked(path), path)
+
+    def arrays(self) -> dict[str, Any]:
+        """What :meth:`from_arrays` takes."""
         arrays: dict[str, Any] = {
             "numbers": np.array([self.done, self.lowest, self.best_step, self.waited], np.float64),
             "weights": self.head.weights,
@@ -108,22 +122,45 @@ class State:
         }
         if self.best is not None:
             arrays |= {"best_weights": self.best.weights, "best_biases": self.best.biases}
-        file = io.BytesIO()
-        np.savez(file, **arrays)
-        return file.getvalue()
+        return arrays
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> State:
-        """Raises ModelError if it is damaged."""
+    def from_arrays(cls, arrays: Mapping[str, Any], path: Path) -> State:
+        """path: of the checkpoint that they are of. Raises ModelError if some are missing."""
         try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                arrays = dict(file)
             done, lowest, best_step, waited = arrays["numbers"].tolist()
             best = Head(arrays["best_weights"], arrays["best_biases"]) if "best_weights" in arrays else None
             head = Head(arrays["weights"], arrays["biases"])
-        except Exception as error:  # whatever NumPy and zipfile make of damage
-            raise ModelError(f"the checkpoint is damaged: {error}", hint="Begin a new run.") from None
+        except (KeyError, ValueError):
+            raise _damaged(path) from None
         return cls(int(done), head, best, lowest, int(best_step), int(waited))
+
+
+def packed(arrays: Mapping[str, Any]) -> bytes:
+    """Arrays by name as the content of a checkpoint."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def unpacked(path: Path) -> dict[str, Any]:
+    """The arrays of a checkpoint, which :func:`packed` made. Raises ModelError if it is damaged, StorageError."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"the checkpoint {path} cannot be read: {error.strerror or error}") from error
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return dict(file)
+    except Exception:  # whatever NumPy and zipfile make of damage; what they say of it leads nowhere
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> ModelError:
+    return ModelError(
+        f"the checkpoint {path} is damaged: it is no longer what was written",
+        hint="Remove the file, and the run goes on from its first step; or begin a new run.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +260,7 @@ def _train(
         if observe is not None:
             observe(evaluation)
         if patience and evaluation.validation is not None:
-            early = _has_waited(state, evaluation, patience)
+            early = has_waited(state, evaluation, patience)
         stopped = bool(report(step, evaluation.metrics))
         if keep is not None and (stopped or time.monotonic() - kept >= KEEP_SECONDS):
             keep(state)
@@ -236,7 +273,7 @@ def _train(
     return Trained(state.head, state.done - 1, state, evaluation, stopped, early)
 
 
-def _has_waited(state: State, evaluation: Evaluation, patience: int) -> bool:
+def has_waited(state: State, evaluation: Evaluation, patience: int) -> bool:
     """Note whether the validation loss is the lowest; whether it has not been for too long."""
     assert evaluation.validation is not None
     if evaluation.validation.cross_entropy < state.lowest:
@@ -291,12 +328,8 @@ def first_head(features: int, classes: int, seed: int) -> Head:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """BLAS on one thread: how sums are cut up among several shows in their last digit, and costs more than it gains."""
-    try:
+    with needed("training needs", "retrain", ModelError):
         from threadpoolctl import threadpool_limits
-    except ImportError:
-        raise ModelError(
-            "training needs threadpoolctl, which is not installed", hint="pip install 'tally-scoring[retrain]'"
-        ) from None
     with threadpool_limits(1, user_api="blas"):
         yield
 
@@ -318,13 +351,19 @@ class Tested:
         return np.flatnonzero(self.batch.logits.argmax(axis=1) != np.asarray(labels)[self.rows])
 
 
+def tested_rows(examples: Examples, parameters: Parameters) -> Indices:
+    """The pictures of the final test."""
+    rows = examples.parts["testing"]
+    if 0 < parameters.test_batch_size < len(rows):
+        return Sampler(examples, "testing", parameters.test_batch_size, parameters).rows(0)
+    return rows
+
+
 def evaluate(examples: Examples, head: Head, parameters: Parameters) -> Tested | None:
     """How the head does on the test pictures; None where there are none."""
-    rows = examples.parts["testing"]
+    rows = tested_rows(examples, parameters)
     if not len(rows):
         return None
-    if 0 < parameters.test_batch_size < len(rows):
-        rows = Sampler(examples, "testing", parameters.test_batch_size, parameters).rows(0)
     with one_thread():
         batch = Batch.of(head, examples.features[rows], examples.labels[rows])
     confusion = np.zeros((examples.classes, examples.classes), np.int64)

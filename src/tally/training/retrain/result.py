@@ -17,7 +17,9 @@ from tally.models.labels import read_labels
 from tally.models.load import load
 from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
+from tally.optional import needed
 from tally.scorers.run import run
+from tally.storage import failure
 from tally.training.retrain.cut import save
 from tally.training.retrain.examples import Matrix
 from tally.training.retrain.head import Head
@@ -37,12 +39,8 @@ class Sample:
 
 def check_library() -> None:
     """Raises ModelError unless ONNX files can be written."""
-    try:
+    with needed("training needs", "retrain", ModelError):
         import onnx  # noqa: F401 - needed only at the end of a long training
-    except ImportError:
-        raise ModelError(
-            "training needs onnx, which is not installed", hint="pip install 'tally-scoring[retrain]'"
-        ) from None
 
 
 def write(
@@ -94,7 +92,7 @@ def write(
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
+        raise failure("write", str(out), error) from error
     return resolve(out)
 
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +25,52 @@ import numpy as np
 from tally.engines.factory import make_engine
 from tally.errors import ModelError, OutputExistsError, RunStateError, SourceChangedError, SpecError, StorageError
 from tally.jobs.stop import Stop
+from tally.models.download import folder
 from tally.models.hashing import content_hash
 from tally.models.reference import ModelRef
+from tally.models.registry import open_registry
+from tally.storage import failure, is_url
 from tally.storage.publish import write_whole
-from tally.text import storable
-from tally.training.retrain import bottlenecks
+from tally.text import expanded, storable
+from tally.training.promotion import Promoted, Promotion
+from tally.training.retrain import bottlenecks, finetuning
 from tally.training.retrain.bottlenecks import Backbone, Bottlenecks, Drive, duplicates
 from tally.training.retrain.dataset import Dataset, read
 from tally.training.retrain.distortions import Distorted, Distortions, spec_of
-from tally.training.retrain.examples import Examples, Parameters
-from tally.training.retrain.head import Evaluation, Head, State, Tested, Trained, evaluate, one_thread, train
+from tally.training.retrain.examples import Examples, Indices, Parameters
+from tally.training.retrain.finetuning_worker import Measured
+from tally.training.retrain.head import (
+    Evaluation,
+    Head,
+    State,
+    Tested,
+    Trained,
+    evaluate,
+    one_thread,
+    tested_rows,
+    train,
+)
 from tally.training.retrain.result import Sample, check_library, check_name, write
 from tally.training.retrain.summaries import Summaries, test_pictures
 from tally.training.runs.events import can_write
-from tally.training.runs.store import EVENTS, Value, open_runs
-from tally.training.runs.tracking import Run, run
+from tally.training.runs.store import EVENTS, PACKAGE, RunStore, Value
+from tally.training.runs.tracking import DatabaseBook, Run, run
 
 KIND = "retrain"
 """Of the run."""
-CHECKPOINT, INPUTS, PACKAGE = "checkpoint.npz", "inputs.json", "model"
+CHECKPOINT, INPUTS, NETWORK = "checkpoint.npz", "inputs.json", "network"
 """In the run's folder."""
+WORKERS = "workers"
+"""The parameter of a run that fine-tunes: how many do. Others would add up its gradients in another order."""
+METRICS: Mapping[str, bool] = {
+    "validation_cross_entropy": True,
+    "validation_accuracy": False,
+    "cross_entropy": True,
+    "accuracy": False,
+}
+"""What is measured at each evaluation, and whether the lowest is the best. The first tells more than an accuracy."""
+TEST_METRICS = ("test_accuracy", "test_cross_entropy")
+"""What the final test measures."""
 TRIED = 16
 """Pictures that the written model is tried with."""
 
@@ -53,17 +79,20 @@ TRIED = 16
 class Retraining:
     """What is trained, and from what. Paths are made absolute. Raises SpecError with every problem.
 
-    image_dir: a folder with a folder of pictures for each label. backbone: what ``--backbone`` takes. cut: the value in
-    it that is its features; None: its output. settings: its options, keys may be dotted. bottleneck_dir: of the cache;
-    None: in Tally's home. summaries_dir: folder of event files, in which the run gets its own; None: in the run's
-    folder. out: a second place for the package; output_graph: for its ONNX file; output_labels: for its labels.
-    final_test: try the test pictures at the end.
+    image_dir: a folder, here or in a bucket, with a folder of pictures for each label. backbone: what ``--backbone``
+    takes. cut: the value in it that is its features; None: its output. settings: its options, keys may be dotted.
+    trust: code that it carries may run. fine_tune: train all of it, a network of PyTorch, not the last layer alone.
+    bottleneck_dir: of the cache; None: in Tally's home. summaries_dir: folder of event files, in which the run gets its
+    own; None: in the run's folder. out: a second place for the package; output_graph: for its ONNX file; output_labels:
+    for its labels. final_test: try the test pictures at the end.
     """
 
     image_dir: str
     backbone: str
     cut: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    trust: bool = False
+    fine_tune: bool = False
     testing_percentage: int = 10
     validation_percentage: int = 10
     keep_names: bool = False
@@ -79,10 +108,10 @@ class Retraining:
 
     def __post_init__(self) -> None:
         for name in ("image_dir", "bottleneck_dir", "summaries_dir", "out", "output_graph", "output_labels"):
-            if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, str(Path(given).expanduser().absolute()))
-        if Path(self.backbone).expanduser().exists():  # otherwise it is a name of the registry, or a URL
-            object.__setattr__(self, "backbone", str(Path(self.backbone).expanduser().absolute()))
+            if (given := getattr(self, name)) is not None and not (name == "image_dir" and is_url(given)):
+                object.__setattr__(self, name, str(expanded(given).absolute()))
+        if expanded(self.backbone).exists():  # otherwise it is a name of the registry, or a URL
+            object.__setattr__(self, "backbone", str(expanded(self.backbone).absolute()))
         problems = []
         if not self.final_tensor_name.strip():
             problems.append("--final_tensor_name: is empty")
@@ -102,6 +131,7 @@ class Retraining:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Retraining:
         """The inverse of :meth:`to_dict`. Raises SpecError for what is no retraining."""
+        values = {**_LATER, **values}
         try:
             parts = {
                 name: kind(**{each.name: values[each.name] for each in fields(kind)}) for name, kind in _NESTED.items()
@@ -113,11 +143,13 @@ class Retraining:
 
 
 _NESTED: Mapping[str, Any] = {"parameters": Parameters, "distortions": Distortions}
+_LATER: Mapping[str, Any] = {"trust": False, "fine_tune": False}
+"""What runs of earlier versions do not have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """run: its id. package: the model package's folder. model: ``models:/NAME/N``; None if it was not registered.
+    """run: its id. package: the model package's folder. promoted: its version; None if it was not registered.
 
     step: of the weights, counted from 0. tested: None without test pictures, or where the test was not asked for.
     """
@@ -128,7 +160,12 @@ class Outcome:
     trained: Trained = field(repr=False)
     tested: Tested | None
     package: Path
-    model: str | None
+    promoted: Promoted | None
+
+    @property
+    def model(self) -> str | None:
+        """``models:/NAME/N``; None if it was not registered."""
+        return None if self.promoted is None else str(self.promoted.version)
 
     def misclassified(self) -> list[tuple[Path, str]]:
         """The test pictures that were taken for another class, and which."""
@@ -152,9 +189,26 @@ class Watcher:
     drive: Drive | None = None
 
 
+def measures(*, final_test: bool = True, dataset: Dataset | None = None) -> tuple[str, ...]:
+    """The metrics of a retraining; dataset: what it is trained from, where that is known."""
+    tested = final_test and (dataset is None or dataset.of("testing"))
+    validated = dataset is None or dataset.of("validation")
+    found = [each for each in METRICS if validated or not each.startswith("validation_")]
+    return (*found, *(TEST_METRICS if tested else ()))
+
+
+def kept(run: Run, state: State) -> dict[str, float] | None:
+    """What it measured at the step whose weights early stopping keeps; None where it keeps the last."""
+    if state.best is None:
+        return None
+    assert isinstance(run.book, DatabaseBook)
+    # A process that is killed may have written its checkpoint, and not yet what it measured before that.
+    return {"validation_cross_entropy": state.lowest, **run.book.at(state.best_step)}
+
+
 def resumed(run_id: str) -> tuple[str, Retraining]:
     """The whole id of a run, and what it trains. Raises RunNotFoundError, RunStateError if it is no retraining."""
-    record = open_runs().get(run_id)
+    record = RunStore.open().get(run_id)
     if record.kind != KIND:
         raise RunStateError(f"run {record.id} is of kind {record.kind}, not {KIND}")
     return record.id, Retraining.from_dict(record.parameters)
@@ -164,6 +218,7 @@ def resumed(run_id: str) -> tuple[str, Retraining]:
 class Prepared:
     """All that is needed to train heads, with whatever parameters: see :func:`tally.training.retrain.head.train`.
 
+    Where the whole network is trained, there are bottlenecks at the end only, of the pictures that are looked at then.
     inputs: the hashes of the pictures that are trained with, and of the backbone.
     """
 
@@ -180,12 +235,12 @@ def check(given: Retraining) -> tuple[Backbone, Dataset]:
     with one_thread():  # what it needs is missing now, or never
         pass
     root = None if given.bottleneck_dir is None else Path(given.bottleneck_dir)
-    backbone = Backbone.of(given.backbone, given.settings, at=given.cut, root=root)
+    backbone = Backbone.of(given.backbone, given.settings, at=given.cut, root=root, trust=given.trust)
     check_name(backbone.ref, given.final_tensor_name)
     if given.distortions:
         spec_of(backbone.ref)
     dataset = read(
-        Path(given.image_dir),
+        folder(given.image_dir) if is_url(given.image_dir) else Path(given.image_dir),
         testing_percentage=given.testing_percentage,
         validation_percentage=given.validation_percentage,
         keep_names=given.keep_names,
@@ -201,6 +256,7 @@ def prepare(
     *,
     workers: int | None = None,
     device: str = "auto",
+    engine: str = "local",
     watcher: Watcher | None = None,
 ) -> Prepared:
     """The bottlenecks of the pictures, computed where the cache lacks them; once for any number of trainings.
@@ -209,36 +265,48 @@ def prepare(
     """
     watcher = watcher or Watcher()
     backbone, dataset = checked
-    dataset, found = bottlenecks.compute(
-        dataset,
-        backbone,
-        root=None if given.bottleneck_dir is None else Path(given.bottleneck_dir),
-        workers=workers,
-        device=device,
-        drive=watcher.drive,
-        say=watcher.say,
-    )
+    if given.fine_tune:
+        dataset, found = finetuning.look(dataset, backbone)
+    else:
+        dataset, found = bottlenecks.compute(
+            dataset,
+            backbone,
+            root=None if given.bottleneck_dir is None else Path(given.bottleneck_dir),
+            workers=workers,
+            device=device,
+            engine=engine,
+            drive=watcher.drive,
+            say=watcher.say,
+        )
     for remark in (*dataset.remarks, *duplicates(dataset, found.hashes)):
         watcher.say(remark)
-    inputs = {"pictures": data_hash(dataset, found.hashes), "backbone": backbone.ref.hash}
+    inputs = {"pictures": data_hash(dataset, found.hashes), "backbone": backbone.hash}
     return Prepared(backbone, dataset, found, Examples.of(dataset, found.features), inputs)
 
 
 def retrain(
     given: Retraining,
     *,
-    register: str | None = None,
+    register: Promotion | None = None,
     resume: str | None = None,
+    run_id: str | None = None,
     name: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    command: Sequence[str] | None = None,
     workers: int | None = None,
     device: str = "auto",
+    engine: str = "local",
     stop: Stop | None = None,
     watcher: Watcher | None = None,
 ) -> Outcome:
     """Train, as a new run or (``resume``, an id) one that goes on.
 
-    register: the model's name in the registry. name: of the run. workers: processes that put pictures through the
-    backbone. stop: once asked, the run is put down with a checkpoint, and KeyboardInterrupt is raised.
+    register: the model's name in the registry, and whether an alias is to point at it; the run keeps that, see
+    :meth:`~tally.training.promotion.Promotion.of_kept`. run_id, name, tags,
+    command: of a new run. workers: processes that put pictures through the backbone, or that train all of it; engine:
+    who runs them, but for pictures that are distorted, and for fine-tuning; a run that fine-tunes and goes on has as
+    many as it began with. stop: once asked, the run is put down with
+    a checkpoint, and KeyboardInterrupt is raised.
 
     Raises whatever its parts raise: see :func:`~tally.training.retrain.dataset.read`, ``Backbone.of``,
     :func:`~tally.training.retrain.bottlenecks.compute`, :func:`~tally.training.retrain.head.train`,
@@ -246,19 +314,31 @@ def retrain(
     """
     stop, watcher = stop or Stop(), watcher or Watcher()
     checked = check(given)
+    if register is not None:
+        register.check(measures(final_test=given.final_test, dataset=checked[1]))
+    parameters = given.to_dict()
+    if given.fine_tune:
+        workers = finetuning.check(
+            checked[0], given.parameters, workers if resume is None else _workers(resume, workers), device, engine
+        )
+        parameters[WORKERS] = workers
     if resume is None:
         for flag in ("out", "output_graph", "output_labels"):
             _refuse_existing(flag, getattr(given, flag))
-        begun = run(name, given.to_dict(), kind=KIND)
+        begun = run(name, parameters, kind=KIND, run_id=run_id, tags=tags, command=command)
     else:
         begun = run(resume=resume, kind=KIND)
     with begun:
         events = begun.folder / EVENTS if given.summaries_dir is None else Path(given.summaries_dir) / begun.id
+        if register is not None:
+            register.keep(begun.folder)
         watcher.begun(begun.id, events)
-        prepared = prepare(given, checked, workers=workers, device=device, watcher=watcher)
+        prepared = prepare(given, checked, workers=workers, device=device, engine=engine, watcher=watcher)
         _remember(begun, given, prepared)
-        trained = _trained(begun, given, prepared, events, watcher, stop, workers, device)
-        return conclude(begun, given, prepared, trained, events=events, register=register, again=bool(resume))
+        trained, prepared = _trained(begun, given, prepared, events, watcher, stop, workers, device)
+        outcome = conclude(begun, given, prepared, trained, events=events, register=register, again=bool(resume))
+        shutil.rmtree(begun.folder / NETWORK, ignore_errors=True)  # the package has it now
+        return outcome
 
 
 def conclude(
@@ -268,7 +348,7 @@ def conclude(
     trained: Trained,
     *,
     events: Path,
-    register: str | None = None,
+    register: Promotion | None = None,
     again: bool = False,
 ) -> Outcome:
     """Test what was trained, write its package into the run's folder and wherever else it should be, register it.
@@ -291,10 +371,33 @@ def conclude(
         sample=_sample(dataset, examples, trained.head),
     )
     _publish(given, ref, again=again)
-    model = None
+    promoted = None
+    measured = kept(begun, trained.state)
+    if measured is not None:
+        begun.tags["weights"] = f"those of step {trained.step}"
     if register is not None:
-        model = begun.register(package, register, properties=_facts(given, prepared))
-    return Outcome(begun.id, dataset, examples, trained, tested, package, model)
+        facts = _facts(given, prepared)
+        promoted = register.conclude(
+            begun,
+            lambda name: open_registry().get(begun.register(package, name, properties=facts, metrics=measured)),
+            measured=measured,
+        )
+    return Outcome(begun.id, dataset, examples, trained, tested, package, promoted)
+
+
+def _workers(run_id: str, given: int | None) -> int | None:
+    """How many workers fine-tune a run that goes on: as many as began it; ``given`` if it does not say. Raises
+    SpecError if another number is given."""
+    known = RunStore.open().get(run_id).parameters.get(WORKERS)
+    if known is None:
+        return given
+    if given not in (None, known):
+        raise SpecError(
+            f"--workers: {given}, but run {run_id} began with {known}; with another number its model is not the one "
+            "that it would have been",
+            hint="Leave --workers out, or begin a new run.",
+        )
+    return int(known)
 
 
 def _refuse_existing(flag: str, place: str | None) -> None:
@@ -321,6 +424,8 @@ def _remember(begun: Run, given: Retraining, prepared: Prepared) -> None:
             begun.log_data(name, place)
         except StorageError:  # a file of the folder that cannot be read has no hash; pictures are left out
             begun.book.change(data={name: {"place": place}})
+    if given.fine_tune:
+        return
     found = prepared.bottlenecks
     begun.tags["bottlenecks"] = f"{found.computed:,} computed, {found.cached:,} from the cache"
 
@@ -353,12 +458,10 @@ def _trained(
     stop: Stop,
     workers: int | None,
     device: str,
-) -> Trained:
-    """The head, trained from the last checkpoint on. Raises KeyboardInterrupt once it is asked to stop."""
+) -> tuple[Trained, Prepared]:
+    """The head, trained from the last checkpoint on, and what it stands on, which is trained with it or stays as it is.
+    Raises KeyboardInterrupt once it is asked to stop."""
     checkpoint = begun.folder / CHECKPOINT
-    begin = State.from_bytes(checkpoint.read_bytes()) if checkpoint.exists() else None
-    if begin is not None:
-        watcher.say(f"continued from step {begin.done}")
     with ExitStack() as stack:
         summaries = None
         if can_write():
@@ -366,13 +469,6 @@ def _trained(
             stack.callback(summaries.close)
             if given.summaries_dir is not None:
                 summaries.writer("train").hparams(given.to_dict(), name=begun.id)
-        batches = None
-        if given.distortions:
-            batches = Distorted(
-                prepared.dataset, prepared.examples, given.parameters, given.distortions, prepared.backbone.ref,
-                make_engine("local"), workers=workers, device=device,
-            )  # fmt: skip
-            stack.callback(batches.close)
 
         def observe(evaluation: Evaluation) -> None:
             if summaries is not None:
@@ -387,19 +483,50 @@ def _trained(
             begun.book.record([Value(name, step, value, at) for name, value in metrics.items()])
             return stop.asked
 
-        trained = train(
-            prepared.examples,
-            given.parameters,
-            report,
-            begin=begin,
-            batches=batches,
-            observe=observe,
-            keep=lambda state: write_whole(checkpoint, state.to_bytes()),
-        )
-    write_whole(checkpoint, trained.state.to_bytes())
+        def measured(found: Sequence[Measured]) -> None:
+            begun.book.record(
+                [Value(name, step, value, at) for step, at, metrics in found for name, value in metrics.items()]
+            )
+
+        def keep(state: State) -> None:
+            # In this order: what goes on from a checkpoint does not measure again what was measured before it.
+            begun.flush()
+            write_whole(checkpoint, state.to_bytes())
+
+        if given.fine_tune:
+            wanted = [_tried(prepared.dataset)]
+            if given.final_test:
+                wanted.append(tested_rows(prepared.examples, given.parameters))
+            trained, examples, backbone = finetuning.fine_tune(
+                prepared.dataset, prepared.examples, prepared.backbone, given.parameters, given.distortions, report,
+                folder=begun.folder / NETWORK, checkpoint=checkpoint, wanted=np.unique(np.concatenate(wanted)),
+                workers=workers or 1, device=device, observe=observe, measured=measured, say=watcher.say, stop=stop,
+            )  # fmt: skip
+            prepared = replace(prepared, examples=examples, backbone=backbone)
+        else:
+            begin = State.from_file(checkpoint) if checkpoint.exists() else None
+            if begin is not None:
+                watcher.say(f"continued from step {begin.done}")
+            batches = None
+            if given.distortions:
+                batches = Distorted(
+                    prepared.dataset, prepared.examples, given.parameters, given.distortions, prepared.backbone.ref,
+                    make_engine("local"), workers=workers, device=device,
+                )  # fmt: skip
+                stack.callback(batches.close)
+            trained = train(
+                prepared.examples,
+                given.parameters,
+                report,
+                begin=begin,
+                batches=batches,
+                observe=observe,
+                keep=keep,
+            )
+            keep(trained.state)
     if trained.stopped:
         raise KeyboardInterrupt(f"stopped after {trained.state.done} steps")
-    return trained
+    return trained, prepared
 
 
 def _log_test(
@@ -419,11 +546,16 @@ def _log_test(
 
 def _sample(dataset: Dataset, examples: Examples, head: Head) -> Sample:
     """Some pictures, of all parts, and what the training found for them."""
-    rows = np.unique(np.linspace(0, len(dataset.pictures) - 1, TRIED).astype(np.int64))
+    rows = _tried(dataset)
     with one_thread():
         logits = head.logits(examples.features[rows])
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return Sample([dataset.pictures[int(row)].path for row in rows], powers / powers.sum(axis=1, keepdims=True))
+
+
+def _tried(dataset: Dataset) -> Indices:
+    """The pictures that the written model is tried with."""
+    return np.unique(np.linspace(0, len(dataset.pictures) - 1, TRIED).astype(np.int64))
 
 
 def _facts(given: Retraining, prepared: Prepared) -> dict[str, Any]:
@@ -431,7 +563,8 @@ def _facts(given: Retraining, prepared: Prepared) -> dict[str, Any]:
     counts = prepared.dataset.counts()
     return {
         "backbone": given.backbone,
-        "backbone_hash": prepared.backbone.ref.hash,
+        "backbone_hash": prepared.backbone.hash,
+        **({"fine_tuned": True} if given.fine_tune else {}),
         "pictures": {label: sum(parts.values()) for label, parts in counts.items()},
         **asdict(given.parameters),
         **(asdict(given.distortions) if given.distortions else {}),
@@ -467,7 +600,7 @@ def _publish(given: Retraining, ref: ModelRef, *, again: bool) -> None:
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"cannot write {error.filename}: {error.strerror or error}") from error
+        raise failure("write", str(error.filename or "what was trained"), error) from error
 
 
 def _copy(path: Path, to: Path, *, again: bool) -> None:

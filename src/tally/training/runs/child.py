@@ -68,6 +68,9 @@ class ParentBook:
     def record(self, values: Sequence[Value]) -> None:
         self.ask("record", values=[list(each) for each in values])
 
+    def flush(self) -> None:
+        self.ask("flush")
+
     def change(self, **columns: Any) -> None:
         self.ask("change", columns=columns)
 
@@ -82,16 +85,20 @@ class ParentBook:
 class Office:
     """Listens for the child, in threads, and keeps its records in this process's run; ``with`` opens and closes it.
 
+    host: the address of this machine where the child may be on another one.
     environment: what to tell the child. ended: the state and the error that the child has told last, if any.
     """
 
-    def __init__(self, run: Run, book: DatabaseBook) -> None:
+    def __init__(self, run: Run, book: DatabaseBook, *, host: str | None = None) -> None:
         self._run, self._book = run, book
         self._key = os.urandom(32)
-        try:
-            self._listener = Listener(family="AF_UNIX", backlog=64, authkey=self._key)
-        except OSError:  # the folder for temporary files has too long a name for a socket
-            self._listener = Listener(("127.0.0.1", 0), backlog=64, authkey=self._key)
+        if host is not None:
+            self._listener = Listener((host, 0), backlog=64, authkey=self._key)
+        else:
+            try:
+                self._listener = Listener(family="AF_UNIX", backlog=64, authkey=self._key)
+            except OSError:  # the folder for temporary files has too long a name for a socket
+                self._listener = Listener(("127.0.0.1", 0), backlog=64, authkey=self._key)
         address = self._listener.address
         self.environment = {ADDRESS: json.dumps(address), KEY: self._key.hex()}
         self.ended: tuple[RunState, str | None] | None = None
@@ -140,12 +147,18 @@ class Office:
                 return {
                     "id": run.id, "name": run.name, "folder": str(run.folder), "parameters": plain(run.parameters),
                     "tags": dict(run.tags), "metrics": {name: each.to_json() for name, each in book.figures.items()},
-                    "data": dict(run.data),
+                    "data": dict(run.data), "resumed": run.resumed,
                 }  # fmt: skip
             case "record":
                 book.record([Value(name, step, float(value), at) for name, step, value, at in request["values"]])
+            case "flush":
+                book.flush()
             case "change":
-                book.change(**request["columns"])
+                columns = dict(request["columns"])
+                if (tags := columns.pop("tags", None)) is not None:
+                    run.tags.become(tags)  # by which the owner of the run goes on
+                if columns:
+                    book.change(**columns)
             case "register":
                 return book.register(Path(request["folder"]), request["name"], **request["facts"])
             case "finish":

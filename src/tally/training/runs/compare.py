@@ -27,7 +27,8 @@ def differing(records: Sequence[RunRecord]) -> tuple[list[str], list[str]]:
 
 
 def best_first(records: Sequence[RunRecord], metric: str, *, lowest: bool = False) -> list[RunRecord]:
-    """The runs by the last value of a metric; those without a number come last. Raises SpecError if no run has it."""
+    """The runs by the last value of a metric, the older first where that is the same; those without a number come last.
+    Raises SpecError if no run has it."""
     known = {name for each in records for name in each.metrics}
     if metric not in known:
         raise SpecError(
@@ -35,8 +36,8 @@ def best_first(records: Sequence[RunRecord], metric: str, *, lowest: bool = Fals
             hint=f"They have {', '.join(sorted(known)) or 'none'}.",
         )
 
-    def rank(record: RunRecord) -> float:
+    def rank(record: RunRecord) -> tuple[float, float]:
         value = record.metrics[metric].last if metric in record.metrics else math.nan
-        return math.inf if math.isnan(value) else value if lowest else -value
+        return math.inf if math.isnan(value) else value if lowest else -value, record.created_at
 
     return sorted(records, key=rank)

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 import numpy as np
 
 from tally.errors import RunError, StorageError
+from tally.optional import needed
+from tally.storage import failure
 from tally.training.runs.pictures import as_picture, png
 
 if TYPE_CHECKING:
@@ -53,13 +55,8 @@ class EventWriter:
     """Writes one event file in ``folder``, which is made. Raises RunError without that package, StorageError."""
 
     def __init__(self, folder: str | Path) -> None:
-        try:
+        with needed("event files for TensorBoard need", "retrain", RunError):
             from tensorboard.compat.proto import event_pb2, summary_pb2
-        except ImportError:
-            raise RunError(
-                "event files for TensorBoard need tensorboard, which is not installed",
-                hint="pip install 'tally-scoring[train]'",
-            ) from None
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._histogram = summary_pb2.HistogramProto
         self._sum = _masked_sum()
@@ -71,7 +68,7 @@ class EventWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = (self.folder / name).open("wb", buffering=BUFFER)
         except OSError as error:
-            raise StorageError(f"cannot write {folder}: {error.strerror or error}") from error
+            raise failure("write", str(folder), error) from error
         self._write(self._event(file_version="brain.Event:2"), None)
         self.flush()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from tally.errors import RunError, TallyError, error_line
 from tally.masking import mask
+from tally.optional import needed
 from tally.training.runs.store import EVENTS, RunRecord, RunStore
 
 log = logging.getLogger("tally")
@@ -46,14 +47,10 @@ def mirror(store: RunStore, record: RunRecord, uri: str, *, experiment: str = EX
     """
     for name, value in _CLIENT.items():
         os.environ.setdefault(name, value)
-    try:
+    with needed("a mirror in MLflow needs", "mlflow", RunError):
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
-    except ImportError:
-        raise RunError(
-            "a mirror in MLflow needs mlflow, which is not installed", hint="pip install 'tally-scoring[mlflow]'"
-        ) from None
     try:
         client = MlflowClient(tracking_uri=uri)
         there = _there(client, record, experiment)

@@ -20,6 +20,7 @@ from tally.scorers.scripts.classes import local_modules
 from tally.training.runs.store import is_secret
 from tally.version import shown
 
+_TALLY = Path(__file__).absolute().parents[2]
 GIT_SECONDS = 5.0
 """How long git may take to say which commit this is."""
 
@@ -50,9 +51,8 @@ def code(script: Path | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"folder": os.getcwd()}  # noqa: PTH109
     if script is None:
         main = getattr(sys.modules.get("__main__"), "__file__", None)
-        script = (
-            Path(main) if main and str(main).endswith(".py") and "tally" not in Path(main).parent.parts[-1:] else None
-        )
+        if main and str(main).endswith(".py") and not Path(main).absolute().is_relative_to(_TALLY):
+            script = Path(main)
     if script is None or not script.is_file():
         return found | {"tally": shown()}
     script = script.absolute()
@@ -94,7 +94,9 @@ def _git(folder: str) -> dict[str, Any]:
 def environment() -> Mapping[str, Any]:
     """What the training runs in: ``python``, ``platform``, ``packages`` (name to version) with their hash, ``tally``,
     ``processors``."""
-    packages = {each.name.lower(): each.version for each in distributions() if each.name}
+    # Ray, once imported, puts what it carries for itself on the path.
+    own = (each for each in distributions() if "thirdparty_files" not in str(each.locate_file("")))
+    packages = {each.name.lower(): each.version for each in own if each.name}
     listed = "\n".join(f"{name}=={version}" for name, version in sorted(packages.items()))
     return {
         "python": platform.python_version(), "platform": platform.platform(), "host": platform.node(),

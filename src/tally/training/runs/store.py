@@ -1,7 +1,6 @@
 """The store of runs: what each training was given, measured and left, and who trains it now.
 
-One process owns a running run at a time. Each of its changes names its token, inside the same transaction: a process
-that has lost its run changes nothing. All changes may be repeated: values of a metric are written by name and step.
+All changes may be repeated: values of a metric are written by name and step.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import sqlalchemy as sa
@@ -17,26 +16,25 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from tally.database import lease as leases
 from tally.database.clock import now
+from tally.database.leased import LONGEST_NAME, Lease, LeasedStore
 from tally.database.tables import run_metrics, runs
-from tally.errors import OwnershipLostError, RunNotFoundError, RunStateError, SpecError
+from tally.errors import RunNotFoundError, RunStateError, SpecError
 from tally.jobs.store import new_id
 from tally.masking import HIDDEN, mask
 from tally.text import did_you_mean, storable
-
-LEASE_SECONDS = 30.0
-"""How long a run's lease lasts that is not renewed."""
 
 RunState: TypeAlias = Literal["running", "interrupted", "failed", "killed", "finished"]
 """A run whose process was lost counts as interrupted. killed: by a signal, its time limit, or its user."""
 
 RUN_STATES: tuple[RunState, ...] = get_args(RunState)
 
+PACKAGE = "model"
+"""Folder of a run's folder: the package of the model that it trained, where Tally has written that."""
 EVENTS, PICTURES = "events", "pictures"
 """Folders of a run's folder: TensorBoard's event files, and the pictures that were logged. The rest are artifacts."""
 
 LONGEST_METRIC = 250
 """Characters of a metric's name."""
-_LONGEST_NAME = 128
 
 
 class Value(NamedTuple):
@@ -155,27 +153,11 @@ class RunPage:
     next: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class RunLease:
-    """The right to change a run: sent with every change."""
+class RunStore(LeasedStore[RunRecord]):
+    """Reads and changes runs."""
 
-    run_id: str
-    token: str
-
-
-def open_runs() -> RunStore:
-    """The runs of this installation, as the environment's settings say."""
-    from tally.config import settings
-    from tally.database.connect import connect
-
-    return RunStore(connect(settings().database))
-
-
-class RunStore:
-    """Reads and changes runs. Safe to use from several threads; holds no state but the engine."""
-
-    def __init__(self, engine: sa.Engine) -> None:
-        self.engine = engine
+    table, word, command = runs, "run", "tally runs"
+    missing, refused = RunNotFoundError, RunStateError
 
     # -- for who trains ------------------------------------------------------------------------------------
 
@@ -193,84 +175,33 @@ class RunStore:
         code: Mapping[str, Any] | None = None,
         environment: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
-    ) -> RunLease:
+    ) -> Lease:
         """A new run that this process trains from now on. See :class:`RunRecord`."""
-        lease = RunLease(run_id or new_id(), leases.new_token())
         values = {
-            "id": lease.run_id, "name": storable(name)[:_LONGEST_NAME], "kind": kind, "sweep": sweep,
-            "state": "running", "created_at": now(), "started_at": now(), "folder": storable(folder),
+            "name": storable(name)[:LONGEST_NAME], "kind": kind, "sweep": sweep, "folder": storable(folder),
             "parameters": without_secrets(parameters or {}), "tags": plain(tags or {}), "metrics": {}, "models": [],
             "command": plain(list(command)), "code": plain(code or {}), "environment": plain(environment or {}),
             "data": plain(data or {}), "cost": {},
         }  # fmt: skip
-        with self.engine.begin() as connection:
-            connection.execute(sa.insert(runs).values(**values, **leases.granted(lease.token, LEASE_SECONDS)))
-        return lease
+        return self._insert(Lease(run_id or new_id(), leases.new_token()), values)
 
-    def resume(self, run_id: str, *, reopen: bool = False) -> RunLease:
-        """Train a run again that was interrupted, killed or has failed; this process does from now on.
-
-        reopen: also one that is finished, which more is to be added to.
-        Raises RunNotFoundError, RunStateError where it is finished or trained by another process.
-        """
-        record = self.get(run_id)
-        it, token = runs.c.id == record.id, leases.new_token()
-        with self.engine.begin() as connection:
-            lost = leases.is_lost(connection, runs, it)
-            owner = connection.scalar(sa.select(runs.c.owner).where(it, lost))
-            allowed = sa.true() if reopen else runs.c.state != "finished"
-            taken = leases.acquire(
-                connection, runs, it, allowed, token=token, seconds=LEASE_SECONDS,
-                instead_of=owner, state="running", error=None, started_at=now(), finished_at=None,
-            )  # fmt: skip
-        if not taken:
-            state = self.get(record.id).state
-            raise RunStateError(
-                f"run {record.id} is {state}" + (", by another process" if state == "running" else ""),
-                hint="Only a run that was interrupted, killed or has failed is resumed. "
-                f"'tally runs show {record.id}' tells more.",
-            )
-        return RunLease(record.id, token)
-
-    def write(self, lease: RunLease, values: Sequence[Value] = (), **columns: Any) -> None:
+    def write(self, lease: Lease, values: Sequence[Value] = (), **columns: Any) -> None:
         """Renew the lease, write these values of metrics (those of the same name and step are replaced), and set
         columns of the run. Raises OwnershipLostError."""
         changes = {name: _column(name, value) for name, value in columns.items()}
         rows = list({(storable(each.name), each.step): each for each in values}.values())
         with self.engine.begin() as connection:
-            it = runs.c.id == lease.run_id
-            if not leases.renew(connection, runs, it, token=lease.token, seconds=LEASE_SECONDS, **changes):
-                raise _lost(lease)
+            self._renew(connection, lease, **changes)
             if rows:
-                _write_values(connection, lease.run_id, rows)
+                _write_values(connection, lease.id, rows)
 
-    def finish(self, lease: RunLease, state: RunState, *, error: str | None = None, **columns: Any) -> None:
+    def finish(self, lease: Lease, state: RunState, *, error: str | None = None, **columns: Any) -> None:
         """End the run, and give the lease back. Raises OwnershipLostError."""
         changes = {name: _column(name, value) for name, value in columns.items()}
         with self.engine.begin() as connection:
-            it = runs.c.id == lease.run_id
-            # The host stays: the run's files are there.
-            ended = {"owner_host": leases.host(), "finished_at": now(), "state": state}
-            changes |= {**ended, "error": error and storable(error)}
-            if not leases.release(connection, runs, it, token=lease.token, **changes):
-                raise _lost(lease)
+            self._end(connection, lease, state, error, changes)
 
     # -- for everybody ---------------------------------------------------------------------------------------
-
-    def get(self, run_id: str) -> RunRecord:
-        """The run by its id, or by the unambiguous beginning of it. Raises RunNotFoundError."""
-        found: Sequence[sa.RowMapping] = []
-        if run_id and run_id.isascii() and run_id.isprintable():
-            with self._read() as connection:
-                for asked in (runs.c.id == run_id, runs.c.id.startswith(run_id, autoescape=True)):
-                    if found := connection.execute(_select().where(asked).limit(3)).mappings().all():
-                        break
-        if not found:
-            raise RunNotFoundError(f"no run {run_id!r}", hint="'tally runs list' shows the runs there are.")
-        if len(found) > 1:
-            some = ", ".join(row["id"] for row in found)
-            raise RunNotFoundError(f"{run_id!r} is the beginning of several runs: {some}", hint="Type more of it.")
-        return _record(found[0])
 
     def values(self, run_id: str, names: Sequence[str] | None = None, *, most: int | None = None) -> dict[str, Curve]:
         """The values of a run's metrics, each by step. Raises RunNotFoundError, SpecError for a name that is not there.
@@ -297,19 +228,15 @@ class RunStore:
                 )
         return curves if most is None else {name: curve.thinned(most) for name, curve in curves.items()}
 
-    def delete(self, run_id: str) -> RunRecord:
-        """Forget a run; its folder stays, which the caller removes. Raises RunNotFoundError, RunStateError while it is
-        being trained."""
-        record = self.get(run_id)
+    def remove(self, record: RunRecord, *, keep_files: bool = False) -> None:
+        """Forget a run, and remove its folder if Tally has made it. Raises RunStateError while it is being trained."""
         with self.engine.begin() as connection:
             it = runs.c.id == record.id
             free = sa.or_(runs.c.state != "running", leases.is_lost(connection, runs, it))
             if connection.execute(sa.delete(runs).where(it, free)).rowcount == 0:
                 raise RunStateError(f"run {record.id} is being trained", hint="Stop its process first.")
-        return record
-
-    def _read(self) -> sa.Connection:
-        return self.engine.connect().execution_options(reading=True)
+        if not keep_files:
+            self._remove_folder(record)
 
     # Last in the class: in what follows, ``list`` means this method.
     def list(
@@ -334,15 +261,17 @@ class RunStore:
             (text, sa.func.lower(runs.c.id + " " + runs.c.name).contains(words, autoescape=True)),
         )
         query = _select_for_lists().where(*(condition for given, condition in conditions if given is not None))
-        if after is not None:
-            query = query.where(sa.tuple_(runs.c.created_at, runs.c.id) < sa.tuple_(*_cursor(after)))
-        query = query.order_by(runs.c.created_at.desc(), runs.c.id.desc()).limit(limit + 1)
         with self._read() as connection:
             if state is not None:
-                query = query.where(_in_state(connection, state))
-            found = [_record(row) for row in connection.execute(query).mappings()]
-        last = found[limit - 1] if len(found) > limit else None
-        return RunPage(found[:limit], None if last is None else f"{last.created_at!r}:{last.id}")
+                query = query.where(self._in_state(connection, state))
+            found, next_ = self._page(connection, query, after, limit)
+        return RunPage([self._record(row) for row in found], next_)
+
+    @classmethod
+    def _record(cls, row: Mapping[Any, Any]) -> RunRecord:
+        values = {name: row[name] for name in RunRecord.__slots__ if name in row}
+        values["metrics"] = {name: Figures.from_json(each) for name, each in row["metrics"].items()}
+        return RunRecord(**{"environment": {}, **values, **cls._standing(row)})
 
 
 class Curve(NamedTuple):
@@ -423,46 +352,6 @@ def _write_values(connection: sa.Connection, run_id: str, rows: Sequence[Value])
     )  # fmt: skip
 
 
-def _select() -> sa.Select[Any]:
-    return sa.select(runs, now().label("clock"))
-
-
 def _select_for_lists() -> sa.Select[Any]:
     """Without the hundreds of packages that each run's environment has."""
     return sa.select(*(each for each in runs.c if each.name != "environment"), now().label("clock"))
-
-
-def _in_state(connection: sa.Connection, state: str) -> sa.ColumnElement[bool]:
-    """As reported: a running run without a process is interrupted."""
-    running = runs.c.state == "running"
-    if state not in ("running", "interrupted"):
-        return runs.c.state == state
-    lost = leases.is_lost(connection, runs, running)
-    return sa.and_(running, lost if state == "interrupted" else sa.not_(lost))
-
-
-def _cursor(text: str) -> tuple[sa.ColumnElement[float], sa.ColumnElement[str]]:
-    created_at, _, run_id = text.partition(":")
-    try:
-        at = float(created_at)
-        if not math.isfinite(at):
-            raise ValueError
-    except ValueError:
-        raise SpecError(f"--after takes the value printed at the end of the page before, not {text!r}") from None
-    return sa.literal(at, sa.Double()), sa.literal(storable(run_id))
-
-
-def _lost(lease: RunLease) -> OwnershipLostError:
-    return OwnershipLostError(
-        f"run {lease.run_id} was taken over by another process, or deleted; this one stops",
-        hint=f"'tally runs show {lease.run_id}' tells more.",
-    )
-
-
-def _record(row: Mapping[Any, Any]) -> RunRecord:
-    values = {name: row[name] for name in RunRecord.__slots__ if name in row}
-    alive = leases.is_held(row)
-    if values["state"] == "running" and not alive:
-        values["state"] = "interrupted"
-    values["metrics"] = {name: Figures.from_json(each) for name, each in row["metrics"].items()}
-    return replace(RunRecord(**{"environment": {}, **values}), alive=alive)

@@ -13,6 +13,7 @@ import atexit
 import logging
 import math
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -21,11 +22,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import quote, unquote
 
-from tally.config import make_private, settings
+from tally.config import make_private
+from tally.database.leased import Lease, folder_of
 from tally.database.renewer import LeaseRenewer
 from tally.database.waiting import Patience
 from tally.errors import OwnershipLostError, RunStateError, SpecError, StorageError, error_line
 from tally.jobs.store import new_id
+from tally.storage import failure
 from tally.training.runs import origin
 from tally.training.runs.child import ParentBook, parent
 from tally.training.runs.cost import Meter
@@ -35,12 +38,9 @@ from tally.training.runs.store import (
     LONGEST_METRIC,
     PICTURES,
     Figures,
-    RunLease,
-    RunRecord,
     RunState,
     RunStore,
     Value,
-    open_runs,
     plain,
     without_secrets,
 )
@@ -55,12 +55,15 @@ FLUSH_SECONDS = 2.0
 """Seconds between two writes of what was logged, and two renewals of the lease."""
 MOST_BUFFERED = 20_000
 """Values that are kept until then; more are written at once."""
+_STEPS = 2**62
+"""More do not fit into the database's column."""
 
 
 class Book(Protocol):
     """Where a run's records go: the database, or the process that owns the run."""
 
     def record(self, values: Sequence[Value]) -> None: ...
+    def flush(self) -> None: ...
     def change(self, **columns: Any) -> None: ...
     def register(self, folder: Path, name: str, **facts: Any) -> str: ...
     def finish(self, state: RunState, error: str | None) -> None: ...
@@ -72,7 +75,7 @@ class Run:
     id, name: of the run. folder: for files that belong to it; whatever lies there is an artifact, but for ``events/``
     (TensorBoard's event files) and ``pictures/``. parameters: as given. tags: a mapping of texts, to be changed.
     data: name to place of what it is trained from. book: where its records go. hparams: the parameters that TensorBoard
-    compares runs by; None: all.
+    compares runs by; None: all. resumed: whether it goes on after it was interrupted, killed or has failed.
     """
 
     def __init__(
@@ -86,13 +89,15 @@ class Run:
         tags: Mapping[str, str],
         figures: Mapping[str, Figures],
         data: Mapping[str, str],
+        resumed: bool = False,
     ) -> None:
+        self.resumed = resumed
         self.data: Mapping[str, str] = dict(data)
         self.hparams: Mapping[str, Any] | None = None
         self._last = {name: each.last for name, each in figures.items()}
         self.id, self.name, self.folder = run_id, name, folder
         self.parameters: Mapping[str, Any] = dict(parameters)
-        self.tags: MutableMapping[str, str] = _Tags(tags, lambda now: book.change(tags=now))
+        self.tags = Tags(tags, lambda now: book.change(tags=now))
         self.book = book
         self._lock = threading.Lock()
         self._next = {name: each.step + 1 for name, each in figures.items()}
@@ -127,6 +132,11 @@ class Run:
         """Log several values of a metric, one at each of the next steps."""
         for each in values:
             self.log(name, each)
+
+    def flush(self) -> None:
+        """Have all that was logged be written when this returns: before a checkpoint, so that none of it is missing
+        if the process is killed after that. Raises OwnershipLostError once another process trains this run."""
+        self.book.flush()
 
     def log_image(self, name: str, picture: Any, step: int = 0) -> Path:
         """Log a picture: an array (height × width × 3, or height × width; uint8 or floats from 0 to 1), a PIL image, a
@@ -164,7 +174,7 @@ class Run:
         try:
             found = origin.data(place)
         except OSError as error:
-            raise StorageError(f"cannot read {place}: {error.strerror or error}") from error
+            raise failure("read", str(place), error) from error
         self.data = {**self.data, name: found["place"]}
         self.book.change(data={name: found})
 
@@ -195,8 +205,14 @@ class Run:
         metrics: of the version; the last value of each metric by default.
         as_files: what no kind of model claims, and pickles, are kept as they are, for a script's ``--artifacts``.
         Returns ``models:/name/number``. A name's capital letters become small ones, as the registry has it.
-        Raises as ``tally models add`` does.
+        Raises as ``tally models add`` does, and SpecError for a folder that the run's own lies in.
         """
+        place = Path(package).resolve()
+        if place in self.folder.resolve().parents:
+            raise SpecError(
+                f"register: {str(package)!r} is {place}, the folder that all of the run lies in",
+                hint="Give the file or folder of the model.",
+            )
         facts: dict[str, Any] = {"properties": properties, "tags": tags, "alias": alias, "metrics": metrics}
         facts |= {"description": description, "as_files": as_files}
         return self.book.register(Path(package).absolute(), name, **facts)
@@ -221,7 +237,7 @@ class Run:
                 elif not self._told:
                     self._told = True
                     log.warning(
-                        "run %s has no event files for TensorBoard: pip install 'tally-scoring[train]'", self.id
+                        "run %s has no event files for TensorBoard: pip install 'tally-scoring[retrain]'", self.id
                     )
             return self._events
 
@@ -267,21 +283,22 @@ class Run:
         _metric_name(name)
         try:
             number = float(value)
+        except OverflowError:
+            raise SpecError(
+                f"log: the value of {name!r} is too large: a metric is {sys.float_info.max:.2g} at most",
+                hint="Log its logarithm.",
+            ) from None
         except (TypeError, ValueError):
             raise SpecError(
                 f"log: the value of {name!r} should be a number, not {value!r}", hint="Texts are tags: run.tags[name]."
             ) from None
-        if step is None:
-            step = self._next.get(name, 0)
-        elif isinstance(step, bool) or int(step) != step:
-            raise SpecError(f"log: the step of {name!r} should be a whole number, not {step!r}")
-        step = int(step)
+        step = self._next.get(name, 0) if step is None else _whole(name, step)
         self._next[name] = max(step + 1, self._next.get(name, 0))
         self._last[name] = number
         return Value(name, step, number, at)
 
 
-class _Tags(MutableMapping[str, str]):
+class Tags(MutableMapping[str, str]):
     """Texts that are written whenever they change."""
 
     def __init__(self, tags: Mapping[str, str], write: Any) -> None:
@@ -292,6 +309,11 @@ class _Tags(MutableMapping[str, str]):
 
     def __setitem__(self, name: str, value: str) -> None:
         self._tags[str(name)] = str(value)
+        self._write(dict(self._tags))
+
+    def become(self, tags: Mapping[str, str]) -> None:
+        """These, and no others."""
+        self._tags = {str(name): str(text) for name, text in tags.items()}
         self._write(dict(self._tags))
 
     def __delitem__(self, name: str) -> None:
@@ -314,9 +336,9 @@ class DatabaseBook:
     """
 
     def __init__(
-        self, store: RunStore, lease: RunLease, *, rebuilt: bool = False, before: Mapping[str, float] | None = None
+        self, store: RunStore, lease: Lease, *, rebuilt: bool = False, before: Mapping[str, float] | None = None
     ) -> None:
-        record = store.get(lease.run_id)
+        record = store.get(lease.id)
         self._store, self._lease, self._rebuilt = store, lease, rebuilt
         self._figures = dict(record.metrics)
         self._columns: dict[str, Any] = {
@@ -330,17 +352,29 @@ class DatabaseBook:
         self._buffer: list[Value] = []
         self._changed: set[str] = set()
         self._lost: OwnershipLostError | None = None
-        self._patience = Patience(what=f"run {lease.run_id}")
+        self._patience = Patience(what=f"run {lease.id}")
         self._renewer = LeaseRenewer(
-            self.flush, every=FLUSH_SECONDS, what=f"run {lease.run_id}", patience=self._patience, lost=self._is_lost
+            self._write, every=FLUSH_SECONDS, what=f"run {lease.id}", patience=self._patience, lost=self._is_lost
         )
         self._renewer.start()
+
+    @property
+    def models(self) -> list[str]:
+        """The versions that it registered, in that order."""
+        with self._lock:
+            return list(self._columns["models"])
 
     @property
     def figures(self) -> dict[str, Figures]:
         """What is known of each metric."""
         with self._lock:
             return dict(self._figures)
+
+    def at(self, step: int) -> dict[str, float]:
+        """What was measured at a step."""
+        self._patience(self.flush)
+        curves = self._patience(lambda: self._store.values(self._lease.id))
+        return {name: each.values[each.steps.index(step)] for name, each in curves.items() if step in each.steps}
 
     def cost(self) -> dict[str, float]:
         return self._meter.cost() if self.measured is None else dict(self.measured)
@@ -358,7 +392,7 @@ class DatabaseBook:
             full = len(self._buffer) >= MOST_BUFFERED
         self.told(values)
         if full:
-            self._patience(self.flush)
+            self.flush()
 
     def change(self, **columns: Any) -> None:
         with self._lock:
@@ -378,11 +412,17 @@ class DatabaseBook:
             metrics = facts.pop("metrics") or {
                 key: each.last for key, each in self._figures.items() if math.isfinite(each.last)
             }
-        version = register(self._lease.run_id, folder, name, metrics=metrics, **facts)
+        version = register(self._lease.id, folder, name, metrics=metrics, **facts)
         self.change(models=[str(version)])
         return str(version)
 
     def flush(self) -> None:
+        """Write what there is; a database that is away is waited for. Raises OwnershipLostError."""
+        with self._lock:
+            self._check()
+        self._patience(self._write)
+
+    def _write(self) -> None:
         """Write what there is, and renew the lease. Raises OwnershipLostError, DatabaseAwayError: then it is kept."""
         with self._writing:
             with self._lock:
@@ -401,14 +441,14 @@ class DatabaseBook:
         self._renewer.stop()
         if self._lost is not None:
             raise self._lost
-        self._patience(self.flush)
+        self._patience(self._write)
         if self._rebuilt:
             self._figures = {
-                name: Figures.of_curve(curve) for name, curve in self._store.values(self._lease.run_id).items()
+                name: Figures.of_curve(curve) for name, curve in self._store.values(self._lease.id).items()
             }
         columns = {"metrics": self._figures, "cost": self.cost()}
         self._patience(lambda: self._store.finish(self._lease, state, error=error, **columns))
-        mirror_if_asked(self._store, self._lease.run_id)
+        mirror_if_asked(self._store, self._lease.id)
 
     def _now(self, changed: set[str]) -> dict[str, Any]:
         columns = {name: self._columns[name] for name in changed - {"metrics"}}
@@ -433,6 +473,7 @@ def run(
     folder: str | Path | None = None,
     tags: Mapping[str, str] | None = None,
     data: Mapping[str, str | Path] | None = None,
+    run_id: str | None = None,
     resume: str | None = None,
     reopen: bool = False,
     sweep: str | None = None,
@@ -443,9 +484,9 @@ def run(
     """A new run, to be used with ``with``; or one that goes on.
 
     name: for people; the id by default. folder: for its files; a new one below ``TALLY_HOME/runs`` by default.
-    data: name to place of what it is trained from. resume: the id of a run that was interrupted, killed or has failed:
-    it is trained again, under its name, in its folder; reopen: also one that is finished. kind, sweep, command, code:
-    what it says of itself, see
+    data: name to place of what it is trained from. run_id: of the new run. resume: the id of a run that was
+    interrupted, killed or has failed: it is trained again, under its name, in its folder; reopen: also one that is
+    finished. kind, sweep, command, code: what it says of itself, see
     :class:`tally.training.runs.store.RunRecord`. store: of another database.
     In a script that ``tally train script`` has started, it is that command's run.
 
@@ -453,20 +494,20 @@ def run(
     """
     if resume is None and store is None and (book := parent()) is not None:
         return _joined(book, parameters, tags, data)
-    store = store or open_runs()
+    store = store or RunStore.open()
     before: Mapping[str, float] | None = None
     if resume is not None:
         lease = store.resume(resume, reopen=reopen)
-        before = store.get(lease.run_id).cost
+        before = store.get(lease.id).cost
     else:
-        run_id = new_id()
-        place = Path(folder).absolute() if folder is not None else settings().home / "runs" / run_id
+        run_id = run_id or new_id()
+        place = Path(folder).absolute() if folder is not None else folder_of(RunStore.word, run_id)
         lease = store.create(
             run_id=run_id, name=name or run_id, kind=kind, folder=str(place), parameters=parameters, tags=tags,
             sweep=sweep, command=origin.command() if command is None else command,
             code=origin.code() if code is None else code, environment=origin.environment(),
         )  # fmt: skip
-    record = store.get(lease.run_id)
+    record = store.get(lease.id)
     try:
         make_private(Path(record.folder))
     except OSError as error:
@@ -477,6 +518,7 @@ def run(
         run_id=record.id, name=record.name, folder=Path(record.folder),
         parameters={**record.parameters, **(parameters or {})}, tags=record.tags,
         figures=record.metrics, data={each: found["place"] for each, found in record.data.items()},
+        resumed=resume is not None,
     )  # fmt: skip
     for each, where in (data or {}).items():
         begun.log_data(each, where)
@@ -494,7 +536,7 @@ def _joined(
     begun = Run(
         book, run_id=known["id"], name=known["name"], folder=Path(known["folder"]), parameters=known["parameters"],
         tags=known["tags"], figures={name: Figures.from_json(each) for name, each in known["metrics"].items()},
-        data=known["data"],
+        data=known["data"], resumed=known["resumed"],
     )  # fmt: skip
     if parameters:
         begun.log_parameters(parameters)
@@ -536,17 +578,11 @@ def register(
         return registry.add(name, resolve(folder), alias=alias, metadata=facts)
 
 
-def is_own_folder(record: RunRecord) -> bool:
-    """Whether Tally has made the run's folder, and it is on this machine."""
-    folder = Path(record.folder)
-    return folder == settings().home / "runs" / record.id and folder.is_dir() and not folder.is_symlink()
-
-
-def remove(store: RunStore, record: RunRecord, *, keep_files: bool = False) -> None:
-    """Forget a run, and remove its folder if Tally has made it. Raises RunStateError while it is being trained."""
-    store.delete(record.id)
-    if not keep_files and is_own_folder(record):
-        shutil.rmtree(record.folder, ignore_errors=True)
+def emptied(package: Path) -> Path:
+    """The place of a package in a run's folder, without what a process has left there that was killed."""
+    for each in (package, *package.parent.glob(f".{package.name}-*")):
+        shutil.rmtree(each, ignore_errors=True)
+    return package
 
 
 def artifacts(folder: Path) -> list[str]:
@@ -570,6 +606,19 @@ def _metric_name(name: str) -> str:
     return name
 
 
+def _whole(name: str, step: Any) -> int:
+    """A step as it is kept. Raises SpecError."""
+    try:
+        found = None if isinstance(step, bool) else int(step)
+    except (TypeError, ValueError, OverflowError):
+        found = None
+    if found is None or found != step:
+        raise SpecError(f"log: the step of {name!r} should be a whole number, not {step!r}")
+    if abs(found) >= _STEPS:
+        raise SpecError(f"log: the step of {name!r} is too large: steps are below {_STEPS:,}")
+    return found
+
+
 def _inside(folder: Path, name: str) -> Path:
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or parts[0] in (EVENTS, PICTURES):
@@ -585,4 +634,4 @@ def _write(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+        raise failure("write", str(path), error) from error

@@ -6,6 +6,8 @@ The script works in a folder of the run, in which everything of its own folder i
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import selectors
 import shutil
@@ -17,19 +19,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tally import plain_yaml, processes
 from tally.config import append_private
-from tally.errors import SourceNotFoundError, SpecError, StorageError
+from tally.errors import ModelNotFoundError, RunError, RunStateError, SourceNotFoundError, SpecError
 from tally.jobs.signals import stop_signals
+from tally.masking import HIDDEN, mask
+from tally.models.registry import ModelVersion, open_registry
+from tally.storage import failure
+from tally.storage.publish import write_whole
 from tally.text import visible
+from tally.training.promotion import Promoted, Promotion
 from tally.training.runs import origin
 from tally.training.runs.child import Office
-from tally.training.runs.store import RunState, open_runs
+from tally.training.runs.store import RunState, RunStore, is_secret, without_secrets
 from tally.training.runs.tracking import DatabaseBook, Run, run
-from tally.training.scripts import shim
+from tally.training.scripts import keeper, shim
 
 COLLECTED = ("outputs", "logs")
 """Folders of a script that become part of its run."""
@@ -39,13 +47,12 @@ WORK = "work"
 """The folder that it works in."""
 STOP_SECONDS = 10.0
 """How long a script may take to end, once it is asked to."""
-_DIES_WITH_US = """\
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""Linux: a program that starts the command that is given after our process id; it is killed when ours ends."""
+GIVEN = "given.json"
+"""The file of what the run was given: :meth:`ScriptTraining.to_dict`."""
+RESUMED = "TALLY_RUN_RESUMED"
+"""An environment variable that says to a script that its run goes on: ``1``."""
+_LEFT_SECONDS = 15.0
+"""How long is waited for the end of a script whose command was killed."""
 _MOST_LINKS = 10_000
 _DRAIN_SECONDS = 2.0
 """How long output is waited for once a script has ended: of children that it left behind."""
@@ -53,13 +60,15 @@ _DRAIN_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a script ended. code: its exit code, negative for the signal that killed it. by_user: it was stopped."""
+    """How a script ended. code: its exit code, negative for the signal that killed it. by_user: it was stopped.
+    promoted: what became of its model, where that was asked for."""
 
     run_id: str
     state: RunState
     error: str | None
     code: int
     by_user: bool
+    promoted: Promoted | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +115,33 @@ class ScriptTraining:
         if problems:
             raise SpecError(problems)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it but its name and command, JSON-able, with absolute paths, and ``***`` in place of secrets."""
+        return {
+            "script": str(self.script.absolute()), "parameters": without_secrets(self.parameters),
+            "train_sets": _absolute(self.train_sets), "test_sets": _absolute(self.test_sets),
+            "data": {name: str(Path(place).absolute()) for name, place in self.data.items()},
+            "arguments": [mask(each) if is_secret(each) else each for each in self.arguments],
+            "time_limit": self.time_limit,
+            "folder": None if self.folder is None else str(self.folder.absolute()),
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ScriptTraining:
+        """The inverse of :meth:`to_dict`. Raises SourceNotFoundError, SpecError where something has gone, or a secret
+        was not kept."""
+        given = dict(values)
+        folder, script = given.pop("folder"), Path(given.pop("script"))
+        hidden = [f"-p {name}" for name, text in given["parameters"].items() if HIDDEN in text]
+        hidden += [each for each in given["arguments"] if HIDDEN in each]
+        if hidden:
+            raise SpecError(
+                f"{', '.join(hidden)} held a secret, which was not kept",
+                hint="Have the script read it from the environment, and begin a new run.",
+            )
+        given |= {name: [(labels, images) for labels, images in given[name]] for name in ("train_sets", "test_sets")}
+        return cls(script=script, folder=None if folder is None else Path(folder), **given)
+
     @property
     def argument_list(self) -> list[str]:
         """What the script finds in ``sys.argv``, after its own name."""
@@ -122,27 +158,50 @@ class ScriptTraining:
         listen: Callable[[bytes], object] = lambda printed: None,
         *,
         begun: Callable[[Run], object] = lambda run: None,
+        promotion: Promotion | None = None,
+        resume: str | None = None,
+        run_id: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> Ended:
         """Run the script to its end, and return how it ended.
 
-        listen: gets what it prints, as it prints it. begun: gets the run, before the script starts. At Ctrl-C and
-        SIGTERM the script is asked to end, and killed after STOP_SECONDS or at the second.
-        Raises StorageError, OwnershipLostError.
+        listen: gets what it prints, as it prints it. begun: gets the run, before the script starts. promotion: of what
+        the script registers by this name; a run without such a model has failed, and one that goes on knows it: see
+        :meth:`~tally.training.promotion.Promotion.of_kept`. resume: the id of the run that goes
+        on, in its folder; run_id, tags: of a new one. At Ctrl-C and SIGTERM the script is asked to end, and killed
+        after STOP_SECONDS or at the second.
+        Raises StorageError, OwnershipLostError, RunNotFoundError, RunStateError.
         """
-        tracked = run(
-            self.name or self.script.stem, self.known_parameters, command=self.command, code=origin.code(self.script),
-            store=open_runs(),
-        )  # fmt: skip
+        if promotion is not None:
+            promotion.check()
+        code = origin.code(self.script)
+        if resume is not None:
+            tracked = run(resume=resume, store=RunStore.open())
+            tracked.book.change(code=code)
+        else:
+            tracked = run(
+                self.name or self.script.stem, self.known_parameters, command=self.command, code=code,
+                run_id=run_id, tags=tags, store=RunStore.open(),
+            )  # fmt: skip
         with tracked:
             begun(tracked)
+            if promotion is not None:
+                promotion.keep(tracked.folder)
+            write_whole(tracked.folder / GIVEN, json.dumps(self.to_dict(), indent=1).encode())
             for each, place in self.all_data.items():  # may take long: all of it is read
                 tracked.log_data(each, place)
             assert isinstance(tracked.book, DatabaseBook)
             with Office(tracked, tracked.book) as office:
-                followed = self.follow(tracked.folder, tracked.id, office.environment, listen)
+                followed = self.follow(tracked.folder, tracked.id, office.environment, listen, again=tracked.resumed)
             state, error = followed.verdict(office.ended)
+            promoted = None
+            if promotion is not None and state == "finished":
+                try:
+                    promoted = promotion.conclude(tracked, partial(_registered, tracked.book))
+                except RunError as problem:
+                    state, error = "failed", problem.message
             tracked.finish(state, error)
-        return Ended(tracked.id, state, error, followed.code, followed.by_user)
+        return Ended(tracked.id, state, error, followed.code, followed.by_user, promoted)
 
     @property
     def known_parameters(self) -> dict[str, Any]:
@@ -163,9 +222,7 @@ class ScriptTraining:
     def _words(self, folder: Path) -> list[str]:
         """The command line of the script's process."""
         words = [sys.executable, str(self.script.absolute().relative_to(folder)), *self.argument_list]
-        if sys.platform != "linux":
-            return words
-        return [sys.executable, "-I", "-S", "-c", _DIES_WITH_US, str(os.getpid()), *words]
+        return [sys.executable, "-I", "-S", keeper.__file__, *words]
 
     def follow(
         self,
@@ -174,29 +231,38 @@ class ScriptTraining:
         office: Mapping[str, str],
         listen: Callable[[bytes], object] = lambda printed: None,
         *,
+        again: bool = False,
         stops: Callable[[Callable[[int], None]], AbstractContextManager[None]] = stop_signals,
     ) -> Followed:
         """Start the script and follow it to its end. It knows no database: see :mod:`tally.training.runs.child`.
 
-        place: the run's folder. office: the environment of who keeps the run. stops: while this context lasts, it calls
-        what it was given to stop the script, with 1, and with 2 to kill it. Raises StorageError, SpecError.
+        place: the run's folder. office: the environment of who keeps the run. again: the script goes on with what it
+        has left there. stops: while this context lasts, it calls what it was given to stop the script, with 1, and
+        with 2 to kill it. Raises StorageError, SpecError, RunStateError.
         """
         folder = (self.folder or self.script.parent).absolute()
         work = place / WORK
         try:
-            _lay_out(folder, work)
             printed = append_private(place / OUTPUT)
         except OSError as error:
-            raise StorageError(f"cannot write {place}: {error.strerror or error}") from error
+            raise failure("write", str(place / OUTPUT), error) from error
         path = [str(Path(shim.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = processes.environment() | dict(office) | {
             "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "AZUREML_RUN_ID": run_id,
         }  # fmt: skip
+        environment.pop(RESUMED, None)
+        if again:
+            environment[RESUMED] = "1"
         with printed:
+            _wait_for_the_last(printed, run_id)
+            try:
+                _lay_out(folder, work, place, again=again)
+            except OSError as error:
+                raise failure("write", str(work), error) from error
             process = subprocess.Popen(
                 self._words(folder),
-                cwd=work, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                cwd=work, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True, pass_fds=[printed.fileno()],  # whose lock lasts as long as that process
             )  # fmt: skip
             watched = _Watched(process, self.time_limit)
             tail = _Tail()
@@ -280,8 +346,9 @@ class _Watched:
     def close(self) -> None:
         """Kill what it left behind, and hear no more of that."""
         self.kill()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        for each in (self._process.stdin, self._process.stdout):
+            if each is not None:
+                each.close()
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):  # all of the group have ended
@@ -359,34 +426,93 @@ class _Tail:
         return visible(lines[-1].strip())[:500] if lines else ""
 
 
-def _lay_out(folder: Path, work: Path) -> None:
-    """Link everything of the script's folder into a new one. Raises OSError, SpecError."""
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+def _registered(book: DatabaseBook, name: str) -> ModelVersion:
+    """What the script has registered by this name last. Raises RunError."""
+    for each in reversed(book.models):
+        if each.startswith(f"models:/{name}/"):
+            with suppress(ModelNotFoundError):  # of an earlier start of the script, and withdrawn
+                return open_registry().get(each)
+    there = f"; it registered {', '.join(book.models)}" if book.models else ""
+    raise RunError(f"the script registered no model {name!r}{there}")
+
+
+def _wait_for_the_last(printed: BinaryIO, run_id: str) -> None:
+    """Until the script of an earlier start of this run has ended, with all that it has started: that of a command that
+    was killed does so at once. Its lock on the file is ours then. Raises RunStateError."""
+    until = time.monotonic() + _LEFT_SECONDS
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(printed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        if time.monotonic() > until:
+            raise RunStateError(f"the script of run {run_id} still runs", hint="End its process first.")
+        time.sleep(0.02)
+
+
+def _lay_out(folder: Path, work: Path, place: Path, *, again: bool) -> None:
+    """Link everything of the script's folder into a new one, or one that a script has left. Raises OSError,
+    SpecError."""
+    if not again:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    for each in work.iterdir():
+        if _is_link_to(each, folder):  # of an earlier start: the script's folder may have changed since
+            each.unlink()
     for number, each in enumerate(sorted(folder.iterdir())):
         if number == _MOST_LINKS:
             raise SpecError(
                 f"{folder} holds more than {_MOST_LINKS:,} files and folders",
                 hint="Put the script into a folder of its own, with what it needs.",
             )
-        if each.name not in COLLECTED:
+        if each.name not in COLLECTED and not (work / each.name).exists():
             (work / each.name).symlink_to(each)
     for name in COLLECTED:
-        (work / name).mkdir()
+        if again and (place / name).is_dir() and not (work / name).exists():
+            (place / name).rename(work / name)
+        (work / name).mkdir(exist_ok=True)
 
 
 def _collect(folder: Path, work: Path, place: Path) -> None:
     """Move what the script wrote into the run's folder, and remove the links."""
     for each in sorted(work.iterdir()):
-        if each.is_symlink() and each.readlink() == folder / each.name:
+        if _is_link_to(each, folder):
             each.unlink()
         elif each.name in COLLECTED and each.is_dir() and not each.is_symlink():
-            if any(each.iterdir()):
+            if (place / each.name).is_dir():  # artifacts that were logged under such a name
+                shutil.copytree(each, place / each.name, symlinks=True, dirs_exist_ok=True)
+                shutil.rmtree(each)
+            elif any(each.iterdir()):
                 each.rename(place / each.name)
             else:
                 each.rmdir()
     with suppress(OSError):  # it wrote elsewhere, too
         work.rmdir()
+
+
+def _is_link_to(path: Path, folder: Path) -> bool:
+    """Whether it is a link that :func:`_lay_out` has made."""
+    return path.is_symlink() and path.readlink() == folder / path.name
+
+
+def _absolute(sets: Sequence[tuple[str, str]]) -> list[list[str]]:
+    return [[str(Path(each).absolute()) for each in pair] for pair in sets]
+
+
+def resumed(run_id: str) -> tuple[str, ScriptTraining]:
+    """A run's id, and what it was given, to go on with it. Raises RunNotFoundError, RunError, SpecError,
+    SourceNotFoundError."""
+    record = RunStore.open().get(run_id)
+    if record.sweep is not None:
+        raise RunError(f"run {record.id} is a trial of sweep {record.sweep}", hint=f"tally sweep resume {record.sweep}")
+    try:
+        given = json.loads((Path(record.folder) / GIVEN).read_text("utf-8"))
+    except OSError as error:
+        raise RunError(
+            f"run {record.id} cannot go on: {error.filename} is not there",
+            hint="Only a run that 'tally train script' has begun on this machine goes on. "
+            f"Begin another: tally runs reproduce {record.id} --run",
+        ) from None
+    return record.id, ScriptTraining.from_dict(given)
 
 
 def _value(text: str) -> Any:

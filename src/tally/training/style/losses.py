@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tally.errors import ModelLoadError
+from tally.scorers.torch.network import read_pickle
 
 Tensor: TypeAlias = Any
 
@@ -168,7 +169,7 @@ class Vgg(PerceptualLoss):
         # The two differ from the third block on, where VGG-19 has a convolution in the place of a pooling.
         self.name = "vgg19" if "features.16.weight" in state else "vgg16"
         third, fourth = (4, 3) if self.name == "vgg19" else (3, 3)
-        self._blocks: list[list[tuple[Tensor, Tensor]]] = []
+        self._blocks: list[list[tuple[Tensor, ...]]] = []
         problems, index, inputs = [], 0, 3
         for outputs, count in ((64, 2), (128, 2), (256, third), (512, fourth)):
             block = []
@@ -217,18 +218,9 @@ class Vgg(PerceptualLoss):
 
 def _read_state(path: Path) -> dict[str, Any]:
     """The state dict in a file. Raises ModelLoadError."""
-    import torch
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ModelLoadError(f"there is no file {path}", hint="--vgg names a file of weights, a .pth.") from None
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelLoadError(
-            f"{path} cannot be read as weights: {reason}",
-            hint="Give a state dict as torch.save writes it. Files that would run code are refused.",
-        ) from None
+    if not path.exists():
+        raise ModelLoadError(f"there is no file {path}", hint="--vgg names a file of weights, a .pth.")
+    state = read_pickle(path)
     if not isinstance(state, dict):
         raise ModelLoadError(
             f"{path} holds a {type(state).__name__}, not a state dict", hint="Save model.state_dict(), not the model."

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,20 @@ from tally.errors import (
     OutputExistsError,
     SourceNotFoundError,
     SpecError,
-    StorageError,
 )
 from tally.media.images import decode, suffixes
+from tally.models.registry import open_registry
+from tally.models.resolve import resolve
+from tally.optional import needed
+from tally.storage import failure
+from tally.training.promotion import Promoted, Promotion
+from tally.training.runs.store import EVENTS, PACKAGE
+from tally.training.runs.tracking import Run, emptied
 from tally.training.style.network import SMALLEST_STYLE, initial, restyle, to_onnx
 from tally.training.style.synthetic_images import Pixels, draw
 
+METRICS = ("loss/style", "loss/content", "loss/smoothness")
+"""What a training measures."""
 BATCH_SIZE = 3
 """Content pictures per step."""
 CROP_SIZE = 144
@@ -56,19 +64,21 @@ class Step:
 class Training:
     """A training. Raises SpecError with every problem, SourceNotFoundError, OutputExistsError.
 
-    style: a picture. out: folder of the package, which must not exist. content: folder of photos; None: synthetic
-    pictures. size: the style picture's shorter side in pixels while training. strength: weight of the style.
-    vgg: weights of torchvision's vgg16 or vgg19; None: random filters.
+    style: a picture. out: folder of the package, which must not exist; None: that of the run (:func:`train`). content:
+    folder of photos; None: synthetic pictures. size: the style picture's shorter side in pixels while training.
+    strength: weight of the style. vgg: weights of torchvision's vgg16 or vgg19; None: random filters. summaries: folder
+    of TensorBoard's event files; None: beside the package.
     """
 
     style: Path
-    out: Path
+    out: Path | None = None
     content: Path | None = None
     steps: int = 1000
     size: int = 384
     strength: float = 1.0
     vgg: Path | None = None
     seed: int = 1
+    summaries: Path | None = None
 
     file = "style.onnx"
 
@@ -89,12 +99,15 @@ class Training:
                 raise SourceNotFoundError(f"{flag}: there is no file {str(path)!r}")
         if self.content is not None and not self.content.is_dir():
             raise SourceNotFoundError(f"--content: there is no folder {str(self.content)!r}")
-        if self.out.exists():
+        if self.out is not None and self.out.exists():
             raise OutputExistsError(f"{self.out} is there already", hint="Choose another folder, or remove it first.")
 
     @property
     def events(self) -> Path:
         """TensorBoard's event files, a folder for each run, beside the package, which holds the model only."""
+        if self.summaries is not None:
+            return self.summaries
+        assert self.out is not None
         return self.out.with_name(self.out.name + "-events")
 
     def run(self, listen: Callable[[Step], None] = lambda step: None) -> dict[str, Any]:
@@ -141,7 +154,7 @@ class Training:
                 listen(Step(step, self.steps, values))
         self._write({name: value.detach().cpu() for name, value in parameters.items()})
         return {
-            "metrics": {name: round(value, 4) for name, value in values.items()},
+            "metrics": {f"loss/{name}": round(value, 4) for name, value in values.items()},
             "trained": {
                 "style": self.style.name,
                 "style_sha256": hashlib.sha256(self.style.read_bytes()).hexdigest(),
@@ -161,7 +174,7 @@ class Training:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"cannot write {folder}: {error.strerror}") from error
+            raise failure("write", str(folder), error) from error
         return folder
 
     def _style(self) -> Pixels:
@@ -202,10 +215,12 @@ class Training:
 
     def _write(self, parameters: Mapping[str, Any]) -> None:
         """Write the package, atomically. Raises ModelError if the file does not do what PyTorch does."""
+        out = self.out
+        assert out is not None
         model = to_onnx({name: value.numpy() for name, value in parameters.items()}).SerializeToString()
         _compare(model, parameters, self._batches())
         described = {
-            "name": self.out.name,
+            "name": out.name,
             "description": f"Restyles pictures after {self.style.name}.",
             "kind": "onnx",
             "file": self.file,
@@ -222,30 +237,45 @@ class Training:
             },
         }
         try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
             try:
                 (partial / self.file).write_bytes(model)
                 (partial / "tally.yaml").write_text(yaml.safe_dump(described, sort_keys=False), "utf-8")
                 partial.chmod(0o755)
-                partial.rename(self.out)
+                partial.rename(out)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
-            raise StorageError(f"cannot write {self.out}: {error.strerror}") from error
+            raise failure("write", str(out), error) from error
+
+
+def train(
+    training: Training, run: Run, promotion: Promotion, *, listen: Callable[[Step], None] = lambda step: None
+) -> tuple[Promoted, Path]:
+    """Train as a run, and register the package, whose folder is returned, too.
+
+    May be repeated in a run whose process was killed.
+    """
+    if training.out is None:
+        training = replace(training, out=emptied(run.folder / PACKAGE), summaries=run.folder / EVENTS)
+
+    def told(step: Step) -> None:
+        listen(step)
+        run.log({f"loss/{name}": loss for name, loss in step.losses.items()}, step=step.done)
+
+    facts, out = training.run(told), training.out
+    assert out is not None
+    facts |= {"run": run.id}
+    return promotion.conclude(run, lambda name: open_registry().add(name, resolve(out), metadata=facts)), out
 
 
 def _libraries() -> tuple[Any, Any]:
     """torch, and TensorBoard's writer. Raises ModelError with what to install."""
-    try:
+    with needed("training needs", "train", ModelError):
         import onnx  # noqa: F401 - needed only at the end of a long training
         import torch
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ModelError(
-            f"training needs {error.name or 'tensorboard'}, which is not installed",
-            hint="pip install 'tally-scoring[train]'",
-        ) from None
     return torch, SummaryWriter
 
 

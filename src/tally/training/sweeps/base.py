@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -10,9 +11,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tally.engines.base import Engine
+from tally.errors import StorageError
 from tally.training.runs.store import RunStore
 from tally.training.runs.tracking import Run
 from tally.training.sweeps.space import Value
+
+
+class NotSharedError(StorageError):
+    """A worker on another machine does not see the files of its trial."""
+
+
+def check_shared(place: str | Path) -> None:
+    """On a worker: raises NotSharedError unless it sees this file or folder."""
+    if not Path(place).exists():
+        raise NotSharedError(
+            f"a worker on {socket.gethostname()} does not see {place}, where the sweep has its files",
+            hint="Workers of a cluster need the driver's files at the same path: set TALLY_HOME to a folder of a disk "
+            "that all machines have, and keep data and scripts on one.",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +47,24 @@ class Ended:
 class Trials(ABC):
     """What the trials of a sweep train. Methods are called by the process that drives the sweep.
 
-    kind: of their runs. types: of the parameters that there are; None: any. goes_on: a trial that was lost goes on in
-    its run from its checkpoint; otherwise it begins anew, in another run. code: what a run says of its code, see
-    :class:`tally.training.runs.store.RunRecord`; None: what it says by itself.
+    kind: of their runs. types: of the parameters that there are; None: any.
+    goes_on: a trial that was lost goes on in its run from its checkpoint; otherwise it begins anew, in another run.
+    code: what a run says of its code, see :class:`tally.training.runs.store.RunRecord`; None: what it says by itself.
     """
 
     kind: ClassVar[str]
     types: ClassVar[Mapping[str, type] | None] = None
-    goes_on: ClassVar[bool] = False
+    goes_on: bool = False
     code: Mapping[str, Any] | None = None
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """All of it, JSON-able; what made it takes it back."""
+
+    @property
+    def measures(self) -> Sequence[str] | None:
+        """Names of metrics, as far as that is known; None: any."""
+        return None
 
     @abstractmethod
     def check(self, values: Mapping[str, Value]) -> None:
@@ -53,8 +74,9 @@ class Trials(ABC):
         """Raises SpecError if no trial measures it."""
 
     @abstractmethod
-    def prepare(self, folder: Path) -> Mapping[str, str]:
-        """Do once what all trials need. folder: of the sweep. Returns hashes of what is trained from."""
+    def prepare(self, folder: Path, engine: str) -> Mapping[str, str]:
+        """Do once what all trials need. folder: of the sweep. engine: who runs workers. Returns hashes of what is
+        trained from."""
 
     @abstractmethod
     def setup(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -86,3 +108,7 @@ class Trials(ABC):
     @abstractmethod
     def conclude(self, store: RunStore, run_id: str, values: Mapping[str, Value], register: str | None) -> str | None:
         """Make a model of the best trial; returns ``models:/NAME/N`` if it was to be registered. May be repeated."""
+
+    def measured(self, run: Run) -> Mapping[str, float] | None:
+        """What the model of the best trial measured; None: the last that its run did."""
+        return None

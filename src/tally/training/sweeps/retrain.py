@@ -14,19 +14,25 @@ import numpy as np
 
 from tally.engines import task
 from tally.engines.base import Engine, Reports
-from tally.errors import SpecError, StorageError
+from tally.errors import SpecError
+from tally.models.registry import registry_name
+from tally.storage import failure
 from tally.storage.publish import write_whole
+from tally.training.promotion import Promotion
 from tally.training.retrain.examples import Examples, Parameters
 from tally.training.retrain.head import Evaluation, State, Trained, train
 from tally.training.retrain.retraining import (
     CHECKPOINT,
     INPUTS,
     KIND,
+    METRICS,
     Prepared,
     Retraining,
     Watcher,
     check,
     conclude,
+    kept,
+    measures,
     prepare,
 )
 from tally.training.retrain.summaries import Summaries
@@ -36,16 +42,9 @@ from tally.training.runs.events import EventWriter, can_write
 from tally.training.runs.store import EVENTS, RunStore
 from tally.training.runs.store import Value as Measured
 from tally.training.runs.tracking import Run, run
-from tally.training.sweeps.base import Ended, Trials
+from tally.training.sweeps.base import Ended, Trials, check_shared
 from tally.training.sweeps.space import Value
 
-METRICS: Mapping[str, bool] = {
-    "validation_cross_entropy": True,
-    "validation_accuracy": False,
-    "cross_entropy": True,
-    "accuracy": False,
-}
-"""What trials may be compared by, and whether the lowest is the best. The first tells more than an accuracy does."""
 CURVE = "curve.json"
 """In a run's folder, beside the checkpoint: all that was reported before it."""
 EXAMPLES = "examples.npz"
@@ -81,6 +80,8 @@ class RetrainTrials(Trials):
                 f"--{', --'.join(said)}: trials share bottlenecks that are computed once, and a distorted picture has "
                 "none; sweep without, then train the best with it"
             )
+        if given.fine_tune:
+            problems.append("--fine-tune: trials share what the backbone makes of pictures; train the best with it")
         if problems:
             raise SpecError(problems)
         self.given = given
@@ -88,6 +89,11 @@ class RetrainTrials(Trials):
         self._prepared: Prepared | None = None
         self._examples: Path | None = None
         self._data: dict[str, Any] = {}
+
+    @property
+    def measures(self) -> Sequence[str]:
+        dataset = None if self._prepared is None else self._prepared.dataset
+        return measures(final_test=self.given.final_test, dataset=dataset)
 
     def to_dict(self) -> dict[str, Any]:
         return self.given.to_dict() | {"device": self._device}
@@ -105,10 +111,10 @@ class RetrainTrials(Trials):
         parameters: Any = dict(values)
         return replace(self.given, parameters=replace(self.given.parameters, **parameters))
 
-    def prepare(self, folder: Path) -> Mapping[str, str]:
+    def prepare(self, folder: Path, engine: str) -> Mapping[str, str]:
         checked = check(self.given)
         self._prepared = prepared = prepare(
-            self.given, checked, workers=self._workers, device=self._device, watcher=self._watcher
+            self.given, checked, workers=self._workers, device=self._device, engine=engine, watcher=self._watcher
         )
         examples = prepared.examples
         self._examples = folder / EXAMPLES
@@ -117,7 +123,7 @@ class RetrainTrials(Trials):
                 parts: Any = {f"part_{name}": rows for name, rows in examples.parts.items()}
                 np.savez(file, features=examples.features, labels=examples.labels, classes=examples.classes, **parts)
         except OSError as error:
-            raise StorageError(f"cannot write {self._examples}: {error.strerror or error}") from error
+            raise failure("write", str(self._examples), error) from error
         for name, place in (("pictures", self.given.image_dir), ("backbone", self.given.backbone)):
             try:
                 self._data[name] = origin.data(place)
@@ -165,13 +171,22 @@ class RetrainTrials(Trials):
         given = self._with(values)
         with run(resume=run_id, reopen=True, store=store, kind=self.kind) as begun:
             begun.hparams = dict(values)
-            state = State.from_bytes((begun.folder / CHECKPOINT).read_bytes())
+            state = State.from_file(begun.folder / CHECKPOINT)
             head, step = (state.best, state.best_step) if state.best is not None else (state.head, state.done - 1)
             trained = Trained(head, step, state, None)
             found = conclude(
-                begun, given, self._prepared, trained, events=begun.folder / EVENTS, register=register, again=True
+                begun,
+                given,
+                self._prepared,
+                trained,
+                events=begun.folder / EVENTS,
+                again=True,
+                register=None if register is None else Promotion(name=registry_name(register)),
             )
         return found.model
+
+    def measured(self, run: Run) -> Mapping[str, float] | None:
+        return kept(run, State.from_file(run.folder / CHECKPOINT))
 
 
 def command(given: Retraining) -> list[str]:
@@ -190,6 +205,8 @@ def command(given: Retraining) -> list[str]:
             words.append("--keep-names")
         elif name == "final_test":
             words.append("--no-final-test")
+        elif name in ("trust", "fine_tune"):
+            words.append(f"--{name.replace('_', '-')}")
         else:
             words += [f"--{_FLAGS.get(name, name)}", repr(value) if isinstance(value, float) else str(value)]
     return words
@@ -199,7 +216,8 @@ def command(given: Retraining) -> list[str]:
 
 
 def load_examples(path: str) -> Examples:
-    """What :meth:`RetrainTrials.prepare` wrote."""
+    """What :meth:`RetrainTrials.prepare` wrote. Raises NotSharedError."""
+    check_shared(path)
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     parts: Any = {name.removeprefix("part_"): rows for name, rows in arrays.items() if name.startswith("part_")}
@@ -218,7 +236,7 @@ def train_one(
     told = _Reporter(place / CURVE)
     begin = None
     if checkpoint.exists():
-        begin = State.from_bytes(checkpoint.read_bytes())
+        begin = State.from_file(checkpoint)
         told.again(begin.done)
     summaries = None
     if can_write():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from tally.errors import RunError
+from tally.optional import needed
 from tally.training.sweeps.space import Choices, Space, Value, combinations
 
 if TYPE_CHECKING:
@@ -46,12 +47,8 @@ class Past:
 
 def library() -> Any:
     """Optuna, quiet. Raises RunError where it is not installed."""
-    try:
+    with needed("sweeps need", "sweep", RunError):
         import optuna
-    except ImportError:
-        raise RunError(
-            "sweeps need optuna, which is not installed", hint="pip install 'tally-scoring[sweep]'"
-        ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
@@ -82,6 +79,11 @@ def draw(
             if (known := _known(each, distributions)) is not None:
                 study.add_trial(known)
     return dict(study.ask(distributions).params)
+
+
+def judged_against(number: int) -> range:
+    """The numbers of the trials that trial ``number`` is judged against. So none of the first eight is ever pruned."""
+    return range(max(0, number - LAG + 1))
 
 
 class Judge:

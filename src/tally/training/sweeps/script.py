@@ -12,14 +12,15 @@ from typing import Any
 
 from tally.engines import task
 from tally.engines.base import Engine
-from tally.errors import RunError, StorageError
+from tally.errors import RunError
+from tally.storage import failure
 from tally.training.runs import origin
 from tally.training.runs.child import Office
 from tally.training.runs.cost import Meter
 from tally.training.runs.store import RunStore, plain
 from tally.training.runs.tracking import DatabaseBook, Run, run
 from tally.training.scripts.script import Followed, ScriptTraining
-from tally.training.sweeps.base import Ended, Trials
+from tally.training.sweeps.base import Ended, Trials, check_shared
 from tally.training.sweeps.space import Value
 
 LOOK_SECONDS = 0.1
@@ -27,33 +28,26 @@ LOOK_SECONDS = 0.1
 
 
 class ScriptTrials(Trials):
-    """given: what all trials have in common. A trial that is lost begins anew, in a run of its own."""
+    """given: what all trials have in common. goes_on: whether the script goes on from its own checkpoints, which it
+    finds where it has left them: then a trial that is lost does so, in its run."""
 
     kind = "script"
 
-    def __init__(self, given: ScriptTraining) -> None:
+    def __init__(self, given: ScriptTraining, *, goes_on: bool = False) -> None:
+        self.goes_on = goes_on
         self.given = replace(given, script=given.script.absolute())
         self._offices: dict[str, Office] = {}
         self._data: dict[str, Any] = {}
 
     def to_dict(self) -> dict[str, Any]:
-        given = self.given
-        return {
-            "script": str(given.script), "train_sets": _absolute(given.train_sets),
-            "test_sets": _absolute(given.test_sets),
-            "data": {name: str(Path(place).absolute()) for name, place in given.data.items()},
-            "arguments": list(given.arguments), "time_limit": given.time_limit,
-            "folder": None if given.folder is None else str(given.folder.absolute()),
-        }  # fmt: skip
+        return self.given.to_dict() | {"goes_on": self.goes_on}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ScriptTrials:
         """The inverse of :meth:`to_dict`. Raises SourceNotFoundError, SpecError where something has gone."""
         given = dict(values)
-        folder = given.pop("folder")
-        given |= {name: [(labels, images) for labels, images in given[name]] for name in ("train_sets", "test_sets")}
-        script = Path(given.pop("script"))
-        return cls(ScriptTraining(script=script, folder=None if folder is None else Path(folder), **given))
+        goes_on = given.pop("goes_on", False)
+        return cls(ScriptTraining.from_dict({"parameters": {}, **given}), goes_on=goes_on)
 
     def _with(self, values: Mapping[str, Value]) -> ScriptTraining:
         return replace(self.given, parameters={name: _text(value) for name, value in values.items()})
@@ -61,13 +55,13 @@ class ScriptTrials(Trials):
     def check(self, values: Mapping[str, Value]) -> None:
         self._with(values)
 
-    def prepare(self, folder: Path) -> Mapping[str, str]:
+    def prepare(self, folder: Path, engine: str) -> Mapping[str, str]:
         self.code = code = origin.code(self.given.script)
         for name, place in self.given.all_data.items():
             try:
                 self._data[name] = origin.data(place)
             except OSError as error:
-                raise StorageError(f"cannot read {place}: {error.strerror or error}") from error
+                raise failure("read", str(place), error) from error
         inputs = {name: str(each["hash"]) for name, each in self._data.items() if "hash" in each}
         return inputs | {"code": str(code["hash"])}
 
@@ -83,10 +77,10 @@ class ScriptTrials(Trials):
         for name, text in given.parameters.items():
             words += ["-p", f"{name}={text}"]
         for flag, sets in (("--train-set", given.train_sets), ("--test-set", given.test_sets)):
-            for pair in _absolute(sets):
-                words += [flag, *pair]
+            for pair in sets:
+                words += [flag, *(str(Path(each).absolute()) for each in pair)]
         for name, place in given.data.items():
-            words += ["--data", f"{name}={place}"]
+            words += ["--data", f"{name}={Path(place).absolute()}"]
         if given.folder is not None:
             words += ["--folder", str(given.folder)]
         if given.time_limit is not None:
@@ -99,9 +93,9 @@ class ScriptTrials(Trials):
 
     def submit(self, engine: Engine, run: Run, values: Mapping[str, Value]) -> Future[Any]:
         assert isinstance(run.book, DatabaseBook)
-        office = self._offices[run.id] = Office(run, run.book)
+        office = self._offices[run.id] = Office(run, run.book, host=engine.host)
         office.__enter__()
-        return engine.submit(train_one, self._with(values), str(run.folder), run.id, office.environment)
+        return engine.submit(train_one, self._with(values), str(run.folder), run.id, office.environment, run.resumed)
 
     def ended(self, run: Run, found: Any) -> Ended:
         followed: Followed = found["followed"]
@@ -136,10 +130,6 @@ class ScriptTrials(Trials):
         return version
 
 
-def _absolute(sets: Sequence[tuple[str, str]]) -> list[list[str]]:
-    return [[str(Path(each).absolute()) for each in pair] for pair in sets]
-
-
 def _text(value: Value) -> str:
     """As an argument of a command."""
     return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
@@ -153,11 +143,13 @@ def _nothing() -> None:
 
 
 def train_one(
-    state: None, training: ScriptTraining, folder: str, run_id: str, office: Mapping[str, str]
+    state: None, training: ScriptTraining, folder: str, run_id: str, office: Mapping[str, str], again: bool
 ) -> dict[str, Any]:
     """Run the script to its end; returns ``followed`` and ``cost``. It is ended once the task is asked to stop."""
+    for place in (folder, training.script):
+        check_shared(place)
     meter = Meter()
-    followed = training.follow(Path(folder), run_id, office, stops=_stops)
+    followed = training.follow(Path(folder), run_id, office, again=again, stops=_stops)
     return {"followed": followed, "cost": meter.cost()}
 
 

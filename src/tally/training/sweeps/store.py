@@ -1,4 +1,4 @@
-"""The store of sweeps and their trials. One process drives a sweep at a time; each change names its lease's token.
+"""The store of sweeps and their trials. One process drives a sweep at a time.
 
 What a trial measures is its run's: see :mod:`tally.training.runs.store`.
 """
@@ -13,11 +13,12 @@ import sqlalchemy as sa
 
 from tally.database import lease as leases
 from tally.database.clock import now
+from tally.database.leased import LONGEST_NAME, Lease, LeasedStore
 from tally.database.tables import sweeps, trials
-from tally.errors import OwnershipLostError, RunNotFoundError, RunStateError
+from tally.errors import RunNotFoundError, RunStateError
 from tally.jobs.store import new_id
 from tally.text import storable
-from tally.training.runs.store import LEASE_SECONDS, plain
+from tally.training.runs.store import RunStore, plain
 
 SweepState: TypeAlias = Literal["running", "interrupted", "failed", "finished"]
 """A sweep whose process was lost, or was stopped by its user, is interrupted."""
@@ -25,7 +26,6 @@ SWEEP_STATES: tuple[SweepState, ...] = get_args(SweepState)
 
 TrialState: TypeAlias = Literal["running", "finished", "pruned", "failed"]
 """One that was running when the process of its sweep was lost stays so until the sweep is resumed."""
-_LONGEST_NAME = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class SweepRecord:
     """One sweep as the store knows it. Times are seconds since the epoch.
 
     kind: what its trials train: retrain, script. spec: all that it was given. folder: its files, on ``owner_host``.
-    best: number of its best trial. model: what was registered, as ``models:/name/number``. alive: whether a process
-    drives it.
+    best: number of its best trial, once it is finished; best_value: of that. model: what was registered, as
+    ``models:/name/number``. counts: of its trials by state. alive: whether a process drives it.
     """
 
     id: str
@@ -50,6 +50,8 @@ class SweepRecord:
     spec: Mapping[str, Any] = field(repr=False)
     best: int | None
     model: str | None
+    best_value: float | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
     alive: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,90 +77,62 @@ class TrialRecord:
 
 
 class SweepPage(NamedTuple):
-    """Some sweeps of a list, newest first. more: whether there are older ones."""
+    """Some sweeps of a list, newest first. next: where the next page begins; None if this is the last."""
 
     sweeps: list[SweepRecord]
-    more: bool
+    next: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class SweepLease:
-    """The right to change a sweep: sent with every change."""
-
-    sweep_id: str
-    token: str
-
-
-def open_sweeps() -> SweepStore:
-    """The sweeps of this installation, as the environment's settings say."""
-    from tally.config import settings
-    from tally.database.connect import connect
-
-    return SweepStore(connect(settings().database))
+def best_of(record: SweepRecord, trials: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The best trial; of a sweep that goes on, so far."""
+    sign = 1 if record.spec["lowest"] else -1
+    finished = [each for each in trials if each.state == "finished" and each.value is not None]
+    if record.best is not None:
+        return next((each for each in trials if each.number == record.best), None)
+    return min(finished, key=lambda each: (sign * (each.value or 0.0), each.number), default=None)
 
 
-class SweepStore:
-    """Reads and changes sweeps. Safe to use from several threads; holds no state but the engine."""
+class SweepStore(LeasedStore[SweepRecord]):
+    """Reads and changes sweeps."""
 
-    def __init__(self, engine: sa.Engine) -> None:
-        self.engine = engine
+    table, word, command = sweeps, "sweep", "tally sweep"
+    missing, refused = RunNotFoundError, RunStateError
 
     # -- for who drives one --------------------------------------------------------------------------------
 
     def create(
         self, *, sweep_id: str | None = None, name: str | None, kind: str, folder: str, spec: Mapping[str, Any]
-    ) -> SweepLease:
+    ) -> Lease:
         """A new sweep that this process drives from now on."""
-        lease = SweepLease(sweep_id or new_id(), leases.new_token())
+        lease = Lease(sweep_id or new_id(), leases.new_token())
         values = {
-            "id": lease.sweep_id, "name": storable(name or lease.sweep_id)[:_LONGEST_NAME], "kind": kind,
-            "state": "running", "created_at": now(), "started_at": now(), "folder": storable(folder),
+            "name": storable(name or lease.id)[:LONGEST_NAME], "kind": kind, "folder": storable(folder),
             "spec": plain(spec),
         }  # fmt: skip
-        with self.engine.begin() as connection:
-            connection.execute(sa.insert(sweeps).values(**values, **leases.granted(lease.token, LEASE_SECONDS)))
-        return lease
+        return self._insert(lease, values)
 
-    def resume(self, sweep_id: str) -> SweepLease:
-        """Drive a sweep that is not finished and that no process drives. Raises RunNotFoundError, RunStateError."""
-        record = self.get(sweep_id)
-        it, token = sweeps.c.id == record.id, leases.new_token()
-        with self.engine.begin() as connection:
-            owner = connection.scalar(sa.select(sweeps.c.owner).where(it, leases.is_lost(connection, sweeps, it)))
-            taken = leases.acquire(
-                connection, sweeps, it, sweeps.c.state != "finished", token=token, seconds=LEASE_SECONDS,
-                instead_of=owner, state="running", error=None, started_at=now(), finished_at=None,
-            )  # fmt: skip
-        if not taken:
-            state = self.get(record.id).state
-            raise RunStateError(
-                f"sweep {record.id} is {state}" + (", by another process" if state == "running" else ""),
-                hint=f"Only one that was interrupted or has failed is resumed. 'tally sweep show {record.id}' tells "
-                "more.",
-            )
-        return SweepLease(record.id, token)
-
-    def renew(self, lease: SweepLease) -> None:
+    def renew(self, lease: Lease) -> None:
         """Raises OwnershipLostError."""
-        self._change(lease)
+        with self.engine.begin() as connection:
+            self._renew(connection, lease)
 
-    def begin_trial(self, lease: SweepLease, number: int, run_id: str, parameters: Mapping[str, Any]) -> None:
+    def begin_trial(self, lease: Lease, number: int, run_id: str, parameters: Mapping[str, Any]) -> None:
         """A trial that begins, or begins once more. Raises OwnershipLostError."""
         with self.engine.begin() as connection:
-            self._renewed(connection, lease)
-            it = (trials.c.sweep_id == lease.sweep_id, trials.c.number == number)
+            self._renew(connection, lease)
+            it = (trials.c.sweep_id == lease.id, trials.c.number == number)
             again = {"state": "running", "run_id": run_id, "attempts": trials.c.attempts + 1, "error": None}
             if not connection.execute(sa.update(trials).where(*it).values(**again)).rowcount:
                 connection.execute(
                     sa.insert(trials).values(
-                        sweep_id=lease.sweep_id, number=number, state="running", attempts=1, run_id=run_id,
+                        sweep_id=lease.id, number=number, state="running", attempts=1, run_id=run_id,
                         parameters=plain(parameters),
                     )
                 )  # fmt: skip
 
     def end_trial(
         self,
-        lease: SweepLease,
+        lease: Lease,
         number: int,
         state: TrialState,
         *,
@@ -169,76 +143,68 @@ class SweepStore:
         """Raises OwnershipLostError."""
         values = {"state": state, "value": value, "step": step, "error": error and storable(error)}
         with self.engine.begin() as connection:
-            self._renewed(connection, lease)
-            it = (trials.c.sweep_id == lease.sweep_id, trials.c.number == number)
+            self._renew(connection, lease)
+            it = (trials.c.sweep_id == lease.id, trials.c.number == number)
             connection.execute(sa.update(trials).where(*it).values(**values))
 
-    def finish(self, lease: SweepLease, state: SweepState, *, error: str | None = None, **columns: Any) -> None:
+    def finish(self, lease: Lease, state: SweepState, *, error: str | None = None, **columns: Any) -> None:
         """End the sweep, or put it down, and give the lease back. Raises OwnershipLostError."""
-        ended = {"owner_host": leases.host(), "finished_at": now(), "state": state, "error": error and storable(error)}
         with self.engine.begin() as connection:
-            it = sweeps.c.id == lease.sweep_id
-            if not leases.release(connection, sweeps, it, token=lease.token, **ended, **columns):
-                raise _lost(lease)
-
-    def _change(self, lease: SweepLease) -> None:
-        with self.engine.begin() as connection:
-            self._renewed(connection, lease)
-
-    @staticmethod
-    def _renewed(connection: sa.Connection, lease: SweepLease) -> None:
-        it = sweeps.c.id == lease.sweep_id
-        if not leases.renew(connection, sweeps, it, token=lease.token, seconds=LEASE_SECONDS):
-            raise _lost(lease)
+            self._end(connection, lease, state, error, columns)
 
     # -- for everybody -----------------------------------------------------------------------------------------
 
-    def get(self, sweep_id: str) -> SweepRecord:
-        """The sweep by its id, or by the unambiguous beginning of it. Raises RunNotFoundError."""
-        found: Sequence[sa.RowMapping] = []
-        if sweep_id and sweep_id.isascii() and sweep_id.isprintable():
-            with self._read() as connection:
-                for asked in (sweeps.c.id == sweep_id, sweeps.c.id.startswith(sweep_id, autoescape=True)):
-                    if found := connection.execute(_select().where(asked).limit(3)).mappings().all():
-                        break
-        if not found:
-            raise RunNotFoundError(f"no sweep {sweep_id!r}", hint="'tally sweep list' shows the sweeps there are.")
-        if len(found) > 1:
-            some = ", ".join(row["id"] for row in found)
-            raise RunNotFoundError(f"{sweep_id!r} is the beginning of several sweeps: {some}", hint="Type more of it.")
-        return _record(found[0])
+    def get(self, row_id: str) -> SweepRecord:
+        record = super().get(row_id)
+        with self._read() as connection:
+            return _with_trials(connection, [record])[0]
 
-    def trials(self, sweep_id: str) -> list[TrialRecord]:
+    def remove(self, record: SweepRecord) -> None:
+        """Forget a sweep and its trials, with their runs, and remove all folders that Tally has made. What was
+        registered stays. May be repeated, if it was interrupted. Raises RunStateError while it or a trial is driven."""
+        lease = self._take(record.id, sa.true())
+        if lease is None:
+            raise RunStateError(f"sweep {record.id} is running", hint="Stop its process first.")
+        try:
+            runs = RunStore(self.engine)
+            while found := runs.list(sweep=record.id, limit=1000).runs:
+                for each in found:
+                    runs.remove(each)
+                self.renew(lease)
+        except BaseException:
+            self._give_back(lease)
+            raise
+        self._remove_folder(record)
+        with self.engine.begin() as connection:
+            connection.execute(sa.delete(sweeps).where(sweeps.c.id == lease.id, sweeps.c.owner == lease.token))
+
+    def trials(self, sweep_id: str) -> Sequence[TrialRecord]:
         """The trials that have begun, by number."""
         query = sa.select(*(trials.c[name] for name in TrialRecord.__slots__)).where(trials.c.sweep_id == sweep_id)
         with self._read() as connection:
             return [TrialRecord(**row) for row in connection.execute(query.order_by(trials.c.number)).mappings()]
 
-    def list(self, limit: int = 50) -> SweepPage:
-        """The newest sweeps."""
-        query = _select().order_by(sweeps.c.created_at.desc(), sweeps.c.id.desc()).limit(limit + 1)
+    def list(self, *, after: str | None = None, limit: int = 50) -> SweepPage:
+        """One page of the sweeps, newest first. after: where it begins: ``next`` of the page before."""
         with self._read() as connection:
-            found = [_record(row) for row in connection.execute(query).mappings()]
-        return SweepPage(found[:limit], len(found) > limit)
+            found, next_ = self._page(connection, sa.select(sweeps, now().label("clock")), after, limit)
+            return SweepPage(_with_trials(connection, [self._record(row) for row in found]), next_)
 
-    def _read(self) -> sa.Connection:
-        return self.engine.connect().execution_options(reading=True)
-
-
-def _select() -> sa.Select[Any]:
-    return sa.select(sweeps, now().label("clock"))
+    @classmethod
+    def _record(cls, row: Mapping[Any, Any]) -> SweepRecord:
+        values = {name: row[name] for name in SweepRecord.__slots__ if name in row}
+        return SweepRecord(**values | cls._standing(row))
 
 
-def _record(row: Mapping[Any, Any]) -> SweepRecord:
-    record = SweepRecord(**{name: row[name] for name in SweepRecord.__slots__ if name in row})
-    alive = leases.is_held(row)
-    return replace(
-        record, alive=alive, state="interrupted" if record.state == "running" and not alive else record.state
+def _with_trials(connection: sa.Connection, records: Sequence[SweepRecord]) -> list[SweepRecord]:
+    """The same, with what their trials say."""
+    mine = trials.c.sweep_id.in_([each.id for each in records])
+    counted = sa.select(trials.c.sweep_id, trials.c.state, sa.func.count()).where(mine)
+    best = sa.select(sweeps.c.id, trials.c.value).where(
+        mine, trials.c.sweep_id == sweeps.c.id, trials.c.number == sweeps.c.best
     )
-
-
-def _lost(lease: SweepLease) -> OwnershipLostError:
-    return OwnershipLostError(
-        f"sweep {lease.sweep_id} was taken over by another process; this one stops",
-        hint=f"'tally sweep show {lease.sweep_id}' tells more.",
-    )
+    counts: dict[str, dict[str, int]] = {}
+    for sweep_id, state, number in connection.execute(counted.group_by(trials.c.sweep_id, trials.c.state)):
+        counts.setdefault(sweep_id, {})[state] = number
+    values: dict[str, float | None] = {row.id: row.value for row in connection.execute(best)}
+    return [replace(each, counts=counts.get(each.id, {}), best_value=values.get(each.id)) for each in records]

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tally.config import make_private, settings
+from tally.config import make_private
+from tally.database.leased import Lease, folder_of
 from tally.database.renewer import LeaseRenewer
 from tally.database.waiting import Patience
 from tally.engines.base import Engine, Limits
@@ -31,22 +32,24 @@ from tally.errors import (
     RunStateError,
     SourceChangedError,
     SpecError,
-    StorageError,
     TallyError,
     WorkerError,
     error_line,
 )
 from tally.jobs.stop import Stop
 from tally.jobs.store import new_id
+from tally.models.registry import open_registry
+from tally.storage import failure
 from tally.storage.publish import write_whole
-from tally.training.runs.store import EVENTS, RunStore, open_runs
+from tally.training.promotion import Promotion, Verdict
+from tally.training.runs.store import EVENTS, RunStore
 from tally.training.runs.store import Value as Measured
-from tally.training.runs.tracking import FLUSH_SECONDS, DatabaseBook, Run, remove, run
+from tally.training.runs.tracking import FLUSH_SECONDS, DatabaseBook, Run, run
 from tally.training.sweeps import sampling
-from tally.training.sweeps.base import Ended, Trials
+from tally.training.sweeps.base import Ended, NotSharedError, Trials
 from tally.training.sweeps.sampling import Judge, Past, SamplerName
 from tally.training.sweeps.space import Choices, Space, Value, read
-from tally.training.sweeps.store import SweepLease, SweepStore, open_sweeps
+from tally.training.sweeps.store import SweepStore
 
 log = logging.getLogger("tally")
 
@@ -67,7 +70,8 @@ class Sweep:
     training: what each trial trains. texts: the space, ``NAME=...`` each: see :mod:`tally.training.sweeps.space`.
     trials: how many; None: the whole grid, or 20. metric: that trials are compared by; lowest: the lowest is the best.
     prune: stop trials that are worse than the median of others at the same step, but none before step ``prune_after``.
-    register: the name under which the best becomes a version in the registry.
+    register: the name under which the best becomes a version in the registry. alias, gate: whether that alias points at
+    it then, see :mod:`tally.training.promotion`.
     """
 
     training: Trials
@@ -80,9 +84,12 @@ class Sweep:
     prune: bool = False
     prune_after: int = 0
     register: str | None = None
+    alias: str | None = None
+    gate: Sequence[str] = ()
     name: str | None = None
     space: Space = field(init=False, repr=False)
     count: int = field(init=False, repr=False)
+    promotion: Promotion | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         problems = [
@@ -100,6 +107,12 @@ class Sweep:
             self.training.check_metric(self.metric)
         except SpecError as error:
             problems += error.problems
+        promotion = None
+        try:
+            promotion = Promotion.of(self.register, self.alias, self.gate, metrics=self.training.measures)
+        except SpecError as error:
+            problems += error.problems
+        object.__setattr__(self, "promotion", promotion)
         object.__setattr__(self, "space", read(self.texts, self.training.types))
         for corner in _corners(self.space):
             try:
@@ -115,7 +128,8 @@ class Sweep:
         return {
             "training": self.training.to_dict(), "texts": list(self.texts), "metric": self.metric,
             "lowest": self.lowest, "sampler": self.sampler, "trials": self.trials, "seed": self.seed,
-            "prune": self.prune, "prune_after": self.prune_after, "register": self.register, "name": self.name,
+            "prune": self.prune, "prune_after": self.prune_after, "register": self.register, "alias": self.alias,
+            "gate": list(self.gate), "name": self.name,
         }  # fmt: skip
 
 
@@ -138,27 +152,34 @@ class Watcher:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a sweep ended. trials: by number. best: number of the best; run: its run. model: ``models:/NAME/N``."""
+    """How a sweep ended. trials: by number. best: number of the best; run: its run. model: ``models:/NAME/N``. verdict:
+    whether the alias points at it, where one was asked for."""
 
     sweep: str
     trials: Mapping[int, Past]
     best: int
     run: str
     model: str | None
+    verdict: Verdict | None
 
 
 def sweep(
     wanted: Sweep,
     *,
     parallel: int | None = None,
+    engine: str = "local",
     resume: str | None = None,
+    sweep_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
     stop: Stop | None = None,
     watcher: Watcher | None = None,
 ) -> Outcome:
     """Run a sweep to its end, as a new one or (``resume``, an id) one that was interrupted, has failed or was killed.
 
-    parallel: trials at once; one for each core by default. stop: once asked, trials are put down with a checkpoint, and
-    KeyboardInterrupt is raised.
+    parallel: trials at once; one for each core by default. engine: who runs them, see :mod:`tally.engines.factory`:
+    workers on other machines need the files of this one at the same place, ``TALLY_HOME`` among them. sweep_id: of a
+    new one. tags: of the best run, if an alias is to point at its model. stop: once asked, trials are put down with a
+    checkpoint, and KeyboardInterrupt is raised.
 
     Raises RunError where Optuna is missing, or no trial has a result; RunStateError, OwnershipLostError; and what
     ``training.prepare`` and ``training.conclude`` raise.
@@ -166,18 +187,20 @@ def sweep(
     sampling.library()
     if parallel is not None and parallel < 1:
         raise SpecError(f"--parallel: at least 1, not {parallel}")
-    store, runs, stop, watcher = open_sweeps(), open_runs(), stop or Stop(), watcher or Watcher()
+    if wanted.promotion is not None:
+        wanted.promotion.check()
+    store, runs, stop, watcher = SweepStore.open(), RunStore.open(), stop or Stop(), watcher or Watcher()
     if resume is None:
-        sweep_id = new_id()
-        folder = settings().home / "sweeps" / sweep_id
+        sweep_id = sweep_id or new_id()
+        folder = folder_of(SweepStore.word, sweep_id)
         lease = store.create(
             sweep_id=sweep_id, name=wanted.name, kind=wanted.training.kind, folder=str(folder), spec=wanted.to_dict()
         )
     else:
         lease = store.resume(resume)
-        folder = Path(store.get(lease.sweep_id).folder)
-    drive = _Drive(wanted, store, runs, lease, folder, stop, watcher)
-    return drive.run(parallel)
+        folder = Path(store.get(lease.id).folder)
+    drive = _Drive(wanted, store, runs, lease, folder, tags or {}, stop, watcher)
+    return drive.run(parallel, engine)
 
 
 @dataclass(slots=True)
@@ -196,16 +219,17 @@ class _Drive:
         wanted: Sweep,
         store: SweepStore,
         runs: RunStore,
-        lease: SweepLease,
+        lease: Lease,
         folder: Path,
+        tags: Mapping[str, str],
         stop: Stop,
         watcher: Watcher,
     ) -> None:
         self._wanted, self._store, self._runs, self._lease = wanted, store, runs, lease
-        self._folder, self._stop, self._watcher = folder, stop, watcher
+        self._folder, self._tags, self._stop, self._watcher = folder, tags, stop, watcher
         self._training = wanted.training
         self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._patience = Patience(what=f"sweep {lease.sweep_id}")
+        self._patience = Patience(what=f"sweep {lease.id}")
         self._past: dict[int, Past] = {}
         self._runs_of: dict[int, str] = {}
         self._attempts: dict[int, int] = {}
@@ -224,8 +248,8 @@ class _Drive:
 
     # -- from end to end -----------------------------------------------------------------------------------
 
-    def run(self, parallel: int | None) -> Outcome:
-        sweep_id = self._lease.sweep_id
+    def run(self, parallel: int | None, engine: str) -> Outcome:
+        sweep_id = self._lease.id
         renewer = LeaseRenewer(
             lambda: self._store.renew(self._lease), every=FLUSH_SECONDS, what=f"sweep {sweep_id}",
             patience=self._patience, lost=lambda error: self._events.put(("lost", error)),
@@ -234,14 +258,17 @@ class _Drive:
             with renewer:
                 make_private(self._folder)
                 self._watcher.begun(sweep_id, self._folder, self._wanted.count)
-                self._remember(self._training.prepare(self._folder))
+                self._remember(self._training.prepare(self._folder, engine))
+                if self._wanted.promotion is not None:
+                    self._wanted.promotion.check(self._training.measures)  # more is known of that now
                 self._recall()
-                self._train(parallel)
+                self._train(parallel, engine)
                 best = self._best()
                 self._watcher.say(f"the best is trial {best}")
                 model = self._training.conclude(
                     self._runs, self._runs_of[best], self._past[best].parameters, self._wanted.register
                 )
+                verdict = self._verdict(self._runs_of[best], model)
             self._patience(lambda: self._store.finish(self._lease, "finished", best=best, model=model))
         except OwnershipLostError:
             raise
@@ -251,7 +278,17 @@ class _Drive:
         except BaseException as error:
             self._put_down("failed", error_line(error))
             raise
-        return Outcome(sweep_id, self._past, best, self._runs_of[best], model)
+        return Outcome(sweep_id, self._past, best, self._runs_of[best], model, verdict)
+
+    def _verdict(self, best: str, model: str | None) -> Verdict | None:
+        """Whether the alias points at the model of the best run."""
+        promotion = self._wanted.promotion
+        if model is None or promotion is None or promotion.alias is None:
+            return None
+        registry = open_registry()
+        with run(resume=best, reopen=True, store=self._runs) as begun:
+            begun.tags.update(self._tags)
+            return promotion.decide(begun, registry.get(model), registry, measured=self._training.measured(begun))
 
     def _put_down(self, state: Any, error: str) -> None:
         with suppress(OwnershipLostError):
@@ -265,19 +302,19 @@ class _Drive:
             changed = [name for name, content in inputs.items() if known.get(name) != content]
             if changed:
                 raise SourceChangedError(
-                    f"sweep {self._lease.sweep_id}: the {', '.join(changed)} have changed since it began",
+                    f"sweep {self._lease.id}: the {', '.join(changed)} have changed since it began",
                     hint="Begin a new sweep; trials that were trained from other data cannot be compared.",
                 )
         write_whole(place, json.dumps(dict(inputs), indent=1).encode())
 
     def _recall(self) -> None:
         """What is known of trials, when a sweep goes on."""
-        known = self._store.trials(self._lease.sweep_id)
+        known = self._store.trials(self._lease.id)
         mine = {each.run_id for each in known}
-        for each in self._runs.list(sweep=self._lease.sweep_id, limit=100_000).runs:
+        for each in self._runs.list(sweep=self._lease.id, limit=100_000).runs:
             # Begun just before the process was killed. One with metrics was given up: its trial has another run.
             if each.id not in mine and not each.alive and not each.metrics:
-                remove(self._runs, each)
+                self._runs.remove(each)
         for trial in known:
             past = Past(trial.parameters)
             self._past[trial.number], self._runs_of[trial.number] = past, trial.run_id
@@ -303,9 +340,9 @@ class _Drive:
 
     # -- trials --------------------------------------------------------------------------------------------
 
-    def _train(self, parallel: int | None) -> None:
+    def _train(self, parallel: int | None, name: str) -> None:
         self._decide(None)
-        engine = make_engine("local")
+        engine = make_engine(name)
         slots = min(parallel or engine.default_slots(), max(1, self._wanted.count))
         function, arguments = self._training.setup()
         engine.start(function, arguments, slots=slots, limits=Limits(), log=self._folder / PRINTED)
@@ -344,9 +381,10 @@ class _Drive:
             )
             self._past[number] = Past(drawn)
         past = self._past[number]
-        past.values.clear()
         self._judges.pop(number, None)
         begun = self._run(number, past.parameters)
+        # What was measured before is told again, or it is not, by a script.
+        past.values = self._curve(begun.id) if begun.resumed else {}
         self._runs_of[number] = begun.id
         self._attempts[number] = self._attempts.get(number, 0) + 1
         self._patience(lambda: self._store.begin_trial(self._lease, number, begun.id, past.parameters))
@@ -371,9 +409,9 @@ class _Drive:
                     f"run {before} of trial {number} is still held by the process that was lost",
                     hint="Try again in half a minute.",
                 ) from None
-        name = self._wanted.name or self._lease.sweep_id
+        name = self._wanted.name or self._lease.id
         begun = run(
-            f"{name} {number}", training.parameters(values), kind=training.kind, sweep=self._lease.sweep_id,
+            f"{name} {number}", training.parameters(values), kind=training.kind, sweep=self._lease.id,
             tags={TRIAL: str(number)}, command=training.command(values), code=training.code, store=self._runs,
         )  # fmt: skip
         training.describe(begun)
@@ -388,7 +426,7 @@ class _Drive:
                 old.unlink()
             (board / f"{number:04d} {begun.id}").symlink_to(begun.folder / EVENTS)
         except OSError as error:
-            raise StorageError(f"cannot write {board}: {error.strerror or error}") from error
+            raise failure("write", str(board), error) from error
 
     def _handle(self, engine: Engine, event: tuple[Any, ...]) -> None:
         match event:
@@ -426,6 +464,9 @@ class _Drive:
             lost = WorkerError("it was stopped before it began")
         except WorkerError as error:
             lost = error
+        except NotSharedError:  # no other trial would do better
+            begun.finish("failed", "its worker does not see the sweep's files")
+            raise
         except Exception as error:
             ended = Ended(error=error_line(error))
         else:
@@ -501,7 +542,7 @@ class _Drive:
     def _judge(self, number: int) -> Judge | None:
         """None while trials that this one is judged against are not decided."""
         if number not in self._judges:
-            against = range(max(0, number - sampling.LAG + 1))
+            against = sampling.judged_against(number)
             if not self._decided.issuperset(against):
                 return None
             self._judges[number] = Judge(
@@ -526,7 +567,7 @@ class _Drive:
             reasons = [self._ended[number][2] for number in sorted(self._ended)]
             raise RunError(
                 f"none of {len(self._past):,} trials has a result" + (f"; the first: {reasons[0]}" if reasons else ""),
-                hint=f"'tally sweep show {self._lease.sweep_id}' tells of each; 'tally runs show RUN' of one.",
+                hint=f"'tally sweep show {self._lease.id}' tells of each; 'tally runs show RUN' of one.",
             )
         sign = 1 if self._wanted.lowest else -1
         return min(finished, key=lambda number: (sign * (finished[number].value or 0.0), number))

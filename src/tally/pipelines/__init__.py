@@ -1,0 +1,1 @@
+"""Pipelines: Argo Workflow files, executed on this machine."""

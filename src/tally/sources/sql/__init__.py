@@ -1,0 +1,1 @@
+"""Rows of databases: of a table, or of any query."""

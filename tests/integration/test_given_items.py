@@ -1,0 +1,57 @@
+"""Items that a Python program has in hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from tests.integration.test_parts import Doubled, Length
+
+import tally
+from tally.errors import JobExistsError, SpecError
+from tally.scorers.base import Scorer
+
+
+class Mean(Scorer):
+    def score(self, batch: list[Any]) -> list[dict[str, float]]:
+        return [{"mean": float(each.mean())} for each in batch]
+
+
+def test_pictures_bytes_and_paths(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (3, 2), (40, 40, 40)).save("a.png")
+    array = np.full((2, 3, 3), 20, np.uint8)
+    items = [Path("a.png"), Image.new("L", (3, 2), 30), array, Path("a.png").read_bytes(), "none.png"]
+    job = tally.score(iter(items), Mean, tmp_path / "out", quiet=True, workers=1)
+    assert job.results().to_pylist() == [
+        {"key": "a.png", "mean": 40.0},
+        {"key": "000001", "mean": 30.0},
+        {"key": "000002", "mean": 20.0},
+        {"key": "000003", "mean": 40.0},
+    ]
+    assert job.dead().to_pydict()["key"] == ["none.png"]
+    with pytest.raises(JobExistsError):
+        tally.score(iter(items), Mean, tmp_path / "out", quiet=True)
+    [kept] = (home / "given").iterdir()
+    assert kept.stat().st_mode & 0o077 == 0
+    job.delete()
+    assert not kept.exists()
+    for wrong in ([np.zeros((2, 2))], [3], [], 7):
+        with pytest.raises(SpecError):
+            tally.score(wrong, Mean, tmp_path / "wrong", quiet=True)  # type: ignore[arg-type]
+
+
+def test_tables(tmp_path: Path) -> None:
+    rows = tally.score(pa.table({"n": [1, 2]}), Doubled, tmp_path / "rows", quiet=True, workers=1)
+    assert rows.results().to_pydict()["twice"] == [2, 4]
+    (tmp_path / "a").write_bytes(b"123")
+    table = pa.table({"where": [str(tmp_path / "a")], "split": ["x"]})
+    job = tally.score(table, Length, tmp_path / "named", item_column="where", keep="split", quiet=True, workers=1)
+    assert job.results().to_pylist() == [{"key": str(tmp_path / "a"), "split": "x", "length": 3}]
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"n": [5]})
+    assert tally.score(frame, Doubled, tmp_path / "pandas", quiet=True).results().to_pydict()["twice"] == [10]

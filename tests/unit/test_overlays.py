@@ -1,0 +1,378 @@
+"""What ``kubectl apply -k deploy/kubernetes/overlays/...`` applies: valid by the published schemas, and in order by our
+own checks, which see each of many mistakes that somebody might make.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from tests.overlays import NAMES, NEWEST, OLDEST, OVERLAYS, SCHEMAS, Manifest, one, rendered, schema_problems
+
+from tally.cli.main import cli
+from tally.deploy.base import dump
+from tally.deploy.kubernetes import fields
+from tally.deploy.kubernetes.lint.needs import secrets_of
+from tally.deploy.kubernetes.lint.objects import Found
+from tally.deploy.kubernetes.lint.rules import problems
+from tally.deploy.kubernetes.manifests import manifests
+from tally.deploy.kubernetes.overlay import Overlay
+from tally.deploy.kubernetes.spec import KubernetesSpec
+from tally.deploy.shipping import shipped
+from tally.deploy.spec import Environment
+from tally.errors import DeployError, SpecError
+from tally.masking import has_secret
+
+COMPONENTS = OVERLAYS.parent / "components"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_overlay_is_valid_and_in_order(name: str) -> None:
+    found = rendered(name)
+    assert fields.problems(found) == []
+    assert problems(found) == []
+    assert schema_problems(found, OLDEST, NEWEST) == []
+    assert all(each["metadata"]["labels"]["app.kubernetes.io/part-of"] == "tally" for each in found)
+    assert Overlay(OVERLAYS / name).manifests[0]["kind"] == "Namespace"
+
+
+def test_every_component_is_in_an_overlay() -> None:
+    used = {
+        Path(each).name
+        for path in OVERLAYS.parent.rglob("kustomization.yaml")
+        for each in yaml.safe_load(path.read_text()).get("components", ())
+    }
+    assert {each.name for each in COMPONENTS.iterdir()} == used
+
+
+def test_no_secret_is_anywhere_in_the_files() -> None:
+    for path in [each for each in OVERLAYS.parent.rglob("*") if each.is_file()]:
+        text = path.read_text()
+        assert "kind: Secret\n" not in text, path  # a Gateway names one in one line
+        assert not re.search(r"stringData|BEGIN [A-Z ]*PRIVATE|AKIA[0-9A-Z]{16}", text), path
+        assert not [line for line in text.splitlines() if "://" in line and has_secret(line.partition("#")[0])], path
+
+
+def test_all_that_is_run_are_commands_with_options_that_there_are() -> None:
+    seen = set()
+    for name in NAMES:
+        for pods in Found(rendered(name)).pods:
+            for each in pods.containers:
+                given = each.get("args", []) if _is_tally(each["image"]) else []
+                words = each.get("command") or ["tally", *given]
+                if words[0] == "tally" and words[1:]:
+                    _check_command(words[1:])
+                    seen.add(" ".join(words[:2]))
+        for job in (each for each in rendered(name) if each["kind"] == "RayJob"):
+            _check_command(shlex.split(job["spec"]["entrypoint"])[1:])
+    assert {"tally up", "tally migrate", "tally score", "tally serve", "tally simulate"} <= seen
+
+
+def _is_tally(image: str) -> bool:
+    """Whether the image's first process runs ``tally`` with what it is given."""
+    return re.search(r"(^|/)tally:", image) is not None
+
+
+def _check_command(words: list[str]) -> None:
+    command: click.Command = cli
+    while isinstance(command, click.Group):
+        inner = command.get_command(click.Context(command), words[0])
+        assert inner is not None, words
+        command, words = inner, words[1:]
+    command.make_context("tally", [*words])
+
+
+def test_the_endpoint_is_what_tally_deploy_renders() -> None:
+    spec = KubernetesSpec(
+        name="shapes", model="tally:shapes", environment=Environment("image", "tally"), profile="production"
+    )
+    found = manifests(spec, shipped(spec), "default")
+    for each in found:
+        del each["metadata"]["namespace"]
+    text = (COMPONENTS / "endpoint" / "endpoint.yaml").read_text()
+    assert text.partition("\n")[2] == dump(found)
+
+
+def test_a_rays_groups_are_what_its_autoscaler_understands() -> None:
+    """Read by the very code that KubeRay's autoscaler reads them with."""
+    ray = pytest.importorskip("ray.autoscaler._private.kuberay.autoscaling_config")
+    for name, groups in {
+        "production": {"cpu": {"CPU": 4}},
+        "gpu": {"cpu": {"CPU": 4}, "gpu": {"CPU": 3, "GPU": 1}},
+        "virtual-nodes": {"virtual-nodes": {"CPU": 2}, "virtual-nodes-gpu": {"CPU": 4, "GPU": 1}},
+    }.items():
+        config = ray._derive_autoscaling_config_from_ray_cr(one(rendered(name), "RayCluster", "tally-ray"))
+        types = config["available_node_types"]
+        assert types["headgroup"]["resources"]["CPU"] == 0
+        assert all(each["min_workers"] == 0 for each in types.values())
+        for group, amounts in groups.items():
+            assert amounts.items() <= types[group]["resources"].items()
+        assert config["idle_timeout_minutes"] == 1
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+POD = "spec.template.spec"
+FIRST = f"{POD}.containers.0"
+HEAD = "spec.headGroupSpec.template.spec"
+CPU, LAST = "spec.workerGroupSpecs.0", "spec.workerGroupSpecs.1"
+GONE = "<gone>"  # each process that runs tests has to name them alike
+
+MISTAKES: list[tuple[str, str, str, str, Any, str]] = [
+    # overlay, kind, name, where, what is put there instead, what is said
+    ("production", "Deployment", "tally", f"{FIRST}.imagePullPolcy", "Always", "did you mean 'imagePullPolicy'"),
+    ("production", "Deployment", "tally", f"{FIRST}.ports.0.containerPort", "8700", "is to be a whole number"),
+    ("production", "Deployment", "tally", "spec.selector", GONE, "spec.selector is missing"),
+    ("production", "Deployment", "tally", "apiVersion", "apps/v1beta1", "Kubernetes has no Deployment"),
+    ("production", "RayCluster", "tally-ray", f"{CPU}.template.spec.tolerationz", [], "did you mean 'tolerations'"),
+    ("production", "RayCluster", "tally-ray", f"{CPU}.minReplica", 0, "schema: 'minReplica' was unexpected"),
+    ("production", "RayCluster", "tally-ray", "spec.autoscalerOptions.version", "v3", "schema: 'v3' is not one of"),
+    ("production", "ScaledObject", "tally-consumer", "spec.minReplica", 0, "schema: 'minReplica' was unexpected"),
+    ("production", "ServiceMonitor", "tally", "spec.endpoints.0.intervall", "15s", "schema: 'intervall' was unexpecte"),
+    ("production", "Deployment", "tally", "metadata.name", "Tally_Server", "is no name of Kubernetes"),
+    ("production", "Service", "tally", "metadata.namespace", "tally2", "in several namespaces"),
+    ("production", "Deployment", "tally", "spec.selector.matchLabels.x", "y", "Deployment tally selects"),
+    ("production", "Service", "tally", "spec.selector.x", "y", "Service tally selects"),
+    ("production", "Service", "tally", "spec.ports.0.targetPort", "web", "leads to port 'web'"),
+    ("production", "PodDisruptionBudget", "tally", "spec.selector.matchLabels.x", "y", "PodDisruptionBudget tally"),
+    ("production", "PodDisruptionBudget", "tally", "spec.minAvailable", 2, "none may ever be taken away"),
+    ("production", "NetworkPolicy", "tally-server", "spec.podSelector.matchLabels.x", "y", "NetworkPolicy tally-serve"),
+    ("production", "NetworkPolicy", "tally-server", "spec.ingress.0.ports.0.port", 8701, "opens port 8701"),
+    ("production", "NetworkPolicy", "tally-default", "spec.policyTypes", ["Egress"], "no NetworkPolicy says who may c"),
+    ("production", "NetworkPolicy", "tally-ray", "spec.podSelector.matchLabels", {"ray.io/cluster": "a"}, "RayJob"),
+    ("production", "ServiceMonitor", "tally", "spec.endpoints.0.port", "metrics", "reads port 'metrics'"),
+    ("production", "HTTPRoute", "tally", "spec.rules.0.backendRefs.0.port", 8700, "leads to port 8700 of tally"),
+    ("production", "HTTPRoute", "tally", "spec.hostnames.0", "other.example.com", "its listener for tally.example.com"),
+    ("production", "Certificate", "tally", "spec.secretName", "tls", "which no Certificate makes"),
+    ("gpu", "Ingress", "tally", "spec.tls.0.hosts.0", "other.example.com", "no rule for that host"),
+    ("production", "Deployment", "tally", f"{FIRST}.resources.requests.memory", "2GB", "'2GB' is no quantity"),
+    ("production", "Deployment", "tally", f"{FIRST}.resources.limits", GONE, "no limit of memory"),
+    ("production", "Deployment", "tally", f"{FIRST}.livenessProbe", GONE, "has no livenessProbe"),
+    ("production", "Deployment", "tally", f"{FIRST}.readinessProbe.httpGet.port", "web", "readinessProbe asks port 'w"),
+    ("production", "Deployment", "tally", f"{POD}.securityContext.runAsNonRoot", GONE, "may run as root"),
+    ("production", "Deployment", "tally", f"{FIRST}.securityContext.readOnlyRootFilesystem", False, "write into its i"),
+    ("production", "Deployment", "tally", f"{FIRST}.securityContext.capabilities.add", ["NET_RAW"], "keeps capabilit"),
+    ("production", "Deployment", "tally", f"{POD}.automountServiceAccountToken", True, "given a token of the cluster'"),
+    ("production", "Deployment", "tally", f"{POD}.hostNetwork", True, "has hostNetwork"),
+    ("production", "Deployment", "tally", f"{POD}.serviceAccountName", "taly", "ServiceAccount taly, which is not the"),
+    ("production", "Deployment", "tally", f"{FIRST}.image", "registry.example.com/tally", "give its version"),
+    ("production", "Deployment", "tally", f"{FIRST}.image", "registry.example.com/tally:latest", "give its version"),
+    ("production", "Deployment", "tally", f"{FIRST}.volumeMounts.0.name", "hom", "mounts hom, which is no volume"),
+    ("production", "Deployment", "tally", f"{FIRST}.env.0", {"name": "TALLY_QUEUE_PASSWORD", "value": "x"}, "the secr"),
+    ("production", "Deployment", "tally", f"{FIRST}.env.0", {"name": "HOME", "value": "/home/tally"}, "writes to /hom"),
+    ("production", "Deployment", "tally", f"{FIRST}.args.5", "postgresql://a:b@c/d", "there is a secret in what it"),
+    ("production", "StatefulSet", "tally-consumer", "spec.replicas", 1, "two say how many replicas there are"),
+    ("production", "ScaledObject", "tally-consumer", "spec.scaleTargetRef.name", "x", "StatefulSet x, which is not th"),
+    ("production", "ScaledObject", "tally-consumer", "spec.minReplicaCount", 11, "at least 11 and at most 10"),
+    ("production", "ScaledObject", "tally-consumer", "spec.triggers.0.authenticationRef.name", "x", "TriggerAuthentic"),
+    ("production", "HorizontalPodAutoscaler", "shapes", "spec.scaleTargetRef.apiVersion", "v1", "is not there"),
+    ("production", "RoleBinding", "tally-pipeline", "roleRef.name", "x", "the Role x, which is not there"),
+    ("production", "Role", "tally-pipeline", "rules.0.verbs", ["*"], "allows everything"),
+    ("production", "Job", "tally-migrate", f"{POD}.restartPolicy", GONE, "needs restartPolicy OnFailure or Never"),
+    ("production", "PersistentVolumeClaim", "tally-files", "metadata.name", "files", "claim tally-files, which is not"),
+    ("production", "PersistentVolume", "tally-bucket", "spec.claimRef.namespace", "x", "kept for the namespace x"),
+    ("production", "RayCluster", "tally-ray", f"{CPU}.minReplicas", 9, "at least 9 and at most 8"),
+    ("production", "RayCluster", "tally-ray", f"{CPU}.replicas", 2, "and the autoscaler is to"),
+    ("production", "RayCluster", "tally-ray", f"{CPU}.rayStartParams.num-cpus", "8", "Ray is told num-cpus 8"),
+    ("production", "RayCluster", "tally-ray", f"{HEAD}.containers.0.envFrom.0.configMapRef.name", "x", "ConfigMap x"),
+    ("gpu", "RayCluster", "tally-ray", f"{LAST}.template.spec.tolerations", GONE, "does not tolerate the taint nvidia"),
+    ("gpu", "Job", "tally-gpu-smoke", f"{FIRST}.resources.limits.nvidia.com/gpu", GONE, "a GPU) needs a limit, too"),
+    ("virtual-nodes", "RayCluster", "tally-ray", f"{LAST}.template.spec.tolerations.1", GONE, "not tolerate azure.com"),
+    ("virtual-nodes", "RayCluster", "tally-ray", f"{LAST}.template.spec.nodeSelector.type", "vk", "selected by type"),
+    ("virtual-nodes", "RayCluster", "tally-ray", f"{LAST}.template.spec.containers.0.command", GONE, "has to be said"),
+    ("virtual-nodes", "RayCluster", "tally-ray", f"{LAST}.template.metadata.annotations", {}, "would replace its comm"),
+    ("virtual-nodes", "RayCluster", "tally-ray", f"{LAST}.template.spec.serviceAccountName", "tally", "no identity"),
+    ("production", "Gateway", "tally", "spec.listener", [], "did you mean 'listeners'"),
+    ("production", "Gateway", "tally", "spec.gatewayClassName", GONE, "spec.gatewayClassName is missing"),
+    ("production", "Gateway", "tally", "spec.listeners.0.port", "443", "is to be a whole number, not '443'"),
+    ("production", "Gateway", "tally", "spec.listeners.0.tls.certificateRef", [], "did you mean 'certificateRefs'"),
+    ("production", "PrometheusRule", "tally", "spec.groups.0.rules.0.exprs", "1", "did you mean 'expr'"),
+    ("production", "PrometheusRule", "tally", "spec.groups.0.rules.0.for", 5, "is to be a text, not 5; quotes"),
+    ("production", "PrometheusRule", "tally", "spec.groups.0.rules.0.for", "5 minutes", "for may not be '5 minutes'"),
+    ("production", "PrometheusRule", "tally", "spec.groups.0.rules.0.expr", "max((up)", "its brackets do not match"),
+    ("production", "PrometheusRule", "tally", "spec.groups.0.rules.0.alert", GONE, "as 'alert' or as 'record'"),
+    ("production", "PrometheusRule", "tally", "metadata.labels.team", 8, "metadata.labels.team is to be a text, not 8"),
+    ("production", "Deployment", "tally", "spec.selector.matchLabels.x", True, "is to be a text, not True; quotes"),
+    ("production", "Deployment", "tally", f"{POD}.nodeSelector", {"zone": 1}, "nodeSelector.zone is to be a text"),
+    ("production", "Deployment", "tally", "spec.template.spec", GONE, "spec.template.spec is missing"),
+    ("production", "Deployment", "tally", f"{POD}.containers", [], "spec.template.spec.containers is missing"),
+    ("production", "Service", "tally", "spec", GONE, "Service tally: spec is missing"),
+    ("production", "NetworkPolicy", "tally-server", "spec", {}, "spec.podSelector is missing"),
+    ("production", "HTTPRoute", "tally", "spec.rules.0.backendRefs.0.name", GONE, "backendRefs[0].name is missing"),
+    ("production", "RayCluster", "tally-ray", f"{CPU}.maxReplicas", GONE, "[0].maxReplicas is missing"),
+    ("production", "RayCluster", "tally-ray", HEAD, {}, "headGroupSpec.template.spec.containers is missing"),
+    ("production", "ScaledObject", "tally-consumer", "spec.scaleTargetRef", GONE, "spec.scaleTargetRef is missing"),
+    ("production", "ScaledObject", "tally-consumer", "spec", GONE, "ScaledObject tally-consumer: spec is missing"),
+    ("production", "Certificate", "tally", "spec.secretName", GONE, "spec.secretName is missing"),
+    ("production", "ServiceMonitor", "tally", "spec.selector", GONE, "spec.selector is missing"),
+    ("gpu", "Ingress", "tally", "spec.rules", GONE, "spec.rules is missing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "of", "where", "instead", "said"), MISTAKES, ids=lambda value: str(value)[:60]
+)
+def test_a_mistake_is_seen(name: str, kind: str, of: str, where: str, instead: Any, said: str) -> None:
+    found = rendered(name)
+    plant(one(found, kind, of), where, instead)
+    if said.startswith("schema: "):
+        if not SCHEMAS.is_dir():
+            pytest.skip("the schemas of operators are not on this machine")
+        told = schema_problems(found)
+        said = said.removeprefix("schema: ")
+    else:
+        told = fields.problems(found) or problems(found)
+    assert any(said in each for each in told), told
+
+
+def plant(found: Manifest, where: str, instead: Any) -> None:
+    path = where.replace("nvidia.com/gpu", "nvidia").split(".")
+    inner: Any = found
+    for each in path[:-1]:
+        inner = inner[int(each)] if isinstance(inner, list) else inner[each]
+    last: Any = int(path[-1]) if isinstance(inner, list) else path[-1].replace("nvidia", "nvidia.com/gpu")
+    if instead is GONE:
+        del inner[last]
+    else:
+        inner[last] = instead
+
+
+def test_a_secret_with_its_values_is_seen() -> None:
+    found = rendered("dev-test")
+    found.append(
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "a", "namespace": "tally"}, "data": {"a": "b"}}
+    )
+    assert any("has its values in the manifest" in each for each in problems(found))
+    one(found, "ConfigMap", next(each["metadata"]["name"] for each in found if each["kind"] == "ConfigMap"))["data"][
+        "AWS_SECRET_ACCESS_KEY"
+    ] = "x"
+    assert any("looks like a secret" in each for each in problems(found))
+
+
+URL = "postgresql://tally:hunter2@db/tally"
+HEADER = [{"name": "Authorization", "value": "Bearer hunter2hunter2"}]
+HIDDEN_SECRETS: list[tuple[str, str, str, Any]] = [
+    ("Deployment", "tally", "metadata.annotations", {"note": URL}),
+    ("Deployment", "tally", "metadata.annotations", {"api-token": "hunter2"}),
+    ("Deployment", "tally", "spec.template.metadata.annotations", {"note": URL}),
+    ("Deployment", "tally", f"{FIRST}.livenessProbe.httpGet.httpHeaders", HEADER),
+    ("Deployment", "tally", f"{FIRST}.lifecycle.preStop", {"exec": {"command": ["curl", URL]}}),
+    ("Deployment", "tally", f"{FIRST}.args", ["--password", "hunter2"]),
+    ("Deployment", "tally", f"{FIRST}.args", ["--admin-key=hunter2"]),
+    ("Deployment", "tally", f"{FIRST}.env.0", {"name": "MY_PWD", "value": "hunter2"}),
+    ("ScaledObject", "tally-consumer", "spec.triggers.0.metadata.password", "hunter2"),
+    ("RayCluster", "tally-ray", "spec.headGroupSpec.rayStartParams.redis-password", "hunter2"),
+    ("RayCluster", "tally-ray", "spec.gcsFaultToleranceOptions", {"redisPassword": {"value": "hunter2"}}),
+    ("RayJob", "tally-night", "spec.runtimeEnvYAML", "env_vars:\n  AWS_SECRET_ACCESS_KEY: hunter2\n"),
+    ("PersistentVolume", "tally-bucket", "spec.csi.volumeAttributes.accountKey", "hunter2"),
+    ("ConfigMap", "tally-dashboard", "data", {"a.yaml": "user: tally\npassword: hunter2\n"}),
+    ("ConfigMap", "tally-dashboard", "binaryData", {"a": base64.b64encode(URL.encode()).decode()}),
+]
+
+
+@pytest.mark.parametrize(("kind", "of", "where", "instead"), HIDDEN_SECRETS, ids=lambda value: str(value)[:60])
+def test_a_secret_in_an_unusual_place_is_seen(kind: str, of: str, where: str, instead: Any) -> None:
+    found = rendered("production")
+    plant(one(found, kind, of), where, instead)
+    assert fields.problems(found) == []
+    (told,) = problems(found)
+    assert "secret" in told
+    assert "hunter2" not in told
+
+
+def test_what_names_a_secret_is_none() -> None:
+    found = rendered("production")
+    server = one(found, "Deployment")
+    plant(server, f"{FIRST}.args", ["--password", "$(PASSWORD)", "--token", "/run/secrets/token"])
+    plant(server, "metadata.annotations", {"token": "/run/secrets/token", "note": "the password is in the Secret"})
+    assert problems(found) == []
+
+
+def test_what_the_pods_need_is_told() -> None:
+    assert secrets_of(rendered("dev-test")) == {
+        ("tally", "tally"): {"POSTGRES_PASSWORD", "TALLY_DATABASE"},
+        ("tally", "tally-ray"): {"auth_token"},
+        ("tally", "tally-objects"): {"s3.json"},
+    }
+    assert secrets_of(rendered("staging")) == {}  # the store of the cloud has them
+    assert set(secrets_of(rendered("production"))) == {("tally", "shapes-key"), ("tally", "tally-queue")}
+
+
+# -- rendering ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_overlay_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(OVERLAYS.parents[2])
+    assert Overlay.find("production").folder == Path("deploy/kubernetes/overlays/production")
+    with pytest.raises(SpecError, match="did you mean 'staging'"):
+        Overlay.find("stagin")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match="no folder with a kustomization"):
+        Overlay.find("production")
+
+
+def test_values_are_read_as_kustomize_has_written_them(tmp_path: Path) -> None:
+    (tmp_path / "values.env").write_text("A=no\nB=1e3\nC=08\nD=12:30\nE=2026-11-29\nF==\nG=~\n")
+    made = [{"name": "a", "envs": ["values.env"]}]
+    (tmp_path / "kustomization.yaml").write_text(json.dumps({"namespace": "x", "configMapGenerator": made}))
+    (found,) = Overlay(tmp_path).manifests
+    wanted = {"A": "no", "B": "1e3", "C": "08", "D": "12:30", "E": "2026-11-29", "F": "=", "G": "~"}
+    assert found["data"] == wanted
+
+
+@pytest.mark.parametrize("value", ["1e3", "08", "0x1F", "1_000", "true", "[a]"])
+def test_a_value_that_yaml_takes_for_something_else_is_said(tmp_path: Path, value: str) -> None:
+    text = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: a}}\ndata: {{A: {value}}}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "kustomization.yaml").write_text("resources: [a.yaml]\n")
+    with pytest.raises(DeployError, match=r"ConfigMap a: data\.A is to be a text, not "):
+        assert Overlay(tmp_path).manifests
+
+
+def test_an_overlay_of_nothing_is_said(tmp_path: Path) -> None:
+    (tmp_path / "kustomization.yaml").write_text("namespace: tally\n")
+    with pytest.raises(DeployError, match="renders to nothing"):
+        assert Overlay(tmp_path).manifests
+
+
+def test_what_kustomize_refuses_is_said(tmp_path: Path) -> None:
+    (tmp_path / "kustomization.yaml").write_text("resources: [nothing.yaml]\n")
+    with pytest.raises(DeployError, match=r"cannot be rendered: .*nothing\.yaml"):
+        assert Overlay(tmp_path).text
+    (tmp_path / "nothing.yaml").write_text("apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec: {tpe: x}\n")
+    with pytest.raises(DeployError, match=r"there is no spec\.tpe; did you mean 'type'"):
+        assert Overlay(tmp_path).manifests
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_that_is_asked_for_is_exported() -> None:
+    pytest.importorskip("fastapi")
+    from tally.server import metrics as of_server
+    from tally.serving.metrics import Metrics
+
+    exported = {metric.name for metric in Metrics().registry.collect()}
+    exported |= {metric.name for metric in of_server._of_jobs([])} | {"tally_jobs", "tally_coordinators"}
+    texts = []
+    (rules,) = yaml.safe_load_all((COMPONENTS / "monitoring" / "rules.yaml").read_text())
+    alerts = [each for group in rules["spec"]["groups"] for each in group["rules"]]
+    texts += [each["expr"] for each in alerts]
+    board = json.loads((COMPONENTS / "monitoring" / "dashboard.json").read_text())
+    texts += [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    texts += [each["definition"] for each in board["templating"]["list"] if each["type"] == "query"]
+    asked = {name for text in texts for name in re.findall(r"\btally_\w+", text)}
+    known = {f"{name}{suffix}" for name in exported for suffix in ("", "_total", "_bucket", "_sum", "_count")}
+    assert asked - known == set()
+    shown = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in asked}
+    assert exported - shown == set(), "figures that nobody looks at"
+    assert len({each["alert"] for each in alerts}) == len(alerts)
+    assert all(each["annotations"]["summary"] and each["labels"]["severity"] for each in alerts)
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
