@@ -46,6 +46,17 @@ def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, SAFE_PATH, "-m", module, *arguments]
 
 
+def stay_safe() -> None:
+    """Have whatever this process starts import nothing from the current folder, but workers, which are not told so.
+
+    For a process that may lose multiprocessing's resource tracker: Ray kills what an actor has started before it ends
+    the actor itself. A lock that goes in between starts another tracker, and not by :func:`track_resources`.
+    """
+    if "PYTHONSAFEPATH" not in os.environ:
+        os.environ["PYTHONSAFEPATH"] = "1"
+        withhold("PYTHONSAFEPATH")  # a model's own scripts import from their folder
+
+
 def track_resources() -> None:
     """Start multiprocessing's resource tracker. It would be started in the current folder, and import from there; and
     after a kill of this process it would warn of what it then removes, in the middle of somebody's terminal."""

@@ -11,6 +11,22 @@ from pathlib import Path
 import pytest
 from tests.videos import write_clip
 
+HOST = """
+import os, pickle, signal
+from multiprocessing import resource_tracker
+from tally.engines.base import Limits
+from tally.engines.ray.host import Host
+
+host = Host()
+host.begin(pickle.dumps((str, ("PYTHONSAFEPATH",))), Limits(), 1, False)
+_, (good, answer, *_) = host.run(1, pickle.dumps((os.getenv, ())), False, None)
+assert good and pickle.loads(answer) is None, "a worker is not told of the safe path"
+tracker = resource_tracker._resource_tracker._pid
+os.kill(tracker, signal.SIGKILL)  # as Ray does before it ends the process
+os.waitid(os.P_PID, tracker, os.WEXITED | os.WNOWAIT)
+host.end(False)
+"""
+
 COMMAND = str(Path(sys.executable).with_name("tally"))
 SEEN = "seen-"
 
@@ -27,6 +43,14 @@ class Bright(tally.Scorer):
         return [{"mean": float(each.mean())} for each in batch]
 """
 
+DECOY = """
+import sys
+told = [__file__, sys.orig_argv]
+for pid in ("self", open("/proc/self/stat").read().rpartition(")")[2].split()[1]):
+    told.append(open(f"/proc/{{pid}}/cmdline").read())
+open({ran!r}, "a").write(repr(told) + chr(10))
+"""
+
 
 @pytest.fixture
 def decoys(tmp_path: Path) -> Path:
@@ -40,7 +64,7 @@ def decoys(tmp_path: Path) -> Path:
     known = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions(), "tally", "sitecustomize"}
     for name in known:
         if name.isidentifier() and name != "__main__":
-            (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write(__file__ + chr(10))\n")
+            (folder / f"{name}.py").write_text(DECOY.format(ran=str(tmp_path / "ran")))
     return folder
 
 
@@ -99,3 +123,11 @@ def test_nor_in_workers_on_a_cluster(decoys: Path, home: Path, tmp_path: Path) -
     options = ("--engine", "ray", "--workers", "1", "--out", "../out")
     run(decoys, home, COMMAND, "score", ".", "--model", model, *options, RAY_ADDRESS="local")
     seen(decoys)
+
+
+@pytest.mark.ray
+def test_nor_in_the_process_of_an_actor_that_ray_ends(decoys: Path, home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "actor" / "host.py").write_text(HOST)  # Ray's own processes import from the folder of a script, too
+    run(decoys, home, sys.executable, "../actor/host.py")

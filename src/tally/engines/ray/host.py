@@ -13,6 +13,7 @@ from typing import Any
 from tally.engines.base import Limits, Reports
 from tally.engines.local import LocalEngine, PackedTask, new_folder
 from tally.engines.mailbox import Inbox
+from tally.processes import stay_safe
 
 OUTPUT_BYTES = 256 * 1024
 """How much of what a worker prints during one task is copied to the log."""
@@ -41,6 +42,7 @@ class Host:
 
     def begin(self, setup: bytes, limits: Limits, threads: int, logged: bool) -> None:
         """Start the worker."""
+        stay_safe()
         folder = new_folder()
         self._log = folder / "worker.log" if logged else None
         self._read = 0
