@@ -14,7 +14,7 @@ from PIL import Image
 
 from tally.cli.main import cli
 from tally.errors import OutputExistsError, SpecError
-from tally.training.labels.formats import example
+from tally.training.labels.formats import convert, example
 from tally.training.labels.table import read
 
 HALF = {"label": "cup", "topX": 0.25, "topY": 0.5, "bottomX": 0.75, "bottomY": 1.0}
@@ -129,8 +129,31 @@ def test_the_four_formats(images: Path, labels: Path, tmp_path: Path) -> None:
     assert list(found["image/object/class/label"].int64_list.value) == [2, 1]
     assert list(found["image/object/bbox/xmin"].float_list.value) == [0.25, 0.0]
     assert found["image/encoded"].bytes_list.value[0] == (images / "a.jpg").read_bytes()
+    # Two pictures are called a.jpg: by that alone, the boxes of one would be the other's.
+    assert {row[1] for row in rows[1:]} == {"a.jpg", "more/a.jpg", "b.jpg"}
+    reader.GetNext()
+    found = example().FromString(reader.record()).features.feature
+    assert found["image/filename"].bytes_list.value[0] == b"more/a.jpg"
     with pytest.raises(OutputExistsError):
         converted("csv")
+
+
+def test_names_that_meet_and_labels_of_any_script(tmp_path: Path) -> None:
+    from google.protobuf import struct_pb2, text_format
+
+    rows = []
+    for number, name in enumerate(("x-2.jpg", "a/x.jpg", "b/x.jpg")):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (100, 100)).save(tmp_path / "images" / name)
+        rows.append((name, [HALF | {"label": f"{number} \N{DOG FACE}"}], []))
+    read_back = read(table(tmp_path / "labels.csv", *rows), tmp_path / "images")
+    classes = convert({"train": read_back.pictures}, "yolov5", tmp_path / "yolo")
+    texts = {each.name: each.read_text()[0] for each in (tmp_path / "yolo/labels/train").iterdir()}
+    assert texts == {"x-2.txt": "0", "x.txt": "1", "x-2-2.txt": "2"}
+    convert({"train": read_back.pictures}, "csv", tmp_path / "csv")
+    names = [line for line in (tmp_path / "csv/labelmap.pbtxt").read_text("utf-8").splitlines() if "name:" in line]
+    told = [text_format.Parse(f"string_value: {each.split(': ')[1]}", struct_pb2.Value()) for each in names]
+    assert [each.string_value for each in told] == classes == [f"{number} \N{DOG FACE}" for number in range(3)]
 
 
 def test_the_message_is_that_of_tensorflow() -> None:
@@ -171,6 +194,7 @@ def test_results_of_a_detector_become_coco(images: Path, tmp_path: Path, form: s
         {"key": "more/a.jpg", "xmin": 4.0, "ymin": 8.0, "xmax": 24.0, "ymax": 48.0, "label": "lid", "score": 0.9},
         {"key": "b.jpg", "xmin": -3.0, "ymin": 2.0, "xmax": 60.0, "ymax": 12.5, "label": "cup", "score": 0.8},
         {"key": "b.jpg", "xmin": 1.0, "ymin": 1.0, "xmax": 9.0, "ymax": 9.0, "label": "cup", "score": 0.3},
+        {"key": "b.jpg", "xmin": 2.0, "ymin": 2.0, "xmax": 9.0, "ymax": 9.0, "label": "cup", "score": 0.0},
         {"key": "c.jpg", **dict.fromkeys(("xmin", "ymin", "xmax", "ymax", "label", "score"))},  # nothing is in it
     ]
     Image.new("RGB", (30, 60)).save(images / "c.jpg")

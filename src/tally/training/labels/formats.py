@@ -75,15 +75,31 @@ def _csv(sets: Sets, classes: Sequence[str], folder: Path, out: Path) -> None:
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             rows.writerow(["class", "filename", "height", "width", "xmax", "xmin", "ymax", "ymin"])
-            for each in pictures:
+            for each, filename in zip(pictures, _filenames(pictures), strict=True):
                 for b in each.boxes:
                     sizes = (each.height, each.width, *map(round, (b.xmax, b.xmin, b.ymax, b.ymin)))
-                    rows.writerow([b.label, each.picture.name, *sizes])
+                    rows.writerow([b.label, filename, *sizes])
     _label_map(classes, folder)
 
 
+def _filenames(pictures: Sequence[Labelled]) -> list[str]:
+    """What each picture is called: its file's name; where two pictures have one, the paths from their common folder."""
+    places = [each.picture.absolute() for each in pictures]
+    if len({place.name for place in places}) == len(set(places)):
+        return [place.name for place in places]
+    return _paths(places)
+
+
+def _paths(places: Sequence[Path]) -> list[str]:
+    """From their common folder."""
+    common = Path(os.path.commonpath([each.parent for each in places]))
+    return [each.relative_to(common).as_posix() for each in places]
+
+
 def _label_map(classes: Sequence[str], folder: Path) -> None:
-    items = (f"item {{\n  id: {number}\n  name: {json.dumps(label)}\n}}\n" for number, label in enumerate(classes, 1))
+    # Not with \\u escapes: those of JSON are halves of what lies beyond the first plane, which protobuf refuses.
+    names = [json.dumps(label, ensure_ascii=False) for label in classes]
+    items = (f"item {{\n  id: {number}\n  name: {name}\n}}\n" for number, name in enumerate(names, 1))
     (folder / "labelmap.pbtxt").write_text("".join(items), "utf-8")
 
 
@@ -99,17 +115,17 @@ def _tfrecord(sets: Sets, classes: Sequence[str], folder: Path, out: Path) -> No
     for name, pictures in sets.items():
         with (folder / f"{name}.record").open("wb") as file:
             writer = RecordWriter(file)
-            for each in pictures:
+            for each, filename in zip(pictures, _filenames(pictures), strict=True):
                 form = _ENCODED.get(each.picture.suffix.lower())
                 if form is None:
                     raise SpecError(f"TensorFlow reads JPEG, PNG, GIF and BMP, and not {each.picture}")
-                writer.write(_example(each, form, classes))
+                writer.write(_example(each, filename, form, classes))
             writer.flush()
     _label_map(classes, folder)
 
 
-def _example(each: Labelled, form: bytes, classes: Sequence[str]) -> bytes:
-    name = each.picture.name.encode()
+def _example(each: Labelled, filename: str, form: bytes, classes: Sequence[str]) -> bytes:
+    name = os.fsencode(filename)
     made = example()()
 
     def put(key: str, kind: str, *values: Any) -> None:
@@ -187,7 +203,7 @@ def _yolov5(sets: Sets, classes: Sequence[str], folder: Path, out: Path) -> None
         labels.mkdir(parents=True)
         for number, each in enumerate(pictures):
             stem = each.picture.stem
-            if (labels / f"{stem}.txt").exists():
+            while (labels / f"{stem}.txt").exists():  # another picture may be called so, too
                 stem = f"{stem}-{number}"
             link_or_copy(each.picture, images / f"{stem}{each.picture.suffix}")
             lines = []
@@ -211,17 +227,17 @@ def _coco(sets: Sets, classes: Sequence[str], folder: Path, out: Path) -> None:
     """``train.json``, ``test.json``: images, annotations with ``bbox`` (left, top, width, height), categories.
     Names of files are relative to the pictures' common folder."""
     for name, pictures in sets.items():
-        common = Path(os.path.commonpath([each.picture.absolute().parent for each in pictures]))
+        paths = _paths([each.picture.absolute() for each in pictures])
         boxes = [(number, box) for number, each in enumerate(pictures, 1) for box in each.boxes]
         made = {
             "images": [
                 {
                     "id": number,
-                    "file_name": each.picture.absolute().relative_to(common).as_posix(),
+                    "file_name": path,
                     "width": each.width,
                     "height": each.height,
                 }
-                for number, each in enumerate(pictures, 1)
+                for number, (each, path) in enumerate(zip(pictures, paths, strict=True), 1)
             ],
             "annotations": [
                 {

@@ -131,7 +131,8 @@ def _by_picture(boxes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             continue  # nothing was found in it
         sides = zip(_CORNERS, _SIDES, strict=True)
         row["label"].append({"label": box["label"], **{name: box[side] for name, side in sides}})
-        row["label_confidence"].append(box.get("score") or 1.0)
+        score = box.get("score")
+        row["label_confidence"].append(1.0 if score in (None, "") else score)
     return list(pictures.values())
 
 
