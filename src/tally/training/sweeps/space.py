@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -19,6 +20,8 @@ Value: TypeAlias = bool | int | float | str
 
 HINT = "For example: -p learning_rate=log:1e-4..1 -p train_batch_size=25,50,100 -p steps=100..500:100"
 _TRUTH = {"true": True, "false": False}
+_PLAIN = re.compile(r"-?(0|[1-9][0-9]*)(\.([0-9]*[1-9]|0))?([eE][+-]?[0-9]+)?")
+"""A number that nobody writes to mean anything but its value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +156,19 @@ def _value(text: str, kind: type | None) -> Value:
             raise ValueError(f"{text!r} is neither true nor false")
         return _TRUTH[text.lower()]
     if kind is None:
-        try:
-            return _number(text)
-        except ValueError:
-            return _TRUTH.get(text.lower(), text)
+        return _as_it_looks(text)
     number = _number(text)
     if kind is int and not isinstance(number, int):
         raise ValueError(f"{text!r} is not a whole number")
     return float(number) if kind is float else number
+
+
+def _as_it_looks(text: str) -> Value:
+    """A number or a truth value where it is written as one: ``007``, ``1.10``, ``1_000`` and ``True`` stay texts, as a
+    script that is given them may mean more by them than a value."""
+    if _PLAIN.fullmatch(text) and math.isfinite(float(text)):
+        return _number(text)
+    return _TRUTH.get(text, text)
 
 
 def combinations(space: Space) -> list[dict[str, Value]]:
