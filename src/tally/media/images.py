@@ -41,6 +41,10 @@ class Decoding:
     pages: Literal["first", "all"] = "first"
 
 
+NOT_INSTALLED = "is not supported without more libraries"
+NO_MEMORY = "not enough memory to decode"
+"""Parts of reasons why a picture cannot be read that are none of the picture."""
+
 # Pillow lists these as readable, but they are stubs, or (EPS) run another program on the file's content.
 _UNUSABLE = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 _ANIMATED = frozenset({"GIF", "WEBP", "PNG", "AVIF"})
@@ -143,7 +147,7 @@ def decode(
         amount = f"{int(pixels_announced[0]) / 1e6:.1f} million pixels" if pixels_announced else "the picture"
         message = f"{amount} is over the limit of {max_pixels / 1e6:g} million (max_pixels raises it)"
     except MemoryError:
-        message = f"not enough memory to decode this {what}"
+        message = f"{NO_MEMORY} this {what}"
     except Exception as error:
         message = _explain(error, what, len(data))
     raise ItemError(message, stage="decode")
@@ -215,7 +219,7 @@ def _rare(data: bytes) -> rare.Rare:
         raise ItemError(_unidentified(data), stage="decode")
     if found.module is not None and not rare.installed(found.module):
         raise ItemError(
-            f"{found.name} is not supported without more libraries: pip install 'tally-scoring[pictures]', or convert "
+            f"{found.name} {NOT_INSTALLED}: pip install 'tally-scoring[pictures]', or convert "
             "it to a PNG or JPEG of 8 bits first",
             stage="decode",
         )
@@ -243,7 +247,7 @@ def _decode_rare(
     try:
         values, most, alpha = found.read(page_read)
     except MemoryError:
-        raise ItemError(f"not enough memory to decode this {found.name} image", stage="decode") from None
+        raise ItemError(f"{NO_MEMORY} this {found.name} image", stage="decode") from None
     except Exception as error:
         raise ItemError(_explain(error, f"{found.name} image", len(data)), stage="decode") from None
     values = values[:, :, np.newaxis] if values.ndim == 2 else values

@@ -23,10 +23,11 @@ import numpy as np
 
 import tally
 from tally.config import settings
-from tally.errors import ItemError, JobError, ModelError, SpecError, StorageError
+from tally.errors import ItemError, JobError, ModelError, SourceChangedError, SpecError, StorageError
 from tally.jobs.facade import Jobs
 from tally.jobs.spec import make
 from tally.jobs.store import JobRecord
+from tally.media.images import NO_MEMORY, NOT_INSTALLED
 from tally.models.hashing import known_hash
 from tally.models.reference import ModelRef
 from tally.models.resolve import resolve
@@ -420,6 +421,8 @@ def _scored(
         for dead in all_dead[:1]:
             reason = reason.replace(dead.key, str(pictures[dead.key.partition(".")[0]]))
         raise JobError(f"the job {record.id} that computes bottlenecks is {record.state}: {reason}", hint=hint)
+    # The job has read each file again: what it found belongs to the hash only if that is the file's still.
+    changed = {name for name, path in pictures.items() if _hash(path) != name}
     made: dict[str, Matrix | str] = {}
     if not unreadable:
         rows = jobs.results(record.id)
@@ -429,16 +432,29 @@ def _scored(
         ends = ends - ends[0]
         for at, key in enumerate(rows["key"].to_pylist()):
             name = key.partition(".")[0]
-            cache.write(name, row := flat[ends[at] : ends[at + 1]])
-            made[name] = row
+            made[name] = row = flat[ends[at] : ends[at + 1]]
+            if name not in changed:
+                cache.write(name, row)
     for dead in all_dead:
         name = dead.key.partition(".")[0]
         made[name] = reason = dead.error.removeprefix(f"{dead.key}: ")
-        if dead.stage == "decode":  # which follows from the content alone
+        # Which follows from the content, but for what is installed here, and how much memory there is.
+        if dead.stage == "decode" and name not in changed and not _may_pass(reason):
             cache.write(name, reason)
     jobs.delete(record.id)
     shutil.rmtree(work, ignore_errors=True)
+    if gone := [str(pictures[name]) for name in sorted(changed) if not isinstance(made.get(name), str)]:
+        more = f", and {len(gone) - 1:,} more" if len(gone) > 1 else ""
+        raise SourceChangedError(
+            f"--image_dir: {gone[0]}{more} changed while bottlenecks were computed",
+            hint="Train once nothing writes there any more; those of all other pictures are in the cache.",
+        )
     return made
+
+
+def _may_pass(reason: str) -> bool:
+    """Whether a picture that cannot be read may be read another day, by the same version."""
+    return NOT_INSTALLED in reason or NO_MEMORY in reason
 
 
 def _quietly(jobs: Jobs, job: str) -> JobRecord:
