@@ -20,6 +20,7 @@ from tally.errors import RunNotFoundError, RunStateError, SourceNotFoundError, S
 from tally.models.registry import open_registry
 from tally.models.resolve import resolve
 from tally.training.runs.store import RunStore
+from tally.training.runs.tracking import run
 from tally.training.scripts.script import ScriptTraining
 
 AZURE = """
@@ -56,7 +57,10 @@ run.log_image("sample", path=os.environ["PICTURE"])
 first = run.register_model("Dummy", model_path="outputs/model.pkl", properties={"acc": 0.5}, tags={"area": "x"})
 again = Model.register(workspace, model_path="outputs/net", model_name="net", description="of weights")
 assert (first.name, first.version, again.id) == ("dummy", 1, "net:1")
-for missing in ("run.log_accuracy_table('x')", "from azureml.core import Environment", "import azureml.train.dnn"):
+for missing in (
+    "run.log_accuracy_table('x')", "Dataset.Tabular", "type(workspace).get('x')",
+    "from azureml.core import Environment", "import azureml.train.dnn",
+):
     try:
         exec(missing)
     except (AttributeError, ImportError) as error:
@@ -270,6 +274,17 @@ def test_a_run_is_done_again_and_a_script_dies_with_its_command(
     again, _ = store.list().runs
     assert (again.id != first.id, again.parameters) == (True, {"seed": 7})
     assert store.values(again.id)["loss"].values == store.values(first.id)["loss"].values
+
+    for version, content in enumerate(("old", "new"), 1):
+        Path("weights.txt").write_text(content)
+        with run(data={"start": "models:/start@best"} if version == 2 else None) as begun:
+            begun.log("loss", float("nan"))
+            begun.register("weights.txt", "start", as_files=True, alias="best")
+    assert json.loads(tally("runs", "show", begun.id, "--metric", "loss", "--json")) == {"step": 0, "value": "nan"}
+    assert store.get(begun.id).data["start"]["place"] == "models:/start@best"
+    assert "data start: models:/start@best has other content" in tally("runs", "reproduce", begun.id)
+    tally("models", "alias", "start", "best", "1")
+    assert "data start" not in tally("runs", "reproduce", begun.id)
 
     process = command("train", "script", "seeded.py", "-p", "seed=7", "-p", "wait")
     wait_for(lambda: store.list().runs[0].tags.get("pid"), process)

@@ -64,12 +64,14 @@ def list_(as_json: bool, **wanted: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def show(run: str, metric: str | None, as_json: bool) -> None:
     """Parameters, metrics, files, models, code, data, environment, cost and error of a run."""
+    from tally.training.runs.store import plain
+
     store = installation.runs()
     record = store.get(run)
     if metric is not None:
         curve = store.values(record.id, [metric])[metric]
         for step, number in zip(curve.steps, curve.values, strict=True):
-            say(f"{step}\t{number:g}" if not as_json else json.dumps({"step": step, "value": number}))
+            say(f"{step}\t{number:g}" if not as_json else json.dumps({"step": step, "value": plain(number)}))
         return
     if as_json:
         say(json.dumps(record.to_dict()))

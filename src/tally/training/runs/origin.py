@@ -14,6 +14,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from tally.errors import TallyError
 from tally.masking import mask
 from tally.models.hashing import combined, content_files, content_hash, known_hash
 from tally.scorers.scripts.classes import local_modules
@@ -108,8 +109,11 @@ def environment() -> Mapping[str, Any]:
 def data(place: str | Path) -> dict[str, Any]:
     """What a run was trained from: a file's or a folder's ``place``, ``hash`` of names and content, ``bytes``.
 
-    A place that is not here (a bucket's URL) has no hash. Raises OSError where a file cannot be read.
+    A model of the registry is what its name stands for now. A place that is not here (a bucket's URL) has no hash.
+    Raises OSError where a file cannot be read.
     """
+    if str(place).startswith("models:/") and (registered := _registered(str(place))) is not None:
+        return {**data(registered), "place": str(place)}
     path = Path(place)
     if not path.exists():
         return {"place": mask(str(place))}
@@ -119,3 +123,14 @@ def data(place: str | Path) -> dict[str, Any]:
         "place": str(path.absolute()), "hash": digest, "files": len(files),
         "bytes": sum(each.stat().st_size for _, each in files),
     }  # fmt: skip
+
+
+def _registered(reference: str) -> str | None:
+    """The folder of a version of the registry; None where it is not here."""
+    from tally.models.registry import open_registry
+
+    try:
+        location = open_registry().get(reference).location
+    except TallyError:
+        return None
+    return location if Path(location).exists() else None

@@ -22,16 +22,27 @@ TABLES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
 """What a data set may be."""
 
 
-class _Partial:
+def _not_here(of: type, name: str) -> AttributeError:
+    if name.startswith("__"):
+        return AttributeError(name)
+    there = ", ".join(sorted(each for each in dir(of) if not each.startswith("_")))
+    return AttributeError(
+        f"azureml.core.{of.__name__}.{name} is not provided by 'tally train script', which provides {there}"
+    )
+
+
+class _OfClass(type):
+    """What is asked of the class itself: ``Dataset.Tabular``, ``Workspace.get``."""
+
+    def __getattr__(cls, name: str) -> Any:
+        raise _not_here(cls, name)
+
+
+class _Partial(metaclass=_OfClass):
     """A class of which only a part is here."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        there = ", ".join(sorted(each for each in dir(type(self)) if not each.startswith("_")))
-        raise AttributeError(
-            f"azureml.core.{type(self).__name__}.{name} is not provided by 'tally train script', which provides {there}"
-        )
+        raise _not_here(type(self), name)
 
 
 class Run(_Partial):
