@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tests.retraining import COLOURS, backbone, photos
 import tally
 from tally.cli.train_retrain import _REPLACED
 from tally.cli.train_retrain import retrain as command
+from tally.errors import SourceChangedError
+from tally.jobs.facade import Jobs
 from tally.models.registry import open_registry
 from tally.training.retrain import bottlenecks
 from tally.training.retrain.dataset import read
@@ -201,6 +204,37 @@ def test_a_killed_job_of_bottlenecks_is_gone_on_with(
     assert [*(tmp_path / "cache").glob("*/job-*")] == []
 
 
+def test_the_cache_keeps_nothing_of_a_picture_that_changed_and_no_reason_that_may_pass(
+    shared: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(tmp_path / "photos", dict.fromkeys(COLOURS, 12))
+    model, changing, torn = (
+        bottlenecks.Backbone.of(str(shared["backbone"])),
+        folder / "red/003.png",
+        folder / "red/t.png",
+    )
+    torn.write_bytes(b"\x89PNG but no more")
+    before = changing.read_bytes()
+
+    def changed(jobs: Any, job: str) -> Any:
+        changing.write_bytes((folder / "blue/003.png").read_bytes())
+        return jobs.see_through(job)
+
+    with monkeypatch.context() as patch:  # as where the library that reads it is not installed
+        said = "HEIC is not supported without more libraries: pip install 'tally-scoring[pictures]'"
+        found = Jobs.dead
+        patch.setattr(Jobs, "dead", lambda jobs, job: [replace(each, error=said) for each in found(jobs, job)])
+        with pytest.raises(SourceChangedError, match=r"red/003\.png changed while bottlenecks were computed"):
+            bottlenecks.compute(read(folder), model, root=tmp_path / "cache", workers=1, drive=changed)
+    changing.write_bytes(before)
+    told: list[str] = []
+    dataset, again = bottlenecks.compute(read(folder), model, root=tmp_path / "cache", workers=1, say=told.append)
+    assert "35 of 37 bottlenecks are in the cache; 2 pictures go through" in told[0]
+    assert "HEIC" not in dataset.remarks[-1]
+    _, anew = bottlenecks.compute(read(folder), model, root=tmp_path / "other", workers=1)
+    assert np.array_equal(again.features, anew.features)
+
+
 KILLED = """
 import os, signal, sys
 from tally.training.retrain import head, retraining
@@ -237,6 +271,9 @@ def test_a_killed_run_goes_on_to_the_same_model(retrain: Cli, cli: Cli, monkeypa
     assert "continued from step 111" in ran.err
     curves = RunStore.open().values(record.id, ["accuracy", "validation_cross_entropy"])
     assert [each.steps for each in curves.values()] == [[*range(0, 300, 10), 299]] * 2
+    shown = events(Path(record.folder) / "events")
+    for part in ("train", "validation"):
+        assert {each.step for each in shown[part].Scalars("accuracy_1")} == {*range(0, 300, 10), 299}
     retrain(*QUICK, "--early-stopping", 500, "--register", "colours")
     assert len(open_registry().show("colours").versions) == 1
     assert "is finished" in cli("train", "retrain", "--resume", record.id).err

@@ -255,6 +255,10 @@ def test_what_cannot_be_swept_is_refused_at_once(cli: Cli, given: list[str]) -> 
         (["-p", "learning_rate=0.1..1", "--sampler", "grid"], "a grid needs values or steps"),
         (["-p", "learning_rate=1", "--flip_left_right"], "--flip_left_right: trials share bottlenecks"),
         (["-p", "learning_rate=1", "--validation_percentage", "0"], "needs validation pictures"),
+        (
+            ["-p", "early_stopping=0,5", "--validation_percentage", "0", "--metric", "accuracy"],
+            "--early-stopping: needs validation pictures",
+        ),
         (["-p", "learning_rate=1", "--parallel", "0"], "--parallel: at least 1, not 0"),
     ):
         ran = cli(*space, *arguments)

@@ -491,6 +491,8 @@ def _trained(
         def keep(state: State) -> None:
             # In this order: what goes on from a checkpoint does not measure again what was measured before it.
             begun.flush()
+            if summaries is not None:
+                summaries.flush()
             write_whole(checkpoint, state.to_bytes())
 
         if given.fine_tune:

@@ -114,6 +114,12 @@ class Summaries:
         for part, event in waiting:
             self.writer(part).add(**event)
 
+    def flush(self) -> None:
+        """Bring all that was given to the disk."""
+        self._hand_over()
+        for each in self._writers.values():
+            each.flush()
+
     def close(self) -> None:
         self._hand_over()
         for each in self._writers.values():

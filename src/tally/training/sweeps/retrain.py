@@ -99,7 +99,8 @@ class RetrainTrials(Trials):
         return self.given.to_dict() | {"device": self._device}
 
     def check(self, values: Mapping[str, Value]) -> None:
-        self._with(values)
+        if self._with(values).parameters.early_stopping and not self.given.validation_percentage:
+            raise SpecError("--early-stopping: needs validation pictures, and --validation_percentage is 0")
 
     def check_metric(self, metric: str) -> None:
         if metric not in METRICS:
@@ -257,6 +258,8 @@ def train_one(
     def keep(state: State) -> None:
         # In this order: a training that goes on from a checkpoint tells again what was measured before it.
         told.keep()
+        if summaries is not None:
+            summaries.flush()
         write_whole(checkpoint, state.to_bytes())
 
     try:
