@@ -280,7 +280,7 @@ class Cluster:
     @_patient
     def taught(self) -> builtins.list[Object]:
         """The kinds that the cluster has been taught: their group, kind, plural, versions that are served, whether they
-        are in namespaces, and the fields of spec of the newest, as far as it tells."""
+        are in namespaces, and of each version the fields of spec, as far as it tells."""
         found = []
         with self._explained("the list of CustomResourceDefinitions"):
             for each in self._client.list(KINDS["CustomResourceDefinition"]):
@@ -288,13 +288,11 @@ class Cluster:
                 served = [one for one in spec["versions"] if one.get("served")]
                 if not served:
                     continue
-                schema: Object = (served[-1].get("schema") or {}).get("openAPIV3Schema") or {}
-                inner = (schema.get("properties") or {}).get("spec") or {}
                 found.append(
                     {
                         "group": spec["group"], "kind": spec["names"]["kind"], "plural": spec["names"]["plural"],
                         "namespaced": spec["scope"] == "Namespaced", "versions": [one["name"] for one in served],
-                        "fields": sorted(inner.get("properties") or {}),
+                        "fields": {one["name"]: _fields_of_spec(one) for one in served},
                     }
                 )  # fmt: skip
         return found
@@ -376,6 +374,12 @@ class Cluster:
             asked = status.details.retryAfterSeconds if status.details is not None else None
             return AwayError(message, seconds=_pause(status.code, asked))
         return DeployError(message)
+
+
+def _fields_of_spec(version: Mapping[str, Any]) -> builtins.list[str]:
+    schema: Object = (version.get("schema") or {}).get("openAPIV3Schema") or {}
+    inner = (schema.get("properties") or {}).get("spec") or {}
+    return sorted(inner.get("properties") or {})
 
 
 def _pause(code: int, asked: object) -> float | None:

@@ -6,6 +6,7 @@ names it: in a namespace of the test's own, which is removed afterwards.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import uuid
@@ -122,7 +123,7 @@ def test_an_overlay_lives_and_goes(cluster: Cluster, overlay: Path, namespace: s
     changed = [
         {
             "target": {"kind": "Service", "name": "tally"},
-            "patch": '[{"op": "replace", "path": "/spec/type", "value": "NodePort"}]',
+            "patch": '[{"op": "add", "path": "/spec/sessionAffinity", "value": "ClientIP"}]',
         }
     ]
     own(overlay, "dev-test", namespace, images=images, patches=changed)
@@ -132,7 +133,7 @@ def test_an_overlay_lives_and_goes(cluster: Cluster, overlay: Path, namespace: s
     assert "+    image: registry.example.com/tally:9" in " ".join(ran.out.split()).replace("+ ", "+    ")
     assert "replace Job tally-migrate" in ran.out
     assert cli("cluster", "apply", "--overlay", overlay).code == 0
-    assert get(cluster, "v1", "Service", "tally")["spec"]["type"] == "NodePort"  # type: ignore[index]
+    assert get(cluster, "v1", "Service", "tally")["spec"]["sessionAffinity"] == "ClientIP"  # type: ignore[index]
 
     # Changed by somebody else.
     theirs = {"template": {"spec": {"containers": [{"name": "server", "image": "elsewhere/tally:1"}]}}}
@@ -188,7 +189,7 @@ def get(cluster: Cluster, version: str, kind: str, name: str) -> dict[str, Any] 
 TAUGHT = {
     ("ray.io", "v1", "RayCluster", "rayclusters"): (
         "rayVersion", "enableInTreeAutoscaling", "authOptions", "autoscalerOptions", "headGroupSpec",
-        "workerGroupSpecs",
+        "workerGroupSpecs", "upgradeStrategy",
     ),
     ("ray.io", "v1", "RayJob", "rayjobs"): (),
     ("keda.sh", "v1alpha1", "ScaledObject", "scaledobjects"): (),
@@ -286,11 +287,29 @@ def test_what_was_applied_is_waited_for(
     )
 
     failed = {"type": "Failed", "status": "True", "message": "Job has reached the specified backoff limit"}
-    ready.set_status("tally-migrate", plural="jobs", conditions=[failed])
+    looks = iter([lambda: None])  # for the difference; all others are those of who waits
+    fail = functools.partial(ready.set_status, "tally-migrate", plural="jobs", conditions=[failed])
+    ready.on_look["jobs"] = lambda: next(looks, fail)()
     ran = cli("cluster", "apply", "--overlay", production, "--wait")
     assert ran.code == 1
     assert "the Job tally-migrate has failed: Job has reached the specified backoff limit" in ran.err
     assert "logs job/tally-migrate" in ran.err
+
+
+def test_what_a_container_that_runs_first_waits_for_is_said(
+    ready: ApiServer, production: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installation, "PAUSE", 0.01)
+    assert cli("cluster", "apply", "--overlay", "gpu").code == 0
+    labels = ready.get("jobs", "tally-gpu-smoke")["spec"]["template"]["metadata"]["labels"]  # type: ignore[index]
+    first = {"name": "pictures", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}
+    then = {"name": "score", "state": {"waiting": {"reason": "PodInitializing"}}}
+    status = {"phase": "Pending", "initContainerStatuses": [first], "containerStatuses": [then]}
+    ready.put("pods", {"metadata": {"name": "smoke-1", "labels": labels}, "status": status})
+    ran = cli("cluster", "apply", "--overlay", "gpu", "--wait", "--timeout", "1s")
+    assert ran.code == 1
+    said = "Job tally-gpu-smoke: it has not ended; smoke-1: ImagePullBackOff: the image cannot be pulled: no such image"
+    assert said in ran.err
 
 
 def test_a_cluster_with_too_much_to_do_is_asked_again(
@@ -423,8 +442,80 @@ def test_objects_of_others_are_not_taken_over(ready: ApiServer, production: str,
     ready.put("services", {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "tally"}, "spec": {}})
     ran = cli("cluster", "apply", "--overlay", production)
     assert ran.code == 1
-    assert "has a Service tally that is no part of Tally" in ran.err
+    assert "there is a Service tally already, which is no part of Tally" in ran.err
     assert ready.names("deployments") == []
+
+
+def test_objects_of_others_are_neither_scaled_nor_removed(ready: ApiServer, production: str, cli: Cli) -> None:
+    ready.put(
+        "deployments",
+        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "tally"}, "spec": {"replicas": 2}},
+    )
+    labels = {"app.kubernetes.io/part-of": "tally"}
+    ready.put("services", {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "tally", "labels": labels}})
+    ran = cli("cluster", "scale", "server=0", "--overlay", production)
+    assert ran.code == 1
+    assert "the Deployment tally is no part of Tally: it is left alone" in ran.err
+    assert ready.get("deployments", "tally")["spec"] == {"replicas": 2}  # type: ignore[index]
+    ran = cli("cluster", "scale", "consumer=0..3", "--overlay", production)
+    assert ran.code == 1
+    assert "there is no ScaledObject tally-consumer yet" in ran.err
+    assert ready.names("scaledobjects") == []
+    ran = cli("cluster", "down", "--overlay", production, "--data", "--yes")
+    assert ran.code == 0, ran.err
+    assert ran.out == "removed Service tally\n"
+    assert ready.names("deployments") == ["tally"]
+
+
+def test_a_volume_of_another_namespace_is_left_alone(ready: ApiServer, production: str, cli: Cli) -> None:
+    """A volume is in no namespace: two installations would have one of the same name."""
+    labels = {"app.kubernetes.io/part-of": "tally"}
+    spec = {"claimRef": {"namespace": "tally-of-others", "name": "tally-bucket"}}
+    ready.put(
+        "persistentvolumes",
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolume",
+            "metadata": {"name": "tally-bucket", "labels": labels},
+            "spec": spec,
+        },
+    )
+    ran = cli("cluster", "apply", "--overlay", production)
+    assert ran.code == 1
+    said = "there is a PersistentVolume tally-bucket already, which is kept for the namespace tally-of-others"
+    assert said in " ".join(ran.err.split())
+    assert ready.names("deployments") == []
+    assert cli("cluster", "down", "--overlay", production, "--data", "--yes").out == "nothing is there\n"
+    assert ready.names("persistentvolumes") == ["tally-bucket"]
+
+
+def test_a_job_that_somebody_has_begun_is_not_suspended_anew(ready: ApiServer, production: str, cli: Cli) -> None:
+    assert cli("cluster", "apply", "--overlay", production).code == 0
+    assert ready.get("rayjobs", "tally-night")["spec"]["suspend"] is True  # type: ignore[index]
+    ready.edit("rayjobs", "tally-night", "kubectl-patch", {"spec": {"suspend": False}})
+    for options in ((), ("--force",)):
+        ran = cli("cluster", "apply", "--overlay", production, *options)
+        assert ran.code == 0, ran.err
+        assert ran.out.endswith("nothing to change\n")
+        assert ready.get("rayjobs", "tally-night")["spec"]["suspend"] is False  # type: ignore[index]
+
+
+def test_a_job_that_has_failed_is_run_again(ready: ApiServer, production: str, cli: Cli) -> None:
+    assert cli("cluster", "apply", "--overlay", production).code == 0
+    before = ready.get("jobs", "tally-migrate")
+    assert before is not None
+    failed = {"type": "Failed", "status": "True", "message": "Job has reached the specified backoff limit"}
+    ready.set_status("tally-migrate", plural="jobs", conditions=[failed])
+    ran = cli("cluster", "plan", "--overlay", production)
+    assert "replace Job tally-migrate" in ran.out
+    ran = cli("cluster", "apply", "--overlay", production)
+    assert ran.code == 0, ran.err
+    after = ready.get("jobs", "tally-migrate")
+    assert after is not None
+    assert after["metadata"]["uid"] != before["metadata"]["uid"]
+    assert "status" not in after
+    ready.set_status("tally-migrate", plural="jobs", conditions=[{"type": "Complete", "status": "True"}])
+    assert cli("cluster", "apply", "--overlay", production).out.endswith("nothing to change\n")
 
 
 # -- the doctor --------------------------------------------------------------------------------------------------------
@@ -485,6 +576,20 @@ def test_what_a_cluster_lacks_is_named(ready: ApiServer, production: str, cli: C
     assert "there is no class 'azurefile-csi-premium'" in found["storage"]
     assert "the quota team has 2.0 cores of requests.cpu left, and what always runs needs" in found["quota"]
     assert found["from within"].startswith("- not looked at")
+
+
+def test_the_fields_that_count_are_those_of_the_version(ready: ApiServer, production: str, cli: Cli) -> None:
+    """KubeRay still serves a version of before, which it names last and which has fewer fields."""
+    crd = ready.get("customresourcedefinitions", "rayclusters.ray.io")
+    assert crd is not None
+    (now,) = crd["spec"]["versions"]
+    spec = {"type": "object", "properties": {"rayVersion": {}}}
+    schema = {"openAPIV3Schema": {"type": "object", "properties": {"spec": spec}}}
+    crd["spec"]["versions"] = [now, {"name": "v1alpha1", "served": True, "storage": False, "schema": schema}]
+    ready.put("customresourcedefinitions", crd)
+    _, found = examined(cli, production, "--no-pod")
+    assert found["kinds"].startswith("ok ")
+    assert "RayCluster v1, " in found["kinds"]
 
 
 def test_disks_are_no_shares(ready: ApiServer, production: str, cli: Cli) -> None:

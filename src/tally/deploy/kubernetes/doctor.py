@@ -84,7 +84,7 @@ def _kinds(installation: Installation) -> str:
         if known is None or version not in known["versions"]:
             served = f", which serves {', '.join(known['versions'])}" if known else ""
             wrong.append(f"no {each['kind']} ({each['apiVersion']}){served}")
-        elif known["fields"] and (fields := sorted(set(each.get("spec", {})) - set(known["fields"]))):
+        elif (told := known["fields"][version]) and (fields := sorted(set(each.get("spec", {})) - set(told))):
             wrong.append(f"{each['kind']} without {', '.join(fields)}: its operator is too old")
         else:
             right.append(f"{each['kind']} {version}")

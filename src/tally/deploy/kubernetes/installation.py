@@ -80,13 +80,16 @@ class Installation:
             if _key(each) in self._unknown:
                 continue
             live, what = self._live(each), _called(each)
-            if live is not None and not _is_ours(live):
+            if live is not None and (why := self._not_ours(live)) is not None:
                 raise DeployError(
-                    f"the namespace {self.overlay.namespace} has a {what} that is no part of Tally",
-                    hint="Nothing was applied. Another namespace: in the overlay.",
+                    f"there is a {what} already, which {why}",
+                    hint="Nothing was applied. Another namespace, or another name: in the overlay.",
                 )
             if live is None and not self._has_namespace:
                 found.append(Change("create", what))
+                continue
+            if live is not None and _has_failed(live):
+                found.append(Change("replace", what))
                 continue
             try:
                 after = self._put(each, live, dry_run=True)
@@ -167,7 +170,7 @@ class Installation:
             say(f"{name}: {least}" if least == most else f"{name}: {least} to {most}")
 
     def _sized(self, name: str, least: int, most: int) -> Object:
-        """What is to be said of one of them: nothing but its number."""
+        """What is to be said of one of them: nothing but its number. Raises DeployError where it is not there."""
         ray = next((each for each in self.overlay.manifests if each["kind"] == "RayCluster"), None)
         groups = [each["groupName"] for each in ray["spec"]["workerGroupSpecs"]] if ray else []
         scaled = {
@@ -177,12 +180,7 @@ class Installation:
             if each["kind"] == kind and "labels" in each["metadata"]
         }
         if ray is not None and name in groups:
-            live = self._live(ray)
-            if live is None:
-                raise DeployError(
-                    f"there is no {_called(ray)} yet", hint=f"tally cluster apply --overlay {self.overlay.folder}"
-                )
-            found = copy.deepcopy(live["spec"]["workerGroupSpecs"])
+            found = copy.deepcopy(self._ours(ray)["spec"]["workerGroupSpecs"])
             for group in found:
                 if group["groupName"] == name:
                     group |= {"minReplicas": least, "maxReplicas": most}
@@ -194,19 +192,24 @@ class Installation:
             )
         target = scaled[name]
         if target["kind"] == "ScaledObject":
-            return _partial(target, {"minReplicaCount": least, "maxReplicaCount": most})
-        if "replicas" not in target["spec"]:
+            sizes = {"minReplicaCount": least, "maxReplicaCount": most}
+        elif "replicas" not in target["spec"]:
             raise SpecError(f"{_called(target)} is scaled by an autoscaler: its bounds are in the overlay")
-        if least != most:
+        elif least != most:
             raise SpecError(f"{name} has no autoscaler: say one number, not {least}..{most}")
-        return _partial(target, {"replicas": least})
+        else:
+            sizes = {"replicas": least}
+        self._ours(target)
+        return _partial(target, sizes)
 
     # -- the end -----------------------------------------------------------------------------------------------
 
     def parts(self, *, data: bool) -> Sequence[Object]:
-        """What there is of it, in the order in which it would be taken away. data: also claims and volumes."""
+        """What there is of it, in the order in which it would be taken away. data: also claims and volumes. What has
+        a name of the overlay's, and is not Tally's, is not among it."""
         rendered = [each for each in self.overlay.manifests if _key(each) not in self._unknown]
-        there = [each for each in [*self._surplus, *reversed(rendered)] if self._live(each) is not None]
+        every = ((each, self._live(each)) for each in [*self._surplus, *reversed(rendered)])
+        there = [each for each, live in every if live is not None and self._not_ours(live) is None]
         parts = [each for each in there if each["kind"] not in KEPT or (data and each["kind"] != "Namespace")]
         known = {_key(each) for each in parts}
         return [*parts, *(each for each in (self._claims_of_sets() if data else ()) if _key(each) not in known)]
@@ -249,8 +252,28 @@ class Installation:
     def _live(self, manifest: Object) -> Object | None:
         return self.cluster.get_any(manifest)
 
+    def _ours(self, manifest: Object) -> Object:
+        """The object that a manifest names. Raises DeployError where there is none, or another's."""
+        live, what = self._live(manifest), _called(manifest)
+        if live is None:
+            raise DeployError(f"there is no {what} yet", hint=f"tally cluster apply --overlay {self.overlay.folder}")
+        if (why := self._not_ours(live)) is not None:
+            raise DeployError(f"the {what} {why}: it is left alone")
+        return live
+
+    def _not_ours(self, live: Object) -> str | None:
+        """Why an object is not a part of this installation; None where it is one. A namespace may be anybody's."""
+        labels = live["metadata"].get("labels") or {}
+        if live["kind"] != "Namespace" and not PART_OF.items() <= labels.items():
+            return "is no part of Tally"
+        if live["kind"] == "PersistentVolume":  # which is in no namespace
+            kept_for = (live["spec"].get("claimRef") or {}).get("namespace", self.overlay.namespace)
+            if kept_for != self.overlay.namespace:
+                return f"is kept for the namespace {kept_for}"
+        return None
+
     def _put(self, manifest: Object, live: Object | None, *, dry_run: bool = False) -> Object:
-        if manifest["kind"] == "RayCluster" and live is not None:
+        if live is not None:
             manifest = _with_decisions(manifest, live)
         return difference.put(self.cluster, manifest, dry_run=dry_run, force=self._force, ours=_SCALED)
 
@@ -315,8 +338,12 @@ def _config_maps(value: Any) -> Iterator[str]:
 
 def _with_decisions(manifest: Object, live: Object) -> Object:
     """A RayCluster with what its autoscaler has decided: its groups are one field, so they would be set anew, and
-    workers that are busy would go."""
+    workers that are busy would go. A RayJob that somebody has begun, begun: suspended anew, its pods would go."""
     found = copy.deepcopy(manifest)
+    if manifest["kind"] == "RayJob" and manifest["spec"].get("suspend") and live["spec"].get("suspend") is False:
+        found["spec"]["suspend"] = False
+    if manifest["kind"] != "RayCluster":
+        return found
     decided = {each["groupName"]: each for each in live["spec"].get("workerGroupSpecs", ())}
     for group in found["spec"].get("workerGroupSpecs", ()):
         for name in ("replicas", "scaleStrategy"):
@@ -335,10 +362,11 @@ def _command(context: str, namespace: str, name: str, entries: set[str]) -> str:
     return f"kubectl --context {context} -n {namespace} create secret generic {name} {files}"
 
 
-def _is_ours(live: Object) -> bool:
-    """Whether it is a part of Tally. A namespace may be anybody's."""
-    labels = live["metadata"].get("labels") or {}
-    return live["kind"] == "Namespace" or PART_OF.items() <= labels.items()
+def _has_failed(live: Object) -> bool:
+    """Whether it is a Job that has ended, and not well: it does nothing any more, whatever is mended."""
+    conditions = (live.get("status") or {}).get("conditions") or ()
+    failed = any(each.get("type") == "Failed" and each.get("status") == "True" for each in conditions)
+    return live["kind"] == "Job" and failed
 
 
 def _short(found: Mapping[str, Any]) -> str:

@@ -111,7 +111,8 @@ def troubles(cluster: Cluster, pod: Object) -> Iterator[tuple[bool, str]]:
             yield False, f"Pending, as no node takes it: {each.get('message', each.get('reason', ''))}"
     if status.get("phase") == "Failed":
         yield True, f"{status.get('reason', 'Failed')}: {status.get('message', 'it ended')}"
-    for each in status.get("containerStatuses") or ():
+    # Those of containers that run first come first: while they cannot, the others are not begun.
+    for each in [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]:
         state: Object = each.get("state") or {}
         waiting = state.get("waiting") or {}
         reason = waiting.get("reason", "")
