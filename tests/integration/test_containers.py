@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -61,6 +62,22 @@ def test_images_begin_with_one_base_and_say_this_version() -> None:
     assert [each[0].split()[1] for each in (build, final)] == ["${BASE}", "${BASE}"]
     assert f"ARG VERSION={VERSION}" in final
     assert f"tally:{VERSION}" in {each["image"] for each in compose()["services"].values()}
+
+
+@pytest.mark.parametrize("before", ["", "server,", "server,postgres,"])
+@pytest.mark.parametrize("after", ["", ",ray"])
+def test_an_image_for_cpus_with_pytorch_has_its_build_for_cpus(before: str, after: str) -> None:
+    """PyPI's has CUDA with it: several GB."""
+    (step,) = [each for stage in instructions() for each in stage if "${TORCH_INDEX:+" in each]
+    patterns = re.search(r'case "\$\{ACCELERATOR\},\$\{EXTRAS\}," in (.*?)\)', step)
+    assert patterns is not None
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    for name, packages in extras.items():
+        wanted = any(re.match(r"torch\b", each) for each in packages)
+        for accelerator in ("cpu", "cuda"):
+            word = f"{accelerator},{before}{name}{after},"
+            taken = any(fnmatch.fnmatchcase(word, each.strip()) for each in patterns[1].split("|"))
+            assert taken is (wanted and accelerator == "cpu"), word
 
 
 def test_the_image_runs_tally_as_nobody_in_particular_and_installs_nothing_itself() -> None:
