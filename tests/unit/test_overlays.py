@@ -21,6 +21,7 @@ from tally.deploy.base import dump
 from tally.deploy.kubernetes import fields
 from tally.deploy.kubernetes.lint.needs import secrets_of
 from tally.deploy.kubernetes.lint.objects import Found
+from tally.deploy.kubernetes.lint.ray import is_virtual
 from tally.deploy.kubernetes.lint.rules import problems
 from tally.deploy.kubernetes.manifests import manifests
 from tally.deploy.kubernetes.overlay import Overlay
@@ -213,6 +214,9 @@ MISTAKES: list[tuple[str, str, str, str, Any, str]] = [
     ("production", "Certificate", "tally", "spec.secretName", GONE, "spec.secretName is missing"),
     ("production", "ServiceMonitor", "tally", "spec.selector", GONE, "spec.selector is missing"),
     ("gpu", "Ingress", "tally", "spec.rules", GONE, "spec.rules is missing"),
+    ("gpu", "Service", "tally", "spec.type", "LoadBalancer", "lets anybody from outside the cluster connect to"),
+    ("production", "Service", "tally", "spec.type", "NodePort", "lets anybody from outside the cluster connect to"),
+    ("production", "RayJob", "tally-night", "spec.rayClusterSpec.upgradeStrategy", {"type": "Recreate"}, "refuses upg"),
 ]  # fmt: skip
 
 
@@ -242,6 +246,41 @@ def plant(found: Manifest, where: str, instead: Any) -> None:
         del inner[last]
     else:
         inner[last] = instead
+
+
+@pytest.mark.parametrize("port", ["http", 8700])
+def test_a_service_for_those_outside_is_open_to_whom_a_policy_names(port: str | int) -> None:
+    found = rendered("gpu")
+    one(found, "Service")["spec"]["type"] = "LoadBalancer"
+    policy = one(found, "NetworkPolicy", "tally-server")
+    policy["spec"]["ingress"].append({"from": [{"ipBlock": {"cidr": "203.0.113.0/24"}}], "ports": [{"port": port}]})
+    assert problems(found) == []
+
+
+def test_pods_that_reach_buckets_act_as_the_account_that_may() -> None:
+    """An identity of the cloud is an account's. Virtual nodes have none."""
+    seen = set()
+    for name in NAMES:
+        for pods in Found(rendered(name)).pods:
+            if any("secretRef" in source for each in pods.containers for source in each.get("envFrom", ())):
+                account = pods.spec.get("serviceAccountName")
+                assert account == (None if is_virtual(pods) else "tally"), (name, pods.what)
+                seen.add(pods.labels["app.kubernetes.io/component"])
+                given = pods.kind in ("RayCluster", "RayJob") and pods.group is None  # its autoscaler asks the cluster
+                assert pods.spec["automountServiceAccountToken"] is given
+    assert seen == {"server", "consumer", "ray-head", "ray-worker"}
+
+
+def test_rays_pods_are_replaced_when_their_template_changes() -> None:
+    for name in NAMES:
+        found = rendered(name)
+        for each in found:
+            if each["kind"] == "RayCluster":
+                assert each["spec"]["upgradeStrategy"] == {"type": "Recreate"}
+    found = rendered("production")
+    cluster = one(found, "RayCluster", "tally-ray")["spec"]
+    job = one(found, "RayJob", "tally-night")["spec"]["rayClusterSpec"]
+    assert {**job, "upgradeStrategy": {"type": "Recreate"}} == cluster  # KubeRay refuses it of a job's
 
 
 def test_a_secret_with_its_values_is_seen() -> None:
@@ -375,4 +414,7 @@ def test_every_figure_that_is_asked_for_is_exported() -> None:
     assert exported - shown == set(), "figures that nobody looks at"
     assert len({each["alert"] for each in alerts}) == len(alerts)
     assert all(each["annotations"]["summary"] and each["labels"]["severity"] for each in alerts)
+    for each in alerts:  # a job that has just begun has done nothing for as long as it exists
+        if said := re.search(r"for (\d+) minutes", each["annotations"]["summary"]):
+            assert each["for"] == f"{said[1]}m", each["alert"]
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

@@ -9,7 +9,7 @@ terraform {
   required_providers {
     azurerm = {
       source  = "hashicorp/azurerm"
-      version = "~> 4.0"
+      version = "~> 4.9" # whose containers of blobs name their account by its id
     }
   }
 }
@@ -128,6 +128,13 @@ resource "azurerm_storage_account" "tally" {
 resource "azurerm_storage_container" "tally" {
   name               = "tally"
   storage_account_id = azurerm_storage_account.tally.id
+}
+
+# The driver that mounts the container as a folder reads the account's keys as the nodes.
+resource "azurerm_role_assignment" "nodes" {
+  scope                = azurerm_storage_account.tally.id
+  role_definition_name = "Storage Account Key Operator Service Role"
+  principal_id         = azurerm_kubernetes_cluster.tally.kubelet_identity[0].object_id
 }
 
 # Whom the pods act as, instead of a key of the account.

@@ -18,7 +18,8 @@ output "parameters" {
   value = {
     filesClass   = "azurefile-csi-premium"
     bucketDriver = "blob.csi.azure.com"
-    bucketHandle = "${azurerm_storage_account.tally.name}_${azurerm_storage_container.tally.name}"
+    bucketHandle = "${azurerm_resource_group.tally.name}#${azurerm_storage_account.tally.name}#${azurerm_storage_container.tally.name}"
     bucket       = azurerm_storage_container.tally.name
+    bucketOption = "-o allow_other"
   }
 }

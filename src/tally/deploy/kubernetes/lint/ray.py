@@ -28,6 +28,9 @@ def ray(found: Found) -> Iterator[str]:
             if scaled and "replicas" in group:
                 yield f"{what}: two say how many replicas there are, and the autoscaler is to"
             yield from _resources(what, group)
+    for each in found.of("RayJob"):
+        if (each["spec"].get("rayClusterSpec") or {}).get("upgradeStrategy"):
+            yield f"{called(each)}: KubeRay refuses upgradeStrategy for the cluster of a job"
     for pods in found.pods:
         if pods.group is not None:
             yield from _gpu(pods)

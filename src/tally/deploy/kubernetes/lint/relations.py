@@ -11,6 +11,7 @@ from tally.deploy.kubernetes.lint.objects import (
     SERVES,
     Found,
     Manifest,
+    Pods,
     called,
     matches,
     namespace_of,
@@ -122,6 +123,31 @@ def networks(found: Found) -> Iterator[str]:
             for port in rule.get("ports", ()):
                 if chosen and "port" in port and not any(pods.has_port(port["port"]) for pods in chosen):
                     yield f"{called(each)} opens port {port['port']!r}, which none of its pods has"
+    for each in found.of("Service"):
+        if (type_ := each["spec"].get("type")) not in ("NodePort", "LoadBalancer"):
+            continue
+        for pods in found.selected({"matchLabels": each["spec"].get("selector") or {}}, each):
+            for port in each["spec"].get("ports", ()):
+                if not _lets_in(policies, found, pods, port.get("targetPort", port["port"])):
+                    yield (
+                        f"{called(each)} is a {type_}, and no NetworkPolicy lets anybody from outside the cluster "
+                        f"connect to port {port['port']}: one with an ipBlock says who may"
+                    )
+
+
+def _lets_in(policies: Sequence[Manifest], found: Found, pods: Pods, port: str | int) -> bool:
+    """Whether somebody outside the cluster may connect to a port of pods: from any place, or from an address."""
+    for each in policies:
+        if pods not in found.selected(each["spec"]["podSelector"], each):
+            continue
+        for rule in each["spec"].get("ingress") or ():
+            sources, ports = rule.get("from") or (), [one["port"] for one in rule.get("ports") or () if "port" in one]
+            numbers = {pods.ports.get(str(one), one) for one in ports}
+            if (not sources or any("ipBlock" in one for one in sources)) and (
+                not ports or pods.ports.get(str(port), port) in numbers
+            ):
+                return True
+    return False
 
 
 def _peers(policy: Manifest, direction: str) -> Iterator[Mapping[str, Any]]:
