@@ -200,7 +200,7 @@ def test_steps_do_not_meet_in_their_files_nor_leave_any(tmp_path: Path, run: Run
     inputs: {parameters: [{name: got}]}
     container: {image: busybox, command: [echo, "{{inputs.parameters.got}}"]}
 """)  # fmt: skip
-    assert printed("all") == "[0,1,2,3,4,5]\n"
+    assert printed("all") == '["0","1","2","3","4","5"]\n'
     assert not Path("/tmp/tally-test-x").exists()
     assert not Path("/tally-test-x").exists()
     assert not Path("/results").exists()

@@ -15,6 +15,7 @@ import functools
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tally.pipelines import expressions
 from tally.pipelines.bindings import Bindings, Bound
 from tally.pipelines.document import seconds_of
 from tally.pipelines.expressions import ExpressionError
-from tally.pipelines.groups import Groups, Holder
+from tally.pipelines.groups import Groups, Holder, hooks_of
 from tally.pipelines.leaves import Leaves
 from tally.pipelines.options import Keys, Options
 from tally.pipelines.progress import WHY, Progress, StopError
@@ -76,6 +77,7 @@ class Driver:
         progress.load()
         async with self._leaves.ready():
             limit = self._workflow.spec.get("activeDeadlineSeconds")
+            progress.stop_before(self._record, limit)
             looking = asyncio.create_task(progress.watch(self._record, limit))
             work = asyncio.create_task(self._whole())
             try:
@@ -123,13 +125,14 @@ class Driver:
         self._progress.begin_exit()
         self._status = phase
         wrong = await self._guarded(self._groups.workflow_hooks(hooks, name, top)) or wrong
-        handler = {"template": spec["onExit"]} if spec.get("onExit") else (spec.get("hooks") or {}).get("exit")
+        handler = hooks_of(spec).get("exit")
         if handler is not None:
             ended: list[Node] = []
 
             async def leave() -> None:
                 if self._groups.holds(handler.get("expression"), self._values):
-                    ended.append(await self._groups.hook(handler, f"{name}.onExit", name, top, self._values))
+                    given = self._bindings.arguments()
+                    ended.append(await self._groups.hook(handler, f"{name}.onExit", name, top, self._values, given))
 
             wrong = await self._guarded(leave()) or wrong
             for each in ended:
@@ -182,7 +185,8 @@ class Driver:
             self._progress.reached = True
         if node.done:
             return node
-        self._progress.check_goes_on()
+        if node.phase != "Running":  # what was begun by another driver is looked after
+            self._progress.check_goes_on()
         try:
             bound, inside = self._bindings.bind(found, given, values)
             inside["node.name"] = name
@@ -265,7 +269,8 @@ class Driver:
             if not attempt.done:
                 attempt.inputs, attempt.started_at = node.inputs, attempt.started_at or time.time()
                 try:
-                    await self._once(holder, found, attempt, bound, inside)
+                    limited = self._limited(found, node, most, inside) if number and most is not None else found
+                    await self._once(holder, limited, attempt, bound, inside)
                 except ValueError as error:
                     await self._progress.end(attempt, "Error", str(error))
             node.outputs, node.exit_code = attempt.outputs, attempt.exit_code
@@ -287,6 +292,14 @@ class Driver:
                 await self._progress.pause(max(0.0, pause - (time.time() - (attempt.finished_at or 0.0))))
             self._progress.check_goes_on()
             number += 1
+
+    @staticmethod
+    def _limited(found: Found, node: Node, most: float, values: Values) -> Found:
+        """A template as it is tried again: no longer than its ``maxDuration`` goes on from the first attempt."""
+        left = max(0.0, (node.started_at or 0.0) + most - time.time())
+        if (own := found.template.get("activeDeadlineSeconds")) is not None:
+            left = min(left, float(values.text(str(own))))
+        return replace(found, template={**found.template, "activeDeadlineSeconds": left})
 
     @staticmethod
     def _gives_up(

@@ -101,19 +101,22 @@ class Groups:
     def holds(self, expression: str | None, values: Values) -> bool:
         return expression is None or expressions.truth(bare(values.text(expression)), values.nested())
 
-    async def hook(self, hook: Mapping[str, Any], name: str, parent: str, inside: Found, values: Values) -> Node:
+    async def hook(
+        self,
+        hook: Mapping[str, Any],
+        name: str,
+        parent: str,
+        inside: Found,
+        values: Values,
+        otherwise: Bound | None = None,
+    ) -> Node:
+        """Run a hook. otherwise: what it is given where it says nothing of arguments."""
         display = name if "onExit" in name or "hooks" in name else hook.get("template", "")
         holder = Holder({**hook, "name": display}, inside)
-        found = self._resolve(holder)
-        return await self._run(
-            holder,
-            found,
-            name,
-            display,
-            node_id(parent),
-            self._bindings.given(hook.get("arguments") or {}, values),
-            values,
-        )
+        given = self._bindings.given(hook.get("arguments") or {}, values)
+        if otherwise is not None and not hook.get("arguments"):
+            given = otherwise
+        return await self._run(holder, self._resolve(holder), name, display, node_id(parent), given, values)
 
     def _resolve(self, holder: Holder) -> Found:
         inside = holder.inside
@@ -294,9 +297,10 @@ class Groups:
         try:
             for number, item in enumerate(items):
                 await begun.acquire()
-                for each in [each for each in running if each.done()]:
-                    running.discard(each)
-                    each.result()
+                over = {each for each in running if each.done()}
+                if any(each.exception() for each in over):
+                    break  # it is raised once the others are over, too
+                running -= over
                 running.add(asyncio.create_task(one(number, item)))
             await _together(running)
         finally:
@@ -341,10 +345,12 @@ class Groups:
         async with at_once as fails:
             if fails:
                 return await passed("Omitted", "another has failed, and failFast is set")
-            hooks = dict(step.get("hooks") or {})
-            if step.get("onExit"):
-                hooks.setdefault("exit", {"template": step["onExit"]})
-            early = asyncio.ensure_future(self._step_hooks(hooks, holder, name, values, words, None)) if hooks else None
+            hooks = hooks_of(step)
+            early = (
+                asyncio.ensure_future(self._step_hooks(hooks, holder, name, values, words, None, given))
+                if hooks
+                else None
+            )
             try:
                 node = await self._run(holder, found, name, display, parent, given, values)
             except BaseException:
@@ -353,15 +359,22 @@ class Groups:
                 raise
             if early is not None:
                 await early
-                await self._step_hooks(hooks, holder, name, values, words, node)
+                await self._step_hooks(hooks, holder, name, values, words, node, given)
             if node.failed and not _goes_on(holder, node):
                 at_once.failed = True
         return node
 
     async def _step_hooks(
-        self, hooks: Mapping[str, Any], holder: Holder, name: str, values: Values, words: str, node: Node | None
+        self,
+        hooks: Mapping[str, Any],
+        holder: Holder,
+        name: str,
+        values: Values,
+        words: str,
+        node: Node | None,
+        given: Bound,
     ) -> None:
-        """Run the hooks of a step that are due: those of a running one, if it is not done."""
+        """Run the hooks of a step that are due: those of a running one, if it is not done. given: to the step."""
         inside = Values(values)
         start = f"{words}.{str(holder.value.get('name', '')).partition('(')[0]}"
         if node is None:
@@ -375,7 +388,7 @@ class Groups:
                     and node.phase not in ("Skipped", "Omitted")
                     and self.holds(hook.get("expression"), inside)
                 ):
-                    await self.hook(hook, f"{name}.onExit", name, holder.inside, inside)
+                    await self.hook(hook, f"{name}.onExit", name, holder.inside, inside, given)
             elif f"{name} {key}" not in self._hooks_done and self.holds(hook.get("expression"), inside):
                 self._hooks_done.add(f"{name} {key}")
                 await self.hook(hook, f"{name}.hooks.{key}", name, holder.inside, inside)
@@ -403,14 +416,20 @@ class Groups:
             for name, artifact in (node.outputs.get("artifacts") or {}).items():
                 scope.artifacts[f"{start}.outputs.artifacts.{name}"] = artifact
             return
-        ran = [each for each in result.nodes if each.phase not in ("Skipped", "Omitted")]
+        ran = [each for each in result.nodes if each.phase == "Succeeded"]
         results = [loops.item_of(each.outputs["result"]) for each in ran if "result" in each.outputs]
         scope[f"{start}.outputs.result"] = to_json(results)
         parameters = [each.outputs["parameters"] for each in ran if each.outputs.get("parameters")]
         scope[f"{start}.outputs.parameters"] = to_json(parameters)
         for name in {name for each in parameters for name in each}:
-            found = [loops.item_of(each[name]) for each in parameters if name in each]
+            found = loops.items_of([each[name] for each in parameters if name in each])
             scope[f"{start}.outputs.parameters.{name}"] = to_json(found)
+
+
+def hooks_of(holder: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a step, a task or a workflow, by name; its ``onExit`` is the one called ``exit``."""
+    hooks = dict(holder.get("hooks") or {})
+    return hooks | {"exit": {"template": holder["onExit"]}} if holder.get("onExit") else hooks
 
 
 def _goes_on(holder: Holder, node: Node) -> bool:

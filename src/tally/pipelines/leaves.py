@@ -15,7 +15,7 @@ from tally.pipelines.bindings import Bound
 from tally.pipelines.document import seconds_of
 from tally.pipelines.expressions import ExpressionError
 from tally.pipelines.options import Keys, Options
-from tally.pipelines.pods import MOST_RESULT, Pods, limit_of
+from tally.pipelines.pods import LIMITS, MOST_RESULT, Pods, limit_of
 from tally.pipelines.progress import Progress
 from tally.pipelines.store import Node, Phase
 from tally.pipelines.values import Values, bare
@@ -47,6 +47,8 @@ class Leaves:
 
     async def run(self, found: Found, node: Node, bound: Bound, values: Values, *, captures: str) -> None:
         """Run a template as this node, to its end. captures: the step's name. Raises StopError, ExpressionError."""
+        if found.kind in ("http", "resource"):  # what another driver has begun of them would be done again
+            self._progress.check_goes_on()
         match found.kind:
             case "container" | "script":
                 await self._pods.run(found, node, bound, values, captures=captures)
@@ -85,7 +87,7 @@ class Leaves:
         resource = values.substituted(found.template["resource"])
         assert self._options.context is not None
         cluster = resources.Resources(self._options.context, self._options.namespace)
-        limit = limit_of(found.template, node)
+        limit = limit_of({key: values.substituted(found.template.get(key)) for key in LIMITS}, node)
         node.phase = "Running"
         await self._progress.save(node)  # what is made again, or found made already, is the same
         phase: Phase = "Succeeded"
@@ -143,11 +145,16 @@ class Leaves:
         node.phase = "Running"
         await self._progress.save(node)
         async with self._progress.working():
-            phase, message, body = await asyncio.to_thread(self._request, http, condition, values)
+            seconds = float(http.get("timeoutSeconds", _HTTP_SECONDS))
+            if timeout := values.text(found.template.get("timeout", "")):
+                seconds = min(seconds, seconds_of(timeout))
+            phase, message, body = await asyncio.to_thread(self._request, http, condition, values, seconds)
         node.outputs = {"parameters": {}, "artifacts": {}, "result": body}
         await self._progress.end(node, phase, message)
 
-    def _request(self, http: Mapping[str, Any], condition: str | None, values: Values) -> tuple[Phase, str | None, str]:
+    def _request(
+        self, http: Mapping[str, Any], condition: str | None, values: Values, seconds: float
+    ) -> tuple[Phase, str | None, str]:
         import httpx2
 
         headers = {}
@@ -165,7 +172,7 @@ class Leaves:
         try:
             answer = httpx2.request(
                 method, http["url"], headers=headers, content=http.get("body"), follow_redirects=True,
-                timeout=float(http.get("timeoutSeconds", _HTTP_SECONDS)),
+                timeout=seconds,
                 verify=not http.get("insecureSkipVerify", False),
             )  # fmt: skip
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:

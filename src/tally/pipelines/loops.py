@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tally.pipelines.document import loaded, scalar_text
@@ -28,15 +29,26 @@ def items(step: Mapping[str, Any], scope: Values) -> list[Any]:
     return _sequence({key: scope.text(value) for key, value in step["withSequence"].items()})
 
 
+_VERB = re.compile(r"%(?:%|([-+ 0]*[0-9]*)(.?))", re.DOTALL)
+
+
 def _sequence(given: Mapping[str, str]) -> list[str]:
+    def verb(match: re.Match[str]) -> str:
+        """What Go calls a number in a format, as Python does."""
+        if match[0] != "%%" and match[2] not in ("d", "v", "x", "X", "o"):
+            raise ValueError(f"the format {match[0]!r} is not known here")
+        return "%%" if match[0] == "%%" else f"%{match[1]}{'d' if match[2] == 'v' else match[2]}"
+
     try:
         start = int(given.get("start") or 0)
-        if "count" in given:
-            end, step = start + int(given["count"]) - 1, 1
+        if "end" in given:
+            end = int(given["end"])
+        elif (count := int(given["count"])) == 0:
+            return []
         else:
-            end = int(given.get("end") or 0)
-            step = 1 if end >= start else -1
-        pattern = given.get("format") or "%d"
+            end = start + count - 1
+        step = 1 if end >= start else -1
+        pattern = _VERB.sub(verb, given.get("format") or "%d")
         return [pattern % each for each in range(start, end + step, step)]
     except (ValueError, TypeError) as error:
         raise ExpressionError(f"withSequence {dict(given)}: {error}") from None
@@ -49,8 +61,14 @@ def item_label(item: Any) -> str:
 
 
 def item_of(text: str) -> Any:
-    """A text as an item of a list: what is JSON is that."""
+    """A result as an item of a list: what is JSON is that."""
     try:
         return loaded(text)
     except ValueError:
         return text
+
+
+def items_of(texts: Sequence[str]) -> list[Any]:
+    """Parameters as items of a list, as Argo has it: lists and mappings if all of them are such, else texts."""
+    found = [item_of(each) for each in texts]
+    return found if all(isinstance(each, (list, dict)) for each in found) else list(texts)

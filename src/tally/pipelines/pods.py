@@ -39,6 +39,8 @@ from tally.pipelines.workflow import Found, Workflow
 MOST_RESULT = 256 << 10
 """Bytes of standard output that become a result, as on a cluster."""
 MOST_PARAMETER = 256 << 10
+LIMITS = ("activeDeadlineSeconds", "timeout")
+"""Fields of a template that say how long it may take."""
 _MOST_CODE = 64 << 20
 _RESULT_OF = re.compile(r"(?:steps|tasks)(?:\.([\w-]+)|\[\s*['\"]([^'\"]+)['\"]\s*\])\.outputs\.result")
 
@@ -93,7 +95,7 @@ class Pods:
 
     async def run(self, found: Found, node: Node, bound: Bound, values: Values, *, captures: str) -> None:
         """Run a template as this node, to its end. captures: the step's name. Raises StopError, ExpressionError."""
-        said = (found.kind, "outputs", "sidecars", "timeout", "volumes")
+        said = (found.kind, *LIMITS, "outputs", "sidecars", "volumes")
         template = {key: values.substituted(each) if key in said else each for key, each in found.template.items()}
         pod = _Pod(
             template, template[found.kind], node, bound, self._folder / "steps" / node.id,
@@ -102,7 +104,8 @@ class Pods:
         async with self._progress.working():
             await self._slots.acquire()
             try:
-                self._progress.check_goes_on()
+                if node.phase != "Running":
+                    self._progress.check_goes_on()
                 await self._attempt(pod)
             finally:
                 self._slots.release()
@@ -131,6 +134,9 @@ class Pods:
         """The end of what another driver has begun; None if that was lost, and nothing is left of it."""
         running = asyncio.create_task(self._processes.adopt(pod.mark, pod.folder))
         self._running.add(pod.mark)
+        if self._progress.stopping is not None:
+            await asyncio.sleep(0)  # from then on, it can be asked to end
+            self._stop(pod.mark)
         if pod.template.get("daemon") and self._processes.lives(pod.mark, pod.folder):
             return running
         if await running is not None:

@@ -26,6 +26,8 @@ from tally.pipelines.steps.processes import Command
 from tally.pipelines.steps.room import Mount, Room
 from tally.pipelines.workflow import Workflow
 
+_REFERENCE = re.compile(r"\$(?:\$|\(([^)]*)\))")
+
 
 class Preparing:
     """Prepares the steps of one run. folder: of the run."""
@@ -112,14 +114,15 @@ class Preparing:
         captured: bool,
     ) -> Command:
         """What the launcher is asked for. captured: whether what it prints is for others to use. Raises SpecError."""
-        entry, words = list(container.get("command", ())), list(container.get("args", ()))
-        if "source" in container:
-            words = [room.put_script(container["source"]), *words]
+        said = self._environment(container)
+        entry, words = ([_expanded(each, said) for each in container.get(key, ())] for key in ("command", "args"))
+        if container.get("source"):
+            words = [*words, room.put_script(container["source"])]
         stdout = room.folder / "stdout" if captured else None
         workdir = rooms.normal(container["workingDir"]) if container.get("workingDir") else None
         if isinstance(room, ImageRoom):
             try:
-                passed = containers.write_environment(room, self._environment(container))
+                passed = containers.write_environment(room, said)
             except ValueError as error:
                 raise SpecError(str(error)) from None
             argv = containers.run(
@@ -133,7 +136,7 @@ class Preparing:
         env["PATH"] = search_path(venv, self._own_commands)
         if venv:
             env["VIRTUAL_ENV"] = str(Path(venv).absolute())
-        env |= self._environment(container)
+        env |= said
         if find_command(entry[0], venv) is None and not room.at(entry[0]).exists():
             raise SpecError(f"there is no command {entry[0]!r} on this machine")
         cwd = workdir or "/"
@@ -171,23 +174,27 @@ class Preparing:
                             raise
                         continue
                     env |= {each.get("prefix", "") + name: value for name, value in found.items()}
+        named: dict[str, str] = {}
         for each in container.get("env", ()):
             source = each.get("valueFrom") or {}
             reference = source.get("secretKeyRef") or source.get("configMapKeyRef")
             if reference is None:
-                # $(NAME) is what was said of NAME before, as on a cluster.
-                env[each["name"]] = re.sub(
-                    r"\$\(([\w.-]+)\)", lambda match: env.get(match[1], match[0]), each.get("value", "")
-                )
+                named[each["name"]] = _expanded(each.get("value", ""), named)
                 continue
             try:
-                env[each["name"]] = self._keys.get(
+                named[each["name"]] = self._keys.get(
                     "Secret" if "secretKeyRef" in source else "ConfigMap", reference["name"], reference["key"]
                 )
             except SpecError:
                 if not reference.get("optional"):
                     raise
-        return env
+        return env | named
+
+
+def _expanded(text: str, variables: Mapping[str, str]) -> str:
+    """As Kubernetes reads commands, arguments and variables: ``$(NAME)`` is a variable that was said before, if there
+    is one, and ``$$`` is ``$``."""
+    return _REFERENCE.sub(lambda match: "$" if match[1] is None else variables.get(match[1], match[0]), text)
 
 
 def output_paths(template: Mapping[str, Any]) -> list[str]:

@@ -225,6 +225,14 @@ class Progress:
         self.interrupted = True
         self._end("interrupt", now=now)
 
+    def stop_before(self, record: RunRecord, limit: float | None) -> None:
+        """Where the run was to stop before this process drives it: nothing is begun, and what still runs is ended."""
+        top = self._past.get(record.name)
+        if record.wanted == "cancel" and (top is None or top.failed or not top.done):
+            self._end("cancel")
+        elif limit is not None and time.time() > record.created_at + limit and (top is None or not top.done):
+            self._end("deadline")
+
     def _end(self, why: str, *, now: bool = False) -> None:
         self.stopping = self.stopping or why
         self._stopped.set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -59,8 +58,6 @@ class Workflow:
         if reference := own.get("workflowTemplateRef"):
             self._base, self._base_where = self.libraries[reference["name"]], ("spec",)
             self.spec = _laid_over(self._base.value.get("spec") or {}, own)
-        if defaults := self.spec.get("templateDefaults"):
-            self.spec["templates"] = [_with_defaults(each, defaults) for each in self.spec.get("templates", ())]
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -69,7 +66,7 @@ class Workflow:
     def template(self, holder: Mapping[str, Any], owner: str, where: Where, inside: Document) -> Found:
         """What a step, task or hook runs. Raises SpecError."""
         if "inline" in holder:
-            return Found(holder["inline"], owner, (*where, "inline"), inside)
+            return Found(self._whole(holder["inline"]), owner, (*where, "inline"), inside)
         if reference := holder.get("templateRef"):
             library = self.libraries[reference["name"]]
             return self._named(
@@ -83,15 +80,22 @@ class Workflow:
             return self._named(name, owner, self.libraries[owner], at)
         for number, each in enumerate(self.spec.get("templates") or ()):
             if each.get("name") == name:
-                return Found(each, "", (*self._base_where, "templates", number), self._base)
+                return Found(self._whole(each), "", (*self._base_where, "templates", number), self._base)
         raise self._missing(name, self.spec, at or self.main.file)
 
     def _named(self, name: str, owner: str, library: Document, at: str) -> Found:
         spec = library.value.get("spec") or {}
         for number, each in enumerate(spec.get("templates") or ()):
             if each.get("name") == name:
-                return Found(each, owner, ("spec", "templates", number), library)
+                return Found(self._whole(each), owner, ("spec", "templates", number), library)
         raise self._missing(name, spec, f"{at}: in {owner}")
+
+    def _whole(self, template: Template) -> Template:
+        """A template with what the workflow says of all, where it does not say it itself; it stays of its kind."""
+        own = next((each for each in (*GROUPS, *LEAVES) if each in template), None)
+        defaults = self.spec.get("templateDefaults") or {}
+        kept = {key: each for key, each in defaults.items() if key == own or key not in (*GROUPS, *LEAVES)}
+        return _over(kept, template) if kept else template
 
     @staticmethod
     def _missing(name: str, spec: Mapping[str, Any], at: str) -> SpecError:
@@ -209,26 +213,21 @@ def _beside(path: Path) -> list[Path]:
 
 def _laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A WorkflowTemplate's spec with what the workflow says of its own."""
-    spec = {**base, **{key: each for key, each in own.items() if key not in ("workflowTemplateRef", "arguments")}}
-    arguments: dict[str, Any] = {}
-    for kind in ("parameters", "artifacts"):
-        merged = {each["name"]: each for each in (base.get("arguments") or {}).get(kind, ())}
-        for each in (own.get("arguments") or {}).get(kind, ()):
-            merged[each["name"]] = {**merged.get(each["name"], {}), **each}
-        if merged:
-            arguments[kind] = list(merged.values())
-    return spec | {"arguments": arguments}
+    return dict(_over(base, {key: each for key, each in own.items() if key != "workflowTemplateRef"}))
 
 
-def _with_defaults(template: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A template with what it does not say itself; it stays of its kind."""
-    result = deepcopy(dict(template))
-    own_kind = next((each for each in (*GROUPS, *LEAVES) if each in template), None)
-    for key, value in defaults.items():
-        if key in (*GROUPS, *LEAVES) and key != own_kind:
-            continue
-        if key not in result:
-            result[key] = deepcopy(value)
-        elif isinstance(value, Mapping) and isinstance(result[key], Mapping):
-            result[key] = {**deepcopy(dict(value)), **result[key]}
-    return result
+_NAMED_BY = {"artifacts": "name", "env": "name", "parameters": "name", "sidecars": "name", "volumes": "name",
+             "volumeMounts": "mountPath"}  # fmt: skip
+"""Lists of Argo's and Kubernetes' whose members are told apart by a field; any other list is one value."""
+
+
+def _over(base: Any, own: Any, key: str = "") -> Any:
+    """What is said, and what stands below it where nothing is said, as Kubernetes merges them. key: where it stands."""
+    if isinstance(base, Mapping) and isinstance(own, Mapping):
+        return {**base, **{name: _over(base.get(name), each, name) for name, each in own.items()}}
+    field_ = _NAMED_BY.get(key)
+    if field_ is None or not (isinstance(base, list) and isinstance(own, list)):
+        return own
+    below = {each.get(field_): each for each in base}
+    said = {each.get(field_): _over(below.get(each.get(field_)), each) for each in own}
+    return list((below | said).values())

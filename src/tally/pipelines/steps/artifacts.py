@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import tarfile
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -158,16 +159,30 @@ def _remove(path: Path) -> None:
 
 
 def _unpacked(file: Path, target: Path, archive: Mapping[str, Any]) -> Path:
-    """What is in an archive, as Argo unpacks it: a single file or folder in it stands for itself."""
-    if "none" in archive or file.is_dir() or not tarfile.is_tarfile(file):
+    """What is in an archive, as Argo unpacks it: of tar and gzip, whether that is said or seen; of nothing else. A
+    single file or folder in it stands for itself."""
+    if "none" in archive or file.is_dir():
+        return file
+    if not _is_packed(file):
+        if "tar" in archive:
+            raise ArtifactError("it cannot be unpacked: it is no tar file in gzip")
         return file
     try:
-        with tarfile.open(file) as tar:
+        with tarfile.open(file, "r:gz") as tar:
             tar.extractall(target, filter="data")
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ArtifactError(f"it cannot be unpacked: {error}") from None
     inside = list(target.iterdir())
     return inside[0] if len(inside) == 1 else target
+
+
+def _is_packed(file: Path) -> bool:
+    """Whether it is a tar file in gzip that has something in it."""
+    try:
+        with tarfile.open(file, "r:gz") as tar:
+            return tar.next() is not None
+    except (OSError, EOFError, zlib.error, tarfile.TarError):
+        return False
 
 
 def digest(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from tally.errors import SpecError
 from tally.pipelines import resources
 from tally.pipelines.document import Where, path_text
+from tally.pipelines.groups import hooks_of
 from tally.pipelines.options import Keys, Options
 from tally.pipelines.support.fields import LOCATIONS, SPEC, TEMPLATE
 from tally.pipelines.support.groups import Groups
@@ -63,9 +64,8 @@ class _Check:
             self._say.no(("entrypoint",), "is missing: which template begins?")
         else:
             self._reach({"template": entrypoint}, "", ("entrypoint",), top=True)
-        if spec.get("onExit"):
-            self._reach({"template": spec["onExit"]}, "", ("onExit",))
-        self._groups.hooks(spec.get("hooks") or {}, ("hooks",), "", {"workflow"})
+        passed = {**arguments, "parameters": [{"name": each} for each in sorted(self._parameters)]}
+        self._groups.hooks(hooks_of(spec), ("hooks",), "", {"workflow"}, passed)
         self._pods.volumes(spec.get("volumes") or (), ("volumes",))
         self._synchronization(spec.get("synchronization") or {}, ("synchronization",))
         self._retry(spec.get("retryStrategy"), ("retryStrategy",))
@@ -143,6 +143,11 @@ class _Check:
         self._retry(template.get("retryStrategy"), ("retryStrategy",))
         self._synchronization(template.get("synchronization") or {}, ("synchronization",))
         if text := template.get("timeout"):
+            whole = (self._spec.get("templateDefaults") or {}).get("timeout")
+            if found.kind in (*GROUPS, "suspend") and text != whole:
+                self._say.no(("timeout",), f"is not for templates of the kind {found.kind}")
+            elif text.isdigit():
+                self._say.no(("timeout",), f"{text!r} needs a unit: {text}s")
             self._say.duration(text, ("timeout",))
         match found.kind:
             case "steps":
@@ -169,6 +174,8 @@ class _Check:
         policy = strategy.get("retryPolicy", "OnFailure")
         if policy not in ("Always", "OnFailure", "OnError", "OnTransientError"):
             self._say.no((*where, "retryPolicy"), f"{policy!r} is not known")
+        if "backoff" in strategy and "duration" not in strategy["backoff"]:
+            self._say.no((*where, "backoff"), "needs a duration")
         for key in ("duration", "maxDuration", "cap"):
             if text := (strategy.get("backoff") or {}).get(key):
                 self._say.duration(text, (*where, "backoff", key))

@@ -9,6 +9,7 @@ from tally.errors import SpecError
 from tally.pipelines import conditions
 from tally.pipelines.document import Where
 from tally.pipelines.expressions import ExpressionError
+from tally.pipelines.groups import hooks_of
 from tally.pipelines.loops import WORDS
 from tally.pipelines.support.names import Names
 from tally.pipelines.support.passing import Passing
@@ -54,12 +55,19 @@ class Groups:
             if name not in by_name:
                 self._say.no(("dag", "target"), f"there is no task {name!r}{did_you_mean(name, by_name)}")
         after: dict[str, set[str]] = {}
+        logical = any("depends" in each for each in tasks)
         for number, task in enumerate(tasks):
             where: Where = ("dag", "tasks", number)
             name = task.get("name", "")
             self._say.named(name, where)
-            if "depends" in task and "dependencies" in task:
-                self._say.no(where, "has both depends and dependencies")
+            if logical and "dependencies" in task:
+                self._say.no(
+                    where, "has dependencies where others of the DAG, or itself, have depends: Argo takes no mix"
+                )
+            if logical and "continueOn" in task:
+                self._say.no(where, f"has continueOn where tasks have depends: say {name}.Failed in those instead")
+            if (logical or "dependencies" in task) and name[:1].isdigit():
+                self._say.no(where, f"the name {name!r} begins with a digit, which Argo refuses where tasks depend")
             try:
                 after[name] = conditions.dependencies(task, by_name)[1]
             except ExpressionError as error:
@@ -86,6 +94,8 @@ class Groups:
             self._say.no(where, f"has both {' and '.join(loops)}")
         for each in loops:
             self._names.tags(step[each], (*where, each), known)
+        if "withSequence" in step and len(step["withSequence"].keys() & {"count", "end"}) != 1:
+            self._say.no((*where, "withSequence"), "needs either count or end")
         if loops:
             names |= {"item", "item.*"}
         self._passing.arguments(step.get("arguments") or {}, (*where, "arguments"), names)
@@ -94,20 +104,34 @@ class Groups:
             self._say.read(conditions.when, condition, (*where, "when"))
         found = self._reach(step, owner, where, names)
         its = known | {"item", "item.*", f"{words}.{step.get('name', '')}.*"} | ({"inputs.*"} if found else set())
-        hooks = dict(step.get("hooks") or {})
-        if step.get("onExit"):
-            hooks.setdefault("exit", {"template": step["onExit"]})
-        self.hooks(hooks, (*where, "hooks"), owner, its)
+        self.hooks(hooks_of(step), (*where, "hooks"), owner, its, step.get("arguments") or {})
 
-    def hooks(self, hooks: Mapping[str, Any], where: Where, owner: str, names: set[str]) -> None:
+    def hooks(
+        self, hooks: Mapping[str, Any], where: Where, owner: str, names: set[str], arguments: Mapping[str, Any]
+    ) -> None:
+        """arguments: those of what the hooks are of, which an exit handler without its own is given."""
         for name, hook in hooks.items():
             place = (*where, name)
+            if name == "exit" and not hook.get("arguments"):
+                hook = {**hook, "arguments": self._taken(arguments, hook, owner)}
             if name != "exit" and "expression" not in hook:
                 self._say.no(place, "a hook other than exit needs an expression")
             if expression := hook.get("expression"):
                 self._names.expression(bare(expression), (*place, "expression"))
             self._names.tags(hook.get("arguments") or {}, (*place, "arguments"), names)
             self._reach(hook, owner, place, names)
+
+    def _taken(self, arguments: Mapping[str, Any], hook: Mapping[str, Any], owner: str) -> dict[str, Any]:
+        """Those of the arguments that a hook's template takes."""
+        inputs = (self._quietly(hook, owner) or {}).get("inputs") or {}
+        return {
+            kind: [
+                each
+                for each in arguments.get(kind, ())
+                if each["name"] in {one["name"] for one in inputs.get(kind, ())}
+            ]
+            for kind in ("parameters", "artifacts")
+        }
 
     def _quietly(self, step: Mapping[str, Any], owner: str) -> Mapping[str, Any] | None:
         """The template of a step; None if there is none, which is said elsewhere."""

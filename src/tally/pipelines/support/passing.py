@@ -45,6 +45,8 @@ class Passing:
             self._names.tags({key: value for key, value in each.items() if key not in ("name", "path")}, place, names)
             if "fromExpression" in each:
                 self._names.expression(each["fromExpression"], (*place, "fromExpression"), names)
+            if "zip" in (each.get("archive") or {}):
+                self._say.no((*place, "archive", "zip"), "is not done on this machine")
             if "artifactGC" in each or "archiveLogs" in each:
                 self._say.note(place, "how long it is kept means nothing here")
 
