@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tests.retraining import COLOURS, backbone, photos
 
+import tally
 from tally.engines.base import Engine
 from tally.errors import ModelError, SpecError, WorkerCrashedError
 from tally.models.load import load
@@ -27,6 +28,8 @@ from tally.training.retrain.examples import Examples, Parameters
 from tally.training.retrain.head import Head, State, evaluate, train
 from tally.training.retrain.result import write
 from tally.training.retrain.sampling import BLOCK, Sampler
+from tally.training.retrain.summaries import test_pictures as pictures_of_test
+from tally.training.runs.tracking import logged_pictures
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -151,6 +154,28 @@ def test_every_wrong_parameter_is_reported_together() -> None:
     ]  # fmt: skip
     with pytest.raises(SpecError, match=r"--random_crop.*\n.*--random_brightness"):
         Distortions(random_crop=-1, random_brightness=101)
+
+
+@pytest.mark.parametrize("name", ["猫" * 83, "x" * 250, "\udcff"], ids=["of any script", "long", "of no script"])
+def test_a_picture_that_is_mistaken_is_logged_whatever_its_name(tmp_path: Path, name: str) -> None:
+    folder = photos(tmp_path / "photos", {"red": 1, "blue": 1})
+    pictures = [
+        Picture(
+            (folder / label / "000.png").rename(folder / label / f"{name}.png"), f"{label}/{name}.png", at, "testing"
+        )
+        for at, label in enumerate(("blue", "red"))
+    ]
+    features = np.array([[0, 1], [0, 1]], np.float32)
+    both = np.arange(2)
+    examples = Examples(features, both, {"training": both[:0], "validation": both[:0], "testing": both}, 2)
+    tested = evaluate(examples, Head(np.eye(2, dtype=np.float32), np.zeros(2, np.float32)), Parameters())
+    assert tested is not None
+    found = pictures_of_test(Dataset(folder, ("blue", "red"), tuple(pictures)), tested, examples.labels)
+    with tally.training.run() as run:
+        for each, pixels in found.items():
+            run.log_image(each, pixels)
+    assert [each[:19] for each in found] == ["confusion_matrix", "misclassified/blue/"]
+    assert sorted(logged_pictures(run.folder)) == sorted(found)
 
 
 def saved(state: State, path: Path) -> Path:

@@ -69,6 +69,14 @@ def test_a_run_keeps_all_that_was_logged(tmp_path: Path) -> None:
     assert (version.metadata["properties"], version.metadata["tags"]) == ({"size": 8}, {"by": "me"})
 
 
+def test_pictures_are_kept_under_names_of_any_script_and_length() -> None:
+    names = ["猫" * 83, "x" * 250, "..", ".hidden/" + "." * 240, "5.png", "a%2Fb", "a/b"]
+    with tally.training.run() as run:
+        places = [run.log_image(name, np.zeros((2, 3)), 4) for name in names]
+    assert logged_pictures(run.folder) == {name: {4: place} for name, place in zip(names, places, strict=True)}
+    assert artifacts(run.folder) == []
+
+
 def test_what_is_flushed_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "FLUSH_SECONDS", 3600.0)
     store = RunStore.open()

@@ -15,10 +15,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tally.errors import ItemError
 from tally.media.images import decode
+from tally.text import storable
 from tally.training.retrain.dataset import Dataset
 from tally.training.retrain.examples import Indices
 from tally.training.retrain.head import Batch, Evaluation, Head, Tested
 from tally.training.runs.events import EventWriter, Node, histogram
+from tally.training.runs.store import LONGEST_METRIC
 from tally.training.style.synthetic_images import Pixels
 
 SECONDS = 1.0
@@ -157,7 +159,11 @@ def test_pictures(dataset: Dataset, tested: Tested, labels: Indices) -> dict[str
             pixels, _ = decode(picture.path.read_bytes(), (_SIDE, _SIDE))
         except (OSError, ItemError):  # it was there when its bottleneck was computed; the number says what it was
             continue
-        found[f"misclassified/{picture.key}"] = captioned(pixels, caption)
+        name = f"misclassified/{storable(picture.key)}"
+        if len(name) > LONGEST_METRIC:
+            half = LONGEST_METRIC // 2 - 1
+            name = f"{name[:half]}…{name[-half:]}"
+        found[name] = captioned(pixels, caption)
     return found
 
 

@@ -29,6 +29,7 @@ from tally.database.waiting import Patience
 from tally.errors import OwnershipLostError, RunStateError, SpecError, StorageError, error_line
 from tally.jobs.store import new_id
 from tally.storage import failure
+from tally.text import storable
 from tally.training.runs import origin
 from tally.training.runs.child import ParentBook, parent
 from tally.training.runs.cost import Meter
@@ -55,6 +56,7 @@ FLUSH_SECONDS = 2.0
 """Seconds between two writes of what was logged, and two renewals of the lease."""
 MOST_BUFFERED = 20_000
 """Values that are kept until then; more are written at once."""
+_LONGEST_PART = 200
 _STEPS = 2**62
 """More do not fit into the database's column."""
 
@@ -146,7 +148,7 @@ class Run:
         with self._lock:
             self._open()
         pixels = as_picture(picture)
-        path = self.folder / PICTURES / quote(_metric_name(name), safe=" @:,=+()") / f"{int(step):09d}.png"
+        path = self.folder.joinpath(PICTURES, *_folders(name), f"{int(step):09d}.png")
         _write(path, png(pixels))
         if self.events is not None:
             self.events.add(int(step), images={name: pixels})
@@ -594,10 +596,19 @@ def artifacts(folder: Path) -> list[str]:
 def logged_pictures(folder: Path) -> dict[str, dict[int, Path]]:
     """The pictures that were logged: name to step to file."""
     found: dict[str, dict[int, Path]] = {}
-    for each in sorted((folder / PICTURES).glob("*/*.png")):
-        if each.stem.lstrip("-").isdigit():
-            found.setdefault(unquote(each.parent.name), {})[int(each.stem)] = each
+    top = folder / PICTURES
+    for each in sorted(top.rglob("*.png")):
+        if each.stem.lstrip("-").isdigit() and each.parent != top and each.is_file():
+            name = unquote("".join(each.parent.relative_to(top).parts))
+            found.setdefault(name, {})[int(each.stem)] = each
     return found
+
+
+def _folders(name: str) -> list[str]:
+    """The folders, one in the other, of the pictures of this name: no file system takes all of a long one at once."""
+    text = quote(storable(_metric_name(name)), safe=" @:,=+()")
+    parts = [text[at : at + _LONGEST_PART] for at in range(0, len(text), _LONGEST_PART)]
+    return [f"%2E{each[1:]}" if each.startswith(".") else each for each in parts]
 
 
 def _metric_name(name: str) -> str:
