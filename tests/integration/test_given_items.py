@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -19,6 +20,14 @@ from tally.scorers.base import Scorer
 class Mean(Scorer):
     def score(self, batch: list[Any]) -> list[dict[str, float]]:
         return [{"mean": float(each.mean())} for each in batch]
+
+
+class Corners(Scorer):
+    def score(self, batch: list[Any]) -> list[dict[str, Any]]:
+        return [
+            {"shape": "x".join(map(str, each.shape)), "first": int(each[0, 0, 0]), "last": int(each[-1, -1, 0])}
+            for each in batch
+        ]
 
 
 def test_pictures_bytes_and_paths(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +52,38 @@ def test_pictures_bytes_and_paths(tmp_path: Path, home: Path, monkeypatch: pytes
     for wrong in ([np.zeros((2, 2))], [3], [], 7):
         with pytest.raises(SpecError):
             tally.score(wrong, Mean, tmp_path / "wrong", quiet=True)  # type: ignore[arg-type]
+
+
+def test_pictures_of_pillow_are_what_their_files_are(tmp_path: Path) -> None:
+    halves = np.zeros((4, 8, 3), np.uint8)
+    halves[:, 4:] = 200
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    names = [str(tmp_path / name) for name in ("1.png", "2.tif", "3.tif")]
+    Image.fromarray(halves).save(names[0], exif=turned)
+    Image.fromarray(np.array([[0, 40_000]], np.int32)).save(names[1])
+    Image.fromarray(np.array([[0.0, 0.5]], np.float32)).save(names[2])
+    files = tally.score(names, Corners, tmp_path / "files", quiet=True, workers=1)
+    opened = tally.score([Image.open(name) for name in names], Corners, tmp_path / "opened", quiet=True, workers=1)
+    for job in files, opened:
+        rows = sorted(job.results().to_pylist(), key=lambda row: str(row["key"]))
+        assert [(row["shape"], row["first"], row["last"]) for row in rows] == [
+            ("8x4x3", 0, 200),
+            ("1x2x3", 0, 156),
+            ("1x2x3", 0, 128),
+        ]
+
+
+@pytest.mark.parametrize("one", [b"content", np.zeros((6, 4, 3), np.uint8), np.zeros((6, 4), np.uint8), {"a.png": b""}])
+def test_one_item_is_not_taken_apart(tmp_path: Path, one: Any) -> None:
+    with pytest.raises(SpecError, match=r"is one item, and not several|its keys are not taken"):
+        tally.score(one, Mean, tmp_path / "out", quiet=True)
+
+
+def test_a_relation_of_duckdb_is_a_table(tmp_path: Path) -> None:
+    rows = duckdb.sql("select unnest([1, 2]) as n")
+    job = tally.score(rows, Doubled, tmp_path / "out", quiet=True, workers=1)
+    assert job.results().to_pydict()["twice"] == [2, 4]
 
 
 def test_tables(tmp_path: Path) -> None:

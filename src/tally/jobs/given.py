@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -96,8 +97,9 @@ def kept_values(values: Any, item_column: str | None) -> dict[str, Any]:
 
 def _as_table(values: Any) -> Any:
     """The values as a ``pyarrow.Table``, if they are a table."""
-    is_pandas = hasattr(values, "columns") and hasattr(values, "to_parquet")
-    if not is_pandas and not (hasattr(values, "__arrow_c_stream__") and hasattr(values, "schema")):
+    is_pandas = all(hasattr(values, each) for each in ("columns", "index", "to_parquet"))
+    is_arrow = hasattr(values, "__arrow_c_stream__") and (hasattr(values, "schema") or hasattr(values, "columns"))
+    if not is_pandas and not is_arrow:
         return None
     import pyarrow as pa
 
@@ -126,12 +128,21 @@ def _kept_table(new: Path, table: Any, item_column: str | None) -> dict[str, Any
 
 
 _SCHEMA = ("key", "item")
+_BANDS = (3, 4)
+"""Of an array that is a picture."""
 
 
 def _kept_one_by_one(new: Path, values: Any) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if alone := _one_item(values):
+        raise SpecError(f"source: {alone} is one item, and not several", hint="Give a list that holds it: [item].")
+    if isinstance(values, Mapping):
+        raise SpecError(
+            f"source: {type(values).__name__} names no items: its keys are not taken for their names",
+            hint="Give its values, list(items.values()): they are numbered in their order. Files keep their names.",
+        )
     try:
         iterator = iter(values)
     except TypeError:
@@ -165,6 +176,16 @@ def _kept_one_by_one(new: Path, values: Any) -> dict[str, Any]:
 _ROWS = 8192
 
 
+def _one_item(values: Any) -> str | None:
+    """What it is, if it is an item that Python would take apart: bytes, or a picture, whose rows are no pictures."""
+    if isinstance(values, (bytes, bytearray, memoryview)):
+        return type(values).__name__
+    shape: tuple[Any, ...] = getattr(values, "shape", ())
+    if len(shape) == 2 or (len(shape) == 3 and shape[2] in _BANDS):
+        return f"{type(values).__name__} of {' × '.join(map(str, shape))}"
+    return None
+
+
 def _kept_item(new: Path, number: int, value: Any, digest: Any) -> dict[str, str]:
     """The item's key and where it is: a place, or a file beside the list."""
     if isinstance(value, (str, Path)):
@@ -183,18 +204,21 @@ def _as_png(number: int, value: Any) -> bytes:
     """A picture as a file that keeps each of its pixels."""
     from PIL import Image
 
+    from tally.media import images
+
     picture = value
     if not isinstance(picture, Image.Image):
         shape, kind = getattr(value, "shape", None), str(getattr(value, "dtype", ""))
-        if shape is None or kind != "uint8" or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))):
+        if shape is None or kind != "uint8" or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in _BANDS)):
             what = type(value).__name__ + ("" if shape is None else f" of {kind}, {' × '.join(map(str, shape))}")
             raise SpecError(
                 f"source: item {number} is {what}",
                 hint="Items are paths, URLs, bytes of a file, PIL pictures, or arrays of uint8, height × width × 3.",
             )
         picture = Image.fromarray(value)
-    if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        picture = picture.convert("RGB")
     out = io.BytesIO()
-    picture.save(out, "png", compress_level=1)
+    try:
+        images.for_png(picture).save(out, "png", compress_level=1)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"source: item {number}, a picture, cannot be read: {error}") from None
     return out.getvalue()

@@ -66,6 +66,7 @@ _OTHERS = {
     b"version http": "a Git LFS pointer: fetch the content with 'git lfs pull'",
 }
 """What files that have the name of a picture are instead, by their beginning in lower case."""
+_IN_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _STRIP_PIXELS = 1 << 20
 _SMALL_QUALITY = 85
 
@@ -193,6 +194,17 @@ def thumbnail(pixels: np.ndarray[Any, np.dtype[np.uint8]], side: int) -> bytes:
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=_SMALL_QUALITY)
     return buffer.getvalue()
+
+
+def for_png(image: PillowImage.Image) -> PillowImage.Image:
+    """A picture that Pillow has opened or made, as PNG can keep it: upright, as :func:`decode` makes a file's, and of
+    floats and large integers as that takes them."""
+    from PIL import Image
+
+    upright = _upright(image, _orientation(image))
+    if opacity := {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}.get(upright.mode):
+        upright = upright.convert(opacity)
+    return upright if upright.mode in _IN_PNG else Image.fromarray(_rgb(upright))
 
 
 def pages(data: bytes) -> int:
