@@ -354,7 +354,25 @@ def test_scale_may_be_a_fraction(make: Make, scale: Any, right: float) -> None:
     assert inspect(means(make), {"preprocess": {"scale": scale}})["preprocess"]["scale"] == right
 
 
-@pytest.mark.parametrize("given", [{"mean": [0.485, 0.456, 0.406], "std": [0.2, 0.2, 0.2]}, {"std": 0.5, "scale": 1}])
+@pytest.mark.parametrize(("scale", "most"), [("1/255", "1"), ("1/127.5", "2"), (0.017, "4.335")])
+def test_a_mean_of_pixels_that_scale_has_made_smaller_is_refused(make: Make, scale: Any, most: str) -> None:
+    """As others write it, whose mean is subtracted before the scale: every picture would come out as one colour."""
+    given = {"scale": scale, "mean": [103.94, 116.78, 123.68]}
+    assert f"mean: 123.68 is more than any pixel, as scale makes them 0..{most} before" in problems(
+        means(make), preprocess=given
+    )
+    right = [each * float(most) / 255 for each in given["mean"]]
+    assert inspect(means(make), {"preprocess": {"scale": scale, "mean": right}})["preprocess"]["mean"] == right
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mean": [0.485, 0.456, 0.406], "std": [0.2, 0.2, 0.2]},
+        {"std": 0.5, "scale": 1},
+        {"mean": 0.5, "std": [0.229, 0.224, 0.225]},
+    ],
+)
 def test_mean_and_deviation_of_other_values_than_pixels_are_refused(make: Make, given: dict[str, Any]) -> None:
     found = problems(means(make), preprocess=given)
     assert "scale: mean and std below 1 are for pixels in 0..1, so write scale: 1/255 too" in found

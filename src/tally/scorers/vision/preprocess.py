@@ -117,8 +117,14 @@ class Preprocess(BaseModel):
         if self.channels == "gray" and 3 in (len(self.mean or ()), len(self.std or ())):
             problems.append("mean, std: three numbers given, but gray has one channel")
         mean, std = [abs(n) for n in self.mean or () if n], self.std or ()
-        if self.scale in (None, 1.0) and max(mean or std, default=1.0) < 1:
+        most = 255 * (self.scale or 1.0)
+        if self.scale in (None, 1.0) and any(values and max(values) < 1 for values in (mean, std)):
             problems.append("scale: mean and std below 1 are for pixels in 0..1, so write scale: 1/255 too")
+        elif (largest := max(mean, default=0.0)) > most:
+            problems.append(
+                f"mean: {largest:g} is more than any pixel, as scale makes them 0..{most:g} before the mean is "
+                f"subtracted; write it on that scale ({largest * most / 255:g}), or leave scale out"
+            )
         if self.dtype == "uint8" and not self.identity:
             problems.append("dtype: uint8 takes pixels as they are; scale, mean and std do not go with it")
         if problems:
