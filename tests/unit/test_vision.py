@@ -375,6 +375,19 @@ def test_wrong_labels(content: bytes, words: str, tmp_path: Path) -> None:
         read_labels(tmp_path / "labels")
 
 
+@pytest.mark.parametrize(
+    "names", ["names: [cat, dog]", "names:\n  0: cat\n  1: dog", "- cat\n- dog", "names:\n- cat\n- dog"]
+)
+def test_labels_of_a_file_that_yolo_is_trained_from(names: str, tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text(
+        names if names[0] == "-" else f"train: ../train/images\nval: ../valid/images\n\nnc: 2\n{names}\n"
+    )
+    assert read_labels(tmp_path / "data.yaml") == ["cat", "dog"]
+    (tmp_path / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\n\nnc: 2\n")
+    with pytest.raises(SpecError, match=r"must map the indices 0, 1, 2 \.\.\. to names"):
+        read_labels(tmp_path / "data.yaml")
+
+
 def test_missing_labels(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="cannot be read"):
         read_labels(tmp_path / "labels.txt")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
+from typing import Any
 
+from tally import plain_yaml
 from tally.errors import SpecError
 
 _FORM = "Write a text file in UTF-8 with one label on each line, in the order of the model's classes."
@@ -13,13 +15,16 @@ _FORM = "Write a text file in UTF-8 with one label on each line, in the order of
 
 def read_labels(path: Path) -> list[str]:
     """The class names in a file: a text file with one on each line, up to the first empty line; or a list,
-    or a mapping of index to name, in JSON or as Python prints it. Raises SpecError."""
+    or a mapping of index to name, in JSON or as Python prints it; or the ``names`` of a ``data.yaml``, which YOLO is
+    trained from. Raises SpecError."""
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
     except OSError as error:
         raise SpecError(f"labels: {path} cannot be read ({error.strerror or error})", hint=_FORM) from None
     except UnicodeDecodeError:
         raise SpecError(f"labels: {path} is not text in UTF-8", hint=_FORM) from None
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return _listed(_of_yaml(text, path), path)
     if not text.startswith(("{", "[")):
         lines = [line.strip() for line in text.splitlines()]
         names = lines[: lines.index("")] if "" in lines else lines
@@ -33,6 +38,18 @@ def read_labels(path: Path) -> list[str]:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise SpecError(f"labels: {path} is neither JSON nor one name on each line", hint=_FORM) from None
+    return _listed(value, path)
+
+
+def _of_yaml(text: str, path: Path) -> Any:
+    try:
+        value = plain_yaml.load(text)
+    except ValueError as error:
+        raise SpecError(f"labels: {path} is not valid YAML: {error}", hint=_FORM) from None
+    return value.get("names", value) if isinstance(value, dict) else value
+
+
+def _listed(value: Any, path: Path) -> list[str]:
     if isinstance(value, dict):
         try:
             value = {int(index): str(label) for index, label in value.items()}
