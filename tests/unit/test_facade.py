@@ -294,6 +294,60 @@ def test_a_function_is_a_scorer(items: Path, capsys: pytest.CaptureFixture[str])
         score("items", length, "out2", settings={"inptu": "bytes"})
 
 
+PROGRAM_OF_OURS = """
+import sys
+
+import ours
+import tally
+from tally.jobs.facade import Jobs
+from tally.jobs.spec import make
+
+
+def ruled(batch):
+    return [{"value": ours.measure(each)} for each in batch]
+
+
+how = sys.argv[1]
+try:
+    if how == "begin":
+        Jobs().submit(make(source="items", model="x", out="begun", workers=1), model=ours.Measured)
+    elif how == "go on":
+        print(tally.Job("begun").resume(quiet=True).state)
+    else:
+        model, settings = (ruled, {"input": "bytes"}) if how == "function" else (ours.Measured, {})
+        job = tally.score("items", model, how, settings=settings, quiet=True, workers=1, resume=True)
+        print(sorted(set(job.results().to_pydict()["value"])))
+except tally.TallyError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_scorer_of_a_module_that_was_changed_is_another_model(items: Path) -> None:
+    """It is pickled by its name, as is what its module imports."""
+    Path("measures.py").write_text("def measure(content):\n    return 1\n")
+    Path("ours.py").write_text(
+        "import tally\nfrom measures import measure\n\n\nclass Measured(tally.Scorer):\n    input = 'bytes'\n\n"
+        "    def score(self, batch):\n        return [{'value': measure(each)} for each in batch]\n"
+    )
+    Path("program.py").write_text(PROGRAM_OF_OURS)
+
+    def run(how: str) -> str:
+        done = subprocess.run([sys.executable, "program.py", how], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert (run("class"), run("function")) == ("[1]", "[1]")
+    run("begin")
+    Path("other.py").write_text("a module that neither imports")
+    assert (run("class"), run("function")) == ("[1]", "[1]"), "nothing has changed"
+    Path("measures.py").write_text("def measure(content):\n    return 2\n")
+    for how in ("class", "function"):
+        assert "[1]" not in run(how), how
+    assert "it changed since the job began" in run("go on")
+    Path("measures.py").write_text("def measure(content):\n    return 1\n")
+    assert run("go on") == "finished"
+
+
 @pytest.mark.parametrize(
     ("said", "meant"),
     [

@@ -187,6 +187,37 @@ def local_modules(path: Path) -> list[Path]:
     return [path, *sorted(found - {path})]
 
 
+def code_of(names: Collection[str]) -> dict[str, bytes]:
+    """Of modules that are imported: name to SHA-256 of their files and of those that they import from the same root,
+    but for what is installed."""
+    found: dict[str, bytes] = {}
+    for name in sorted(names):
+        file = source_of(name)
+        if file is None or name.partition(".")[0] in ("tally", "__main__"):
+            continue
+        above = name.count(".") + (file.name == "__init__.py")
+        root = str(file.parents[above])
+        if is_system(root):
+            continue
+        finder = _Finder(path=[root])
+        try:
+            finder.import_hook(name)
+        except Exception:  # it is no module any more, or none that can be looked through
+            found[name] = known_hash(file)
+        for each, module in finder.modules.items():
+            if (path := getattr(module, "__file__", None)) is not None:
+                found[each] = known_hash(Path(path))
+    return found
+
+
+def source_of(name: str) -> Path | None:
+    """The file that a module came from, or would come from; None for what is not written in Python, or not known."""
+    module = sys.modules.get(name)
+    spec = PathFinder.find_spec(name) if module is None and "." not in name else None
+    file = getattr(module, "__file__", None) if spec is None else spec.origin
+    return Path(file) if isinstance(file, str) and file.endswith(".py") and Path(file).is_file() else None
+
+
 class _Finder(ModuleFinder):
     """One that knows folders without ``__init__.py``."""
 

@@ -6,25 +6,42 @@ import functools
 import hashlib
 import inspect
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any, Literal, cast
 
 import cloudpickle
 
 from tally.config import make_private, settings
-from tally.errors import ModelLoadError, SpecError, StorageError, error_line, is_interrupt
+from tally.errors import ModelChangedError, ModelLoadError, SpecError, StorageError, error_line, is_interrupt
 from tally.models import kinds
 from tally.models.base import Candidate, Kind, ModelRequest, covering
-from tally.models.hashing import check_content, content_hash
+from tally.models.hashing import check_content, content_hash, known_hash
 from tally.models.reference import ModelRef
 from tally.scorers.base import Input, Results, Scorer
-from tally.scorers.scripts.classes import check_options, not_a_package
+from tally.scorers.scripts.classes import check_options, code_of, not_a_package, source_of
 from tally.storage.publish import write_whole
 
 PICKLED = "scorer.pkl"
+MODULES = "modules.json"
+"""Beside it: what the modules that it refers to, and that are not installed, hold by their SHA-256. A pickle only names
+them, and is the same when they have changed."""
+
+
+_SAVED = {
+    "sklearn": "Save it, and give its path: skops.io.dump(model, 'model.skops').",
+    "torch": "Export it, and give its path, with trust=True: "
+    "torch.export.save(torch.export.export(model.eval(), (example,)), 'model.pt2').",
+    "keras": "Save it, and give its path: model.save('model.keras').",
+    "xgboost": "Save it, and give its path: model.save_model('model.json').",
+    "lightgbm": "Save it, and give its path: model.booster_.save_model('model.txt').",
+    "catboost": "Save it, and give its path: model.save_model('model.cbm').",
+    "onnxruntime": "Give the path of its file.",
+}
+"""What to do with a model that a library has made, by the library's name."""
 
 
 class Function(Scorer):
@@ -71,9 +88,12 @@ class ObjectKind(Kind):
     def _scorer(self, model: Any, request: ModelRequest) -> ModelRef:
         kind = model if isinstance(model, type) else type(model)
         if not issubclass(kind, Scorer):
+            libraries = (each.__module__.partition(".")[0] for each in kind.__mro__)
+            library = next((each for each in libraries if each in _SAVED), None)
             raise SpecError(
-                f"a model is a path, a name, a tally.Scorer or a function of a batch, not {model!r}",
-                hint=f"Supported paths are {kinds.supported()}.",
+                "a model is a path, a name, a tally.Scorer or a function of a batch, not "
+                + (repr(model) if library is None else f"an object of {library}, {kind.__qualname__}"),
+                hint=_SAVED.get(library or "", f"Supported paths are {kinds.supported()}."),
             )
         if isinstance(model, type):
             options = check_options(kind, request.settings, kind.__name__)
@@ -85,7 +105,7 @@ class ObjectKind(Kind):
         else:
             options = dict(request.settings)
         folder = store(model, kind.__name__)
-        files: tuple[str, ...] = (PICKLED,)
+        files: tuple[str, ...] = (PICKLED, MODULES) if (folder / MODULES).is_file() else (PICKLED,)
         if request.artifacts is not None:
             files = covering(files, folder, Path(request.artifacts))
         return ModelRef(
@@ -105,6 +125,8 @@ class ObjectKind(Kind):
         size = options.pop("batch_size", None)
         check_content(ref.name, ref.location, ref.files, ref.hash)  # before anything in it runs
         scorer = load(ref.location / ref.entry, ref.name, options)
+        if MODULES in ref.files:
+            _check_modules(ref.name, json.loads((ref.location / MODULES).read_text()))
         if size is not None:
             scorer.batch_size = size
         return scorer
@@ -125,15 +147,30 @@ def store(model: object, name: str) -> Path:
     """A folder of this user that holds a Scorer, object or class, in ``PICKLED``.
 
     The same model has the same folder, and so the content that was stored first: where its code stands, in which line
-    of which file or cell, makes no other model of it.
+    of which file or cell, makes no other model of it. What the modules hold that it refers to does.
     Raises SpecError for what cannot be pickled, StorageError.
     """
     pickler = _Pickler()
     content = _pickled(model, name, pickler)
     identity = _pickled(model, name, _Pickler(placeless=True)) if pickler.met_code else content
-    folder = settings().home / "objects" / hashlib.sha256(identity).hexdigest()
+    code = code_of(pickler.modules)
+    modules = json.dumps({each: digest.hex() for each, digest in sorted(code.items())}).encode() if code else b""
+    folder = settings().home / "objects" / hashlib.sha256(identity + modules).hexdigest()
+    if modules:
+        _write_private(folder / MODULES, modules)
     _write_private(folder / PICKLED, content)
     return folder
+
+
+def _check_modules(name: str, wanted: Mapping[str, str]) -> None:
+    """Raises ModelChangedError if a module is not what it was when the job began."""
+    for module, digest in wanted.items():
+        file = source_of(module)
+        if file is not None and known_hash(file).hex() != digest:
+            raise ModelChangedError(
+                f"model {name}: it changed since the job began: {file} is not what it was",
+                hint="Bring the old content back, or start a new job with the content that is there now.",
+            )
 
 
 def load(path: Path, name: str, options: Mapping[str, Any]) -> Scorer:
@@ -154,14 +191,20 @@ def load(path: Path, name: str, options: Mapping[str, Any]) -> Scorer:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
-    """met_code: whether it has pickled code by its value. placeless: leave out where that code stands."""
+    """met_code: whether it has pickled code by its value. modules: those that the pickle refers to. placeless: leave
+    out where that code stands."""
 
     def __init__(self, *, placeless: bool = False) -> None:
         self.file = io.BytesIO()
         super().__init__(self.file)
         self._placeless, self.met_code = placeless, False
+        self.modules: set[str] = set()
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, ModuleType):
+            self.modules.add(obj.__name__)
+        elif isinstance(obj, type) or inspect.isroutine(obj):
+            self.modules.add(str(obj.__module__))
         if isinstance(obj, CodeType):
             self.met_code = True
             if self._placeless:
