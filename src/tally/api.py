@@ -21,6 +21,7 @@ from tally.jobs.store import JobRecord, page_after
 from tally.scorers.base import Scorer
 from tally.scorers.scripts.pickled import named
 from tally.storage import unexpected
+from tally.text import local_time
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -252,6 +253,11 @@ def score(
             there = Job(error.job_id)
             if not resume or there.state != "finished":
                 raise
+            if not quiet:
+                terminal.note(
+                    f"job {there.id} finished on {local_time(there.record.finished_at)}, and is returned as it is: "
+                    "overwrite=True scores what is there now"
+                )
             return there  # nothing is left to be done
         record = terminal.run(all_jobs, record.id, quiet=quiet, engine=prepared, said=_in_python)
     if record.state == "cancelled":

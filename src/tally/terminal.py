@@ -111,6 +111,11 @@ def shown(record: JobRecord, *, quiet: bool = False) -> Iterator[Subscriber]:
         yield show
 
 
+def note(text: str) -> None:
+    """A line for people, of what needs no job to run."""
+    _plain("", text)
+
+
 def _plain(label: str, text: str) -> None:
     with suppress(OSError):  # nobody reads it any more; the job goes on
         print(f"{label} {text}" if label else text, file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -424,7 +425,7 @@ def test_colours_are_off_where_nobody_wants_them(
     assert "\x1b[" not in cli("jobs", "show", "nosuch").err
 
 
-def test_python_is_spoken_to_in_python(here: Path) -> None:
+def test_python_is_spoken_to_in_python(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given: Any = {"task": "classify", "labels": "labels.txt", "workers": 1, "quiet": True}
     job = tally.score("photos", "model.onnx", "out", **given)
     with pytest.raises(TallyError) as caught:
@@ -432,9 +433,20 @@ def test_python_is_spoken_to_in_python(here: Path) -> None:
     assert "overwrite=True" in str(caught.value)
     assert "--" not in str(caught.value)
     assert tally.score("photos", "model.onnx", "out", **given, resume=True).id == job.id
+    capsys.readouterr()
+    assert tally.score("photos", "model.onnx", "out", **given | {"quiet": False}, resume=True).id == job.id
+    assert re.fullmatch(
+        rf"job {job.id} finished on \S+ \S+, and is returned as it is: overwrite=True scores what is there now\n",
+        capsys.readouterr().err,
+    )
     with pytest.raises(TallyError) as caught:
         tally.score("photos", 3, "out", quiet=True)  # type: ignore[arg-type]
     assert caught.value.args == ("a model is a path, a name, a tally.Scorer or a function of a batch, not 3",)
+    session = onnxruntime.InferenceSession("model.onnx")
+    with pytest.raises(
+        TallyError, match=r"not an object of onnxruntime, InferenceSession\n  Give the path of its file"
+    ):
+        tally.score("photos", session, "out", quiet=True)  # type: ignore[arg-type]
     with pytest.raises(TallyError) as caught:
         tally.Job("nosuch")
     assert str(caught.value) == "no job 'nosuch'\n  'tally.jobs()' shows the jobs there are."
