@@ -170,6 +170,12 @@ def test_figures_say_what_results_say(folder: Path, tmp_path: Path) -> None:
     assert wrong.axes[0].get_title() == "14 of 16 right (87.5%)"
     some = job.confusion({"ring-0001.jpg": "ring"})
     assert some.axes[0].get_title() == "1 of 1 right (100.0%); 15 without truth"
+    same = tally.score(
+        folder / "pictures", lambda batch: [{"flag": True, "share": 1.0}] * len(batch), tmp_path / "same"
+    )
+    for predicted, truth in (("flag", True), ("flag", "True"), ("share", 1), ("share", "1.0")):
+        equal = same.confusion(lambda key, truth=truth: truth, predicted=predicted)  # type: ignore[misc]
+        assert equal.axes[0].get_title() == "16 of 16 right (100.0%)", (predicted, truth)
     assert plt.get_fignums() == []  # a notebook would show open ones a second time
     for refused, said in (
         (lambda: job.confusion("folder"), "none of the 16 keys has a label"),

@@ -171,16 +171,34 @@ def confusion(jobs: Jobs, record: JobRecord, truth: Truth, *, predicted: str) ->
         raise SpecError(
             f"predicted: {several[0]!r} has several rows and no column score: which of them counts is not known"
         )
-    true = _truth(truth)
+    true, text = _truth(truth), _texts(columns[predicted])
     pairs = [(true(key), label) for key, label in _two(rows, "key", "label")]
-    known = [(actual, label) for actual, label in pairs if actual is not None]
+    known = [(text(actual), label and text(label)) for actual, label in pairs if actual is not None]
     if not known:
         raise SpecError(
             f"truth: none of the {len(pairs):,} keys has a label in it"
             + (f", not {pairs and rows.column('key')[0].as_py()!r}" if pairs else "")
         )
-    counts = Counter((str(actual), "(none)" if label is None else str(label)) for actual, label in known)
+    counts = Counter((actual, "(none)" if label is None else label) for actual, label in known)
     return _matrix(counts, len(pairs) - len(known), predicted)
+
+
+def _texts(kind: Any) -> Callable[[Any], str]:
+    """How true and predicted values are written, so that equal ones are: ``True`` is ``true``, and ``1`` is ``1.0``."""
+    import pyarrow.types as types
+
+    if types.is_boolean(kind):
+        return lambda value: str(value).lower()
+    if types.is_floating(kind):
+        return _number
+    return str
+
+
+def _number(value: Any) -> str:
+    try:
+        return f"{float(value):g}"
+    except (TypeError, ValueError):
+        return str(value)
 
 
 def _matrix(counts: Counter[tuple[str, str]], unknown: int, predicted: str) -> Figure:
