@@ -211,7 +211,9 @@ def ready(api: ApiServer) -> ApiServer:
     api.put("namespaces", {"kind": "Namespace", "metadata": {"name": "tally"}})
     api.put("storageclasses", {"metadata": {"name": "azurefile-csi-premium"}, "provisioner": "file.csi.azure.com"})
     api.namespace = "tally"
-    entries = dict.fromkeys(("TALLY_DATABASE", "auth_token", "TALLY_ENDPOINT_KEY"), "eA==")
+    entries = dict.fromkeys(
+        ("TALLY_DATABASE", "auth_token", "TALLY_ENDPOINT_KEY", "TALLY_QUEUE_PASSWORD", "host"), "eA=="
+    )
     for name in ("tally", "tally-ray", "tally-queue", "shapes-key"):
         api.put("secrets", {"metadata": {"name": name}, "data": entries})
     return api

@@ -5,6 +5,7 @@ own checks, which see each of many mistakes that somebody might make.
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import re
 import shlex
@@ -123,6 +124,10 @@ def test_a_rays_groups_are_what_its_autoscaler_understands() -> None:
 POD = "spec.template.spec"
 FIRST = f"{POD}.containers.0"
 HEAD = "spec.headGroupSpec.template.spec"
+JOBS = "spec.rayClusterSpec.workerGroupSpecs.0"
+SOURCES = "spec.ingress.0.from.0.podSelector.matchExpressions.0"
+A_HEAD = {"matchLabels": {"app.kubernetes.io/component": "ray-head"}}
+SECRETS_ELSEWHERE = {"name": "TALLY_SECRETS", "value": "/run/secrets/taly"}
 CPU, LAST = "spec.workerGroupSpecs.0", "spec.workerGroupSpecs.1"
 GONE = "<gone>"  # each process that runs tests has to name them alike
 
@@ -217,6 +222,27 @@ MISTAKES: list[tuple[str, str, str, str, Any, str]] = [
     ("gpu", "Service", "tally", "spec.type", "LoadBalancer", "lets anybody from outside the cluster connect to"),
     ("production", "Service", "tally", "spec.type", "NodePort", "lets anybody from outside the cluster connect to"),
     ("production", "RayJob", "tally-night", "spec.rayClusterSpec.upgradeStrategy", {"type": "Recreate"}, "refuses upg"),
+    ("production", "RayJob", "tally-night", "spec.shutdownAfterJobFinishes", False, "suspends no job without shutdown"),
+    ("production", "RayJob", "tally-night", "spec.rayClusterSpec", GONE, "has no cluster: rayClusterSpec, or"),
+    ("production", "RayJob", "tally-night", f"{JOBS}.rayStartParams.num-cpus", "8", "RayJob tally-night, group cpu: R"),
+    ("production", "RayCluster", "tally-ray", f"{CPU}.template.spec.restartPolicy", "Always", "restartPolicy Never"),
+    ("production", "PodDisruptionBudget", "tally", "spec.maxUnavailable", 0, "none may ever be taken away"),
+    ("production", "PodDisruptionBudget", "shapes", "spec.maxUnavailable", "0%", "none may ever be taken away"),
+    ("production", "PodDisruptionBudget", "tally", "spec.minAvailable", "100%", "none may ever be taken away"),
+    ("production", "Deployment", "tally", f"{POD}.terminationGracePeriodSeconds", 5, "preStop takes 5 s, and no time"),
+    ("production", "Deployment", "tally", f"{FIRST}.env.0", SECRETS_ELSEWHERE, "reads secrets from /run/secrets/taly"),
+    ("production", "ExternalSecret", "tally", "spec.data.0.secretKey", "TALLY_DATABSE", "has no TALLY_DATABASE"),
+    ("production", "ExternalSecret", "tally-ray", "spec.data", [], "has no auth_token, which pods need of the Secret "),
+    ("production", "PersistentVolumeClaim", "tally-files", "spec.accessModes", ["ReadWriteOnce"], "for one node at a "),
+    ("production", "PersistentVolume", "tally-bucket", "spec.claimRef.name", "x", "kept for the claim x, which is not"),
+    ("dev-test", "StatefulSet", "tally-postgres", "spec.serviceName", "x", "there is no Service x, by which its pods"),
+    ("dev-test", "NetworkPolicy", "tally-postgres", f"{SOURCES}.values", ["migrate"], "lets it into StatefulSet tally"),
+    ("dev-test", "NetworkPolicy", "tally-postgres", "spec.ingress.0.ports", [{"port": 5433}], "lets it into StatefulS"),
+    ("dev-test", "NetworkPolicy", "tally-ray-worker-objects", "spec.egress", [], "port s3, and no NetworkPolicy lets "),
+    ("production", "NetworkPolicy", "tally-ray-worker", "spec.egress", [], "lets it out of RayCluster tally-ray, grou"),
+    ("production", "NetworkPolicy", "tally-ray", "spec.ingress.0.from.0.podSelector", A_HEAD, "lets it into RayCluste"),
+    ("production", "NetworkPolicy", "tally-ray", "spec.ingress.0.ports", [{"port": 6379}], "lets it into RayCluster t"),
+    ("production", "NetworkPolicy", "tally-ray", "spec.ingress.1.from.0.podSelector", A_HEAD, "port dashboard, and no"),
 ]  # fmt: skip
 
 
@@ -341,7 +367,39 @@ def test_what_the_pods_need_is_told() -> None:
         ("tally", "tally-objects"): {"s3.json"},
     }
     assert secrets_of(rendered("staging")) == {}  # the store of the cloud has them
-    assert set(secrets_of(rendered("production"))) == {("tally", "shapes-key"), ("tally", "tally-queue")}
+    assert secrets_of(rendered("production")) == {
+        ("tally", "shapes-key"): {"TALLY_ENDPOINT_KEY"},
+        ("tally", "tally-queue"): {"TALLY_QUEUE_PASSWORD", "host"},  # KEDA's
+    }
+
+
+def test_a_secret_that_is_made_otherwise_is_not_judged() -> None:
+    """A store's whole entry may have anything, and two may make one Secret."""
+    found = rendered("production")
+    one(found, "ExternalSecret")["spec"] |= {"data": [], "dataFrom": [{"extract": {"key": "tally"}}]}
+    other = copy.deepcopy(one(found, "ExternalSecret", "tally-ray"))
+    other["metadata"]["name"] = "tally-ray-too"
+    found.append(other)
+    one(found, "ExternalSecret", "tally-ray")["spec"]["data"] = []
+    assert problems(found) == []
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {},
+        {"from": [{"ipBlock": {"cidr": "10.0.0.0/8"}}], "ports": [{"port": 8265}]},
+        {"from": [{"namespaceSelector": {}}], "ports": [{"port": 8000, "endPort": 9000}]},
+        {"from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "tally"}}}]},
+    ],
+)
+def test_whoever_has_to_connect_may_be_let_in_in_many_ways(rule: Manifest) -> None:
+    found = rendered("gpu")
+    policy = one(found, "NetworkPolicy", "tally-ray")
+    policy["spec"]["ingress"] = [policy["spec"]["ingress"][0], rule]
+    assert problems(found) == []
+    rule |= {"ports": [{"port": 8266}]}
+    assert any("Deployment tally has to connect to RayCluster tally-ray, head" in each for each in problems(found))
 
 
 # -- rendering ---------------------------------------------------------------------------------------------------------

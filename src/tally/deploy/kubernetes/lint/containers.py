@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from tally.config import SECRETS
 from tally.deploy.kubernetes.lint.objects import SERVES, Found, Pods, amount_of, amounts, called
 from tally.deploy.spec import IMAGE, SENSITIVE
 from tally.masking import has_secret
@@ -61,6 +62,9 @@ def probes(found: Found) -> Iterator[str]:
                     yield f"{what}: the {name} asks port {asked['port']!r}, which it does not have"
                 if not str(probe.get("httpGet", {}).get("path", "/")).startswith("/"):
                     yield f"{what}: the {name} asks for {probe['httpGet']['path']!r}, which is no path"
+            pause = each.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+            if pause >= pods.spec.get("terminationGracePeriodSeconds", 30):
+                yield f"{what}: preStop takes {pause} s, and no time is left to end: terminationGracePeriodSeconds"
 
 
 def security(found: Found) -> Iterator[str]:
@@ -132,6 +136,7 @@ def volumes(found: Found) -> Iterator[str]:
             if name is not None and found.get("ConfigMap", name, pods.owner) is None:
                 yield f"{pods.what} uses the ConfigMap {name}, which is not there"
         for each in pods.containers:
+            yield from _secret_files(f"{pods.what}, {each['name']}", each)
             yield from _writable(f"{pods.what}, {each['name']}", each, volumes)
             for source in each.get("envFrom", ()):
                 ref = source.get("configMapRef")
@@ -143,6 +148,38 @@ def volumes(found: Found) -> Iterator[str]:
                 for name in dict.fromkeys(variables)
                 if variables.count(name) > 1
             )
+
+
+def _secret_files(what: str, container: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the folders and files that a program reads secrets from are mounted: some are not missed before it is
+    too late."""
+    mounts = [each["mountPath"].rstrip("/") for each in container.get("volumeMounts", ())]
+    for each in container.get("env", ()):
+        name, value = each["name"], each.get("value") or ""
+        named = value.startswith("/") and (name == SECRETS or SENSITIVE.search(name))
+        if named and not any(value == path or value.startswith(f"{path}/") for path in mounts):
+            yield f"{what} reads secrets from {value} ({name}), and no volume is mounted there"
+
+
+def shares(found: Found) -> Iterator[str]:
+    """Whether a claim that several pods use can be used by several."""
+    for claim in found.of("PersistentVolumeClaim"):
+        name = claim["metadata"]["name"]
+        users = [
+            pods
+            for pods in found.pods
+            if found.get("PersistentVolumeClaim", name, pods.owner) is claim
+            and any(
+                (each.get("persistentVolumeClaim") or {}).get("claimName") == name
+                for each in pods.spec.get("volumes", ())
+            )
+        ]
+        several = len(users) > 1 or any(
+            (pods.group or {}).get("maxReplicas", 1) > 1 or pods.owner["spec"].get("replicas", 1) > 1 for pods in users
+        )
+        if several and not any(mode.endswith("Many") for mode in claim["spec"]["accessModes"]):
+            modes = ", ".join(claim["spec"]["accessModes"])
+            yield f"{called(claim)} is for one node at a time ({modes}), and several pods use it: ReadWriteMany"
 
 
 def _writable(what: str, container: Mapping[str, Any], volumes: Mapping[str, Any]) -> Iterator[str]:
@@ -242,5 +279,5 @@ def _texts(found: Any, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
             yield from _texts(value, (*where, str(number)))
 
 
-RULES = (quantities, probes, security, images, volumes, secret_values)
+RULES = (quantities, probes, security, images, volumes, shares, secret_values)
 """Each yields a line for each place where something is wrong."""

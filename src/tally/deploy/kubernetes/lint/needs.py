@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from tally.config import SECRETS
-from tally.deploy.kubernetes.lint.objects import Found, Manifest, Pods, namespace_of
+from tally.deploy.kubernetes.lint.objects import Found, Manifest, Pods, called, namespace_of
 
 
 def secrets_of(manifests: Sequence[Manifest]) -> dict[tuple[str, str], set[str]]:
     """The Secrets that have to be there for the pods to start: (namespace, name) to the entries that are named. Those
     that the manifests themselves have made (a Certificate's, an ExternalSecret's) are not among them."""
-    made = {(namespace_of(each), _made_by(each)) for each in manifests}
+    made = {(namespace_of(each) or "default", _made_by(each)) for each in manifests}
+    return {secret: entries for secret, entries in _wanted(manifests).items() if secret not in made}
+
+
+def secrets(found: Found) -> Iterator[str]:
+    """A rule: a Secret that an ExternalSecret makes has what its pods need. Without it they may run all the same, and
+    keep jobs where nobody looks for them."""
+    wanted = _wanted(found.manifests)
+    made: dict[tuple[str, str], set[str]] = {}  # several may make one Secret
+    sources = list(found.of("ExternalSecret"))
+    for each in sources:
+        made.setdefault(_place(each), set()).update(one["secretKey"] for one in each["spec"].get("data") or ())
+    whole = {_place(each) for each in sources if each["spec"].get("dataFrom") or "template" in _target(each)}
+    for each in sources:
+        absent = sorted(wanted.get(_place(each), set()) - made[_place(each)])
+        if absent and _place(each) not in whole:
+            yield f"{called(each)} has no {', '.join(absent)}, which pods need of the Secret {_made_by(each)}"
+
+
+def _place(found: Manifest) -> tuple[str, str]:
+    return namespace_of(found) or "default", str(_made_by(found))
+
+
+def _wanted(manifests: Sequence[Manifest]) -> dict[tuple[str, str], set[str]]:
     wanted: dict[tuple[str, str], set[str]] = {}
     for pods in Found(manifests).pods:
         for name, entries in _secrets(pods):
-            if (pods.namespace, name) not in made:
-                wanted.setdefault((pods.namespace or "default", name), set()).update(entries)
+            wanted.setdefault((pods.namespace or "default", name), set()).update(entries)
+    for each in manifests:
+        if each["kind"] == "TriggerAuthentication":
+            for ref in each["spec"].get("secretTargetRef") or ():
+                wanted.setdefault((namespace_of(each) or "default", ref["name"]), set()).add(ref["key"])
     return wanted
 
 
@@ -25,8 +52,12 @@ def _made_by(found: Manifest) -> str | None:
         case "Certificate":
             return str(found["spec"]["secretName"])
         case "ExternalSecret":
-            return str(found["spec"].get("target", {}).get("name", found["metadata"]["name"]))
+            return str(_target(found).get("name", found["metadata"]["name"]))
     return None
+
+
+def _target(found: Manifest) -> Mapping[str, Any]:
+    return found["spec"].get("target") or {}
 
 
 def _secrets(pods: Pods) -> Iterator[tuple[str, set[str]]]:
@@ -62,3 +93,7 @@ def _secrets(pods: Pods) -> Iterator[tuple[str, set[str]]]:
         yield ref["name"], set()
     if pods.owner["kind"] == "RayCluster" and (name := pods.owner["spec"].get("authOptions", {}).get("secretName")):
         yield name, {"auth_token"}
+
+
+RULES = (secrets,)
+"""Each yields a line for each place where something is wrong."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
-from tally.deploy.kubernetes.lint.objects import Found, Pods, amounts, called
+from tally.deploy.kubernetes.lint.objects import Found, Manifest, Pods, amounts, called
 
 VIRTUAL = {"type": "virtual-kubelet", "kubernetes.io/role": "agent", "kubernetes.io/os": "linux"}
 """The selectors of virtual nodes."""
@@ -16,8 +16,13 @@ OVERWRITES = "ray.io/overwrite-container-cmd"
 
 
 def ray(found: Found) -> Iterator[str]:
-    for each in found.of("RayCluster"):
-        spec, names = each["spec"], [group["groupName"] for group in each["spec"].get("workerGroupSpecs", ())]
+    for each in found.of("RayCluster", "RayJob"):
+        spec = each["spec"]
+        if each["kind"] == "RayJob":
+            yield from _job(each)
+            if (spec := spec.get("rayClusterSpec")) is None:
+                continue
+        names = [group["groupName"] for group in spec.get("workerGroupSpecs", ())]
         if len(set(names)) != len(names):
             yield f"{called(each)} has two groups of one name: {', '.join(names)}"
         scaled = spec.get("enableInTreeAutoscaling")
@@ -28,13 +33,26 @@ def ray(found: Found) -> Iterator[str]:
             if scaled and "replicas" in group:
                 yield f"{what}: two say how many replicas there are, and the autoscaler is to"
             yield from _resources(what, group)
-    for each in found.of("RayJob"):
-        if (each["spec"].get("rayClusterSpec") or {}).get("upgradeStrategy"):
-            yield f"{called(each)}: KubeRay refuses upgradeStrategy for the cluster of a job"
     for pods in found.pods:
+        if pods.kind not in ("RayCluster", "RayJob"):
+            continue
+        cluster = pods.owner["spec"].get("rayClusterSpec", pods.owner["spec"])
+        if cluster.get("enableInTreeAutoscaling") and pods.spec.get("restartPolicy", "Never") != "Never":
+            yield f"{pods.what}: the autoscaler replaces pods that end: restartPolicy Never"
         if pods.group is not None:
             yield from _gpu(pods)
             yield from _virtual(pods)
+
+
+def _job(found: Manifest) -> Iterator[str]:
+    """What KubeRay refuses of a job after it was applied, where nobody looks."""
+    spec = found["spec"]
+    if spec.get("rayClusterSpec") is None and not spec.get("clusterSelector"):
+        yield f"{called(found)} has no cluster: rayClusterSpec, or clusterSelector"
+    if (spec.get("rayClusterSpec") or {}).get("upgradeStrategy"):
+        yield f"{called(found)}: KubeRay refuses upgradeStrategy for the cluster of a job"
+    if spec.get("suspend") and spec.get("shutdownAfterJobFinishes") is not True:
+        yield f"{called(found)}: KubeRay suspends no job without shutdownAfterJobFinishes: true"
 
 
 def _resources(what: str, group: Mapping[str, Any]) -> Iterator[str]:

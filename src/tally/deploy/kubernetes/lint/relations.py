@@ -50,6 +50,10 @@ def namespaces(found: Found) -> Iterator[str]:
         claim = each["spec"].get("claimRef")
         if claim and claim.get("namespace") not in spaces:
             yield f"{called(each)} is kept for the namespace {claim.get('namespace')}, which nothing else is in"
+        elif claim and not any(
+            one["metadata"]["name"] == claim.get("name") for one in found.of("PersistentVolumeClaim")
+        ):
+            yield f"{called(each)} is kept for the claim {claim.get('name')}, which is not there"
 
 
 def labels(found: Found) -> Iterator[str]:
@@ -70,6 +74,9 @@ def selectors(found: Found) -> Iterator[str]:
         for each in pods.spec.get("topologySpreadConstraints", ()):
             if not matches(each.get("labelSelector") or {}, pods.labels) or not each.get("labelSelector"):
                 yield f"{pods.what} is spread by {shown(each.get('labelSelector') or {})}, which its pods do not have"
+    for each in found.of("StatefulSet"):
+        if (name := each["spec"].get("serviceName")) and found.get("Service", name, each) is None:
+            yield f"{called(each)}: there is no Service {name}, by which its pods would be found"
     for each in found.of("Service"):
         selector = each["spec"].get("selector") or {}
         if each["spec"].get("type") == "ExternalName":  # another name for a host elsewhere
@@ -82,9 +89,12 @@ def selectors(found: Found) -> Iterator[str]:
         if not chosen or not selector:
             yield f"{called(each)} selects {shown(selector)}, which no pod has"
         for pods in chosen:
-            least, replicas = each["spec"].get("minAvailable"), pods.owner["spec"].get("replicas")
+            least, most = each["spec"].get("minAvailable"), each["spec"].get("maxUnavailable")
+            replicas = pods.owner["spec"].get("replicas")
             if isinstance(least, int) and replicas is not None and least >= replicas:
                 yield f"{called(each)} keeps {least} of {replicas} pods: none may ever be taken away"
+            elif least == "100%" or most in (0, "0", "0%"):
+                yield f"{called(each)} keeps all pods of {pods.what}: none may ever be taken away"
     for each in found.of("NetworkPolicy"):
         if each["spec"]["podSelector"] and not found.selected(each["spec"]["podSelector"], each):
             yield f"{called(each)} selects {shown(each['spec']['podSelector'])}, which no pod has"
@@ -121,7 +131,12 @@ def networks(found: Found) -> Iterator[str]:
         chosen = found.selected(each["spec"]["podSelector"], each)
         for rule in each["spec"].get("ingress", ()):
             for port in rule.get("ports", ()):
-                if chosen and "port" in port and not any(pods.has_port(port["port"]) for pods in chosen):
+                if (
+                    chosen
+                    and "port" in port
+                    and "endPort" not in port
+                    and not any(pods.has_port(port["port"]) for pods in chosen)
+                ):
                     yield f"{called(each)} opens port {port['port']!r}, which none of its pods has"
     for each in found.of("Service"):
         if (type_ := each["spec"].get("type")) not in ("NodePort", "LoadBalancer"):
