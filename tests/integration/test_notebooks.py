@@ -176,6 +176,8 @@ def test_figures_say_what_results_say(folder: Path, tmp_path: Path) -> None:
     for predicted, truth in (("flag", True), ("flag", "True"), ("share", 1), ("share", "1.0")):
         equal = same.confusion(lambda key, truth=truth: truth, predicted=predicted)  # type: ignore[misc]
         assert equal.axes[0].get_title() == "16 of 16 right (100.0%)", (predicted, truth)
+    close = same.confusion(lambda key: 1.0000001, predicted="share")
+    assert close.axes[0].get_title() == "0 of 16 right (0.0%)"
     assert plt.get_fignums() == []  # a notebook would show open ones a second time
     for refused, said in (
         (lambda: job.confusion("folder"), "none of the 16 keys has a label"),

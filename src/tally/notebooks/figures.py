@@ -196,9 +196,10 @@ def _texts(kind: Any) -> Callable[[Any], str]:
 
 def _number(value: Any) -> str:
     try:
-        return f"{float(value):g}"
+        number = float(value)
     except (TypeError, ValueError):
         return str(value)
+    return str(int(number)) if number.is_integer() else str(number)
 
 
 def _matrix(counts: Counter[tuple[str, str]], unknown: int, predicted: str) -> Figure:
