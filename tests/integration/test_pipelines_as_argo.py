@@ -20,6 +20,7 @@ from tests.waiting import eventually, wait_for
 from tests.workflows import kill, newest, printed, start, written
 
 from tally.pipelines.steps import room
+from tally.pipelines.store import PipelineStore
 
 Cli = Callable[..., Ran]
 Run = Callable[..., Ran]
@@ -287,3 +288,41 @@ def test_a_run_that_is_cancelled_begins_nothing_again(tmp_path: Path, cli: Cli, 
         each for each in psutil.process_iter() if each.name() == "sleep" and each.status() != psutil.STATUS_ZOMBIE
     ]
     assert not [each for each in sleeps if each.cmdline()[1:] == ["63"]]
+
+
+def test_who_waits_for_a_mutex_takes_what_was_memoized_meanwhile(tmp_path: Path, run: Run) -> None:
+    run(f"""
+  entrypoint: main
+  templates:
+  - name: main
+    steps: [[{{name: each, template: one, withSequence: {{count: 3}}}}]]
+  - name: one
+    synchronization: {{mutexes: [{{name: m}}]}}
+    memoize: {{key: same, maxAge: 1h, cache: {{configMap: {{name: c}}}}}}
+    container: {{image: busybox, command: [sh, -c, "echo once >> {tmp_path}/done"]}}
+""")  # fmt: skip
+    assert (tmp_path / "done").read_text() == "once\n"
+    assert sorted(str(each.message) for name, each in newest()[2].items() if name.startswith("each")) == [
+        "None", "taken from the cache", "taken from the cache"
+    ]  # fmt: skip
+
+
+def test_a_mutex_that_a_killed_driver_has_not_given_back_is_given_back(
+    tmp_path: Path, cli: Cli, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(PipelineStore, "unlock", lambda *given: None)  # killed between the two, time after time
+        run("""
+  entrypoint: main
+  activeDeadlineSeconds: 30
+  templates:
+  - name: main
+    steps: [[{name: a, template: held}], [{name: wait, template: wait}], [{name: b, template: held}]]
+  - name: held
+    synchronization: {mutexes: [{name: m}]}
+    container: {image: busybox, command: [echo]}
+  - {name: wait, suspend: {}}
+""")
+    assert newest()[1].state == "waiting"
+    assert cli("pipeline", "resume", newest()[1].id).code == 0
+    assert newest()[1].state == "succeeded"

@@ -104,7 +104,7 @@ class Driver:
         whole = Holder({"name": name, "template": top.template.get("name", "")}, top)
         running = asyncio.ensure_future(self._guarded(self._groups.workflow_hooks(hooks, name, top)))
         try:
-            await self._locks(spec.get("synchronization") or {}, name, self._values)
+            await self._locks(spec.get("synchronization") or {}, "", self._values)
             node = await self.run_template(whole, top, name, name, "", self._bindings.arguments(), self._values)
             phase, message = node.phase, node.message
         except StopError as error:
@@ -184,6 +184,8 @@ class Driver:
         if self._options.since is not None and holder.name.partition("(")[0] == self._options.since:
             self._progress.reached = True
         if node.done:
+            if template.get("synchronization"):  # its driver may have been killed before it gave them back
+                self._unlock(name)
             return node
         if node.phase != "Running":  # what was begun by another driver is looked after
             self._progress.check_goes_on()
@@ -199,17 +201,20 @@ class Driver:
                 return memo
             await self._locks(template.get("synchronization") or {}, name, inside)
             try:
+                # Who held it before may have made what is looked for.
+                if template.get("synchronization") and (memo := await self._memoized(template, node, inside)):
+                    return memo
                 if strategy is None:
                     await self._once(holder, found, node, bound, inside)
                 else:
                     await self._retried(holder, found, node, bound, inside, strategy)
+                if node.phase == "Succeeded" and "memoize" in template:
+                    cache, key, _ = self._memo_key(template["memoize"], inside)
+                    self._progress.remember(cache, key, node)
+                    await self._progress.save(node)
             finally:
                 if template.get("synchronization"):
                     self._unlock(name)
-            if node.phase == "Succeeded" and "memoize" in template:
-                cache, key, _ = self._memo_key(template["memoize"], inside)
-                self._progress.remember(cache, key, node)
-                await self._progress.save(node)
             return node
         except ValueError as error:  # an expression without a value, a number that is none
             return await self._progress.end(node, "Error", str(error))
@@ -339,6 +344,7 @@ class Driver:
     # -- mutexes and semaphores ------------------------------------------------------------------------------
 
     async def _locks(self, value: Mapping[str, Any], name: str, values: Values) -> None:
+        """Take what a node is to hold, or what the run is, if there is no name."""
         wanted: list[tuple[str, int]] = []
         mutexes = [*value.get("mutexes", ()), *([value["mutex"]] if "mutex" in value else ())]
         wanted += [(f"mutex:{values.text(each.get('name', ''))}"[:250], 1) for each in mutexes]
