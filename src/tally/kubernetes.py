@@ -222,11 +222,15 @@ class Cluster:
 
     @_patient
     def list_any(self, manifest: Mapping[str, Any], labels: Mapping[str, str]) -> builtins.list[Object]:
-        """Objects of a manifest's kind that have these labels."""
-        with self._explained(f"the list of {manifest['kind']}s"):
-            kind, place = self._kind_of(manifest), manifest["metadata"].get("namespace")
-            options = {"namespace": place} if place else {}
-            return [dict(each) for each in self._client.list(kind, labels=dict(labels), **options)]
+        """Objects of a manifest's kind that have these labels. Raises UnknownKindError, also for who may not see what
+        the cluster knows."""
+        try:
+            with self._explained(f"the list of {manifest['kind']}s"):
+                kind, place = self._kind_of(manifest), manifest["metadata"].get("namespace")
+                options = {"namespace": place} if place else {}
+                return [dict(each) for each in self._client.list(kind, labels=dict(labels), **options)]
+        except _AbsentError:
+            raise UnknownKindError(self.name, manifest) from None
 
     @_patient
     def delete_any(self, manifest: Mapping[str, Any]) -> None:

@@ -377,6 +377,24 @@ def test_who_may_not_see_what_the_cluster_knows_may_apply(ready: ApiServer, prod
     assert ready.names("rayclusters") == ["tally-ray"]
 
 
+def test_who_may_not_see_what_the_cluster_knows_needs_no_operators(
+    api: ApiServer, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    monkeypatch.chdir(OVERLAYS.parents[2])
+    api.put("namespaces", {"kind": "Namespace", "metadata": {"name": "tally"}})
+    api.namespace = "tally"
+    entries = dict.fromkeys(("TALLY_DATABASE", "POSTGRES_PASSWORD", "auth_token", "s3.json"), "eA==")
+    for name in ("tally", "tally-ray", "tally-objects"):
+        api.put("secrets", {"metadata": {"name": name}, "data": entries})
+    api.deny.add(("GET", "customresourcedefinitions"))
+    ran = cli("cluster", "apply", "--overlay", "dev-test")
+    assert ran.code == 0, ran.err
+    assert cli("cluster", "plan", "--overlay", "dev-test").out == "nothing to change\n"
+    ran = cli("cluster", "down", "--overlay", "dev-test", "--yes")
+    assert ran.code == 0, ran.err
+    assert api.names("deployments") == []
+
+
 @pytest.mark.parametrize(
     ("size", "said"),
     [
@@ -592,6 +610,13 @@ def test_the_fields_that_count_are_those_of_the_version(ready: ApiServer, produc
     _, found = examined(cli, production, "--no-pod")
     assert found["kinds"].startswith("ok ")
     assert "RayCluster v1, " in found["kinds"]
+
+
+def test_an_overlay_without_a_server_is_looked_at(ready: ApiServer, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "kustomization.yaml").write_text("namespace: tally\nconfigMapGenerator: [{name: a, literals: [x=y]}]\n")
+    code, found = examined(cli, str(tmp_path))
+    assert code == 0
+    assert found["from within"].startswith("- not looked at: the overlay has no server")
 
 
 def test_disks_are_no_shares(ready: ApiServer, production: str, cli: Cli) -> None:

@@ -352,6 +352,30 @@ def test_a_secret_in_an_unusual_place_is_seen(kind: str, of: str, where: str, in
     assert "hunter2" not in told
 
 
+@pytest.mark.parametrize("kind", ["CronJob", "Pod", "ReplicaSet"])
+def test_pods_of_all_kinds_are_looked_at(kind: str) -> None:
+    template = copy.deepcopy(one(rendered("production"), "Job", "tally-migrate")["spec"]["template"])
+    template["spec"]["containers"][0] |= {"image": "postgres", "env": [{"name": "PGPASSWORD", "value": "hunter2"}]}
+    template["spec"]["containers"][0]["volumeMounts"][1]["mountPath"] = "/run/secrets/tally"
+    metadata = {"name": "backup", "namespace": "tally", "labels": {"app.kubernetes.io/part-of": "tally"}}
+    made: Manifest = {"kind": kind, "metadata": metadata}
+    if kind == "CronJob":
+        spec = {"schedule": "0 3 * * *", "jobTemplate": {"spec": {"template": template}}}
+        made |= {"apiVersion": "batch/v1", "spec": spec}
+    elif kind == "Pod":
+        made |= {"apiVersion": "v1", "spec": template["spec"]}
+    else:
+        selector = {"matchLabels": template["metadata"]["labels"]}
+        made |= {"apiVersion": "apps/v1", "spec": {"selector": selector, "template": template}}
+    found = [*rendered("production"), made]
+    assert fields.problems(found) == []
+    told = "\n".join(problems(found))
+    assert f"{kind} backup, migrate: the secret PGPASSWORD is in the manifest" in told
+    assert f"{kind} backup, migrate: the image postgres is another one each day" in told
+    del template["spec"]["containers"]
+    assert any("containers" in each and "missing" in each for each in fields.problems(found))
+
+
 def test_what_names_a_secret_is_none() -> None:
     found = rendered("production")
     server = one(found, "Deployment")

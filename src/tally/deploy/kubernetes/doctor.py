@@ -178,7 +178,7 @@ def _sum(manifests: Sequence[Object]) -> tuple[dict[str, Decimal], dict[str, Dec
     least: dict[str, Decimal] = {}
     most: dict[str, Decimal] = {}
     for pods in Found(manifests).pods:
-        if pods.kind in ("Job", "RayJob"):
+        if pods.kind in ("Job", "CronJob", "RayJob"):
             bounds = (0, 1) if pods.group is None else (0, pods.group["maxReplicas"])
         elif pods.group is not None:
             bounds = pods.group["minReplicas"], pods.group["maxReplicas"]
@@ -251,13 +251,17 @@ def azure_pool(location: str, nodes: int) -> str:
 
 
 def probe(manifests: Sequence[Object]) -> Object:
-    """A pod that runs 'tally doctor' with the server's image, settings, secrets and volumes. It answers no requests."""
-    server = next(
+    """A pod that runs 'tally doctor' with the server's image, settings, secrets and volumes. It answers no requests.
+    Raises Skip where there is no server."""
+    servers = [
         each
         for each in manifests
         if each["kind"] == "Deployment"
-        and each["metadata"].get("labels", {}).get("app.kubernetes.io/component") == "server"
-    )
+        and (each["metadata"].get("labels") or {}).get("app.kubernetes.io/component") == "server"
+    ]
+    if not servers:
+        raise Skip("not looked at: the overlay has no server, whose image and settings a pod would have")
+    server = servers[0]
     template = copy.deepcopy(server["spec"]["template"])
     spec = template["spec"]
     (container,) = spec["containers"]

@@ -123,7 +123,9 @@ _RAY = (f"headGroupSpec.{_POD}", *(f"workerGroupSpecs[].{each}" for each in ("gr
 _BOUNDS = ("workerGroupSpecs[].minReplicas", "workerGroupSpecs[].maxReplicas")
 _SCALED = ("scaleTargetRef.name", "triggers", "triggers[].type", "triggers[].metadata")
 _NEEDED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("Deployment", "StatefulSet", "DaemonSet", "Job"), (_POD,)),
+    **dict.fromkeys(("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job"), (_POD,)),
+    "CronJob": (f"jobTemplate.spec.{_POD}",),
+    "Pod": ("containers",),
     "Service": (),
     "NetworkPolicy": ("podSelector",),
     "PodDisruptionBudget": (),

@@ -80,8 +80,12 @@ class Found:
 
 
 def pods_of(found: Manifest) -> Iterator[Pods]:
-    if found["kind"] in (*SERVES, "Job"):
+    if found["kind"] in (*SERVES, "ReplicaSet", "Job"):
         yield _of_template(found, called(found), found["spec"]["template"], {})
+    if found["kind"] == "CronJob":
+        yield _of_template(found, called(found), found["spec"]["jobTemplate"]["spec"]["template"], {})
+    if found["kind"] == "Pod":
+        yield _of_template(found, called(found), found, {})
     if found["kind"] in ("RayCluster", "RayJob"):
         spec = found["spec"] if found["kind"] == "RayCluster" else found["spec"].get("rayClusterSpec")
         if spec is None:

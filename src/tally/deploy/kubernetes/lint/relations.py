@@ -296,7 +296,7 @@ def alarms(found: Found) -> Iterator[str]:
 def jobs(found: Found) -> Iterator[str]:
     for pods in found.pods:
         policy = pods.spec.get("restartPolicy", "Always")
-        if pods.kind == "Job" and policy == "Always":
+        if pods.kind in ("Job", "CronJob") and policy == "Always":
             yield f"{pods.what}: a Job needs restartPolicy OnFailure or Never"
         if pods.kind in SERVES and policy != "Always":
             yield f"{pods.what}: its pods are always restarted; restartPolicy {policy} is for Jobs"
