@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 from tests.apiserver import ApiServer, running
 from tests.conftest import Ran
-from tests.overlays import OVERLAYS, one, rendered
+from tests.overlays import NAMES, OVERLAYS, one, rendered
 
 from tally import kubernetes
 from tally.deploy.kubernetes import doctor, installation
+from tally.deploy.kubernetes.lint.objects import Found
+from tally.deploy.kubernetes.lint.reach import is_open
 from tally.errors import DeployError
 from tally.kubernetes import Cluster
 
@@ -684,6 +686,23 @@ def test_the_pod_has_what_the_server_has_and_gets_no_requests() -> None:
     assert container["env"] == server["env"]
     assert container["volumeMounts"] == server["volumeMounts"]
     assert "lifecycle" not in container
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_pod_may_connect_to_whom_the_server_does(name: str) -> None:
+    """Else it would tell of a failure that nobody has."""
+    before = rendered(name)
+    found = Found([*before, doctor.probe(before)])
+    policies = list(found.of("NetworkPolicy"))
+    (pod,) = (pods for pods in found.pods if pods.kind == "Pod")
+    (server,) = found.selected({"matchLabels": one(before, "Service")["spec"]["selector"]}, one(before, "Service"))
+    reached = 0
+    for target in found.pods:
+        for port in target.ports.values():
+            if is_open(found, policies, "Ingress", target, server, port):
+                assert is_open(found, policies, "Ingress", target, pod, port), (target.what, port)
+                reached += target is not server
+    assert reached
 
 
 def test_azures_quota_decides_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

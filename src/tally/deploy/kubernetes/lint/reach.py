@@ -28,7 +28,7 @@ def connections(found: Found) -> Iterator[str]:
                     continue
                 ways = (("Ingress", target, source), ("Egress", source, target))
                 for direction, of, peer in ways:
-                    if not _open(found, policies, direction, of, peer, port and target.ports[port]):
+                    if not is_open(found, policies, direction, of, peer, port and target.ports[port]):
                         into = "into" if direction == "Ingress" else "out of"
                         yield (
                             f"{source.what} has to connect to {target.what}{f', port {port}' if port else ''}, and no "
@@ -36,7 +36,7 @@ def connections(found: Found) -> Iterator[str]:
                         )
 
 
-def _open(
+def is_open(
     found: Found, policies: Sequence[Manifest], direction: str, of: Pods, peer: Pods, port: int | str | None
 ) -> bool:
     """Whether pods may be connected to by others, or connect to them: none of the policies is about them, or one says
