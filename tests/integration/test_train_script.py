@@ -48,7 +48,9 @@ print(Path("beside.txt").read_text(), os.listdir("outputs"))
 for step in range(3):
     run.log("loss", arguments.param_a / (1 + step))
 run.log_list("mAP@0.5:0.95", [0.25, 0.5])
+run.log_list("names", ["cat", "dog"])
 run.log_row("sizes", width=3, height=4)
+run.log_table("sizes", {"depth": labels["image_url"].str.len().to_numpy()})
 run.log("note", "a text")
 Path("outputs/model.pkl").write_bytes(pickle.dumps({"a": 1}))
 Path("outputs/net").mkdir()
@@ -113,9 +115,12 @@ def test_a_script_in_azure_mls_way_runs_unchanged(tmp_path: Path, data: Path, mo
     record = RunStore.open().get(ended.run_id)
     assert dict(record.parameters) == {"param_a": 0.5, "quick": True}
     assert {name: each.last for name, each in record.metrics.items()} == {
-        "loss": 0.5 / 3, "mAP@0.5:0.95": 0.5, "sizes/width": 3, "sizes/height": 4,
+        "loss": 0.5 / 3, "mAP@0.5:0.95": 0.5, "sizes/width": 3, "sizes/height": 4, "sizes/depth": 5,
     }  # fmt: skip
-    assert (record.tags, record.models) == ({"note": "a text"}, ["models:/dummy/1", "models:/net/1"])
+    assert (record.tags, record.models) == (
+        {"note": "a text", "names": "cat, dog"},
+        ["models:/dummy/1", "models:/net/1"],
+    )
     assert set(record.data) == {
         "prices", "train 1 labels", "train 1 images", *(f"test {n} {p}" for n in (1, 2) for p in ("labels", "images"))
     }  # fmt: skip

@@ -17,6 +17,7 @@ from tally.errors import OwnershipLostError, RunStateError, SpecError
 from tally.models.registry import open_registry
 from tally.training.runs import tracking
 from tally.training.runs.child import Office
+from tally.training.runs.compare import best_first, has_result
 from tally.training.runs.events import EventWriter, Node, histogram
 from tally.training.runs.pictures import as_picture
 from tally.training.runs.store import Figures, RunStore
@@ -75,6 +76,19 @@ def test_pictures_are_kept_under_names_of_any_script_and_length() -> None:
         places = [run.log_image(name, np.zeros((2, 3)), 4) for name in names]
     assert logged_pictures(run.folder) == {name: {4: place} for name, place in zip(names, places, strict=True)}
     assert artifacts(run.folder) == []
+
+
+def test_a_run_that_failed_or_diverged_is_not_the_best() -> None:
+    values = {"diverged": -math.inf, "failed": 0.1, "worse": 0.5, "best": 0.2, "nan": math.nan}
+    for name, value in values.items():
+        run = tally.training.run(name)
+        run.log("loss", value)
+        run.finish("failed" if name == "failed" else "finished")
+    records = RunStore.open().list().runs
+    assert [each.name for each in best_first(records, "loss", lowest=True)] == [
+        "best", "worse", "failed", "diverged", "nan",
+    ]  # fmt: skip
+    assert {each.name for each in records if has_result(each, "loss")} == {"best", "worse"}
 
 
 def test_what_is_flushed_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

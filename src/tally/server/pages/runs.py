@@ -21,7 +21,7 @@ from tally.server.feed import Feed, seldom
 from tally.server.middleware import POLICY_OF_FILES
 from tally.server.pages.curves import AXES_TALL, AXES_WIDE, TALL, WIDE, Column, Parallel, figure, parallel, shown
 from tally.server.pages.render import page, price_of, stream
-from tally.training.runs.compare import best_first, differing
+from tally.training.runs.compare import best_first, differing, has_result
 from tally.training.runs.store import RUN_STATES, Curve, RunRecord, RunStore
 from tally.training.runs.tracking import artifacts, logged_pictures
 from tally.training.scripts.script import OUTPUT
@@ -78,7 +78,7 @@ def compare_page(
             records = best_first(records, metric, lowest=lowest)
         except TallyError as error:
             problem, metric = str(error), ""
-    best = records[0].id if metric and records and metric in records[0].metrics else None
+    best = records[0].id if metric and records and has_result(records[0], metric) else None
     drawn = [metric] if metric else metrics[:3]
     curves = [
         (f"{each.name} {each.id}", number, store.values(each.id, [metric], most=POINTS)[metric])

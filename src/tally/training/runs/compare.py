@@ -27,8 +27,8 @@ def differing(records: Sequence[RunRecord]) -> tuple[list[str], list[str]]:
 
 
 def best_first(records: Sequence[RunRecord], metric: str, *, lowest: bool = False) -> list[RunRecord]:
-    """The runs by the last value of a metric, the older first where that is the same; those without a number come last.
-    Raises SpecError if no run has it."""
+    """The runs by the last value of a metric, the older first where that is the same. Those that have failed come after
+    the others, and those without a finite number last. Raises SpecError if no run has it."""
     known = {name for each in records for name in each.metrics}
     if metric not in known:
         raise SpecError(
@@ -36,8 +36,15 @@ def best_first(records: Sequence[RunRecord], metric: str, *, lowest: bool = Fals
             hint=f"They have {', '.join(sorted(known)) or 'none'}.",
         )
 
-    def rank(record: RunRecord) -> tuple[float, float]:
+    def rank(record: RunRecord) -> tuple[bool, bool, float, float]:
         value = record.metrics[metric].last if metric in record.metrics else math.nan
-        return math.inf if math.isnan(value) else value if lowest else -value, record.created_at
+        if not math.isfinite(value):
+            return True, record.state == "failed", 0.0, record.created_at
+        return False, record.state == "failed", value if lowest else -value, record.created_at
 
     return sorted(records, key=rank)
+
+
+def has_result(record: RunRecord, metric: str) -> bool:
+    """Whether a run may be called the best: it has not failed, and measured a finite number."""
+    return record.state != "failed" and metric in record.metrics and math.isfinite(record.metrics[metric].last)

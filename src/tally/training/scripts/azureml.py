@@ -87,7 +87,12 @@ class Run(_Partial):
             self._run.log(name, value, step)
 
     def log_list(self, name: str, value: Sequence[Any], description: str = "") -> None:
-        self._run.log_list(name, list(value))
+        """Numbers; with a text among them, they become a tag."""
+        values = list(value)
+        if any(isinstance(each, str) for each in values):
+            self._run.tags[name] = ", ".join(map(str, values))
+        else:
+            self._run.log_list(name, values)
 
     def log_row(self, name: str, description: str | None = None, **columns: Any) -> None:
         """Each number of the row becomes a value of the metric NAME/COLUMN."""
@@ -99,9 +104,10 @@ class Run(_Partial):
                 self._run.log(f"{name}/{column}", value, step)
 
     def log_table(self, name: str, value: Mapping[str, Any], description: str = "") -> None:
-        """Columns by name: lists of numbers, or one number each."""
+        """Columns by name: lists or arrays of numbers, or one number each."""
         for column, values in value.items():
-            self.log_list(f"{name}/{column}", values if isinstance(values, (list, tuple)) else [values])
+            several = hasattr(values, "__len__") and not isinstance(values, str)  # an array, too
+            self.log_list(f"{name}/{column}", values if several else [values])
 
     def log_image(self, name: str, path: str | None = None, plot: Any = None, description: str = "") -> None:
         """A file, or a matplotlib plot (``pyplot`` itself, or a figure)."""
