@@ -281,6 +281,13 @@ def test_rows_go_into_a_table_each_once(cli: Cli, items: Path, tmp_path: Path, u
     assert in_table(url) == [
         (key, n, row["size"], row["part"]) for key, found in changed.items() for n, row in enumerate(found)
     ]
+    before = in_table(url)
+    again = cli(*given)
+    assert f"the results are in {url}#found\n" in again.err, again.err
+    for part in ("--limit", 3), ("--shard", "1/2"):  # as a first try, or day by day
+        ran = cli(*given, *part)
+        assert ran.code == 0, ran.err
+        assert in_table(url) == before, "the same rows, once"
 
 
 def test_values_arrive_to_the_last_digit(url: str) -> None:

@@ -440,38 +440,12 @@ class JobSpec(BaseModel):
         """The fields that decide about the result, JSON-able."""
         relevant = self.model_dump(
             mode="json",
-            include={"source", "out", "settings", "format", "batch_size", "task", "labels"},
+            include={"source", "out", *_FIRST},
         )
         # Later fields count only where they say something: earlier jobs are still known by their fingerprint.
         relevant |= self.model_dump(
             mode="json",
-            include={
-                "media",
-                "every",
-                "size",
-                "fit",
-                "fps",
-                "deinterlace",
-                "frames",
-                "codec",
-                "crf",
-                "audio",
-                "overlay",
-                "escape_formulas",
-                "empty_rows",
-                "by",
-                "keep",
-                "where",
-                "items",
-                "item_column",
-                "key",
-                "base",
-                "limit",
-                "sample",
-                "shard",
-            }
-            | {"thumbnails", "pages", "background", "max_pixels"}
-            | {"time", "time_unit", "window", "timezone", "aggregate", "path_columns", "csv", "query", "queue"},
+            include=set(_LATER),
             exclude_defaults=True,
         )
         relevant["source"] = [each.rstrip("/") for each in relevant["source"]]  # shells append slashes
@@ -536,6 +510,18 @@ def _how(error: ValidationError) -> str:
     return (f"For example: {example}. " if example else "") + "See 'tally score --help', or docs/reference/job.md."
 
 
+_FIRST = ("settings", "format", "batch_size", "task", "labels")
+_LATER = (
+    *("media", "every", "size", "fit", "fps", "deinterlace", "frames", "codec"),
+    *("crf", "audio", "overlay", "escape_formulas", "empty_rows", "by", "keep", "where"),
+    *("items", "item_column", "key", "base", "limit", "sample", "shard", "thumbnails"),
+    *("pages", "background", "max_pixels", "time", "time_unit", "window", "timezone", "aggregate"),
+    *("path_columns", "csv", "query", "queue"),
+)
+"""Fields that decide about the result, and count only where they say something."""
+_UNSAID: tuple[Any, ...] = (None, (), [], {}, False, "")
+
+
 def outputs_folder() -> Path:
     """Where results are kept for which the user named no place: of jobs from a page, and what goes into a table."""
     return settings().home / "outputs"
@@ -567,7 +553,13 @@ def _into_a_table(fields: dict[str, Any]) -> dict[str, Any]:
             "out: is a table, and a cluster's workers need a place that all of them can write to",
             hint="Give a bucket, and the table for push: --out s3://bucket/results --push " + out,
         )
-    text = json.dumps([out, fields.get("source"), fields.get("model")], default=str)
+    # Another part of the rows is another job: its rows go into the same table, and are kept elsewhere.
+    more = {
+        name: value
+        for name, value in sorted(fields.items())
+        if name in (*_FIRST, *_LATER) and value not in (*_UNSAID, JobSpec.model_fields[name].default)
+    }
+    text = json.dumps([out, fields.get("source"), fields.get("model"), *filter(None, [more])], default=str)
     place = outputs_folder() / hashlib.sha256(text.encode()).hexdigest()[:16]
     return {**fields, "out": str(place), "push": {**(how or {}), "url": out}}
 

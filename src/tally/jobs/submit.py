@@ -9,7 +9,7 @@ from tally.alerts.evaluation import check
 from tally.errors import JobExistsError, JobNotFoundError, OutputExistsError, TallyError
 from tally.jobs.assemble import Parts, assemble, describe_model, output_without_source
 from tally.jobs.lease_renewer import LEASE_SECONDS
-from tally.jobs.spec import JobSpec
+from tally.jobs.spec import JobSpec, is_in_home
 from tally.jobs.store import JobRecord, JobStore
 from tally.jobs.tidy import discard
 from tally.masking import mask
@@ -81,7 +81,7 @@ def _make_way(store: JobStore, earlier: JobRecord, spec: JobSpec, *, overwrite: 
         if not overwrite:
             raise JobExistsError(
                 f"job {earlier.id} already did this same job and finished on {local_time(earlier.finished_at)}: "
-                f"the results are in {spec.out}",
+                f"the results are in {_place(spec)}",
                 job_id=earlier.id,
                 hint="Do it again with --overwrite, or write to another place with --out.",
             )
@@ -95,6 +95,11 @@ def _make_way(store: JobStore, earlier: JobRecord, spec: JobSpec, *, overwrite: 
             hint=f"Go on with: tally jobs resume {earlier.id}   (or --resume; --overwrite starts again)",
         )
     discard(store, earlier)
+
+
+def _place(spec: JobSpec) -> str:
+    """Where the user wanted the results."""
+    return mask(spec.push.url) if spec.push is not None and is_in_home(spec.out) else spec.out
 
 
 def _clear_place(
