@@ -57,9 +57,19 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+_BEGINNING = 4
+"""Letters that tell which longer word is meant."""
+
+
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like ``word``, if any is close."""
-    return next(iter(get_close_matches(word, list(known), n=1)), None)
+    """The known word that is most like ``word``, if any is close: one in other capitals, or the only one that begins
+    so, before one with other letters."""
+    words, lower = list(known), word.lower()
+    same = [each for each in words if each.lower() == lower]
+    longer = [each for each in words if each.lower().startswith(lower)] if len(word) >= _BEGINNING else []
+    if same or len(longer) == 1:
+        return (same or longer)[0]
+    return next(iter(get_close_matches(word, words, n=1)), None)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

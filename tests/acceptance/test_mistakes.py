@@ -116,6 +116,26 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
         2,
         "error: preproces: no such option; did you mean 'preprocess'?\n",
     ),
+    "an option of preprocessing": (
+        "score photos --model model.onnx --set size=64 --out out",
+        2,
+        "error: size: no such option; did you mean 'preprocess.size'?\n",
+    ),
+    "the beginning of an option": (
+        "score words.csv --model rows.onnx --csv decimal=, --out out",
+        2,
+        "error: csv: there is no option 'decimal'; did you mean 'decimal_separator'?\n",
+    ),
+    "a column in other capitals": (
+        "score --items list.csv --item-column IMAGE --model model.onnx --out out",
+        2,
+        "error: item_column: {here}/list.csv has no column 'IMAGE'; did you mean 'image'?\n  There are image\n",
+    ),
+    "text in double quotes": (
+        'score --items list.csv --where image="cat" --model model.onnx --out out',
+        2,
+        """error: where: 'image="cat"': Binder Error: Referenced column "cat" not found in FROM clause! Text stands in single quotes: 'cat'.\n""",
+    ),
     "mean and deviation without a scale": (
         "score photos --model model.onnx --set preprocess.mean=[0.485,0.456,0.406] --out out",
         2,

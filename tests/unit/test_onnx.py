@@ -358,10 +358,11 @@ def test_scale_may_be_a_fraction(make: Make, scale: Any, right: float) -> None:
 def test_a_mean_of_pixels_that_scale_has_made_smaller_is_refused(make: Make, scale: Any, most: str) -> None:
     """As others write it, whose mean is subtracted before the scale: every picture would come out as one colour."""
     given = {"scale": scale, "mean": [103.94, 116.78, 123.68]}
-    assert f"mean: 123.68 is more than any pixel, as scale makes them 0..{most} before" in problems(
-        means(make), preprocess=given
-    )
     right = [each * float(most) / 255 for each in given["mean"]]
+    assert (
+        f"preprocess.mean: 123.68 is more than any pixel, as scale makes them 0..{most} before the mean is subtracted: "
+        f"write it on that scale ({right[-1]:g}), or leave scale out"
+    ) in problems(means(make), preprocess=given)
     assert inspect(means(make), {"preprocess": {"scale": scale, "mean": right}})["preprocess"]["mean"] == right
 
 

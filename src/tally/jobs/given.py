@@ -181,7 +181,8 @@ def _one_item(values: Any) -> str | None:
     if isinstance(values, (bytes, bytearray, memoryview)):
         return type(values).__name__
     shape: tuple[Any, ...] = getattr(values, "shape", ())
-    if len(shape) == 2 or (len(shape) == 3 and shape[2] in _BANDS):
+    is_picture = len(shape) == 2 or (len(shape) == 3 and shape[2] in _BANDS)
+    if is_picture and str(getattr(values, "dtype", "")) == "uint8":
         return f"{type(values).__name__} of {' × '.join(map(str, shape))}"
     return None
 
@@ -213,7 +214,8 @@ def _as_png(number: int, value: Any) -> bytes:
             what = type(value).__name__ + ("" if shape is None else f" of {kind}, {' × '.join(map(str, shape))}")
             raise SpecError(
                 f"source: item {number} is {what}",
-                hint="Items are paths, URLs, bytes of a file, PIL pictures, or arrays of uint8, height × width × 3.",
+                hint="Items are paths, URLs, bytes of a file, PIL pictures, or arrays of uint8, height × width × 3. "
+                "Rows of a table are given as one: pandas.DataFrame(rows).",
             )
         picture = Image.fromarray(value)
     out = io.BytesIO()

@@ -127,7 +127,9 @@ def _readable(error: ValidationError, schema: type[BaseModel], prefix: str = "")
         where = ".".join(names)
         if found["type"] == "extra_forbidden":
             known = list((Preprocess if names[0] == "preprocess" else schema).model_fields)
-            problems.append(f"{where}: no such option{did_you_mean(names[-1], known)}")
+            inner = f"; did you mean 'preprocess.{where}'?" if where in Preprocess.model_fields else ""
+            near = inner or did_you_mean(names[-1], known)
+            problems.append(f"{where}: no such option{near}")
         elif found["type"] == "missing":
             problems.append(f"{where}: is required")
         elif isinstance(found["input"], (dict, BaseModel)):  # checks across fields name them themselves

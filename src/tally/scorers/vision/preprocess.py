@@ -123,7 +123,7 @@ class Preprocess(BaseModel):
         elif (largest := max(mean, default=0.0)) > most:
             problems.append(
                 f"mean: {largest:g} is more than any pixel, as scale makes them 0..{most:g} before the mean is "
-                f"subtracted; write it on that scale ({largest * most / 255:g}), or leave scale out"
+                f"subtracted: write it on that scale ({largest * most / 255:g}), or leave scale out"
             )
         if self.dtype == "uint8" and not self.identity:
             problems.append("dtype: uint8 takes pixels as they are; scale, mean and std do not go with it")

@@ -82,7 +82,10 @@ class Found:
             try:
                 connection.execute(f"SELECT 1 FROM rows WHERE (\n{where}\n) LIMIT 0")  # noqa: S608
             except duckdb.Error as error:
-                return [f"where: {where!r}: {str(error).strip().splitlines()[0]}"]
+                reason = str(error).strip().splitlines()[0]
+                missing = re.search('Referenced column ("(.*?)") not found', reason)
+                text = f" Text stands in single quotes: '{missing[2]}'." if missing and missing[1] in where else ""
+                return [f"where: {where!r}: {reason}{text}"]
         return []
 
 
