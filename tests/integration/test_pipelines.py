@@ -549,6 +549,34 @@ def test_a_run_that_fails_tells_what_its_step_has_said(run: Run) -> None:
     assert f"{name}: 4\n" not in ran.err
 
 
+def test_passwords_in_addresses_are_shown_nowhere(run: Run, cli: Cli) -> None:
+    ran = run("""
+  entrypoint: main
+  arguments: {parameters: [{name: place, value: "postgres://u:hunter2@h/d"}]}
+  templates:
+  - name: main
+    steps:
+    - - {name: get, template: get, continueOn: {error: true}}
+      - {name: ask, template: ask, continueOn: {failed: true}}
+      - {name: each, template: each, withItems: ["http://u:hunter2@h/"], arguments: {parameters: [{name: a, value: "{{item}}"}]}}
+  - name: get
+    inputs: {artifacts: [{name: a, path: /tmp/a, http: {url: "http://u:hunter2@127.0.0.1:1/a"}}]}
+    container: {image: busybox, command: [echo]}
+  - {name: ask, http: {url: "http://u:hunter2@127.0.0.1:1/a"}}
+  - {name: each, inputs: {parameters: [{name: a}]}, container: {image: busybox, command: [echo, hello]}}
+""")
+    _, record, nodes = newest()
+    assert str(nodes["get"].message).startswith("http://u:***@127.0.0.1:1/a")
+    commands = (["show"], ["show", "--json"], ["logs"])
+    said = [
+        ran.err,
+        cli("pipeline", "list", "--json").out,
+        *(cli("pipeline", *each, record.id).out for each in commands),
+    ]
+    assert [each for each in said if "hunter2" in each] == []
+    assert all("u:***@" in each for each in said)
+
+
 def test_cached_steps_are_not_done_again(tmp_path: Path, run: Run, cli: Cli) -> None:
     script = tmp_path / "step.py"
     script.write_text("import sys; open(sys.argv[1] + '/effects', 'a').write(sys.argv[2]); print(sys.argv[2])")

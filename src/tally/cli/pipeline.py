@@ -218,7 +218,8 @@ def _drive(pipelines: Pipelines, lease: Lease, *, quiet: bool) -> int:
 
     def tell(node: Node) -> None:
         if not quiet and node.kind != "StepGroup":
-            say(f"{SIGNS[node.phase]} {node.name}" + (f"  {node.message}" if node.message else ""), err=True)
+            told = f"  {node.message}" if node.message else ""
+            say(f"{SIGNS[node.phase]} {visible(mask(node.name))}{told}", err=True)
 
     try:
         state = pipelines.drive(lease, tell)
@@ -228,7 +229,7 @@ def _drive(pipelines: Pipelines, lease: Lease, *, quiet: bool) -> int:
     record = pipelines.store.get(lease.id)
     if state == "waiting":
         for node in pipelines.waiting(record.id):
-            say(f"{node.name} waits for you", err=True)
+            say(f"{visible(mask(node.name))} waits for you", err=True)
         say(f"run {record.id} goes on with: tally pipeline resume {record.id}", err=True)
         return 0
     if state == "interrupted":
@@ -251,7 +252,7 @@ def _last_words(pipelines: Pipelines, run_id: str) -> Iterator[tuple[str, str]]:
     failed = [(node, files) for node, files in pipelines.logs(run_id) if node.failed]
     for node, files in failed[-FAILED:]:
         for line in [line for file in files for line in tail(file, LAST_LINES)][-LAST_LINES:]:
-            yield node.display, line
+            yield visible(mask(node.display)), line
 
 
 @pipeline.command("list")
@@ -271,8 +272,10 @@ def list_(as_json: bool, **wanted: Any) -> None:
     """List the newest runs. Filters combine: a run must match all of them."""
     found = installation.pipelines().store.list(**wanted)
     if as_json:
+        from tally.jobs.spec import shown
+
         for each in found.runs:
-            say(json.dumps(each.to_dict()))
+            say(json.dumps(shown(each.to_dict())))
     elif found.runs:
         table(("RUN", "NAME", "STATE", "STARTED", "TIME"), [
             (each.id, each.name, each.state, local_time(each.created_at), _time(each)) for each in found.runs
@@ -303,7 +306,9 @@ def show(run: str, as_json: bool) -> None:
     record = store.get(run)
     nodes = store.nodes(record.id)
     if as_json:
-        say(json.dumps(record.to_dict() | {"nodes": [each.to_dict() for each in nodes]}))
+        from tally.jobs.spec import shown
+
+        say(json.dumps(shown(record.to_dict()) | {"nodes": [shown(each.to_dict()) for each in nodes]}))
         return
     facts = [("Name", record.name), ("Run", record.id), ("Status", record.state), ("Message", record.error or ""),
              ("Created", local_time(record.created_at)), ("Finished", local_time(record.finished_at)),
@@ -339,7 +344,7 @@ def logs(run: str, step: str | None, follow: bool) -> None:
     if not follow:
         for node, lines in installation.pipelines().printed(run, step):
             for line in lines:
-                say(line if step else f"{node.display}: {line}")
+                say(line if step else f"{visible(mask(node.display))}: {line}")
         return
     installation.check_here("pipeline logs --follow")
     pipelines = installation.pipelines()
@@ -350,7 +355,8 @@ def logs(run: str, step: str | None, follow: bool) -> None:
         try:
             for node, files in pipelines.logs(record.id, step):
                 for file in files:
-                    _print_new(file, printed, None if step else node.display, all_of_it=over)
+                    name = None if step else visible(mask(node.display))
+                    _print_new(file, printed, name, all_of_it=over)
         except SpecError:
             if over:
                 raise
@@ -384,7 +390,7 @@ def resume(context: click.Context, run: str, step: str | None, parameters: tuple
     record = pipelines.store.get(run)
     values = text_pairs("-p", parameters)
     for node in pipelines.answer(record.id, values, step):
-        say(f"{node.name} goes on", err=True)
+        say(f"{visible(mask(node.name))} goes on", err=True)
     if (lease := pipelines.resume(record.id)) is not None:
         context.exit(_drive(pipelines, lease, quiet=quiet))
     say(f"run {record.id} goes on in another process", err=True)

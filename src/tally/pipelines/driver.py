@@ -21,6 +21,7 @@ from typing import Any
 
 from tally.database import waiting
 from tally.database.leased import Lease
+from tally.masking import mask
 from tally.pipelines import expressions
 from tally.pipelines.bindings import Bindings, Bound
 from tally.pipelines.document import seconds_of
@@ -93,7 +94,8 @@ class Driver:
                     each.cancel()
                 await asyncio.gather(looking, work, return_exceptions=True)
         progress.check()
-        progress.patience(lambda: progress.store.finish(progress.lease, state, error=error))
+        told = error and mask(error)
+        progress.patience(lambda: progress.store.finish(progress.lease, state, error=told))
         return state
 
     async def _whole(self) -> tuple[RunState, str | None]:

@@ -16,6 +16,7 @@ from typing import Any
 from tally.database import waiting
 from tally.database.leased import Lease
 from tally.errors import OwnershipLostError
+from tally.masking import mask
 from tally.pipelines.options import Options
 from tally.pipelines.store import Node, Phase, PipelineStore, RunRecord
 
@@ -99,8 +100,8 @@ class Progress:
         return node
 
     async def end(self, node: Node, phase: Phase, message: str | None = None) -> Node:
-        """Say and keep what came of a node."""
-        node.phase, node.message, node.finished_at = phase, message or node.message, time.time()
+        """Say and keep what came of a node; no secret that is in the message."""
+        node.phase, node.message, node.finished_at = phase, mask(message) if message else node.message, time.time()
         node.started_at = node.started_at or node.finished_at
         await self.save(node)
         self._open.pop(node.name, None)

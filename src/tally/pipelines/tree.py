@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
+from tally.masking import mask
 from tally.pipelines.store import Node
 
 SIGNS = {"Pending": "◷", "Running": "●", "Succeeded": "✔", "Failed": "✖", "Error": "⚠", "Skipped": "○", "Omitted": "○"}
@@ -13,7 +14,8 @@ SIGNS = {"Pending": "◷", "Running": "●", "Succeeded": "✔", "Failed": "✖"
 def rows(nodes: Sequence[Node]) -> Iterator[tuple[str, str, str, str]]:
     """STEP, TEMPLATE, DURATION and MESSAGE of each node."""
     for node, step in drawn(nodes):
-        yield step, node.template, duration(node), node.message or ""
+        tree = step.removesuffix(node.display)
+        yield tree + mask(node.display), node.template, duration(node), node.message or ""
 
 
 def drawn(nodes: Sequence[Node]) -> Iterator[tuple[Node, str]]:

@@ -16,6 +16,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from tally.errors import PipelineNotFoundError
 from tally.jobs.printed import tail
 from tally.jobs.spec import shown
+from tally.masking import mask
 from tally.pipelines.facade import Pipelines
 from tally.pipelines.store import ENDED, RUN_STATES, RunRecord
 from tally.pipelines.tree import drawn, duration
@@ -109,6 +110,7 @@ def step_page(
         "outputs": shown(outputs),
         "lines": lines[-LINES:],
     }
+    node = replace(node, display=mask(node.display))
     return page(request, "pipeline_step.html", run=record, node=node, here=here, now=now, most=LINES)
 
 
@@ -149,7 +151,11 @@ def _shown(pipelines: Pipelines, record: RunRecord) -> dict[str, Any]:
     """A run as its page shows it."""
     nodes = pipelines.store.nodes(record.id)
     rows = [
-        (node, tree.removesuffix(node.display), duration(node) if node.done or record.alive else "")
+        (
+            replace(node, display=mask(node.display)),
+            tree.removesuffix(node.display),
+            duration(node) if node.done or record.alive else "",
+        )
         for node, tree in drawn(nodes[:ROWS])
     ]
     top = next((each for each in nodes if not each.parent), None)
