@@ -297,6 +297,13 @@ def test_pods_that_reach_buckets_act_as_the_account_that_may() -> None:
     assert seen == {"server", "consumer", "ray-head", "ray-worker"}
 
 
+def test_ray_is_said_to_be_of_the_version_that_the_image_has() -> None:
+    """KubeRay asks pods for their health as that version answers."""
+    (pinned,) = re.findall(r"(?m)^ray==(.+)$", (OVERLAYS.parents[1] / "constraints.txt").read_text())
+    told = {each["spec"]["rayVersion"] for name in NAMES for each in rendered(name) if each["kind"] == "RayCluster"}
+    assert told == {pinned}
+
+
 def test_rays_pods_are_replaced_when_their_template_changes() -> None:
     for name in NAMES:
         found = rendered(name)
@@ -455,6 +462,36 @@ def test_a_value_that_yaml_takes_for_something_else_is_said(tmp_path: Path, valu
     (tmp_path / "kustomization.yaml").write_text("resources: [a.yaml]\n")
     with pytest.raises(DeployError, match=r"ConfigMap a: data\.A is to be a text, not "):
         assert Overlay(tmp_path).manifests
+
+
+@pytest.mark.parametrize(
+    ("kind", "of", "where", "instead"),
+    [
+        ("RayCluster", "tally-ray", f"{CPU}.maxReplicas", {"a": "b"}),
+        ("RayCluster", "tally-ray", f"{CPU}.rayStartParams", 0),
+        ("RayCluster", "tally-ray", "spec.authOptions", 1.5),
+        ("RayJob", "tally-night", "spec.rayClusterSpec", -1),
+        ("ServiceMonitor", "tally", "spec.selector.matchExpressions", [{}]),
+        ("ExternalSecret", "tally", "spec.data.0", 1.5),
+        ("Deployment", "tally", f"{POD}.volumes.0.secret", {"optional": False}),
+    ],
+)
+def test_an_object_that_is_not_understood_is_named(kind: str, of: str, where: str, instead: Any) -> None:
+    """Of kinds that operators bring, nothing says here of which types their fields are."""
+    found = rendered("production")
+    plant(one(found, kind, of), where, instead)
+    (told,) = fields.problems(found) or problems(found)
+    assert told.startswith(f"{kind} {of} cannot be read: a field is missing, or of another type than it is to be"), told
+
+
+def test_a_field_without_a_value_is_none(tmp_path: Path) -> None:
+    spec = {"type": "ExternalName", "externalName": "b", "ports": None}
+    made = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "a", "labels": None}, "spec": spec}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(made))
+    (tmp_path / "kustomization.yaml").write_text("resources: [a.yaml]\n")
+    (found,) = Overlay(tmp_path).manifests
+    assert found["metadata"] == {"name": "a"}
+    assert found["spec"] == {"type": "ExternalName", "externalName": "b"}
 
 
 def test_an_overlay_of_nothing_is_said(tmp_path: Path) -> None:

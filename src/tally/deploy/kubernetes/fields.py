@@ -31,8 +31,9 @@ def problems(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _of(found: Mapping[str, Any]) -> Iterator[str]:
-    missing = [name for name in ("apiVersion", "kind", "metadata") if not found.get(name)]
-    if missing or not isinstance(found["metadata"], Mapping) or not found["metadata"].get("name"):
+    kinds = (("apiVersion", str), ("kind", str), ("metadata", Mapping))
+    missing = [name for name, kind in kinds if not found.get(name) or not isinstance(found[name], kind)]
+    if missing or not found["metadata"].get("name"):
         yield f"an object has no {', '.join(missing) or 'name'}: {str(dict(found))[:80]}"
         return
     what = f"{found['kind']} {found['metadata']['name']}"
@@ -56,7 +57,8 @@ def _templates(found: Any, what: str, where: str) -> Iterator[str]:
     """The templates of pods in an object of a kind that is not known."""
     if isinstance(found, Mapping):
         for key, value in found.items():
-            if key == "template" and isinstance(value, Mapping) and "containers" in (value.get("spec") or ()):
+            inner = value.get("spec") if key == "template" and isinstance(value, Mapping) else None
+            if isinstance(inner, Mapping) and "containers" in inner:
                 yield from _struct(core_v1.PodTemplateSpec, value, what, f"{where}.template")
             else:
                 yield from _templates(value, what, f"{where}.{key}")

@@ -78,7 +78,7 @@ class Overlay:
         from tally.deploy.kubernetes import fields
         from tally.deploy.kubernetes.lint import rules
 
-        found = [each for each in yaml.load_all(self.text, _Loader) if each is not None]
+        found = [_told(each) for each in yaml.load_all(self.text, _Loader) if each is not None]
         if not found:
             raise DeployError(f"{self.folder} renders to nothing", hint="Its kustomization.yaml names no resources.")
         if wrong := fields.problems(found) or rules.problems(found):
@@ -93,6 +93,13 @@ class Overlay:
         """That of its objects."""
         spaces = {each["metadata"]["namespace"] for each in self.manifests if "namespace" in each["metadata"]}
         return spaces.pop() if spaces else "default"
+
+
+def _told(found: Any) -> Any:
+    """What is said of an object: a field without a value is none."""
+    if isinstance(found, dict):
+        return {key: _told(value) for key, value in found.items() if value is not None}
+    return [_told(each) for each in found] if isinstance(found, list) else found
 
 
 def kubectl() -> str:
