@@ -13,7 +13,7 @@ from PIL import Image
 from tests.integration.test_parts import Doubled, Length
 
 import tally
-from tally.errors import JobExistsError, SpecError
+from tally.errors import JobError, JobExistsError, SpecError
 from tally.scorers.base import Scorer
 
 
@@ -72,6 +72,18 @@ def test_pictures_of_pillow_are_what_their_files_are(tmp_path: Path) -> None:
             ("1x2x3", 0, 156),
             ("1x2x3", 0, 128),
         ]
+
+
+def test_urls_that_differ_in_what_is_not_shown_have_keys_of_their_own(tmp_path: Path) -> None:
+    urls = [f"http://127.0.0.1:9/get?id={number}" for number in range(3)]  # nobody listens there
+    with pytest.raises(JobError, match="all 3 items failed"):
+        tally.score(urls, Mean, tmp_path / "out", quiet=True, workers=1)
+    [job] = tally.jobs(place=str(tmp_path / "out"))
+    shown = "http://127.0.0.1:9/get?id=***"
+    assert sorted(job.dead().to_pydict()["key"]) == [shown, f"{shown}#2", f"{shown}#3"]
+    (tmp_path / "urls.txt").write_text("\n".join(urls))
+    with pytest.raises(SpecError, match="What follows \\? in a URL may be a secret, and is not in its key"):
+        tally.score(None, Mean, tmp_path / "listed", items=tmp_path / "urls.txt", quiet=True)
 
 
 @pytest.mark.parametrize("one", [b"content", np.zeros((6, 4, 3), np.uint8), np.zeros((6, 4), np.uint8), {"a.png": b""}])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -154,9 +155,16 @@ def _kept_one_by_one(new: Path, values: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     rows: list[dict[str, str]] = []
     count = 0
+    hidden: Counter[str] = Counter()
     with pq.ParquetWriter(new / "list.parquet", schema) as writer:
         for value in iterator:
             row = _kept_item(new, count, value, digest)
+            if row["key"] != str(value) and is_url(
+                row["item"]
+            ):  # something in it is not shown, which may tell it apart
+                hidden[row["key"]] += 1
+                if (number := hidden[row["key"]]) > 1:
+                    row["key"] += f"#{number}"
             digest.update(f"{row}\n".encode("utf-8", "surrogateescape"))
             rows.append(row)
             count += 1

@@ -31,7 +31,7 @@ from tally.errors import (
     TallyError,
     error_line,
 )
-from tally.masking import mask
+from tally.masking import HIDDEN, mask
 from tally.scorers.base import Input, Scorer
 from tally.sources.base import Batch, Chunk, ChunkLimit, Source, Timings
 from tally.sources.listing import is_video
@@ -141,9 +141,10 @@ class ReferenceSource(Source):
             return  # two keys of one hash
         shown = ", ".join(f"{key!r} ({count:,} times)" for key, count in several[:_SHOWN])
         more = f" and {len(several) - _SHOWN:,} others" if len(several) > _SHOWN else ""
+        hidden = " What follows ? in a URL may be a secret, and is not in its key." if HIDDEN in shown else ""
         raise SpecError(
             f"items: in {key_of(self.items.place)} several items have the same key: {shown}{more}",
-            hint="Name each item once, or a column that tells them apart: --key COLUMN.",
+            hint=f"Name each item once, or say with --key which column tells them apart.{hidden}",
         )
 
     # -- planning ----------------------------------------------------------------------------------
