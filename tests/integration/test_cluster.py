@@ -372,6 +372,24 @@ def test_what_an_autoscaler_has_decided_is_kept(ready: ApiServer, production: st
     assert ready.get("deployments", "tally")["spec"]["replicas"] == 2  # type: ignore[index]
 
 
+def test_groups_are_scaled_together(ready: ApiServer, production: str, cli: Cli) -> None:
+    assert cli("cluster", "apply", "--overlay", "gpu").code == 0
+    ran = cli("cluster", "scale", "cpu=1..16", "gpu=2..3", "server=2", "--overlay", "gpu")
+    assert ran.code == 0, ran.err
+    live = ready.get("rayclusters", "tally-ray")
+    assert live is not None
+    groups = live["spec"]["workerGroupSpecs"]
+    assert [(each["minReplicas"], each["maxReplicas"]) for each in groups] == [(1, 16), (2, 3)]
+    # One that the cluster does not have yet, as the overlay was not applied since.
+    live["spec"]["workerGroupSpecs"] = groups[:1]
+    ready.put("rayclusters", live)
+    ran = cli("cluster", "scale", "server=3", "gpu=0..1", "--overlay", "gpu")
+    assert ran.code == 1
+    assert "the RayCluster tally-ray has no group gpu yet" in ran.err
+    assert ran.out == ""
+    assert ready.get("deployments", "tally")["spec"]["replicas"] == 2  # type: ignore[index]
+
+
 def test_who_may_not_see_what_the_cluster_knows_may_apply(ready: ApiServer, production: str, cli: Cli) -> None:
     ready.deny.add(("GET", "customresourcedefinitions"))
     ran = cli("cluster", "apply", "--overlay", production)

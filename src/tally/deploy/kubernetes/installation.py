@@ -164,10 +164,11 @@ class Installation:
 
         It holds until the overlay is applied again. Raises SpecError for a name that is none of them.
         """
-        wanted = {name: self._sized(name, *size) for name, size in sizes.items()}
-        for name, manifest in wanted.items():
-            self.cluster.apply(manifest, force=True, manager=SCALER)
-            least, most = sizes[name]
+        for name, size in sizes.items():
+            self._sized(name, *size)  # what is wrong is said before anything is changed
+        for name, (least, most) in sizes.items():
+            # Anew: groups of one cluster are one field, with what was just said of another.
+            self.cluster.apply(self._sized(name, least, most), force=True, manager=SCALER)
             say(f"{name}: {least}" if least == most else f"{name}: {least} to {most}")
 
     def _sized(self, name: str, least: int, most: int) -> Object:
@@ -182,6 +183,9 @@ class Installation:
         }
         if ray is not None and name in groups:
             found = copy.deepcopy(self._ours(ray)["spec"]["workerGroupSpecs"])
+            if name not in {group["groupName"] for group in found}:
+                hint = f"tally cluster apply --overlay {self.overlay.folder}"
+                raise DeployError(f"the {_called(ray)} has no group {name} yet", hint=hint)
             for group in found:
                 if group["groupName"] == name:
                     group |= {"minReplicas": least, "maxReplicas": most}
