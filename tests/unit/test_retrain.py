@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from tally.errors import ModelError, SpecError, WorkerCrashedError
 from tally.models.load import load
 from tally.scorers.base import Item
 from tally.scorers.vision.preprocess import Preprocess
-from tally.training.retrain import bottlenecks
+from tally.training.retrain import bottlenecks, finetuning
 from tally.training.retrain.bottlenecks import Backbone, features
 from tally.training.retrain.dataset import PARTS, Dataset, Picture, normalised, part_of, read
 from tally.training.retrain.distortions import Distorted, Distortions
@@ -366,6 +367,22 @@ def test_pictures_that_cannot_be_read_leave_the_data_set(tmp_path: Path) -> None
     assert left.remarks == ("1 picture cannot be read and is left out: 02.jpg: truncated",)
     with pytest.raises(SpecError, match="no picture of 'dog' is left to train with"):
         dataset.without({pictures[3].path: "truncated"})
+
+
+def test_what_is_no_file_is_left_out_and_not_read_for_ever(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos")
+    os.mkfifo(folder / "red" / "pipe.png")
+    (folder / "red" / "zero.png").symlink_to("/dev/zero")
+    (folder / "red" / "gone.png").symlink_to("nowhere")
+    model = Backbone.of(str(backbone(tmp_path / "backbone.onnx")))
+    for left, found in (
+        finetuning.look(read(folder), model),
+        bottlenecks.compute(read(folder), model, root=tmp_path / "cache", workers=1),
+    ):
+        assert len(found.hashes) == len(left.pictures) == 72
+        assert "red/pipe.png: it is a pipe or a device, and no file" in left.remarks[-1]
+        assert "red/zero.png: it is a pipe or a device, and no file" in left.remarks[-1]
+        assert "red/gone.png: No such file or directory" in left.remarks[-1]
 
 
 def test_classifiers_are_no_backbones_until_they_are_cut(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ class _Pictures:
         self._folder = folder
         self._by_name: dict[str, list[Path]] = {}
         for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in suffixes():
+            if path.suffix.lower() in suffixes() and path.is_file():  # a pipe would be waited for
                 self._by_name.setdefault(path.name, []).append(path)
 
     def find(self, url: str) -> Path | None:

@@ -35,7 +35,7 @@ from tally.scorers.base import Scorer
 from tally.storage.publish import write_whole
 from tally.text import expanded
 from tally.training.retrain.cut import cut, last_layer_input
-from tally.training.retrain.dataset import Dataset
+from tally.training.retrain.dataset import Dataset, regular
 from tally.training.retrain.exported import exported, prepared_as
 
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
@@ -336,7 +336,7 @@ def compute(
 
 def _hash(path: Path) -> str | ItemError:
     try:
-        return known_hash(path).hex()
+        return known_hash(regular(path)).hex()
     except OSError as error:
         return ItemError(error.strerror or str(error), stage="read")
 

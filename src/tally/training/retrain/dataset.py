@@ -7,9 +7,11 @@ and pictures may be added, and every picture stays in its part.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -166,6 +168,13 @@ def part_of(label: str, name: str, testing_percentage: int, validation_percentag
 def normalised(folder: str) -> str:
     """The label that a folder's name stands for: lower case, every run of other than a-z and 0-9 one space."""
     return re.sub(r"[^a-z0-9]+", " ", folder.lower()).strip()
+
+
+def regular(path: Path) -> Path:
+    """The path. Raises OSError if reading it might never end: a pipe, a device."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, and no file", str(path))
+    return path
 
 
 def check(dataset: Dataset, wanted: Iterable[str]) -> None:

@@ -35,7 +35,7 @@ from tally.models.resolve import resolve
 from tally.scorers.torch.network import library
 from tally.scorers.vision.preprocess import Preprocess, Preprocessor
 from tally.training.retrain.bottlenecks import Backbone, Bottlenecks
-from tally.training.retrain.dataset import Dataset
+from tally.training.retrain.dataset import Dataset, regular
 from tally.training.retrain.distortions import Distortions
 from tally.training.retrain.examples import Examples, Indices, Parameters
 from tally.training.retrain.finetuning_worker import Begun, Ended, Measured, Plan, set_up, work
@@ -93,7 +93,7 @@ def look(dataset: Dataset, backbone: Backbone) -> tuple[Dataset, Bottlenecks]:
 
     def hashed(path: Path) -> str | ItemError:
         try:
-            decode(path.read_bytes(), size)
+            decode(regular(path).read_bytes(), size)
             return known_hash(path).hex()
         except OSError as error:
             return ItemError(error.strerror or str(error), stage="read")
