@@ -9,6 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +21,7 @@ import pytest
 from tests.apiserver import ApiServer, running
 from tests.conftest import Ran
 from tests.overlays import NAMES, OVERLAYS, one, rendered
+from tests.waiting import eventually
 
 from tally import kubernetes
 from tally.deploy.kubernetes import doctor, installation
@@ -704,6 +708,19 @@ def test_the_pod_has_what_the_server_has_and_gets_no_requests() -> None:
     assert container["env"] == server["env"]
     assert container["volumeMounts"] == server["volumeMounts"]
     assert "lifecycle" not in container
+
+
+def test_a_doctor_that_is_interrupted_leaves_no_pod(ready: ApiServer, production: str, cli: Cli) -> None:
+    """One that waits for a node would have one brought, and paid."""
+    assert cli("cluster", "apply", "--overlay", production).code == 0
+    command = [sys.executable, "-m", "tally", "cluster", "doctor", "--overlay", production]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        eventually(lambda: ready.names("pods") or None)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode not in (0, None), said
+    assert "Traceback" not in said
+    assert ready.names("pods") == []
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -136,7 +136,11 @@ def doctor(overlay: str, context: str | None, location: str | None, nodes: int, 
         assert found.overlay.manifests
         seconds = {"from within": POD_SECONDS + 30}
         every = checks(found, location=location, nodes=nodes, pod=pod)
-        return report([Check(name, run, seconds=seconds.get(name, 60.0)) for name, run in every])
+        try:
+            return report([Check(name, run, seconds=seconds.get(name, 60.0)) for name, run in every])
+        finally:  # Ctrl-C: a pod that waits for a node would have one brought
+            for each in list(found.passing):
+                found.cluster.delete_any(each)
 
 
 @cluster.command(short_help="Have more or fewer workers, servers or consumers.")

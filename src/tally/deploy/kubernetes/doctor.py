@@ -286,11 +286,13 @@ def _within(installation: Installation) -> str:
     for each in installation.overlay.manifests:
         if each["kind"] in ("ServiceAccount", "ConfigMap", "PersistentVolumeClaim") and cluster.get_any(each) is None:
             raise Skip(f"not looked at: {each['kind']} {each['metadata']['name']} is not there before 'apply'")
-    cluster.create_any(pod)
+    installation.passing.append(pod)
     try:
+        cluster.create_any(pod)
         return _outcome(installation, pod)
     finally:
         cluster.delete_any(pod)
+        installation.passing.remove(pod)
 
 
 def _outcome(installation: Installation, pod: Object) -> str:

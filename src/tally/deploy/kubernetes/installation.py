@@ -51,6 +51,8 @@ class Installation:
 
     def __init__(self, overlay: Overlay, cluster: Cluster, *, force: bool = False) -> None:
         self.overlay, self.cluster, self._force = overlay, cluster, force
+        self.passing: list[Object] = []
+        """Objects that are there for the moment only: who ends before it is over removes them."""
 
     # -- what there is to do -----------------------------------------------------------------------------------
 
