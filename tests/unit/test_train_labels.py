@@ -154,6 +154,9 @@ def test_names_that_meet_and_labels_of_any_script(tmp_path: Path) -> None:
     names = [line for line in (tmp_path / "csv/labelmap.pbtxt").read_text("utf-8").splitlines() if "name:" in line]
     told = [text_format.Parse(f"string_value: {each.split(': ')[1]}", struct_pb2.Value()) for each in names]
     assert [each.string_value for each in told] == classes == [f"{number} \N{DOG FACE}" for number in range(3)]
+    torn = read(table(tmp_path / "torn.csv", ("x-2.jpg", [HALF | {"label": "two\nlines"}], [])), tmp_path / "images")
+    with pytest.raises(SpecError, match=r"a line for each class, and 'two\\nlines' is none"):
+        convert({"train": torn.pictures}, "yolov3", tmp_path / "yolov3")
 
 
 def test_the_message_is_that_of_tensorflow() -> None:

@@ -9,6 +9,7 @@ import click
 
 from tally.cli.console import say
 from tally.cli.values import Choice, share
+from tally.text import visible
 
 if TYPE_CHECKING:
     from tally.training.labels.table import Labelled
@@ -83,4 +84,4 @@ def labels(
         f"{len(pictures):,} pictures with {sum(len(each.boxes) for each in pictures):,} boxes to {name}"
         for name, pictures in sets.items()
     )
-    say(f"wrote {out}: {counts}; classes: {', '.join(classes)}")
+    say(f"wrote {out}: {counts}; classes: {visible(', '.join(classes))}")

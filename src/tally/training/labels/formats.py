@@ -51,6 +51,11 @@ def convert(sets: Sets, form: str, out: Path) -> list[str]:
 
 def _yolov3(sets: Sets, classes: Sequence[str], folder: Path, out: Path) -> None:
     """``train.txt``, ``test.txt``: a line for each picture, ``path x1,y1,x2,y2,class ...``; ``labels.txt``."""
+    if torn := [label for label in classes if label.splitlines() != [label]]:
+        raise SpecError(
+            f"the format yolov3 has a line for each class, and {torn[0]!r} is none",
+            hint="Rename it, or choose another format.",
+        )
     for name, pictures in sets.items():
         lines = []
         for each in pictures:
