@@ -8,9 +8,11 @@ from pathlib import Path
 
 import psutil
 from tests.conftest import Ran
+from tests.contracts.conftest import lose
 from tests.waiting import wait_for
 from tests.workflows import kill, newest, start, written
 
+from tally.database.tables import pipeline_runs
 from tally.pipelines.steps.launcher import MARK
 
 Cli = Callable[..., Ran]
@@ -188,3 +190,25 @@ def test_a_lost_launcher_costs_no_more_than_a_step(tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     assert process.wait(timeout=60) == 0, log.read_text()
     assert effects.read_text().count("a ends") == 1
+
+
+def test_who_loses_a_run_leaves_its_steps_to_who_has_it(tmp_path: Path) -> None:
+    """As one that was put to sleep, and wakes when another has gone on."""
+    file, log, effects = written(tmp_path, WORKFLOW), tmp_path / "log", tmp_path / "effects"
+    effects.touch()
+    first = start("run", "-q", file, "-p", f"out={tmp_path}", "--share", tmp_path, log=log)
+    wait_for(lambda: "a begins\n" in effects.read_text(), first, told=lambda: told(tmp_path))
+    first.send_signal(signal.SIGSTOP)
+    pipelines, record, _ = newest()
+    lose(pipelines.store.engine, pipeline_runs, record.id)
+    second = start("resume", "-q", record.id, log=log)
+    wait_for(lambda: newest()[1].alive, second, told=log.read_text)
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=60) == 1
+    assert "was taken over by another process" in log.read_text()
+    assert marked(record.id)
+    (tmp_path / "go").touch()
+    assert second.wait(timeout=60) == 0, told(tmp_path)
+    assert effects.read_text().count("a begins") == effects.read_text().count("a ends") == 1
+    assert newest()[1].state == "succeeded"
+    assert marked(record.id) == []

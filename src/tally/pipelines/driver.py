@@ -85,6 +85,8 @@ class Driver:
                 await asyncio.wait([work, looking], return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
                     looking.result()
+                    if progress.stopping == "lost":
+                        work.cancel()
                 state, error = await work
             except (StopError, asyncio.CancelledError):
                 progress.check()
@@ -246,7 +248,8 @@ class Driver:
                 try:
                     await (self._groups.steps if found.kind == "steps" else self._groups.dag)(found, node, values)
                 finally:
-                    await self._leaves.end_daemons(node.name)
+                    if self._progress.stopping != "lost":
+                        await self._leaves.end_daemons(node.name)
             case _:
                 await self._leaves.run(found, node, bound, values, captures=holder.name.partition("(")[0])
 

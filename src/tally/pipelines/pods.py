@@ -215,7 +215,8 @@ class Pods:
             end = await running
         finally:
             self._running.discard(pod.mark)
-            await self._end_sidecars(pod)
+            if self._progress.stopping != "lost":
+                await self._end_sidecars(pod)
         if self._progress.interrupted and (end is None or (end.code != 0 and not end.late)):
             for name in ("exit", "pid"):  # it did not end by itself: it is run again
                 (pod.folder / name).unlink(missing_ok=True)

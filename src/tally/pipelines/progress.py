@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from tally.database import waiting
+from tally.database import lease, waiting
 from tally.database.leased import Lease
-from tally.errors import OwnershipLostError
+from tally.errors import OwnershipLostError, PipelineNotFoundError
 from tally.masking import mask
 from tally.pipelines.options import Options
 from tally.pipelines.store import Node, Phase, PipelineStore, RunRecord
@@ -207,7 +207,8 @@ class Progress:
                             idle = 0
             except OwnershipLostError as error:
                 self._lose(error)
-                self._tell_stopped(True)
+                if not self._goes_on_here():  # then who drives the run looks after its steps, too
+                    self._tell_stopped(True)
                 return
             if wanted == "cancel" and self.stopping is None and not self.exiting:
                 self._end("cancel")
@@ -274,6 +275,13 @@ class Progress:
         """Raises OwnershipLostError where another process drives the run by now."""
         if self._lost is not None:
             raise self._lost
+
+    def _goes_on_here(self) -> bool:
+        """Whether who took the run is, or was, on this machine, where its steps are."""
+        try:
+            return self.store.get(self.run_id).owner_host == lease.host()
+        except PipelineNotFoundError:
+            return False
 
     def _lose(self, error: OwnershipLostError) -> None:
         self._lost = error
