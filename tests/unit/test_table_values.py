@@ -405,6 +405,27 @@ def test_a_time_that_the_unit_of_other_files_does_not_hold_is_a_dead_item(tmp_pa
     )
 
 
+@pytest.mark.parametrize("lines", ["1,2,3\n4,5\n7,8,9,10\n", "4,5\n7,8,9,10\n1,2,3\n"])
+def test_lines_that_differ_each_in_its_way_do_not_make_the_header_wrong(tmp_path: Path, lines: str) -> None:
+    """In a small file, they are more than those that are right."""
+    (tmp_path / "a.csv").write_text(f"a,b,c\n{lines}")
+    scorer = Scorer()
+    scorer.input = "table"
+    source = TableSource.describe([str(tmp_path / "a.csv")], features=[], keep=["a", "b", "c"])
+    source = source.located(str(tmp_path / "work"))
+    source.prepare()
+    found, dead = [], []
+    for chunk in source.plan(None, 0, lambda: ChunkLimit(1 << 20, 1 << 40)):
+        for batch in source.read(chunk, scorer, Timings()):
+            found += batch.info.to_pylist()
+            dead += [error.message.partition(": ")[2] for _, error in batch.dead]
+    assert found == [{"a": 1, "b": 2, "c": 3}]
+    assert dead == ["the line has 2 columns, not 3", "the line has more than 3 columns"]
+    (tmp_path / "b.csv").write_text("a,b\n1,2,3\n4,5,6\n")
+    with pytest.raises(StorageError, match="the first line has 2 columns, and most of the others have 3"):
+        TableSource.describe([str(tmp_path / "b.csv")], features=[], keep=["a"])
+
+
 def test_text_that_is_not_utf_8_is_named_where_rows_are_sorted(tmp_path: Path) -> None:
     text = pa.array([b"good", b"\xff"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"a": ["x", "y"]}), tmp_path / "a.parquet")

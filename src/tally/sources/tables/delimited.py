@@ -328,7 +328,7 @@ def _check_width(name: str, names: Sequence[str], rows: Sequence[Sequence[str]],
     mark = rows[0][0].lstrip()[:1]
     remark = f", or what lines of remarks begin with, with csv comment='{mark}'" if mark in ("#", "%", "!") else ""
     fitting = sum(len(row) == len(names) for row in data)
-    if len(data) >= 2 and fitting * 2 < len(data):
+    if len(data) >= 2 and fitting * 2 < len(data) and fitting < sum(len(row) == _width(data) for row in data):
         raise StorageError(
             f"{name}, line 1, column {min(len(names), _width(data)) + 1}: the first line has {len(names)} "
             f"columns, and most of the others have {_width(data)} (delimiter {delim!r})",
