@@ -23,14 +23,13 @@ def read_labels(path: Path) -> list[str]:
         raise SpecError(f"labels: {path} cannot be read ({error.strerror or error})", hint=_FORM) from None
     except UnicodeDecodeError:
         raise SpecError(f"labels: {path} is not text in UTF-8", hint=_FORM) from None
+    if not text:
+        raise SpecError(f"labels: {path} is empty", hint=_FORM)
     if path.suffix.lower() in (".yaml", ".yml"):
         return _listed(_of_yaml(text, path), path)
     if not text.startswith(("{", "[")):
         lines = [line.strip() for line in text.splitlines()]
-        names = lines[: lines.index("")] if "" in lines else lines
-        if not text:
-            raise SpecError(f"labels: {path} is empty", hint=_FORM)
-        return names
+        return lines[: lines.index("")] if "" in lines else lines
     try:
         value = json.loads(text)
     except ValueError:
