@@ -106,10 +106,14 @@ class CutRabbit(BrokerUnderTest):
 
 
 def _relay(one: socket.socket, other: socket.socket) -> None:
-    with contextlib.suppress(OSError), one, other:
-        while content := one.recv(65536):
-            other.sendall(content)
-        other.shutdown(socket.SHUT_RDWR)
+    """Hand on what one side sends, until it ends or is killed: then the other side is told."""
+    with one, other:
+        with contextlib.suppress(OSError):
+            while content := one.recv(65536):
+                other.sendall(content)
+        for each in (one, other):  # closing is not enough: the other thread reads there, and so keeps it open
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
 
 def answers(port: int) -> bool:
