@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.conftest import Ran
 
 from tally.pipelines.facade import Pipelines, open_pipelines
 from tally.pipelines.store import Node, RunRecord
@@ -21,6 +24,17 @@ def written(folder: Path, text: str, name: str = "workflow.yaml") -> Path:
     path = folder / name
     path.write_text(text if text.lstrip().startswith("apiVersion") else head + text)
     return path
+
+
+def runner(cli: Callable[..., Ran], folder: Path) -> Callable[..., Ran]:
+    """A function that runs a workflow that is given by its spec, whose steps see the folder."""
+
+    def running(text: str, *more: object, code: int = 0) -> Ran:
+        ran = cli("pipeline", "run", written(folder, text), "--share", folder, *more)
+        assert ran.code == code, ran.err
+        return ran
+
+    return running
 
 
 def newest() -> tuple[Pipelines, RunRecord, dict[str, Node]]:

@@ -21,7 +21,7 @@ from tests.conftest import Ran
 from tests.objectstores import moto_s3
 from tests.ports import free_ports
 from tests.waiting import wait_for
-from tests.workflows import newest, printed, start, written
+from tests.workflows import newest, printed, runner, start, written
 
 from tally.pipelines.steps import launcher, room
 
@@ -40,13 +40,7 @@ STEP = """
 @pytest.fixture
 def run(tmp_path: Path, cli: Cli) -> Run:
     """Run a workflow that is given by its spec; steps see the test's folder."""
-
-    def running(text: str, *more: object, code: int = 0) -> Ran:
-        ran = cli("pipeline", "run", written(tmp_path, text), "--share", tmp_path, *more)
-        assert ran.code == code, ran.err
-        return ran
-
-    return running
+    return runner(cli, tmp_path)
 
 
 def refused(cli: Cli, tmp_path: Path, text: str, *more: object) -> str:

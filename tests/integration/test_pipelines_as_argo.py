@@ -17,7 +17,7 @@ import psutil
 import pytest
 from tests.conftest import Ran
 from tests.waiting import eventually, wait_for
-from tests.workflows import kill, newest, printed, start, written
+from tests.workflows import kill, newest, printed, runner, start, written
 
 from tally.pipelines.steps import room
 from tally.pipelines.store import PipelineStore
@@ -36,12 +36,7 @@ SAY = """
 
 @pytest.fixture
 def run(tmp_path: Path, cli: Cli) -> Run:
-    def running(text: str, *more: object, code: int = 0) -> Ran:
-        ran = cli("pipeline", "run", written(tmp_path, text), "--share", tmp_path, *more)
-        assert ran.code == code, ran.err
-        return ran
-
-    return running
+    return runner(cli, tmp_path)
 
 
 def test_a_script_comes_after_the_arguments(run: Run) -> None:

@@ -219,7 +219,7 @@ def _drive(pipelines: Pipelines, lease: Lease, *, quiet: bool) -> int:
     def tell(node: Node) -> None:
         if not quiet and node.kind != "StepGroup":
             told = f"  {node.message}" if node.message else ""
-            say(f"{SIGNS[node.phase]} {visible(mask(node.name))}{told}", err=True)
+            say(f"{SIGNS[node.phase]} {_shown(node.name)}{told}", err=True)
 
     try:
         state = pipelines.drive(lease, tell)
@@ -229,7 +229,7 @@ def _drive(pipelines: Pipelines, lease: Lease, *, quiet: bool) -> int:
     record = pipelines.store.get(lease.id)
     if state == "waiting":
         for node in pipelines.waiting(record.id):
-            say(f"{visible(mask(node.name))} waits for you", err=True)
+            say(f"{_shown(node.name)} waits for you", err=True)
         say(f"run {record.id} goes on with: tally pipeline resume {record.id}", err=True)
         return 0
     if state == "interrupted":
@@ -252,7 +252,7 @@ def _last_words(pipelines: Pipelines, run_id: str) -> Iterator[tuple[str, str]]:
     failed = [(node, files) for node, files in pipelines.logs(run_id) if node.failed]
     for node, files in failed[-FAILED:]:
         for line in [line for file in files for line in tail(file, LAST_LINES)][-LAST_LINES:]:
-            yield visible(mask(node.display)), line
+            yield _shown(node.display), line
 
 
 @pipeline.command("list")
@@ -287,6 +287,11 @@ def list_(as_json: bool, **wanted: Any) -> None:
         say(f"there are more; the next page: --after {found.next}", err=True)
 
 
+def _shown(text: str) -> str:
+    """A text of a workflow as a terminal may have it: without passwords, and without what would move the cursor."""
+    return visible(mask(text))
+
+
 def _time(record: RunRecord) -> str:
     from tally.cli.foreground import duration
 
@@ -315,16 +320,16 @@ def show(run: str, as_json: bool) -> None:
              ("Duration", _time(record)), ("Folder", record.folder)]  # fmt: skip
     for name, value in facts:
         if value and value != "-":
-            say(f"{name + ':':<18} {visible(mask(value))}")
+            say(f"{name + ':':<18} {_shown(value)}")
     if record.parameters:
         say("Parameters:")
         for name, value in record.parameters.items():
-            say(f"  {name + ':':<16} {visible(mask(value))}")
+            say(f"  {name + ':':<16} {_shown(value)}")
     outputs = next((each.outputs.get("parameters") for each in nodes if not each.parent), None)
     if outputs:
         say("Output Parameters:")
         for name, value in outputs.items():
-            say(f"  {name + ':':<16} {visible(mask(value))}")
+            say(f"  {name + ':':<16} {_shown(value)}")
     say()
     table(("STEP", "TEMPLATE", "DURATION", "MESSAGE"), list(rows(nodes)))
 
@@ -344,7 +349,7 @@ def logs(run: str, step: str | None, follow: bool) -> None:
     if not follow:
         for node, lines in installation.pipelines().printed(run, step):
             for line in lines:
-                say(line if step else f"{visible(mask(node.display))}: {line}")
+                say(line if step else f"{_shown(node.display)}: {line}")
         return
     installation.check_here("pipeline logs --follow")
     pipelines = installation.pipelines()
@@ -355,7 +360,7 @@ def logs(run: str, step: str | None, follow: bool) -> None:
         try:
             for node, files in pipelines.logs(record.id, step):
                 for file in files:
-                    name = None if step else visible(mask(node.display))
+                    name = None if step else _shown(node.display)
                     _print_new(file, printed, name, all_of_it=over)
         except SpecError:
             if over:
@@ -390,7 +395,7 @@ def resume(context: click.Context, run: str, step: str | None, parameters: tuple
     record = pipelines.store.get(run)
     values = text_pairs("-p", parameters)
     for node in pipelines.answer(record.id, values, step):
-        say(f"{visible(mask(node.name))} goes on", err=True)
+        say(f"{_shown(node.name)} goes on", err=True)
     if (lease := pipelines.resume(record.id)) is not None:
         context.exit(_drive(pipelines, lease, quiet=quiet))
     say(f"run {record.id} goes on in another process", err=True)

@@ -129,8 +129,6 @@ def _kept_table(new: Path, table: Any, item_column: str | None) -> dict[str, Any
 
 
 _SCHEMA = ("key", "item")
-_BANDS = (3, 4)
-"""Of an array that is a picture."""
 
 
 def _kept_one_by_one(new: Path, values: Any) -> dict[str, Any]:
@@ -159,9 +157,8 @@ def _kept_one_by_one(new: Path, values: Any) -> dict[str, Any]:
     with pq.ParquetWriter(new / "list.parquet", schema) as writer:
         for value in iterator:
             row = _kept_item(new, count, value, digest)
-            if row["key"] != str(value) and is_url(
-                row["item"]
-            ):  # something in it is not shown, which may tell it apart
+            is_masked = is_url(row["item"]) and row["key"] != str(value)
+            if is_masked:  # what is not shown may tell it apart
                 hidden[row["key"]] += 1
                 if (number := hidden[row["key"]]) > 1:
                     row["key"] += f"#{number}"
@@ -188,11 +185,16 @@ def _one_item(values: Any) -> str | None:
     """What it is, if it is an item that Python would take apart: bytes, or a picture, whose rows are no pictures."""
     if isinstance(values, (bytes, bytearray, memoryview)):
         return type(values).__name__
-    shape: tuple[Any, ...] = getattr(values, "shape", ())
-    is_picture = len(shape) == 2 or (len(shape) == 3 and shape[2] in _BANDS)
-    if is_picture and str(getattr(values, "dtype", "")) == "uint8":
-        return f"{type(values).__name__} of {' × '.join(map(str, shape))}"
+    if _is_picture(values):
+        return f"{type(values).__name__} of {' × '.join(map(str, values.shape))}"
     return None
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether it is an array that is one picture: ``uint8[height, width]``, or with three or four bands."""
+    shape: tuple[Any, ...] = getattr(value, "shape", ())
+    kind = str(getattr(value, "dtype", ""))
+    return kind == "uint8" and (len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4)))
 
 
 def _kept_item(new: Path, number: int, value: Any, digest: Any) -> dict[str, str]:
@@ -217,8 +219,8 @@ def _as_png(number: int, value: Any) -> bytes:
 
     picture = value
     if not isinstance(picture, Image.Image):
-        shape, kind = getattr(value, "shape", None), str(getattr(value, "dtype", ""))
-        if shape is None or kind != "uint8" or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in _BANDS)):
+        if not _is_picture(value):
+            shape, kind = getattr(value, "shape", None), getattr(value, "dtype", "")
             what = type(value).__name__ + ("" if shape is None else f" of {kind}, {' × '.join(map(str, shape))}")
             raise SpecError(
                 f"source: item {number} is {what}",

@@ -183,8 +183,7 @@ def local_modules(path: Path) -> list[Path]:
     outline(path)  # says what is wrong if it is not Python
     finder = _Finder(path=[str(path.parent)])
     finder.run_script(str(path))
-    found = {Path(file) for each in finder.modules.values() if (file := getattr(each, "__file__", None))}
-    return [path, *sorted(found - {path})]
+    return [path, *sorted({*finder.files().values()} - {path})]
 
 
 def code_of(names: Collection[str]) -> dict[str, bytes]:
@@ -204,9 +203,7 @@ def code_of(names: Collection[str]) -> dict[str, bytes]:
             finder.import_hook(name)
         except Exception:  # it is no module any more, or none that can be looked through
             found[name] = known_hash(file)
-        for each, module in finder.modules.items():
-            if (path := getattr(module, "__file__", None)) is not None:
-                found[each] = known_hash(Path(path))
+        found |= {each: known_hash(path) for each, path in finder.files().items()}
     return found
 
 
@@ -220,6 +217,10 @@ def source_of(name: str) -> Path | None:
 
 class _Finder(ModuleFinder):
     """One that knows folders without ``__init__.py``."""
+
+    def files(self) -> dict[str, Path]:
+        """The files of the modules that were found, by the modules' names."""
+        return {name: Path(file) for name, each in self.modules.items() if (file := getattr(each, "__file__", None))}
 
     def find_module(self, name: str, path: Any, parent: Any = None) -> Any:
         spec = PathFinder.find_spec(name, self.path if path is None else path)
